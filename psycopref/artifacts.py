@@ -267,12 +267,23 @@ class StageWriter:
     inputs: list[Path] = field(default_factory=list)  # files it read
     facts: dict = field(default_factory=dict)  # models, raters, calls, cost, counts: whatever the receipt should say
 
-    def __enter__(self) -> StageWriter:
+    def begin(self) -> StageWriter:
+        "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
         self.started, self.tables, self.figures = time.time(), [], []
+        origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
+        mark = self.work / "scratch" / "origin.json"
+        if not mark.is_file() or read_json(mark) != origin:
+            shutil.rmtree(self.work, ignore_errors=True)
+            write_json(mark, origin)
         for kind in ("tables", "figures"):
             shutil.rmtree(self.work / kind, ignore_errors=True)
-        self.work.mkdir(parents=True, exist_ok=True)
         return self
+
+    def finish(self) -> None:
+        "Sign the stage and move it into place."
+        self._sign()
+
+    __enter__ = begin
 
     @property
     def folder(self) -> Path:
@@ -300,7 +311,7 @@ class StageWriter:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
-            self._sign()
+            self.finish()
 
 # %% ../nbs/01_artifacts.ipynb #6bd0c37f
 def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> None:

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'StudyError', 'suggest', 'SpeechSettings', 'ResponseSettings', 'RatingSettings',
-           'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings', 'IterSettings', 'EvaluationSettings',
-           'AblationSettings', 'Profile', 'load_profile', 'check_type', 'settings_of', 'project_root', 'cache_root',
-           'Run', 'derived_seed', 'data_file', 'paper_values', 'coarse_topics', 'coarse_of']
+__all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'STAGES', 'StudyError', 'suggest', 'SpeechSettings', 'ResponseSettings',
+           'RatingSettings', 'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings', 'IterSettings',
+           'EvaluationSettings', 'AblationSettings', 'Profile', 'load_profile', 'check_type', 'Stage', 'stage_settings',
+           'project_root', 'cache_root', 'Run', 'derived_seed', 'data_file', 'paper_values', 'coarse_topics',
+           'coarse_of']
 
 # %% ../nbs/00_config.ipynb #42aec35d
 class StudyError(Exception):
@@ -113,6 +114,7 @@ class IterSettings:
     iterations: int = 16  # 16 × 100 steps = the paper's 1,600
     prompts: int = 6400  # client speeches in an iteration (§4.2)
     candidates: int = 8  # responses for each speech (§4.2)
+    epochs: float = 1.0  # passes over an iteration's pairs; 16 × 6,400 / 64 = the paper's 1,600 steps
     temperature: float = 1.0  # not given in the paper
     top_k: int = 50  # not given in the paper
     init: str = "previous"  # previous / base: where an iteration starts
@@ -169,14 +171,14 @@ DEMO = Profile(
     name="demo",
     backbones=("smollm2-135m",),
     speeches=SpeechSettings(test_fraction=0.25),
-    responses=ResponseSettings(pool="demo", max_tokens=64),
+    responses=ResponseSettings(pool="demo", max_tokens=48),
     ratings=RatingSettings(rater="rules:rubric"),
-    reward=RewardSettings(epochs=2, batch_size=8, learning_rate=2e-4, warmup_ratio=0.1, max_length=512,
-                          lora=LoraSettings(rank=16), rankers=("local:smollm2-135m",)),
-    dpo=DpoSettings(batch_size=8, learning_rate=2e-4, warmup_ratio=0.1, max_length=512, epochs=1.0, checkpoints=3,
-                    lora=LoraSettings(rank=16)),
-    dpo_iter=IterSettings(iterations=4, prompts=64),
-    evaluation=EvaluationSettings(reference="local:smollm2-135m", judge="rules:rubric", max_tokens=64, coverage=1.0,
+    reward=RewardSettings(epochs=2, batch_size=8, learning_rate=4e-4, warmup_ratio=0.1, max_length=512,
+                          lora=LoraSettings(rank=16, last_layers=15), rankers=("local:smollm2-135m",)),
+    dpo=DpoSettings(batch_size=4, micro_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, max_length=512, epochs=1.0,
+                    checkpoints=3, lora=LoraSettings(rank=16, last_layers=15)),
+    dpo_iter=IterSettings(iterations=5, prompts=32),
+    evaluation=EvaluationSettings(reference="local:smollm2-135m", judge="rules:rubric", max_tokens=48, coverage=1.0,
                                   curve_speeches=42),
     ablation=AblationSettings(pairs=64, checkpoints=2),
 )
@@ -248,14 +250,42 @@ def check_type(
         raise StudyError(f"{where}: found {value!r} ({type(value).__name__}), expected {expected}")
     return value
 
-# %% ../nbs/00_config.ipynb #91a1fab2
-def settings_of(
+# %% ../nbs/00_config.ipynb #2d380d96
+@dataclass(frozen=True)
+class Stage:
+    "Declare one step of the chain."
+    name: str  # notebook and output folder
+    title: str  # what it makes
+    needs: tuple[str, ...]  # stages that must be finished
+    reads: tuple[str, ...]  # parts of the profile
+
+
+_MODELS = ("backbones", "dtype")
+
+STAGES = {stage.name: stage for stage in (
+    Stage("03_weights", "find the weights", (), ("backbones",)),
+    Stage("05_speeches", "client speeches", (), ("speeches",)),
+    Stage("06_responses", "responses of the pool", ("03_weights", "05_speeches"), ("responses",)),
+    Stage("07_ratings", "ratings on seven principles", ("05_speeches", "06_responses"), ("ratings", "responses.each_speech")),
+    Stage("08_pairs", "preference pairs", ("05_speeches", "06_responses", "07_ratings"), ("pairs",)),
+    Stage("11_reward", "reward models", ("03_weights", "05_speeches", "08_pairs"), (*_MODELS, "reward", "evaluation.bootstrap")),
+    Stage("12_policy", "policies by DPO and DPO-Iter", ("05_speeches", "08_pairs", "11_reward"),
+          (*_MODELS, "dpo", "dpo_iter", "evaluation.max_tokens")),
+    Stage("13_evaluation", "battles against the reference", ("05_speeches", "12_policy"), (*_MODELS, "evaluation")),
+    Stage("14_ablations", "online against offline data", ("05_speeches", "08_pairs", "11_reward", "12_policy"),
+          (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation")),
+    Stage("16_report", "every table and figure", ("05_speeches", "06_responses", "07_ratings", "08_pairs", "11_reward", "12_policy",
+                                                  "13_evaluation", "14_ablations"), ()),
+)}
+
+
+def stage_settings(
     profile: Profile,  # a resolved profile
-    sections: typing.Iterable[str],  # field names of `Profile`, or dotted leaves
-) -> dict:  # plain data, ready for JSON
-    "Return the named parts of a profile as plain data."
+    stage: str,  # a key of STAGES
+) -> dict:  # section -> plain data, ready for JSON
+    "Return the parts of a profile that a stage reads."
     tree, found = dataclasses.asdict(profile), {}
-    for section in sections:
+    for section in STAGES[stage].reads:
         value = tree
         for part in section.split("."):
             value = value[part]

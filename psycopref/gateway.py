@@ -217,10 +217,10 @@ class OpenAIModel:
             self.price = table[self.model]
 
     def client(self):
-        "Open an async client; the key comes from OPENAI_API_KEY."
+        "Open an async client: OPENAI_API_KEY goes to OpenAI alone, PSYCOPREF_SERVER_KEY to other servers."
         import openai
 
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if self.base_url else None)
+        key = os.environ.get("PSYCOPREF_SERVER_KEY", "none") if self.base_url else os.environ.get("OPENAI_API_KEY")
         if not key:
             raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key")
         return openai.AsyncOpenAI(api_key=key, base_url=self.base_url or None, max_retries=self.max_retries, timeout=self.timeout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 
 from .artifacts import PALETTE, PRINCIPLE_KEYS, SCHEMAS, Label, StageReader, StageWriter, markdown_table, new_figure
-from .config import Run, StudyError, load_profile, paper_values, settings_of
+from .config import Run, StudyError, load_profile, paper_values, stage_settings
 
 # %% auto #0
 __all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'pair_summary', 'model_distribution_figure', 'dataset_card']

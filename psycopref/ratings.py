@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from .artifacts import Label, StageReader, StageWriter
-from .config import Run, StudyError, derived_seed, load_profile, settings_of
+from .config import Run, StudyError, derived_seed, load_profile, stage_settings
 from .gateway import ChatRequest, Failure, chat_model, open_gateway
 from .generation import Decoding
 from .principles import PRINCIPLE_KEYS, BadReply, parse_ratings, rating_prompt, rating_schema

@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass, field
 
 from .artifacts import Label, StageReader, StageWriter
-from .config import Run, StudyError, derived_seed, load_profile, paper_values, settings_of, suggest
+from .config import Run, StudyError, derived_seed, load_profile, paper_values, stage_settings, suggest
 from .gateway import ChatRequest, Failure, chat_model, open_gateway
 from .generation import Decoding
 from .principles import responding_prompt

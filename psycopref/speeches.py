@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .artifacts import Label, StageWriter
 from .config import (Run, StudyError, coarse_of, coarse_topics, data_file, derived_seed, load_profile, paper_values,
-                              settings_of, suggest)
+                              stage_settings, suggest)
 
 # %% auto #0
 __all__ = ['ALIASES', 'SOURCES_KNOWN', 'topic_slug', 'RawSpeech', 'Source', 'read_text', 'read_demo', 'read_counsel_chat',

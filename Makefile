@@ -1,0 +1,51 @@
+# Two commands do everything: `make reproduce` and `make test`. See README.md.
+SHELL := /bin/bash
+PYTHON ?= python3
+PROFILE ?= demo
+RUN ?= $(PROFILE)
+SEED ?= 0
+OVERRIDES ?= {}
+SOURCES ?=
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup reproduce test bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup       environment in .venv, versions as in constraints.txt"
+	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED, OVERRIDES, SOURCES"
+	@echo "make test        notebooks and tests"
+	@echo "make bench       measure what is claimed to be fast"
+	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
+
+setup: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make setup: Python 3.10 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo "make setup: venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+SNAKEMAKE = snakemake --cores $(CORES) --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seed=$(SEED) overrides='$(OVERRIDES)' sources='$(SOURCES)'
+
+reproduce: setup
+	$(SNAKEMAKE)
+	@$(SNAKEMAKE) --report outputs/$(RUN)/report.html 2>outputs/$(RUN)/report.log || { cat outputs/$(RUN)/report.log >&2; exit 1; }
+	@psycopref seconds $(RUN)
+	@echo "Open outputs/$(RUN)/report.html"
+
+test: setup
+	nbdev_test --n_workers 1
+	pytest
+
+bench: setup
+	psycopref run nbs/20_bench.ipynb
+
+clean:
+	find outputs figures -mindepth 1 -maxdepth 1 ! -name README.md ! -name results.png -exec rm -rf {} +
+	rm -rf .snakemake

@@ -1,0 +1,61 @@
+# One rule for each stage of the package's stage list. `make reproduce` calls this; so can you:
+#   snakemake --cores 2 --config profile=demo run=mine overrides='{"reward.learning_rate": 1e-4}'
+import json
+
+from psycopref.config import StudyError
+from psycopref.runner import stage_rules
+
+PROFILE = config.get("profile", "demo")
+RUN = config.get("run") or PROFILE
+OVERRIDES = config.get("overrides") or {}
+OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else dict(OVERRIDES)
+if config.get("sources"):
+    OVERRIDES["speeches.sources"] = str(config["sources"]).split(",")
+
+try:
+    RULES = stage_rules(PROFILE, RUN, int(config.get("seed", 0)), OVERRIDES)
+except StudyError as error:
+    sys.exit(f"psycopref: {error}")
+
+
+rule all:
+    input:
+        RULES[-1]["receipt"],
+        f"outputs/{RUN}/16_report/show",
+        f"outputs/{RUN}/16_report/overview.html",
+
+
+for stage in RULES:
+    if stage["name"] == "16_report":
+        continue
+
+    rule:
+        name: stage["name"]
+        input:
+            needs=stage["needs"],
+            code=stage["code"],
+        output:
+            stage["receipt"],
+        params:
+            notebook=stage["notebook"],
+            parameters=stage["parameters"],
+            settings=stage["settings"],
+        message: f"{stage['name']}: {stage['title']}"
+        threads: workflow.cores
+        shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"
+
+
+rule report:
+    input:
+        needs=RULES[-1]["needs"],
+        code=RULES[-1]["code"],
+    output:
+        receipt=RULES[-1]["receipt"],
+        overview=report(f"outputs/{RUN}/16_report/overview.html", category="Overview", labels={"result": "all on one page"}),
+        show=report(directory(f"outputs/{RUN}/16_report/show"), patterns=["{name}.html", "{name}.png"], category="Tables and figures",
+                    labels={"result": "{name}"}),
+    params:
+        notebook=RULES[-1]["notebook"],
+        parameters=RULES[-1]["parameters"],
+    message: "16_report: every table and figure"
+    shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"
