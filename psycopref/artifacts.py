@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import html
@@ -41,7 +42,7 @@ def atomic_path(
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
             raise StudyError(f"{path}: the disk is full, nothing was replaced; free some space and run again") from error
         raise
     finally:
@@ -333,7 +334,7 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
 
     stem, folder = f"fig_{number}_{slug}", self.work / "figures"
     folder.mkdir(exist_ok=True)
-    lines = textwrap.wrap(str(label), int(figure.get_figwidth() * 17))
+    lines = textwrap.wrap(str(label), int(figure.get_figwidth() * 17), break_on_hyphens=False)
     figure.text(0.01, -0.02, "\n".join(lines), fontsize=7, color="#555555", va="top")
     figure.savefig(folder / f"{stem}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
     figure.savefig(folder / f"{stem}.pdf", bbox_inches="tight", metadata={"CreationDate": None, "Producer": None})
@@ -365,6 +366,8 @@ def _sign(self) -> None:
         **code_version(), "seconds": round(time.time() - self.started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)):
+        for path in sorted((self.folder / kind).glob("*")):  # what the stage showed before and may not show again
+            (goal / path.name).unlink(missing_ok=True)
         for path in sorted((self.work / kind).glob("*")):
             goal.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, goal / path.name)
@@ -426,7 +429,7 @@ def progress(
     follow = os.environ.get("PSYCOPREF_PROGRESS")
     if follow:
         return tqdm_text(items, desc=name, total=total, unit=unit, file=open(follow, "a", encoding="utf-8"), mininterval=0.5,
-                         ncols=88, ascii=True)
+                         ncols=88, ascii=True, disable=False)
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
     return tqdm_auto(items, desc=name, total=total, unit=unit, disable=not seen, leave=False)
 

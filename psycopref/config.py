@@ -114,6 +114,7 @@ class IterSettings:
     iterations: int = 16  # 16 × 100 steps = the paper's 1,600
     prompts: int = 6400  # client speeches in an iteration (§4.2)
     candidates: int = 8  # responses for each speech (§4.2)
+    learning_rate: float | None = None  # None takes that of offline DPO, as the paper does
     epochs: float = 1.0  # passes over an iteration's pairs; 16 × 6,400 / 64 = the paper's 1,600 steps
     temperature: float = 1.0  # not given in the paper
     top_k: int = 50  # not given in the paper
@@ -177,7 +178,7 @@ DEMO = Profile(
                           lora=LoraSettings(rank=16, last_layers=15), rankers=("local:smollm2-135m",)),
     dpo=DpoSettings(batch_size=4, micro_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, max_length=512, epochs=1.0,
                     checkpoints=3, lora=LoraSettings(rank=16, last_layers=15)),
-    dpo_iter=IterSettings(iterations=5, prompts=32),
+    dpo_iter=IterSettings(iterations=5, prompts=32, learning_rate=1e-3, epochs=2.0),
     evaluation=EvaluationSettings(reference="local:smollm2-135m", judge="rules:rubric", max_tokens=48, coverage=1.0,
                                   curve_speeches=42),
     ablation=AblationSettings(pairs=64, checkpoints=2),

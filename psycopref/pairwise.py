@@ -161,6 +161,8 @@ def reward_trainer():  # a subclass of trl.RewardTrainer
     "Make trl's RewardTrainer compute pairs as one sequence."
     from trl import RewardTrainer
 
+    _silence()
+
     class SharedRewardTrainer(_KeepLength, RewardTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return super().compute_loss(SharedReward(model), inputs, return_outputs, num_items_in_batch)
@@ -172,6 +174,8 @@ def dpo_trainer():  # a subclass of trl.DPOTrainer
     "Make trl's DPOTrainer compute pairs as one sequence."
     from trl import DPOTrainer
 
+    _silence()
+
     class SharedDPOTrainer(_KeepLength, DPOTrainer):
         def _compute_loss(self, model, inputs, return_outputs):
             return super()._compute_loss(SharedCausal(model), inputs, return_outputs)
@@ -180,6 +184,17 @@ def dpo_trainer():  # a subclass of trl.DPOTrainer
             return super().compute_ref_log_probs(SharedCausal(model), inputs)
 
     return SharedDPOTrainer
+
+
+def _silence() -> None:
+    "Hold back the libraries' own bars and deprecation notices; ours show the progress."
+    import warnings
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"  # trl's bar for the reference; ours say explicitly whether they show
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
 class _KeepLength:

@@ -348,10 +348,10 @@ def online_plans(
     sizes: Sizes,  # how much
     backbone: str,  # whose policies
 ) -> list[StagePlan]:  # sampling, scoring, training, selection
-    "Plan DPO-Iter: in each iteration one epoch of one pair for each prompt."
+    "Plan DPO-Iter: in each iteration some epochs of one pair for each prompt."
     chosen, batch, limit = profile.dpo_iter, profile.dpo.batch_size, profile.evaluation.max_tokens
     prompt, response, pair = respond_tokens(sizes), response_tokens(limit), pair_tokens(sizes, limit)
-    steps, checked = chosen.iterations * max(1, chosen.prompts // batch), sizes.dev or sizes.speeches - sizes.test
+    steps, checked = chosen.iterations * max(1, int(chosen.epochs * chosen.prompts) // batch), sizes.dev or sizes.speeches - sizes.test
     answers = (chosen.iterations + 1) * checked
     return [*sampled_plans("12_policy", "DPO-Iter", backbone, (chosen.iterations, chosen.prompts), chosen.candidates, prompt, response),
             own_work("12_policy", f"DPO-Iter: {steps:,} steps × {batch} pairs", backbone, trained=steps * batch * pair,
@@ -397,8 +397,7 @@ def evaluation_plans(
                        written=answers * response) for backbone in profile.backbones),
             ask("13_evaluation", "reference answers", chosen.reference, sizes.test, tokens["respond"], response),
             ask("13_evaluation", "battles, both orders", chosen.judge, ORDERS * len(profile.backbones) * answers,
-                tokens["battle"], reply_tokens()["battle"]),
-            *curve_plans("13_evaluation", profile, sizes, profile.dpo.checkpoints + profile.dpo_iter.iterations)]
+                tokens["battle"], reply_tokens()["battle"])]
 
 # %% ../nbs/18_plan.ipynb #fa90bc9e
 def ablation_plans(
@@ -412,7 +411,8 @@ def ablation_plans(
     for backbone in profile.backbones:
         rows += sampled_plans(stage, "online", backbone, (chosen.pairs,), profile.dpo_iter.candidates, respond_tokens(sizes), response_tokens(limit))
         rows += [own_work(stage, f"2 arms × {chosen.pairs:,} pairs", backbone, trained=chosen.pairs * both, read=chosen.pairs * both)]
-    return rows + curve_plans(stage, profile, sizes, 2 * chosen.checkpoints)
+    points = 1 + 2 * chosen.checkpoints + profile.dpo.checkpoints + profile.dpo_iter.iterations  # the base, two arms, two curves of notebook 12
+    return rows + curve_plans(stage, profile, sizes, points)
 
 # %% ../nbs/18_plan.ipynb #2ef61834
 def plan_stages(

@@ -175,7 +175,7 @@ def run_iteration(
         pairs, dropped = online_pairs(speeches, kept["answers"], kept["rewards"])
         rows, long = dpo_rows(pairs, load_tokenizer(base), dpo.max_length)
         start, reference = (last if settings.init == "previous" else base), (last if settings.reference == "previous" else base)
-        model, log = train_dpo(start, rows, dataclasses.replace(dpo, epochs=settings.epochs), folder / "scratch", f"DPO-Iter {number}/{settings.iterations}", dtype, derived_seed(seed, "train", number),
+        model, log = train_dpo(start, rows, dataclasses.replace(dpo, epochs=settings.epochs, learning_rate=settings.learning_rate or dpo.learning_rate), folder / "scratch", f"DPO-Iter {number}/{settings.iterations}", dtype, derived_seed(seed, "train", number),
                                reference=None if reference == start else reference, nll_weight=settings.nll_weight)
         save_merged(model, load_tokenizer(base), folder / "policy")
         rewards = np.array([r for group in kept["rewards"].values() for r in group])

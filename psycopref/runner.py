@@ -102,7 +102,8 @@ def run_notebook(
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
     try:
         with followed_progress():
-            papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), progress_bar=False, log_output=False)
+            papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), progress_bar=False, log_output=False,
+                                        extra_arguments=["--log-level=ERROR"])
     except papermill.PapermillExecutionError as error:
         if error.ename == "StudyError":
             raise StudyError(error.evalue) from None

