@@ -25,11 +25,24 @@ from pathlib import Path
 from .config import Run, StudyError, project_root
 
 # %% auto #0
-__all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'TABLE_STYLE', 'VERSIONED', 'PALETTE', 'atomic_path', 'write_json', 'read_json',
-           'sha256_file', 'write_rows', 'read_rows', 'Label', 'format_cell', 'markdown_table', 'html_table',
-           'latex_table', 'code_version', 'StageWriter', 'StageReader', 'progress', 'new_figure']
+__all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'TABLE_STYLE', 'VERSIONED', 'PALETTE', 'clear_disk_errors', 'atomic_path', 'write_json',
+           'read_json', 'sha256_file', 'write_rows', 'read_rows', 'Label', 'format_cell', 'markdown_table',
+           'html_table', 'latex_table', 'code_version', 'StageWriter', 'StageReader', 'progress', 'new_figure']
 
-# %% ../nbs/01_artifacts.ipynb #7e20e33b
+# %% ../nbs/01_artifacts.ipynb #df0eba1a
+@contextlib.contextmanager
+def clear_disk_errors(
+    path: Path,  # what is being written, for the error
+) -> typing.Iterator[None]:
+    "Turn a full disk into one line."
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise StudyError(f"{path}: the disk is full, nothing was replaced; free some space and run again") from error
+        raise
+
+
 @contextlib.contextmanager
 def atomic_path(
     path: Path,  # the final place of a file
@@ -39,12 +52,9 @@ def atomic_path(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise StudyError(f"{path}: the disk is full, nothing was replaced; free some space and run again") from error
-        raise
+        with clear_disk_errors(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -104,6 +114,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
 }
 
 
+_PYTHON = {"str": (str, type(None)), "int": (int, type(None)), "float": (float, int, type(None))}  # None is refused later, by name
+
+
 def _arrow_schema(kind: str):
     "Turn our column table into an Arrow schema."
     import pyarrow as pa
@@ -125,9 +138,13 @@ def write_rows(
     if sorted(frame.columns) != sorted(expected):
         odd = sorted(set(frame.columns) ^ set(expected))
         raise StudyError(f"{path}: {kind} rows have other columns than their schema: {odd}")
+    for name, type_ in SCHEMAS[kind].items():
+        odd = next((v for v in frame[name].tolist() if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool)), None)
+        if odd is not None:
+            raise StudyError(f"{path}: {kind} rows have {name} = {str(odd)[:60]!r} ({type(odd).__name__}), expected {type_}")
     try:
         table = pa.Table.from_pandas(frame[expected], schema=_arrow_schema(kind), preserve_index=False, safe=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise StudyError(f"{path}: {kind} rows do not fit their schema: {' '.join(str(error).split())[:200]}") from None
     nulls = [name for name in expected if table[name].null_count]
     if nulls:
@@ -271,6 +288,8 @@ class StageWriter:
     def begin(self) -> StageWriter:
         "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
         self.started, self.tables, self.figures = time.time(), [], []
+        if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
+            os.replace(self.old, self.folder)
         origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
         mark = self.work / "scratch" / "origin.json"
         if not mark.is_file() or read_json(mark) != origin:
@@ -296,6 +315,11 @@ class StageWriter:
         "Where files are written until the stage is signed; survives an interruption."
         return self.folder.with_name(self.name + ".partial")
 
+    @property
+    def old(self) -> Path:
+        "Where the last result stands for the moment in which the new one takes its place."
+        return self.folder.with_name(self.name + ".old")
+
     def rows(self, kind: str, frame, name: str | None = None) -> Path:
         "Write rows of a kind to `<name or kind>.parquet`."
         return write_rows(self.work / f"{name or kind}.parquet", kind, frame)
@@ -319,11 +343,12 @@ def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> N
     "Write table `number` as csv, md, tex, html and json; the json carries caption and label for the report."
     stem, folder = f"table_{number}_{slug}", self.work / "tables"
     folder.mkdir(exist_ok=True)
-    frame.to_csv(folder / f"{stem}.csv", index=False)
-    (folder / f"{stem}.md").write_text(f"**{caption}**\n\n{markdown_table(frame)}\n\n*{label}*\n", encoding="utf-8")
-    (folder / f"{stem}.tex").write_text(latex_table(frame, caption, label), encoding="utf-8")
-    page = f"<!doctype html><meta charset='utf-8'>{TABLE_STYLE}{html_table(frame, caption, label)}"
-    (folder / f"{stem}.html").write_text(page, encoding="utf-8")
+    with clear_disk_errors(folder / stem):
+        frame.to_csv(folder / f"{stem}.csv", index=False)
+        (folder / f"{stem}.md").write_text(f"**{caption}**\n\n{markdown_table(frame)}\n\n*{label}*\n", encoding="utf-8")
+        (folder / f"{stem}.tex").write_text(latex_table(frame, caption, label), encoding="utf-8")
+        page = f"<!doctype html><meta charset='utf-8'>{TABLE_STYLE}{html_table(frame, caption, label)}"
+        (folder / f"{stem}.html").write_text(page, encoding="utf-8")
     write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
     self.tables.append(stem)
 
@@ -336,8 +361,9 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
     folder.mkdir(exist_ok=True)
     lines = textwrap.wrap(str(label), int(figure.get_figwidth() * 17), break_on_hyphens=False)
     figure.text(0.01, -0.02, "\n".join(lines), fontsize=7, color="#555555", va="top")
-    figure.savefig(folder / f"{stem}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
-    figure.savefig(folder / f"{stem}.pdf", bbox_inches="tight", metadata={"CreationDate": None, "Producer": None})
+    with clear_disk_errors(folder / stem):
+        figure.savefig(folder / f"{stem}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(folder / f"{stem}.pdf", bbox_inches="tight", metadata={"CreationDate": None, "Producer": None})
     write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
     self.figures.append(stem)
 
@@ -352,8 +378,9 @@ def _relative(path: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    "Hash every file under a folder, scratch folders and receipts left out."
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "receipt.json" and "scratch" not in p.parts)
+    "Hash every file under a folder; receipts, scratch folders and halves of atomic writes are left out."
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "receipt.json"
+                   and "scratch" not in p.relative_to(folder).parts and not (p.name.startswith(".") and p.name.endswith(".partial")))
     return {str(p.relative_to(folder)): sha256_file(p) for p in files}
 
 
@@ -372,12 +399,13 @@ def _sign(self) -> None:
             goal.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, goal / path.name)
     shutil.rmtree(self.work / "scratch", ignore_errors=True)
-    old = self.folder.with_name(self.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    for path in self.work.rglob(".*.partial"):
+        path.unlink()
     if self.folder.exists():
-        os.replace(self.folder, old)
+        shutil.rmtree(self.old, ignore_errors=True)
+        os.replace(self.folder, self.old)
     os.replace(self.work, self.folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(self.old, ignore_errors=True)
 
 
 StageWriter._sign = _sign
@@ -389,17 +417,23 @@ class StageReader:
     run: Run  # whose outputs
     name: str  # stage folder
 
+    @property
+    def folder(self) -> Path:
+        "Where the finished stage stands; after a kill in the very moment of its replacement, the last one."
+        folder = self.run.stage(self.name)
+        return folder if folder.exists() else next((p for p in [folder.with_name(self.name + ".old")] if p.exists()), folder)
+
     @functools.cached_property
     def receipt(self) -> dict:
         "Return the stage's receipt."
-        folder = self.run.stage(self.name)
+        folder = self.folder
         if not (folder / "receipt.json").is_file():
             raise StudyError(f"{folder}: has no receipt.json, so the stage did not finish; run {self.name} first")
         return read_json(folder / "receipt.json")
 
     def path(self, name: str) -> Path:
         "Return the path of a signed file, its hash checked."
-        path = self.run.stage(self.name) / name
+        path = self.folder / name
         signed = self.receipt["outputs"].get(name)
         if signed is None or not path.is_file():
             raise StudyError(f"{path}: not among the files that {self.name} signed; run {self.name} again")

@@ -87,7 +87,7 @@ def battle(
         try:
             found = parse_battle("" if isinstance(reply, Failure) else reply.text)
         except BadReply as error:
-            aside.append({"speech_id": row.speech_id, "policy": row.policy, "order": order, "reason": str(error), "raw": getattr(reply, "text", "") or reply.raw})
+            aside.append({"speech_id": row.speech_id, "policy": row.policy, "order": order, "reason": str(error), "raw": reply.raw if isinstance(reply, Failure) else reply.text})
             continue
         verdicts = {key: "win" if found[key] == (1 if order == ORDERS[0] else 2) else "loss" for key in BATTLE_KEYS}
         rows.append({"speech_id": row.speech_id, "setting": row.setting, "policy": row.policy, "reference": reference_name, "order": order,

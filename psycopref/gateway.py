@@ -21,12 +21,12 @@ from .artifacts import progress
 from .config import StudyError, data_file, derived_seed, suggest
 from .generation import Decoding, generate, length_batches
 from .principles import BATTLE_KEYS, PRINCIPLE_KEYS
-from .weights import find_weights, load_causal_lm, load_tokenizer
+from .weights import find_weights, load_causal_lm, load_tokenizer, pick_dtype
 
 # %% auto #0
-__all__ = ['PHRASES', 'ChatRequest', 'ChatReply', 'Failure', 'CallFailed', 'ChatModel', 'FreeModel', 'rubric_reply',
-           'phrase_reply', 'RulesModel', 'render_chat', 'LocalModel', 'prices', 'OpenAIModel', 'chat_model',
-           'ReplyCache', 'Gateway', 'run_async', 'open_gateway']
+__all__ = ['PHRASES', 'ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel', 'rubric_reply', 'phrase_reply',
+           'RulesModel', 'render_chat', 'LocalModel', 'prices', 'OpenAIModel', 'chat_model', 'ReplyCache', 'Gateway',
+           'run_async', 'open_gateway']
 
 # %% ../nbs/04_gateway.ipynb #29eb3b24
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ class Failure:
     "Say why a call has no answer."
     reason: str  # one line
     raw: str = ""  # what came instead
-
-
-class CallFailed(Exception):
-    "Raised by a provider when one call has no usable answer after its retries."
+    prompt_tokens: int = 0  # an unusable answer may cost as much as a good one
+    completion_tokens: int = 0  # 0 where nobody counted
 
 # %% ../nbs/04_gateway.ipynb #31533770
 class ChatModel(typing.Protocol):
@@ -80,8 +78,11 @@ class ChatModel(typing.Protocol):
     def most(self, request: ChatRequest) -> float:
         "Return the most that a request can cost, in US dollars."
 
-    def cost(self, reply: ChatReply) -> float:
-        "Return what a reply did cost, in US dollars."
+    def cost(self, reply: ChatReply | Failure) -> float:
+        "Return what a reply, or a failure, did cost, in US dollars."
+
+    async def close(self) -> None:
+        "Give back what was opened for answering."
 
 
 class FreeModel:
@@ -96,6 +97,9 @@ class FreeModel:
 
     def cost(self, reply) -> float:
         return 0.0
+
+    async def close(self) -> None:
+        pass
 
 # %% ../nbs/04_gateway.ipynb #0831218d
 def rubric_reply(
@@ -173,7 +177,7 @@ class LocalModel(FreeModel):
     def __init__(self, name: str, rows: int = 64, dtype: str = "auto"):
         self.weights, self.rows, self.dtype, self.loaded = find_weights(name), rows, dtype, None
         self.uri, self.label = f"local:{name}", self.weights.label
-        self.identity = f"local:{self.weights.name}#{self.weights.revision}"
+        self.identity = f"local:{self.weights.name}#{self.weights.revision}#{pick_dtype(dtype)}"
 
     def load(self):
         "Load model and tokenizer once."
@@ -208,7 +212,7 @@ class OpenAIModel:
     def __init__(self, name: str, max_retries: int = 6, timeout: float = 120.0):
         self.model, _, self.base_url = name.partition("@")
         self.uri, self.label, self.identity = f"openai:{name}", self.model, f"openai:{name}"
-        self.max_retries, self.timeout = max_retries, timeout
+        self.max_retries, self.timeout, self.opened = max_retries, timeout, None
         self.price = {"input": 0.0, "output": 0.0}
         if not self.base_url:
             table = prices()["models"]
@@ -235,6 +239,11 @@ class OpenAIModel:
     def cost(self, reply):
         return (reply.prompt_tokens * self.price["input"] + reply.completion_tokens * self.price["output"]) / 1e6
 
+    async def close(self):
+        if self.opened is not None:
+            opened, self.opened = self.opened, None
+            await opened.close()
+
 # %% ../nbs/04_gateway.ipynb #a37b74c6
 def _chat_arguments(self, request: ChatRequest) -> dict:
     "Translate a request into the API's arguments."
@@ -252,28 +261,43 @@ async def _openai_answer(self, requests) -> list[ChatReply | Failure]:
     import openai
 
     [request] = requests
-    if not hasattr(self, "opened"):
-        self.opened = self.client()
+    self.opened = self.opened or self.client()
     try:
         done = await self.opened.chat.completions.create(**_chat_arguments(self, request))
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
         raise StudyError(f"model {self.uri!r}: the server refused ({error.status_code} {type(error).__name__}); check the "
                          "key, the model's name and your access") from None
-    except openai.OpenAIError as error:
-        return [Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")]
-    if not done.choices:
-        return [Failure("the reply has no choices", done.model_dump_json())]
-    choice, used = done.choices[0], done.usage
-    if choice.finish_reason == "content_filter" or not choice.message.content:
-        return [Failure(f"no text (finish_reason {choice.finish_reason})", done.model_dump_json())]
-    reason = "length" if choice.finish_reason == "length" else "stop"
-    tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
-    return [ChatReply(choice.message.content, reason, *tokens)]
+    except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+        return [Failure(f"{type(error).__name__}: {_without_keys(' '.join(str(error).split()))[:200]}")]
+    return [_read_completion(done)]
 
 
 OpenAIModel.answer = _openai_answer
 
-# %% ../nbs/04_gateway.ipynb #66185624
+# %% ../nbs/04_gateway.ipynb #b52628d9
+def _without_keys(text: str) -> str:
+    "Take API keys out of a text that a server sent back."
+    for name in ("OPENAI_API_KEY", "PSYCOPREF_SERVER_KEY"):
+        if len(os.environ.get(name, "")) > 4:
+            text = text.replace(os.environ[name], "[key]")
+    return text
+
+
+def _read_completion(done) -> ChatReply | Failure:
+    "Read a chat completion as it came; what is not one becomes a Failure with the raw text."
+    raw = _without_keys(str(done))[:4000].encode("utf-8", "replace").decode()
+    used = getattr(done, "usage", None)
+    tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
+    if not getattr(done, "choices", None) or getattr(done.choices[0], "message", None) is None:
+        return Failure("the reply holds no choice with a message", raw, *tokens)
+    choice = done.choices[0]
+    if choice.finish_reason == "content_filter" or not choice.message.content:
+        return Failure(f"no text (finish_reason {choice.finish_reason})", raw, *tokens)
+    if not choice.message.content.isprintable() and choice.message.content.encode("utf-8", "ignore").decode() != choice.message.content:
+        return Failure("the text is not valid Unicode", raw, *tokens)
+    return ChatReply(choice.message.content, "length" if choice.finish_reason == "length" else "stop", *tokens)
+
+# %% ../nbs/04_gateway.ipynb #e7ee7f17
 def chat_model(
     uri: str,  # provider:name
     **options,  # passed to the provider
@@ -285,7 +309,7 @@ def chat_model(
         raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(known)}")
     return known[provider](name, **options)
 
-# %% ../nbs/04_gateway.ipynb #e1a41d66
+# %% ../nbs/04_gateway.ipynb #9871ed6e
 class ReplyCache:
     "Keep replies by request key."
 
@@ -302,10 +326,13 @@ class ReplyCache:
     def get(self, keys: list[str]) -> dict[str, ChatReply]:
         "Return the known replies among the keys."
         found = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            rows = self.db.execute(f"SELECT key, reply FROM replies WHERE key IN ({','.join('?' * len(part))})", part)
-            found |= {key: ChatReply(**json.loads(reply)) for key, reply in rows}
+        try:
+            for start in range(0, len(keys), 500):
+                part = keys[start : start + 500]
+                rows = self.db.execute(f"SELECT key, reply FROM replies WHERE key IN ({','.join('?' * len(part))})", part)
+                found |= {key: ChatReply(**json.loads(reply)) for key, reply in rows}
+        except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
+            raise StudyError(f"{self.path}: the reply cache is damaged ({error}); move it away, replies will be asked for again") from None
         return found
 
     def put(self, replies: dict[str, ChatReply]) -> None:
@@ -314,14 +341,15 @@ class ReplyCache:
             rows = [(key, json.dumps(asdict(reply), ensure_ascii=False)) for key, reply in replies.items()]
             self.db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
 
-# %% ../nbs/04_gateway.ipynb #01802296
+# %% ../nbs/04_gateway.ipynb #2b3d470f
 @dataclass
 class Gateway:
     "Send requests to models, through a cache and within a budget."
     cache: ReplyCache  # where replies are kept
     budget_usd: float = 0.0  # the most that may be spent
     spent: float = 0.0  # settled
-    reserved: float = 0.0  # in flight
+    reserved: float = 0.0  # the most that the groups in flight can cost
+    flying: int = 0  # groups in flight
     counts: dict = field(default_factory=dict)  # for each model: calls, cached, failed, tokens, usd
 
     def ask(
@@ -342,23 +370,33 @@ def run_async(
     work,  # a coroutine
 ):  # its result
     "Run a coroutine to its end, also inside a notebook's running loop."
-    result: list = []
+    loop, result = asyncio.new_event_loop(), []
 
     def run():
         try:
-            result.append((asyncio.run(work), None))
+            result.append((loop.run_until_complete(task), None))
         except BaseException as error:
             result.append((None, error))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
 
+    task = loop.create_task(work)
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
     value, error = result[0]
     if error is not None:
         raise error
     return value
 
-# %% ../nbs/04_gateway.ipynb #48604a41
+# %% ../nbs/04_gateway.ipynb #4a2f2112
 async def _ask(self, model: ChatModel, requests: list[ChatRequest], name: str):
     "Look up, answer what is missing, count."
     keys = [request.key(model.identity) for request in requests]
@@ -371,59 +409,65 @@ async def _ask(self, model: ChatModel, requests: list[ChatRequest], name: str):
                                                    completion_tokens=0, usd=0.0))
     count["cached"] += len(keys) - sum(len(group) for group in todo)
     bar = iter(progress(range(len(todo)), f"{name} [{model.label[:24]}]", unit="batch")) if todo else iter(())
-    limit = asyncio.Semaphore(model.concurrency)
+    limit, self.settled, errors = asyncio.Semaphore(model.concurrency), asyncio.Condition(), []
 
     async def one(group):
         async with limit:
-            replies = await self._send(model, [requests[i] for i in group], count)
+            if errors:
+                return
+            try:
+                replies = await self._send(model, [requests[i] for i in group], count)
+            except Exception as error:
+                errors.append(error)
+                return
         good = {keys[i]: reply for i, reply in zip(group, replies) if isinstance(reply, ChatReply)}
         self.cache.put(good)
         known.update({keys[i]: reply for i, reply in zip(group, replies)})
         next(bar, None)
 
-    await _all_or_first_error([one(group) for group in todo])
-    next(bar, None)
-    if hasattr(model, "opened"):
-        await model.opened.close()
-        del model.opened
+    try:
+        await asyncio.gather(*(one(group) for group in todo))
+    finally:
+        next(bar, None)
+        await model.close()
+    if errors:
+        raise errors[0]
     return [known[key] for key in keys]
 
-
-async def _all_or_first_error(tasks: list) -> None:
-    "Run tasks together; at the first error cancel the rest and raise it."
-    running = [asyncio.ensure_future(task) for task in tasks]
-    try:
-        await asyncio.gather(*running)
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-
-# %% ../nbs/04_gateway.ipynb #136938c6
+# %% ../nbs/04_gateway.ipynb #dd120559
 async def _send(self, model: ChatModel, requests: list[ChatRequest], count: dict) -> list[ChatReply | Failure]:
     "Reserve, answer one group, settle."
     most = sum(model.most(request) for request in requests)
-    if most and self.spent + self.reserved + most > self.budget_usd:
-        raise StudyError(f"budget: {self.spent:.2f} USD spent and {self.reserved:.2f} in flight, the next call to {model.uri} "
-                         f"could pass {self.budget_usd:.2f}; raise `budget_usd`, finished calls are kept")
-    self.reserved += most
+    async with self.settled:  # calls in flight usually cost less than the most: wait for them before refusing
+        await self.settled.wait_for(lambda: not self.flying or self.spent + self.reserved + most <= self.budget_usd)
+        if most and self.spent + most > self.budget_usd:
+            raise StudyError(f"budget: {self.spent:.2f} USD are spent, the next call to {model.uri} could pass {self.budget_usd:.2f}; "
+                             "raise `budget_usd`, finished calls are kept")
+        self.reserved, self.flying = self.reserved + most, self.flying + 1
+    replies: list = []
     try:
         replies = await model.answer(requests)
     finally:
-        self.reserved -= most
+        async with self.settled:
+            self.flying -= 1
+            self.reserved = self.reserved - most if self.flying else 0.0
+            self._settle(model, replies, count)
+            self.settled.notify_all()
+    return replies
+
+
+def _settle(self, model: ChatModel, replies: list[ChatReply | Failure], count: dict) -> None:
+    "Count what came and what it cost."
     for reply in replies:
         count["calls"] += 1
-        if isinstance(reply, Failure):
-            count["failed"] += 1
-            continue
+        count["failed"] += isinstance(reply, Failure)
         count["prompt_tokens"] += reply.prompt_tokens
         count["completion_tokens"] += reply.completion_tokens
         count["usd"] += model.cost(reply)
         self.spent += model.cost(reply)
-    return replies
 
 
-Gateway._ask, Gateway._send = _ask, _send
+Gateway._ask, Gateway._send, Gateway._settle = _ask, _send, _settle
 
 
 def open_gateway(

@@ -62,7 +62,10 @@ class Principle:
 
 def principles() -> tuple[Principle, ...]:  # seven, in the order of the released columns
     "Read the principles from `principles.json`; keys and order are fixed by the released columns."
-    found = tuple(Principle(**entry) for entry in json.loads(prompt_text("principles.json")))
+    try:
+        found = tuple(Principle(**entry) for entry in json.loads(prompt_text("principles.json")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise StudyError(f"principles.json: expected a list of objects with key, name, description and criteria ({error})") from None
     if tuple(p.key for p in found) != PRINCIPLE_KEYS:
         raise StudyError(f"principles.json: found keys {[p.key for p in found]}, expected {list(PRINCIPLE_KEYS)} in this order")
     return found
@@ -117,6 +120,8 @@ def find_json(
         value = json.loads(text[start : end + 1])
     except json.JSONDecodeError as error:
         raise BadReply(f"broken JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadReply(f"broken JSON: {str(error)[:60]}") from None
     if not isinstance(value, dict):
         raise BadReply(f"the JSON is a {type(value).__name__}, expected an object")
     return value

@@ -51,17 +51,21 @@ def rate(
     import pandas as pd
 
     text = dict(zip(speeches.speech_id, speeches.speech))
-    groups = [(name, own) for name, own in responses.groupby("speech_id", sort=False) if len(own) == each_speech]
+    groups = [(name, own) for name, own in responses.groupby("speech_id", sort=False)]
+    short = [(name, len(own)) for name, own in groups if len(own) != each_speech]
+    groups = [(name, own) for name, own in groups if len(own) == each_speech]
     jobs = [(name, own, key, shown_order(each_speech, seed, name, key)) for name, own in groups for key in PRINCIPLE_KEYS]
     asked = [rating_request(key, text[name], [own.response.iloc[i] for i in order], max_tokens) for name, own, key, order in jobs]
-    rows, aside = [], []
+    rows = []
+    aside = [{"speech_id": name, "principle": key, "reason": f"the speech has {n} of {each_speech} responses", "raw": ""}
+             for name, n in short for key in PRINCIPLE_KEYS]
     for (name, own, key, order), reply in zip(jobs, gateway.ask(chat_model(rater), asked, "rating")):
         try:
             if isinstance(reply, Failure):
                 raise BadReply(reply.reason)
             found = parse_ratings(reply.text, each_speech)
         except BadReply as error:
-            aside.append({"speech_id": name, "principle": key, "reason": str(error), "raw": getattr(reply, "text", "") or reply.raw})
+            aside.append({"speech_id": name, "principle": key, "reason": str(error), "raw": reply.raw if isinstance(reply, Failure) else reply.text})
             continue
         rows += [{"speech_id": name, "model": own.model.iloc[i], "principle": key, "rating": found[place][0],
                   "rationale": found[place][1], "rater": rater, "position": place + 1}

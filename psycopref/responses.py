@@ -9,7 +9,7 @@ import random
 import typing
 from dataclasses import dataclass, field
 
-from .artifacts import Label, StageReader, StageWriter
+from .artifacts import SCHEMAS, Label, StageReader, StageWriter
 from .config import Run, StudyError, derived_seed, load_profile, paper_values, stage_settings, suggest
 from .gateway import ChatRequest, Failure, chat_model, open_gateway
 from .generation import Decoding
@@ -145,7 +145,7 @@ def respond(
                 continue
             rows[i] = {"speech_id": name, "model": member.name, "response": reply.text, "finish_reason": reply.finish_reason,
                        "n_tokens": reply.completion_tokens, "request_key": request.key(model.identity)}
-    return pd.DataFrame([rows[i] for i in sorted(rows)]), failures
+    return pd.DataFrame([rows[i] for i in sorted(rows)], columns=list(SCHEMAS["responses"])), failures
 
 # %% ../nbs/06_responses.ipynb #c9c6c768
 def pool_table(

@@ -71,12 +71,14 @@ def read_demo(
     path: Path,  # JSON lines with topic and speech
 ) -> typing.Iterator[RawSpeech]:
     "Read our demo corpus."
-    for row, line in enumerate(read_text(path).splitlines()):
+    for row, line in enumerate(read_text(path).rstrip("\n").split("\n")):
         try:
-            entry = json.loads(line)
-            yield RawSpeech(row, entry["speech"], (entry["topic"],))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise StudyError(f"{path}, line {row + 1}: expected a JSON object with topic and speech ({error})") from None
+            speech, topic = (json.loads(line)[key] for key in ("speech", "topic"))
+            if not (isinstance(speech, str) and isinstance(topic, str)):
+                raise TypeError(f"found {type(speech).__name__} and {type(topic).__name__}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{path}, line {row + 1}: expected a JSON object with topic and speech as text ({error})") from None
+        yield RawSpeech(row, speech, (topic,))
 
 
 def read_counsel_chat(
@@ -88,14 +90,14 @@ def read_counsel_chat(
     import pandas as pd
 
     try:
-        frame = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False, lineterminator=None)
+        frame = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False, index_col=False)
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-        raise StudyError(f"{path}: is no CSV table ({str(error)[:120]})") from None
+        raise StudyError(f"{path}: is no CSV table ({' '.join(str(error).split())[:120]})") from None
     topics = "topics" if "topics" in frame else "topic"
     missing = [column for column in ("questionID", "questionText", topics) if column not in frame]
     if missing:
         raise StudyError(f"{path}: columns {missing} are missing, found {list(frame.columns)[:8]}; expected counsel-chat's CSV")
-    for row, entry in frame.drop_duplicates("questionID").iterrows():
+    for row, entry in frame[~frame.questionID.duplicated() | (frame.questionID == "")].iterrows():
         yield RawSpeech(int(row), entry["questionText"], tuple(t.strip() for t in entry[topics].split(",") if t.strip()))
 
 
@@ -122,11 +124,10 @@ def clean(
     text: str,  # raw text, perhaps with HTML
 ) -> str:  # one line of plain text
     "Strip markup and control characters and normalise whitespace; idempotent."
-    for _ in range(8):  # entities can be escaped more than once; stop when nothing changes
+    before = None
+    while text != before:  # entities can be escaped more than once; each turn makes the text shorter or leaves it
         before, text = text, html.unescape(re.sub(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--)>", " ", text))
         text = re.sub(r"[\s\x00-\x1f\x7f\u200b\ufeff]+", " ", text).strip()
-        if text == before:
-            break
     return text
 
 
@@ -145,7 +146,9 @@ def collect(
     "Read, clean, filter and deduplicate speeches."
     import pandas as pd
 
-    kept, counts, seen = [], [], set()
+    kept, counts, seen, names = [], [], set(), [spec.partition("=")[0] for spec in specs]
+    if len(names) != len(set(names)):
+        raise StudyError(f"sources {names}: one is named twice, so their speech ids would meet; join its files into one")
     for source, path in map(open_source, specs):
         tally = dict.fromkeys(("rows", "empty", "too short", "too long", "duplicate", "kept"), 0)
         for raw in source.read(path):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -217,8 +218,7 @@ def _random_tiny() -> Weights:
     folder = install(cache_root() / "weights" / "random-tiny", make, {"label": label})
     return Weights("random-tiny", str(folder), label, read_json(folder / "manifest.json")["sha256"])
 
-# %% ../nbs/03_weights.ipynb #deddb45c
-@functools.cache
+# %% ../nbs/03_weights.ipynb #18c5be33
 def find_weights(
     name: str,  # a name of this notebook, a folder, or a hub id such as meta-llama/Llama-3.2-3B-Instruct
 ) -> Weights:  # where the weights are and what they are
@@ -232,13 +232,15 @@ def find_weights(
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise StudyError(f"weights {name!r}: the folder holds no .safetensors file; point at a saved transformers model")
-        return Weights(name, str(folder), folder.name, sha256_file(files[0]))
+        hashes = [sha256_file(file) for file in files]
+        return Weights(name, str(folder), folder.name, hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())
     if name.count("/") == 1 and not name.startswith((".", "~", "/")):
         return _from_hub(name)
     raise StudyError(f"weights {name!r}: no such folder and no known name. {suggest(name, [*WHEELS, 'random-tiny'])} "
                      "A hub id looks like owner/model.")
 
 
+@functools.cache
 def _from_hub(name: str) -> Weights:
     "Resolve a hub id to the commit that will be loaded."
     from huggingface_hub import HfApi
@@ -259,8 +261,11 @@ def pick_dtype(
     "Choose the dtype: bfloat16 on a GPU and on a processor with bf16 instructions, else float32."
     import torch
 
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+        if name not in known:
+            raise StudyError(f"dtype {name!r}: is not known. {suggest(name, ['auto', *known])}")
+        return known[name]
     fast = torch.cuda.is_available() or torch.backends.mps.is_available()
     fast = fast or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if fast else torch.float32
@@ -300,8 +305,12 @@ def load_causal_lm(
     dtype: str = "auto",  # auto, bfloat16 or float32
 ):  # transformers causal language model on the chosen device, in evaluation mode
     "Load a language model; remote code is never run."
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **_revision(weights))
+    try:
+        with _quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **_revision(weights))
+    except SafetensorError as error:
+        raise StudyError(f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again") from None
     return model.to(pick_device()).eval()

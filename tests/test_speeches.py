@@ -122,6 +122,13 @@ def test_every_row_is_kept_or_counted_and_the_order_of_rows_changes_no_text(tmp_
     assert counts_too.drop(columns="source").equals(counts.drop(columns="source"))
 
 
+@pytest.mark.parametrize("length, kept", [(99, False), (100, True), (101, True), (999, True), (1000, True), (1001, False)])
+def test_the_limits_of_length_are_part_of_the_range(tmp_path, length, kept):
+    rows = [("q0", long_text(0), "Stress"), ("q1", ("stairs " * 200)[: length - 1] + "!", "Stress")]
+    found, _ = collect([chat_csv(tmp_path / "a.csv", rows)])
+    assert ("counsel-chat-1" in found.speech_id.tolist()) == kept
+
+
 def test_ids_name_the_row_of_the_source(tmp_path):
     rows = [("q0", "short", "Stress"), ("q1", long_text(1), "Stress"), ("q1", long_text(1), "Stress"), ("q2", long_text(2), "Anxiety, Stress")]
     spec = chat_csv(tmp_path / "a.csv", rows)
