@@ -284,10 +284,11 @@ class StageWriter:
     settings: dict  # what the stage read from the profile
     inputs: list[Path] = field(default_factory=list)  # files it read
     facts: dict = field(default_factory=dict)  # models, raters, calls, cost, counts: whatever the receipt should say
+    started: float = field(default_factory=time.time)  # so make the writer before the work begins
 
     def begin(self) -> StageWriter:
         "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
-        self.started, self.tables, self.figures = time.time(), [], []
+        self.tables, self.figures = [], []
         if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
             os.replace(self.old, self.folder)
         origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))

@@ -287,15 +287,16 @@ def _read_completion(done) -> ChatReply | Failure:
     "Read a chat completion as it came; what is not one becomes a Failure with the raw text."
     raw = _without_keys(str(done))[:4000].encode("utf-8", "replace").decode()
     used = getattr(done, "usage", None)
-    tokens = (used.prompt_tokens or 0, used.completion_tokens or 0) if used else (0, 0)
-    if not getattr(done, "choices", None) or getattr(done.choices[0], "message", None) is None:
+    tokens = (getattr(used, "prompt_tokens", 0) or 0, getattr(used, "completion_tokens", 0) or 0)
+    try:
+        reason, text = done.choices[0].finish_reason, done.choices[0].message.content
+    except (AttributeError, TypeError, KeyError, IndexError):
         return Failure("the reply holds no choice with a message", raw, *tokens)
-    choice = done.choices[0]
-    if choice.finish_reason == "content_filter" or not choice.message.content:
-        return Failure(f"no text (finish_reason {choice.finish_reason})", raw, *tokens)
-    if not choice.message.content.isprintable() and choice.message.content.encode("utf-8", "ignore").decode() != choice.message.content:
-        return Failure("the text is not valid Unicode", raw, *tokens)
-    return ChatReply(choice.message.content, "length" if choice.finish_reason == "length" else "stop", *tokens)
+    if reason == "content_filter" or not text:
+        return Failure(f"no text (finish_reason {reason})", raw, *tokens)
+    if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:
+        return Failure("the text is no valid Unicode text", raw, *tokens)
+    return ChatReply(text, "length" if reason == "length" else "stop", *tokens)
 
 # %% ../nbs/04_gateway.ipynb #e7ee7f17
 def chat_model(
@@ -320,6 +321,7 @@ class ReplyCache:
         try:
             self.db.execute("PRAGMA journal_mode=WAL")
             self.db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+            self.db.execute("CREATE TABLE IF NOT EXISTS spending (model TEXT, usd REAL NOT NULL)")
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{self.path}: is no reply cache ({error}); move it away, replies will be asked for again") from None
 
@@ -337,9 +339,25 @@ class ReplyCache:
 
     def put(self, replies: dict[str, ChatReply]) -> None:
         "Keep replies, all or none."
-        with self.db:
-            rows = [(key, json.dumps(asdict(reply), ensure_ascii=False)) for key, reply in replies.items()]
-            self.db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
+        rows = [(key, json.dumps(asdict(reply), ensure_ascii=False)) for key, reply in replies.items()]
+        self._write("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
+
+    def spend(self, model: str, usd: float) -> None:
+        "Note what was spent, so that the stages of a run share one budget."
+        if usd:
+            self._write("INSERT INTO spending VALUES (?, ?)", [(model, usd)])
+
+    def spent(self) -> float:
+        "Return what the run has spent so far, in US dollars."
+        return self.db.execute("SELECT coalesce(sum(usd), 0) FROM spending").fetchone()[0]
+
+    def _write(self, statement: str, rows: list[tuple]) -> None:
+        "Write rows in one transaction."
+        try:
+            with self.db:
+                self.db.executemany(statement, rows)
+        except sqlite3.DatabaseError as error:
+            raise StudyError(f"{self.path}: can't be written ({error}); free some space or mend the file, and run again") from None
 
 # %% ../nbs/04_gateway.ipynb #2b3d470f
 @dataclass
@@ -417,11 +435,10 @@ async def _ask(self, model: ChatModel, requests: list[ChatRequest], name: str):
                 return
             try:
                 replies = await self._send(model, [requests[i] for i in group], count)
+                self.cache.put({keys[i]: reply for i, reply in zip(group, replies) if isinstance(reply, ChatReply)})
             except Exception as error:
                 errors.append(error)
                 return
-        good = {keys[i]: reply for i, reply in zip(group, replies) if isinstance(reply, ChatReply)}
-        self.cache.put(good)
         known.update({keys[i]: reply for i, reply in zip(group, replies)})
         next(bar, None)
 
@@ -451,20 +468,24 @@ async def _send(self, model: ChatModel, requests: list[ChatRequest], count: dict
         async with self.settled:
             self.flying -= 1
             self.reserved = self.reserved - most if self.flying else 0.0
-            self._settle(model, replies, count)
+            self._settle(model, requests, replies, count)
             self.settled.notify_all()
     return replies
 
 
-def _settle(self, model: ChatModel, replies: list[ChatReply | Failure], count: dict) -> None:
-    "Count what came and what it cost."
-    for reply in replies:
+def _settle(self, model: ChatModel, requests: list[ChatRequest], replies: list[ChatReply | Failure], count: dict) -> None:
+    "Count what came and what it cost; an answer that does not say how long it was is taken at its most."
+    for request, reply in zip(requests, replies):
+        usd = model.cost(reply)
+        if isinstance(reply, ChatReply) and not reply.prompt_tokens + reply.completion_tokens:
+            usd = model.most(request)
         count["calls"] += 1
         count["failed"] += isinstance(reply, Failure)
         count["prompt_tokens"] += reply.prompt_tokens
         count["completion_tokens"] += reply.completion_tokens
-        count["usd"] += model.cost(reply)
-        self.spent += model.cost(reply)
+        count["usd"] += usd
+        self.spent += usd
+        self.cache.spend(model.uri, usd)
 
 
 Gateway._ask, Gateway._send, Gateway._settle = _ask, _send, _settle
@@ -475,4 +496,5 @@ def open_gateway(
     budget_usd: float = 0.0,  # the most that may be spent
 ) -> Gateway:  # with the run's cache
     "Open the gateway of a run."
-    return Gateway(ReplyCache(run.outputs / "cache" / "replies.sqlite"), budget_usd)
+    cache = ReplyCache(run.outputs / "cache" / "replies.sqlite")
+    return Gateway(cache, budget_usd, cache.spent())

@@ -10,6 +10,7 @@ import html
 import json
 import re
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +91,10 @@ def read_counsel_chat(
     import pandas as pd
 
     try:
-        frame = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the head would lose their end
+            frame = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False, index_col=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise StudyError(f"{path}: is no CSV table ({' '.join(str(error).split())[:120]})") from None
     topics = "topics" if "topics" in frame else "topic"
     missing = [column for column in ("questionID", "questionText", topics) if column not in frame]

@@ -154,8 +154,10 @@ def test_length_is_kept_and_any_other_end_is_a_stop(server, gateway):
     assert [r.finish_reason for r in replies] == ["length", "stop", "stop"]
 
 
-def test_an_answer_without_usage_is_kept(server, gateway):
-    server.behave = lambda text, attempt: completion(usage=None)
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}], ids=["none", "empty", "nulls"])
+def test_an_answer_without_usage_is_kept(server, gateway, usage):
+    status, body = completion()
+    server.behave = lambda text, attempt: (status, body | {"usage": usage})
     assert gateway.ask(server.model(), [ask()]) == [ChatReply("fine", "stop", 0, 0)]
 
 
@@ -170,7 +172,8 @@ FAULTS = {
     "null choices": lambda: completion(choices=None), "filtered": lambda: completion("half", "content_filter"), "null content": lambda: completion(None),
     "empty content": lambda: completion(""), "null message": lambda: completion(choices=[{"index": 0, "finish_reason": "stop", "message": None}]),
     "broken JSON": lambda: (200, b'{"choices": [{"mess'), "empty body": lambda: (200, b""), "not an object": lambda: (200, b"[1]"),
-    "lone surrogate": lambda: completion("half a face \ud83d"),
+    "lone surrogate": lambda: completion("half a face \ud83d"), "choices no list": lambda: completion(choices={"message": "fine"}),
+    "text for a message": lambda: completion(choices=[{"index": 0, "finish_reason": "stop", "message": "fine"}]), "content in parts": lambda: completion([{"text": "fine"}]),
 }  # fmt: skip
 
 
@@ -206,8 +209,8 @@ def test_a_page_in_place_of_an_answer_is_one_line(server, gateway):
 
 def test_retries_are_bounded(server, gateway):
     server.behave = lambda text, attempt: error(500)
-    [reply] = gateway.ask(server.model(max_retries=2), [ask()])
-    assert isinstance(reply, Failure) and len(server.log) == 3
+    [reply] = gateway.ask(server.model(max_retries=3), [ask()])
+    assert isinstance(reply, Failure) and len(server.log) == 4
 
 
 def test_a_server_that_never_answers_is_a_failure(server, gateway):
@@ -336,6 +339,21 @@ def test_a_cache_damaged_further_in_is_one_line(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
     assert "replies.sqlite" in one_line(lambda: ReplyCache(path).get([str(n) for n in range(200)]))
+
+
+def test_a_disk_that_is_too_full_for_replies_is_one_line_and_keeps_what_fitted(gateway):
+    class Long(FreeModel):
+        uri = identity = label = "long"
+
+        async def answer(self, requests):
+            return [ChatReply("x" * 3000) for _ in requests]
+
+    asked, model = [ask(str(n)) for n in range(60)], Long()
+    gateway.cache.db.execute("PRAGMA max_page_count = 20")
+    message = one_line(lambda: gateway.ask(model, asked))
+    assert "replies.sqlite" in message and "full" in message
+    kept = again(gateway).cache.get([request.key("long") for request in asked])
+    assert 5 < len(kept) < 60 and all(reply == ChatReply("x" * 3000) for reply in kept.values())
 
 
 def test_a_run_has_one_cache(tmp_path):
@@ -480,6 +498,25 @@ def test_an_answer_without_text_costs_what_it_cost(server, tmp_path, finish_reas
     model.concurrency = 1
     one_line(lambda: gateway.ask(model, [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(20)]))
     assert len(server.log) == 4 and gateway.spent == pytest.approx(4 * 2.01)
+
+
+def test_a_paid_answer_without_counts_is_taken_at_its_most(server, tmp_path):
+    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 10.0)
+    server.behave = lambda text, attempt: completion(usage=None)
+    one_line(lambda: gateway.ask(priced(server), [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(20)]))
+    assert len(server.log) == 4, "nobody said what was spent, so it may have been all that was reserved"
+
+
+def test_the_stages_of_a_run_share_one_budget(server):
+    first = open_gateway(Run("example"), 10.0)
+    server.behave = lambda text, attempt: completion(usage=(1, 2))
+    first.ask(priced(server), [ask(letter, decoding=Decoding(max_tokens=2)) for letter in "ABC"])
+    assert first.spent == pytest.approx(3 * 2.01)
+    second = open_gateway(Run("example"), 10.0)
+    one_line(lambda: second.ask(priced(server), [ask(letter, decoding=Decoding(max_tokens=2)) for letter in "DEFG"]))
+    assert bill(server) <= 10.0, "each stage spent as if it were the first"
+    other = open_gateway(Run("another"), 10.0)
+    assert other.spent == 0 and isinstance(other.ask(priced(server), [ask("H", decoding=Decoding(max_tokens=2))])[0], ChatReply)
 
 
 def test_a_free_model_needs_no_budget(server, gateway):

@@ -187,6 +187,7 @@ BAD_CSV = {
     "empty": "", "only a head": "questionID,questionText,topics\n", "blank lines": "\n\n\n", "prose": "Dear reader,\nthis is no table.\n",
     "open quote": GOOD + 'q1,"never closed,Stress\n', "a longer row": GOOD + "q1,a,Stress,extra\n", "all rows longer": "questionID,questionText,topics\nq0,a,Stress,extra\n",
     "unknown topic": GOOD.replace("Stress", "Golf"), "no usable speech": GOOD.replace(long_text(0), "too short"),
+    "bare commas": GOOD.replace('"', "").replace("whatever", ", whatever"), "all rows longer, but usable": GOOD.replace("Stress", "Stress,extra"),
     "all empty": "questionID,questionText,topics\nq0,,Stress\n",
 }  # fmt: skip
 
