@@ -195,11 +195,11 @@ class Label:
 def format_cell(
     value,  # a number, text, or None for "not measured"
 ) -> str:  # what is printed
-    "Format one table cell: integers whole, reals with three significant decimals at most, missing as an em dash."
+    "Format one table cell: integers whole, percentages with one decimal, smaller reals with three, missing as an em dash."
     if value is None or (isinstance(value, float) and value != value):
         return "—"
     if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        return f"{value:.1f}" if abs(value) >= 10 or value == round(value, 1) else f"{value:.3f}"
     return str(value)
 
 
@@ -217,10 +217,11 @@ def _plain(frame) -> list[list]:
     return [list(row) for row in zip(*columns)]
 
 # %% ../nbs/01_artifacts.ipynb #2fdee82c
-TABLE_STYLE = ("<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:72rem;color:#1a1a1a}"
+TABLE_STYLE = ("<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:84rem;color:#1a1a1a}"
                "table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;"
                "text-align:left;vertical-align:top}thead th{border-bottom:2px solid #444}"
-               "caption,.label{color:#555;font-size:.82rem;text-align:left;margin:.3rem 0}</style>")
+               ".wide{font-size:.74rem}.wide th,.wide td{padding:.25rem .35rem}.wide td:nth-child(-n+2){white-space:nowrap}"
+               ".scroll{overflow-x:auto}caption,.label{color:#555;font-size:.82rem;text-align:left;margin:.3rem 0}</style>")
 
 
 def html_table(
@@ -232,7 +233,8 @@ def html_table(
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(format_cell(v))}</td>".replace("\n", "<br>") for v in row) + "</tr>"
                    for row in _plain(frame))
-    return (f"<h3>{html.escape(caption)}</h3><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    kind = " class='wide'" if frame.shape[1] > 10 else ""
+    return (f"<h3>{html.escape(caption)}</h3><div class='scroll'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
             f"<p class='label'>{html.escape(str(label))}</p>")
 
 

@@ -123,10 +123,10 @@ def table_2_row(
     "Summarise one policy in one setting."
     rates = win_rate_table(paper_verdicts(battles, seed), "coarse_topic", samples=samples).set_index("group")
     overall, wide = rates.loc["Overall"], battles.pivot(index="speech_id", columns="order", values="verdict").dropna()
-    topics = {node["short"]: float(rates.win_rate[slug]) if slug in rates.index else None for slug, node in coarse_topics().items()}
-    return {"setting": SETTINGS[setting], "model": policy, **topics, "Overall": float(overall.win_rate),
-            "95% interval": f"{overall.low:.1f} to {overall.high:.1f}", "swap-consistent": float(win_rate(consistent_verdicts(battles).verdict.to_numpy())),
-            "flips %": float(flip_rate(wide[ORDERS[0]].to_numpy(), wide[ORDERS[1]].to_numpy())), "length ratio": ratio, "n": int(overall.n)}
+    topics = {node["short"]: round(float(rates.win_rate[slug]), 1) if slug in rates.index else None for slug, node in coarse_topics().items()}
+    return {"setting": SETTINGS[setting], "model": policy, **topics, "Overall": round(float(overall.win_rate), 1),
+            "95% interval": f"{overall.low:.1f} to {overall.high:.1f}", "swap-consistent": round(float(win_rate(consistent_verdicts(battles).verdict.to_numpy())), 1),
+            "flips %": round(float(flip_rate(wide[ORDERS[0]].to_numpy(), wide[ORDERS[1]].to_numpy())), 1), "length ratio": round(ratio, 2), "n": int(overall.n)}
 
 
 SETTINGS = {"free": "w/o length constraint", "length": "w/ length constraint"}
@@ -139,7 +139,7 @@ def table_2(
     import pandas as pd
 
     shorts = {slug: node["short"] for slug, node in coarse_topics().items()} | {"overall": "Overall"}
-    published = [{"setting": f"paper: {SETTINGS[setting]}", "model": f"{model} (paper, against GPT-4o)", **{shorts[k]: v for k, v in rates.items()}, "n": 3291}
+    published = [{"setting": f"paper: {SETTINGS[setting]}", "model": f"{model}, against GPT-4o", **{shorts[k]: v for k, v in rates.items()}, "n": 3291}
                  for setting, models in paper_values()["table_2"].items() for model, rates in models.items()]
     frame = pd.DataFrame([*rows, *published], dtype=object)
     return frame.where(frame.notna(), None)

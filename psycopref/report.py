@@ -78,7 +78,7 @@ def headlines(
         for row in (row for row in battles if row["setting"] == setting):
             kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
             rows.append((f"win rate {setting}, %: {row['model']}", row["Overall"], row["95% interval"], published["table_2"][name]["Llama3-8B" + kind]["overall"]))
-    data = [{"result": what, "ours": ours, "95% interval": interval, "paper (Llama3-8B, GPT-4o)": theirs, "difference": ours - theirs}
+    data = [{"result": what, "ours": ours, "95% interval": interval, "paper (Llama3-8B, GPT-4o)": theirs, "difference": round(ours - theirs, 1 if "%" in what else 3)}
             for what, ours, interval, theirs in rows]
     counts = published["agreement"]
     for what, value in (("experts who agree with each other, of 200 pairs", counts["experts_agree"]), ("expert 1 with the labels, of 200", counts["expert_1_with_labels"]),

@@ -168,7 +168,7 @@ def score_row(
     chosen, rejected = scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy()
     found = pairwise_metrics(chosen, rejected, bins)
     low, high = _interval(chosen > rejected, scores.ID, samples)
-    return {"model": name, "kind": kind, "accuracy %": 100 * found["accuracy"], "95% interval": f"{100 * low:.1f} to {100 * high:.1f}",
+    return {"model": name, "kind": kind, "accuracy %": round(100 * found["accuracy"], 1), "95% interval": f"{100 * low:.1f} to {100 * high:.1f}",
             "AUC": found["auc"], "ECE": found["ece"] if calibrated else None, "Brier": found["brier"] if calibrated else None, "pairs": len(scores)}
 
 
@@ -184,7 +184,7 @@ def ranker_row(
 ) -> dict:  # one row of Table 1
     "Summarise a ranker; it gives no probability, so only accuracy."
     low, high = _interval(verdicts.correct, verdicts.ID, samples)
-    return {"model": f"{name} ({100 * (~verdicts.readable).mean():.0f}% unreadable)", "kind": "LLM as ranker", "accuracy %": 100 * verdicts.correct.mean(),
+    return {"model": f"{name} ({100 * (~verdicts.readable).mean():.0f}% unreadable)", "kind": "LLM as ranker", "accuracy %": round(100 * verdicts.correct.mean(), 1),
             "95% interval": f"{100 * low:.1f} to {100 * high:.1f}", "AUC": None, "ECE": None, "Brier": None, "pairs": verdicts.prefID.nunique()}
 
 # %% ../nbs/11_reward.ipynb #ff44ad0e
