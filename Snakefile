@@ -1,6 +1,8 @@
 # One rule for each stage of the package's stage list. `make reproduce` calls this; so can you:
 #   snakemake --cores 2 --config profile=demo run=mine overrides='{"reward.learning_rate": 1e-4}'
 import json
+import os
+import sys
 
 from psycopref.config import StudyError
 from psycopref.runner import stage_rules
@@ -11,6 +13,9 @@ OVERRIDES = config.get("overrides") or {}
 OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else dict(OVERRIDES)
 if config.get("sources"):
     OVERRIDES["speeches.sources"] = str(config["sources"]).split(",")
+
+if "budget_usd" in OVERRIDES:  # no setting of a stage: raising it must not redo what is finished
+    os.environ["BUDGET_USD"] = str(OVERRIDES.pop("budget_usd"))
 
 try:
     RULES = stage_rules(PROFILE, RUN, int(config.get("seed", 0)), OVERRIDES)

@@ -493,8 +493,8 @@ Gateway._ask, Gateway._send, Gateway._settle = _ask, _send, _settle
 
 def open_gateway(
     run,  # config.Run
-    budget_usd: float = 0.0,  # the most that may be spent
+    budget_usd: float = 0.0,  # the most that the run may spend; the environment's BUDGET_USD goes before
 ) -> Gateway:  # with the run's cache
-    "Open the gateway of a run."
+    "Open the gateway of a run; the budget is no setting of a stage, so that raising it redoes nothing."
     cache = ReplyCache(run.outputs / "cache" / "replies.sqlite")
-    return Gateway(cache, budget_usd, cache.spent())
+    return Gateway(cache, float(os.environ.get("BUDGET_USD", budget_usd)), cache.spent())

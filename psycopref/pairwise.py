@@ -243,10 +243,12 @@ def add_lora(
     model,  # transformers model
     lora: LoraSettings,  # rank 0 leaves the model as it is
     head: bool = False,  # True for reward models: train and save the score head too
+    seed: int = 0,  # of the adapters' start, so that it hangs on nothing that ran before
 ):  # the model, or a peft model around it
     "Add low-rank adapters in the model's own dtype."
     if not lora.rank:
         return model
+    import torch
     from peft import LoraConfig, get_peft_model
 
     layers = None
@@ -255,7 +257,9 @@ def add_lora(
         layers = list(range(max(0, n - lora.last_layers), n))
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(_LINEAR), layers_to_transform=layers,
                         modules_to_save=["score"] if head else None, task_type="SEQ_CLS" if head else "CAUSAL_LM")
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def common_arguments(

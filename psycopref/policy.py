@@ -68,7 +68,7 @@ def train_dpo(
     loss = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, nll_weight]) if nll_weight else {}
     arguments = common_arguments(settings, folder, seed, max_steps=steps, beta=settings.beta, precompute_ref_log_probs=True, **keep, **select, **loss)
     apart = load_causal_lm(reference or start, dtype) if reference or settings.lora.rank else None  # a plain model is the fastest reference
-    trainer = dpo_trainer()(model=add_lora(load_causal_lm(start, dtype), settings.lora), args=DPOConfig(**arguments), ref_model=apart,
+    trainer = dpo_trainer()(model=add_lora(load_causal_lm(start, dtype), settings.lora, seed=seed), args=DPOConfig(**arguments), ref_model=apart,
                             train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(dev) if select else None, processing_class=tokenizer)
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
     del apart

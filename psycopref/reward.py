@@ -78,7 +78,7 @@ def train_reward_model(
     from trl import RewardConfig
 
     tokenizer = load_tokenizer(weights)
-    model = add_lora(load_reward_model(weights.location, tokenizer, dtype, derived_seed(seed, "head")), settings.lora, head=True)
+    model = add_lora(load_reward_model(weights.location, tokenizer, dtype, derived_seed(seed, "head")), settings.lora, head=True, seed=derived_seed(seed, "adapters"))
     rows, long = reward_rows(pairs, tokenizer, settings.max_length)
     arguments = common_arguments(settings, folder / "scratch", seed, num_train_epochs=settings.epochs, save_strategy="no")
     trainer = reward_trainer()(model=model, args=RewardConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

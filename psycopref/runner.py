@@ -153,10 +153,10 @@ def told(
     seed: int,  # of the run
     overrides: dict,  # all overrides of the run
 ) -> dict:  # the notebook's parameters
-    "Give a stage its parameters, with those overrides that it reads."
+    "Give a stage its parameters, with those overrides that change what it reads."
     load_profile(profile, overrides)
-    own = {name: value for name, value in overrides.items()
-           if any(name == read or name.startswith(read + ".") or read.startswith(name + ".") for read in (*stage.reads, "budget_usd"))}
+    usual = stage_settings(load_profile(profile), stage.name)
+    own = {name: value for name, value in overrides.items() if stage_settings(load_profile(profile, {name: value}), stage.name) != usual}
     return {"PROFILE": profile, "RUN": run, "SEED": seed, "OVERRIDES": own}
 
 

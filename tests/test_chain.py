@@ -51,7 +51,7 @@ def receipt(copy, stage, name="tiny"):
 def test_every_stage_is_signed_and_inputs_are_what_upstream_signed(copy):
     for stage in STAGES:
         signed = receipt(copy, stage)
-        assert signed["stage"] == stage and signed["seed"] == 0 and signed["seconds"] > 0 and signed["versions"]["torch"]
+        assert signed["stage"] == stage and signed["seed"] == 0 and signed["seconds"] >= 0 and signed["versions"]["torch"]
         for path, digest in signed["inputs"].items():
             if path.startswith("outputs/") and not path.endswith("receipt.json"):
                 _, _, upstream, *rest = Path(path).parts

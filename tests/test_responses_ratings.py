@@ -123,8 +123,10 @@ def test_failures_are_listed_and_the_others_kept(gateway, monkeypatch):
     model = Scripted("x:1", lambda request: None if "stairs" in request.messages[-1]["content"] else "I hear you.")
     monkeypatch.setattr(responses, "chat_model", lambda uri: model if uri == "x:1" else chat_model(uri))
     pool = (Member("silent", "-", "x:1"), *TINY_POOL[:3])
-    frame, failures = respond(gateway, SPEECHES, assign_members(SPEECHES.speech_id, pool, 4, 0), 64, 0)
+    assigned = assign_members(SPEECHES.speech_id, pool, 4, 0)
+    frame, failures = respond(gateway, SPEECHES, assigned, 64, 0)
     assert failures == [{"speech_id": "b", "model": "silent", "reason": "no text", "raw": "raw reply"}]
+    assert list(zip(frame.speech_id, frame.model)) == [(n, m.name) for n, m in assigned if (n, m.name) != ("b", "silent")]
     assert frame.groupby("speech_id").size().to_dict() == {"a": 4, "b": 3, "c": 4}
     heard = frame[frame.model == "silent"]
     assert heard.finish_reason.eq("length").all() and heard.n_tokens.eq(5).all()

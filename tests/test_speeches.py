@@ -177,6 +177,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbfquestionID,questionText,topics\r\n" + f'q,"{long_text(1)}",Stress\r\n'.encode())
     assert len(collect([f"counsel-chat={path}"])[0]) == 1
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b"\xef\xbb\xbf" + json.dumps({"speech": long_text(1), "topic": "stress"}).encode() + b"\r\n")
+    assert len(collect([f"demo={lines}"])[0]) == 1
 
 
 # ---- bad sources ----
@@ -245,6 +248,12 @@ def test_a_topic_is_known_however_it_is_written(slug):
     for written in (slug, slug.upper(), slug.replace("-", " "), slug.replace("-", "_"), slug.replace("-and-", " & ").title(), f" {slug}! "):
         assert topic_slug(written) == slug, written
     assert topic_slug(slug + "x") is None
+
+
+@pytest.mark.parametrize("written, slug", [("Grief", "grief-and-loss"), ("Sleep", "sleep-improvement"), ("Alzheimer’s", "aging"), ("Career Counseling", "career"),
+                                           ("Legal & Regulatory", "legal-regulatory"), ("Children & Adolescents", "children-adolescents")])  # fmt: skip
+def test_other_names_of_topics_are_known(written, slug):
+    assert topic_slug(written) == slug
 
 
 def test_the_topics_of_counsel_chat_all_map(counsel_chat):
