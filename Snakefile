@@ -7,10 +7,24 @@ import sys
 from psycopref.config import StudyError
 from psycopref.runner import stage_rules
 
+
+
+def typed(value):
+    "Snakemake reads every leaf of a --config mapping as text; read numbers and lists as the JSON that they were."
+    if isinstance(value, dict):
+        return {name: typed(leaf) for name, leaf in value.items()}
+    if isinstance(value, list):
+        return [typed(leaf) for leaf in value]
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        return value
+
+
 PROFILE = config.get("profile", "demo")
 RUN = config.get("run") or PROFILE
 OVERRIDES = config.get("overrides") or {}
-OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else dict(OVERRIDES)
+OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else typed(dict(OVERRIDES))
 if config.get("sources"):
     OVERRIDES["speeches.sources"] = str(config["sources"]).split(",")
 

@@ -181,7 +181,7 @@ def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
     signed = {stage: sha256_file(copy / "outputs/tiny" / stage / "receipt.json") for stage in STAGES}
     assert "profile 'tyni' does not exist" in bad(copy, "psycopref", "run", "nbs/08_pairs.ipynb", "-p", "PROFILE=tyni")
     assert "no parameter 'PROFIL'" in bad(copy, "psycopref", "run", "nbs/08_pairs.ipynb", "-p", "PROFIL=tiny")
-    assert "reward.learning_rate" in psycopref(copy, "11_reward", "-o", "reward.learning_rte=1")
+    assert "no setting 'learning_rte'. Did you mean learning_rate?" in psycopref(copy, "11_reward", "-o", "reward.learning_rte=1")
     assert "expected float" in psycopref(copy, "11_reward", "-o", 'reward.learning_rate="fast"')
     assert "no such file" in psycopref(copy, "05_speeches", "-p", 'SOURCES=["counsel-chat=/nowhere.csv"]')
     (tmp_path / "chat.csv").write_text("a,b\n1,2\n")
