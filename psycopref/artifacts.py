@@ -27,7 +27,8 @@ from .config import Run, StudyError, project_root
 # %% auto #0
 __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'TABLE_STYLE', 'VERSIONED', 'PALETTE', 'clear_disk_errors', 'atomic_path', 'write_json',
            'read_json', 'sha256_file', 'write_rows', 'read_rows', 'Label', 'format_cell', 'markdown_table',
-           'html_table', 'latex_table', 'code_version', 'StageWriter', 'StageReader', 'progress', 'new_figure']
+           'html_table', 'latex_table', 'code_version', 'StageFiles', 'StageWriter', 'StageReader', 'progress',
+           'new_figure']
 
 # %% ../nbs/01_artifacts.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -275,38 +276,9 @@ def code_version() -> dict:  # commit, whether files were changed, package versi
     return {"commit": commit, "changed_files": bool(changed), "python": platform.python_version(),
             "platform": platform.platform(), "versions": versions}
 
-# %% ../nbs/01_artifacts.ipynb #ddf0f5f4
-@dataclass
-class StageWriter:
-    "Collect the files of one stage and sign them with a receipt."
-    run: Run  # whose outputs
-    name: str  # stage folder, e.g. 08_pairs
-    profile: str  # for labels and receipts
-    seed: int  # the run's seed
-    settings: dict  # what the stage read from the profile
-    inputs: list[Path] = field(default_factory=list)  # files it read
-    facts: dict = field(default_factory=dict)  # models, raters, calls, cost, counts: whatever the receipt should say
-    started: float = field(default_factory=time.time)  # so make the writer before the work begins
-
-    def begin(self) -> StageWriter:
-        "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
-        self.tables, self.figures = [], []
-        if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
-            os.replace(self.old, self.folder)
-        origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
-        mark = self.work / "scratch" / "origin.json"
-        if not mark.is_file() or read_json(mark) != origin:
-            shutil.rmtree(self.work, ignore_errors=True)
-            write_json(mark, origin)
-        for kind in ("tables", "figures"):
-            shutil.rmtree(self.work / kind, ignore_errors=True)
-        return self
-
-    def finish(self) -> None:
-        "Sign the stage and move it into place."
-        self._sign()
-
-    __enter__ = begin
+# %% ../nbs/01_artifacts.ipynb #6c03b72e
+class StageFiles:
+    "Say where a stage's files stand while it runs and afterwards, and write them."
 
     @property
     def folder(self) -> Path:
@@ -337,11 +309,44 @@ class StageWriter:
             partial.write_text(text, encoding="utf-8")
         return self.work / name
 
+# %% ../nbs/01_artifacts.ipynb #6f667a41
+@dataclass
+class StageWriter(StageFiles):
+    "Collect the files of one stage and sign them with a receipt."
+    run: Run  # whose outputs
+    name: str  # stage folder, e.g. 08_pairs
+    profile: str  # for labels and receipts
+    seed: int  # the run's seed
+    settings: dict  # what the stage read from the profile
+    inputs: list[Path] = field(default_factory=list)  # files it read
+    facts: dict = field(default_factory=dict)  # models, raters, calls, cost, counts: whatever the receipt should say
+    started: float = field(default_factory=time.time)  # so make the writer before the work begins
+
+    def begin(self) -> StageWriter:
+        "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
+        self.tables, self.figures = [], []
+        if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
+            os.replace(self.old, self.folder)
+        origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
+        mark = self.work / "scratch" / "origin.json"
+        if not mark.is_file() or read_json(mark) != origin:
+            shutil.rmtree(self.work, ignore_errors=True)
+            write_json(mark, origin)
+        for kind in ("tables", "figures"):
+            shutil.rmtree(self.work / kind, ignore_errors=True)
+        return self
+
+    def finish(self) -> None:
+        "Sign the stage and move it into place."
+        self._sign()
+
+    __enter__ = begin
+
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.finish()
 
-# %% ../nbs/01_artifacts.ipynb #6bd0c37f
+# %% ../nbs/01_artifacts.ipynb #d0051743
 def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> None:
     "Write table `number` as csv, md, tex, html and json; the json carries caption and label for the report."
     stem, folder = f"table_{number}_{slug}", self.work / "tables"
@@ -373,7 +378,7 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
 
 StageWriter.table, StageWriter.figure = _table, _figure
 
-# %% ../nbs/01_artifacts.ipynb #e966a34d
+# %% ../nbs/01_artifacts.ipynb #448ed3dd
 def _relative(path: Path) -> str:
     "Name a path relative to the project where that is possible."
     path = Path(path).resolve()
@@ -413,7 +418,7 @@ def _sign(self) -> None:
 
 StageWriter._sign = _sign
 
-# %% ../nbs/01_artifacts.ipynb #38752b11
+# %% ../nbs/01_artifacts.ipynb #9f55485e
 @dataclass(frozen=True)
 class StageReader:
     "Read the files of a finished stage; refuse what was not signed or was changed since."
@@ -452,7 +457,7 @@ class StageReader:
         "Read `<name>.json`."
         return read_json(self.path(f"{name}.json"))
 
-# %% ../nbs/01_artifacts.ipynb #0bb1f8f7
+# %% ../nbs/01_artifacts.ipynb #efb6b8dd
 def progress(
     items: typing.Iterable,  # what is worked through
     name: str,  # what is shown before the bar
@@ -470,7 +475,7 @@ def progress(
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
     return tqdm_auto(items, desc=name, total=total, unit=unit, disable=not seen, leave=False)
 
-# %% ../nbs/01_artifacts.ipynb #acd90f2f
+# %% ../nbs/01_artifacts.ipynb #b1495197
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito (2008)
 
 
