@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import tempfile
 import time
 import typing
 
