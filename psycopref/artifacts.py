@@ -324,7 +324,6 @@ class StageWriter(StageFiles):
 
     def begin(self) -> StageWriter:
         "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
-        self.tables, self.figures = [], []
         if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
             os.replace(self.old, self.folder)
         origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
@@ -358,7 +357,6 @@ def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> N
         page = f"<!doctype html><meta charset='utf-8'>{TABLE_STYLE}{html_table(frame, caption, label)}"
         (folder / f"{stem}.html").write_text(page, encoding="utf-8")
     write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
-    self.tables.append(stem)
 
 
 def _figure(self, number: str, slug: str, figure, caption: str, label: Label) -> None:
@@ -373,7 +371,6 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
         figure.savefig(folder / f"{stem}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
         figure.savefig(folder / f"{stem}.pdf", bbox_inches="tight", metadata={"CreationDate": None, "Producer": None})
     write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
-    self.figures.append(stem)
 
 
 StageWriter.table, StageWriter.figure = _table, _figure
