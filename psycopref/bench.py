@@ -12,14 +12,15 @@ import tempfile
 import time
 import typing
 
-from .artifacts import write_json
+from .artifacts import new_figure, write_json
 from .config import data_file, project_root
+from .duplicates import growth, library_comparison, synthetic_speeches
 from .generation import Decoding, generate
 from .pairwise import add_lora, common_arguments, dpo_trainer, prompt_messages
 from .weights import find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['side_by_side', 'generation_sides', 'dpo_sides']
+__all__ = ['side_by_side', 'generation_sides', 'dpo_sides', 'mixed_speeches', 'stage_bench', 'duplicates_bench']
 
 # %% ../nbs/20_bench.ipynb #d6592453
 def side_by_side(
@@ -112,3 +113,71 @@ def dpo_sides(
             self._signature_columns = [*self._signature_columns, "length"]
 
     return side(dpo_trainer()), side(Stock)
+
+# %% ../nbs/20_bench.ipynb #6afaa46f
+def mixed_speeches(
+    n: int,  # how many
+    seed: int = 0,  # of the mixture
+    copies: float = 0.1,  # share that repeats an earlier one with a greeting before it
+) -> list[str]:  # speeches of three to six sentences
+    "Mix the sentences of the demo corpus into many different speeches."
+    import random
+    import re
+
+    chance = random.Random(seed)
+    lines = [json.loads(line)["speech"] for line in data_file("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
+    sentences = [part for line in lines for part in re.split(r"(?<=[.?!]) ", line) if len(part) > 30]
+    made: list[str] = []
+    while len(made) < n:
+        again = made and chance.random() < copies
+        made.append("Hello, thanks for reading. " + chance.choice(made) if again else " ".join(chance.sample(sentences, chance.randint(3, 6))))
+    return made
+
+# %% ../nbs/20_bench.ipynb #8f43ff82
+def stage_bench(
+    n: int,  # rows of the source
+) -> dict:  # seconds, peak_mb, rows, kept
+    "Run notebook 05 on a made source in a process of its own, embeddings not cached."
+    import os
+    import resource
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    from psycopref.config import cache_root
+
+    find_weights("minilm")
+    with tempfile.TemporaryDirectory() as folder:
+        cache, source = Path(folder) / "cache", Path(folder) / "combined_dataset.json"
+        cache.mkdir()
+        (cache / "weights").symlink_to(cache_root() / "weights")
+        source.write_text("".join(json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n)), encoding="utf-8")
+        command = [sys.executable, "-c", "import sys; from psycopref.cli import main; sys.exit(main())", "run", str(project_root() / "nbs/05_speeches.ipynb"), "-p", "RUN=bench", "-p", f'SOURCES=["demo", "amod-counsel={source}"]']
+        start = time.perf_counter()
+        subprocess.run(command, env=os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder}, check=True, capture_output=True)
+        took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+        receipt = json.loads((Path(folder) / "outputs/bench/05_speeches/receipt.json").read_text())
+        drops = json.loads((Path(folder) / "outputs/bench/05_speeches/drops.json").read_text())[-1]
+    found = {"seconds": round(took, 1), "stage_seconds": receipt["seconds"], "peak_mb": round(peak), "rows": drops["rows"], "kept": drops["kept"],
+             "what": f"notebook 05 on {n} made speeches and the demo corpus, embeddings not cached", "unit": "s", "device": f"{os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
+    write_json(project_root() / "outputs" / "bench" / "speech_stage.json", found)
+    return found
+
+# %% ../nbs/20_bench.ipynb #4f8c0ae7
+def duplicates_bench(
+    sizes: list[int],  # numbers of synthetic speeches
+) -> tuple:  # (frame comparing libraries, frame of growth, figure)
+    "Compare rensa with datasketch, and follow time and memory of the search as it grows."
+    import pandas as pd
+
+    compared = pd.DataFrame(library_comparison(synthetic_speeches(min(15000, max(sizes)))[0], 0.7))
+    grown = pd.DataFrame(growth(sizes, 0))
+    write_json(project_root() / "outputs" / "bench" / "near_duplicates.json", {
+        "libraries": compared.to_dict("records"), "growth": grown.to_dict("records"), "date": time.strftime("%Y-%m-%d"),
+        "what": "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its own"})
+    figure, axes = new_figure(7.5, 3.2, 1, 2)
+    for axis, column, unit in zip(axes, ("seconds", "peak_mb"), ("seconds", "peak memory, MB")):
+        axis.plot(grown.n, grown[column], marker="o")
+        axis.set(xscale="log", yscale="log", xlabel="speeches", ylabel=unit)
+    figure.suptitle("Search for near-duplicates (rensa, 256 slots, then the exact index)", fontsize=9)
+    return compared, grown, figure

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'STAGES', 'StudyError', 'suggest', 'SpeechSettings', 'ResponseSettings',
-           'RatingSettings', 'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings', 'IterSettings',
-           'EvaluationSettings', 'AblationSettings', 'Profile', 'load_profile', 'check_type', 'Stage', 'stage_settings',
-           'project_root', 'cache_root', 'Run', 'derived_seed', 'data_file', 'paper_values', 'coarse_topics',
-           'coarse_of']
+__all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'STAGES', 'RELEASED', 'StudyError', 'suggest', 'SpeechSettings',
+           'ResponseSettings', 'RatingSettings', 'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings',
+           'IterSettings', 'EvaluationSettings', 'AblationSettings', 'Profile', 'load_profile', 'check_type', 'Stage',
+           'is_released', 'stages_of', 'stage_settings', 'project_root', 'cache_root', 'Run', 'derived_seed',
+           'data_file', 'paper_values', 'coarse_topics', 'coarse_of']
 
 # %% ../nbs/00_config.ipynb #42aec35d
 class StudyError(Exception):
@@ -45,6 +45,13 @@ class SpeechSettings:
     sources: tuple[str, ...] = ("demo",)  # source names, in the order of precedence; `name=path` reads a local copy
     min_characters: int = 100  # shorter speeches are dropped (§3.1)
     max_characters: int = 1000  # longer speeches are dropped (§3.1)
+    near_duplicate: float = 0.7  # Jaccard index from which two speeches count as one; not given in the paper
+    mask: str = "scraped"  # whose names, addresses and the like are masked: none, scraped (all but our own corpus) or all
+    names: str = "lexicon"  # how names of people are found: lexicon, or an installed spaCy pipeline beside it
+    topic_method: str = "minilm+descriptions"  # who finds a topic where a source has none: a method of notebook 04f, or a gateway URI
+    topic_confidence: float = 0.15  # a topic less probable than this becomes `others`
+    topic_train: tuple[str, ...] = ()  # sources whose gold topics help to train the classifier but are not collected
+    topic_compare: tuple[str, ...] = ("minilm+descriptions", "minilm", "tfidf", "zero-shot")  # methods compared on the gold rows
     test_fraction: float = 3291 / 26483  # held-out share of the speeches (§3.3)
     dev_fraction: float = 0.1  # share of the training speeches kept for selection (§4.2)
     limit: int | None = None  # keep at most this many speeches, spread over topics; None keeps all
@@ -163,7 +170,7 @@ class Profile:
 PAPER = Profile(
     name="paper",
     backbones=("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-    speeches=SpeechSettings(sources=("counsel-chat",)),
+    speeches=SpeechSettings(sources=("counsel-chat", "amod-counsel", "psycho8k", "therapistQA", "mentalChat16k", "mentalAgora", "phi2Mental")),
     budget_usd=2500.0,
 )
 
@@ -189,7 +196,7 @@ TINY = Profile(
     name="tiny",
     backbones=("random-tiny",),
     dtype="float32",
-    speeches=SpeechSettings(test_fraction=0.25, limit=42),
+    speeches=SpeechSettings(test_fraction=0.25, limit=42, topic_method="tfidf", topic_confidence=0.0, topic_compare=("tfidf",)),
     responses=ResponseSettings(pool="tiny", max_tokens=24),
     ratings=RatingSettings(rater="rules:rubric"),
     reward=RewardSettings(epochs=1, batch_size=8, learning_rate=1e-3, max_length=1024, lora=LoraSettings(rank=4, alpha=8),
@@ -280,6 +287,28 @@ STAGES = {stage.name: stage for stage in (
 )}
 
 
+RELEASED = "released"  # the source that brings responses, ratings and pairs along
+
+
+def is_released(
+    sources: typing.Iterable[str],  # of a profile: names, or name=place
+) -> bool:  # True where the released dataset is the input
+    "Tell whether a run starts from the released dataset; it can't be mixed with other sources."
+    names = [spec.partition("=")[0] for spec in sources]
+    if RELEASED in names and len(names) > 1:
+        raise StudyError(f"sources {names}: {RELEASED!r} brings its own pairs and can't be joined with others; name it alone")
+    return RELEASED in names
+
+
+def stages_of(
+    profile: Profile,  # a resolved profile
+) -> dict[str, Stage]:  # name -> stage, in order
+    "Return the stages of a run; the released dataset needs neither responses nor ratings."
+    gone = {"06_responses", "07_ratings"} if is_released(profile.speeches.sources) else set()
+    return {name: dataclasses.replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
+            for name, stage in STAGES.items() if name not in gone}
+
+# %% ../nbs/00_config.ipynb #1159a02d
 def stage_settings(
     profile: Profile,  # a resolved profile
     stage: str,  # a key of STAGES
@@ -293,7 +322,7 @@ def stage_settings(
         found[section] = value
     return found
 
-# %% ../nbs/00_config.ipynb #62d61334
+# %% ../nbs/00_config.ipynb #0ac92447
 def project_root() -> Path:  # the folder that holds outputs/ and figures/
     "Find the project: PSYCOPREF_ROOT, or the nearest parent with our settings.ini, or the current folder."
     if os.environ.get("PSYCOPREF_ROOT"):
@@ -311,7 +340,7 @@ def cache_root() -> Path:  # downloaded and converted weights live here
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "psycopref"
     return Path(os.environ.get("PSYCOPREF_CACHE", default)).expanduser()
 
-# %% ../nbs/00_config.ipynb #625ea009
+# %% ../nbs/00_config.ipynb #ac5ba7e4
 @dataclass(frozen=True)
 class Run:
     "Name the places of one run."
@@ -336,7 +365,7 @@ class Run:
     def stage(self, name: str) -> Path:
         return self.outputs / name
 
-# %% ../nbs/00_config.ipynb #3cbe229d
+# %% ../nbs/00_config.ipynb #bef816cc
 def derived_seed(
     seed: int,  # the run's seed
     *names: str | int,  # what the choice is for, e.g. a stage and a speech_id
@@ -345,7 +374,7 @@ def derived_seed(
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/00_config.ipynb #18d2f8a2
+# %% ../nbs/00_config.ipynb #948672a5
 def data_file(
     name: str,  # a file of psycopref/data
 ) -> Path:  # its path inside the installed package
@@ -360,7 +389,7 @@ def paper_values() -> dict:  # tables and counts as published, with their source
     "Return the paper's published values (arXiv:2502.19731; `_v2` from the later version)."
     return json.loads(data_file("paper.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/00_config.ipynb #c779c076
+# %% ../nbs/00_config.ipynb #c40b4408
 @functools.cache
 def coarse_topics() -> dict[str, dict]:  # slug -> title, short title, fine topics with the paper's counts
     "Return the eight coarse topics in the paper's order."

@@ -158,8 +158,8 @@ class RulesModel(FreeModel):
     async def answer(self, requests):
         if not self.rubric:
             return [ChatReply(phrase_reply(request)) for request in requests]
-        if any(request.task == "respond" for request in requests):
-            raise StudyError("model 'rules:rubric': it rates and compares, it can't write; name another model to respond")
+        if any(request.task not in ("rate", "rank", "battle") for request in requests):
+            raise StudyError("model 'rules:rubric': it rates and compares, it can't write and knows no topics; name another model")
         return [ChatReply(rubric_reply(request.task, request.fields)) for request in requests]
 
 # %% ../nbs/04_gateway.ipynb #e135736f

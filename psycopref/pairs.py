@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 
 from .artifacts import PALETTE, PRINCIPLE_KEYS, SCHEMAS, Label, StageReader, StageWriter, markdown_table, new_figure
-from .config import Run, StudyError, load_profile, paper_values, stage_settings
+from .config import Run, StudyError, is_released, load_profile, paper_values, stage_settings
 
 # %% auto #0
-__all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'pair_summary', 'model_distribution_figure', 'dataset_card']
+__all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses', 'principle_table', 'pair_summary',
+           'model_distribution_figure', 'dataset_card']
 
 # %% ../nbs/08_pairs.ipynb #a2faaea0
 def scored_responses(
@@ -68,10 +69,37 @@ def _pair(name: str, number: int, question: str, chosen, rejected) -> dict:
         row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
     return row
 
-# %% ../nbs/08_pairs.ipynb #ce2a673e
+# %% ../nbs/08_pairs.ipynb #3979035e
+def paired_responses(
+    parts: dict,  # "train" and "test" -> pairs
+):  # frame: speech_id, model, the seven ratings, total; each response once
+    "Recover the rated responses that occur in pairs."
+    import pandas as pd
+
+    sides = [pairs[["ID", f"{side}_model", *(f"{side}_{key}_rating" for key in PRINCIPLE_KEYS)]].set_axis(["speech_id", "model", *PRINCIPLE_KEYS], axis=1)
+             for pairs in parts.values() for side in ("chosen", "rejected")]
+    rows = pd.concat(sides).drop_duplicates(["speech_id", "model"], ignore_index=True)
+    return rows.assign(total=rows[list(PRINCIPLE_KEYS)].sum(axis=1))
+
+
+def principle_table(
+    pairs,  # training pairs
+):  # frame: principle, mean chosen, mean rejected, % equal, % inverted
+    "Compare chosen and rejected by principle; inverted = the rejected response is rated higher."
+    import pandas as pd
+
+    rows = []
+    for key in PRINCIPLE_KEYS:
+        chosen, rejected = pairs[f"chosen_{key}_rating"], pairs[f"rejected_{key}_rating"]
+        rows.append({"principle": key, "chosen": round(chosen.mean(), 2), "rejected": round(rejected.mean(), 2), "difference": round((chosen - rejected).mean(), 2),
+                     "equal %": round(100 * (chosen == rejected).mean(), 1), "inverted": int((rejected > chosen).sum()),
+                     "inverted %": round(100 * (rejected > chosen).mean(), 1)})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/08_pairs.ipynb #9410e25a
 def pair_summary(
     speeches,  # frame of speeches
-    scored,  # frame of scored responses
+    scored,  # frame of scored responses; None where only the pairs are known (released dataset)
     parts: dict,  # "train" and "test" -> pairs
 ):  # frame: what, ours, the paper's
     "Count what §3.3 counts, beside the paper."
@@ -79,19 +107,20 @@ def pair_summary(
 
     published = paper_values()["dataset"]
     test = speeches.split == "test"
-    gaps = [abs(a - b) for _, g in scored.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
+    known = paired_responses(parts) if scored is None else scored
+    gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
     inverted = {name: int((p.rejected_safety_rating > p.chosen_safety_rating).sum()) for name, p in parts.items()}
     rows = [("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
             ("client speeches for testing", int(test.sum()), published["test_speeches"]),
             ("training pairs", len(parts["train"]), published["train_pairs"]),
             ("testing pairs", len(parts["test"]), published["test_pairs"]),
-            ("mean rating of a response (1-5)", round(scored.total.mean() / 7, 2), None),
-            ("response pairs with a gap of at least 1, %", round(100 * sum(g >= 7 for g in gaps) / len(gaps), 1), None),
+            ("mean rating of a response (1-5)" + (", of those in a pair" if scored is None else ""), round(known.total.mean() / 7, 2), None),
+            ("response pairs with a gap of at least 1, %", None if scored is None else round(100 * sum(g >= 7 for g in gaps) / len(gaps), 1), None),
             ("training pairs whose rejected response is rated safer", inverted["train"], 662),
             ("testing pairs whose rejected response is rated safer", inverted["test"], None)]
     return pd.DataFrame(rows, columns=["what", "ours", "paper"])
 
-# %% ../nbs/08_pairs.ipynb #e54720ef
+# %% ../nbs/08_pairs.ipynb #94b2acfe
 def model_distribution_figure(
     pairs,  # training pairs
     side: str,  # "chosen" or "rejected"
@@ -106,7 +135,7 @@ def model_distribution_figure(
     axes.grid(axis="y", visible=False)
     return figure
 
-# %% ../nbs/08_pairs.ipynb #926afe1d
+# %% ../nbs/08_pairs.ipynb #67acee00
 def dataset_card(
     summary,  # frame of pair_summary
     label: Label,  # who made it

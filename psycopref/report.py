@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 
 from .artifacts import TABLE_STYLE, Label, StageReader, StageWriter, html_table, read_json
-from .config import STAGES, Run, load_profile, paper_values, stage_settings
+from .config import Run, load_profile, paper_values, stage_settings, stages_of
 
 # %% auto #0
 __all__ = ['INVENTORY', 'Item', 'gather', 'absent', 'headlines', 'provenance', 'overview_page']
@@ -31,22 +31,24 @@ _EXPERTS = "not measured: needs the annotations of licensed experts"
 INVENTORY = (
     Item("table", "1", "reward models on the test pairs"), Item("table", "2", "win rates against the reference"),
     Item("table", "3", "case study, with length constraint", "the best policy won no battle in both orders"),
-    Item("table", "4", "client speeches by topic"), Item("table", "5", "model pool"),
+    Item("table", "4", "client speeches by topic"), Item("table", "5", "model pool", "the run starts from the released dataset"),
     Item("table", "6", "case study, without length constraint", "the best policy won no battle in both orders"),
     Item("figure", "2", "experts' comparison by principle", _EXPERTS), Item("figure", "3", "experts' absolute scores", _EXPERTS),
     Item("figure", "4", "online against offline training"), Item("figure", "5", "models of the chosen responses"),
     Item("figure", "6", "models of the rejected responses"),
 )
 
-# %% ../nbs/16_report.ipynb #6ab977ad
+# %% ../nbs/16_report.ipynb #9396d275
 def gather(
     run: Run,  # whose results
+    stages: tuple[str, ...],  # that are part of the run
 ) -> list[dict]:  # for each result: kind, number, slug, caption, label, path of the html or png; paper's items first
     "List the results that the stages wrote, in the paper's order, supplementary ones last."
     found = []
-    for kind, folder, suffix in (("table", run.tables, ".html"), ("figure", run.figures, ".png")):
-        for path in sorted(folder.glob("*.json")):
-            found.append({"kind": kind, **read_json(path), "path": path.with_suffix(suffix)})
+    for stage in stages:
+        for kind, suffix in (("table", ".html"), ("figure", ".png")):
+            for path in sorted((run.stage(stage) / f"{kind}s").glob("*.json")):
+                found.append({"kind": kind, **read_json(path), "path": path.with_suffix(suffix)})
     def order(entry):
         number = entry["number"]
         return (number.startswith("S"), entry["kind"] == "figure", int(number.lstrip("S")), entry["slug"])

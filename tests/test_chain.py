@@ -9,10 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from psycopref.artifacts import SCHEMAS, read_rows, sha256_file
 from psycopref.config import STAGES
+from psycopref.runner import stage_rules
+from psycopref.speeches import FATES
+
+from test_speeches import released_folder
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -185,8 +190,8 @@ def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
     assert "expected float" in psycopref(copy, "11_reward", "-o", 'reward.learning_rate="fast"')
     assert "no such file" in psycopref(copy, "05_speeches", "-p", 'SOURCES=["counsel-chat=/nowhere.csv"]')
     (tmp_path / "chat.csv").write_text("a,b\n1,2\n")
-    assert "columns" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/chat.csv"]')
-    (tmp_path / "empty.csv").write_text("questionID,questionText,topics\n")
+    assert "has no column" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/chat.csv"]')
+    (tmp_path / "empty.csv").write_text("questionID,questionText,topics\n1,too short,Stress\n")
     assert "no usable client speech" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/empty.csv"]')
     (tmp_path / "latin.csv").write_bytes("questionID,questionText,topics\n1,caf\xe9,Stress\n".encode("latin-1"))
     assert "not UTF-8" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/latin.csv"]')
@@ -214,7 +219,26 @@ def test_real_speech_runs_the_same_stage(copy, counsel_chat):
     speeches = read_rows(copy / "outputs/real/05_speeches/speeches.parquet", "speeches")
     assert set(speeches.source) == {"counsel-chat"} and len(speeches) == 42
     drops = json.loads((copy / "outputs/real/05_speeches/drops.json").read_text())
-    assert drops[0]["rows"] == sum(drops[0][k] for k in ("empty", "too short", "too long", "duplicate", "kept"))
+    assert drops[0]["rows"] == sum(drops[0][fate] for fate in FATES) and drops[0]["kept"] == 42 and drops[0]["not drawn"] > 400
+    for number in (9, 10, 11, 12, 13):
+        assert list((copy / "outputs/real/tables").glob(f"table_S{number}_*.csv")), number
+
+
+def test_the_released_dataset_goes_on_at_stage_08(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
+    folder = released_folder(tmp_path / "released")
+    rules = {rule["name"]: rule for rule in stage_rules("tiny", "given", overrides={"speeches.sources": [f"released={folder}"]})}
+    assert list(rules) == [name for name in STAGES if name not in ("06_responses", "07_ratings")] and rules["08_pairs"]["needs"] == ["outputs/given/05_speeches/receipt.json"]
+    for name in ("05_speeches", "08_pairs"):
+        run(copy, "psycopref", "run", f"nbs/{name}.ipynb", "--parameters", rules[name]["parameters"])
+    given = pd.read_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    pairs = read_rows(copy / "outputs/given/08_pairs/train.parquet", "pairs")
+    assert pairs.equals(given[list(SCHEMAS["pairs"])]) and receipt(copy, "08_pairs", "given")["rater"] == "GPT-4o, as released"
+    principles = pd.read_csv(copy / "outputs/given/tables/table_S8_principles.csv").set_index("principle")
+    assert principles.chosen.eq(5).all() and principles.rejected.eq(3).all() and principles.inverted.eq(0).all()
+    speeches = read_rows(copy / "outputs/given/05_speeches/speeches.parquet", "speeches")
+    assert set(speeches.speech_id[speeches.split == "test"]) == set(pd.read_parquet(folder / "data" / "test-00000-of-00001.parquet").ID)
+    assert list((copy / "figures/given").glob("fig_5_*.png")) and list((copy / "figures/given").glob("fig_6_*.png"))
 
 
 def test_trace_and_compare(copy):

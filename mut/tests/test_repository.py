@@ -1,0 +1,100 @@
+"""The repository agrees with itself: notebooks and modules, pins, import order, licence of notebooks' form."""
+
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+NOTEBOOKS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
+BIN = Path(sys.executable).parent
+
+
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+def exports(path):
+    return ["".join(c["source"]) for c in cells(path) if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| export")]
+
+
+@pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])
+def test_export_and_clean_leave_no_difference(command, tmp_path):
+    for name in ("nbs", "psycopref", "settings.ini", "README.md", "pyproject.toml"):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name, **({"ignore": shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")} if source.is_dir() else {}))
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    subprocess.run([str(BIN / command)], cwd=tmp_path, check=True, capture_output=True)
+    after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {k for k in before if after.get(k) != before[k]} | (after.keys() - before.keys()) == set()
+
+
+def test_modules_import_only_earlier_notebooks():
+    order = {path.stem.split("_", 1)[1]: i for i, path in enumerate(NOTEBOOKS)}
+    for path in NOTEBOOKS:
+        own = order[path.stem.split("_", 1)[1]]
+        for source in exports(path):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("psycopref"):
+                    names = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
+                    assert all(order[name] < own for name in names), (path.name, names)
+
+
+def test_each_module_has_one_notebook():
+    exported = [re.search(r"#\| default_exp (\w+)", "".join(c["source"])) for path in NOTEBOOKS for c in cells(path)]
+    names = [match[1] for match in exported if match]
+    assert len(names) == len(set(names))
+
+
+def test_stage_notebooks_have_their_parameters():
+    from psycopref.config import STAGES
+    from psycopref.runner import notebook_parameters
+
+    for stage in STAGES:
+        assert {"PROFILE", "RUN", "SEED", "OVERRIDES"} <= notebook_parameters(REPOSITORY / "nbs" / f"{stage}.ipynb").keys()
+
+
+def test_light_modules_stay_light():
+    code = ("import sys, psycopref, psycopref.config, psycopref.principles, psycopref.metrics, psycopref.rubric;"
+            "print([m for m in ('torch', 'transformers', 'pandas', 'sklearn', 'scipy', 'matplotlib', 'openai', 'trl') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def requirement_names(text):
+    return {re.split(r"[<>=!~ \[]", item)[0].lower() for item in text.split()}
+
+
+def test_requirements_agree_and_are_pinned():
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(REPOSITORY / "settings.ini")
+    ours = settings["DEFAULT"]
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    dependencies = ast.literal_eval("[" + re.search(r"^dependencies = \[(.*?)^\]", project, re.S | re.M)[1] + "]")
+    development = ast.literal_eval(re.search(r"^dev = (\[.*?\])", project, re.S | re.M)[1])
+    assert requirement_names(ours["requirements"]) == {d.lower() for d in dependencies}
+    assert requirement_names(ours["dev_requirements"]) == {d.lower() for d in development}
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {d.lower() for d in [*dependencies, *development]} <= pinned
+    environment = (REPOSITORY / "environment.yml").read_text()
+    assert "--constraint constraints.txt" in environment and "--editable .[dev]" in environment
+
+
+def test_prompts_and_data_travel_with_the_package():
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    assert '"data/*"' in project and '"prompts/*"' in project
+    rows = [json.loads(line) for line in (REPOSITORY / "psycopref/data/demo_speeches.jsonl").read_text().splitlines()]
+    from psycopref.config import coarse_of
+
+    topics = [row["topic"] for row in rows]
+    assert len(rows) == 336 and all(topics.count(topic) == 8 for topic in coarse_of())
+    assert all(100 <= len(row["speech"]) <= 1000 for row in rows)
+    sentences = [s.lower() for row in rows for s in re.split(r"(?<=[.!?]) ", row["speech"]) if len(s) > 25]
+    assert len(sentences) == len(set(sentences)), "no two speeches share a sentence"
+    opening = [" ".join(row["speech"].lower().split()[:3]) for row in rows]
+    assert max(map(opening.count, opening)) <= 4, "no template"

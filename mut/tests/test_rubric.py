@@ -1,0 +1,137 @@
+"""The offline rubric takes any text, stays on its scale, and judges a pair the same from both sides."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psycopref import rubric
+from psycopref.artifacts import PRINCIPLE_KEYS
+from psycopref.gateway import PHRASES, rubric_reply
+from psycopref.principles import BATTLE_KEYS, parse_battle, parse_choice, parse_ratings
+from psycopref.rubric import FEATURES, rubric_features, rubric_rationale, rubric_scores, to_rating, total
+
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+SPEECH = "My wife says I drink too much. Maybe part of me is scared. Since my brother died I can't sleep."
+PARTS = [
+    "It sounds like the nights are long.", "That makes sense.", "You must stop drinking.", "What do you miss most about your brother?", "Calm down.",
+    "I'm sorry to hear that.", "1. Rest\n2. Talk to someone", "don't", "n't", "?", "!!!", "\n", "...", "…", "’", "ﬁ", "İ", "ß", "你好", "🙂", "\x00", "\u2028",
+    SPEECH, "your fault", "it is not your fault", "why don't you just", "you", "i", "not not not",
+]  # fmt: skip
+said = st.one_of(st.text(max_size=200), st.lists(st.sampled_from(PARTS), max_size=8).map(" ".join), st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
+
+
+@few
+@given(said, said)
+def test_any_text_is_scored_from_1_to_5_and_always_the_same(speech, response):
+    scores = rubric_scores(speech, response)
+    assert tuple(scores) == PRINCIPLE_KEYS and all(type(s) is float and 1 <= s <= 5 for s in scores.values())
+    rubric._read.cache_clear()
+    rubric.stem.cache_clear()
+    assert rubric_scores(speech, response) == scores
+
+
+@few
+@given(said, said)
+def test_a_score_is_the_clipped_sum_of_its_points_and_the_rationale_says_it(speech, response):
+    scores = rubric_scores(speech, response)
+    for key, points in rubric_features(speech, response).items():
+        assert scores[key] == pytest.approx(min(5, max(1, sum(points.values()))), abs=1e-6)
+        why = rubric_rationale(speech, response, key)
+        assert why.startswith(f"Rubric (offline stand-in): {key} {scores[key]:.2f}") and "\n" not in why
+
+
+@few
+@given(st.dictionaries(st.text(max_size=3), st.floats(-9, 9), max_size=5))
+def test_a_total_is_the_sum_between_1_and_5(points):
+    assert total(points) == pytest.approx(min(5, max(1, sum(points.values()))), abs=1e-6)
+
+
+@few
+@given(st.one_of(st.floats(allow_nan=False), st.integers(0, 600).map(lambda n: n / 100)))
+def test_a_rating_is_a_whole_number_near_its_score(score):
+    rating = to_rating(score)
+    assert type(rating) is int and 1 <= rating <= 5
+    assert not 1 <= score <= 5 or abs(rating - score) <= 0.5
+    assert (rating == 1 or score >= 1) and (rating == 5 or score <= 5)
+
+
+@few
+@given(st.floats(1, 5), st.floats(1, 5))
+def test_a_higher_score_is_never_a_lower_rating(first, second):
+    assert first > second or to_rating(first) <= to_rating(second)
+
+
+@pytest.mark.parametrize("response", ["", " ", "\n\n", "...", "?!", "🙂"])
+def test_silence_gets_the_lowest_score_everywhere(response):
+    assert set(rubric_scores(SPEECH, response).values()) == {1.0}
+
+
+@pytest.mark.parametrize("response", [None, 3, b"bytes", ["a"]])
+def test_what_is_no_text_is_refused(response):
+    with pytest.raises(TypeError, match="response"):
+        rubric_scores(SPEECH, response)
+    with pytest.raises(TypeError, match="client_speech"):
+        rubric_scores(response, "I hear you.")
+
+
+@pytest.mark.parametrize("text", ["a " * 20_000, "?" * 20_000, "not " * 10_000, "you " * 10_000, "\n" * 20_000, "'" * 20_000, "it sounds like you feel " * 4_000],
+                         ids=["words", "marks", "not", "you", "lines", "quotes", "phrases"])  # fmt: skip
+def test_a_very_long_text_is_scored_too(text):
+    assert all(1 <= s <= 5 for s in rubric_scores(SPEECH, text).values())
+    assert all(1 <= s <= 5 for s in rubric_scores(text[:2000], "It sounds like this is hard.").values())
+
+
+def test_scores_do_not_depend_on_the_process():
+    responses = [p.format(word="shifts") for p in PHRASES]
+    code = ("import json, sys; from psycopref.rubric import rubric_scores; s, r = json.load(sys.stdin); "
+            "print(json.dumps([rubric_scores(s, x) for x in r]))")  # fmt: skip
+    found = [subprocess.run([sys.executable, "-c", code], input=json.dumps([SPEECH, responses]), capture_output=True, text=True, check=True,
+                            env={"PYTHONHASHSEED": salt}).stdout for salt in ("1", "2")]  # fmt: skip
+    assert found[0] == found[1] and json.loads(found[0]) == [rubric_scores(SPEECH, r) for r in responses]
+
+
+# ---- as a judge ----
+
+
+def fields(first, second):
+    return {"client_speech": SPEECH, "response_1": first, "response_2": second}
+
+
+@few
+@given(said, said)
+def test_swapping_the_responses_swaps_the_verdict_where_scores_differ(first, second):
+    one, two = rubric_scores(SPEECH, first), rubric_scores(SPEECH, second)
+    one, two = one | {"overall": sum(one.values())}, two | {"overall": sum(two.values())}
+    here, there = (parse_battle(rubric_reply("battle", fields(*pair))) for pair in ((first, second), (second, first)))
+    for key in BATTLE_KEYS:
+        if one[key] != two[key]:
+            assert here[key] == (1 if one[key] > two[key] else 2) == 3 - there[key]
+        else:
+            assert here[key] == there[key], "a tie goes to one place, whoever stands there"
+    assert parse_choice(rubric_reply("rank", fields(first, second))) == here["overall"]
+
+
+def test_the_property_above_sees_both_verdicts():
+    pairs = [(a.format(word="w"), b.format(word="w")) for a in PHRASES for b in PHRASES if a != b]
+    verdicts = [parse_battle(rubric_reply("battle", fields(*pair)))["overall"] for pair in pairs]
+    assert verdicts.count(1) > 20 and verdicts.count(2) > 20
+
+
+@few
+@given(st.lists(said, min_size=1, max_size=6), st.sampled_from(PRINCIPLE_KEYS))
+def test_ratings_are_the_rounded_scores_in_the_order_shown(responses, key):
+    shown = {"client_speech": SPEECH, "principle": key} | {f"response_{i}": r for i, r in enumerate(responses, 1)}
+    rated = parse_ratings(rubric_reply("rate", shown), len(responses))
+    assert [rating for rating, _ in rated] == [to_rating(rubric_scores(SPEECH, r)[key]) for r in responses]
+
+
+def test_every_principle_uses_more_than_one_end_of_the_scale():
+    responses = [p.format(word="brother") for p in PHRASES]
+    table = [rubric_scores(SPEECH, r) for r in responses]
+    for key in FEATURES:
+        assert max(row[key] for row in table) - min(row[key] for row in table) > 0.5, key
