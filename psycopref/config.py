@@ -69,8 +69,10 @@ class ResponseSettings:
 class RatingSettings:
     "Ratings on the seven principles (§3.3)."
     rater: str = "openai:gpt-4o-2024-08-06"  # gateway URI of the rater (§3.3: GPT-4o; the snapshot is ours)
-    max_tokens: int = 1024  # longest reply in tokens
-    coverage: float = 0.98  # the stage fails if fewer of its calls gave a valid rating
+    mode: str = "principle"  # principle = a call for each principle (§3.3); speech = all seven principles in one call
+    max_tokens: int = 1024  # longest reply in tokens, for each principle that a call asks for
+    coverage: float = 0.98  # the stage fails if a smaller share of speeches × principles has valid ratings
+    compare_mode_speeches: int = 0  # rate this many speeches in the other mode too, for Table S14; 0 = no comparison
 
 
 @dataclass(frozen=True)

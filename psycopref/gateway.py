@@ -9,9 +9,12 @@ import asyncio
 import hashlib
 import inspect
 import json
+import math
 import os
 import sqlite3
+import statistics
 import threading
+import time
 import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +28,8 @@ from .weights import find_weights, load_causal_lm, load_tokenizer, pick_dtype
 
 # %% auto #0
 __all__ = ['PHRASES', 'ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel', 'rubric_reply', 'phrase_reply',
-           'RulesModel', 'render_chat', 'LocalModel', 'prices', 'OpenAIModel', 'chat_model', 'ReplyCache', 'Gateway',
-           'run_async', 'open_gateway']
+           'RulesModel', 'render_chat', 'LocalModel', 'Pace', 'prices', 'OpenAIModel', 'minute_limits',
+           'expected_tokens', 'chat_model', 'ReplyCache', 'Gateway', 'run_async', 'open_gateway']
 
 # %% ../nbs/04_gateway.ipynb #29eb3b24
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ChatRequest:
     messages: tuple[dict, ...]  # role and content, in order
     decoding: Decoding = Decoding()  # how to sample
     schema: dict | None = None  # JSON schema of the reply, where the provider can enforce one
-    task: str = "respond"  # respond, rate, rank or battle
+    task: str = "respond"  # respond, rate, rate_all, rank or battle
     fields: dict = field(default_factory=dict)  # the values that filled the prompt
 
     def key(self, identity: str) -> str:
@@ -101,21 +104,23 @@ class FreeModel:
     async def close(self) -> None:
         pass
 
-# %% ../nbs/04_gateway.ipynb #0831218d
+# %% ../nbs/04_gateway.ipynb #fa569c9f
 def rubric_reply(
-    task: str,  # rate, rank or battle
+    task: str,  # rate, rate_all, rank or battle
     fields: dict,  # client_speech, response_1 ..., and principle for rate
 ) -> str:  # what a model would have replied
     "Answer a rating, ranking or battle request by the offline rubric."
     speech = fields["client_speech"]
     responses = [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
     scores = [rubric.rubric_scores(speech, response) for response in responses]
-    if task == "rate":
-        key, reply = fields["principle"], {}
+    def rated(key):
+        reply = {}
         for i, (response, score) in enumerate(zip(responses, scores), 1):
             reply[f"response_{i}_rating"] = rubric.to_rating(score[key])
             reply[f"rationale_{i}"] = rubric.rubric_rationale(speech, response, key)
-        return json.dumps(reply)
+        return reply
+    if task in ("rate", "rate_all"):
+        return json.dumps(rated(fields["principle"]) if task == "rate" else {key: rated(key) for key in PRINCIPLE_KEYS})
     totals = [score | {"overall": sum(score.values())} for score in scores]
     better = {key: 1 if totals[0][key] >= totals[1][key] else 2 for key in BATTLE_KEYS}
     return json.dumps(better) if task == "battle" else str(better["overall"])
@@ -158,7 +163,7 @@ class RulesModel(FreeModel):
     async def answer(self, requests):
         if not self.rubric:
             return [ChatReply(phrase_reply(request)) for request in requests]
-        if any(request.task not in ("rate", "rank", "battle") for request in requests):
+        if any(request.task not in ("rate", "rate_all", "rank", "battle") for request in requests):
             raise StudyError("model 'rules:rubric': it rates and compares, it can't write and knows no topics; name another model")
         return [ChatReply(rubric_reply(request.task, request.fields)) for request in requests]
 
@@ -199,7 +204,43 @@ class LocalModel(FreeModel):
         counts = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
         return [ChatReply(s.text, s.finish_reason, n, s.n_tokens) for [s], n in zip(samples, counts)]
 
-# %% ../nbs/04_gateway.ipynb #8926f737
+# %% ../nbs/04_gateway.ipynb #8597d4c7
+class Pace:
+    "Hold the calls in flight to what a server takes."
+
+    def __init__(self, most: int, start: int = 16):
+        self.most, self.limit, self.flying = most, float(min(most, start)), 0
+        self.unhurt, self.best, self.times, self.since_cut = True, math.inf, [], 0
+        self.turn = asyncio.Condition()
+
+    async def __aenter__(self):
+        async with self.turn:
+            await self.turn.wait_for(lambda: self.flying < self.limit)
+            self.flying += 1
+
+    async def __aexit__(self, *error):
+        async with self.turn:
+            self.flying -= 1
+            self.turn.notify_all()
+
+    def note(self, seconds: float, refused: bool) -> None:
+        "Learn from one answer: how long it took, and whether the server refused a call meanwhile."
+        self.since_cut += 1
+        if refused:
+            if self.unhurt or self.since_cut >= self.limit:
+                self.limit, self.unhurt, self.since_cut = max(1.0, self.limit / 2), False, 0
+            self.times.clear()
+            return
+        self.times.append(seconds)
+        if len(self.times) >= self.limit:
+            typical = statistics.median(self.times)
+            self.best = min(self.best * 1.002, typical)  # forgets slowly, since answers may become longer
+            self.unhurt = self.unhurt and typical <= 2 * self.best
+            grown = self.limit * 2 if self.unhurt else self.limit * 1.1 + 1
+            self.limit = min(self.most, grown) if typical <= 2 * self.best else max(1.0, self.limit * 0.8)
+            self.times.clear()
+
+# %% ../nbs/04_gateway.ipynb #5dcfef76
 def prices() -> dict:  # model -> US dollars for a million input and output tokens, with the date of the table
     "Return the dated price table."
     return json.loads(data_file("prices.json").read_text(encoding="utf-8"))
@@ -207,12 +248,12 @@ def prices() -> dict:  # model -> US dollars for a million input and output toke
 
 class OpenAIModel:
     "Answer through the OpenAI chat completions API."
-    concurrency = 64
+    concurrency = 256  # the most in flight; how many there are says the pace
 
     def __init__(self, name: str, max_retries: int = 6, timeout: float = 120.0):
         self.model, _, self.base_url = name.partition("@")
         self.uri, self.label, self.identity = f"openai:{name}", self.model, f"openai:{name}"
-        self.max_retries, self.timeout, self.opened = max_retries, timeout, None
+        self.max_retries, self.timeout, self.opened, self.refused, self.limits = max_retries, timeout, None, 0, []
         self.price = {"input": 0.0, "output": 0.0}
         if not self.base_url:
             table = prices()["models"]
@@ -227,7 +268,13 @@ class OpenAIModel:
         key = os.environ.get("PSYCOPREF_SERVER_KEY", "none") if self.base_url else os.environ.get("OPENAI_API_KEY")
         if not key:
             raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key")
-        return openai.AsyncOpenAI(api_key=key, base_url=self.base_url or None, max_retries=self.max_retries, timeout=self.timeout)
+        self.limits = minute_limits()
+        heard = openai.DefaultAsyncHttpxClient(event_hooks={"response": [self.notice]})
+        return openai.AsyncOpenAI(api_key=key, base_url=self.base_url or None, max_retries=self.max_retries, timeout=self.timeout, http_client=heard)
+
+    async def notice(self, response) -> None:
+        "Count refusals, for the pace; the client itself sees to the retry."
+        self.refused += response.status_code in (429, 503)
 
     def groups(self, requests):
         return [[i] for i in range(len(requests))]
@@ -244,7 +291,28 @@ class OpenAIModel:
             opened, self.opened = self.opened, None
             await opened.close()
 
-# %% ../nbs/04_gateway.ipynb #a37b74c6
+# %% ../nbs/04_gateway.ipynb #f780cd70
+def minute_limits() -> list:  # (limiter, True for tokens)
+    "Make the limiters that the environment asks for."
+    from aiolimiter import AsyncLimiter
+
+    found = []
+    for name, tokens in (("PSYCOPREF_RPM", False), ("PSYCOPREF_TPM", True)):
+        text = os.environ.get(name, "")
+        if text and not (text.isdigit() and int(text)):
+            raise StudyError(f"{name} is {text!r}, expected a whole number a minute, at least 1")
+        if text:
+            found.append((AsyncLimiter(int(text), 60), tokens))
+    return found
+
+
+def expected_tokens(
+    request: ChatRequest,  # what is asked
+) -> int:  # tokens that a server reserves for it, roughly
+    "Estimate the tokens of a request: four characters each, and the longest answer."
+    return sum(len(m["content"]) for m in request.messages) // 4 + request.decoding.max_tokens
+
+# %% ../nbs/04_gateway.ipynb #54bdb80a
 def _chat_arguments(self, request: ChatRequest) -> dict:
     "Translate a request into the API's arguments."
     how = {"model": self.model, "messages": list(request.messages), "max_completion_tokens": request.decoding.max_tokens,
@@ -262,6 +330,8 @@ async def _openai_answer(self, requests) -> list[ChatReply | Failure]:
 
     [request] = requests
     self.opened = self.opened or self.client()
+    for limiter, tokens in self.limits:
+        await limiter.acquire(min(expected_tokens(request), limiter.max_rate) if tokens else 1)
     try:
         done = await self.opened.chat.completions.create(**_chat_arguments(self, request))
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
@@ -274,7 +344,7 @@ async def _openai_answer(self, requests) -> list[ChatReply | Failure]:
 
 OpenAIModel.answer = _openai_answer
 
-# %% ../nbs/04_gateway.ipynb #b52628d9
+# %% ../nbs/04_gateway.ipynb #1b22980c
 def _without_keys(text: str) -> str:
     "Take API keys out of a text that a server sent back."
     for name in ("OPENAI_API_KEY", "PSYCOPREF_SERVER_KEY"):
@@ -298,7 +368,7 @@ def _read_completion(done) -> ChatReply | Failure:
         return Failure("the text is no valid Unicode text", raw, *tokens)
     return ChatReply(text, "length" if reason == "length" else "stop", *tokens)
 
-# %% ../nbs/04_gateway.ipynb #e7ee7f17
+# %% ../nbs/04_gateway.ipynb #6e2aa6da
 def chat_model(
     uri: str,  # provider:name
     **options,  # passed to the provider
@@ -310,16 +380,19 @@ def chat_model(
         raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(known)}")
     return known[provider](name, **options)
 
-# %% ../nbs/04_gateway.ipynb #9871ed6e
+# %% ../nbs/04_gateway.ipynb #3c79dcbc
 class ReplyCache:
     "Keep replies by request key."
 
     def __init__(self, path: Path):
+        from filelock import FileLock
+
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         try:
-            self.db.execute("PRAGMA journal_mode=WAL")
+            with FileLock(self.path.with_suffix(".lock")):  # to change the journal's mode SQLite waits for nobody
+                self.db.execute("PRAGMA journal_mode=WAL")
             self.db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
             self.db.execute("CREATE TABLE IF NOT EXISTS spending (model TEXT, usd REAL NOT NULL)")
         except sqlite3.DatabaseError as error:
@@ -342,6 +415,10 @@ class ReplyCache:
         rows = [(key, json.dumps(asdict(reply), ensure_ascii=False)) for key, reply in replies.items()]
         self._write("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
 
+    def forget(self, keys: list[str]) -> None:
+        "Drop replies, so that they are asked for again."
+        self._write("DELETE FROM replies WHERE key = ?", [(key,) for key in keys])
+
     def spend(self, model: str, usd: float) -> None:
         "Note what was spent, so that the stages of a run share one budget."
         if usd:
@@ -359,12 +436,13 @@ class ReplyCache:
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{self.path}: can't be written ({error}); free some space or mend the file, and run again") from None
 
-# %% ../nbs/04_gateway.ipynb #2b3d470f
+# %% ../nbs/04_gateway.ipynb #45c2d8cf
 @dataclass
 class Gateway:
     "Send requests to models, through a cache and within a budget."
     cache: ReplyCache  # where replies are kept
     budget_usd: float = 0.0  # the most that may be spent
+    calls: str = "record"  # record: ask what the cache lacks; replay: refuse it; live: ask everything again
     spent: float = 0.0  # settled
     reserved: float = 0.0  # the most that the groups in flight can cost
     flying: int = 0  # groups in flight
@@ -414,36 +492,47 @@ def run_async(
         raise error
     return value
 
-# %% ../nbs/04_gateway.ipynb #4a2f2112
+# %% ../nbs/04_gateway.ipynb #9e74207f
 async def _ask(self, model: ChatModel, requests: list[ChatRequest], name: str):
     "Look up, answer what is missing, count."
     keys = [request.key(model.identity) for request in requests]
-    known: dict[str, ChatReply | Failure] = dict(self.cache.get(list(dict.fromkeys(keys))))
+    known: dict[str, ChatReply | Failure] = {} if self.calls == "live" else dict(self.cache.get(list(dict.fromkeys(keys))))
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first.values())
     groups = [[unique[i] for i in group] for group in model.groups([requests[i] for i in unique])]
     todo = [group for group in groups if any(keys[i] not in known for i in group)]
+    if todo and self.calls == "replay":
+        unseen = [requests[i] for group in todo for i in group if keys[i] not in known]
+        raise StudyError(f"replay: {len(unseen)} of {len(unique)} calls to {model.uri} are not in {self.cache.path}, the first asks "
+                         f"{unseen[0].messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them")
     count = self.counts.setdefault(model.uri, dict(label=model.label, calls=0, cached=0, failed=0, prompt_tokens=0,
                                                    completion_tokens=0, usd=0.0))
     count["cached"] += len(keys) - sum(len(group) for group in todo)
     bar = iter(progress(range(len(todo)), f"{name} [{model.label[:24]}]", unit="batch")) if todo else iter(())
-    limit, self.settled, errors = asyncio.Semaphore(model.concurrency), asyncio.Condition(), []
+    pace, self.settled, errors, queue = Pace(model.concurrency), asyncio.Condition(), [], iter(todo)
 
-    async def one(group):
-        async with limit:
-            if errors:
-                return
-            try:
-                replies = await self._send(model, [requests[i] for i in group], count)
-                self.cache.put({keys[i]: reply for i, reply in zip(group, replies) if isinstance(reply, ChatReply)})
-            except Exception as error:
-                errors.append(error)
-                return
-        known.update({keys[i]: reply for i, reply in zip(group, replies)})
-        next(bar, None)
+    refusals = getattr(model, "refused", 0)
+
+    async def worker():
+        nonlocal refusals
+        while not errors and (group := next(queue, None)) is not None:
+            async with pace:
+                if errors:
+                    return
+                start = time.monotonic()
+                try:
+                    replies = await self._send(model, [requests[i] for i in group], count)
+                    self.cache.put({keys[i]: reply for i, reply in zip(group, replies) if isinstance(reply, ChatReply)})
+                except Exception as error:
+                    errors.append(error)
+                    return
+                refusals, seen = getattr(model, "refused", 0), refusals
+                pace.note(time.monotonic() - start, refusals > seen)
+            known.update({keys[i]: reply for i, reply in zip(group, replies)})
+            next(bar, None)
 
     try:
-        await asyncio.gather(*(one(group) for group in todo))
+        await asyncio.gather(*(worker() for _ in range(min(model.concurrency, len(todo)))))
     finally:
         next(bar, None)
         await model.close()
@@ -451,7 +540,7 @@ async def _ask(self, model: ChatModel, requests: list[ChatRequest], name: str):
         raise errors[0]
     return [known[key] for key in keys]
 
-# %% ../nbs/04_gateway.ipynb #dd120559
+# %% ../nbs/04_gateway.ipynb #46fe3f51
 async def _send(self, model: ChatModel, requests: list[ChatRequest], count: dict) -> list[ChatReply | Failure]:
     "Reserve, answer one group, settle."
     most = sum(model.most(request) for request in requests)
@@ -495,6 +584,9 @@ def open_gateway(
     run,  # config.Run
     budget_usd: float = 0.0,  # the most that the run may spend; the environment's BUDGET_USD goes before
 ) -> Gateway:  # with the run's cache
-    "Open the gateway of a run; the budget is no setting of a stage, so that raising it redoes nothing."
+    "Open the gateway of a run; budget and way of calling are no settings of a stage, so that changing them redoes nothing."
+    calls = os.environ.get("PSYCOPREF_CALLS", "record")
+    if calls not in ("record", "replay", "live"):
+        raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")
     cache = ReplyCache(run.outputs / "cache" / "replies.sqlite")
-    return Gateway(cache, float(os.environ.get("BUDGET_USD", budget_usd)), cache.spent())
+    return Gateway(cache, float(os.environ.get("BUDGET_USD", budget_usd)), calls, cache.spent())

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from .artifacts import PRINCIPLE_KEYS
 from .config import Profile, StudyError, cache_root, is_released, paper_values, stages_of
 from .gateway import prices
-from .principles import battle_schema, comparison_prompt, rating_prompt, rating_schema, responding_prompt
+from .principles import battle_schema, comparison_prompt, rating_all_schema, rating_prompt, rating_schema, responding_prompt
+from .ratings import mode_calls, other_mode
 from .responses import find_pool
 from .sources import RELEASED as DATASET
 from .sources import SOURCES, is_local, open_released, parse_spec
@@ -32,11 +33,11 @@ __all__ = ['CHARACTERS_PER_TOKEN', 'RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'PEAK_
            'GPU_BYTES', 'WEIGHTS_SHARE', 'POLICIES', 'SETTINGS', 'ORDERS', 'BILLIONS', 'BILLIONS_ACTIVE', 'TABLE_WIDTH',
            'parameters', 'gpu_hours', 'StagePlan', 'merge', 'split_uri', 'own_work', 'ask', 'missing_sources', 'Sizes',
            'count_speeches', 'plan_sizes', 'tokens_of', 'response_tokens', 'prompt_tokens', 'reply_tokens',
-           'response_plans', 'data_plans', 'respond_tokens', 'pair_tokens', 'reward_plans', 'sampled_plans',
-           'offline_plan', 'online_plans', 'policy_plans', 'curve_plans', 'evaluation_plans', 'ablation_plans',
-           'plan_stages', 'asked_uris', 'short_name', 'name_some', 'missing_models', 'missing_weights', 'missing_gpu',
-           'missing', 'serving_gpus', 'serve_commands', 'count_text', 'who_text', 'plan_cells', 'plan_table',
-           'assumptions', 'budget_line', 'bullets', 'plan_text']
+           'response_plans', 'rating_plan', 'data_plans', 'respond_tokens', 'pair_tokens', 'reward_plans',
+           'sampled_plans', 'offline_plan', 'online_plans', 'policy_plans', 'curve_plans', 'evaluation_plans',
+           'ablation_plans', 'plan_stages', 'asked_uris', 'short_name', 'name_some', 'missing_models',
+           'missing_weights', 'missing_gpu', 'missing', 'serving_gpus', 'serve_commands', 'count_text', 'who_text',
+           'plan_cells', 'plan_table', 'assumptions', 'budget_line', 'bullets', 'plan_text']
 
 # %% ../nbs/18_plan.ipynb #dda983df
 CHARACTERS_PER_TOKEN = 4  # of English text; tokenizers differ
@@ -249,8 +250,9 @@ def prompt_tokens(
     "Measure our prompts with text of the expected length."
     speech, answer = "x" * characters, "x" * (CHARACTERS_PER_TOKEN * response)
     rating = [tokens_of(rating_prompt(key, speech, [answer] * shown)) for key in PRINCIPLE_KEYS]
+    every = tokens_of(rating_prompt(None, speech, [answer] * shown))
     return {"respond": tokens_of(responding_prompt(speech)), "length": tokens_of(responding_prompt(speech, 200)),
-            "rate": round(sum(rating) / len(rating)), "rank": tokens_of(comparison_prompt("ranker", speech, answer, answer)),
+            "rate": round(sum(rating) / len(rating)), "rate_all": every, "rank": tokens_of(comparison_prompt("ranker", speech, answer, answer)),
             "battle": tokens_of(comparison_prompt("battle", speech, answer, answer))}
 
 
@@ -260,8 +262,9 @@ def reply_tokens(
     "Measure the replies that we ask for."
     reason = "x" * (CHARACTERS_PER_TOKEN * RATIONALE_TOKENS)
     rating = {key: 3 if key.endswith("_rating") else reason for key in rating_schema(shown)["required"]}
+    every = dict.fromkeys(rating_all_schema(shown)["required"], rating)
     battle = dict.fromkeys(battle_schema()["required"], 1)
-    return {"rate": tokens_of(json.dumps(rating)), "rank": 1, "battle": tokens_of(json.dumps(battle))}
+    return {"rate": tokens_of(json.dumps(rating)), "rate_all": tokens_of(json.dumps(every)), "rank": 1, "battle": tokens_of(json.dumps(battle))}
 
 # %% ../nbs/18_plan.ipynb #8d34fafa
 def response_plans(
@@ -278,21 +281,36 @@ def response_plans(
         classes.setdefault(member.size, []).append(row)
     return [merge("06_responses", f"responses: {size}", rows) for size, rows in classes.items()]
 
-# %% ../nbs/18_plan.ipynb #3407d537
+# %% ../nbs/18_plan.ipynb #6f070860
+def rating_plan(
+    profile: Profile,  # of the run
+    sizes: Sizes,  # how much
+    speeches: int,  # client speeches to rate
+    mode: str,  # principle or speech
+    work: str,  # short words
+) -> StagePlan:  # the estimate
+    "Plan ratings in one mode (§3.3)."
+    chosen, shown, calls = profile.ratings, profile.responses.each_speech, mode_calls(mode)
+    kind, limit = ("rate_all", chosen.max_tokens * len(PRINCIPLE_KEYS)) if None in calls else ("rate", chosen.max_tokens)
+    prompt = prompt_tokens(sizes.characters, response_tokens(profile.responses.max_tokens), shown)[kind]
+    return ask("07_ratings", work, chosen.rater, speeches * len(calls), prompt, min(reply_tokens(shown)[kind], limit))
+
+# %% ../nbs/18_plan.ipynb #362e6fdd
 def data_plans(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
 ) -> list[StagePlan]:  # 05 to 08
     "Plan speeches, responses, ratings and pairs (§3)."
-    chosen, shown = profile.ratings, profile.responses.each_speech
-    prompt = prompt_tokens(sizes.characters, response_tokens(profile.responses.max_tokens), shown)["rate"]
-    calls, reply = sizes.speeches * len(PRINCIPLE_KEYS), min(reply_tokens(shown)["rate"], chosen.max_tokens)
+    mode, some = profile.ratings.mode, min(profile.ratings.compare_mode_speeches, sizes.speeches)
+    ratings = [rating_plan(profile, sizes, sizes.speeches, mode, f"7 ratings × {sizes.speeches:,} speeches" + (", at once" if mode == "speech" else ""))]
+    if some > 0:
+        ratings.append(rating_plan(profile, sizes, some, other_mode(mode), f"compare with mode {other_mode(mode)}: {some:,}"))
     return [StagePlan("05_speeches", f"{sizes.speeches:,} client speeches", profile.speeches.sources),
             *response_plans(profile, sizes),
-            ask("07_ratings", f"7 ratings × {sizes.speeches:,} speeches", chosen.rater, calls, prompt, reply),
+            *ratings,
             StagePlan("08_pairs", f"{sizes.train_pairs + sizes.dev_pairs:,} + {sizes.test_pairs:,} pairs")]
 
-# %% ../nbs/18_plan.ipynb #21a7fe20
+# %% ../nbs/18_plan.ipynb #be984844
 def respond_tokens(
     sizes: Sizes,  # how long a client speech is
 ) -> int:  # tokens
@@ -307,7 +325,7 @@ def pair_tokens(
     "Estimate a preference pair."
     return respond_tokens(sizes) + 2 * response_tokens(max_tokens)
 
-# %% ../nbs/18_plan.ipynb #ac8d676a
+# %% ../nbs/18_plan.ipynb #e997be6d
 def reward_plans(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -322,7 +340,7 @@ def reward_plans(
     return rows + [ask("11_reward", "rank test pairs, both orders", uri, ORDERS * sizes.test_pairs, rank, reply_tokens()["rank"])
                    for uri in chosen.rankers]
 
-# %% ../nbs/18_plan.ipynb #82f30e46
+# %% ../nbs/18_plan.ipynb #b6aedfbd
 def sampled_plans(
     stage: str,  # stage folder
     name: str,  # shown before the work, e.g. DPO-Iter
@@ -338,7 +356,7 @@ def sampled_plans(
     return [own_work(stage, f"{name}: {words} answers", backbone, calls, prompts=prompts * prompt, written=calls * response),
             own_work(stage, f"{name}: score the answers", backbone, calls, read=prompts * prompt + calls * response)]
 
-# %% ../nbs/18_plan.ipynb #250c4de3
+# %% ../nbs/18_plan.ipynb #9e7e681d
 def offline_plan(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -351,7 +369,7 @@ def offline_plan(
     return own_work("12_policy", f"DPO: {steps:,} steps × {chosen.batch_size} pairs", backbone,
                     trained=steps * chosen.batch_size * pair, read=read * pair)
 
-# %% ../nbs/18_plan.ipynb #e4d27731
+# %% ../nbs/18_plan.ipynb #3c982343
 def online_plans(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -368,7 +386,7 @@ def online_plans(
             own_work("12_policy", f"select: {chosen.iterations + 1} × {checked:,}, scored", backbone, 2 * answers,
                      read=answers * (prompt + response), prompts=answers * prompt, written=answers * response)]
 
-# %% ../nbs/18_plan.ipynb #632a8866
+# %% ../nbs/18_plan.ipynb #5c8110aa
 def policy_plans(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -377,7 +395,7 @@ def policy_plans(
     return [row for backbone in profile.backbones
             for row in (offline_plan(profile, sizes, backbone), *online_plans(profile, sizes, backbone))]
 
-# %% ../nbs/18_plan.ipynb #7bb82b51
+# %% ../nbs/18_plan.ipynb #95737ae4
 def curve_plans(
     stage: str,  # stage folder
     profile: Profile,  # of the run
@@ -393,7 +411,7 @@ def curve_plans(
             ask(stage, "curve battles, both orders", chosen.judge, ORDERS * len(profile.backbones) * answers, battle,
                 reply_tokens()["battle"])]
 
-# %% ../nbs/18_plan.ipynb #a85fa00a
+# %% ../nbs/18_plan.ipynb #dae7b494
 def evaluation_plans(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -408,7 +426,7 @@ def evaluation_plans(
             ask("13_evaluation", "battles, both orders", chosen.judge, ORDERS * len(profile.backbones) * answers,
                 tokens["battle"], reply_tokens()["battle"])]
 
-# %% ../nbs/18_plan.ipynb #fa90bc9e
+# %% ../nbs/18_plan.ipynb #0e3d024d
 def ablation_plans(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -423,7 +441,7 @@ def ablation_plans(
     points = 1 + 2 * chosen.checkpoints + profile.dpo.checkpoints + profile.dpo_iter.iterations  # the base, two arms, two curves of notebook 12
     return rows + curve_plans(stage, profile, sizes, points)
 
-# %% ../nbs/18_plan.ipynb #2ef61834
+# %% ../nbs/18_plan.ipynb #96a25b45
 def plan_stages(
     profile: Profile,  # of the run
     speeches: int | None = None,  # client speeches; None counts them or takes the paper's number
@@ -433,7 +451,7 @@ def plan_stages(
     parts = (data_plans, reward_plans, policy_plans, evaluation_plans, ablation_plans)
     return [row for part in parts for row in part(profile, sizes) if row.stage in stages_of(profile)]
 
-# %% ../nbs/18_plan.ipynb #edc722f8
+# %% ../nbs/18_plan.ipynb #5769156c
 def asked_uris(
     profile: Profile,  # of the run
 ) -> list[str]:  # gateway URIs, each once
@@ -443,7 +461,7 @@ def asked_uris(
     return list(dict.fromkeys([*(() if is_released(profile.speeches.sources) else raters), *profile.reward.rankers, judged.reference, judged.judge,
                                *(way for way in topics if ":" in way)]))
 
-# %% ../nbs/18_plan.ipynb #2a522291
+# %% ../nbs/18_plan.ipynb #cefb0d4a
 def short_name(
     who: str,  # URI, backbone or source
 ) -> str:  # without provider, owner, server and path
@@ -462,7 +480,7 @@ def name_some(
     more = f" and {len(short) - 2} more" if len(short) > 2 else ""
     return short[0] if len(short) == 1 else f"{len(short)} models ({', '.join(short[:2])}{more})"
 
-# %% ../nbs/18_plan.ipynb #99cb207f
+# %% ../nbs/18_plan.ipynb #a817898a
 def missing_models(
     uris: typing.Sequence[str],  # gateway URIs
 ) -> list[str]:  # one line each
@@ -482,7 +500,7 @@ def missing_models(
         lines.append(f"a server at {server} for {name_some(names)}: not checked from here; {remedy}")
     return lines
 
-# %% ../nbs/18_plan.ipynb #3ee42387
+# %% ../nbs/18_plan.ipynb #c79ecaab
 def missing_weights(
     names: typing.Iterable[str],  # weights by name, folder or hub id
 ) -> list[str]:  # one line each
@@ -502,7 +520,7 @@ def missing_weights(
                          "or give a local folder")
     return lines
 
-# %% ../nbs/18_plan.ipynb #c6faf95b
+# %% ../nbs/18_plan.ipynb #74645d55
 def missing_gpu(
     profile: Profile,  # of the run
 ) -> list[str]:  # one line, or none
@@ -518,7 +536,7 @@ def missing_gpu(
     return [f"a GPU: {short_name(backbone)} has {size / 1e9:.1f} billion parameters, its training holds some {need:.0f} GB; run it "
             "where GPUs are, choose a smaller backbone, or set reward.lora.rank and dpo.lora.rank"]
 
-# %% ../nbs/18_plan.ipynb #f7920a61
+# %% ../nbs/18_plan.ipynb #111541fa
 def missing(
     profile: Profile,  # of the run
 ) -> list[str]:  # one line each, with its remedy
@@ -529,7 +547,7 @@ def missing(
     return [*missing_sources(profile.speeches.sources), *missing_models(uris),
             *missing_weights(dict.fromkeys([*profile.backbones, *local, *encoder])), *missing_gpu(profile)]
 
-# %% ../nbs/18_plan.ipynb #e53ec0bc
+# %% ../nbs/18_plan.ipynb #a0cca4db
 def serving_gpus(
     name: str,  # hub id
 ) -> int | None:  # GPUs of GPU_BYTES; None where the size is unknown
@@ -553,7 +571,7 @@ def serve_commands(
         lines.append(shlex.join(words + (["--tensor-parallel-size", str(gpus)] if gpus else [])))
     return lines
 
-# %% ../nbs/18_plan.ipynb #bd053e8d
+# %% ../nbs/18_plan.ipynb #1962373a
 def count_text(
     n: int,  # a count of tokens
 ) -> str:  # at most six characters up to a trillion
@@ -574,7 +592,7 @@ def who_text(
     name, more = short_name(who[0]), f" +{len(who) - 1}" if len(who) > 1 else ""
     return (name if len(name + more) <= width else name[: width - 1 - len(more)] + "…") + more
 
-# %% ../nbs/18_plan.ipynb #b0d5e735
+# %% ../nbs/18_plan.ipynb #3df5a245
 def plan_cells(
     row: StagePlan,  # one piece of work
 ) -> list[str]:  # work, who, calls, tokens in, tokens out, US dollars, GPU hours
@@ -586,7 +604,7 @@ def plan_cells(
     return [row.work, who_text(row.who), f"{row.calls:,}" if row.calls else "—", count_text(row.input_tokens), count_text(row.output_tokens),
             money + price, hours + size]
 
-# %% ../nbs/18_plan.ipynb #e20f5b30
+# %% ../nbs/18_plan.ipynb #bf78f2bd
 TABLE_WIDTH = 110  # characters; the table is made of short words, the text below it is wrapped
 _HEAD = ["", "who", "calls", "tokens in", "out", "US dollars", "GPU h"]
 
@@ -607,7 +625,7 @@ def plan_table(
         stage = row.stage
     return "\n".join([*lines, "─" * max(map(len, lines)), line(cells[-1])])
 
-# %% ../nbs/18_plan.ipynb #3d3085f6
+# %% ../nbs/18_plan.ipynb #5225293c
 def assumptions(
     profile: Profile,  # of the run
     sizes: Sizes,  # how much
@@ -628,7 +646,7 @@ def assumptions(
         *([f"Not in the sums: {', '.join(total.unknown)}."] if total.unknown else []),
     ]
 
-# %% ../nbs/18_plan.ipynb #8a7759c6
+# %% ../nbs/18_plan.ipynb #b3551580
 def budget_line(
     profile: Profile,  # of the run
     total: StagePlan,  # the sum of the plan
@@ -640,7 +658,7 @@ def budget_line(
     enough = "above" if profile.budget_usd >= total.usd else "BELOW"
     return f"Money: the profile's budget of {profile.budget_usd:,.2f} US dollars is {enough} the estimate of {total.usd:,.2f}{gap}."
 
-# %% ../nbs/18_plan.ipynb #60d4d020
+# %% ../nbs/18_plan.ipynb #3f60fa7f
 def bullets(
     title: str,  # heading
     lines: typing.Sequence[str],  # sentences

@@ -16,8 +16,8 @@ from .config import StudyError, data_file
 
 # %% auto #0
 __all__ = ['BATTLE_KEYS', 'prompt_text', 'fill', 'Principle', 'principles', 'responding_prompt', 'rating_prompt',
-           'comparison_prompt', 'BadReply', 'find_json', 'rating_schema', 'parse_ratings', 'battle_schema',
-           'parse_battle', 'parse_choice']
+           'comparison_prompt', 'BadReply', 'find_json', 'rating_schema', 'parse_ratings', 'rating_all_schema',
+           'parse_all_ratings', 'battle_schema', 'parse_battle', 'parse_choice']
 
 # %% ../nbs/02_principles.ipynb #9b53ccb6
 def prompt_text(
@@ -82,12 +82,15 @@ def responding_prompt(
 
 
 def rating_prompt(
-    principle: str,  # a principle key
+    principle: str | None,  # a principle key; None asks for all seven at once
     client_speech: str,  # what the client said
     responses: list[str],  # four responses in the order shown
 ) -> str:  # the user message
-    "Word the request for four ratings on one principle (Appendix A)."
+    "Word the request for four ratings on one principle (Appendix A), or on each of the seven."
     shown = {f"response_{i}": response for i, response in enumerate(responses, 1)}
+    if principle is None:
+        text = "\n\n".join(f"[{p.key}] {p.text}" for p in principles())
+        return fill(prompt_text("rating_all"), principles=text, client_speech=client_speech, **shown)
     text = {p.key: p.text for p in principles()}[principle]
     return fill(prompt_text("rating"), principle=text, client_speech=client_speech, **shown)
 
@@ -143,7 +146,14 @@ def parse_ratings(
     n: int = 4,  # responses in the call
 ) -> list[tuple[int, str]]:  # (rating 1-5, rationale) in the order shown
     "Read n ratings; refuse missing keys, text in place of numbers and values outside 1-5."
-    value, found = find_json(text), []
+    return _read_ratings(find_json(text), n)
+
+
+def _read_ratings(value, n: int) -> list[tuple[int, str]]:
+    "Check one principle's ratings; both forms of reply are read here."
+    if not isinstance(value, dict):
+        raise BadReply(f"found {str(value)[:60]!r}, expected an object with the ratings of {n} responses")
+    found = []
     for i in range(1, n + 1):
         rating = value.get(f"response_{i}_rating")
         if type(rating) is not int or not 1 <= rating <= 5:
@@ -151,7 +161,29 @@ def parse_ratings(
         found.append((rating, str(value.get(f"rationale_{i}", ""))))
     return found
 
-# %% ../nbs/02_principles.ipynb #8eca70ac
+# %% ../nbs/02_principles.ipynb #04f82eea
+def rating_all_schema(
+    n: int = 4,  # responses in one call
+) -> dict:  # JSON schema: principle -> an object of `rating_schema`
+    "Return the JSON schema of a reply that rates all principles at once."
+    keys = {key: rating_schema(n) for key in PRINCIPLE_KEYS}
+    return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
+
+
+def parse_all_ratings(
+    text: str,  # a model's reply
+    n: int = 4,  # responses in the call
+) -> dict[str, list[tuple[int, str]] | BadReply]:  # principle -> its ratings in the order shown, or why it can't be read
+    "Read n ratings for each principle, each principle by itself."
+    value, found = find_json(text), {}
+    for key in PRINCIPLE_KEYS:
+        try:
+            found[key] = _read_ratings(value.get(key), n)
+        except BadReply as error:
+            found[key] = BadReply(f"{key}: {error}")
+    return found
+
+# %% ../nbs/02_principles.ipynb #bc5d5e47
 BATTLE_KEYS = (*PRINCIPLE_KEYS, "overall")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from .config import STAGES, Run, Stage, StudyError, load_profile, project_root, stage_settings, stages_of, suggest
 
 # %% auto #0
-__all__ = ['notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'notebook_of_modules',
-           'imported_modules', 'code_of', 'told', 'stage_rules', 'trace', 'compare', 'seconds']
+__all__ = ['notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'as_overrides', 'retry',
+           'notebook_of_modules', 'imported_modules', 'code_of', 'told', 'stage_rules', 'trace', 'compare', 'seconds']
 
 # %% ../nbs/17_runner.ipynb #b543102f
 def notebook_parameters(
@@ -110,7 +110,42 @@ def run_notebook(
         raise StudyError(f"{path.name}: cell {error.exec_count} raised {error.ename}: {' '.join(str(error.evalue).split())[:300]}; the traceback is in {output}") from None
     return output
 
-# %% ../nbs/17_runner.ipynb #011daf6f
+# %% ../nbs/17_runner.ipynb #2571b563
+def as_overrides(
+    settings: dict,  # of a receipt: section -> value or tree
+) -> dict:  # dotted setting -> value
+    "Write a stage's settings as overrides."
+    found = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{below}": leaf for below, leaf in as_overrides(value).items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def retry(
+    run: Run,  # whose
+    stage: str = "07_ratings",  # a stage with a quarantine
+) -> Path:  # the executed notebook
+    "Forget the replies that were put aside, and run their stage again."
+    from psycopref.artifacts import read_json
+    from psycopref.gateway import ReplyCache
+
+    folder = run.stage(stage)
+    place = next((p for p in (folder.with_name(f"{stage}.partial"), folder) if (p / "quarantine.json").is_file()), None)
+    if place is None:
+        raise StudyError(f"retry: {folder} has no quarantine.json; run {stage} first")
+    aside = read_json(place / "quarantine.json")
+    if not aside:
+        raise StudyError(f"retry: nothing is in the quarantine of {folder}")
+    if (place / "receipt.json").is_file():
+        receipt = read_json(place / "receipt.json")
+        profile, seed, settings = receipt["profile"], receipt["seed"], receipt["settings"]
+    else:
+        profile, seed, settings, _ = read_json(place / "scratch" / "origin.json")
+    ReplyCache(run.outputs / "cache" / "replies.sqlite").forget([entry["key"] for entry in aside if entry["key"]])
+    given = {"PROFILE": profile, "RUN": run.name, "SEED": seed, "OVERRIDES": as_overrides(settings)}
+    return run_notebook(project_root() / "nbs" / f"{stage}.ipynb", given)
+
+# %% ../nbs/17_runner.ipynb #4b57e795
 def notebook_of_modules(
     nbs: Path,  # folder of notebooks
 ) -> dict[str, Path]:  # module name -> notebook
@@ -145,7 +180,7 @@ def code_of(
             todo += [known[name] for name in sorted(imported_modules(here)) if name in known]
     return sorted(found)
 
-# %% ../nbs/17_runner.ipynb #fc3d3b4f
+# %% ../nbs/17_runner.ipynb #53b1b403
 def told(
     stage: Stage,  # which
     profile: str,  # tiny, demo or paper
@@ -177,7 +212,7 @@ def stage_rules(
                       "settings": json.dumps(stage_settings(tree, stage.name), sort_keys=True)})
     return rules
 
-# %% ../nbs/17_runner.ipynb #17a4a3a3
+# %% ../nbs/17_runner.ipynb #5c3fff8b
 def trace(
     path: Path,  # an artefact of a run, or a stage folder
 ) -> list[str]:  # lines, from the artefact back to the sources

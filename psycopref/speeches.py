@@ -266,16 +266,17 @@ def audit(
     pairs,  # near pairs of the candidates
     settings,  # config.SpeechSettings
     seed: int,  # of the run
+    mend: bool = True,  # drop what is found; False only counts it
 ):  # (frame without the leaks, dict of counts)
-    "Prove that no test speech has a near-duplicate among the others."
+    "Prove that no test speech has a near-duplicate among the others, or say how many have."
     test, rest = frame[frame.split == "test"], frame[frame.split != "test"]
     leaks = exact_join(test.speech.tolist(), rest.speech.tolist(), settings.near_duplicate)
-    twins = sorted({int(row) for row in leaks["j"]})
+    twins = sorted({int(row) for row in leaks["j"]}) if mend else []
     clean = frame.drop(index=rest.index[twins])
     left = exact_join(test.speech.tolist(), clean[clean.split != "test"].speech.tolist(), settings.near_duplicate) if twins else leaks
     before = None
     if candidates is not None:
         sides = [split_of(speech, settings.test_fraction, 0.0, seed) for speech in candidates.speech]
         before = leakage(candidates.assign(split=sides), pairs)["leaked"]
-    return clean.reset_index(drop=True), {"test speeches": len(test), "other speeches": len(clean) - len(test), "test speeches with a near-duplicate outside": len(left),
+    return clean.reset_index(drop=True), {"test speeches": len(test), "other speeches": len(clean) - len(test), "test speeches with a near-duplicate outside": left.i.nunique(),
                                           "dropped by the audit": len(twins), "would have had one without near-deduplication": before}

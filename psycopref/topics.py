@@ -72,7 +72,7 @@ def _tfidf(train: list[str], topics: list[str], texts: list[str]):
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2 if len(train) > 500 else 1, strip_accents="unicode")
     return _head(words.fit_transform(train), topics, words.transform(texts))
 
-
+# %% ../nbs/04f_topics.ipynb #e4f6982b
 def _zero_shot(train: list[str], topics: list[str], texts: list[str]):
     "Compare with the descriptions."
     from scipy.special import softmax
@@ -95,7 +95,7 @@ def _described(train: list[str], topics: list[str], texts: list[str]):
 
 METHODS = {"minilm+descriptions": _described, "minilm": _minilm, "tfidf": _tfidf, "zero-shot": _zero_shot}
 
-# %% ../nbs/04f_topics.ipynb #c6a19653
+# %% ../nbs/04f_topics.ipynb #7760e88d
 def topic_probabilities(
     method: str,  # a key of METHODS
     train: typing.Sequence[str],  # speeches with a gold topic
@@ -113,7 +113,7 @@ def topic_probabilities(
         found[:, [slugs.index(name) for name in classes]] = some
     return found
 
-# %% ../nbs/04f_topics.ipynb #30d1076a
+# %% ../nbs/04f_topics.ipynb #d15b92f1
 def training_rows(
     frame,  # speeches with the columns speech, topic and topic_by
     more: typing.Sequence[tuple[str, str]] = (),  # (speech, topic) of sources that only help to train
@@ -125,7 +125,7 @@ def training_rows(
     ours = [pair for pair in [*more, *((row["speech"], topic_slug(row["topic"])) for row in ours)] if same_text(pair[0]) not in known]
     return gold.speech.tolist(), gold.topic.tolist(), [speech for speech, _ in ours], [topic for _, topic in ours]
 
-# %% ../nbs/04f_topics.ipynb #7344631b
+# %% ../nbs/04f_topics.ipynb #c8997284
 def topic_request(
     client_speech: str,  # a cleaned speech
 ) -> ChatRequest:  # ready for the gateway
@@ -160,7 +160,7 @@ def label_by_model(
             row[slugs.index(slug)] = 1.0
     return found
 
-# %% ../nbs/04f_topics.ipynb #811e7d05
+# %% ../nbs/04f_topics.ipynb #d3dddff1
 def cross_validate(
     method: str,  # a key of METHODS
     gold: list[str],  # gold speeches
@@ -182,7 +182,7 @@ def cross_validate(
         found[check] = topic_probabilities(method, texts, labels, [gold[i] for i in check])
     return found
 
-# %% ../nbs/04f_topics.ipynb #f9fb6784
+# %% ../nbs/04f_topics.ipynb #fca408c7
 def macro_f1(
     truth,  # integer codes, (n,)
     said,  # integer codes, (n,)
@@ -194,7 +194,7 @@ def macro_f1(
     hits, real, named = (np.bincount(codes, minlength=size) for codes in (truth[truth == said], truth, said))
     return float(100 * (2 * hits / np.maximum(real + named, 1))[real > 0].mean())
 
-# %% ../nbs/04f_topics.ipynb #2418a7c2
+# %% ../nbs/04f_topics.ipynb #fad03b5b
 def score_topics(
     topics: typing.Sequence[str],  # gold slugs
     probabilities,  # array (speeches, 42)
@@ -217,7 +217,7 @@ def score_topics(
             "coarse macro-F1": macro_f1(above[truth], above[said]), "accuracy %": 100 * right.mean(),
             "kept %": 100 * sure.mean(), "accuracy of the kept %": 100 * right[sure].mean() if sure.any() else None}
 
-# %% ../nbs/04f_topics.ipynb #32957f0c
+# %% ../nbs/04f_topics.ipynb #f8350154
 def compare_methods(
     frame,  # speeches with speech, topic and topic_by
     methods: typing.Sequence[str],  # keys of METHODS, or gateway URIs
@@ -249,7 +249,7 @@ def _any_of(frame, probabilities) -> float | None:
     slugs, listed = list(coarse_of()), frame.topics[frame.topic_by == "gold"]
     return 100 * sum(row.max() > 0 and slugs[row.argmax()] in own for row, own in zip(probabilities, listed)) / len(listed)
 
-# %% ../nbs/04f_topics.ipynb #b2a2df3d
+# %% ../nbs/04f_topics.ipynb #043fd7f9
 LOW = "classifier, low confidence"
 
 

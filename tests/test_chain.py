@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -239,6 +241,58 @@ def test_the_released_dataset_goes_on_at_stage_08(copy, tmp_path, monkeypatch):
     speeches = read_rows(copy / "outputs/given/05_speeches/speeches.parquet", "speeches")
     assert set(speeches.speech_id[speeches.split == "test"]) == set(pd.read_parquet(folder / "data" / "test-00000-of-00001.parquet").ID)
     assert list((copy / "figures/given").glob("fig_5_*.png")) and list((copy / "figures/given").glob("fig_6_*.png"))
+
+
+class Rater(BaseHTTPRequestHandler):
+    """Rate every response 3; while `broken`, answer prose to the questions about one principle."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        state = self.server
+        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+        with state.lock:
+            state.log.append(text)
+        bad = state.broken and "Empathy" in text
+        said = "I would rather not." if bad else json.dumps({f"response_{i}_rating": 3 for i in range(1, 5)} | {f"rationale_{i}": "so" for i in range(1, 5)})
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+        body = json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def rater():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Rater)
+    server.log, server.lock, server.broken = [], threading.Lock(), True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
+
+
+def test_retry_asks_the_quarantine_again_and_nothing_else(copy, rater, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for stage in ("05_speeches", "06_responses"):
+        shutil.copytree(copy / "outputs/tiny" / stage, copy / "outputs/asked" / stage)
+    uri = f"openai:some/rater@http://127.0.0.1:{rater.server_port}/v1"
+    assert "252 of 294" in psycopref(copy, "07_ratings", "-p", "RUN=asked", "-o", f'ratings.rater="{uri}"'), "below its coverage the stage fails"
+    assert len(rater.log) == 294 and not (copy / "outputs/asked/07_ratings").exists()
+    first, rater.broken = list(rater.log), False
+    assert "valid answer" in psycopref(copy, "07_ratings", "-p", "RUN=asked", "-o", f'ratings.rater="{uri}"') and len(rater.log) == 294, "the same replies are read again"
+    run(copy, "psycopref", "retry", "asked")
+    again = rater.log[294:]
+    assert len(again) == 42 and set(again) == {text for text in first if "Empathy" in text}
+    assert len(read_rows(copy / "outputs/asked/07_ratings/ratings.parquet", "ratings")) == 42 * 7 * 4 and receipt(copy, "07_ratings", "asked")["settings"]["ratings"]["rater"] == uri
+    assert "nothing is in the quarantine" in bad(copy, "psycopref", "retry", "asked") and "has no quarantine.json" in bad(copy, "psycopref", "retry", "nowhere")
 
 
 def test_trace_and_compare(copy):

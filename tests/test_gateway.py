@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -625,3 +626,103 @@ def test_a_local_model_answers_each_in_its_place_and_once(gateway, monkeypatch):
 def test_the_name_of_a_local_model_in_the_cache_changes_with_its_dtype():
     single, half = (chat_model("local:random-tiny", dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert single.identity != half.identity, "their answers differ, so one must not be served for the other"
+
+
+# ---- record, replay, live ----
+
+
+def test_replay_answers_from_the_cache_and_asks_nobody(server, gateway):
+    asked = [ask(f"question {n}") for n in range(5)]
+    model = chat_model(server.uri)
+    recorded = gateway.ask(model, asked)
+    seen = len(server.log)
+    replayed = Gateway(ReplyCache(gateway.cache.path), calls="replay")
+    assert replayed.ask(chat_model(server.uri), asked[::-1]) == recorded[::-1] and len(server.log) == seen
+    message = one_line(lambda: replayed.ask(chat_model(server.uri), [*asked, ask("question 5"), ask("question 6")]))
+    assert "2 of 7" in message and "question 5" in message and "PSYCOPREF_CALLS=record" in message and len(server.log) == seen
+    assert replayed.ask(chat_model(server.uri), asked) == recorded, "a refusal spoils nothing"
+
+
+def test_live_asks_again_and_keeps_the_newer_answer(server, gateway):
+    model = chat_model(server.uri)
+    server.behave = lambda text, attempt: completion(f"answer {attempt}")
+    assert gateway.ask(model, [ask("Hello")])[0].text == "answer 0"
+    live = Gateway(ReplyCache(gateway.cache.path), calls="live")
+    assert live.ask(chat_model(server.uri), [ask("Hello"), ask("Hello")])[0].text == "answer 1" and len(server.log) == 2, "asked again, but once"
+    assert Gateway(ReplyCache(gateway.cache.path)).ask(chat_model(server.uri), [ask("Hello")])[0].text == "answer 1"
+
+
+@pytest.mark.parametrize("way", ["record", "replay", "live"])
+def test_the_way_of_calling_comes_from_the_environment(monkeypatch, way):
+    monkeypatch.setenv("PSYCOPREF_CALLS", way)
+    assert open_gateway(Run("example")).calls == way
+    monkeypatch.setenv("PSYCOPREF_CALLS", way + "ed")
+    assert "record, replay or live" in one_line(lambda: open_gateway(Run("example")))
+
+
+def test_many_open_a_new_cache_at_once(tmp_path):
+    start = threading.Barrier(16)
+
+    def open_one(n):
+        start.wait(30)
+        cache = ReplyCache(tmp_path / "replies.sqlite")
+        cache.put({f"key {n}": ChatReply(str(n))})
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(open_one, range(16)))
+    assert len(ReplyCache(tmp_path / "replies.sqlite").get([f"key {n}" for n in range(16)])) == 16
+
+
+# ---- pace ----
+
+
+def test_a_steady_server_is_used_up_to_the_ceiling(server, gateway):
+    model = server.model()
+    model.concurrency = 48
+    server.behave = lambda text, attempt: (time.sleep(0.25), completion())[1]
+    gateway.ask(model, [ask(f"q{n}") for n in range(300)])
+    assert 20 < server.most <= 48, "it starts low and grows"
+
+
+def test_a_server_that_refuses_is_not_overrun(server, gateway):
+    state = server
+
+    def behave(text, attempt):
+        with state.lock:
+            crowded = state.flying > 12
+        time.sleep(0.01 if crowded else 0.03)
+        return error(429, "slow down") if crowded else completion(f"re: {text}")
+
+    state.behave, model = behave, state.model(max_retries=50)
+    replies = gateway.ask(model, [ask(f"q{n}") for n in range(600)])
+    assert all(isinstance(reply, ChatReply) for reply in replies), "every call is answered in the end"
+    half = state.log[len(state.log) // 2 :]
+    assert model.refused > 0 and len(half) < 1.5 * 300, "most of the later calls are taken at once"
+    assert len(state.log) == 600 + model.refused
+
+
+def test_no_more_than_the_ceiling_are_in_flight(server, gateway):
+    model = server.model()
+    model.concurrency = 8
+    server.behave = lambda text, attempt: completion()
+    replies = gateway.ask(model, [ask(f"q{n}") for n in range(300)])
+    assert [reply.text for reply in replies] == ["fine"] * 300 and server.most <= 8
+
+
+def test_limits_a_minute_are_kept_to(server, gateway, monkeypatch):
+    import aiolimiter
+
+    asked = []
+
+    class Spy(aiolimiter.AsyncLimiter):
+        async def acquire(self, amount=1):
+            asked.append((self.max_rate, amount))
+
+    monkeypatch.setattr(aiolimiter, "AsyncLimiter", Spy)
+    monkeypatch.setenv("PSYCOPREF_RPM", "500")
+    monkeypatch.setenv("PSYCOPREF_TPM", "90")
+    gateway.ask(server.model(), [ask("x" * 80, decoding=Decoding(30)), ask("y" * 80, decoding=Decoding(1000))])
+    assert sorted(asked) == [(90, 50), (90, 90), (500, 1), (500, 1)], "20 tokens of the question and the longest answer; never more than a minute gives"
+    for bad in ("0", "-3", "many", "1.5"):
+        monkeypatch.setenv("PSYCOPREF_RPM", bad)
+        assert "PSYCOPREF_RPM" in one_line(lambda: gateway.ask(server.model(), [ask(f"z{bad}")]))

@@ -16,11 +16,13 @@ from psycopref.principles import (
     comparison_prompt,
     fill,
     find_json,
+    parse_all_ratings,
     parse_battle,
     parse_choice,
     parse_ratings,
     principles,
     prompt_text,
+    rating_all_schema,
     rating_prompt,
     rating_schema,
     responding_prompt,
@@ -88,7 +90,7 @@ def test_a_missing_rationale_is_empty():
 @few
 @given(st.one_of(st.text(max_size=60), st.text(st.sampled_from(list('{}[]":,123 aeut\\nrlsf-')), max_size=60)))
 def test_any_text_is_read_or_refused_in_one_line(text):
-    for parse in (parse_ratings, parse_battle, parse_choice, find_json):
+    for parse in (parse_ratings, parse_all_ratings, parse_battle, parse_choice, find_json):
         try:
             parse(text)
         except BadReply as error:
@@ -101,6 +103,10 @@ def test_any_text_is_read_or_refused_in_one_line(text):
 def test_a_model_that_repeats_itself_is_refused(text):
     with pytest.raises(BadReply):
         parse_ratings(text)
+    try:
+        assert all(isinstance(found, BadReply) for found in parse_all_ratings(text).values())
+    except BadReply as error:
+        assert str(error)
 
 
 @few
@@ -110,6 +116,72 @@ def test_the_rating_schema_asks_for_what_the_parser_reads(n):
     assert set(schema["required"]) == set(schema["properties"]) == set(reply_of([1] * n)) and schema["additionalProperties"] is False
     for key, rule in schema["properties"].items():
         assert rule == ({"type": "integer", "minimum": 1, "maximum": 5} if key.endswith("rating") else {"type": "string"})
+
+
+# ---- all principles in one reply ----
+
+all_values = st.fixed_dictionaries({key: st.lists(st.integers(1, 5), min_size=4, max_size=4) for key in PRINCIPLE_KEYS})
+
+
+@few
+@given(all_values, wrappers, prose, st.permutations(PRINCIPLE_KEYS), st.sampled_from([None, 2]))
+def test_all_principles_are_read_out_of_fences_and_prose_in_any_order(values, wrapper, before, order, indent):
+    body = {key: {"note": "extra"} | reply_of(values[key]) for key in order} | {"overall": 5}
+    found = parse_all_ratings(before + wrapper.replace("{}", json.dumps(body, indent=indent)))
+    assert list(found) == list(PRINCIPLE_KEYS)
+    for key in PRINCIPLE_KEYS:
+        assert found[key] == parse_ratings(json.dumps(reply_of(values[key]))), "one principle is read alike in both forms"
+
+
+MISSING = object()
+faults = st.one_of(not_a_rating, st.just(MISSING))
+
+
+@few
+@given(all_values, st.sampled_from(PRINCIPLE_KEYS), st.integers(1, 4), faults)
+def test_a_bad_rating_takes_its_own_principle_only(values, bad, place, wrong):
+    reply = {key: reply_of(values[key]) for key in PRINCIPLE_KEYS}
+    reply[bad][f"response_{place}_rating"] = wrong
+    if wrong is MISSING:
+        del reply[bad][f"response_{place}_rating"]
+    found = parse_all_ratings(json.dumps(reply))
+    assert isinstance(found[bad], BadReply) and str(found[bad]).startswith(f"{bad}: response_{place}_rating is ")
+    assert all([rating for rating, _ in found[key]] == values[key] for key in PRINCIPLE_KEYS if key != bad)
+
+
+@few
+@given(all_values, st.sampled_from(PRINCIPLE_KEYS), st.one_of(st.just(MISSING), st.none(), st.integers(), st.booleans(), st.text(max_size=5), st.lists(st.integers(1, 5))))
+def test_a_principle_that_is_no_object_is_refused_alone(values, bad, wrong):
+    reply = {key: reply_of(values[key]) for key in PRINCIPLE_KEYS} | {bad: wrong}
+    if wrong is MISSING:
+        del reply[bad]
+    found = parse_all_ratings(json.dumps(reply))
+    assert [key for key in PRINCIPLE_KEYS if isinstance(found[key], BadReply)] == [bad]
+    assert "expected an object" in str(found[bad]) and "\n" not in str(found[bad])
+
+
+@few
+@given(all_values, st.data())
+def test_a_reply_on_all_principles_cut_off_before_its_end_is_refused_as_a_whole(values, data):
+    body = json.dumps({key: reply_of(values[key], "no braces here") for key in PRINCIPLE_KEYS})
+    with pytest.raises(BadReply):
+        parse_all_ratings(body[: data.draw(st.integers(0, len(body) - 1))])
+
+
+def test_the_form_of_one_principle_is_no_reply_on_all():
+    found = parse_all_ratings(json.dumps(reply_of([1, 2, 3, 4])))
+    assert all(isinstance(why, BadReply) for why in found.values())
+    with pytest.raises(BadReply):
+        parse_ratings(json.dumps({key: reply_of([1, 2, 3, 4]) for key in PRINCIPLE_KEYS}))
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_the_schema_of_all_principles_holds_the_papers_keys_under_each(n):
+    schema = rating_all_schema(n)
+    assert schema["required"] == list(PRINCIPLE_KEYS) == list(schema["properties"]) and schema["additionalProperties"] is False
+    assert all(part == rating_schema(n) for part in schema["properties"].values())
+    filled = {key: {k: 3 if rule["type"] == "integer" else "" for k, rule in part["properties"].items()} for key, part in schema["properties"].items()}
+    assert parse_all_ratings(json.dumps(filled), n) == dict.fromkeys(PRINCIPLE_KEYS, [(3, "")] * n)
 
 
 # ---- verdicts ----
@@ -173,10 +245,10 @@ def test_values_go_in_untouched(first, second):
 @few
 @given(words, st.lists(words, min_size=4, max_size=4))
 def test_every_prompt_carries_the_words_as_they_are(speech, responses):
-    rate = rating_prompt("safety", speech, responses)
+    rate, rate_all = (rating_prompt(key, speech, responses) for key in ("safety", None))
     for i, response in enumerate(responses, 1):
-        assert f"Response {i}: {response}" in rate
-    for text in (rate, responding_prompt(speech), responding_prompt(speech, 40), comparison_prompt("battle", speech, *responses[:2])):
+        assert f"Response {i}: {response}" in rate and f"Response {i}: {response}" in rate_all
+    for text in (rate, rate_all, responding_prompt(speech), responding_prompt(speech, 40), comparison_prompt("battle", speech, *responses[:2])):
         assert f"Client: {speech}" in text
     first, second = (comparison_prompt("ranker", speech, *pair) for pair in (responses[:2], responses[1::-1]))
     assert f"Response 1: {responses[0]}" in first and f"Response 1: {responses[1]}" in second
@@ -195,6 +267,21 @@ def test_a_rating_prompt_names_the_asked_principle_only():
         assert principle.text in text and sum(p.description in text for p in principles()) == 1
 
 
+def test_a_prompt_for_all_principles_names_every_principle_and_every_key_of_the_reply():
+    text = rating_prompt(None, "I can't sleep.", list("wxyz"))
+    assert all(text.count(f"[{p.key}] {p.text}") == 1 for p in principles())
+    assert all(key in text for key in rating_schema()["required"])
+
+
+def test_a_users_prompt_for_all_principles_replaces_ours(tmp_path, monkeypatch):
+    (tmp_path / "rating_all.txt").write_text("{principles}|{client_speech}|{response_1}|{response_2}")
+    monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path))
+    assert rating_prompt(None, "hello", ["a", "b"]).endswith("|hello|a|b") and "Principle:" in rating_prompt("safety", "hello", list("wxyz"))
+    with pytest.raises(StudyError, match="response_3") as error:
+        rating_prompt(None, "hello", list("abc"))
+    assert "\n" not in str(error.value)
+
+
 def test_a_battle_prompt_names_every_principle_and_key():
     text = comparison_prompt("battle", "I can't sleep.", "a", "b")
     assert all(p.text in text for p in principles()) and ", ".join(PRINCIPLE_KEYS) in text
@@ -204,7 +291,7 @@ def test_a_battle_prompt_names_every_principle_and_key():
 
 
 def test_a_users_folder_replaces_the_files_it_has_and_no_other(tmp_path, monkeypatch):
-    ours = {name: prompt_text(name) for name in ("responding", "rating", "ranker", "battle", "principles.json")}
+    ours = {name: prompt_text(name) for name in ("responding", "rating", "rating_all", "ranker", "battle", "principles.json")}
     (tmp_path / "responding.txt").write_text("Réponds: {client_speech}\n", encoding="utf-8")
     monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path))
     assert responding_prompt("hello {x}") == "Réponds: hello {x}"

@@ -60,6 +60,16 @@ def test_stage_notebooks_have_their_parameters():
         assert {"PROFILE", "RUN", "SEED", "OVERRIDES"} <= notebook_parameters(REPOSITORY / "nbs" / f"{stage}.ipynb").keys()
 
 
+def test_papermill_reads_every_parameter():
+    from papermill.inspection import inspect_notebook
+
+    from psycopref.runner import notebook_parameters
+
+    for path in sorted((REPOSITORY / "nbs").glob("*.ipynb")):
+        if '"parameters"' in path.read_text():
+            assert list(inspect_notebook(str(path))) == list(notebook_parameters(path)), f"{path.name}: an = in a comment makes papermill lose a parameter"
+
+
 def test_light_modules_stay_light():
     code = ("import sys, psycopref, psycopref.config, psycopref.principles, psycopref.metrics, psycopref.rubric;"
             "print([m for m in ('torch', 'transformers', 'pandas', 'sklearn', 'scipy', 'matplotlib', 'openai', 'trl') if m in sys.modules])")

@@ -3,17 +3,32 @@
 import json
 from collections import Counter
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycopref import ratings, responses
-from psycopref.artifacts import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter
-from psycopref.config import PROFILES, Run, StudyError
-from psycopref.gateway import PHRASES, ChatReply, Failure, FreeModel, Gateway, ReplyCache, chat_model, rubric_reply
-from psycopref.ratings import check_coverage, rate, rating_request, rating_summary, shown_order
+from psycopref.artifacts import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
+from psycopref.config import PROFILES, Run, StudyError, load_profile
+from psycopref.gateway import PHRASES, ChatReply, ChatRequest, Failure, FreeModel, Gateway, OpenAIModel, ReplyCache, _chat_arguments, chat_model, rubric_reply
+from psycopref.plan import plan_sizes, plan_stages, prompt_tokens, rating_plan, reply_tokens, response_tokens
+from psycopref.ratings import (
+    MODES,
+    agreement_row,
+    check_coverage,
+    first_speeches,
+    mode_agreement,
+    mode_calls,
+    preference_agreement,
+    rate,
+    rating_request,
+    rating_summary,
+    shown_order,
+)
 from psycopref.responses import DEMO_POOL, PAPER_POOL, POOLS, TINY_POOL, Member, assign_members, find_pool, pool_table, respond
 from psycopref.rubric import rubric_scores, to_rating
 
@@ -254,6 +269,274 @@ def test_a_rating_request_asks_for_what_the_parser_needs():
     assert len({rating_request(key, "I can't sleep.", list("wxyz")).key("m") for key in PRINCIPLE_KEYS}) == 7
 
 
+# ---- the two modes ----
+
+
+def planted(judge):
+    """A rater that rates each response by `judge(principle, text, place)` and answers in the form it was asked for."""
+    def one(key, request):
+        texts = [request.fields[f"response_{i}"] for i in range(1, 5)]
+        pairs = [(f"response_{i}_rating", judge(key, text, i)) for i, text in enumerate(texts, 1)]
+        return dict(pairs) | {f"rationale_{i}": f"{key}: {text}" for i, text in enumerate(texts, 1)}
+
+    def answer(request):
+        if request.task == "rate":
+            return json.dumps(one(request.fields["principle"], request))
+        return json.dumps({key: one(key, request) for key in PRINCIPLE_KEYS})
+
+    return Scripted("x:rater", answer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rating_stays_with_its_response_when_the_inputs_are_swapped(gateway, monkeypatch, mode):
+    taste = {f"text {i}": i for i in range(1, 5)}
+    rater = planted(lambda key, text, place: (taste[text] + PRINCIPLE_KEYS.index(key)) % 5 + 1)
+    monkeypatch.setattr(ratings, "chat_model", lambda uri: rater)
+    many = pd.DataFrame({"speech_id": [f"s{n}" for n in range(24)], "speech": [f"I have called {n} times." for n in range(24)]})
+    shown = pd.DataFrame([{"speech_id": name, "model": f"m{i}", "response": f"text {i}"} for name in many.speech_id for i in range(1, 5)])
+    swapped = shown.assign(response=shown.response.map({"text 1": "text 4", "text 4": "text 1"}).fillna(shown.response))
+    for frame in (shown, swapped):
+        text = {(r.speech_id, r.model): r.response for r in frame.itertuples()}
+        found, aside = rate(gateway, "x:rater", many, frame, seed=5, mode=mode)
+        assert not aside and len(found) == 24 * 4 * 7
+        for row in found.itertuples():
+            own = text[row.speech_id, row.model]
+            assert row.rating == (taste[own] + PRINCIPLE_KEYS.index(row.principle)) % 5 + 1 and row.rationale == f"{row.principle}: {own}"
+        assert found.groupby("model").position.nunique().eq(4).all(), "every place was tried"
+    assert len(rater.requests) == 2 * 24 * len(MODES[mode])
+
+
+def test_one_call_shows_one_order_to_all_principles_and_notes_it(gateway, monkeypatch):
+    rater = planted(lambda key, text, place: place)
+    monkeypatch.setattr(ratings, "chat_model", lambda uri: rater)
+    shown = answered()
+    found, _ = rate(gateway, "x:rater", SPEECHES, shown, seed=3, mode="speech")
+    assert (found.rating == found.position).all(), "this rater rates places"
+    assert found.groupby(["speech_id", "model"]).position.nunique().eq(1).all()
+    assert all(shown_order(4, 3, name) == [int(m[1]) for m in own.sort_values("position").model] for name, own in found[found.principle == "safety"].groupby("speech_id"))
+    text = {(r.speech_id, r.model): r.response for r in shown.itertuples()}
+    asked = {r.fields["client_speech"]: r for r in rater.requests}
+    speech = dict(zip(SPEECHES.speech_id, SPEECHES.speech))
+    assert len(rater.requests) == 3 and {r.task for r in rater.requests} == {"rate_all"}
+    for row in found.itertuples():
+        assert f"Response {row.position}: {text[row.speech_id, row.model]}" in asked[speech[row.speech_id]].messages[0]["content"]
+
+
+@settings(few, max_examples=6)
+@given(st.integers(0, 2**31))
+def test_the_rubric_says_the_same_in_both_modes(tmp_path_factory, seed):
+    gateway = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite"))
+    (one, _), (every, aside) = (rate(gateway, "rules:rubric", SPEECHES, answered(), seed=seed, mode=mode) for mode in MODES)
+    assert not aside and one.drop(columns="position").equals(every.drop(columns="position")), "rows, their order and all but the place"
+    assert list(one.columns) == list(every.columns) == list(SCHEMAS["ratings"]) and one.dtypes.equals(every.dtypes)
+    assert gateway.counts["rules:rubric"]["calls"] + gateway.counts["rules:rubric"]["cached"] == 21 + 3
+    agreed = mode_agreement(one, every)
+    assert (agreed["exact %"] == 100).all() and agreed["same preference %"].iloc[-1] == 100 and agreed.pairs.iloc[-1] == 18
+    gateway.cache.db.close()
+
+
+def test_the_rubric_knows_its_tasks_and_no_others(gateway):
+    every = rating_request(None, SPEECHES.speech[0], list("wxyz"))
+    [reply] = gateway.ask(chat_model("rules:rubric"), [every])
+    singles = {key: json.loads(rubric_reply("rate", rating_request(key, SPEECHES.speech[0], list("wxyz")).fields)) for key in PRINCIPLE_KEYS}
+    assert json.loads(reply.text) == singles
+    for task in ("respond", "topic", "rate_every", ""):
+        assert "rules:rubric" in one_line(lambda: gateway.ask(chat_model("rules:rubric"), [ChatRequest(every.messages, task=task, fields=every.fields)]))
+
+
+@pytest.mark.parametrize("fault", [*BROKEN, "text", "missing"])
+def test_one_bad_principle_among_seven_is_put_aside_alone(gateway, monkeypatch, fault):
+    parts = {"text": '{"response_1_rating": "3", "response_2_rating": 3, "response_3_rating": 3, "response_4_rating": 3}'} | BROKEN
+
+    def answer(request):
+        reply = json.loads(rubric_reply("rate_all", request.fields))
+        if request.fields["client_speech"] == SPEECHES.speech[1]:
+            own = parts.get(fault)
+            try:
+                reply["autonomy"] = json.loads(own or "null")
+            except json.JSONDecodeError:
+                reply["autonomy"] = own
+            if fault == "missing":
+                del reply["autonomy"]
+        return json.dumps(reply)
+
+    monkeypatch.setattr(ratings, "chat_model", lambda uri: Scripted("x:rater", answer))
+    found, aside = rate(gateway, "x:rater", SPEECHES, answered(), mode="speech")
+    [entry] = aside
+    assert (entry["speech_id"], entry["principle"]) == ("b", "autonomy") and entry["reason"].startswith("autonomy: ") and json.loads(entry["raw"])["empathy"]
+    assert len(found) == (3 * 7 - 1) * 4 and ("b", "autonomy") not in set(zip(found.speech_id, found.principle))
+    whole, _ = rate(gateway, "rules:rubric", SPEECHES, answered(), mode="speech")
+    rest = whole[(whole.speech_id != "b") | (whole.principle != "autonomy")].reset_index(drop=True)
+    assert found.drop(columns="rater").equals(rest.drop(columns="rater"))
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_reply_without_any_principle_puts_all_seven_aside(gateway, monkeypatch, fault):
+    def answer(request):
+        return BROKEN[fault] if request.fields["client_speech"] == SPEECHES.speech[0] else rubric_reply("rate_all", request.fields)
+
+    monkeypatch.setattr(ratings, "chat_model", lambda uri: Scripted("x:rater", answer))
+    found, aside = rate(gateway, "x:rater", SPEECHES, answered(), mode="speech")
+    assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [("a", key) for key in PRINCIPLE_KEYS]
+    assert all(entry["raw"] == ("raw reply" if BROKEN[fault] is None else BROKEN[fault]) and entry["reason"] for entry in aside)
+    assert len(found) == 2 * 7 * 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_put_aside_counts_the_same_in_both_modes(gateway, mode):
+    found, aside = rate(gateway, "rules:rubric", SPEECHES, answered().drop(index=5), mode=mode)
+    assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [("b", key) for key in PRINCIPLE_KEYS] and len(found) == 2 * 7 * 4
+
+
+@pytest.mark.parametrize("wrong", ["speach", "", "both", "Speech", None])
+def test_an_unknown_mode_names_both_and_asks_nobody(gateway, wrong):
+    for action in (lambda: rate(gateway, "rules:rubric", SPEECHES, answered(), mode=wrong), lambda: mode_calls(wrong)):
+        message = one_line(action)
+        assert "ratings.mode" in message and repr(wrong) in message and "principle" in message and "speech" in message
+    assert gateway.counts == {}
+    if wrong is not None:
+        assert "ratings.mode" in one_line(lambda: plan_stages(load_profile("demo", {"ratings.mode": wrong}), 10))
+
+
+def test_an_api_is_asked_for_a_strict_form_on_all_principles():
+    request = rating_request(None, "I can't sleep.", list("wxyz"), 99)
+    assert (request.task, request.decoding.max_tokens, "principle" in request.fields) == ("rate_all", 7 * 99, False)
+    how = _chat_arguments(OpenAIModel("gpt-4o-2024-08-06"), request)
+    form = how["response_format"]["json_schema"]
+    assert form["strict"] is True and how["max_completion_tokens"] == 7 * 99
+
+    def check(node):
+        if node["type"] == "object":
+            assert node["required"] == list(node["properties"]) and node["additionalProperties"] is False
+            return sum(map(check, node["properties"].values()))
+        return 1
+
+    assert check(form["schema"]) == 7 * 8
+
+
+# ---- the plan ----
+
+
+@pytest.mark.parametrize("mode, calls", [("principle", 185_381), ("speech", 26_483)])
+def test_the_plan_counts_the_calls_and_tokens_of_the_mode(mode, calls):
+    profile = load_profile("paper", {"ratings.mode": mode})
+    sizes = plan_sizes(profile, 26_483)
+    [row] = [row for row in plan_stages(profile, 26_483) if row.stage == "07_ratings"]
+    request = rating_request(MODES[mode][0], "x" * sizes.characters, ["x" * 4 * response_tokens(1024)] * 4)
+    kind = request.task
+    assert row.calls == calls and row.input_tokens == calls * prompt_tokens(sizes.characters, 350)[kind] and row.output_tokens == calls * reply_tokens()[kind]
+    assert row.input_tokens / calls == pytest.approx(len(request.messages[0]["content"]) / 4, rel=0.03), "the mean over the principles"
+    assert row.usd == pytest.approx((row.input_tokens * 2.5 + row.output_tokens * 10) / 1e6)
+
+
+def test_the_plan_adds_a_comparison_in_the_other_mode():
+    for mode, other, each in (("principle", "speech", 1), ("speech", "principle", 7)):
+        profile = load_profile("paper", {"ratings.mode": mode, "ratings.compare_mode_speeches": 500})
+        own, second = [row for row in plan_stages(profile, 1000) if row.stage == "07_ratings"]
+        assert own.calls == 1000 * len(MODES[mode]) and second.calls == 500 * each and other in second.work
+        alone = [row for row in plan_stages(load_profile("paper", {"ratings.mode": other}), 1000) if row.stage == "07_ratings"]
+        assert second.input_tokens * 2 == alone[0].input_tokens and second.usd == pytest.approx(alone[0].usd / 2)
+        assert [row.calls for row in plan_stages(profile, 100) if row.stage == "07_ratings"] == [100 * len(MODES[mode]), 100 * each], "there are no more"
+
+
+def test_the_plan_holds_a_reply_to_its_longest():
+    profile = load_profile("paper", {"ratings.max_tokens": 10})
+    for mode, calls, longest in (("principle", 70, 10), ("speech", 10, 70)):
+        assert rating_plan(profile, plan_sizes(profile, 10), 10, mode, "x").output_tokens == calls * longest
+
+
+# ---- agreement ----
+
+
+def rated(rows) -> pd.DataFrame:
+    return pd.DataFrame([{"speech_id": s, "model": m, "principle": key, "rating": rating} for s, m, values in rows for key, rating in zip(PRINCIPLE_KEYS, values)])
+
+
+def test_agreement_equals_values_computed_by_hand():
+    first = rated([("a", "x", [5] * 7), ("a", "y", [4] * 7), ("a", "z", [3, 3, 3, 3, 3, 3, 2]), ("b", "x", [1] * 7), ("b", "y", [2] * 7)])
+    second = rated([("b", "y", [3] * 7), ("a", "z", [3] * 7), ("a", "x", [4] * 7), ("a", "y", [4] * 7), ("b", "x", [1] * 7)])
+    table = mode_agreement(first, second).set_index("principle")
+    assert list(table.index) == [*PRINCIPLE_KEYS, "sum of seven"]
+    # empathy: 5 4 3 1 2 against 4 4 3 1 3; gaps -1 0 0 0 1: exact 3 of 5, mean 0; variances 2 and 1.2, means equal: 1 - 0.4 / 3.2
+    assert table.loc["empathy", ["n", "exact %", "within one %", "mean difference", "kappa"]].tolist() == [5, 60.0, 100.0, 0.0, 0.875]
+    # staging: 5 4 2 1 2 against 4 4 3 1 3; gaps -1 0 1 0 1: exact 2 of 5, mean 0.2; variances 2.16 and 1.2: 1 - 0.6 / 3.4
+    assert table.loc["staging", ["n", "exact %", "within one %", "mean difference", "kappa"]].tolist() == [5, 40.0, 100.0, 0.2, 0.824]
+    # sums: 35 28 20 7 14 against 28 28 21 7 21. Pairs: a 35-28 > against =, 35-20 > against 28-21 >, 28-20 > against 28-21 >; b < against <
+    own = table.loc["sum of seven"]
+    assert own[["n", "exact %", "within one %", "mean difference"]].tolist() == [5, 40.0, 60.0, 0.2]
+    assert own[["pairs", "same preference %", "preferred in a mode", "same of these %"]].tolist() == [4, 75.0, 4, 75.0]
+    assert table.pairs.iloc[:7].isna().all()
+    back = mode_agreement(second, first).set_index("principle")
+    assert (back["mean difference"] == -table["mean difference"]).all() and (back["same preference %"].iloc[-1], back.kappa.iloc[0]) == (75.0, 0.875)
+
+
+@few
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=2, max_size=40).filter(lambda pairs: len({v for pair in pairs for v in pair}) > 1))
+def test_kappa_is_scikit_learns(pairs):
+    from sklearn.metrics import cohen_kappa_score
+
+    first, second = np.array(pairs).T
+    assert agreement_row("x", first, second)["kappa"] == pytest.approx(cohen_kappa_score(first, second, weights="quadratic", labels=range(1, 6)), abs=6e-4)
+
+
+@pytest.mark.parametrize("first, second, same", [([21, 14], [21, 14], 100.0), ([21, 15], [20, 15], 100.0), ([21, 14], [20, 14], 0.0),
+                                                 ([21, 14], [14, 21], 0.0), ([14, 21], [7, 35], 100.0)])  # fmt: skip
+def test_a_preference_needs_a_gap_of_seven_and_a_side(first, second, same):
+    found = preference_agreement(pd.DataFrame({"speech_id": "a", "first": first, "second": second}))
+    assert (found["pairs"], found["same preference %"]) == (1, same)
+    assert preference_agreement(pd.DataFrame({"speech_id": ["a", "b"], "first": first, "second": second})) == {
+        "pairs": 0, "same preference %": None, "preferred in a mode": 0, "same of these %": None}  # fmt: skip
+
+
+def test_only_what_both_modes_rated_is_compared():
+    first = rated([("a", "x", [5] * 7), ("a", "y", [1] * 7), ("b", "x", [2] * 7)])
+    second = first[(first.speech_id == "a") & ((first.model != "y") | (first.principle != "safety"))]
+    table = mode_agreement(first, second).set_index("principle")
+    assert table.n.to_dict() == {key: 1 if key in ("safety", "sum of seven") else 2 for key in table.index}
+    assert table.pairs.iloc[-1] == 0, "a response without all seven has no sum"
+    assert "in common" in one_line(lambda: mode_agreement(first, second.assign(speech_id="z" + second.speech_id)))
+
+
+def test_a_negative_number_of_speeches_is_refused():
+    assert len(first_speeches(SPEECHES, 0)) == 0 and first_speeches(SPEECHES, 2).speech_id.tolist() == ["a", "b"] and len(first_speeches(SPEECHES, 9)) == 3
+    assert "compare_mode_speeches" in one_line(lambda: first_speeches(SPEECHES, -1))
+
+
+# ---- the stage ----
+
+
+def run_stage(overrides) -> Path:
+    """Run the run cells of notebook 07 on three speeches."""
+    run = Run("example")
+    with StageWriter(run, "05_speeches", "tiny", 0, {}) as stage:
+        stage.rows("speeches", SPEECHES.assign(source="demo", topic="anxiety", coarse_topic="core-mental-health-issues", topic_by="gold", split="train"))
+    with StageWriter(run, "06_responses", "tiny", 0, {}, facts={"models": {"rules:phrases": {"label": "canned"}}}) as stage:
+        stage.rows("responses", answered().assign(finish_reason="stop", n_tokens=9, request_key="k"))
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "07_ratings.ipynb").read_text())["cells"]
+    names = vars(ratings) | {"PROFILE": "tiny", "RUN": "example", "SEED": 0, "OVERRIDES": overrides}
+    for source in ("".join(cell["source"]) for cell in cells):
+        if source.startswith("#| run"):
+            exec(source, names)
+    return run.stage("07_ratings")
+
+
+@pytest.mark.parametrize("mode, other", [("principle", "speech"), ("speech", "principle")])
+def test_the_stage_compares_the_modes_where_it_is_asked_to(mode, other):
+    folder = run_stage({"ratings.mode": mode, "ratings.compare_mode_speeches": 2})
+    receipt, found = read_json(folder / "receipt.json"), StageReader(Run("example"), "07_ratings").rows("ratings")
+    assert len(found) == 84 and receipt["coverage"] == 1.0 and receipt["settings"]["ratings"]["mode"] == mode
+    assert (receipt["compared_speeches"], receipt["compared_put_aside"]) == (2, 0)
+    assert receipt["models"]["rules:rubric"]["calls"] + receipt["models"]["rules:rubric"]["cached"] == 3 * len(MODES[mode]) + 2 * len(MODES[other])
+    table, said = pd.read_csv(folder / "tables/table_S14_mode_agreement.csv"), read_json(folder / "tables/table_S14_mode_agreement.json")
+    assert table.n.tolist() == [8] * 8 and (table["exact %"] == 100).all() and f"{other} minus {mode}" in said["caption"] and "2 speeches" in said["label"]
+
+
+def test_the_stage_compares_nothing_by_itself():
+    assert all(profile.ratings.mode == "principle" and profile.ratings.compare_mode_speeches == 0 for profile in PROFILES.values()), "the paper's"
+    folder = run_stage({})
+    assert not list(folder.glob("tables/*S14*")) and "compared_speeches" not in read_json(folder / "receipt.json")
+
+
 # ---- coverage ----
 
 
@@ -266,6 +549,11 @@ def test_too_many_gaps_are_refused(done, asked, least):
 @pytest.mark.parametrize("done, asked, least", [(98, 100, 0.98), (100, 100, 1.0), (1, 1, 1.0), (0, 5, 0.0), (49, 50, 0.98)])
 def test_enough_answers_pass(done, asked, least):
     assert check_coverage(done, asked, least, "07_ratings") == pytest.approx(done / asked)
+
+
+def test_the_units_of_a_coverage_are_named():
+    message = one_line(lambda: check_coverage(5, 10, 0.9, "07_ratings", "pairs of speech and principle"))
+    assert "5 of 10 pairs of speech and principle gave" in message
 
 
 def test_a_member_is_frozen():
