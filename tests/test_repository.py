@@ -60,6 +60,15 @@ def test_stage_notebooks_have_their_parameters():
         assert {"PROFILE", "RUN", "SEED", "OVERRIDES"} <= notebook_parameters(REPOSITORY / "nbs" / f"{stage}.ipynb").keys()
 
 
+def test_the_top_level_holds_what_was_meant():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    top = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    assert top <= {".ci", ".gitattributes", ".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "Snakefile", "constraints.txt", "environment.yml",
+                   "figures", "nbs", "outputs", "psycopref", "pyproject.toml", "settings.ini", "tests"}  # fmt: skip
+
+
 def test_papermill_reads_every_parameter():
     from papermill.inspection import inspect_notebook
 
