@@ -26,9 +26,9 @@ from .config import Run, StudyError, project_root
 
 # %% auto #0
 __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'TABLE_STYLE', 'VERSIONED', 'PALETTE', 'clear_disk_errors', 'atomic_path', 'write_json',
-           'read_json', 'sha256_file', 'write_rows', 'read_rows', 'Label', 'format_cell', 'markdown_table',
-           'html_table', 'latex_table', 'code_version', 'StageFiles', 'StageWriter', 'StageReader', 'progress',
-           'new_figure']
+           'read_json', 'sha256_file', 'open_database', 'write_rows', 'read_rows', 'Label', 'format_cell',
+           'markdown_table', 'html_table', 'latex_table', 'code_version', 'StageFiles', 'StageWriter', 'StageReader',
+           'progress', 'new_figure']
 
 # %% ../nbs/01_artifacts.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -92,7 +92,25 @@ def sha256_file(
             digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/01_artifacts.ipynb #87bead5f
+# %% ../nbs/01_artifacts.ipynb #ead12d0a
+def open_database(
+    path: Path,  # a SQLite file, made with its folder where it is not there
+    *tables: str,  # CREATE TABLE IF NOT EXISTS …
+):  # sqlite3.Connection, usable from any thread; raises sqlite3.DatabaseError
+    "Open a database that several processes read and write."
+    import sqlite3
+
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(path, timeout=60, check_same_thread=False)
+    with FileLock(path.with_suffix(".lock")):
+        database.execute("PRAGMA journal_mode=WAL")
+    for table in tables:
+        database.execute(table)
+    return database
+
+# %% ../nbs/01_artifacts.ipynb #d2323cc1
 PRINCIPLE_KEYS = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging")
 
 _PAIR_COLUMNS = {"ID": "str", "prefID": "int", "question": "str", "chosen": "str", "rejected": "str",
@@ -125,7 +143,7 @@ def _arrow_schema(kind: str):
     types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
     return pa.schema([(name, types[kind_]) for name, kind_ in SCHEMAS[kind].items()])
 
-# %% ../nbs/01_artifacts.ipynb #edd203b1
+# %% ../nbs/01_artifacts.ipynb #9ea15bf8
 def write_rows(
     path: Path,  # a .parquet file
     kind: str,  # a key of SCHEMAS
@@ -176,7 +194,7 @@ def read_rows(
                          "delete the stage's folder and run it again") from None
     return frame
 
-# %% ../nbs/01_artifacts.ipynb #e27caae6
+# %% ../nbs/01_artifacts.ipynb #0a63a025
 @dataclass(frozen=True)
 class Label:
     "Say who made a result."
@@ -192,7 +210,7 @@ class Label:
         parts += [f"n = {self.n}"] if self.n else []
         return " · ".join(parts)
 
-# %% ../nbs/01_artifacts.ipynb #843e4a74
+# %% ../nbs/01_artifacts.ipynb #47d2a067
 def format_cell(
     value,  # a number, text, or None for "not measured"
 ) -> str:  # what is printed
@@ -217,7 +235,7 @@ def _plain(frame) -> list[list]:
     columns = [frame.iloc[:, i].tolist() for i in range(frame.shape[1])]
     return [list(row) for row in zip(*columns)]
 
-# %% ../nbs/01_artifacts.ipynb #2fdee82c
+# %% ../nbs/01_artifacts.ipynb #608cba09
 TABLE_STYLE = ("<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:84rem;color:#1a1a1a}"
                "table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;"
                "text-align:left;vertical-align:top}thead th{border-bottom:2px solid #444}"
@@ -255,7 +273,7 @@ def latex_table(
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}. {escape(str(label))}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/01_artifacts.ipynb #10e1ceb8
+# %% ../nbs/01_artifacts.ipynb #a7d0dfd5
 VERSIONED = ("psycopref", "torch", "transformers", "trl", "peft", "datasets", "openai", "numpy", "pandas", "scikit-learn")
 
 
@@ -276,7 +294,7 @@ def code_version() -> dict:  # commit, whether files were changed, package versi
     return {"commit": commit, "changed_files": bool(changed), "python": platform.python_version(),
             "platform": platform.platform(), "versions": versions}
 
-# %% ../nbs/01_artifacts.ipynb #6c03b72e
+# %% ../nbs/01_artifacts.ipynb #c17792fb
 class StageFiles:
     "Say where a stage's files stand while it runs and afterwards, and write them."
 
@@ -309,7 +327,7 @@ class StageFiles:
             partial.write_text(text, encoding="utf-8")
         return self.work / name
 
-# %% ../nbs/01_artifacts.ipynb #6f667a41
+# %% ../nbs/01_artifacts.ipynb #1d621776
 @dataclass
 class StageWriter(StageFiles):
     "Collect the files of one stage and sign them with a receipt."
@@ -345,7 +363,7 @@ class StageWriter(StageFiles):
         if kind is None:
             self.finish()
 
-# %% ../nbs/01_artifacts.ipynb #d0051743
+# %% ../nbs/01_artifacts.ipynb #27da2ddd
 def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> None:
     "Write table `number` as csv, md, tex, html and json; the json carries caption and label for the report."
     stem, folder = f"table_{number}_{slug}", self.work / "tables"
@@ -375,7 +393,7 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
 
 StageWriter.table, StageWriter.figure = _table, _figure
 
-# %% ../nbs/01_artifacts.ipynb #448ed3dd
+# %% ../nbs/01_artifacts.ipynb #af9e92e4
 def _relative(path: Path) -> str:
     "Name a path relative to the project where that is possible."
     path = Path(path).resolve()
@@ -415,7 +433,7 @@ def _sign(self) -> None:
 
 StageWriter._sign = _sign
 
-# %% ../nbs/01_artifacts.ipynb #9f55485e
+# %% ../nbs/01_artifacts.ipynb #54a61cc8
 @dataclass(frozen=True)
 class StageReader:
     "Read the files of a finished stage; refuse what was not signed or was changed since."
@@ -454,7 +472,7 @@ class StageReader:
         "Read `<name>.json`."
         return read_json(self.path(f"{name}.json"))
 
-# %% ../nbs/01_artifacts.ipynb #efb6b8dd
+# %% ../nbs/01_artifacts.ipynb #cb7598b3
 def progress(
     items: typing.Iterable,  # what is worked through
     name: str,  # what is shown before the bar
@@ -472,7 +490,7 @@ def progress(
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
     return tqdm_auto(items, desc=name, total=total, unit=unit, disable=not seen, leave=False)
 
-# %% ../nbs/01_artifacts.ipynb #b1495197
+# %% ../nbs/01_artifacts.ipynb #6a9d9845
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito (2008)
 
 

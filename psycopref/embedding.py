@@ -12,7 +12,7 @@ import sqlite3
 import typing
 from pathlib import Path
 
-from .artifacts import progress, sha256_file
+from .artifacts import open_database, progress, sha256_file
 from .config import StudyError, cache_root
 from .weights import Weights, _quiet_transformers, _revision, find_weights, pick_device, pick_dtype
 
@@ -111,17 +111,10 @@ def encode(
 @contextlib.contextmanager
 def _open_cache(weights: Weights):
     "Open the encoder's cache file."
-    from filelock import FileLock
-
-    folder = cache_root() / "embeddings"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{weights.slug}-{_content(weights)[:16]}.sqlite"
+    path = cache_root() / "embeddings" / f"{weights.slug}-{_content(weights)[:16]}.sqlite"
+    table = "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID"
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as database:
-            with FileLock(path.with_suffix(".lock")):  # to change the journal's mode SQLite waits for nobody
-                database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=NORMAL")
-            database.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID")
+        with contextlib.closing(open_database(path, table)) as database:
             yield database
     except sqlite3.DatabaseError as error:
         raise StudyError(f"{path}: the embedding cache can't be used ({error}); delete the file, it is made anew") from None
@@ -158,9 +151,8 @@ def embed(
         new = list({key: i for i, key in enumerate(keys) if key not in known}.values())
         for members, vectors in encode_batches([texts[i] for i in new], weights, max_tokens, dtype):
             fresh = {keys[new[place]]: vector.tobytes() for place, vector in zip(members, vectors)}
-            database.execute("BEGIN IMMEDIATE")
-            database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", fresh.items())
-            database.execute("COMMIT")
+            with database:
+                database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", fresh.items())
             known |= fresh
     vectors = [np.frombuffer(known[key], np.float16) for key in keys]
     return np.stack(vectors).astype(np.float32) if vectors else encode([], weights, max_tokens, dtype).astype(np.float32)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import rubric
-from .artifacts import progress
+from .artifacts import open_database, progress
 from .config import StudyError, data_file, derived_seed, suggest
 from .generation import Decoding, generate, length_batches
 from .principles import BATTLE_KEYS, PRINCIPLE_KEYS
@@ -385,16 +385,10 @@ class ReplyCache:
     "Keep replies by request key."
 
     def __init__(self, path: Path):
-        from filelock import FileLock
-
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         try:
-            with FileLock(self.path.with_suffix(".lock")):  # to change the journal's mode SQLite waits for nobody
-                self.db.execute("PRAGMA journal_mode=WAL")
-            self.db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-            self.db.execute("CREATE TABLE IF NOT EXISTS spending (model TEXT, usd REAL NOT NULL)")
+            self.db = open_database(self.path, "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)",
+                                    "CREATE TABLE IF NOT EXISTS spending (model TEXT, usd REAL NOT NULL)")
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{self.path}: is no reply cache ({error}); move it away, replies will be asked for again") from None
 

@@ -37,7 +37,9 @@ from psycopref.artifacts import (
     write_json,
     write_rows,
 )
-from psycopref.config import Run, StudyError
+from psycopref.config import Run
+
+from refusals import one_line
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 LABEL = Label("tiny", ("a model",), "a rater", "3 rows")
@@ -53,13 +55,6 @@ def write_stage(value=1, name="05_speeches", run=RUN):
     with StageWriter(run, name, "tiny", 0, {}) as stage:
         stage.json("value", {"n": value})
         stage.rows("scores", pd.DataFrame([score(prefID=value)]))
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    assert "\n" not in str(error.value) and str(error.value).strip()
-    return str(error.value)
 
 
 def run_code(code: str, **keywords):

@@ -15,20 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from psycopref import embedding
-from psycopref.config import StudyError, cache_root
+from psycopref.config import cache_root
 from psycopref.embedding import BATCH_TOKENS, STEP, embed, encode, shaped_batches
 from psycopref.weights import find_weights
+
+from refusals import one_line
 
 few = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 slow = settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LETTERS = "abcdefghijklmnopqrstuvwxyz'.,?"
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    assert "\n" not in str(error.value) and str(error.value).strip()
-    return str(error.value)
 
 
 def make_encoder(folder: Path, seed=0, positions=256, lower=True) -> str:

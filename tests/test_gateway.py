@@ -18,15 +18,10 @@ from psycopref.config import Run, StudyError
 from psycopref.gateway import ChatReply, ChatRequest, Failure, FreeModel, Gateway, OpenAIModel, ReplyCache, chat_model, open_gateway, prices
 from psycopref.generation import Decoding
 
+from refusals import one_line
+
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 KEY = "sk-planted-0123456789abcdef"
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    assert "\n" not in str(error.value) and str(error.value).strip()
-    return str(error.value)
 
 
 def ask(text="Hello", **keywords):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from psycopref import ratings, responses
 from psycopref.artifacts import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
-from psycopref.config import PROFILES, Run, StudyError, load_profile
+from psycopref.config import PROFILES, Run, load_profile
 from psycopref.gateway import PHRASES, ChatReply, ChatRequest, Failure, FreeModel, Gateway, OpenAIModel, ReplyCache, _chat_arguments, chat_model, rubric_reply
 from psycopref.plan import plan_sizes, plan_stages, prompt_tokens, rating_plan, reply_tokens, response_tokens
 from psycopref.ratings import (
@@ -32,16 +32,11 @@ from psycopref.ratings import (
 from psycopref.responses import DEMO_POOL, PAPER_POOL, POOLS, TINY_POOL, Member, assign_members, find_pool, pool_table, respond
 from psycopref.rubric import rubric_scores, to_rating
 
+from refusals import one_line
+
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SPEECHES = pd.DataFrame({"speech_id": ["a", "b", "c"], "speech": ["Nobody at work has talked to me since I asked for fewer shifts.",
                                                                  "I count the stairs and start over when I lose count.", "My sister moved out in March."]})  # fmt: skip
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    assert "\n" not in str(error.value) and str(error.value).strip()
-    return str(error.value)
 
 
 @pytest.fixture

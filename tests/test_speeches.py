@@ -12,10 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from psycopref.artifacts import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter
-from psycopref.config import DEMO, Run, StudyError, coarse_of
+from psycopref.config import DEMO, Run, coarse_of
 from psycopref.duplicates import same_text
 from psycopref.speeches import (FATES, KEPT, audit, collect, collect_released, drop_table, gold_rows, limit_speeches, mask_private, open_sources,
+
                                 read_source, split_of, split_speeches, split_table, topic_table)  # fmt: skip
+
+from refusals import one_line
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 TOPICS = ["Anxiety", "Stress", "Legal & Regulatory", "Grief and Loss", "Children & Adolescents", "Alzheimer's", "Career Counseling"]
@@ -23,13 +26,6 @@ LINES = ["I count the stairs at night and they never end, whatever I do about it
          "Since the move I eat alone in a kitchen that smells of paint.", "The exam is in nine days and I have not opened one book.",
          "He says nothing at dinner and then slams the garage door.", "Every Sunday my stomach turns when I iron my work shirt.",
          "Our baby cries and I stand in the hall and can't move.", "I quit smoking twice this spring and hid it both times."]  # fmt: skip
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    assert "\n" not in str(error.value) and str(error.value).strip()
-    return str(error.value)
 
 
 def chat_csv(path, rows, header=("questionID", "questionText", "topics")) -> str:

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
+from refusals import one_line
 from test_gateway import completion, error, gateway, server  # noqa: F401 (fixtures)
 
 from psycopref import topics
-from psycopref.config import StudyError, coarse_of, data_file
+from psycopref.config import coarse_of, data_file
 from psycopref.gateway import ChatReply, Failure, Gateway, ReplyCache
 from psycopref.topics import (LOW, METHODS, assign_topics, compare_methods, cross_validate, label_by_model, read_topic, score_topics, topic_descriptions, topic_probabilities,
                               topic_request, topic_slug, training_rows)
@@ -23,13 +24,6 @@ few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 fewer = settings(few, max_examples=12)
 SLUGS = list(coarse_of())
 DEMO = [json.loads(line) for line in data_file("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as raised:
-        action()
-    assert "\n" not in str(raised.value) and str(raised.value).strip()
-    return str(raised.value)
 
 
 def hashed(texts, *arguments, **keywords):

