@@ -6,6 +6,7 @@ RUN ?= $(PROFILE)
 SEED ?= 0
 OVERRIDES ?= {}
 SOURCES ?=
+SHARDS ?= 1
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 VENV := .venv
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make setup       environment in .venv, versions as in constraints.txt"
-	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED, OVERRIDES, SOURCES"
+	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED, OVERRIDES, SOURCES, SHARDS"
 	@echo "make test        notebooks and tests"
 	@echo "make bench       measure what is claimed to be fast"
 	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
@@ -26,12 +27,12 @@ help:
 setup: $(READY)
 
 $(READY): constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make setup: Python 3.10 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make setup: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo "make setup: venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-SNAKEMAKE = snakemake --cores $(CORES) --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seed=$(SEED) overrides='$(OVERRIDES)' sources='$(SOURCES)'
+SNAKEMAKE = snakemake --cores $(CORES) --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seed=$(SEED) overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
 
 reproduce: setup
 	$(SNAKEMAKE)
@@ -45,6 +46,8 @@ test: setup
 
 bench: setup
 	psycopref run nbs/20_bench.ipynb
+	psycopref run nbs/20a_bench_gateway.ipynb
+	psycopref run nbs/20b_bench_generation.ipynb
 
 clean:
 	find outputs figures -mindepth 1 -maxdepth 1 ! -name README.md ! -name results.png -exec rm -rf {} +

@@ -1,5 +1,7 @@
 # One rule for each stage of the package's stage list. `make reproduce` calls this; so can you:
 #   snakemake --cores 2 --config profile=demo run=mine overrides='{"reward.learning_rate": 1e-4}'
+# Stages that ask models can be cut into shards, which run side by side, on this machine or on a cluster's:
+#   snakemake --executor slurm --jobs 8 --config profile=paper shards=8
 import json
 import os
 import sys
@@ -28,6 +30,13 @@ OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else typed(dict(
 if config.get("sources"):
     OVERRIDES["speeches.sources"] = str(config["sources"]).split(",")
 
+SHARDS = int(config.get("shards", 1))
+
+
+scattergather:
+    shards=SHARDS,
+
+
 if "budget_usd" in OVERRIDES:  # no setting of a stage: raising it must not redo what is finished
     os.environ["BUDGET_USD"] = str(OVERRIDES.pop("budget_usd"))
 
@@ -35,6 +44,11 @@ try:
     RULES = stage_rules(PROFILE, RUN, int(config.get("seed", 0)), OVERRIDES)
 except StudyError as error:
     sys.exit(f"psycopref: {error}")
+
+
+def shards_of(stage):
+    "Receipts of a stage's shards, where it is cut into some."
+    return gather.shards(f"outputs/{RUN}/{stage['name']}.shards/{{scatteritem}}/receipt.json") if stage["shards"] and SHARDS > 1 else []
 
 
 rule all:
@@ -53,6 +67,7 @@ for stage in RULES:
         input:
             needs=stage["needs"],
             code=stage["code"],
+            shards=shards_of(stage),
         output:
             update(stage["receipt"]),  # a stage that fails leaves its last result in place
         params:
@@ -62,6 +77,23 @@ for stage in RULES:
         message: f"{stage['name']}: {stage['title']}"
         threads: workflow.cores
         shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"
+
+    if shards_of(stage):
+
+        rule:  # one shard; the rule above gathers them
+            name: f"{stage['name']}_shard"
+            input:
+                needs=stage["needs"],
+                code=stage["code"],
+            output:
+                update(f"outputs/{RUN}/{stage['name']}.shards/{{scatteritem}}/receipt.json"),
+            params:
+                notebook=stage["notebook"],
+                parameters=stage["parameters"],
+                settings=stage["settings"],
+            message: f"{stage['name']}: {stage['title']}, shard {{wildcards.scatteritem}}"
+            threads: max(1, workflow.cores // SHARDS)
+            shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p SHARD={wildcards.scatteritem}"
 
 
 rule report:

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from .config import Run, StudyError, project_root
+from .config import Run, Shard, StudyError, project_root
 
 # %% auto #0
 __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'TABLE_STYLE', 'VERSIONED', 'PALETTE', 'clear_disk_errors', 'atomic_path', 'write_json',
-           'read_json', 'sha256_file', 'open_database', 'write_rows', 'read_rows', 'Label', 'format_cell',
-           'markdown_table', 'html_table', 'latex_table', 'code_version', 'StageFiles', 'StageWriter', 'StageReader',
-           'progress', 'new_figure']
+           'read_json', 'sha256_file', 'open_database', 'checked_table', 'write_rows', 'read_rows', 'Label',
+           'format_cell', 'markdown_table', 'html_table', 'latex_table', 'code_version', 'StageFiles', 'StageWriter',
+           'StageReader', 'progress', 'new_figure']
 
 # %% ../nbs/01_artifacts.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -143,15 +143,14 @@ def _arrow_schema(kind: str):
     types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
     return pa.schema([(name, types[kind_]) for name, kind_ in SCHEMAS[kind].items()])
 
-# %% ../nbs/01_artifacts.ipynb #9ea15bf8
-def write_rows(
-    path: Path,  # a .parquet file
+# %% ../nbs/01_artifacts.ipynb #28fc3281
+def checked_table(
+    path: Path,  # where the rows will go, for the error
     kind: str,  # a key of SCHEMAS
     frame,  # pandas.DataFrame with exactly these columns, any order
-) -> Path:  # the path
-    "Write rows as parquet after checking columns and types; missing values are refused."
+):  # pyarrow.Table
+    "Check columns and types of rows; missing values are refused."
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     expected = list(SCHEMAS[kind])
     if sorted(frame.columns) != sorted(expected):
@@ -168,8 +167,21 @@ def write_rows(
     nulls = [name for name in expected if table[name].null_count]
     if nulls:
         raise StudyError(f"{path}: {kind} rows have empty values in {nulls}; every column must be filled")
-    with atomic_path(path) as partial:
-        pq.write_table(table.replace_schema_metadata(None), partial, compression="zstd")
+    return table.replace_schema_metadata(None)
+
+# %% ../nbs/01_artifacts.ipynb #9bd0042b
+def write_rows(
+    path: Path,  # a .parquet file
+    kind: str,  # a key of SCHEMAS
+    frames,  # pandas.DataFrame, or an iterable of them: then no more than one is held at a time
+) -> Path:  # the path
+    "Write rows as parquet after checking them; all or nothing."
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, _arrow_schema(kind), compression="zstd") as writer:
+        for frame in [frames] if isinstance(frames, pd.DataFrame) else frames:
+            writer.write_table(checked_table(path, kind, frame))
     return Path(path)
 
 
@@ -194,7 +206,7 @@ def read_rows(
                          "delete the stage's folder and run it again") from None
     return frame
 
-# %% ../nbs/01_artifacts.ipynb #0a63a025
+# %% ../nbs/01_artifacts.ipynb #5cb071e2
 @dataclass(frozen=True)
 class Label:
     "Say who made a result."
@@ -210,7 +222,7 @@ class Label:
         parts += [f"n = {self.n}"] if self.n else []
         return " · ".join(parts)
 
-# %% ../nbs/01_artifacts.ipynb #47d2a067
+# %% ../nbs/01_artifacts.ipynb #224e19a3
 def format_cell(
     value,  # a number, text, or None for "not measured"
 ) -> str:  # what is printed
@@ -235,7 +247,7 @@ def _plain(frame) -> list[list]:
     columns = [frame.iloc[:, i].tolist() for i in range(frame.shape[1])]
     return [list(row) for row in zip(*columns)]
 
-# %% ../nbs/01_artifacts.ipynb #608cba09
+# %% ../nbs/01_artifacts.ipynb #ad4a3603
 TABLE_STYLE = ("<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:84rem;color:#1a1a1a}"
                "table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;"
                "text-align:left;vertical-align:top}thead th{border-bottom:2px solid #444}"
@@ -273,7 +285,7 @@ def latex_table(
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}. {escape(str(label))}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/01_artifacts.ipynb #a7d0dfd5
+# %% ../nbs/01_artifacts.ipynb #9a10ffe4
 VERSIONED = ("psycopref", "torch", "transformers", "trl", "peft", "datasets", "openai", "numpy", "pandas", "scikit-learn")
 
 
@@ -294,28 +306,28 @@ def code_version() -> dict:  # commit, whether files were changed, package versi
     return {"commit": commit, "changed_files": bool(changed), "python": platform.python_version(),
             "platform": platform.platform(), "versions": versions}
 
-# %% ../nbs/01_artifacts.ipynb #c17792fb
+# %% ../nbs/01_artifacts.ipynb #8896c48e
 class StageFiles:
     "Say where a stage's files stand while it runs and afterwards, and write them."
 
     @property
     def folder(self) -> Path:
-        "Where the finished stage stands."
-        return self.run.stage(self.name)
+        "Where the finished stage, or shard, stands."
+        return self.run.stage(self.name) if self.shard is None else self.run.stage(f"{self.name}.shards") / str(self.shard)
 
     @property
     def work(self) -> Path:
         "Where files are written until the stage is signed; survives an interruption."
-        return self.folder.with_name(self.name + ".partial")
+        return self.folder.with_name(self.folder.name + ".partial")
 
     @property
     def old(self) -> Path:
         "Where the last result stands for the moment in which the new one takes its place."
-        return self.folder.with_name(self.name + ".old")
+        return self.folder.with_name(self.folder.name + ".old")
 
-    def rows(self, kind: str, frame, name: str | None = None) -> Path:
-        "Write rows of a kind to `<name or kind>.parquet`."
-        return write_rows(self.work / f"{name or kind}.parquet", kind, frame)
+    def rows(self, kind: str, frames, name: str | None = None) -> Path:
+        "Write rows of a kind, one frame or many, to `<name or kind>.parquet`."
+        return write_rows(self.work / f"{name or kind}.parquet", kind, frames)
 
     def json(self, name: str, value) -> Path:
         "Write `<name>.json`."
@@ -327,7 +339,7 @@ class StageFiles:
             partial.write_text(text, encoding="utf-8")
         return self.work / name
 
-# %% ../nbs/01_artifacts.ipynb #1d621776
+# %% ../nbs/01_artifacts.ipynb #cbe2114a
 @dataclass
 class StageWriter(StageFiles):
     "Collect the files of one stage and sign them with a receipt."
@@ -338,6 +350,7 @@ class StageWriter(StageFiles):
     settings: dict  # what the stage read from the profile
     inputs: list[Path] = field(default_factory=list)  # files it read
     facts: dict = field(default_factory=dict)  # models, raters, calls, cost, counts: whatever the receipt should say
+    shard: Shard | None = None  # which part of the stage; None = all of it
     started: float = field(default_factory=time.time)  # so make the writer before the work begins
 
     def begin(self) -> StageWriter:
@@ -363,7 +376,7 @@ class StageWriter(StageFiles):
         if kind is None:
             self.finish()
 
-# %% ../nbs/01_artifacts.ipynb #27da2ddd
+# %% ../nbs/01_artifacts.ipynb #c26f2c67
 def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> None:
     "Write table `number` as csv, md, tex, html and json; the json carries caption and label for the report."
     stem, folder = f"table_{number}_{slug}", self.work / "tables"
@@ -393,7 +406,7 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
 
 StageWriter.table, StageWriter.figure = _table, _figure
 
-# %% ../nbs/01_artifacts.ipynb #af9e92e4
+# %% ../nbs/01_artifacts.ipynb #c61d6af3
 def _relative(path: Path) -> str:
     "Name a path relative to the project where that is possible."
     path = Path(path).resolve()
@@ -411,11 +424,11 @@ def _sign(self) -> None:
     "Write the receipt, then move the stage, its tables and its figures into place."
     outputs = _hashes(self.work)
     write_json(self.work / "receipt.json", {
-        "stage": self.name, "run": self.run.name, "profile": self.profile, "seed": self.seed, "settings": self.settings,
+        "stage": self.name, **({"shard": str(self.shard)} if self.shard else {}), "run": self.run.name, "profile": self.profile, "seed": self.seed, "settings": self.settings,
         **self.facts, "inputs": {_relative(p): sha256_file(p) for p in self.inputs}, "outputs": outputs,
         **code_version(), "seconds": round(time.time() - self.started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)):
+    for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)) if self.shard is None else ():
         for path in sorted((self.folder / kind).glob("*")):  # what the stage showed before and may not show again
             (goal / path.name).unlink(missing_ok=True)
         for path in sorted((self.work / kind).glob("*")):
@@ -433,7 +446,7 @@ def _sign(self) -> None:
 
 StageWriter._sign = _sign
 
-# %% ../nbs/01_artifacts.ipynb #54a61cc8
+# %% ../nbs/01_artifacts.ipynb #be7ca647
 @dataclass(frozen=True)
 class StageReader:
     "Read the files of a finished stage; refuse what was not signed or was changed since."
@@ -472,7 +485,7 @@ class StageReader:
         "Read `<name>.json`."
         return read_json(self.path(f"{name}.json"))
 
-# %% ../nbs/01_artifacts.ipynb #cb7598b3
+# %% ../nbs/01_artifacts.ipynb #ce7cbab8
 def progress(
     items: typing.Iterable,  # what is worked through
     name: str,  # what is shown before the bar
@@ -490,7 +503,7 @@ def progress(
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
     return tqdm_auto(items, desc=name, total=total, unit=unit, disable=not seen, leave=False)
 
-# %% ../nbs/01_artifacts.ipynb #6a9d9845
+# %% ../nbs/01_artifacts.ipynb #d7b4e9f3
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito (2008)
 
 

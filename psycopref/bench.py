@@ -15,12 +15,11 @@ import typing
 from .artifacts import new_figure, write_json
 from .config import data_file, project_root
 from .duplicates import growth, library_comparison, synthetic_speeches
-from .generation import Decoding, generate
 from .pairwise import add_lora, common_arguments, dpo_trainer, prompt_messages
 from .weights import find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['side_by_side', 'generation_sides', 'dpo_sides', 'mixed_speeches', 'stage_bench', 'duplicates_bench']
+__all__ = ['side_by_side', 'dpo_sides', 'mixed_speeches', 'stage_bench', 'duplicates_bench']
 
 # %% ../nbs/20_bench.ipynb #d6592453
 def side_by_side(
@@ -48,36 +47,7 @@ def side_by_side(
     write_json(project_root() / "outputs" / "bench" / f"{name}.json", found)
     return found
 
-# %% ../nbs/20_bench.ipynb #b0aa4f34
-def generation_sides(
-    backbone: str,  # weights
-    prompts: int = 16,  # client speeches
-    n: int = 8,  # candidates for each
-    tokens: int = 32,  # for each candidate
-) -> tuple[typing.Callable, typing.Callable]:  # ours, theirs: return the tokens made
-    "Sample candidates: our loop, and transformers' generate over the same batch."
-    import torch
-
-    weights = find_weights(backbone)
-    model, tokenizer = load_causal_lm(weights), load_tokenizer(weights)
-    speeches = [json.loads(line)["speech"] for line in data_file("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]]
-    texts = [tokenizer.apply_chat_template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in speeches]
-
-    def ours():
-        return sum(s.n_tokens for group in generate(model, tokenizer, texts, Decoding(tokens, 1.0, 50), n, name="") for s in group)
-
-    def theirs():
-        made = 0
-        for start in range(0, len(texts), max(1, 64 // n)):
-            inputs = tokenizer(texts[start : start + max(1, 64 // n)], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
-            with torch.inference_mode():
-                out = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=50, max_new_tokens=tokens, num_return_sequences=n, pad_token_id=tokenizer.pad_token_id)
-            made += int((out[:, inputs.input_ids.shape[1] :] != tokenizer.pad_token_id).sum())
-        return made
-
-    return ours, theirs
-
-# %% ../nbs/20_bench.ipynb #2b528d96
+# %% ../nbs/20_bench.ipynb #cddf05df
 def dpo_sides(
     backbone: str,  # weights
     pairs: int = 8,  # in one step
@@ -114,7 +84,7 @@ def dpo_sides(
 
     return side(dpo_trainer()), side(Stock)
 
-# %% ../nbs/20_bench.ipynb #6afaa46f
+# %% ../nbs/20_bench.ipynb #7234949d
 def mixed_speeches(
     n: int,  # how many
     seed: int = 0,  # of the mixture
@@ -133,7 +103,7 @@ def mixed_speeches(
         made.append("Hello, thanks for reading. " + chance.choice(made) if again else " ".join(chance.sample(sentences, chance.randint(3, 6))))
     return made
 
-# %% ../nbs/20_bench.ipynb #8f43ff82
+# %% ../nbs/20_bench.ipynb #e27635f0
 def stage_bench(
     n: int,  # rows of the source
 ) -> dict:  # seconds, peak_mb, rows, kept
@@ -163,7 +133,7 @@ def stage_bench(
     write_json(project_root() / "outputs" / "bench" / "speech_stage.json", found)
     return found
 
-# %% ../nbs/20_bench.ipynb #4f8c0ae7
+# %% ../nbs/20_bench.ipynb #cf050f6a
 def duplicates_bench(
     sizes: list[int],  # numbers of synthetic speeches
 ) -> tuple:  # (frame comparing libraries, frame of growth, figure)

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:  # of all commands
     plan = commands.add_parser("plan", help="say what a run would do and what it lacks, without running")
     plan.add_argument("--profile", default="paper", choices=list(PROFILES))
     plan.add_argument("-o", "--override", action="append", metavar="DOTTED=VALUE")
+    plan.add_argument("--fetch-tokenizers", action="store_true", help="download the models' tokenizers that are missing, and nothing else")
     retry = commands.add_parser("retry", help="ask again what was put aside, and nothing else")
     retry.add_argument("run", help="name of the run")
     retry.add_argument("--stage", default="07_ratings", help="a stage with a quarantine")
@@ -78,7 +79,7 @@ def execute(
         from psycopref.config import load_profile
         from psycopref.plan import plan_text
 
-        print(plan_text(load_profile(arguments.profile, pairs_of(arguments.override))))
+        print(plan_text(load_profile(arguments.profile, pairs_of(arguments.override)), fetch=arguments.fetch_tokenizers))
     elif arguments.command == "retry":
         from psycopref.config import Run
         from psycopref.runner import retry

@@ -21,8 +21,8 @@ from pathlib import Path
 __all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'STAGES', 'RELEASED', 'StudyError', 'suggest', 'SpeechSettings',
            'ResponseSettings', 'RatingSettings', 'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings',
            'IterSettings', 'EvaluationSettings', 'AblationSettings', 'Profile', 'load_profile', 'check_type', 'Stage',
-           'is_released', 'stages_of', 'stage_settings', 'project_root', 'cache_root', 'Run', 'derived_seed',
-           'data_file', 'paper_values', 'coarse_topics', 'coarse_of']
+           'is_released', 'stages_of', 'stage_settings', 'project_root', 'cache_root', 'Run', 'Shard', 'parse_shard',
+           'blocks', 'derived_seed', 'data_file', 'paper_values', 'coarse_topics', 'coarse_of']
 
 # %% ../nbs/00_config.ipynb #42aec35d
 class StudyError(Exception):
@@ -63,6 +63,7 @@ class ResponseSettings:
     pool: str = "paper"  # a pool of notebook 06: paper, demo, tiny
     each_speech: int = 4  # members sampled for each speech (§3.3)
     max_tokens: int = 1024  # longest response in tokens
+    block: int = 512  # speeches whose calls are looked at together, here and in the ratings; a shard takes whole blocks
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ TINY = Profile(
     backbones=("random-tiny",),
     dtype="float32",
     speeches=SpeechSettings(test_fraction=0.25, limit=42, topic_method="tfidf", topic_confidence=0.0, topic_compare=("tfidf",)),
-    responses=ResponseSettings(pool="tiny", max_tokens=24),
+    responses=ResponseSettings(pool="tiny", max_tokens=24, block=8),
     ratings=RatingSettings(rater="rules:rubric"),
     reward=RewardSettings(epochs=1, batch_size=8, learning_rate=1e-3, max_length=1024, lora=LoraSettings(rank=4, alpha=8),
                           rankers=("local:random-tiny",)),
@@ -268,6 +269,7 @@ class Stage:
     title: str  # what it makes
     needs: tuple[str, ...]  # stages that must be finished
     reads: tuple[str, ...]  # parts of the profile
+    shards: bool = False  # whether it can be cut into shards
 
 
 _MODELS = ("backbones", "dtype")
@@ -275,8 +277,8 @@ _MODELS = ("backbones", "dtype")
 STAGES = {stage.name: stage for stage in (
     Stage("03_weights", "find the weights", (), ("backbones",)),
     Stage("05_speeches", "client speeches", (), ("speeches",)),
-    Stage("06_responses", "responses of the pool", ("03_weights", "05_speeches"), ("responses",)),
-    Stage("07_ratings", "ratings on seven principles", ("05_speeches", "06_responses"), ("ratings", "responses.each_speech")),
+    Stage("06_responses", "responses of the pool", ("03_weights", "05_speeches"), ("responses",), True),
+    Stage("07_ratings", "ratings on seven principles", ("05_speeches", "06_responses"), ("ratings", "responses.each_speech", "responses.block"), True),
     Stage("08_pairs", "preference pairs", ("05_speeches", "06_responses", "07_ratings"), ("pairs",)),
     Stage("11_reward", "reward models", ("03_weights", "05_speeches", "08_pairs"), (*_MODELS, "reward", "evaluation.bootstrap")),
     Stage("12_policy", "policies by DPO and DPO-Iter", ("05_speeches", "08_pairs", "11_reward"),
@@ -367,7 +369,45 @@ class Run:
     def stage(self, name: str) -> Path:
         return self.outputs / name
 
-# %% ../nbs/00_config.ipynb #bef816cc
+# %% ../nbs/00_config.ipynb #5ec58fb5
+@dataclass(frozen=True)
+class Shard:
+    "Name one of n shards of a stage."
+    number: int  # from 1
+    n: int  # shards in all
+
+    def __str__(self):
+        return f"{self.number}-of-{self.n}"
+
+    def takes(self, block: int) -> bool:
+        "Tell whether a block, counted from 0, belongs to this shard."
+        return block % self.n == self.number - 1
+
+
+def parse_shard(
+    text: str | None,  # "2/4", "2-of-4"; None is the whole
+) -> Shard | None:  # the shard
+    "Read the name of a shard."
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:/|-of-)(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise StudyError(f"shard {text!r}: expected i/N with 1 <= i <= N, such as 2/4")
+    return Shard(int(found[1]), int(found[2]))
+
+# %% ../nbs/00_config.ipynb #3f9e08ce
+def blocks(
+    items: typing.Sequence,  # speeches, or their ids
+    size: int,  # of a block
+    shard: Shard | None = None,  # which blocks; None = all
+) -> list:  # slices of the items
+    "Cut items into blocks, and take those of a shard."
+    if size < 1:
+        raise StudyError(f"responses.block: found {size}, expected at least 1 speech")
+    cut = [items[start : start + size] for start in range(0, len(items), size)]
+    return [block for number, block in enumerate(cut) if shard is None or shard.takes(number)]
+
+# %% ../nbs/00_config.ipynb #49163dc7
 def derived_seed(
     seed: int,  # the run's seed
     *names: str | int,  # what the choice is for, e.g. a stage and a speech_id
@@ -376,7 +416,7 @@ def derived_seed(
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/00_config.ipynb #948672a5
+# %% ../nbs/00_config.ipynb #a30e7976
 def data_file(
     name: str,  # a file of psycopref/data
 ) -> Path:  # its path inside the installed package
@@ -391,7 +431,7 @@ def paper_values() -> dict:  # tables and counts as published, with their source
     "Return the paper's published values (arXiv:2502.19731; `_v2` from the later version)."
     return json.loads(data_file("paper.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/00_config.ipynb #c40b4408
+# %% ../nbs/00_config.ipynb #d57290ba
 @functools.cache
 def coarse_topics() -> dict[str, dict]:  # slug -> title, short title, fine topics with the paper's counts
     "Return the eight coarse topics in the paper's order."

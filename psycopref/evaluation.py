@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from .artifacts import PALETTE, PRINCIPLE_KEYS, SCHEMAS, Label, StageReader, StageWriter, new_figure
+from .calls import ChatRequest, Failure
 from .config import Run, StudyError, coarse_topics, derived_seed, load_profile, paper_values, stage_settings
-from .gateway import ChatRequest, Failure, chat_model, open_gateway
+from .gateway import chat_model, open_gateway
 from .generation import Decoding
 from .metrics import flip_rate, length_ratio, swap_consistent, win_rate, win_rate_table
 from .principles import BATTLE_KEYS, BadReply, battle_schema, comparison_prompt, parse_battle, responding_prompt

@@ -6,441 +6,60 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import inspect
-import json
-import math
+import atexit
+import collections
+import contextlib
+import itertools
 import os
-import sqlite3
-import statistics
+import queue
+import sys
 import threading
 import time
 import typing
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from . import rubric
-from .artifacts import open_database, progress
-from .config import StudyError, data_file, derived_seed, suggest
-from .generation import Decoding, generate, length_batches
-from .principles import BATTLE_KEYS, PRINCIPLE_KEYS
-from .weights import find_weights, load_causal_lm, load_tokenizer, pick_dtype
+from .artifacts import progress
+from .batches import BatchModel
+from .cache import ReplyCache, open_cache
+from .calls import ChatModel, ChatReply, ChatRequest, Failure
+from .config import Run, Shard, StudyError
+from .limits import Pace, Purse, pause
+from .local import LocalModel
+from .rules import RulesModel
+from .servers import OpenAIModel
 
 # %% auto #0
-__all__ = ['PHRASES', 'ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel', 'rubric_reply', 'phrase_reply',
-           'RulesModel', 'render_chat', 'LocalModel', 'Pace', 'prices', 'OpenAIModel', 'minute_limits',
-           'expected_tokens', 'chat_model', 'ReplyCache', 'Gateway', 'run_async', 'open_gateway']
+__all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'Turns', 'looping', 'call_soon', 'run_ahead', 'Block', 'Stream',
+           'open_gateway']
 
-# %% ../nbs/04_gateway.ipynb #29eb3b24
-@dataclass(frozen=True)
-class ChatRequest:
-    "Ask one question of one model."
-    messages: tuple[dict, ...]  # role and content, in order
-    decoding: Decoding = Decoding()  # how to sample
-    schema: dict | None = None  # JSON schema of the reply, where the provider can enforce one
-    task: str = "respond"  # respond, rate, rate_all, rank or battle
-    fields: dict = field(default_factory=dict)  # the values that filled the prompt
-
-    def key(self, identity: str) -> str:
-        "Name this call by its content: who answers, what is asked, how it is sampled, which form is demanded."
-        parts = [identity, list(self.messages), asdict(self.decoding), self.schema]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+# %% ../nbs/04_gateway.ipynb #6dd08c3c
+PROVIDERS: dict[str, typing.Callable] = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "rules": RulesModel}
 
 
-@dataclass(frozen=True)
-class ChatReply:
-    "Hold one answer."
-    text: str  # what the model said
-    finish_reason: str = "stop"  # stop or length
-    prompt_tokens: int = 0  # 0 where nobody counted
-    completion_tokens: int = 0  # 0 where nobody counted
-
-
-@dataclass(frozen=True)
-class Failure:
-    "Say why a call has no answer."
-    reason: str  # one line
-    raw: str = ""  # what came instead
-    prompt_tokens: int = 0  # an unusable answer may cost as much as a good one
-    completion_tokens: int = 0  # 0 where nobody counted
-
-# %% ../nbs/04_gateway.ipynb #31533770
-class ChatModel(typing.Protocol):
-    "Answer chat requests."
-    uri: str  # as the user wrote it
-    identity: str  # part of every cache key: changes when the answers could
-    label: str  # for tables and cards
-    concurrency: int  # groups in flight at once
-
-    def groups(self, requests: list[ChatRequest]) -> list[list[int]]:
-        "Say which requests are answered together."
-
-    async def answer(self, requests: list[ChatRequest]) -> list[ChatReply | Failure]:
-        "Answer one group."
-
-    def most(self, request: ChatRequest) -> float:
-        "Return the most that a request can cost, in US dollars."
-
-    def cost(self, reply: ChatReply | Failure) -> float:
-        "Return what a reply, or a failure, did cost, in US dollars."
-
-    async def close(self) -> None:
-        "Give back what was opened for answering."
-
-
-class FreeModel:
-    "Share what providers on this machine have in common."
-    concurrency = 1
-
-    def groups(self, requests):
-        return [[i] for i in range(len(requests))]
-
-    def most(self, request) -> float:
-        return 0.0
-
-    def cost(self, reply) -> float:
-        return 0.0
-
-    async def close(self) -> None:
-        pass
-
-# %% ../nbs/04_gateway.ipynb #fa569c9f
-def rubric_reply(
-    task: str,  # rate, rate_all, rank or battle
-    fields: dict,  # client_speech, response_1 ..., and principle for rate
-) -> str:  # what a model would have replied
-    "Answer a rating, ranking or battle request by the offline rubric."
-    speech = fields["client_speech"]
-    responses = [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
-    scores = [rubric.rubric_scores(speech, response) for response in responses]
-    def rated(key):
-        reply = {}
-        for i, (response, score) in enumerate(zip(responses, scores), 1):
-            reply[f"response_{i}_rating"] = rubric.to_rating(score[key])
-            reply[f"rationale_{i}"] = rubric.rubric_rationale(speech, response, key)
-        return reply
-    if task in ("rate", "rate_all"):
-        return json.dumps(rated(fields["principle"]) if task == "rate" else {key: rated(key) for key in PRINCIPLE_KEYS})
-    totals = [score | {"overall": sum(score.values())} for score in scores]
-    better = {key: 1 if totals[0][key] >= totals[1][key] else 2 for key in BATTLE_KEYS}
-    return json.dumps(better) if task == "battle" else str(better["overall"])
-
-# %% ../nbs/04_gateway.ipynb #4d78a63a
-PHRASES = (
-    "It sounds as if this has been heavy for you, and that makes sense. What feels hardest right now?",
-    "You already took a brave step by telling me about {word}. What would you like to try next, in your own time?",
-    "Tell me more about {word}. How do you feel when it happens?",
-    "There are three tips. Sleep more. Eat well. Exercise every day.",
-    "You must stop worrying about {word}. Just get over it.",
-    "This is a textbook case of maladaptive cognition. You need to follow the protocol.",
-    "Ok.",
-    "Everything will be fine, do not think about it.",
-)
-
-
-def phrase_reply(
-    request: ChatRequest,  # a request to respond
-) -> str:  # one of PHRASES
-    "Answer with a canned phrase chosen by the request's hash: for testing the wiring only."
-    text = request.messages[-1]["content"]
-    words = sorted({w for w in text.split() if w.isalpha() and len(w) > 5}) or ["this"]
-    seed = derived_seed(request.decoding.seed, text, json.dumps(list(request.messages)))
-    return PHRASES[seed % len(PHRASES)].format(word=words[seed % len(words)])
-
-
-class RulesModel(FreeModel):
-    "Answer by rules: `rules:rubric` or `rules:phrases`."
-
-    def __init__(self, name: str):
-        labels = {"rubric": "offline rubric (stand-in)", "phrases": "canned phrases (wiring only)"}
-        if name not in labels:
-            raise StudyError(f"model 'rules:{name}': no such rules. {suggest(name, labels)}")
-        source = inspect.getsource(rubric) if name == "rubric" else repr(PHRASES)
-        self.uri, self.label = f"rules:{name}", labels[name]
-        self.identity = f"rules:{name}#{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-        self.rubric = name == "rubric"
-
-    async def answer(self, requests):
-        if not self.rubric:
-            return [ChatReply(phrase_reply(request)) for request in requests]
-        if any(request.task not in ("rate", "rate_all", "rank", "battle") for request in requests):
-            raise StudyError("model 'rules:rubric': it rates and compares, it can't write and knows no topics; name another model")
-        return [ChatReply(rubric_reply(request.task, request.fields)) for request in requests]
-
-# %% ../nbs/04_gateway.ipynb #e135736f
-def render_chat(
-    tokenizer,  # with a chat template
-    messages: typing.Sequence[dict],  # role and content
-) -> str:  # the prompt text, ready for tokenising without special tokens
-    "Render messages by the model's chat template, ending where the answer begins."
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-
-
-class LocalModel(FreeModel):
-    "Answer with weights of notebook 03."
-
-    def __init__(self, name: str, rows: int = 64, dtype: str = "auto"):
-        self.weights, self.rows, self.dtype, self.loaded = find_weights(name), rows, dtype, None
-        self.uri, self.label = f"local:{name}", self.weights.label
-        self.identity = f"local:{self.weights.name}#{self.weights.revision}#{pick_dtype(dtype)}"
-
-    def load(self):
-        "Load model and tokenizer once."
-        if self.loaded is None:
-            self.loaded = load_causal_lm(self.weights, self.dtype), load_tokenizer(self.weights)
-        return self.loaded
-
-    def groups(self, requests):
-        kinds: dict[str, list[int]] = {}  # requests that share all messages but the last share their computation
-        for i, request in enumerate(requests):
-            kinds.setdefault(json.dumps([list(request.messages[:-1]), asdict(request.decoding)]), []).append(i)
-        return [[members[i] for i in batch] for members in kinds.values()
-                for batch in length_batches([len(requests[i].messages[-1]["content"]) for i in members], self.rows)]
-
-    async def answer(self, requests):
-        model, tokenizer = self.load()
-        prompts = [render_chat(tokenizer, request.messages) for request in requests]
-        samples = await asyncio.to_thread(generate, model, tokenizer, prompts, requests[0].decoding, 1, self.rows, "")
-        counts = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
-        return [ChatReply(s.text, s.finish_reason, n, s.n_tokens) for [s], n in zip(samples, counts)]
-
-# %% ../nbs/04_gateway.ipynb #8597d4c7
-class Pace:
-    "Hold the calls in flight to what a server takes."
-
-    def __init__(self, most: int, start: int = 16):
-        self.most, self.limit, self.flying = most, float(min(most, start)), 0
-        self.unhurt, self.best, self.times, self.since_cut = True, math.inf, [], 0
-        self.turn = asyncio.Condition()
-
-    async def __aenter__(self):
-        async with self.turn:
-            await self.turn.wait_for(lambda: self.flying < self.limit)
-            self.flying += 1
-
-    async def __aexit__(self, *error):
-        async with self.turn:
-            self.flying -= 1
-            self.turn.notify_all()
-
-    def note(self, seconds: float, refused: bool) -> None:
-        "Learn from one answer: how long it took, and whether the server refused a call meanwhile."
-        self.since_cut += 1
-        if refused:
-            if self.unhurt or self.since_cut >= self.limit:
-                self.limit, self.unhurt, self.since_cut = max(1.0, self.limit / 2), False, 0
-            self.times.clear()
-            return
-        self.times.append(seconds)
-        if len(self.times) >= self.limit:
-            typical = statistics.median(self.times)
-            self.best = min(self.best * 1.002, typical)  # forgets slowly, since answers may become longer
-            self.unhurt = self.unhurt and typical <= 2 * self.best
-            grown = self.limit * 2 if self.unhurt else self.limit * 1.1 + 1
-            self.limit = min(self.most, grown) if typical <= 2 * self.best else max(1.0, self.limit * 0.8)
-            self.times.clear()
-
-# %% ../nbs/04_gateway.ipynb #5dcfef76
-def prices() -> dict:  # model -> US dollars for a million input and output tokens, with the date of the table
-    "Return the dated price table."
-    return json.loads(data_file("prices.json").read_text(encoding="utf-8"))
-
-
-class OpenAIModel:
-    "Answer through the OpenAI chat completions API."
-    concurrency = 256  # the most in flight; how many there are says the pace
-
-    def __init__(self, name: str, max_retries: int = 6, timeout: float = 120.0):
-        self.model, _, self.base_url = name.partition("@")
-        self.uri, self.label, self.identity = f"openai:{name}", self.model, f"openai:{name}"
-        self.max_retries, self.timeout, self.opened, self.refused, self.limits = max_retries, timeout, None, 0, []
-        self.price = {"input": 0.0, "output": 0.0}
-        if not self.base_url:
-            table = prices()["models"]
-            if self.model not in table:
-                raise StudyError(f"model {self.uri!r}: has no price in data/prices.json, so a budget can't be held; add it there")
-            self.price = table[self.model]
-
-    def client(self):
-        "Open an async client: OPENAI_API_KEY goes to OpenAI alone, PSYCOPREF_SERVER_KEY to other servers."
-        import openai
-
-        key = os.environ.get("PSYCOPREF_SERVER_KEY", "none") if self.base_url else os.environ.get("OPENAI_API_KEY")
-        if not key:
-            raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key")
-        self.limits = minute_limits()
-        heard = openai.DefaultAsyncHttpxClient(event_hooks={"response": [self.notice]})
-        return openai.AsyncOpenAI(api_key=key, base_url=self.base_url or None, max_retries=self.max_retries, timeout=self.timeout, http_client=heard)
-
-    async def notice(self, response) -> None:
-        "Count refusals, for the pace; the client itself sees to the retry."
-        self.refused += response.status_code in (429, 503)
-
-    def groups(self, requests):
-        return [[i] for i in range(len(requests))]
-
-    def most(self, request):
-        size = sum(len(m["content"].encode()) for m in request.messages)  # a token is never less than a byte
-        return (size * self.price["input"] + request.decoding.max_tokens * self.price["output"]) / 1e6
-
-    def cost(self, reply):
-        return (reply.prompt_tokens * self.price["input"] + reply.completion_tokens * self.price["output"]) / 1e6
-
-    async def close(self):
-        if self.opened is not None:
-            opened, self.opened = self.opened, None
-            await opened.close()
-
-# %% ../nbs/04_gateway.ipynb #f780cd70
-def minute_limits() -> list:  # (limiter, True for tokens)
-    "Make the limiters that the environment asks for."
-    from aiolimiter import AsyncLimiter
-
-    found = []
-    for name, tokens in (("PSYCOPREF_RPM", False), ("PSYCOPREF_TPM", True)):
-        text = os.environ.get(name, "")
-        if text and not (text.isdigit() and int(text)):
-            raise StudyError(f"{name} is {text!r}, expected a whole number a minute, at least 1")
-        if text:
-            found.append((AsyncLimiter(int(text), 60), tokens))
-    return found
-
-
-def expected_tokens(
-    request: ChatRequest,  # what is asked
-) -> int:  # tokens that a server reserves for it, roughly
-    "Estimate the tokens of a request: four characters each, and the longest answer."
-    return sum(len(m["content"]) for m in request.messages) // 4 + request.decoding.max_tokens
-
-# %% ../nbs/04_gateway.ipynb #54bdb80a
-def _chat_arguments(self, request: ChatRequest) -> dict:
-    "Translate a request into the API's arguments."
-    how = {"model": self.model, "messages": list(request.messages), "max_completion_tokens": request.decoding.max_tokens,
-           "temperature": request.decoding.temperature, "top_p": request.decoding.top_p, "seed": request.decoding.seed}
-    if request.schema:
-        how["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": request.schema}}
-    if self.base_url and request.decoding.top_k:
-        how["extra_body"] = {"top_k": request.decoding.top_k}
-    return how
-
-
-async def _openai_answer(self, requests) -> list[ChatReply | Failure]:
-    "Answer one request; failures that outlast the retries become a Failure."
-    import openai
-
-    [request] = requests
-    self.opened = self.opened or self.client()
-    for limiter, tokens in self.limits:
-        await limiter.acquire(min(expected_tokens(request), limiter.max_rate) if tokens else 1)
-    try:
-        done = await self.opened.chat.completions.create(**_chat_arguments(self, request))
-    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise StudyError(f"model {self.uri!r}: the server refused ({error.status_code} {type(error).__name__}); check the "
-                         "key, the model's name and your access") from None
-    except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
-        return [Failure(f"{type(error).__name__}: {_without_keys(' '.join(str(error).split()))[:200]}")]
-    return [_read_completion(done)]
-
-
-OpenAIModel.answer = _openai_answer
-
-# %% ../nbs/04_gateway.ipynb #1b22980c
-def _without_keys(text: str) -> str:
-    "Take API keys out of a text that a server sent back."
-    for name in ("OPENAI_API_KEY", "PSYCOPREF_SERVER_KEY"):
-        if len(os.environ.get(name, "")) > 4:
-            text = text.replace(os.environ[name], "[key]")
-    return text
-
-
-def _read_completion(done) -> ChatReply | Failure:
-    "Read a chat completion as it came; what is not one becomes a Failure with the raw text."
-    raw = _without_keys(str(done))[:4000].encode("utf-8", "replace").decode()
-    used = getattr(done, "usage", None)
-    tokens = (getattr(used, "prompt_tokens", 0) or 0, getattr(used, "completion_tokens", 0) or 0)
-    try:
-        reason, text = done.choices[0].finish_reason, done.choices[0].message.content
-    except (AttributeError, TypeError, KeyError, IndexError):
-        return Failure("the reply holds no choice with a message", raw, *tokens)
-    if reason == "content_filter" or not text:
-        return Failure(f"no text (finish_reason {reason})", raw, *tokens)
-    if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:
-        return Failure("the text is no valid Unicode text", raw, *tokens)
-    return ChatReply(text, "length" if reason == "length" else "stop", *tokens)
-
-# %% ../nbs/04_gateway.ipynb #6e2aa6da
 def chat_model(
     uri: str,  # provider:name
     **options,  # passed to the provider
 ) -> ChatModel:  # who answers
     "Open a model by its URI."
     provider, colon, name = uri.partition(":")
-    known = {"openai": OpenAIModel, "local": LocalModel, "rules": RulesModel}
-    if provider not in known or not name:
-        raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(known)}")
-    return known[provider](name, **options)
+    if provider not in PROVIDERS or not name:
+        raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(PROVIDERS)}")
+    return PROVIDERS[provider](name, **options)
 
-# %% ../nbs/04_gateway.ipynb #3c79dcbc
-class ReplyCache:
-    "Keep replies by request key."
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        try:
-            self.db = open_database(self.path, "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)",
-                                    "CREATE TABLE IF NOT EXISTS spending (model TEXT, usd REAL NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            raise StudyError(f"{self.path}: is no reply cache ({error}); move it away, replies will be asked for again") from None
-
-    def get(self, keys: list[str]) -> dict[str, ChatReply]:
-        "Return the known replies among the keys."
-        found = {}
-        try:
-            for start in range(0, len(keys), 500):
-                part = keys[start : start + 500]
-                rows = self.db.execute(f"SELECT key, reply FROM replies WHERE key IN ({','.join('?' * len(part))})", part)
-                found |= {key: ChatReply(**json.loads(reply)) for key, reply in rows}
-        except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
-            raise StudyError(f"{self.path}: the reply cache is damaged ({error}); move it away, replies will be asked for again") from None
-        return found
-
-    def put(self, replies: dict[str, ChatReply]) -> None:
-        "Keep replies, all or none."
-        rows = [(key, json.dumps(asdict(reply), ensure_ascii=False)) for key, reply in replies.items()]
-        self._write("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
-
-    def forget(self, keys: list[str]) -> None:
-        "Drop replies, so that they are asked for again."
-        self._write("DELETE FROM replies WHERE key = ?", [(key,) for key in keys])
-
-    def spend(self, model: str, usd: float) -> None:
-        "Note what was spent, so that the stages of a run share one budget."
-        if usd:
-            self._write("INSERT INTO spending VALUES (?, ?)", [(model, usd)])
-
-    def spent(self) -> float:
-        "Return what the run has spent so far, in US dollars."
-        return self.db.execute("SELECT coalesce(sum(usd), 0) FROM spending").fetchone()[0]
-
-    def _write(self, statement: str, rows: list[tuple]) -> None:
-        "Write rows in one transaction."
-        try:
-            with self.db:
-                self.db.executemany(statement, rows)
-        except sqlite3.DatabaseError as error:
-            raise StudyError(f"{self.path}: can't be written ({error}); free some space or mend the file, and run again") from None
-
-# %% ../nbs/04_gateway.ipynb #45c2d8cf
+# %% ../nbs/04_gateway.ipynb #9b80116a
 @dataclass
 class Gateway:
     "Send requests to models, through a cache and within a budget."
     cache: ReplyCache  # where replies are kept
     budget_usd: float = 0.0  # the most that may be spent
     calls: str = "record"  # record: ask what the cache lacks; replay: refuse it; live: ask everything again
-    spent: float = 0.0  # settled
-    reserved: float = 0.0  # the most that the groups in flight can cost
-    flying: int = 0  # groups in flight
-    counts: dict = field(default_factory=dict)  # for each model: calls, cached, failed, tokens, usd
+    spent: float = 0.0  # before this process
+    stage: str = ""  # whose calls these are, for the books
+    counts: dict = field(default_factory=dict)  # for each model: calls, cached, failed, retries, tokens, usd
+    busy: bool = False  # a stream is under way
+
+    def __post_init__(self):
+        self.purse = Purse(self.budget_usd, self.spent)
 
     def ask(
         self,
@@ -449,138 +68,399 @@ class Gateway:
         name: str = "asking",  # shown before the progress bar
     ) -> list[ChatReply | Failure]:  # in the order of the requests
         "Answer all requests."
-        return run_async(self._ask(model, requests, name))
+        return next(iter(list(self.stream(model, [requests], name, len(requests)))), [])
 
-    def models(self) -> dict:  # what a receipt says of the calls
-        "Return counts for each model."
+    def stream(
+        self,
+        model: ChatModel,  # who answers
+        blocks: typing.Iterable[typing.Iterable[ChatRequest]],  # what is asked; read as the work goes on
+        name: str = "asking",  # shown before the progress bar
+        total: int | None = None,  # requests in all, where that is known
+    ) -> typing.Iterator[list[ChatReply | Failure]]:  # a list for each block, in order
+        "Answer blocks of requests."
+        if self.busy:
+            raise StudyError("gateway: one stream at a time; read the first to its end, or close it")
+        self.busy = True
+        try:
+            yield from run_ahead(Stream(self, model, name, total).blocks(blocks))
+        finally:
+            self.busy, self.spent = False, self.purse.spent
+
+    def models(self) -> dict:
+        "Return counts for each model: what a receipt says of this process."
         return {uri: dict(count) for uri, count in self.counts.items()}
 
+    def books(self) -> list[dict]:
+        "Return what the stage took so far, over all its runs, by model: calls, tokens and US dollars."
+        return [row for row in self.cache.bill() if row["stage"] == self.stage]
 
-def run_async(
-    work,  # a coroutine
-):  # its result
-    "Run a coroutine to its end, also inside a notebook's running loop."
-    loop, result = asyncio.new_event_loop(), []
+# %% ../nbs/04_gateway.ipynb #b0347217
+class Turns:
+    "Let threads take turns ten times as often while calls are under way: the loop has little to do at a time and should not wait for the reader."
+    streams, before, lock = 0, 0.0, threading.Lock()
+
+    def __enter__(self):
+        with Turns.lock:
+            if not Turns.streams:
+                Turns.before = sys.getswitchinterval()
+                sys.setswitchinterval(Turns.before / 10)
+            Turns.streams += 1
+
+    def __exit__(self, *error):
+        with Turns.lock:
+            Turns.streams -= 1
+            if not Turns.streams:
+                sys.setswitchinterval(Turns.before)
+
+# %% ../nbs/04_gateway.ipynb #7ca1a92f
+@contextlib.contextmanager
+def looping(
+    work: typing.Coroutine,  # what is done in the loop
+    failed: typing.Callable[[BaseException], None],  # is told of an error
+) -> typing.Iterator[asyncio.AbstractEventLoop]:  # the loop
+    "Run a coroutine in a loop of its own, in another thread; at the end it is cancelled and awaited."
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
 
     def run():
         try:
-            result.append((loop.run_until_complete(task), None))
+            loop.run_until_complete(task)
         except BaseException as error:
-            result.append((None, error))
+            failed(error)
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())
             loop.close()
 
-    task = loop.create_task(work)
-    thread = threading.Thread(target=run)
+    def stop():
+        call_soon(loop, task.cancel)
+        thread.join()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    atexit.register(stop)  # a reader that nobody closed holds up no exit
     try:
-        thread.join()
-    except KeyboardInterrupt:
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        yield loop
+    finally:
+        stop()
+        atexit.unregister(stop)
+
+
+def call_soon(
+    loop: asyncio.AbstractEventLoop,  # perhaps closed
+    action: typing.Callable,  # without arguments
+) -> None:
+    "Schedule an action on a loop that may have ended by itself."
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(action)
+
+# %% ../nbs/04_gateway.ipynb #e28e0890
+def run_ahead(
+    work: typing.AsyncIterator,  # an async generator
+    ahead: int = 2,  # items that may wait to be read
+) -> typing.Iterator:  # its items
+    "Read an async generator from synchronous code."
+    found, room = queue.SimpleQueue(), asyncio.Semaphore(ahead)
+
+    async def pump():
+        try:
+            async for item in work:
+                found.put((item, None))
+                await room.acquire()
+            found.put((None, StopIteration()))
+        finally:
+            await work.aclose()
+
+    with Turns(), looping(pump(), lambda error: found.put((None, error))) as loop:
+        while True:
+            item, error = found.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+            call_soon(loop, room.release)
+
+# %% ../nbs/04_gateway.ipynb #cc3d5b2e
+class Block:
+    "Follow the requests of one block until each has its reply."
+
+    def __init__(self):
+        self.keys, self.known, self.missing, self.read = [], {}, set(), False
+        self.ready = asyncio.Event()
+
+    def take(self, key: str, reply: ChatReply | Failure) -> None:
+        "Note a reply."
+        self.known[key] = reply
+        self.missing.discard(key)
+        self.check()
+
+    def check(self) -> None:
+        "Be ready when all requests were read and none is missing."
+        if self.read and not self.missing:
+            self.ready.set()
+
+    def replies(self) -> list[ChatReply | Failure]:
+        "Return the replies in the order of the requests."
+        return [self.known[key] for key in self.keys]
+
+# %% ../nbs/04_gateway.ipynb #7f4a3550
+class Stream:
+    "Answer blocks of requests with one model."
+
+    def __init__(self, gateway: Gateway, model: ChatModel, name: str, total: int | None):
+        self.gateway, self.model, self.error, self.lost, self.over = gateway, model, None, 0, asyncio.Event()
+        self.pace, self.room = Pace(model.concurrency), asyncio.Semaphore(2 * model.concurrency + 64)  # who pauses or waits for the disk holds room, not pace
+        self.due: collections.deque[Block] = collections.deque()  # blocks not given back yet
+        self.waiting: dict[str, list[Block]] = {}  # key of a call in flight -> blocks that wait for it
+        self.tasks: set[asyncio.Task] = set()
+        self.unwritten, self.writer = [], None  # replies on their way to the disk
+        self.count = gateway.counts.setdefault(model.uri, dict(label=model.label, calls=0, cached=0, failed=0, retries=0, prompt_tokens=0,
+                                                               completion_tokens=0, usd=0.0))
+        self.bar = iter(progress(itertools.repeat(None) if total is None else range(total), f"{name} [{model.label[:24]}]", total, "call"))
+        model.jobs = gateway.cache
+
+    def fail(self, error: Exception) -> None:
+        "Send nothing more; wake whoever waits for a block; leave what is queued elsewhere for the next run."
+        self.error = self.error or error
+        self.over.set()
+        for task in self.tasks if self.model.queued else ():
+            task.cancel()
+        for block in self.due:
+            block.ready.set()
+
+    def tick(self, n: int) -> None:
+        "Move the progress bar."
+        for _ in range(n):
+            next(self.bar, None)
+
+# %% ../nbs/04_gateway.ipynb #89ee4932
+async def _blocks(self, source) -> typing.AsyncIterator[list[ChatReply | Failure]]:
+    "Send block after block, give back what is complete, in order."
+    try:
+        for requests in source:
+            self.due.append(block := Block())
+            await self.send_block(block, iter(requests))
+            while self.due and not self.error and (self.due[0].ready.is_set() or len(self.due) > self.model.ahead):
+                await self.due[0].ready.wait()
+                if not self.error:
+                    yield self.due.popleft().replies()
+            if self.error:
+                break
+        while self.due and not self.error:
+            await self.due[0].ready.wait()
+            if not self.error:
+                yield self.due.popleft().replies()
+    except (asyncio.CancelledError, GeneratorExit):
+        for task in self.tasks:
+            task.cancel()
         raise
-    value, error = result[0]
-    if error is not None:
-        raise error
-    return value
+    except Exception as error:  # the source's, or a refusal of the cache
+        self.fail(error)
+        raise
+    finally:
+        await asyncio.gather(*self.tasks, return_exceptions=True)  # what is in flight is paid for: let it come
+        await (self.writer or self.write())
+        self.tick(1)
+        await self.model.close()
+    if self.error:
+        raise self.error
 
-# %% ../nbs/04_gateway.ipynb #9e74207f
-async def _ask(self, model: ChatModel, requests: list[ChatRequest], name: str):
-    "Look up, answer what is missing, count."
+
+async def _send_block(self, block: Block, requests: typing.Iterator[ChatRequest]) -> None:
+    "Read a block's requests and send what nobody knows, as fast as there is room."
+    while not self.error and (some := list(itertools.islice(requests, self.model.look))):
+        for keys, asked in self.unknown(block, some):
+            await self.room.acquire()
+            if self.error:
+                return
+            task = asyncio.create_task(self.run(keys, asked))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        await asyncio.sleep(0)
+    block.read = True
+    block.check()
+
+
+Stream.blocks, Stream.send_block = _blocks, _send_block
+
+# %% ../nbs/04_gateway.ipynb #a973fba9
+def _unknown(self, block: Block, requests: list[ChatRequest]) -> list[tuple[list[str], list[ChatRequest]]]:
+    "Look requests up; return those to send, in groups, with their keys."
+    model, gateway = self.model, self.gateway
     keys = [request.key(model.identity) for request in requests]
-    known: dict[str, ChatReply | Failure] = {} if self.calls == "live" else dict(self.cache.get(list(dict.fromkeys(keys))))
+    fresh = [key for key in dict.fromkeys(keys) if key not in block.known]
+    flying = {key for key in fresh if key in self.waiting}  # not looked up: the reply may be written, but not yet for good
+    known = {} if gateway.calls == "live" else gateway.cache.get([key for key in fresh if key not in flying])
+    block.keys += keys
+    block.known |= known
+    left = {key for key in fresh if key not in known}
+    if left and gateway.calls == "replay":
+        raise StudyError(_unseen(self, [request for key, request in zip(keys, requests) if key in left], len(set(keys))))
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    unique = sorted(first.values())
-    groups = [[unique[i] for i in group] for group in model.groups([requests[i] for i in unique])]
-    todo = [group for group in groups if any(keys[i] not in known for i in group)]
-    if todo and self.calls == "replay":
-        unseen = [requests[i] for group in todo for i in group if keys[i] not in known]
-        raise StudyError(f"replay: {len(unseen)} of {len(unique)} calls to {model.uri} are not in {self.cache.path}, the first asks "
-                         f"{unseen[0].messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them")
-    count = self.counts.setdefault(model.uri, dict(label=model.label, calls=0, cached=0, failed=0, prompt_tokens=0,
-                                                   completion_tokens=0, usd=0.0))
-    count["cached"] += len(keys) - sum(len(group) for group in todo)
-    bar = iter(progress(range(len(todo)), f"{name} [{model.label[:24]}]", unit="batch")) if todo else iter(())
-    pace, self.settled, errors, queue = Pace(model.concurrency), asyncio.Condition(), [], iter(todo)
+    open_ = sorted(first[key] for key in (set(keys) if model.whole else left - flying))
+    groups = [[open_[i] for i in group] for group in model.groups([requests[i] for i in open_])]
+    groups = [group for group in groups if any(keys[i] in left - flying for i in group)]
+    for key in left:
+        self.waiting.setdefault(key, []).append(block)
+    block.missing |= left
+    sent = sum(len(group) for group in groups)
+    self.count["cached"] += len(keys) - sent
+    self.tick(len(keys) - sent)
+    return [([keys[i] for i in group], [requests[i] for i in group]) for group in groups]
 
-    refusals = getattr(model, "refused", 0)
 
-    async def worker():
-        nonlocal refusals
-        while not errors and (group := next(queue, None)) is not None:
-            async with pace:
-                if errors:
-                    return
-                start = time.monotonic()
-                try:
-                    replies = await self._send(model, [requests[i] for i in group], count)
-                    self.cache.put({keys[i]: reply for i, reply in zip(group, replies) if isinstance(reply, ChatReply)})
-                except Exception as error:
-                    errors.append(error)
-                    return
-                refusals, seen = getattr(model, "refused", 0), refusals
-                pace.note(time.monotonic() - start, refusals > seen)
-            known.update({keys[i]: reply for i, reply in zip(group, replies)})
-            next(bar, None)
+def _unseen(self, requests: list[ChatRequest], n: int) -> str:
+    "Word the refusal of a replay."
+    return (f"replay: {len(requests)} of {n} calls to {self.model.uri} are not in {self.gateway.cache.path}, the first asks "
+            f"{requests[0].messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them")
 
+
+Stream.unknown = _unknown
+
+# %% ../nbs/04_gateway.ipynb #99a40ec3
+LOST = 2  # times the calls in flight, and at least 50: so many lost calls in a row end the run
+
+
+async def _run(self, keys: list[str], requests: list[ChatRequest]) -> None:
+    "Answer one group, whatever it takes, and tell the blocks."
     try:
-        await asyncio.gather(*(worker() for _ in range(min(model.concurrency, len(todo)))))
+        self.count["calls"] += len(keys)
+        replies = await self.insist(keys, requests)
+        lost = all(isinstance(reply, Failure) and reply.again for reply in replies)
+        self.lost = self.lost + 1 if lost else 0
+        if self.lost >= max(50, LOST * self.model.concurrency):
+            raise StudyError(f"model {self.model.uri!r}: {self.lost} calls in a row found no answer, the last: {replies[0].reason}; "
+                             "finished calls are kept, so look after the server and run again")
+        self.count["failed"] += sum(isinstance(reply, Failure) for reply in replies)
+        for key, reply in zip(keys, replies):
+            for block in self.waiting.pop(key, ()):
+                block.take(key, reply)
+    except Exception as error:
+        self.fail(error)
     finally:
-        next(bar, None)
-        await model.close()
-    if errors:
-        raise errors[0]
-    return [known[key] for key in keys]
+        self.room.release()
+        self.tick(len(keys))
 
-# %% ../nbs/04_gateway.ipynb #46fe3f51
-async def _send(self, model: ChatModel, requests: list[ChatRequest], count: dict) -> list[ChatReply | Failure]:
-    "Reserve, answer one group, settle."
-    most = sum(model.most(request) for request in requests)
-    async with self.settled:  # calls in flight usually cost less than the most: wait for them before refusing
-        await self.settled.wait_for(lambda: not self.flying or self.spent + self.reserved + most <= self.budget_usd)
-        if most and self.spent + most > self.budget_usd:
-            raise StudyError(f"budget: {self.spent:.2f} USD are spent, the next call to {model.uri} could pass {self.budget_usd:.2f}; "
-                             "raise `budget_usd`, finished calls are kept")
-        self.reserved, self.flying = self.reserved + most, self.flying + 1
-    replies: list = []
-    try:
-        replies = await model.answer(requests)
-    finally:
-        async with self.settled:
-            self.flying -= 1
-            self.reserved = self.reserved - most if self.flying else 0.0
-            self._settle(model, requests, replies, count)
-            self.settled.notify_all()
+
+async def _insist(self, keys: list[str], requests: list[ChatRequest]) -> list[ChatReply | Failure]:
+    "Make attempts until every request has an answer, or none is left."
+    found: dict[int, ChatReply | Failure] = {}
+    left = list(range(len(keys)))
+    for attempt in itertools.count(1):
+        replies = await self.once([requests[i] for i in left], [keys[i] for i in left])
+        found |= dict(zip(left, replies))
+        left = [i for i in left if isinstance(found[i], Failure) and found[i].again]
+        if not left or attempt == self.model.attempts or self.error:
+            return [found[i] for i in range(len(keys))]
+        self.count["retries"] += len(left)
+        seconds = pause(attempt, max((found[i].after for i in left if found[i].after is not None), default=None))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.over.wait()  # an error elsewhere ends the pause
+
+
+Stream.run, Stream.insist = _run, _insist
+
+# %% ../nbs/04_gateway.ipynb #c0bfc099
+async def _once(self, requests: list[ChatRequest], keys: list[str]) -> list[ChatReply | Failure]:
+    "Make one attempt at a group, and learn from it."
+    async with self.pace:
+        if self.error:
+            return [Failure("not sent")] * len(requests)
+        replies, usd = await self.pay(requests)
+    good = {key: reply for key, reply in zip(keys, replies) if isinstance(reply, ChatReply)}
+    await self.keep(good, len(replies), sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies), usd)
     return replies
 
 
-def _settle(self, model: ChatModel, requests: list[ChatRequest], replies: list[ChatReply | Failure], count: dict) -> None:
-    "Count what came and what it cost; an answer that does not say how long it was is taken at its most."
-    for request, reply in zip(requests, replies):
-        usd = model.cost(reply)
-        if isinstance(reply, ChatReply) and not reply.prompt_tokens + reply.completion_tokens:
-            usd = model.most(request)
-        count["calls"] += 1
-        count["failed"] += isinstance(reply, Failure)
-        count["prompt_tokens"] += reply.prompt_tokens
-        count["completion_tokens"] += reply.completion_tokens
-        count["usd"] += usd
-        self.spent += usd
-        self.cache.spend(model.uri, usd)
+async def _pay(self, requests: list[ChatRequest]) -> tuple[list[ChatReply | Failure], float]:
+    "Reserve, answer, settle; return the replies and what they cost."
+    model, purse, most = self.model, self.gateway.purse, [self.model.most(request) for request in requests]
+    if reserved := sum(most):
+        await purse.reserve(reserved, model.uri)
+    usd, replies = 0.0, []
+    start = time.monotonic()
+    try:
+        replies = await model.answer(requests)
+        if not model.queued:
+            self.pace.note(time.monotonic() - start, any(isinstance(reply, Failure) and reply.kind == "refused" for reply in replies))
+        usd = sum(map(self.price, replies, most))
+    except StudyError:
+        raise  # refused before it cost anything
+    except BaseException:  # interrupted or broken on its way, so perhaps on the bill
+        usd = reserved
+        self.book({}, len(requests), 0, 0, usd).cancel()  # nobody waits for this entry
+        raise
+    finally:
+        if reserved:
+            purse.settle(reserved, usd)
+    return replies, usd
 
 
-Gateway._ask, Gateway._send, Gateway._settle = _ask, _send, _settle
+def _price(self, reply: ChatReply | Failure, most: float) -> float:
+    "Price a reply; one that may be billed and does not say how long it was is taken at its most."
+    if isinstance(reply, ChatReply):
+        return self.model.cost(reply) if reply.prompt_tokens and reply.completion_tokens else most
+    return most if reply.unsure else self.model.cost(reply)
 
 
+Stream.once, Stream.pay, Stream.price = _once, _pay, _price
+
+# %% ../nbs/04_gateway.ipynb #46dd3134
+def _book(self, replies: dict[str, ChatReply], *spent) -> asyncio.Future:
+    "Count replies and what they took (calls, tokens, tokens, US dollars), for the next write; the future tells when it is done."
+    for name, value in zip(("prompt_tokens", "completion_tokens", "usd"), spent[1:]):
+        self.count[name] += value
+    done = asyncio.get_running_loop().create_future()
+    self.unwritten.append((replies, spent, done))
+    return done
+
+
+async def _keep(self, replies: dict[str, ChatReply], *spent) -> None:
+    "Return when replies, and what they took, are on the disk."
+    done = self.book(replies, *spent)
+    if self.writer is None:
+        self.writer = asyncio.create_task(self.write())
+    await done
+
+
+async def _write(self) -> None:
+    "Write what waits, and what comes meanwhile, each time in one transaction, in another thread."
+    while self.unwritten:
+        await asyncio.sleep(0)  # whoever ends in the same moment comes along
+        some, self.unwritten = self.unwritten, []
+        error = await self.store(some)
+        for entry in some:
+            own = await self.store([entry]) if error and len(some) > 1 else error  # each for itself: what fits is kept
+            if not entry[2].done():
+                entry[2].set_exception(own) if own else entry[2].set_result(None)
+    self.writer = None
+
+
+async def _store(self, some: list[tuple]) -> Exception | None:
+    "Write entries in one transaction; return what went wrong, since those who wait for the disk must hear of it."
+    try:
+        await asyncio.to_thread(self.gateway.cache.keep, [(replies, self.gateway.stage, self.model.uri, *spent) for replies, spent, _ in some])
+    except Exception as error:
+        return error
+    return None
+
+
+Stream.book, Stream.keep, Stream.write, Stream.store = _book, _keep, _write, _store
+
+# %% ../nbs/04_gateway.ipynb #5aebc660
 def open_gateway(
-    run,  # config.Run
+    run: Run,  # whose cache
     budget_usd: float = 0.0,  # the most that the run may spend; the environment's BUDGET_USD goes before
-) -> Gateway:  # with the run's cache
+    stage: str = "",  # who asks, for the books
+    shard: Shard | None = None,  # which part of the stage
+) -> Gateway:  # with the run's cache, or the shard's
     "Open the gateway of a run; budget and way of calling are no settings of a stage, so that changing them redoes nothing."
     calls = os.environ.get("PSYCOPREF_CALLS", "record")
     if calls not in ("record", "replay", "live"):
         raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")
-    cache = ReplyCache(run.outputs / "cache" / "replies.sqlite")
-    return Gateway(cache, float(os.environ.get("BUDGET_USD", budget_usd)), calls, cache.spent())
+    budget, cache = float(os.environ.get("BUDGET_USD", budget_usd)), open_cache(run, stage, shard)
+    if shard is not None:  # what the others have left is shared out evenly, so that no shard needs to know of another
+        budget = max(0.0, budget - cache.spent_before()) / shard.n
+    return Gateway(cache, budget, calls, cache.spent(), stage)

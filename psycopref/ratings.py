@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import random
+import typing
 
-from .artifacts import Label, StageReader, StageWriter
-from .config import Run, StudyError, derived_seed, load_profile, stage_settings
-from .gateway import ChatRequest, Failure, chat_model, open_gateway
+from .artifacts import SCHEMAS, Label, StageReader, StageWriter
+from .calls import ChatRequest, Failure
+from .config import Run, StudyError, blocks, derived_seed, load_profile, parse_shard, stage_settings
+from .gateway import chat_model, open_gateway
 from .generation import Decoding
 from psycopref.principles import (
     PRINCIPLE_KEYS,
@@ -20,10 +22,12 @@ from psycopref.principles import (
     rating_prompt,
     rating_schema,
 )
+from .responses import shard_speeches
 
 # %% auto #0
-__all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate', 'check_coverage',
-           'rating_summary', 'agreement_row', 'preference_agreement', 'mode_agreement', 'first_speeches']
+__all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_blocks', 'read_block',
+           'rate', 'frames_of', 'check_coverage', 'rating_summary', 'agreement_row', 'preference_agreement',
+           'mode_agreement', 'first_speeches']
 
 # %% ../nbs/07_ratings.ipynb #e8bc5558
 MODES: dict[str, tuple[str | None, ...]] = {"principle": PRINCIPLE_KEYS, "speech": (None,)}
@@ -82,8 +86,8 @@ def read_reply(
     except BadReply as error:
         return dict.fromkeys(keys, error)
 
-# %% ../nbs/07_ratings.ipynb #22558204
-def rate(
+# %% ../nbs/07_ratings.ipynb #2ef3b307
+def rate_blocks(
     gateway,  # gateway.Gateway
     rater: str,  # gateway URI of the rater
     speeches,  # frame with speech_id and speech
@@ -92,33 +96,78 @@ def rate(
     max_tokens: int = 1024,  # longest reply, for each principle asked
     seed: int = 0,  # of the run
     mode: str = "principle",  # principle = a call for each principle, speech = one for all seven
-):  # (frame of ratings, list of what was put aside)
-    "Rate every response on every principle."
+    block: int = 512,  # speeches whose calls are looked at together
+) -> typing.Iterator[tuple]:  # for each block: (frame of ratings, list of what was put aside)
+    "Rate every response on every principle, block by block; no more than a few blocks are held at a time."
+    model, calls = chat_model(rater), mode_calls(mode)
+    text, places = dict(zip(speeches.speech_id, speeches.speech)), responses.groupby("speech_id", sort=False).indices
+    if strange := [name for name in places if name not in text]:
+        raise StudyError(f"ratings: {len(strange)} speeches have responses and are unknown, such as {strange[0]!r}; run 06_responses again")
+    said, members = responses.response.to_numpy(), responses.model.to_numpy()
+    parts = [[name for name in part if name in places] for part in blocks(list(text), block)]
+
+    def jobs(part):
+        for name in part:
+            for call in calls if len(places[name]) == each_speech else ():
+                yield name, call, shown_order(each_speech, seed, name, *filter(None, [call]))
+
+    def request(name, call, order):
+        return rating_request(call, text[name], [said[places[name][i]] for i in order], max_tokens)
+
+    asked = ((request(*job) for job in jobs(part)) for part in parts)
+    total = len(calls) * sum(len(own) == each_speech for own in places.values())
+    for replies, part in zip(gateway.stream(model, asked, "rating", total), parts):
+        short = [(name, len(places[name])) for name in part if len(places[name]) != each_speech]
+        answered = [(job, reply, members[places[job[0]]]) for job, reply in zip(jobs(part), replies)]
+        yield read_block(answered, short, rater, each_speech, lambda job: request(*job).key(model.identity))
+
+# %% ../nbs/07_ratings.ipynb #21c2497e
+def read_block(
+    answered: list[tuple],  # ((speech_id, principle or None, order), reply, members of the speech)
+    short: list[tuple[str, int]],  # speeches without all their responses, and how many they have
+    rater: str,  # gateway URI
+    each_speech: int,  # responses that a speech must have
+    key: typing.Callable,  # from (speech_id, principle or None, order) to the request's key
+) -> tuple:  # (frame of ratings, list of what was put aside)
+    "Read what the calls of a block brought."
     import pandas as pd
 
-    calls = mode_calls(mode)
-    text = dict(zip(speeches.speech_id, speeches.speech))
-    groups = [(name, own) for name, own in responses.groupby("speech_id", sort=False)]
-    short = [(name, len(own)) for name, own in groups if len(own) != each_speech]
-    groups = [(name, own) for name, own in groups if len(own) == each_speech]
-    jobs = [(name, own, call, shown_order(each_speech, seed, name, *filter(None, [call]))) for name, own in groups for call in calls]
-    asked = [rating_request(call, text[name], [own.response.iloc[i] for i in order], max_tokens) for name, own, call, order in jobs]
-    rows = []
-    aside = [{"speech_id": name, "principle": key, "reason": f"the speech has {n} of {each_speech} responses", "raw": "", "key": ""}
-             for name, n in short for key in PRINCIPLE_KEYS]
-    model = chat_model(rater)
-    for (name, own, call, order), request, reply in zip(jobs, asked, gateway.ask(model, asked, "rating")):
-        for key, found in read_reply(reply, call, each_speech).items():
+    rows, aside = [], [{"speech_id": name, "principle": principle, "reason": f"the speech has {n} of {each_speech} responses", "raw": "", "key": ""}
+                       for name, n in short for principle in PRINCIPLE_KEYS]
+    for (name, call, order), reply, members in answered:
+        for principle, found in read_reply(reply, call, each_speech).items():
             if isinstance(found, BadReply):
-                aside.append({"speech_id": name, "principle": key, "reason": str(found), "raw": reply.raw if isinstance(reply, Failure) else reply.text,
-                              "key": request.key(model.identity)})
+                aside.append({"speech_id": name, "principle": principle, "reason": str(found), "key": key((name, call, order)),
+                              "raw": reply.raw if isinstance(reply, Failure) else reply.text})
                 continue
-            rows += [{"speech_id": name, "model": own.model.iloc[i], "principle": key, "rating": found[place][0],
+            rows += [{"speech_id": name, "model": members[i], "principle": principle, "rating": found[place][0],
                       "rationale": found[place][1], "rater": rater, "position": place + 1}
                      for i, place in sorted((i, place) for place, i in enumerate(order))]
-    return pd.DataFrame(rows, columns=["speech_id", "model", "principle", "rating", "rationale", "rater", "position"]), aside
+    return pd.DataFrame(rows, columns=list(SCHEMAS["ratings"])), aside
 
-# %% ../nbs/07_ratings.ipynb #395414e1
+
+def rate(
+    *arguments,  # of rate_blocks
+    **keywords,  # of rate_blocks
+):  # (frame of ratings, list of what was put aside)
+    "Rate every response on every principle, and hold all of it."
+    import pandas as pd
+
+    found = list(rate_blocks(*arguments, **keywords))
+    frames = [frame for frame, _ in found if len(frame)] or [pd.DataFrame(columns=list(SCHEMAS["ratings"]))]
+    return pd.concat(frames, ignore_index=True), [entry for _, aside in found for entry in aside]
+
+# %% ../nbs/07_ratings.ipynb #23bdeb06
+def frames_of(
+    found: typing.Iterable[tuple],  # of rate_blocks
+    aside: list,  # gathers what was put aside
+) -> typing.Iterator:  # frames of ratings
+    "Pass ratings on block by block and gather the rest."
+    for frame, own in found:
+        aside += own
+        yield frame
+
+# %% ../nbs/07_ratings.ipynb #e167a69d
 def check_coverage(
     done: int,  # units with a valid answer
     asked: int,  # units
@@ -133,7 +182,7 @@ def check_coverage(
                          "finished calls are kept, so mend the cause and run again")
     return share
 
-# %% ../nbs/07_ratings.ipynb #222f4ab9
+# %% ../nbs/07_ratings.ipynb #bcba2ca6
 def rating_summary(
     ratings,  # frame of ratings
 ):  # frame: member x principle means, with the overall mean, best first
@@ -142,7 +191,7 @@ def rating_summary(
     table.insert(0, "overall", table.mean(axis=1))
     return table.sort_values("overall", ascending=False).round(2).reset_index()
 
-# %% ../nbs/07_ratings.ipynb #83546132
+# %% ../nbs/07_ratings.ipynb #bb2c1387
 def agreement_row(
     name: str,  # principle, or what else is compared
     first,  # ratings of one mode, an integer array
@@ -155,7 +204,7 @@ def agreement_row(
             "within one %": round(100 * float((abs(gap) <= 1).mean()), 1), "mean difference": round(float(gap.mean()), 3),
             "kappa": round(1 - float((gap**2).mean() / chance), 3) if chance else None}
 
-# %% ../nbs/07_ratings.ipynb #767c8d47
+# %% ../nbs/07_ratings.ipynb #aeef1f50
 def preference_agreement(
     sums,  # frame: speech_id, first, second; sums of seven ratings, one row for each response
     min_gap_sum: int = 7,  # least gap of the sums for a preference
@@ -173,7 +222,7 @@ def preference_agreement(
     return {"pairs": len(same), "same preference %": round(100 * float(same.mean()), 1) if len(same) else None,
             "preferred in a mode": int(taken.sum()), "same of these %": round(100 * float(same[taken].mean()), 1) if taken.any() else None}
 
-# %% ../nbs/07_ratings.ipynb #6a876860
+# %% ../nbs/07_ratings.ipynb #254deb7f
 def mode_agreement(
     first,  # frame of ratings in one mode
     second,  # frame of ratings in the other mode; differences are second minus first
@@ -195,7 +244,7 @@ def mode_agreement(
         rows.append(agreement_row("sum of seven", whole["first"].to_numpy(), whole["second"].to_numpy()) | preference_agreement(whole, min_gap_sum))
     return pd.DataFrame(rows, dtype=object).pipe(lambda frame: frame.where(frame.notna(), None))
 
-# %% ../nbs/07_ratings.ipynb #e47ebd19
+# %% ../nbs/07_ratings.ipynb #d87ebe1c
 def first_speeches(
     speeches,  # frame of speeches
     n: int,  # how many to compare the modes on; 0 = none

@@ -11,10 +11,12 @@ import shutil
 from dataclasses import dataclass
 
 from .artifacts import TABLE_STYLE, Label, StageReader, StageWriter, html_table, read_json
+from .cache import run_bill
 from .config import Run, load_profile, paper_values, stage_settings, stages_of
 
 # %% auto #0
-__all__ = ['INVENTORY', 'Item', 'gather', 'absent', 'headlines', 'provenance', 'overview_page']
+__all__ = ['INVENTORY', 'Item', 'gather', 'absent', 'headlines', 'provenance', 'run_books', 'asked_name', 'spending_table',
+           'spending_caption', 'overview_page']
 
 # %% ../nbs/16_report.ipynb #ca403972
 @dataclass(frozen=True)
@@ -107,7 +109,57 @@ def provenance(
     rows.append({"stage": "all", **{key: round(sum(row[key] for row in rows), 2) for key in ("seconds", "model calls", "from the cache", "tokens out", "US dollars")}, "commit": "", "finished": ""})
     return pd.DataFrame(rows, dtype=object)
 
-# %% ../nbs/16_report.ipynb #c97df3ce
+# %% ../nbs/16_report.ipynb #59ec0782
+def run_books(
+    run: Run,  # whose
+    stages: tuple[str, ...],  # with receipts
+) -> list[dict]:  # stage, model, calls, tokens and US dollars, in the order of the stages
+    "Gather the books of a run."
+    rows = {}
+    for row in [*run_bill(run), *(row for name in stages for row in StageReader(run, name).receipt.get("books", []))]:
+        known = rows.setdefault((row["stage"], row["model"]), row)
+        rows[row["stage"], row["model"]] = max(known, row, key=lambda row: row["calls"])
+    return [rows[key] for key in sorted(rows)]
+
+
+def asked_name(
+    run: Run,  # whose books
+    uri: str,  # of a model
+) -> str:  # for the table
+    "Name a model; a run's own weights, which lie in its folder, are one."
+    return "weights of this run" if uri.startswith("local:") and f"/outputs/{run.name}/" in uri else uri
+
+# %% ../nbs/16_report.ipynb #184a1082
+def spending_table(
+    run: Run,  # whose books
+    books: list[dict],  # of run_books
+):  # frame: stage, model, calls, tokens in and out, US dollars, share of these; the sum last
+    "Say what the run asked and spent, by stage and model."
+    import pandas as pd
+
+    names = ("calls", "prompt_tokens", "completion_tokens", "usd")
+    sums = {}
+    for row in books:
+        key = row["stage"], asked_name(run, row["model"])
+        sums[key] = [a + row[name] for a, name in zip(sums.get(key, (0, 0, 0, 0.0)), names)]
+    total = [sum(values) for values in zip(*sums.values())] or [0, 0, 0, 0.0]
+    data = [{"stage": stage, "model": model, "calls": calls, "tokens in": read, "tokens out": written, "US dollars": f"{usd:.2f}",
+             "share %": f"{100 * usd / total[3]:.1f}" if total[3] else None} for (stage, model), (calls, read, written, usd) in [*sums.items(), (("all", ""), total)]]
+    return pd.DataFrame(data, dtype=object)
+
+
+def spending_caption(
+    books: list[dict],  # of run_books
+) -> str:  # plain text
+    "Caption the table; say where nothing was paid, and where we can't know."
+    said = ["What the run asked and spent, by stage and model (not in the paper)"]
+    if not any(row["usd"] for row in books):
+        said.append("nothing was paid: no model asked has a price")
+    if any("@http" in row["model"] for row in books):
+        said.append("servers other than OpenAI's stand at 0.00, whatever they charge")
+    return "; ".join(said)
+
+# %% ../nbs/16_report.ipynb #452a0cd9
 def overview_page(
     title: str,  # of the page
     label: Label,  # of the run

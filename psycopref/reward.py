@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from .artifacts import PALETTE, Label, StageReader, StageWriter, new_figure
+from .calls import ChatRequest, Failure
 from .config import (RewardSettings, Run, StudyError, derived_seed, load_profile, paper_values, stage_settings)
-from .gateway import ChatRequest, Failure, chat_model, open_gateway
+from .gateway import chat_model, open_gateway
 from .generation import Decoding
 from .metrics import accuracy, bootstrap, paired_difference, pairwise_metrics, presented_pairs, reliability_bins
 from .pairwise import add_lora, common_arguments, dialogue, reward_trainer, score_groups, train_quietly

@@ -15,11 +15,12 @@ import threading
 import time
 from pathlib import Path
 
-from .config import STAGES, Run, Stage, StudyError, load_profile, project_root, stage_settings, stages_of, suggest
+from .config import STAGES, Run, Stage, StudyError, load_profile, parse_shard, project_root, stage_settings, stages_of, suggest
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'as_overrides', 'retry',
-           'notebook_of_modules', 'imported_modules', 'code_of', 'told', 'stage_rules', 'trace', 'compare', 'seconds']
+           'notebook_of_modules', 'imported_modules', 'code_of', 'told', 'own_files', 'stage_rules', 'trace', 'compare',
+           'seconds']
 
 # %% ../nbs/17_runner.ipynb #b543102f
 def notebook_parameters(
@@ -97,7 +98,8 @@ def run_notebook(
     path = Path(path).resolve()
     given = check_parameters(path, given)
     run = Run(given.get("RUN") or given.get("PROFILE") or notebook_parameters(path).get("PROFILE", "demo"))
-    output = run.outputs / "notebooks" / path.name
+    part = f".{parse_shard(given['SHARD'])}" if given.get("SHARD") else ""
+    output = run.outputs / "notebooks" / f"{path.stem}{part}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
     try:
@@ -127,7 +129,7 @@ def retry(
 ) -> Path:  # the executed notebook
     "Forget the replies that were put aside, and run their stage again."
     from psycopref.artifacts import read_json
-    from psycopref.gateway import ReplyCache
+    from psycopref.cache import open_cache
 
     folder = run.stage(stage)
     place = next((p for p in (folder.with_name(f"{stage}.partial"), folder) if (p / "quarantine.json").is_file()), None)
@@ -141,7 +143,9 @@ def retry(
         profile, seed, settings = receipt["profile"], receipt["seed"], receipt["settings"]
     else:
         profile, seed, settings, _ = read_json(place / "scratch" / "origin.json")
-    ReplyCache(run.outputs / "cache" / "replies.sqlite").forget([entry["key"] for entry in aside if entry["key"]])
+    cache = open_cache(run)
+    cache.forget([entry["key"] for entry in aside if entry["key"]])
+    cache.close()
     given = {"PROFILE": profile, "RUN": run.name, "SEED": seed, "OVERRIDES": as_overrides(settings)}
     return run_notebook(project_root() / "nbs" / f"{stage}.ipynb", given)
 
@@ -195,19 +199,28 @@ def told(
     return {"PROFILE": profile, "RUN": run, "SEED": seed, "OVERRIDES": own}
 
 
+def own_files(
+    profile,  # config.Profile
+    stage: str,  # name of a stage
+) -> list[str]:  # paths
+    "List the user's own files that a stage reads because its settings name them."
+    pool = profile.responses.pool
+    return [pool] if stage == "06_responses" and pool.endswith(".json") else []
+
+
 def stage_rules(
     profile: str,  # tiny, demo or paper
     run: str,  # name
     seed: int = 0,  # of the run
     overrides: dict | None = None,  # dotted settings
-) -> list[dict]:  # for each stage: name, notebook, code, needs (receipts), receipt, parameters, settings
+) -> list[dict]:  # for each stage: name, notebook, code, needs (receipts), receipt, shards, parameters, settings
     "Describe the chain for Snakemake; paths are relative to the project."
     tree, rules = load_profile(profile, overrides), []
     for stage in stages_of(tree).values():
         notebook = project_root() / "nbs" / f"{stage.name}.ipynb"
         rules.append({"name": stage.name, "title": stage.title, "notebook": f"nbs/{notebook.name}",
                       "code": [str(p.relative_to(project_root())) for p in code_of(notebook)],
-                      "needs": [f"outputs/{run}/{need}/receipt.json" for need in stage.needs], "receipt": f"outputs/{run}/{stage.name}/receipt.json",
+                      "needs": [f"outputs/{run}/{need}/receipt.json" for need in stage.needs] + own_files(tree, stage.name), "receipt": f"outputs/{run}/{stage.name}/receipt.json", "shards": stage.shards,
                       "parameters": json.dumps(told(stage, profile, run, seed, overrides or {})),
                       "settings": json.dumps(stage_settings(tree, stage.name), sort_keys=True)})
     return rules

@@ -9,10 +9,11 @@ import json
 import re
 import typing
 
+from .calls import ChatReply, ChatRequest
 from .config import StudyError, coarse_of, coarse_topics, data_file, derived_seed
 from .duplicates import same_text
 from .embedding import embed
-from .gateway import ChatReply, ChatRequest, chat_model
+from .gateway import chat_model
 from .generation import Decoding
 from .principles import BadReply, fill, find_json, prompt_text
 

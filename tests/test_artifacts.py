@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         full()
 
     monkeypatch.setattr(Path, "write_text", half)
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     for action in (lambda: write_json(old_json, {"n": 2}), lambda: write_rows(old_rows, "scores", pd.DataFrame([score(ID="b")]))):
         assert "disk is full" in one_line(action)
     assert (sha256_file(old_json), sha256_file(old_rows)) == before

@@ -33,8 +33,8 @@ def run(copy, *command, ok=True):
     return done.stdout
 
 
-def chain(copy, *more, overrides="{}", ok=True):
-    return run(copy, "snakemake", "--cores", "2", "--nolock", *more, "--config", "profile=tiny", f"overrides={overrides}", ok=ok)
+def chain(copy, *more, overrides="{}", more_config=(), ok=True):
+    return run(copy, "snakemake", "--cores", "2", "--nolock", *more, "--config", "profile=tiny", f"overrides={overrides}", *more_config, ok=ok)
 
 
 def planned(output):
@@ -128,12 +128,39 @@ def test_a_notebook_re_runs_its_stage_and_what_follows(copy):
         path.write_text(before)
 
 
+def test_shards_give_the_rows_of_the_whole_byte_by_byte(copy):
+    chain(copy, "--until", "07_ratings", more_config=("run=cut", "shards=3"))
+    for stage, name in (("06_responses", "responses"), ("07_ratings", "ratings")):
+        parts = sorted(path.parent.name for path in (copy / f"outputs/cut/{stage}.shards").glob("*/receipt.json"))
+        assert parts == ["1-of-3", "2-of-3", "3-of-3"]
+        rows = [read_rows(copy / f"outputs/cut/{stage}.shards" / part / f"{name}.parquet", name) for part in parts]
+        assert all(map(len, rows)) and sum(map(len, rows)) == len(read_rows(copy / f"outputs/cut/{stage}/{name}.parquet", name))
+        assert sha256_file(copy / f"outputs/cut/{stage}/{name}.parquet") == receipt(copy, stage)["outputs"][f"{name}.parquet"]
+        whole = receipt(copy, stage, "cut")
+        assert all(count["calls"] == 0 for count in whole["models"].values()), "the whole finds every reply in the caches of its shards"
+        assert sum(row["calls"] for row in whole["books"]) == sum(row["calls"] for row in receipt(copy, stage)["books"])
+    assert [path.name for path in (copy / "outputs/cut/cache").glob("*.sqlite")] == ["replies.sqlite"]
+    assert not planned(chain(copy, "--dry-run", "--until", "07_ratings", more_config=("run=cut", "shards=3"))), "a finished run has nothing to do"
+
+
 def test_report_is_self_contained(copy):
     chain(copy, "--report", "outputs/tiny/report.html")
     page = (copy / "outputs/tiny/report.html").read_text()
-    for name in ("table_1_reward", "table_2_win_rates", "fig_4_online_offline", "table_S7_headlines"):
+    for name in ("table_1_reward", "table_2_win_rates", "fig_4_online_offline", "table_S7_headlines", "table_S15_spending"):
         assert name in page
     assert 'src="http' not in page and "<link rel=\"stylesheet\" href=\"http" not in page
+
+
+def test_the_report_says_what_was_asked_and_that_it_was_free(copy):
+    table = pd.read_csv(copy / "outputs/tiny/tables/table_S15_spending.csv", keep_default_na=False, dtype=str)
+    books = [row for stage in STAGES if stage != "16_report" for row in receipt(copy, stage).get("books", [])]
+    assert {row["stage"] for row in books} == set(table.stage) - {"all"} == {"06_responses", "07_ratings", "11_reward", "13_evaluation", "14_ablations"}
+    for stage in set(table.stage) - {"all"}:
+        assert table[table.stage == stage].calls.astype(int).sum() == sum(row["calls"] for row in books if row["stage"] == stage)
+    assert table[table.stage == "06_responses"].calls.tolist() == ["168"] and table[table.stage == "07_ratings"].calls.tolist() == ["294"]
+    assert int(table.calls.iloc[-1]) == sum(row["calls"] for row in books) and set(table["US dollars"]) == {"0.00"}
+    page = (copy / "outputs/tiny/16_report/overview.html").read_text()
+    assert "nothing was paid: no model asked has a price" in page and str(copy) not in "".join(table.model)
 
 
 @pytest.mark.parametrize("moment", ["checkpoint-*", "iteration-1/candidates.json", "iteration-2/candidates.json"])
@@ -254,7 +281,7 @@ class Rater(BaseHTTPRequestHandler):
         with state.lock:
             state.log.append(text)
         bad = state.broken and "Empathy" in text
-        said = "I would rather not." if bad else json.dumps({f"response_{i}_rating": 3 for i in range(1, 5)} | {f"rationale_{i}": "so" for i in range(1, 5)})
+        said = f"I would rather not, {self.headers['Authorization']}." if bad else json.dumps({f"response_{i}_rating": 3 for i in range(1, 5)} | {f"rationale_{i}": "so" for i in range(1, 5)})
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
         body = json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}).encode()
         self.send_response(200)
@@ -279,13 +306,19 @@ def rater():
     thread.join(5)
 
 
+PLANTED = "sk-planted-0123456789abcdef"
+
+
 def test_retry_asks_the_quarantine_again_and_nothing_else(copy, rater, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("PSYCOPREF_SERVER_KEY", PLANTED)
     for stage in ("05_speeches", "06_responses"):
         shutil.copytree(copy / "outputs/tiny" / stage, copy / "outputs/asked" / stage)
     uri = f"openai:some/rater@http://127.0.0.1:{rater.server_port}/v1"
     assert "252 of 294" in psycopref(copy, "07_ratings", "-p", "RUN=asked", "-o", f'ratings.rater="{uri}"'), "below its coverage the stage fails"
     assert len(rater.log) == 294 and not (copy / "outputs/asked/07_ratings").exists()
+    quarantine = json.loads((copy / "outputs/asked/07_ratings.partial/quarantine.json").read_text())
+    assert "Bearer [key]" in quarantine[0]["raw"], "the server did say the key"
     first, rater.broken = list(rater.log), False
     assert "valid answer" in psycopref(copy, "07_ratings", "-p", "RUN=asked", "-o", f'ratings.rater="{uri}"') and len(rater.log) == 294, "the same replies are read again"
     run(copy, "psycopref", "retry", "asked")
@@ -293,6 +326,8 @@ def test_retry_asks_the_quarantine_again_and_nothing_else(copy, rater, monkeypat
     assert len(again) == 42 and set(again) == {text for text in first if "Empathy" in text}
     assert len(read_rows(copy / "outputs/asked/07_ratings/ratings.parquet", "ratings")) == 42 * 7 * 4 and receipt(copy, "07_ratings", "asked")["settings"]["ratings"]["rater"] == uri
     assert "nothing is in the quarantine" in bad(copy, "psycopref", "retry", "asked") and "has no quarantine.json" in bad(copy, "psycopref", "retry", "nowhere")
+    written = [path for path in copy.rglob("*") if path.is_file() and PLANTED.encode() in path.read_bytes()]
+    assert not written, "a key was written: into a notebook's output, a receipt, the cache, a log or a traceback"
 
 
 def test_trace_and_compare(copy):

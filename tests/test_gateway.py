@@ -1,22 +1,32 @@
 """The gateway against a server that answers, stalls, refuses and lies: nothing asked twice, nothing overspent, nothing leaked."""
 
 import asyncio
+import contextlib
+import itertools
 import json
+import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psycopref.cache import ReplyCache
+from psycopref.calls import ChatReply, ChatRequest, Failure, FreeModel
 from psycopref.config import Run, StudyError
-from psycopref.gateway import ChatReply, ChatRequest, Failure, FreeModel, Gateway, OpenAIModel, ReplyCache, chat_model, open_gateway, prices
+from psycopref.gateway import Gateway, chat_model, open_gateway
 from psycopref.generation import Decoding
+from psycopref.servers import OpenAIModel, prices
 
 from refusals import one_line
 
@@ -121,7 +131,7 @@ def again(gateway, budget_usd=0.0) -> Gateway:
 def test_an_answer_with_its_counts(server, gateway):
     [reply] = gateway.ask(server.model(), [ask("Hello", decoding=Decoding(7, 0.5, top_k=3, top_p=0.9, seed=4), schema={"type": "object"})])
     assert reply == ChatReply("re: Hello", "stop", 5, 2)
-    assert gateway.models() == {server.uri: {"label": "some/model", "calls": 1, "cached": 0, "failed": 0, "prompt_tokens": 5, "completion_tokens": 2, "usd": 0.0}}
+    assert gateway.models() == {server.uri: {"label": "some/model", "calls": 1, "cached": 0, "failed": 0, "retries": 0, "prompt_tokens": 5, "completion_tokens": 2, "usd": 0.0}}
     [sent] = server.bodies
     assert (sent["model"], sent["messages"]) == ("some/model", [{"role": "user", "content": "Hello"}])
     assert (sent["max_completion_tokens"], sent["temperature"], sent["top_p"], sent["seed"], sent["top_k"]) == (7, 0.5, 0.9, 4, 3)
@@ -442,7 +452,7 @@ def test_hundreds_of_calls_in_flight_never_pass_the_cap(server, tmp_path):
     model.concurrency = 300
     message = one_line(lambda: gateway.ask(model, [ask(f"{n:03}", decoding=Decoding(max_tokens=2)) for n in range(400)]))
     assert "40.30" in message and bill(server) <= cap and gateway.spent <= cap
-    assert gateway.reserved == pytest.approx(0, abs=1e-9)
+    assert gateway.purse.reserved == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -692,8 +702,9 @@ def test_a_server_that_refuses_is_not_overrun(server, gateway):
     replies = gateway.ask(model, [ask(f"q{n}") for n in range(600)])
     assert all(isinstance(reply, ChatReply) for reply in replies), "every call is answered in the end"
     half = state.log[len(state.log) // 2 :]
-    assert model.refused > 0 and len(half) < 1.5 * 300, "most of the later calls are taken at once"
-    assert len(state.log) == 600 + model.refused
+    retries = gateway.counts[state.uri]["retries"]
+    assert retries > 0 and len(half) < 1.5 * 300, "most of the later calls are taken at once"
+    assert len(state.log) == 600 + retries
 
 
 def test_no_more_than_the_ceiling_are_in_flight(server, gateway):
@@ -721,3 +732,277 @@ def test_limits_a_minute_are_kept_to(server, gateway, monkeypatch):
     for bad in ("0", "-3", "many", "1.5"):
         monkeypatch.setenv("PSYCOPREF_RPM", bad)
         assert "PSYCOPREF_RPM" in one_line(lambda: gateway.ask(server.model(), [ask(f"z{bad}")]))
+
+
+# ---- streams ----
+
+
+class Chancy(FreeModel):
+    """Answers after a while; `faults` says how often a text breaks before it is answered."""
+
+    uri = identity = label = "chancy"
+    attempts, price, worth = 5, 0.0, 0.0
+
+    def __init__(self, faults=lambda text: 0, wait=lambda text: 0.0, **options):
+        self.faults, self.wait, self.log, self.done, self.groups_seen = faults, wait, [], [], []
+        vars(self).update(options)
+
+    async def answer(self, requests):
+        texts = [request.messages[-1]["content"] for request in requests]
+        self.log += texts
+        await asyncio.sleep(self.wait(texts[0]))
+        self.done += texts
+        return [Failure("reset", kind="broken", unsure=True) if self.log.count(text) <= self.faults(text) else ChatReply(f"re: {text}", "stop", 2, 3) for text in texts]
+
+    def most(self, request):
+        return self.price
+
+    def cost(self, reply):
+        return self.worth if isinstance(reply, ChatReply) else 0.0
+
+
+def threads() -> set:
+    return {thread for thread in threading.enumerate() if "tqdm" not in type(thread).__module__}
+
+
+@pytest.fixture
+def no_thread_left():
+    before = threads()
+    yield
+    assert threads() <= before
+
+
+@settings(few, max_examples=40)
+@given(st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=8), st.integers(1, 9), st.sampled_from([1, 3, 64, None]), st.integers(0, 3), st.integers(0, 10**6))
+def test_a_stream_gives_what_asking_one_by_one_gives(tmp_path_factory, numbers, concurrency, look, ahead, seed):
+    chance = random.Random(seed)
+    faulty, slow = {f"q{n}": chance.choice([0, 0, 0, 1, 2]) for n in range(31)}, {f"q{n}": chance.choice([0, 0, 0.001, 0.004]) for n in range(31)}
+    model = Chancy(faulty.get, slow.get, concurrency=concurrency, look=look, ahead=ahead, price=1.0, worth=0.5)
+    gateway = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite"), 1e6, stage="s")
+    before = threads()
+    with patch("psycopref.gateway.pause", lambda *arguments: 0.0):
+        found = list(gateway.stream(model, ((ask(f"q{n}") for n in block) for block in numbers)))
+    assert [[reply.text for reply in replies] for replies in found] == [[f"re: q{n}" for n in block] for block in numbers]
+    unique = {f"q{n}" for block in numbers for n in block}
+    assert Counter(model.log) == {text: faulty[text] + 1 for text in unique}, "each is sent once, and once more for each fault"
+    count, lost = gateway.counts["chancy"], sum(faulty[text] for text in unique)
+    assert (count["calls"], count["cached"], count["retries"], count["failed"]) == (len(unique), sum(map(len, numbers)) - len(unique), lost, 0)
+    books = [dict(stage="s", model="chancy", calls=len(unique) + lost, prompt_tokens=2 * len(unique), completion_tokens=3 * len(unique), usd=0.5 * len(unique) + lost)]
+    assert gateway.cache.bill() == (books if unique else []) and gateway.spent == count["usd"] == 0.5 * len(unique) + lost
+    replayed = Gateway(gateway.cache, calls="replay").stream(Chancy(look=look), ([ask(f"q{n}") for n in block] for block in numbers))
+    assert list(replayed) == found and threads() <= before
+    gateway.cache.close()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_a_source_is_read_no_further_than_it_must(gateway, ahead, no_thread_left):
+    read, furthest = [], 0
+
+    def source():
+        for b in range(40):
+            read.append(b)
+            yield [ask(f"{b}-{n}") for n in range(3)]
+
+    stream = gateway.stream(Chancy(concurrency=4, ahead=ahead), source())
+    for b, _ in enumerate(stream):
+        seen = -1
+        while seen != len(read) and b % 5 == 0:  # until it reads no further by itself
+            seen = len(read)
+            time.sleep(0.02)
+        furthest = max(furthest, read[-1] - b)
+    assert ahead <= furthest <= ahead + 3 and read == list(range(40))
+
+
+def test_closing_a_stream_ends_its_calls_and_its_thread(gateway, no_thread_left):
+    model = Chancy(wait=lambda text: 0.0 if text < "2" else 5.0, concurrency=4, ahead=3)
+    stream = gateway.stream(model, ([ask(f"{b}-{n}") for n in range(3)] for b in itertools.count()))
+    assert [reply.text for reply in next(stream)] == [f"re: 0-{n}" for n in range(3)]
+    while "2-0" not in model.log:
+        time.sleep(0.005)
+    stream.close()
+    sent = list(model.log)
+    assert not gateway.busy and "2-0" not in model.done and len(sent) <= 6 + 4, "calls in flight are given up"
+    assert len(gateway.ask(model, [ask("0-0"), ask("1-9")])) == 2 and model.log == [*sent, "1-9"]
+
+
+class Mishap(Exception):
+    """Something that is no refusal of ours."""
+
+
+@pytest.mark.parametrize("place", ["source", "a request", "model", "cache", "consumer", "grouping"])
+def test_an_error_comes_through_as_it_is_and_leaves_no_thread(gateway, place, no_thread_left, monkeypatch):
+    mishap, model = Mishap(place), Chancy(concurrency=2)
+
+    def trip(where, value=None):
+        if where == place:
+            raise mishap
+        return value
+
+    def source():
+        for b in range(4):
+            yield (trip("a request" if (b, n) == (2, 1) else "", ask(f"{b}-{n}")) for n in range(3))
+        trip("source")
+
+    if place == "model":
+        model.wait = lambda text: trip("model" if text == "2-1" else "", 0.0)
+    if place == "grouping":
+        model.groups = lambda requests: trip("grouping")
+    if place == "cache":
+        monkeypatch.setattr(gateway.cache, "keep", lambda done: trip("cache"))
+    with pytest.raises(Mishap) as error:
+        for _ in gateway.stream(model, source()):
+            trip("consumer")
+    assert error.value is mishap and not gateway.busy
+    monkeypatch.undo()
+    assert gateway.ask(Chancy(), [ask("9-9")])[0].text == "re: 9-9", "the gateway is as good as before"
+
+
+def test_after_an_error_of_the_source_nothing_more_is_sent(gateway, no_thread_left):
+    raised = []
+
+    def source():
+        yield [ask(str(n)) for n in range(8)]
+        raised.append(True)
+        raise Mishap
+
+    class Waiting(Chancy):
+        async def answer(self, requests):
+            self.log += requests
+            while not raised:
+                await asyncio.sleep(0.001)
+            return [ChatReply("fine")]
+
+    model = Waiting(concurrency=4)
+    with pytest.raises(Mishap):
+        list(gateway.stream(model, source()))
+    assert len(model.log) == 4 and len(gateway.cache.get([ask(str(n)).key("chancy") for n in range(8)])) == 4, "what was in flight is kept"
+
+
+def test_a_call_that_fails_is_not_repeated_for_each_time_it_stands_in_a_block(gateway):
+    model = Chancy(faults=lambda text: 99 if text == "bad" else 0, attempts=1, look=1, concurrency=1)
+    replies = gateway.ask(model, [ask(text) for text in ("bad", "a", "b", "c", "bad", "d", "bad")])
+    assert [isinstance(reply, Failure) for reply in replies] == [True, False, False, False, True, False, True] and sorted(model.log) == ["a", "b", "bad", "c", "d"]
+
+
+def test_one_stream_at_a_time(gateway, no_thread_left):
+    first = gateway.stream(Chancy(), ([ask(f"{b}")] for b in range(9)))
+    next(first)
+    assert "one stream at a time" in one_line(lambda: next(gateway.stream(Chancy(), [[ask("x")]])))
+    assert "one stream at a time" in one_line(lambda: gateway.ask(Chancy(), [ask("x")]))
+    assert [replies[0].text for replies in first] == [f"re: {b}" for b in range(1, 9)]
+    assert gateway.ask(Chancy(), [ask("x")])[0].text == "re: x"
+
+
+@few
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=14), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_a_model_that_answers_in_groups_gets_the_same_groups_whatever_is_known(tmp_path_factory, numbers, chance):
+    class Grouped(Chancy):
+        look, whole, concurrency = None, True, 2
+
+        def groups(self, requests):
+            order = sorted(range(len(requests)), key=lambda i: (len(requests[i].messages[0]["content"]), i))
+            self.groups_seen.append([request.messages[0]["content"] for request in requests])
+            return [order[i : i + 3] for i in range(0, len(order), 3)]
+
+        async def answer(self, requests):
+            self.answered = [*getattr(self, "answered", ()), tuple(request.messages[0]["content"] for request in requests)]
+            return await super().answer(requests)
+
+    blocks = [[ask("x" * n) for n in block] for block in numbers]
+    unique = [list(dict.fromkeys("x" * n for n in block)) for block in numbers]
+    expected = {tuple(block[i] for i in group) for block in unique for group in Grouped().groups([ask(text) for text in block])}
+    gateway, known = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite")), {n: chance.random() < 0.5 for n in range(1, 41)}
+    gateway.cache.put({ask("x" * n).key("chancy"): ChatReply(f"kept {n}") for n in known if known[n]})
+    model = Grouped()
+    found = list(gateway.stream(model, iter(blocks)))
+    assert model.groups_seen == unique, "a whole block, each request once, known or not"
+    assert set(getattr(model, "answered", ())) <= expected, "a group is answered as a whole"
+    missing = {"x" * n for block in numbers for n in block if not known[n]}
+    assert missing <= set(model.log) and all(missing & set(group) for group in getattr(model, "answered", ())), "and only where something is missing"
+    assert all(isinstance(reply, ChatReply) for replies in found for reply in replies) and [len(replies) for replies in found] == list(map(len, numbers))
+    gateway.cache.close()
+
+
+def test_a_model_that_looks_at_blocks_sees_what_is_missing_of_a_whole_one(gateway):
+    class Looking(Chancy):
+        look = None
+
+        def groups(self, requests):
+            self.groups_seen.append(len(requests))
+            return [list(range(len(requests)))]
+
+    model = Looking()
+    gateway.ask(Chancy(), [ask(str(n)) for n in range(0, 200, 2)])
+    found = list(gateway.stream(model, iter([[ask(str(n)) for n in range(200)], [ask(str(n)) for n in range(100, 300)]])))
+    assert model.groups_seen == [100, 100] and sorted(model.log) == sorted(str(n) for n in range(300) if n % 2 or n >= 200)
+    assert [[reply.text for reply in replies] for replies in found] == [[f"re: {n}" for n in range(200)], [f"re: {n}" for n in range(100, 300)]]
+
+
+def test_a_stream_on_a_full_disk_ends_in_one_line(gateway, no_thread_left):
+    gateway.cache.db.execute("PRAGMA max_page_count = 12")
+    seen = []
+    message = one_line(lambda: seen.extend(gateway.stream(Chancy(concurrency=8), ([ask(f"{b} {n} {'x' * 200}") for n in range(30)] for b in range(50)))))
+    assert "replies.sqlite" in message and "full" in message and len(seen) < 10
+    kept = again(gateway).cache.get([ask(f"{b} {n} {'x' * 200}").key("chancy") for b in range(len(seen)) for n in range(30)])
+    assert len(kept) == 30 * len(seen), "what was seen is kept"
+
+
+# ---- what an interruption costs ----
+
+
+@pytest.mark.parametrize("how", ["close", "Ctrl-C", "an error"])
+def test_what_was_in_flight_is_booked_at_its_most(tmp_path, how, no_thread_left):
+    if how == "Ctrl-C" and threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+
+    class Held(Chancy):
+        async def answer(self, requests):
+            [text] = [request.messages[-1]["content"] for request in requests]
+            self.log.append(text)
+            if text < "20":
+                return [ChatReply("fine", "stop", 2, 3)]
+            while len(self.log) < 14 or not seen:
+                await asyncio.sleep(0.001)
+            if how == "Ctrl-C" and self.log[-1] == text:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            if how == "an error":
+                raise Mishap
+            await asyncio.sleep(30)
+
+    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 100.0, stage="s")
+    model, seen = Held(concurrency=4, price=2.0, worth=0.5), []
+    stream = gateway.stream(model, iter([[ask(f"1{n}") for n in range(10)], [ask(f"2{n}") for n in range(4)]]))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) if how == "Ctrl-C" else None
+    try:
+        with contextlib.nullcontext() if how == "close" else pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else Mishap):
+            seen += next(stream)
+            while how == "close" and len(model.log) < 14:
+                time.sleep(0.005)
+            if how != "close":
+                next(stream)
+        stream.close()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    [row] = gateway.cache.bill()
+    assert len(model.log) == 14 and len(seen) == 10 and row == {"stage": "s", "model": "chancy", "calls": 14, "prompt_tokens": 20, "completion_tokens": 30, "usd": 10 * 0.5 + 4 * 2.0}
+    assert gateway.spent == gateway.counts["chancy"]["usd"] == row["usd"] and gateway.purse.reserved == 0 == gateway.purse.flying
+    assert again(gateway).cache.spent() == row["usd"], "and it is on the disk"
+
+
+def test_a_reader_that_nobody_closed_holds_up_no_exit(tmp_path):
+    code = """
+import itertools, sys, time
+from pathlib import Path
+from psycopref.cache import ReplyCache
+from psycopref.calls import ChatRequest
+from psycopref.gateway import Gateway, chat_model
+
+gateway = Gateway(ReplyCache(Path(sys.argv[1])))
+reader = gateway.stream(chat_model("rules:phrases"), ([ChatRequest(({"role": "user", "content": str(b)},))] for b in itertools.count()))
+next(reader)
+time.sleep(0.3)  # until it has read as far ahead as it may
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "replies.sqlite")], timeout=30, capture_output=True, text=True)
+    assert done.returncode == 7 and not done.stderr

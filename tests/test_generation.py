@@ -1,7 +1,10 @@
 """Sampling follows the model's distribution, and batching changes no greedy answer."""
 
+import copy
+import gc
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycopref.config import StudyError
-from psycopref.generation import Decoding, common_prefix, generate, length_batches, next_tokens, stop_tokens
+from psycopref.generation import Branches, Decoding, common_prefix, generate, length_batches, next_tokens, stop_tokens
 from psycopref.weights import find_weights, load_causal_lm, load_tokenizer
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -82,6 +85,33 @@ def test_only_allowed_tokens_are_sampled(row, top_k, top_p, temperature):
     lowest = min(logits[0, i].item() for i in allowed)
     tokens = next_tokens(logits.expand(200, -1), Decoding(1, temperature, top_k, top_p), torch.Generator().manual_seed(0))
     assert tokens.shape == (200,) and all(logits[0, t].item() >= lowest for t in tokens.tolist())
+
+
+def nucleus(row, top_p, temperature):
+    """The exact distribution: the likeliest tokens, in order, until they hold top_p; tokens as likely as the last belong."""
+    p = torch.softmax(torch.tensor(row).double() / temperature, -1)
+    before = torch.stack([p[p > own].sum() for own in p])
+    kept = torch.where(before < top_p, p, 0.0)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("row", [[0.1 * i for i in range(40)], [3.0, 1.0, 1.0, 1.0, 0.0, -1.0], [5.0] + [0.0] * 30, [0.0, -0.5, -1.0, -1.5, -2.0]])
+def test_the_nucleus_is_sampled_exactly(row, top_p):
+    n, expected = 40000, nucleus(row, top_p, 0.8)
+    tokens = next_tokens(torch.tensor([row]).expand(n, -1), Decoding(1, 0.8, 0, top_p), torch.Generator().manual_seed(1))
+    found = torch.bincount(tokens, minlength=len(row)) / n
+    assert (found[expected == 0] == 0).all()
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+    whole = torch.softmax(torch.tensor(row).double() / 0.8, -1)
+    assert (found - whole).abs().max() > 0.01 or top_p == 0.95, "the test tells the nucleus from the whole"
+
+
+def test_tokens_of_no_probability_are_never_sampled():
+    logits = torch.full((5000, 50), -math.inf)
+    logits[:, [0, 7, 49]] = torch.tensor([1.0, 2.0, 1.5])
+    for how in (Decoding(1, 1.0), Decoding(1, 1.0, 0, 0.9), Decoding(1, 1.0, 10)):
+        assert set(next_tokens(logits, how, torch.Generator().manual_seed(0)).tolist()) == {0, 7, 49}
 
 
 @few
@@ -185,6 +215,13 @@ def test_nothing_to_sample_is_one_line(tiny, max_tokens, n):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("top_p", [0.0, -0.5, 1.5])
+def test_a_share_that_is_none_is_one_line(tiny, top_p):
+    with pytest.raises(StudyError, match="top_p") as error:
+        generate(*tiny, ["a"], Decoding(4, 1.0, 0, top_p), name="")
+    assert "\n" not in str(error.value)
+
+
 def test_no_prompts_no_answers(tiny):
     assert generate(*tiny, [], Decoding(3), name="") == []
 
@@ -207,6 +244,44 @@ def test_greedy_equals_transformers(tiny):
         ids = torch.tensor([encode(tokenizer, prompt)])
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
         assert sample.text == tokenizer.decode(theirs, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("piece", [1, 3, 9, 10])
+def test_room_is_taken_in_pieces(tiny, no_stops, monkeypatch, piece):
+    model, tokenizer = tiny
+    monkeypatch.setattr(Branches.__init__, "__defaults__", (piece,))
+    found = generate(model, tokenizer, PROMPTS, Decoding(10), n=2, name="")
+    for prompt, samples in zip(PROMPTS, found):
+        expected = tokenizer.decode(greedy_by_hand(model, encode(tokenizer, prompt), 10), skip_special_tokens=True).strip()
+        assert [s.text for s in samples] == [expected] * 2
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (20, 1.0)])
+def test_branches_and_repeated_keys_give_the_same_answers(tiny, monkeypatch, top_k, top_p):
+    """Answers to one prompt end at different steps and leave; rooms fill up; both ways must sample the same."""
+    model, tokenizer = tiny
+    first = [greedy_by_hand(model, encode(tokenizer, prompt), 1)[0] for prompt in PROMPTS]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", sorted({*first, *range(40, 60)}))
+    monkeypatch.setattr(Branches.__init__, "__defaults__", (4,))
+    kept, keep = [], Branches.keep
+    monkeypatch.setattr(Branches, "keep", lambda self, rows: (keep(self, rows), kept.append((len(rows), self.n, len(self.bias)))))
+    how = Decoding(30, 0.7, top_k, top_p, seed=5)
+    ours = generate(model, tokenizer, PROMPTS, how, n=5, name="")
+    assert len(kept) > 3 and any(n < 5 for _, n, _ in kept) and any(rows < n * prompts for rows, n, prompts in kept), "rows and prompts leave, and holes stay"
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    kept.clear()
+    assert generate(model, tokenizer, PROMPTS, how, n=5, name="") == ours and not kept
+
+
+def test_a_sliding_window_is_respected(tiny, no_stops):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=tiny[0].config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, sliding_window=5, initializer_range=0.5)  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    for prompt, [sample] in zip(PROMPTS, generate(model, tiny[1], PROMPTS, Decoding(8), name="")):
+        assert sample.text == tiny[1].decode(greedy_by_hand(model, encode(tiny[1], prompt), 8), skip_special_tokens=True).strip()
 
 
 few_prompts = settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -237,6 +312,24 @@ def test_decoding_leaves_the_model_as_it_was(tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         generate(model, tokenizer, PROMPTS, Decoding(3), name="")
     assert model.config._attn_implementation == before
+
+
+def test_no_batch_stays_in_memory(tiny):
+    generate(*tiny, PROMPTS, Decoding(3), n=2, name="")
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is Branches]
+
+
+def test_threads_take_turns(tiny):
+    model, tokenizer = tiny
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
+    alone = [generate(m, tokenizer, PROMPTS, Decoding(12), n=2, name="") for m in (model, other)]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda m: generate(m, tokenizer, PROMPTS, Decoding(12), n=2, name=""), [model, other] * 6))
+    assert together == alone * 6
 
 
 # ---- stopping ----

@@ -1,6 +1,7 @@
 """Who answers whom is settled by seed and id alone; a rating belongs to a response, not to its place; what fails is put aside."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -12,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycopref import ratings, responses
-from psycopref.artifacts import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
-from psycopref.config import PROFILES, Run, load_profile
-from psycopref.gateway import PHRASES, ChatReply, ChatRequest, Failure, FreeModel, Gateway, OpenAIModel, ReplyCache, _chat_arguments, chat_model, rubric_reply
+from psycopref.artifacts import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json, read_rows, write_rows
+from psycopref.config import PROFILES, Run, Shard, load_profile, parse_shard
+from psycopref.cache import ReplyCache
+from psycopref.calls import ChatReply, ChatRequest, Failure, FreeModel
+from psycopref.gateway import Gateway, chat_model
+from psycopref.rules import PHRASES, rubric_reply
+from psycopref.servers import OpenAIModel
 from psycopref.plan import plan_sizes, plan_stages, prompt_tokens, rating_plan, reply_tokens, response_tokens
 from psycopref.ratings import (
     MODES,
@@ -25,11 +30,12 @@ from psycopref.ratings import (
     mode_calls,
     preference_agreement,
     rate,
+    rate_blocks,
     rating_request,
     rating_summary,
     shown_order,
 )
-from psycopref.responses import DEMO_POOL, PAPER_POOL, POOLS, TINY_POOL, Member, assign_members, find_pool, pool_table, respond
+from psycopref.responses import DEMO_POOL, PAPER_POOL, POOLS, TINY_POOL, Member, assign_members, find_pool, pool_table, respond, shard_speeches
 from psycopref.rubric import rubric_scores, to_rating
 
 from refusals import one_line
@@ -160,7 +166,97 @@ def test_each_member_is_asked_with_its_own_decoding(gateway, monkeypatch):
     assert seen == {("P1", 0.2, 5, 31, 9), ("P2", 1.0, 0, 31, 9)} and all(r.task == "respond" for r in model.requests)
 
 
+SEVEN = pd.DataFrame([{"speech_id": f"s{n}", "speech": f"I have called my brother {'and again ' * (n % 4)}{n} times."} for n in range(7)])
+QUIRKS = (Member("cool", "tiny", "local:random-tiny", 0.5, 0, "P1"), Member("warm", "tiny", "local:random-tiny", 1.0, 5, "P2", (("Hello.", "Yes?"),)),
+          Member("mute", "tiny", "local:random-tiny", 1.0, 0, "P3", system=False), *TINY_POOL[:3])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def single_thread():
+    """Sampled words hang on sums in float32, so on the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_canned_responses_are_the_same_in_any_blocks(tmp_path, gateway, block):
+    assigned = assign_members(SEVEN.speech_id, TINY_POOL, 4, 0)
+    assert respond(Gateway(ReplyCache(tmp_path / "own.sqlite")), SEVEN, assigned, 64, 0, block)[0].equals(respond(gateway, SEVEN, assigned, 64, 0)[0])
+
+
+def test_shards_and_an_interrupted_run_give_the_words_of_one_whole_run(tmp_path, monkeypatch, single_thread):
+    """Sampled words hang on what is asked together, so on the block, and on nothing else."""
+    monkeypatch.setattr(responses, "chat_model", lambda uri: chat_model(uri, **({"dtype": "float32"} if uri.startswith("local:") else {})))
+
+    def answered_by(speeches, block, name):
+        gateway = Gateway(ReplyCache(tmp_path / f"{name}.sqlite"))
+        frame, failures = respond(gateway, speeches, assign_members(speeches.speech_id, QUIRKS, 4, 0), 6, 0, block)
+        assert not failures
+        return frame, gateway
+
+    whole, gateway = answered_by(SEVEN, 2, "whole")
+    assert len(whole) == 28 and {"cool", "warm", "mute"} < set(whole.model)
+    shards = [answered_by(shard_speeches(SEVEN, 2, Shard(i, 3)), 2, f"shard {i}")[0] for i in (1, 2, 3)]
+    order = {name: n for n, name in enumerate(SEVEN.speech_id)}
+    assert pd.concat(shards).sort_values("speech_id", key=lambda names: names.map(order), kind="stable", ignore_index=True).equals(whole)
+    gateway.cache.forget(list(whole.request_key[::3]))
+    assert answered_by(SEVEN, 2, "whole")[0].equals(whole)
+
+
+def test_the_quirks_of_a_member_reach_the_call():
+    mute = Member("mute", "-", "openai:m@http://127.0.0.1:9/v1", persona="Be warm.", examples=(("Hello.", "Yes?"),), system=False, thinking=4096)
+    asked = mute.request("I can't sleep.", 300, 5)
+    how = OpenAIModel("m@http://127.0.0.1:9/v1").chat_arguments(asked)
+    assert [message["role"] for message in how["messages"]] == ["user", "assistant", "user"] and how["messages"][0]["content"] == "Be warm.\n\nHello."
+    assert how["messages"][-1]["content"] == "I can't sleep." and how["max_completion_tokens"] == 4396
+    plain = Member("plain", "-", "rules:phrases", persona="Be warm.", system=False).messages("I can't sleep.")
+    assert [message["role"] for message in plain] == ["user"] and plain[0]["content"].startswith("Be warm.\n\n") and plain[0]["content"].count("I can't sleep.") == 1
+    loud = Member("loud", "-", "rules:phrases", persona="Be warm.").request("I can't sleep.", 300, 5)
+    assert loud.messages[0] == {"role": "system", "content": "Be warm."} and loud.decoding.max_tokens == 300
+
+
 # ---- ratings ----
+
+
+@few
+@given(st.integers(1, 40), st.sampled_from(sorted(MODES)), st.sets(st.integers(0, 27)))
+def test_ratings_are_the_same_in_any_blocks(tmp_path_factory, block, mode, lost):
+    gateway = Gateway(ReplyCache(tmp_path_factory.getbasetemp() / "any blocks.sqlite"))
+    shown = pd.DataFrame([{"speech_id": f"s{n}", "model": f"m{i}", "response": PHRASES[(n + i) % len(PHRASES)].format(word="work")} for n in range(7) for i in range(4)]).drop(index=list(lost))
+    whole, aside = rate(gateway, "rules:rubric", SEVEN, shown, seed=3, mode=mode)
+    parts = list(rate_blocks(gateway, "rules:rubric", SEVEN, shown, seed=3, mode=mode, block=block))
+    assert len(parts) == -(-7 // block) and [entry for _, own in parts for entry in own] == aside
+    frames = [frame for frame, _ in parts if len(frame)]
+    assert pd.concat(frames, ignore_index=True).equals(whole) if frames else whole.empty
+    assert all(set(frame.speech_id) <= set(SEVEN.speech_id[n * block : (n + 1) * block]) for n, (frame, _) in enumerate(parts))
+    gateway.cache.close()
+
+
+@few
+@given(st.lists(st.integers(0, 21), max_size=6))
+def test_rows_written_frame_by_frame_are_the_rows_of_one_frame(tmp_path_factory, cuts):
+    folder = tmp_path_factory.getbasetemp()
+    whole = pd.DataFrame([{"speech_id": f"s{n}", "model": "m é\u2028", "principle": "safety", "rating": n % 5 + 1, "rationale": "x" * n, "rater": "r", "position": 1} for n in range(21)])
+    edges = [0, *sorted(cuts), 21]
+    write_rows(folder / "parts.parquet", "ratings", (whole[a:b] for a, b in zip(edges, edges[1:])))
+    write_rows(folder / "one.parquet", "ratings", whole)
+    parts, one = (read_rows(folder / f"{name}.parquet", "ratings") for name in ("parts", "one"))
+    assert parts.equals(one) and parts.to_dict("records") == whole.to_dict("records") and parts.dtypes.equals(one.dtypes)
+
+
+def test_a_frame_that_does_not_fit_leaves_the_rows_as_they_were(tmp_path):
+    good = pd.DataFrame([{"speech_id": "a", "speech": "I count the stairs."}]).assign(source="demo", topic="anxiety", coarse_topic="c", topic_by="gold", split="train")
+    path = write_rows(tmp_path / "speeches.parquet", "speeches", good)
+    before = path.read_bytes()
+    for bad in (good.assign(speech=None), good.assign(age=3)):
+        assert "speeches.parquet" in one_line(lambda: write_rows(path, "speeches", iter([good, good, bad])))
+    with pytest.raises(ZeroDivisionError):
+        write_rows(path, "speeches", (good.assign(speech_id=str(1 // n)) for n in (1, 0)))
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir() if "speeches" in entry.name] == ["speeches.parquet"]
 
 
 @few
@@ -396,7 +492,7 @@ def test_an_unknown_mode_names_both_and_asks_nobody(gateway, wrong):
 def test_an_api_is_asked_for_a_strict_form_on_all_principles():
     request = rating_request(None, "I can't sleep.", list("wxyz"), 99)
     assert (request.task, request.decoding.max_tokens, "principle" in request.fields) == ("rate_all", 7 * 99, False)
-    how = _chat_arguments(OpenAIModel("gpt-4o-2024-08-06"), request)
+    how = OpenAIModel("gpt-4o-2024-08-06").chat_arguments(request)
     form = how["response_format"]["json_schema"]
     assert form["strict"] is True and how["max_completion_tokens"] == 7 * 99
 
@@ -500,19 +596,45 @@ def test_a_negative_number_of_speeches_is_refused():
 # ---- the stage ----
 
 
-def run_stage(overrides) -> Path:
-    """Run the run cells of notebook 07 on three speeches."""
+def run_stage(overrides, shard=None) -> Path:
+    """Run the run cells of notebook 07 on three speeches, or on a shard of them."""
     run = Run("example")
     with StageWriter(run, "05_speeches", "tiny", 0, {}) as stage:
         stage.rows("speeches", SPEECHES.assign(source="demo", topic="anxiety", coarse_topic="core-mental-health-issues", topic_by="gold", split="train"))
     with StageWriter(run, "06_responses", "tiny", 0, {}, facts={"models": {"rules:phrases": {"label": "canned"}}}) as stage:
         stage.rows("responses", answered().assign(finish_reason="stop", n_tokens=9, request_key="k"))
     cells = json.loads((Path(__file__).parent.parent / "nbs" / "07_ratings.ipynb").read_text())["cells"]
-    names = vars(ratings) | {"PROFILE": "tiny", "RUN": "example", "SEED": 0, "OVERRIDES": overrides}
+    names = vars(ratings) | {"PROFILE": "tiny", "RUN": "example", "SEED": 0, "OVERRIDES": overrides, "SHARD": shard}
     for source in ("".join(cell["source"]) for cell in cells):
         if source.startswith("#| run"):
             exec(source, names)
-    return run.stage("07_ratings")
+    names["gateway"].cache.close()  # as the end of the process would
+    return run.stage("07_ratings") if shard is None else run.stage("07_ratings.shards") / str(parse_shard(shard))
+
+
+def files_of(*folders) -> dict:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shard_of_the_stage_writes_beside_it_and_the_whole_then_asks_nobody(mode):
+    overrides, run = {"responses.block": 2, "ratings.mode": mode, "ratings.compare_mode_speeches": 2}, Run("example")
+    folder = run_stage(overrides)
+    rows = StageReader(run, "07_ratings").rows("ratings")
+    shutil.rmtree(run.outputs / "cache")
+    before = files_of(run.tables, folder)
+    assert any("table_S1" in path for path in before)
+    for shard, names in (("1/2", ["a", "b"]), ("2/2", ["c"])):
+        own = run_stage(overrides, shard)
+        assert own.parent.name == "07_ratings.shards" and read_json(own / "receipt.json")["coverage"] == 1.0
+        assert pd.read_parquet(own / "ratings.parquet").equals(rows[rows.speech_id.isin(names)].reset_index(drop=True)), "its share of the rows, as they are in the whole"
+        assert not list(own.glob("tables/*S14*")), "what compares the whole is left to the whole"
+    assert files_of(run.tables, folder) == before, "a shard touches neither the stage nor the tables of the run"
+    assert "fewer shards" in one_line(lambda: run_stage(overrides, "3/3"))
+    whole = run_stage({**overrides, "ratings.compare_mode_speeches": 0})
+    assert StageReader(run, "07_ratings").rows("ratings").equals(rows) and read_json(whole / "receipt.json")["models"]["rules:rubric"]["calls"] == 0
+    [booked] = read_json(whole / "receipt.json")["books"]
+    assert booked["calls"] == 3 * len(MODES[mode]), "what the shards asked is in the books of the whole"
 
 
 @pytest.mark.parametrize("mode, other", [("principle", "speech"), ("speech", "principle")])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from psycopref import rubric
 from psycopref.artifacts import PRINCIPLE_KEYS
-from psycopref.gateway import PHRASES, rubric_reply
+from psycopref.rules import PHRASES, rubric_reply
 from psycopref.principles import BATTLE_KEYS, parse_battle, parse_choice, parse_ratings
 from psycopref.rubric import FEATURES, rubric_features, rubric_rationale, rubric_scores, to_rating, total
 

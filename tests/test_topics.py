@@ -16,7 +16,9 @@ from test_gateway import completion, error, gateway, server  # noqa: F401 (fixtu
 
 from psycopref import topics
 from psycopref.config import coarse_of, data_file
-from psycopref.gateway import ChatReply, Failure, Gateway, ReplyCache
+from psycopref.cache import ReplyCache
+from psycopref.calls import ChatReply, Failure
+from psycopref.gateway import Gateway
 from psycopref.topics import (LOW, METHODS, assign_topics, compare_methods, cross_validate, label_by_model, read_topic, score_topics, topic_descriptions, topic_probabilities,
                               topic_request, topic_slug, training_rows)
 

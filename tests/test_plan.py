@@ -1,0 +1,355 @@
+"""The plan counts with a model's own tokenizer where that is on this machine, never asks the network unless told to, and adds up."""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiktoken
+import tokenizers
+
+from psycopref import cli, plan
+from psycopref.artifacts import PRINCIPLE_KEYS
+from psycopref.batches import BatchModel
+from psycopref.calls import ChatReply
+from psycopref.config import DEMO, PAPER, PROFILES, cache_root, data_file, load_profile
+from psycopref.plan import (
+    CALL_SECONDS,
+    ESTIMATED,
+    IN_FLIGHT,
+    TABLE_WIDTH,
+    Tokenizer,
+    ask,
+    batch_lines,
+    duration_lines,
+    file_counter,
+    find_tokenizer,
+    merge,
+    plan_sizes,
+    plan_stages,
+    plan_text,
+    prompt_tokens,
+    reply_tokens,
+    sample,
+    shares,
+    sized_stages,
+    token_lines,
+    tokenizer_file,
+    with_tokenizers,
+)
+from psycopref.principles import rating_prompt
+from psycopref.servers import OpenAIModel
+from psycopref.weights import find_weights, load_tokenizer
+
+from refusals import one_line
+
+GPT_4O, QWEN = "openai:gpt-4o-2024-08-06", "Qwen/Qwen2.5-7B-Instruct"
+SERVED = f"openai:{QWEN}@http://127.0.0.1:8000/v1"
+ADDRESS = "https://encodings.example.org/tiny.tiktoken"
+TEXT = "the cat sat with the other, then slept"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No name is looked up and nothing is connected to."""
+
+    def refuse(*arguments, **more):
+        raise AssertionError("the network was asked")
+
+    for owner, name in ((socket, "getaddrinfo"), (socket, "create_connection"), (socket.socket, "connect"), (socket.socket, "connect_ex")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+@pytest.fixture
+def encoding(monkeypatch, tmp_path):
+    """An encoding of 256 bytes and two merges in the place of o200k_base; returns its bytes and its place in tiktoken's cache folder."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"e "]
+    data = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+    def construct():
+        ranks = tiktoken.load.load_tiktoken_bpe(ADDRESS, hashlib.sha256(data).hexdigest())
+        return {"name": "o200k_base", "pat_str": r"[\s\S]+", "mergeable_ranks": ranks, "special_tokens": {"<|endoftext|>": 300}}
+
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", {"o200k_base": construct})
+    folder = tmp_path / "tiktoken"
+    folder.mkdir()
+    return data, folder / hashlib.sha1(ADDRESS.encode()).hexdigest()
+
+
+def bpe_count(text):
+    return len(text.encode()) - text.count("th") - text.count("e ")
+
+
+# ---- OpenAI's tokenizers ----
+
+
+def test_an_encoding_in_the_cache_folder_counts(encoding, offline):
+    data, path = encoding
+    assert find_tokenizer(GPT_4O, [TEXT]) == ESTIMATED
+    path.write_bytes(data)
+    found = find_tokenizer(GPT_4O, [TEXT, TEXT])
+    assert found.name == "o200k_base" and found.count(TEXT) == bpe_count(TEXT) and found.characters == len(TEXT) / bpe_count(TEXT)
+    assert found.count("they wrote <|endoftext|>") > 10, "what a client writes is no special token"
+    assert find_tokenizer("batch:gpt-4o-2024-08-06", [TEXT]).name == find_tokenizer("openai:o1-mini", [TEXT]).name == "o200k_base"
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:100], lambda data: data.replace(b"dGg=", b"dGk=")])
+def test_a_damaged_encoding_is_not_counted_with(encoding, offline, harm):
+    data, path = encoding
+    path.write_bytes(harm(data))
+    assert find_tokenizer(GPT_4O, [TEXT]) == ESTIMATED
+
+
+def test_an_encoding_is_downloaded_only_when_that_was_asked_for(encoding, monkeypatch):
+    data, path = encoding
+    fetched = []
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda address: fetched.append(address) or data)
+    assert find_tokenizer(GPT_4O, [TEXT]) == ESTIMATED and fetched == [], "not asked for"
+    assert find_tokenizer(GPT_4O, [TEXT], fetch=True).name == "o200k_base" and fetched == [ADDRESS] and path.read_bytes() == data
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert find_tokenizer(GPT_4O, [TEXT]).name == "o200k_base" and len(fetched) == 1, "now it is here"
+
+
+def test_a_failed_download_is_an_estimate_that_says_so(encoding, monkeypatch):
+    def fail(address):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken.load, "read_file", fail)
+    found = find_tokenizer(GPT_4O, [TEXT], fetch=True)
+    assert found.count is None and "o200k_base can't be had (ConnectionError)" in found.why
+
+
+def test_the_paper_s_ratings_are_counted_token_by_token(encoding, offline):
+    encoding[1].write_bytes(encoding[0])
+    text = plan_text(PAPER)
+    assert "gpt-4o-2024-08-06, gpt-4o-mini-2024-07-18 and o1-mini: counted with o200k_base, " in text and "200 demo speeches of the package" in text
+    assert re.search(r"command-r-08-2024: estimated at 4 characters a\s+token: no tokenizer is known for it", text)
+    assert max(map(len, text.splitlines())) <= TABLE_WIDTH
+    [row] = [row for row in plan_stages(PAPER) if row.stage == "07_ratings"]
+    sizes = plan_sizes(PAPER)
+    ratio = sum(map(len, sizes.texts)) / sum(map(bpe_count, sizes.texts))
+    own = [bpe_count(rating_prompt(key, "", [""] * 4)) for key in PRINCIPLE_KEYS]
+    assert row.input_tokens / row.calls == pytest.approx(sum(own) / 7 + (366 + 4 * 1400) / ratio, abs=1.5)
+    assert row.usd == pytest.approx((row.input_tokens * 2.5 + row.output_tokens * 10) / 1e6)
+
+
+# ---- open models ----
+
+
+def words_file(path: Path, **more) -> Path:
+    """A tokenizer that counts words, cut at three and padded to five."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.enable_truncation(3)
+    made.enable_padding(length=5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub cache with two commits of one repository; the newer is main."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "models--Qwen--Qwen2.5-7B-Instruct"
+    words_file(folder / "snapshots" / ("a" * 40) / "tokenizer.json")
+    (folder / "snapshots" / ("b" * 40)).mkdir()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    return folder
+
+
+def test_a_tokenizer_in_the_hub_s_cache_counts_whole_texts(hub, offline):
+    for uri in (SERVED, f"local:{QWEN}", f"local:{QWEN}@{'a' * 40}", SERVED.replace("openai:", "batch:", 1)):
+        found = find_tokenizer(uri, ["one two three four five six seven"])
+        assert found.name == "its own tokenizer" and found.count("one two three four") == 4 and found.count("one") == 1, uri
+        assert found.characters == len("one two three four five six seven") / 7
+    for uri in (f"local:{QWEN}@{'b' * 40}", "local:Qwen/Other", "local:no-such-name", "local:./nowhere", "local:minilm-not"):
+        assert find_tokenizer(uri, ["one"]) == ESTIMATED, uri
+
+
+def test_the_hub_is_asked_for_one_file_and_only_when_told_to(hub, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **where: asked.append(where) or str(words_file(tmp_path / "new" / "tokenizer.json")))
+    assert find_tokenizer("local:owner/model@v2", ["one two"]) == ESTIMATED and asked == []
+    assert find_tokenizer("local:owner/model@v2", ["one two"], fetch=True).characters == 3.5
+    assert asked == [{"repo_id": "owner/model", "filename": "tokenizer.json", "revision": "v2"}]
+    assert find_tokenizer(SERVED, ["one"], fetch=True).name and find_tokenizer("local:minilm", ["one"], fetch=True) and len(asked) == 1, "here, or with its weights"
+
+    def refuse(**where):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    assert find_tokenizer("local:owner/model", ["one"], fetch=True).why == plan.NO_HUB
+
+    def gated(**where):
+        raise PermissionError("gated")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
+    assert "can't be had (PermissionError)" in find_tokenizer("local:owner/model", ["one"], fetch=True).why
+
+
+def test_a_hub_that_is_away_is_asked_once_and_openai_all_the_same(encoding, monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(**where):
+        asked.append(where["repo_id"])
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda address: encoding[0])
+    text = plan_text(PAPER, fetch=True)
+    names = text.partition("Tokens\n")[2].partition("Assumptions\n")[0]
+    assert all(names.count(plan.short_name(name)) == 1 for name in PAPER.backbones), "served and trained, it is one model"
+    assert len(asked) == 1 and "the hub does not answer" in " ".join(text.split()) and "gpt-4o-2024-08-06, gpt-4o-mini-2024-07-18 and o1-mini: counted" in text
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"version": "1.0", "model": {"type": "Magic"}}', "\x00\x01"])
+def test_a_broken_tokenizer_file_is_an_estimate_that_says_so(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    found = find_tokenizer(f"local:{tmp_path}", ["one"])
+    assert found.count is None and found.why.startswith("its tokenizer can't be read (")
+
+
+def test_counts_are_those_of_transformers():
+    weights = find_weights("random-tiny")
+    theirs, ours = load_tokenizer(weights), file_counter(tokenizer_file("random-tiny"))
+    assert tokenizer_file("random-tiny") == cache_root() / "weights" / "random-tiny" / "tokenizer.json"
+    for text in (*sample(["My brother called.", "Ünïcode — “quotes” 🙂", "", "a  b\n\n c"]), rating_prompt("empathy", "x", list("wxyz"))):
+        assert ours(text) == len(theirs(text, add_special_tokens=False).input_ids), text
+
+
+def test_a_filled_prompt_has_the_tokens_that_the_plan_expects():
+    "Prompts filled with real texts, counted whole, against own words counted and texts by their length."
+    find_weights("random-tiny")
+    speeches = [json.loads(line)["speech"] for line in data_file("demo_speeches.jsonl").read_text().splitlines()]
+    found = find_tokenizer("local:random-tiny", sample(speeches))
+    exact, characters = [], 0
+    for i in range(0, 60, 5):
+        exact += [found.count(rating_prompt(key, speeches[i], speeches[i + 1 : i + 5])) for key in PRINCIPLE_KEYS]
+        characters += sum(map(len, speeches[i : i + 5]))
+    mean = characters / 60
+    assert prompt_tokens(round(mean), round(mean / 4), 4, found)["rate"] == pytest.approx(sum(exact) / len(exact), rel=0.02)
+    assert prompt_tokens(round(mean), round(mean / 4))["rate"] != pytest.approx(sum(exact) / len(exact), rel=0.1), "four characters a token are off for this one"
+
+
+def test_each_model_reads_with_its_own_tokenizer():
+    profile = load_profile("paper", {"ratings.compare_mode_speeches": 10})
+    sizes = plan_sizes(profile, 1000)
+    base = sized_stages(profile, sizes)
+    for who, moved in ((f"local:{profile.backbones[0]}", {"11_reward", "12_policy", "13_evaluation", "14_ablations"}), (profile.ratings.rater, {"07_ratings", "11_reward", "06_responses", "13_evaluation", "14_ablations"})):
+        rows = sized_stages(profile, replace(sizes, tokenizers={who: Tokenizer("half", 2.0, lambda text: len(text) // 2)}))
+        more = [(a, b) for a, b in zip(base, rows) if a != b]
+        assert {a.stage for a, _ in more} == moved and [r.calls for r in rows] == [r.calls for r in base]
+        for a, b in more:
+            assert any(plan.short_name(who) == plan.short_name(name) for name in a.who) and a.input_tokens <= b.input_tokens <= 2 * a.input_tokens + 14 * a.calls, a.work
+    doubled = reply_tokens(4, Tokenizer("half", 2.0, lambda text: len(text) // 2))
+    battles = [row for row in rows if "battles" in row.work]  # of the judge, who is the rater too
+    assert len(battles) == 2 and all(row.output_tokens == row.calls * doubled["battle"] for row in battles)
+    assert all(doubled[key] == pytest.approx(2 * n, abs=2) for key, n in reply_tokens().items() if key != "rank")
+
+
+# ---- the network ----
+
+
+def test_no_plan_asks_the_network(offline, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **where: pytest.fail("a download"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    for profile in PROFILES.values():
+        text = plan_text(profile)
+        assert max(map(len, text.splitlines())) <= TABLE_WIDTH
+    tokens = " ".join(plan_text(PAPER).partition("Tokens\n")[2].partition("Assumptions\n")[0].split())
+    assert "gpt-4o-mini-2024-07-18 and o1-mini: each estimated at 4 characters a token: its tokenizer is not on this machine." in tokens and "`psycopref plan --fetch-tokenizers`" in tokens
+    for member, _ in shares(PAPER, plan_sizes(PAPER)):
+        assert plan.short_name(member.model) in tokens, "each model is named with what counts for it"
+
+
+def test_the_command_line_downloads_only_with_its_option(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(plan, "plan_text", lambda profile, **more: seen.append((profile.name, more)) or "text")
+    assert cli.main(["plan", "--profile", "demo"]) == 0 and cli.main(["plan", "--profile", "demo", "--fetch-tokenizers"]) == 0
+    assert seen == [("demo", {"fetch": False}), ("demo", {"fetch": True})] and capsys.readouterr().out == "text\ntext\n"
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.3])
+def test_a_batch_costs_in_the_plan_what_the_gateway_books(monkeypatch, factor):
+    table = json.loads(data_file("prices.json").read_text())
+    table["batch_discount"]["factor"] = factor
+    for module in ("plan", "batches", "servers"):
+        monkeypatch.setattr(f"psycopref.{module}.prices", lambda: table)
+    for model in (OpenAIModel("gpt-4o"), BatchModel("gpt-4o")):
+        assert ask("s", "w", model.uri, 1, 1000, 100).usd == pytest.approx(model.cost(ChatReply("", "stop", 1000, 100)))
+    rows = [row for row in plan_stages(PAPER, 1000) if row.stage == "07_ratings" or "battles" in row.work]
+    usd = sum(row.usd for row in rows)
+    [line] = batch_lines(plan_stages(PAPER, 1000))
+    assert f"cost {factor * usd:,.2f} instead of {usd:,.2f} US dollars, {(1 - factor) * usd:,.2f} less" in line
+    ordered = load_profile("paper", {"ratings.rater": "batch:gpt-4o-2024-08-06"})
+    [row] = [row for row in plan_stages(ordered, 1000) if row.stage == "07_ratings"]
+    assert row.usd == pytest.approx(factor * rows[0].usd) and row.input_tokens == rows[0].input_tokens
+    assert "Batches: battles by" in batch_lines(plan_stages(ordered, 1000))[0] and "OPENAI_API_KEY" in plan_text(ordered, 1000)
+
+
+def test_who_has_no_price_saves_nothing():
+    for uri in ("rules:rubric", SERVED, "local:smollm2-135m", "openai:new-model", "openai:command-r@https://example.org/v1"):
+        assert batch_lines(plan_stages(load_profile("paper", {"ratings.rater": uri, "evaluation.judge": uri}), 100)) == [], uri
+
+
+# ---- thinking, time ----
+
+
+def test_hidden_reasoning_is_counted_at_its_most():
+    sizes = plan_sizes(PAPER, 2000)
+    [(member, calls)] = [(member, calls) for member, calls in shares(PAPER, sizes) if member.thinking]
+    [row] = [row for row in plan_stages(PAPER, 2000) if "commercial" in row.work]
+    assert calls == 400 and row.output_tokens == row.calls * 350 + calls * member.thinking
+    [line] = plan.thinking_lines(PAPER, sizes)
+    assert line.startswith("o1-mini") and "4,096 hidden tokens" in line and f"{calls * 4096 * 4.4 / 1e6:,.2f} US dollars" in line
+    assert plan.thinking_lines(load_profile("paper", {"speeches.sources": ["released"]}), sizes) == [] == plan.thinking_lines(DEMO, sizes)
+
+
+def test_the_duration_is_the_slowest_of_what_holds_the_ratings_back(monkeypatch):
+    monkeypatch.delenv("PSYCOPREF_RPM", raising=False), monkeypatch.delenv("PSYCOPREF_TPM", raising=False)
+    rows = plan_stages(PAPER, 26_483)
+    assert f"{185_381 * CALL_SECONDS / IN_FLIGHT / 3600:.1f} hours with {IN_FLIGHT} calls in flight" in duration_lines(PAPER, rows)[0]
+    monkeypatch.setenv("PSYCOPREF_RPM", "500")
+    assert f"{185_381 / 500 / 60:.1f} hours within PSYCOPREF_RPM=500." in duration_lines(PAPER, rows)[0]
+    monkeypatch.setenv("PSYCOPREF_TPM", "800000")
+    [row] = [row for row in rows if row.stage == "07_ratings"]
+    tokens = row.input_tokens + row.calls * PAPER.ratings.max_tokens
+    assert f"{tokens / 800_000 / 60:.1f} hours within PSYCOPREF_TPM=800000." in duration_lines(PAPER, rows)[0]
+    speech = load_profile("paper", {"ratings.mode": "speech"})
+    [row] = [row for row in plan_stages(speech, 26_483) if row.stage == "07_ratings"]
+    tokens = row.input_tokens + row.calls * 7 * PAPER.ratings.max_tokens
+    assert f"{tokens / 800_000 / 60:.1f} hours within PSYCOPREF_TPM" in duration_lines(speech, [row])[0]
+    monkeypatch.setenv("PSYCOPREF_RPM", "many")
+    assert "PSYCOPREF_RPM" in one_line(lambda: plan_text(PAPER))
+
+
+def test_the_duration_is_silent_where_no_server_rates():
+    assert duration_lines(DEMO, plan_stages(DEMO, 10)) == []
+    released = load_profile("paper", {"speeches.sources": ["released"]})
+    assert duration_lines(released, [row for row in plan_stages(PAPER, 10) if row.stage != "07_ratings"]) == []
+
+
+def test_members_without_a_system_message_are_named():
+    text = " ".join(plan_text(PAPER).split())
+    assert "No system message for gemma-2-9b-it, Orion-14B-Chat and o1-mini:" in text and "No system message" not in plan_text(DEMO)
+
+
+def test_the_sample_is_spread_over_all_speeches():
+    texts = [str(i) for i in range(1000)]
+    assert sample(texts) == tuple(texts[::5]) and sample(texts[:3]) == tuple(texts[:3]) and len(set(sample(texts[:333]))) == 200
+    sizes = with_tokenizers(DEMO, plan_sizes(DEMO))
+    assert sizes.sampled == "client speeches of these sources" and len(sizes.texts) == 200 and merge("s", "w", sized_stages(DEMO, sizes)).calls > 0
+    assert all("smollm2" in line or "tokens" in line.lower() or "downloads" in line for line in token_lines(sizes))
