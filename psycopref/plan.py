@@ -696,7 +696,7 @@ def missing_models(
         servers.setdefault(server, []).append(name)
     for server, names in servers.items():
         ours = any("/" in name for name in names)
-        remedy = "start it with the commands of `serve_commands`, one model at a time" if ours else "check your access and its price"
+        remedy = "start it with the commands at the end of the plan, one model at a time" if ours else "check your access and its price"
         lines.append(f"a server at {server} for {name_some(names)}: not checked from here; {remedy}")
     return lines
 
@@ -976,6 +976,7 @@ def plan_text(
     pool = [] if is_released(profile.speeches.sources) else find_pool(profile.responses.pool, profile.responses.each_speech)
     parts = [("Tokens", token_lines(sizes)), ("Assumptions", [*assumptions(profile, sizes, total), *template_lines(pool)]), ("Missing on this machine", lacking)]
     said = [budget_line(profile, total), *batch_lines(rows), *duration_lines(profile, rows)]
+    commands = "\n".join(["Servers of the pool, one model at a time at each address", *(f"  {line}" for line in serve_commands(pool))])
     return "\n\n".join([f"Plan of profile {profile.name!r}: an estimate, nothing was run or sent", plan_table(rows),
                         "\n".join(textwrap.fill(text, TABLE_WIDTH, break_long_words=False, break_on_hyphens=False) for text in said),
-                        *(bullets(title, lines) for title, lines in parts if lines)])
+                        *(bullets(title, lines) for title, lines in parts if lines), *([commands] if serve_commands(pool) else [])])

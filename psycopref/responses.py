@@ -19,6 +19,7 @@ from .config import Run, StudyError, blocks, derived_seed, load_profile, paper_v
 from .gateway import chat_model, open_gateway
 from .generation import Decoding
 from .principles import responding_prompt
+from .servers import NotServed
 
 # %% auto #0
 __all__ = ['VLLM', 'PAPER_POOL', 'DEMO_POOL', 'TINY_POOL', 'POOLS', 'Member', 'find_pool', 'pool_file', 'read_pool',
@@ -183,17 +184,25 @@ def respond(
     text, number = dict(zip(speeches.speech_id, speeches.speech)), {}
     for name, _ in assigned:
         number.setdefault(name, len(number))
-    rows, failures = {}, []
+    rows, failures, left = {}, [], []
     for uri in dict.fromkeys(member.model for _, member in assigned):
         places = [i for i, (_, member) in enumerate(assigned) if member.model == uri]
         parts = [list(part) for _, part in itertools.groupby(places, lambda i: number[assigned[i][0]] // block)]
-        for i, request, reply in answers(gateway, uri, parts, lambda i: assigned[i][1].request(text[assigned[i][0]], max_tokens, seed)):
+        try:
+            found = list(answers(gateway, uri, parts, lambda i: assigned[i][1].request(text[assigned[i][0]], max_tokens, seed)))
+        except NotServed as error:
+            left.append((uri, error))
+            continue
+        for i, key, reply in found:
             name, member = assigned[i]
             if isinstance(reply, Failure):
                 failures.append({"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw})
                 continue
             rows[i] = {"speech_id": name, "model": member.name, "response": reply.text, "finish_reason": reply.finish_reason,
-                       "n_tokens": reply.completion_tokens, "request_key": request}
+                       "n_tokens": reply.completion_tokens, "request_key": key}
+    if left:
+        raise StudyError(f"responses: {len(left)} models of the pool are not served: {', '.join(uri for uri, _ in left)}; replies of the others are "
+                         "kept, so serve the next one and run again")
     return pd.DataFrame([rows[i] for i in sorted(rows)], columns=list(SCHEMAS["responses"])), failures
 
 

@@ -17,7 +17,7 @@ from .limits import expected_tokens, minute_limits
 
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'host_key_name', 'server_key', 'without_keys', 'completion_reader', 'read_completion', 'prices',
-           'most_tokens', 'OpenAIModel', 'read_error']
+           'most_tokens', 'OpenAIModel', 'read_error', 'NotServed']
 
 # %% ../nbs/03i_servers.ipynb #d653becc
 def host_key_name(
@@ -208,9 +208,15 @@ def _one_line(error: Exception) -> str:
 
 OpenAIModel.answer = _answer
 
-# %% ../nbs/03i_servers.ipynb #f3c597a4
+# %% ../nbs/03i_servers.ipynb #a66a9e9e
+class NotServed(StudyError):
+    "Say that a server is there but serves another model."
+
+
 def _read_status(model, error, reason: str) -> Failure:
     "Sort an answer with a status of 400 or more."
+    if error.status_code == 404 and model.base_url:
+        raise NotServed(f"model {model.uri!r}: the server refused (404 {type(error).__name__}), so it serves another model; start this one there and run again") from None
     if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
         why = "the account is empty" if error.code == "insufficient_quota" else "check the key, the model's name and your access"
         raise StudyError(f"model {model.uri!r}: the server refused ({error.status_code} {type(error).__name__}); {why}") from None  # it may hold the key

@@ -39,6 +39,7 @@ from psycopref.responses import DEMO_POOL, PAPER_POOL, POOLS, TINY_POOL, Member,
 from psycopref.rubric import rubric_scores, to_rating
 
 from refusals import one_line
+from test_gateway import completion, error, server  # noqa: F401 (a fixture)
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SPEECHES = pd.DataFrame({"speech_id": ["a", "b", "c"], "speech": ["Nobody at work has talked to me since I asked for fewer shifts.",
@@ -676,3 +677,23 @@ def test_the_units_of_a_coverage_are_named():
 def test_a_member_is_frozen():
     with pytest.raises(AttributeError):
         setattr(TINY_POOL[0], fields(Member)[0].name, "other")
+
+
+# ---- one server, one model after the other ----
+
+
+def test_a_server_is_asked_for_the_model_that_it_serves(server, tmp_path):  # noqa: F811
+    speeches = pd.DataFrame({"speech_id": list("abcdef"), "speech": [f"I count {n} stairs." for n in range(6)]})
+    address = server.uri.partition("@")[2]
+    pool = tuple(Member(name, "-", f"openai:owner/{name}@{address}") for name in ("first", "second", "third"))
+    assigned = assign_members(speeches.speech_id, pool, 2, 0)
+    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"))
+    for served, left in (("third", "2 models"), ("first", "1 models")):
+        server.behave = lambda text, attempt: completion("fine") if server.bodies[-1]["model"] == f"owner/{served}" else error(404)
+        message = one_line(lambda: respond(gateway, speeches, assigned, 64, 0))
+        assert left in message and f"owner/{served}" not in message and "owner/second" in message
+    asked = len([body for body in server.bodies if body["model"] != "owner/second"])
+    server.behave = lambda text, attempt: completion("fine")
+    responses, failures = respond(gateway, speeches, assigned, 64, 0)
+    assert len(responses) == 12 and not failures
+    assert len([body for body in server.bodies if body["model"] != "owner/second"]) == asked, "what was answered is not asked again"
