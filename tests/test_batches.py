@@ -375,9 +375,13 @@ def test_an_interrupted_wait_is_booked_when_it_is_read_and_not_before(openai_ser
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     monkeypatch.setattr(BatchModel, "wait", forever)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        Gateway(gateway.cache, 100.0).ask(chat_model("batch:gpt-4o-mini", **QUICK), asked)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Gateway(gateway.cache, 100.0).ask(chat_model("batch:gpt-4o-mini", **QUICK), asked)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert gateway.cache.spent() == 0.0
     monkeypatch.setattr(BatchModel, "wait", wait)
     later = again(gateway, budget_usd=100.0)
