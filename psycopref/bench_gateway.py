@@ -281,6 +281,7 @@ def kill_verdict(
     answered = [(event["t"], event["key"]) for event in log if event["event"] == "answered"]
     kept = [(moment, {shown[key] for key in keys}) for moment, keys in kept]
     again = sum(any(t > moment and key in keys for t, key in asked) for moment, keys in kept)
+    before = [0.0, *(moment for moment, _ in kept)]  # what comes in the half second after a kill was meant for the dead
+    lost = sum(last + 0.5 < t < moment - 0.5 and key not in keys for last, (moment, keys) in zip(before, kept) for t, key in answered)
     return {"kills": len(kept), "kept at the last kill": len(kept[-1][1]), "kills after which a kept call was asked": again,
-            "asked": len(asked), "asked twice": len(asked) - len({key for _, key in asked}),
-            "answered 0.5 s before a kill and lost": sum(t < moment - 0.5 and key not in keys for moment, keys in kept for t, key in answered)}
+            "asked": len(asked), "asked twice": len(asked) - len({key for _, key in asked}), "answered 0.5 s before a kill and lost": lost}
