@@ -216,7 +216,7 @@ class NotServed(StudyError):
 def _read_status(model, error, reason: str) -> Failure:
     "Sort an answer with a status of 400 or more."
     if error.status_code == 404 and model.base_url:
-        raise NotServed(f"model {model.uri!r}: the server refused (404 {type(error).__name__}), so it serves another model; start this one there and run again") from None
+        raise NotServed(f"model {model.uri!r}: the server refused (404 {type(error).__name__}); check the model's name, or start it there if the server serves another, and run again") from None
     if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
         why = "the account is empty" if error.code == "insufficient_quota" else "check the key, the model's name and your access"
         raise StudyError(f"model {model.uri!r}: the server refused ({error.status_code} {type(error).__name__}); {why}") from None  # it may hold the key
