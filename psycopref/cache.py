@@ -9,6 +9,7 @@ import contextlib
 import json
 import sqlite3
 import threading
+import typing
 import uuid
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from .calls import ChatReply
 from .config import Run, Shard, StudyError
 
 # %% auto #0
-__all__ = ['TABLES', 'KEEP', 'DONE', 'BOOK', 'AT_WORK', 'ReplyCache', 'look_up', 'ReadOnly', 'take_in', 'working', 'open_cache',
-           'run_bill']
+__all__ = ['TABLES', 'KEEP', 'DONE', 'BOOK', 'AT_WORK', 'ReplyCache', 'look_up', 'select', 'ReadOnly', 'take_in', 'working',
+           'open_cache', 'run_bill']
 
 # %% ../nbs/03h_cache.ipynb #401851d0
 TABLES = ("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)",
@@ -95,15 +96,21 @@ def look_up(
     keys: list[str],  # of requests
 ) -> dict[str, ChatReply]:  # the known among them
     "Read replies from one file."
-    found = {}
     try:
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            rows = db.execute(f"SELECT key, reply FROM replies WHERE key IN ({','.join('?' * len(part))})", part)
-            found |= {key: ChatReply(**json.loads(reply)) for key, reply in rows}
+        return {key: ChatReply(**json.loads(reply)) for key, reply in select(db, "SELECT key, reply FROM replies WHERE key IN", keys)}
     except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
         raise StudyError(f"{path}: the reply cache is damaged ({error}); move it away, replies will be asked for again") from None
-    return found
+
+
+def select(
+    db,  # sqlite3.Connection
+    query: str,  # ends in IN
+    names: list[str],  # what it is asked for
+) -> typing.Iterator[tuple]:  # rows
+    "Ask for any number of names, as many at a time as SQLite takes."
+    for start in range(0, len(names), 500):
+        part = names[start : start + 500]
+        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
 
 # %% ../nbs/03h_cache.ipynb #5e960d6e
 class ReadOnly:
@@ -128,13 +135,12 @@ class ReadOnly:
 # %% ../nbs/03h_cache.ipynb #9b6bbc49
 def _spend(self, stage: str, model: str, calls: int, prompt_tokens: int, completion_tokens: int, usd: float) -> None:
     "Book calls of a stage to a model."
-    row = self.books.setdefault((stage, model), uuid.uuid4().hex)
-    self._write((BOOK, [(row, stage, model, calls, prompt_tokens, completion_tokens, usd)]))
+    self.keep([({}, stage, model, calls, prompt_tokens, completion_tokens, usd)])
 
 
 def _keep(self, done: list[tuple]) -> None:
     "Keep replies and book what they took in one transaction: `done` holds (replies, stage, model, calls, tokens, tokens, USD)."
-    rows = [(self.books.setdefault(spent[:2], uuid.uuid4().hex), *spent) for spent in (tuple(entry[1:]) for entry in done)]
+    rows = [(self.books.setdefault((stage, model), uuid.uuid4().hex), stage, model, *spent) for _, stage, model, *spent in done]
     answered = [(key,) for replies, *_ in done for key in replies]
     self._write((KEEP, [row for replies, *_ in done for row in _as_rows(replies)]), (DONE, answered), (BOOK, rows))
 
@@ -163,9 +169,7 @@ def _jobs(self, names: list[str]) -> dict[str, str]:
     "Return what is noted of the names, here or in the other caches."
     found = {}
     for db in (*(other.db for other in self.also), self.db):
-        for start in range(0, len(names), 500):
-            part = names[start : start + 500]
-            found |= dict(db.execute(f"SELECT name, id FROM jobs WHERE name IN ({','.join('?' * len(part))})", part))
+        found |= dict(select(db, "SELECT name, id FROM jobs WHERE name IN", names))
     return found
 
 

@@ -68,7 +68,8 @@ class Gateway:
         name: str = "asking",  # shown before the progress bar
     ) -> list[ChatReply | Failure]:  # in the order of the requests
         "Answer all requests."
-        return next(iter(list(self.stream(model, [requests], name, len(requests)))), [])
+        [replies] = self.stream(model, [requests], name, len(requests))
+        return replies
 
     def stream(
         self,

@@ -10,7 +10,7 @@ import functools
 import threading
 import typing
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .artifacts import progress
 from .config import StudyError, derived_seed
@@ -306,8 +306,7 @@ def generate(
     with _turn, torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
             seed = derived_seed(decoding.seed, "generate", *(prompts[i] for i in batch))
-            how = Decoding(decoding.max_tokens, decoding.temperature, decoding.top_k, decoding.top_p, seed)
-            tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, how)
+            tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, replace(decoding, seed=seed))
             for place, i in enumerate(batch):
                 found[i] = [_sample(tokenizer, t, stops) for t in tokens[place * n : place * n + n]]
     return found

@@ -1,11 +1,7 @@
 """Send rating prompts through Bespoke Curator and say how long it took: BASE_URL PROMPTS.jsonl CONCURRENCY."""
 
 import importlib.util
-import json
 import os
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 TOKENIZERS = Path(importlib.util.find_spec("litellm").origin).parent / "litellm_core_utils" / "tokenizers"  # tiktoken's files, or it would download them
@@ -14,6 +10,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", 
 
 from bespokelabs import curator
 from datasets import Dataset
+from timing import report
 
 UNLIMITED = 10**9  # requests and tokens a minute: only the number in flight shall hold it back
 
@@ -37,17 +34,5 @@ def rate(base_url: str, prompts: list, concurrency: int, cache: str) -> list:
     return getattr(done, "dataset", done)["reply"]
 
 
-def main(base_url: str, path: str, concurrency: str) -> None:
-    """Print calls, seconds and failures as one JSON line."""
-    with open(path, encoding="utf-8") as lines:
-        prompts = [json.loads(line) for line in lines]
-    with tempfile.TemporaryDirectory() as cache:
-        start = time.monotonic()
-        replies = rate(base_url, prompts, int(concurrency), cache)
-        seconds = time.monotonic() - start
-        replies = list(replies)
-    print(json.dumps({"calls": len(prompts), "seconds": round(seconds, 3), "failed": len(prompts) - sum(bool(reply) for reply in replies)}))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    report(rate)

@@ -1,10 +1,6 @@
 """Send rating prompts through a distilabel pipeline and say how long it took: BASE_URL PROMPTS.jsonl CONCURRENCY."""
 
-import json
 import os
-import sys
-import tempfile
-import time
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DISTILABEL_LOG_LEVEL": "ERROR"}  # read by the imports below
 
@@ -12,6 +8,7 @@ from datasets import Dataset
 from distilabel.models import OpenAILLM
 from distilabel.pipeline import Pipeline
 from distilabel.steps.tasks import ChatGeneration
+from timing import report
 
 
 def rate(base_url: str, prompts: list, concurrency: int, cache: str) -> list:
@@ -23,16 +20,5 @@ def rate(base_url: str, prompts: list, concurrency: int, cache: str) -> list:
     return done["default"]["train"]["generation"]
 
 
-def main(base_url: str, path: str, concurrency: str) -> None:
-    """Print calls, seconds and failures as one JSON line."""
-    with open(path, encoding="utf-8") as lines:
-        prompts = [json.loads(line) for line in lines]
-    with tempfile.TemporaryDirectory() as cache:
-        start = time.monotonic()
-        replies = rate(base_url, prompts, int(concurrency), cache)
-        seconds = time.monotonic() - start
-    print(json.dumps({"calls": len(prompts), "seconds": round(seconds, 3), "failed": len(prompts) - sum(bool(reply) for reply in replies)}))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    report(rate)
