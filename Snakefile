@@ -4,6 +4,7 @@
 #   snakemake --executor slurm --jobs 8 --config profile=paper shards=8
 import json
 import os
+import re
 import sys
 
 from psycopref.config import StudyError
@@ -51,6 +52,11 @@ def shards_of(stage):
     return gather.shards(f"outputs/{RUN}/{stage['name']}.shards/{{scatteritem}}/receipt.json") if stage["shards"] and SHARDS > 1 else []
 
 
+def cells_of(stage):
+    "Receipts of a grid's cells."
+    return [f"outputs/{RUN}/{stage['name']}.cells/{cell}/receipt.json" for cell in stage["cells"]]
+
+
 rule all:
     input:
         RULES[-1]["receipt"],
@@ -67,7 +73,7 @@ for stage in RULES:
         input:
             needs=stage["needs"],
             code=stage["code"],
-            shards=shards_of(stage),
+            parts=shards_of(stage) + cells_of(stage),
         output:
             update(stage["receipt"]),  # a stage that fails leaves its last result in place
         params:
@@ -94,6 +100,25 @@ for stage in RULES:
             message: f"{stage['name']}: {stage['title']}, shard {{wildcards.scatteritem}}"
             threads: max(1, workflow.cores // SHARDS)
             shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p SHARD={wildcards.scatteritem}"
+
+    if stage["cells"]:
+
+        rule:  # one cell of a grid; the rule above gathers them
+            name: f"{stage['name']}_cell"
+            input:
+                needs=stage["needs"],
+                code=stage["code"],
+            output:
+                update(f"outputs/{RUN}/{stage['name']}.cells/{{cell}}/receipt.json"),
+            wildcard_constraints:
+                cell="|".join(map(re.escape, stage["cells"])),
+            params:
+                notebook=stage["notebook"],
+                parameters=stage["parameters"],
+                settings=stage["settings"],
+            message: f"{stage['name']}: {stage['title']}, cell {{wildcards.cell}}"
+            threads: workflow.cores
+            shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p CELL={wildcards.cell}"
 
 
 rule report:

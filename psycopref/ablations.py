@@ -13,7 +13,8 @@ from .config import Run, derived_seed, load_profile, stage_settings
 from .evaluation import answer, battle, paper_verdicts
 from .gateway import open_gateway
 from .metrics import bootstrap
-from .policy import dpo_rows, iteration_prompts, materialise, numbered, online_pairs, sample_and_score, train_dpo
+from .policy import dpo_rows, iteration_prompts, materialise, online_pairs, sample_and_score, train_dpo
+from .training import numbered
 from .weights import find_weights, load_tokenizer
 
 # %% auto #0

