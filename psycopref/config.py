@@ -158,7 +158,7 @@ class MixSettings:
     general: str = "helpsteer2"  # general-domain pairs: helpsteer2 (the hub), demo (our small set), or a place with files in HelpSteer2's schema
     rule: str = "70b"  # who is preferred: helpfulness, or 70b = HelpSteer2's weighted sum; helpfulness alone ties too often for 10,000 pairs; not given in the paper
     budget: int = 10000  # training pairs in each budgeted cell
-    test_fraction: float = 0.2  # share of the general prompts held out
+    test_fraction: float = 0.2  # share of the general prompts held out, where the set has no validation split of its own
     cells: tuple[str, ...] = ("help-all", "both-all", "psy", "help", "half")  # what is trained: all general pairs, all of both, and under the budget one, the other and half of each
     reward_bench: str = "reward-bench"  # general test: reward-bench (the hub), a place with files in its schema; empty leaves it out
 

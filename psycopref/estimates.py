@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .artifacts import PRINCIPLE_KEYS
 from .config import Profile, StudyError, cache_root, data_file, is_released, paper_values, stages_of, suggest
-from .general import RULES, collect_general, parse_place
+from .general import RULES, VALIDATION_DEV, collect_general, parse_place, split_general
 from .principles import battle_schema, comparison_prompt, rating_all_schema, rating_prompt, rating_schema, responding_prompt
 from .responses import find_pool
 from .scoring import SCORERS, find_scorer
@@ -29,18 +29,18 @@ from .weights import WHEELS
 __all__ = ['CHARACTERS_PER_TOKEN', 'SAMPLE_SPEECHES', 'RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2_PROMPTS',
            'HELPSTEER2_CHARACTERS', 'BENCH_CHARACTERS', 'PEAK_FLOPS', 'TRAINING_SHARE', 'GENERATION_SHARE', 'ORDERS',
            'BILLIONS', 'BILLIONS_ACTIVE', 'ESTIMATED', 'NO_HUB', 'stored_parameters', 'parameters', 'gpu_hours',
-           'StagePlan', 'merge', 'split_uri', 'own_work', 'ask', 'asked_uris', 'short_name', 'name_some', 'Tokenizer',
-           'tokens_of', 'openai_tokenizer', 'tokenizer_file', 'file_counter', 'find_tokenizer', 'not_here',
-           'missing_sources', 'GeneralSizes', 'pair_characters', 'missing_general', 'count_general', 'count_bench',
-           'general_sizes', 'Sizes', 'sample', 'count_speeches', 'plan_sizes', 'with_tokenizers', 'response_tokens',
-           'filled', 'prompt_tokens', 'reply_tokens', 'respond_tokens', 'pair_tokens']
+           'StagePlan', 'merge', 'split_uri', 'own_work', 'ask', 'asked_uris', 'short_name', 'name_some', 'listed',
+           'Tokenizer', 'tokens_of', 'openai_tokenizer', 'tokenizer_file', 'file_counter', 'find_tokenizer', 'not_here',
+           'missing_sources', 'GeneralSizes', 'pair_characters', 'missing_general', 'missing_bench', 'count_general',
+           'count_bench', 'general_sizes', 'Sizes', 'sample', 'count_speeches', 'plan_sizes', 'with_tokenizers',
+           'response_tokens', 'filled', 'prompt_tokens', 'reply_tokens', 'respond_tokens', 'pair_tokens']
 
 # %% ../nbs/17a_estimates.ipynb #e6436b62
 CHARACTERS_PER_TOKEN = 4  # of English text, where a model's tokenizer is not here
 SAMPLE_SPEECHES = 200  # client speeches that a tokenizer counts
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; of CHARACTERS_PER_TOKEN for whoever reads it
 RATIONALE_TOKENS = 40  # the reason given for one rating
-HELPSTEER2_PROMPTS = 10_681  # two responses each (Wang et al. 2024), so at most as many pairs
+HELPSTEER2_PROMPTS = (10_162, 519)  # of its training and validation split; two responses each (Wang et al. 2024), so at most as many pairs
 HELPSTEER2_CHARACTERS = 3800  # a prompt with both responses: 28,974,555 bytes of a public copy over its 7,597 pairs, rounded
 BENCH_CHARACTERS = 1600  # a pair of RewardBench: 4,849,207 bytes by the card over 2,985 pairs, less the models' names
 PEAK_FLOPS = 989e12  # operations a second of one H100 SXM in dense bfloat16, by its data sheet
@@ -76,20 +76,20 @@ def stored_parameters(
         return None
     return total or None
 
-
+# %% ../nbs/17a_estimates.ipynb #93d191a6
 def parameters(
     name: str,  # weights by name, folder or hub id, perhaps with @revision; or a reward model by its name
     active: bool = False,  # count only the parameters that work on a token
 ) -> int | None:  # number of parameters; None where we don't know
     "Look up a model's size, or count a folder's."
-    known = BILLIONS | {scorer.location: scorer.billions for scorer in SCORERS.values()}
+    known = BILLIONS | {scorer.location: scorer.billions for scorer in SCORERS.values() if scorer.billions}
     place = find_scorer(name).location
     repository = place.partition("@")[0]
     if repository not in known:
         return stored_parameters(Path(place).expanduser())
     return round(1e9 * (BILLIONS_ACTIVE if active else known).get(repository, known[repository]))
 
-# %% ../nbs/17a_estimates.ipynb #683e2ae2
+# %% ../nbs/17a_estimates.ipynb #206a5db5
 def gpu_hours(
     size: float,  # parameters that work on a token
     trained: int = 0,  # tokens in training passes, over all epochs
@@ -100,7 +100,7 @@ def gpu_hours(
     seconds = (6 * trained + 2 * read) / TRAINING_SHARE + 2 * generated / GENERATION_SHARE
     return seconds * size / PEAK_FLOPS / 3600
 
-# %% ../nbs/17a_estimates.ipynb #e2bc48f9
+# %% ../nbs/17a_estimates.ipynb #27e1d819
 @dataclass(frozen=True)
 class StagePlan:
     "Estimate one piece of a stage's work."
@@ -114,7 +114,7 @@ class StagePlan:
     gpu_hours: float = 0.0  # of one GPU with PEAK_FLOPS
     unknown: tuple[str, ...] = ()  # what `usd` and `gpu_hours` leave out, e.g. "the price of NAME"
 
-# %% ../nbs/17a_estimates.ipynb #766edc01
+# %% ../nbs/17a_estimates.ipynb #1bee5299
 def merge(
     stage: str,  # stage of the sum
     work: str,  # words for the sum
@@ -129,7 +129,7 @@ def merge(
     return StagePlan(stage, work, once("who"), sum(every("calls")), sum(every("input_tokens")), sum(every("output_tokens")),
                      sum(priced) if priced else None, sum(every("gpu_hours")), once("unknown"))
 
-# %% ../nbs/17a_estimates.ipynb #5019bcb7
+# %% ../nbs/17a_estimates.ipynb #1bfb944d
 def split_uri(
     uri: str,  # gateway URI
 ) -> tuple[str, str, str]:  # provider, name, server address or ""
@@ -142,7 +142,7 @@ def split_uri(
     name, _, server = name.partition("@")
     return provider, name, server
 
-# %% ../nbs/17a_estimates.ipynb #ef75d425
+# %% ../nbs/17a_estimates.ipynb #a8600525
 def own_work(
     stage: str,  # stage folder
     work: str,  # short words
@@ -160,7 +160,7 @@ def own_work(
     unknown = (f"the size of {weights}",) if size is None else ()
     return StagePlan(stage, work, (who or weights,), calls, trained + read + prompts, written, None, hours, unknown)
 
-# %% ../nbs/17a_estimates.ipynb #a9513839
+# %% ../nbs/17a_estimates.ipynb #f7234986
 def ask(
     stage: str,  # stage folder
     work: str,  # short words
@@ -181,7 +181,7 @@ def ask(
     usd = factor * (read * price["input"] + written * price["output"]) / 1e6 if price else None
     return StagePlan(stage, work, (uri,), calls, read, written, usd, 0.0, () if price else (f"the price of {name}",))
 
-# %% ../nbs/17a_estimates.ipynb #eb545196
+# %% ../nbs/17a_estimates.ipynb #32aa27b0
 def asked_uris(
     profile: Profile,  # of the run
 ) -> list[str]:  # gateway URIs, each once
@@ -191,7 +191,7 @@ def asked_uris(
     return list(dict.fromkeys([*(() if is_released(profile.speeches.sources) else raters), *profile.reward.rankers, judged.reference, judged.judge,
                                *(way for way in topics if ":" in way)]))
 
-# %% ../nbs/17a_estimates.ipynb #75e98ef3
+# %% ../nbs/17a_estimates.ipynb #7b176104
 def short_name(
     who: str,  # URI, backbone or source
 ) -> str:  # without provider, owner, server and path
@@ -210,7 +210,13 @@ def name_some(
     more = f" and {len(short) - 2} more" if len(short) > 2 else ""
     return short[0] if len(short) == 1 else f"{len(short)} models ({', '.join(short[:2])}{more})"
 
-# %% ../nbs/17a_estimates.ipynb #c5be7036
+def listed(
+    names: typing.Sequence[str],  # at least one
+) -> str:  # e.g. "a, b and c"
+    "Join names."
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+# %% ../nbs/17a_estimates.ipynb #6c0e319a
 @dataclass(frozen=True)
 class Tokenizer:
     "Count a model's tokens, or estimate them."
@@ -233,7 +239,7 @@ def tokens_of(
     own = len(text) / CHARACTERS_PER_TOKEN if tokenizer.count is None else tokenizer.count(text)
     return math.ceil(own + more / tokenizer.characters)
 
-# %% ../nbs/17a_estimates.ipynb #2f99d6e5
+# %% ../nbs/17a_estimates.ipynb #53e7b12d
 @contextlib.contextmanager
 def _cached_files_only():
     "Let tiktoken read its cache folder and nothing else."
@@ -248,7 +254,7 @@ def _cached_files_only():
     finally:
         tiktoken.load.read_file = ordinary
 
-
+# %% ../nbs/17a_estimates.ipynb #7151d9ef
 def openai_tokenizer(
     name: str,  # of the model, as its maker has it
     fetch: bool = False,  # download what is missing
@@ -269,7 +275,7 @@ def openai_tokenizer(
         raise StudyError(f"its tokenizer {encoding} can't be had ({type(error).__name__})") from None
     return encoding, lambda text: len(found.encode(text, disallowed_special=()))
 
-# %% ../nbs/17a_estimates.ipynb #a524b1ca
+# %% ../nbs/17a_estimates.ipynb #1316ff42
 def tokenizer_file(
     name: str,  # weights by name, folder or hub id, perhaps with @revision
     fetch: bool = False,  # download it from the hub where it is missing
@@ -297,7 +303,7 @@ def tokenizer_file(
         raise StudyError(ESTIMATED.why)
     return Path(found)
 
-
+# %% ../nbs/17a_estimates.ipynb #f448e73d
 def file_counter(
     path: Path,  # tokenizer.json
 ) -> typing.Callable[[str], int]:  # text -> tokens; raises StudyError where the file can't be read
@@ -312,7 +318,7 @@ def file_counter(
     tokenizer.no_padding()
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-# %% ../nbs/17a_estimates.ipynb #f61e11d2
+# %% ../nbs/17a_estimates.ipynb #a8f67b8d
 def find_tokenizer(
     uri: str,  # gateway URI of a model
     speeches: typing.Sequence[str],  # a sample, at least one
@@ -329,7 +335,7 @@ def find_tokenizer(
         return Tokenizer(why=str(reason))
     return Tokenizer(label, sum(map(len, speeches)) / sum(map(count, speeches)), count)
 
-# %% ../nbs/17a_estimates.ipynb #54ac0489
+# %% ../nbs/17a_estimates.ipynb #3b77ec8c
 def not_here(
     what: str,  # what is looked for, e.g. source 'counsel-chat'
     source: Source,  # its declaration
@@ -354,7 +360,7 @@ def missing_sources(
             lines.append(str(error))
     return lines
 
-# %% ../nbs/17a_estimates.ipynb #6e4d30d6
+# %% ../nbs/17a_estimates.ipynb #de95a26a
 @dataclass(frozen=True)
 class GeneralSizes:
     "Say how much there is of the general domain."
@@ -374,34 +380,43 @@ def pair_characters(
     prompts = sum(len(message["content"]) for messages in pairs.messages for message in messages)
     return round((prompts + pairs.chosen.str.len().sum() + pairs.rejected.str.len().sum()) / len(pairs))
 
-# %% ../nbs/17a_estimates.ipynb #17749996
+# %% ../nbs/17a_estimates.ipynb #06944899
 def missing_general(
     chosen,  # MixSettings
-) -> list[str]:  # a line for the general pairs and one for RewardBench, where they are not here
-    "Say which files of the general domain are not on this machine."
-    from psycopref.reward_bench import BENCH
-
+) -> list[str]:  # one line, or none
+    "Say whether the general pairs are not on this machine."
     try:
         source, where = parse_place(chosen.general)
     except StudyError as error:
         return [str(error)]
-    bench = BENCH.homes[0] if chosen.reward_bench == BENCH.name else chosen.reward_bench
-    lines = [] if _is_here(where) else [not_here(f"general pairs {source.name!r}", source, [where])]
-    return lines + ([] if not bench or _is_here(bench) else [not_here("RewardBench", BENCH, [bench])])
+    return [] if _is_here(where) else [not_here(f"general pairs {source.name!r}", source, [where])]
 
 
-def count_general(
+def missing_bench(
     chosen,  # MixSettings
-) -> tuple[int, int, str]:  # pairs, mean characters of one, where these come from
-    "Count the general pairs in local files, or take HelpSteer2's number of prompts."
+) -> list[str]:  # one line, or none
+    "Say whether RewardBench is wanted and not on this machine."
+    from psycopref.reward_bench import BENCH
+
+    where = BENCH.homes[0] if chosen.reward_bench == BENCH.name else chosen.reward_bench
+    return [not_here("RewardBench", BENCH, [where])] if where and not _is_here(where) else []
+
+# %% ../nbs/17a_estimates.ipynb #e9a050e2
+def count_general(
+    profile: Profile,  # of the run
+) -> tuple[list[int], int, str]:  # pairs to train on, for selection and held out; mean characters of one; where these come from
+    "Count the general pairs in local files, or take HelpSteer2's numbers of prompts in its own split."
+    chosen = profile.mixing
     if chosen.rule not in (*RULES, "ready"):
         raise StudyError(f"mixing.rule: {chosen.rule!r} is not known. {suggest(chosen.rule, [*RULES, 'ready'])}")
-    if any("RewardBench" not in line for line in missing_general(chosen)):
-        return HELPSTEER2_PROMPTS, HELPSTEER2_CHARACTERS, f"at most, one for each prompt of HelpSteer2; this profile names {chosen.general}"
+    if missing_general(chosen):
+        dev = round(VALIDATION_DEV * HELPSTEER2_PROMPTS[1])
+        return [HELPSTEER2_PROMPTS[0], dev, HELPSTEER2_PROMPTS[1] - dev], HELPSTEER2_CHARACTERS, f"at most, one for each prompt of HelpSteer2; this profile names {chosen.general}"
     found = collect_general(chosen.general, RULES.get(chosen.rule))
-    return len(found.pairs), pair_characters(found.pairs), f"counted in {found.name}"
+    parts = split_general(found, chosen.test_fraction, profile.speeches.dev_fraction, 0)
+    return [len(parts[part]) for part in ("train", "dev", "test")], pair_characters(found.pairs), f"counted in {found.name}"
 
-# %% ../nbs/17a_estimates.ipynb #0c39178e
+# %% ../nbs/17a_estimates.ipynb #41b097eb
 def count_bench(
     chosen,  # MixSettings
 ) -> tuple[int, int]:  # pairs, mean characters of one; 0, 0 where it is left out
@@ -410,7 +425,7 @@ def count_bench(
 
     if not chosen.reward_bench:
         return 0, 0
-    if any("RewardBench" in line for line in missing_general(chosen)):
+    if missing_bench(chosen):
         return sum(n for subset, n in PUBLISHED.items() if subset not in PRIOR_PAIRS), BENCH_CHARACTERS
     pairs = read_reward_bench(chosen.reward_bench)
     return len(pairs), pair_characters(pairs)
@@ -420,12 +435,10 @@ def general_sizes(
     profile: Profile,  # of the run
 ) -> GeneralSizes:  # how much there is
     "Estimate the general pairs of the mixing grid, and those of RewardBench."
-    n, characters, basis = count_general(profile.mixing)
-    test = round(profile.mixing.test_fraction * n)
-    dev = round(profile.speeches.dev_fraction * (n - test))
-    return GeneralSizes(n - test - dev, dev, test, characters, basis, *count_bench(profile.mixing))
+    parts, characters, basis = count_general(profile)
+    return GeneralSizes(*parts, characters, basis, *count_bench(profile.mixing))
 
-# %% ../nbs/17a_estimates.ipynb #21d7a93f
+# %% ../nbs/17a_estimates.ipynb #292bbf16
 @dataclass(frozen=True)
 class Sizes:
     "Say how much a run works on."
@@ -446,7 +459,7 @@ class Sizes:
         "Return what counts for a model, by URI or backbone."
         return self.tokenizers.get(who if ":" in who else f"local:{who}", ESTIMATED)
 
-
+# %% ../nbs/17a_estimates.ipynb #4f948063
 def sample(
     texts: typing.Sequence[str],  # client speeches
 ) -> tuple[str, ...]:  # SAMPLE_SPEECHES of them, evenly spaced
@@ -472,7 +485,7 @@ def count_speeches(
     n, characters = min(len(frame), chosen.limit or len(frame)), round(frame.speech.str.len().mean())
     return n, characters, f"counted in {names}", sample(list(frame.speech)), "client speeches of these sources"
 
-# %% ../nbs/17a_estimates.ipynb #84be2b03
+# %% ../nbs/17a_estimates.ipynb #76514b4e
 def plan_sizes(
     profile: Profile,  # of the run
     speeches: int | None = None,  # client speeches; None counts them or takes the paper's number
@@ -504,7 +517,7 @@ def with_tokenizers(
         found[weights, name] = found.get((weights, name)) or find_tokenizer(uri, sizes.texts, fetch and not away)
     return dataclasses.replace(sizes, tokenizers={uri: found[key] for uri, key in named.items()})
 
-# %% ../nbs/17a_estimates.ipynb #dde19d3d
+# %% ../nbs/17a_estimates.ipynb #e971815e
 def response_tokens(
     max_tokens: int,  # longest response of the profile
 ) -> int:  # expected tokens
@@ -521,7 +534,7 @@ def filled(
     empty, full = write(*("" for _ in lengths)), write(*("x" * n for n in lengths))
     return tokens_of(empty, len(full) - len(empty), tokenizer)
 
-# %% ../nbs/17a_estimates.ipynb #4b842036
+# %% ../nbs/17a_estimates.ipynb #0e509ef1
 def prompt_tokens(
     characters: int,  # mean length of a client speech
     response: int,  # tokens of a response that is shown
@@ -552,7 +565,7 @@ def reply_tokens(
     battle = dict.fromkeys(battle_schema()["required"], 1)
     return {"rate": one, "rate_all": seven, "rank": 1, "battle": tokens_of(json.dumps(battle), tokenizer=tokenizer)}
 
-# %% ../nbs/17a_estimates.ipynb #c86e7ba3
+# %% ../nbs/17a_estimates.ipynb #aee48c80
 def respond_tokens(
     sizes: Sizes,  # how long a client speech is
     who: str = "",  # who reads it, by URI or backbone

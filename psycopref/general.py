@@ -25,10 +25,10 @@ from .speeches import split_of
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'COLUMNS', 'REVISION', 'GENERAL', 'TITLES', 'HELPFULNESS', 'SEVENTY_B', 'RULES', 'PAIR_COLUMNS', 'FATES',
-           'DRAWN_COLUMNS', 'title_of', 'parse_place', 'open_general', 'table_columns', 'read_general', 'BadPrompt',
-           'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule', 'weighted_sums', 'pairs_from_ratings',
-           'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt', 'draw_pairs', 'mix_pairs', 'Mix',
-           'grid']
+           'VALIDATION_DEV', 'DRAWN_COLUMNS', 'title_of', 'parse_place', 'open_general', 'table_columns',
+           'read_general', 'BadPrompt', 'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule', 'weighted_sums',
+           'pairs_from_ratings', 'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt', 'split_general',
+           'draw_pairs', 'mix_pairs', 'Mix', 'grid']
 
 # %% ../nbs/08a_general.ipynb #518772c1
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer2, each 0 to 4
@@ -158,7 +158,9 @@ def _rated(opened: Opened):
         texts = {name: _texts(path, name, columns[name], remedy) for name in ("prompt", "response")}
         ratings = {name: _whole_numbers(path, name, columns[name], 0, 4, remedy) for name in ATTRIBUTES}
         frames.append(pd.DataFrame({**texts, **ratings}))
-    return pd.concat(frames, ignore_index=True)
+    rows = pd.concat(frames, ignore_index=True)
+    rows.attrs["files"] = [(path.name, len(frame)) for path, frame in zip(opened.paths, frames)]
+    return rows
 
 
 def read_general(
@@ -362,13 +364,23 @@ class General:
     unreadable: typing.Any  # frame: row, why, excerpt
     origin: dict  # as of sources.Opened
     paths: tuple[Path, ...]  # the files read
+    held_out: frozenset[str] = frozenset()  # IDs of the pairs whose prompt stands in a file of the set's own validation split
 
     @property
     def title(self) -> str:
         "What tables call it."
         return title_of(self.name)
 
-# %% ../nbs/08a_general.ipynb #484f8b88
+# %% ../nbs/08a_general.ipynb #df66a54d
+def _of_validation(rows, pairs) -> frozenset[str]:
+    "Find the pairs whose prompt comes first in a validation file; an ID ends with its prompt's first row."
+    starts, at = [], 0
+    for name, n in rows.attrs["files"]:
+        starts += [(at, at + n)] if name.lower().startswith("validation") else []
+        at += n
+    return frozenset(name for name in pairs.ID if any(start <= int(name.rpartition("-")[2]) < end for start, end in starts))
+
+
 def collect_general(
     place: str = "demo",  # as for parse_place
     rule: RatingRule | None = HELPFULNESS,  # who is preferred; None reads ready pairs
@@ -378,11 +390,10 @@ def collect_general(
     "Open a set and make its pairs."
     opened = open_general(place, revision)
     if rule is None:
-        pairs, counts, unreadable = _ready(opened)
-    else:
-        rows = _rated(opened)
-        (pairs, counts), unreadable = pairs_from_ratings(rows, rule, opened.source.name, per_prompt), unreadable_prompts(rows)
-    return General(opened.source.name, pairs, counts, unreadable, opened.origin, opened.paths)
+        return General(opened.source.name, *_ready(opened), opened.origin, opened.paths)
+    rows = _rated(opened)
+    pairs, counts = pairs_from_ratings(rows, rule, opened.source.name, per_prompt)
+    return General(opened.source.name, pairs, counts, unreadable_prompts(rows), opened.origin, opened.paths, _of_validation(rows, pairs))
 
 # %% ../nbs/08a_general.ipynb #d61afdbf
 def split_by_prompt(
@@ -403,7 +414,27 @@ def split_by_prompt(
         raise StudyError(f"split of general pairs: of {len(side)} prompts none falls into {' and '.join(lacking)}; take more prompts or another seed")
     return frame
 
-# %% ../nbs/08a_general.ipynb #8861bced
+# %% ../nbs/08a_general.ipynb #e008f861
+VALIDATION_DEV = 0.25  # share of a published validation split that serves to choose
+
+
+def split_general(
+    found: General,  # of collect_general
+    test_fraction: float,  # share of the prompts held out, where the set has no split of its own
+    dev_fraction: float,  # share of the other prompts for selection, likewise
+    seed: int,  # of the run
+) -> dict:  # train, dev, test -> frame with PAIR_COLUMNS
+    "Split a set as its makers did, or by hash."
+    import pandas as pd
+
+    if not found.held_out:
+        frame = split_by_prompt(found.pairs, test_fraction, dev_fraction, seed)
+    else:
+        own = found.pairs.ID.isin(found.held_out)
+        frame = pd.concat([found.pairs[~own].assign(split="train"), split_by_prompt(found.pairs[own], 1 - VALIDATION_DEV, 0.0, seed).replace({"split": {"train": "dev"}})])
+    return {part: frame[frame.split == part].drop(columns="split") for part in ("train", "dev", "test")}
+
+# %% ../nbs/08a_general.ipynb #6a6c5a85
 DRAWN_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "domain")
 
 
@@ -427,13 +458,13 @@ def draw_pairs(
     messages = pairs.messages if "messages" in pairs.columns else [None] * len(pairs)
     return pairs.assign(messages=messages, domain=domain).iloc[order][list(DRAWN_COLUMNS)].reset_index(drop=True)
 
-# %% ../nbs/08a_general.ipynb #52a07419
+# %% ../nbs/08a_general.ipynb #44cad4db
 def _hash_order(pairs, seed: int, *purpose: str) -> list[int]:
     "Order rows by a hash of their ids."
     ids = list(zip(pairs.ID, map(int, pairs.prefID)))
     return sorted(range(len(ids)), key=lambda i: (derived_seed(seed, *purpose, *ids[i]), *ids[i]))
 
-# %% ../nbs/08a_general.ipynb #3171a041
+# %% ../nbs/08a_general.ipynb #4d708838
 def mix_pairs(
     psy,  # frame of counselling pairs
     general,  # frame of general pairs, with PAIR_COLUMNS
@@ -454,7 +485,7 @@ def mix_pairs(
     mixed = mixed.iloc[_hash_order(mixed, seed, "shuffle")].reset_index(drop=True)
     return mixed.assign(messages=[None if domain == "counselling" else list(messages) for domain, messages in zip(mixed.domain, mixed.messages)])
 
-# %% ../nbs/08a_general.ipynb #49e50295
+# %% ../nbs/08a_general.ipynb #e6c84abb
 @dataclass(frozen=True)
 class Mix:
     "Declare a mixture."
@@ -471,7 +502,7 @@ class Mix:
         "Its name as part of a file's name."
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
-# %% ../nbs/08a_general.ipynb #d3a453a1
+# %% ../nbs/08a_general.ipynb #0b47ea24
 def _short(n: int) -> str:
     "Write a number as the paper does: 10k, but 160."
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)

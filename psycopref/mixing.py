@@ -13,7 +13,7 @@ import numpy as np
 from .artifacts import PALETTE, Label, StageReader, StageWriter, new_figure, read_json, read_rows
 from .baselines import score_frame
 from .config import MIXES, Cell, Profile, Run, StudyError, grid_cells, is_released, load_profile, paper_values, parse_cell, stage_settings
-from .general import RULES, Mix, collect_general, grid, mix_pairs, split_by_prompt
+from .general import RULES, Mix, collect_general, grid, mix_pairs, split_general
 from .metrics import bootstrap, pairwise_metrics
 from .reward_bench import read_reward_bench, score_reward_bench
 from .reward_training import train_reward_model
@@ -49,8 +49,7 @@ def collect_domains(
     if chosen.rule not in (*RULES, "ready"):
         raise StudyError(f"mixing.rule: found {chosen.rule!r}, expected {', '.join(RULES)}, or ready for files of ready pairs")
     found = collect_general(chosen.general, RULES.get(chosen.rule))
-    pairs = split_by_prompt(found.pairs, chosen.test_fraction, profile.speeches.dev_fraction, seed)
-    general = {part: pairs[pairs.split == part].drop(columns="split") for part in ("train", "dev", "test")}
+    general = split_general(found, chosen.test_fraction, profile.speeches.dev_fraction, seed)
     own = "PsyCoPref" if is_released(StageReader(run, "05_speeches").receipt["settings"]["speeches"]["sources"]) else "this run's counselling pairs"
     return Domains(psy, general, found.title, own, found.counts, list(found.paths), read_reward_bench(chosen.reward_bench) if chosen.reward_bench else None)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import typing
 import warnings
@@ -26,13 +27,14 @@ class Pack:
     position_ids: typing.Any  # (1, width)
     keys: typing.Any  # (sum of key_lengths,) columns that segments look at, segment after segment
     places: typing.Any  # (rows, kept) columns of the states that are wanted
+    starts: typing.Any  # (2, segments + 1) int32: where each segment's queries and keys start, for kernels
     query_lengths: tuple[int, ...]  # of each segment; the segments tile the width
     key_lengths: tuple[int, ...]  # of each segment; its last queries and keys are the same tokens
     kernel: str = "segments"  # segments = SDPA, one call a segment; varlen = one kernel for all
 
     def to(self, device, non_blocking: bool = False) -> Pack:
         "Move the tensors, as accelerate's loaders do with a batch."
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("input_ids", "position_ids", "keys", "places")}
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("input_ids", "position_ids", "keys", "places", "starts")}
         return replace(self, **moved)
 
 # %% ../nbs/10_pairwise.ipynb #c7fba907
@@ -58,7 +60,8 @@ def lay_out(
             places.append(columns[-(wanted if isinstance(wanted, int) else wanted[branch]):])
     most = max(map(len, places))
     filled = [own + own[-1:] * (most - len(own)) for own in places]
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(keys), torch.tensor(filled), tuple(queries), tuple(lengths))
+    starts = [[0, *itertools.accumulate(own)] for own in (queries, lengths)]
+    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(keys), torch.tensor(filled), torch.tensor(starts, dtype=torch.int32), tuple(queries), tuple(lengths))
 
 # %% ../nbs/10_pairwise.ipynb #69bcfd7c
 def _repeat_heads(states, heads: int):
@@ -104,13 +107,11 @@ def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
 
 def _by_kernel(query, key, value, pack: Pack, scaling, window):
     "Attend in one variable-length kernel, whose causal mask is lower-right."
-    import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = [torch.tensor((0, *lengths), device=query.device).cumsum(0).int() for lengths in (pack.query_lengths, pack.key_lengths)]
     flat = [query[0].transpose(0, 1), *(states[0].transpose(0, 1).index_select(0, pack.keys) for states in (key, value))]
     seen = (-1 if window is None else window - 1, 0)
-    return varlen_attn(*flat, *starts, max(pack.query_lengths), max(pack.key_lengths), scale=scaling, window_size=seen,
+    return varlen_attn(*flat, *pack.starts, max(pack.query_lengths), max(pack.key_lengths), scale=scaling, window_size=seen,
                        enable_gqa=query.shape[1] != key.shape[1])[None]
 
 # %% ../nbs/10_pairwise.ipynb #c4cdd394
@@ -159,16 +160,16 @@ def _packing_forward(backbone):
 
     return types.MethodType(forward, backbone)
 
-# %% ../nbs/10_pairwise.ipynb #2b7bfb5a
-def _probe(model, backbone, kernel: str) -> float:
-    "Run ten tokens of two groups both ways; return the relative difference of the states."
+# %% ../nbs/10_pairwise.ipynb #6341efa8
+def _probe(model, backbone, kernel: str, autocast: bool) -> float:
+    "Run a few tokens of two groups both ways; return the relative difference of the states."
     import torch
 
     size = model.config.get_text_config().vocab_size
     tokens = [[(7 * i + 3) % size for i in own] for own in (range(9), [*range(6), 40, 41], range(20, 27), [*range(20, 25), 11, 12, 13, 14])]
     pack = replace(lay_out([tokens[:2], tokens[2:]], kept=3), kernel=kernel).to(model.device)
     training = backbone.training
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
         backbone.eval()
         alone = torch.cat([backbone(input_ids=torch.tensor([own], device=model.device), use_cache=False).last_hidden_state[:, -3:] for own in tokens])
         packed = backbone(pack=pack).last_hidden_state
@@ -176,19 +177,17 @@ def _probe(model, backbone, kernel: str) -> float:
     return float((packed.float() - alone.float()).norm() / alone.float().norm())
 
 
-def _kernels(model) -> list[str]:
+def _kernels(model, half: bool) -> list[str]:
     "List the ways to attend on this model's device, fastest first."
     import importlib.util
 
-    import torch
-
-    fast = model.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen") and (
-        model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"))
+    fast = half and model.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen")
     return ["varlen", "segments"] if fast else ["segments"]
 
 # %% ../nbs/10_pairwise.ipynb #9194f771
 def enable_packing(
     model,  # transformers model with a decoder backbone, bare or in peft
+    autocast: bool = False,  # whether it will be computed in bfloat16 by autocast
     tolerance: float | None = None,  # greatest relative difference of states; None: 1e-3 in float32, 0.05 in half precision
 ) -> str:  # empty where the model takes packs now, else why it does not
     "Teach a model's backbone to take packs, and prove that it gives the same states."
@@ -201,13 +200,16 @@ def enable_packing(
         return ""
     if backbone is model or "forward" in vars(backbone) or any(hasattr(p, "ds_id") for p in model.parameters()):
         return "its backbone stands under another library's hooks" if backbone is not model else "it has no backbone"
+    if getattr(model.config.get_text_config(), "attention_dropout", 0):
+        return "its attention has dropout"
     AttentionInterface.register(_NAME, packed_attention)
     before, reason = backbone.config._attn_implementation, ""
-    limit = tolerance or (1e-3 if model.dtype == torch.float32 else 0.05)
+    half = autocast or model.dtype in (torch.bfloat16, torch.float16)
+    limit = tolerance or (0.05 if half else 1e-3)
     backbone.forward = _packing_forward(backbone)
-    for kernel in _kernels(model):
+    for kernel in _kernels(model, half):
         try:
-            off = _probe(model, backbone, kernel)
+            off = _probe(model, backbone, kernel, autocast)
         except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # whatever a foreign model says to a pack
             reason = str(error).splitlines()[0][:200]
             continue
@@ -286,10 +288,10 @@ class EvenSampler:
             for pack in even_packs([self.lengths[i] for i in batch], self.batch_size // self.pack_size):
                 yield from (batch[i] for i in pack)
 
-# %% ../nbs/10_pairwise.ipynb #3d81b6a3
-def _packing_reason(models: list) -> str:
+# %% ../nbs/10_pairwise.ipynb #e621ecbe
+def _packing_reason(models: list, autocast: bool) -> str:
     "Enable packing in all models, or say why not."
-    reasons = [reason for model in models if (reason := enable_packing(model))]
+    reasons = [reason for model in models if (reason := enable_packing(model, autocast))]
     if reasons:
         warnings.warn(f"psycopref: {type(unwrap(models[0])).__name__} does not take packed pairs ({reasons[0]}); "
                       "it is trained the plain way, prompts computed twice", stacklevel=4)
@@ -318,7 +320,7 @@ def reward_trainer():  # a subclass of trl.RewardTrainer
     class PackedRewardTrainer(_EvenPacks, RewardTrainer):
         def __init__(self, *args, **keywords):
             super().__init__(*args, **keywords)
-            self.not_packed = _packing_reason([self.model])  # empty, or why the plain way is taken
+            self.not_packed = _packing_reason([self.model], bool(self.args.bf16))  # empty, or why the plain way is taken
             if not self.not_packed:
                 self.data_collator = PackingCollator(self.data_collator, unwrap(self.model).base_model.pack_kernel)
 
@@ -330,10 +332,12 @@ def dpo_trainer():  # a subclass of trl.DPOTrainer
     from trl import DPOTrainer
 
     class PackedDPOTrainer(_EvenPacks, DPOTrainer):
-        def __init__(self, model, ref_model=None, *args, **keywords):
-            self.not_packed = _packing_reason([m for m in (model, ref_model) if m is not None])  # before trl asks for the reference
+        def __init__(self, model, ref_model=None, args=None, **keywords):
+            if isinstance(model, str):
+                raise StudyError(f"dpo_trainer: found the name {model!r}, expected a loaded model; load it, or use trl's own DPOTrainer")
+            self.not_packed = _packing_reason([m for m in (model, ref_model) if m is not None], bool(args and args.bf16))  # before trl asks for the reference
             self.pack_kernel = None if self.not_packed else unwrap(model).base_model.pack_kernel
-            super().__init__(model, ref_model, *args, **keywords)
+            super().__init__(model, ref_model, args, **keywords)
 
         @property
         def data_collator(self):

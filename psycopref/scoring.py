@@ -5,7 +5,7 @@
 # %% ../nbs/10b_scoring.ipynb #e7a830d4
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .artifacts import progress
 from .config import StudyError
@@ -35,9 +35,12 @@ SCORERS = {
 
 
 def find_scorer(
-    name: str,  # a name above, a folder, or a hub id
+    name: str,  # a name above, name=FOLDER for a copy of it, a folder, or a hub id
 ) -> Scorer:  # where it is
     "Find a reward model by name."
+    known, _, folder = name.partition("=")
+    if folder and known in SCORERS:
+        return replace(SCORERS[known], location=folder)
     return SCORERS.get(name) or Scorer(name)
 
 # %% ../nbs/10b_scoring.ipynb #a29f53b1

@@ -113,9 +113,11 @@ def test_a_finished_run_has_nothing_to_do(copy):
 
 def test_a_parameter_re_runs_its_stage_and_what_follows(copy):
     output = chain(copy, "--dry-run", overrides='{"reward.learning_rate": 0.002}')
-    assert planned(output) == ["11_reward", "12_policy", "13_evaluation", "14_ablations", "16_report"]
+    assert planned(output) == ["11_reward", "12_policy", "13_evaluation", "14_ablations", "14a_mixing", "16_report"]
     output = chain(copy, "--dry-run", overrides='{"evaluation.judge": "rules:rubric", "ablation.pairs": 4}')
     assert planned(output) == ["14_ablations", "16_report"]
+    output = chain(copy, "--dry-run", overrides='{"mixing.budget": 12}')
+    assert planned(output) == ["14a_mixing", "16_report"] and output.count("14a_mixing_cell") >= 1
 
 
 def test_a_notebook_re_runs_its_stage_and_what_follows(copy):
@@ -163,16 +165,35 @@ def test_the_report_says_what_was_asked_and_that_it_was_free(copy):
     assert "nothing was paid: no model asked has a price" in page and str(copy) not in "".join(table.model)
 
 
-@pytest.mark.parametrize("moment", ["checkpoint-*", "iteration-1/candidates.json", "iteration-2/candidates.json"])
-def test_killed_training_continues_to_the_same_weights(copy, moment):
-    "SIGKILL at three places; the next start ends with the bytes of an unbroken run."
-    name = "killed-" + "".join(c for c in moment if c.isalnum())
-    for stage in ("05_speeches", "08_pairs", "11_reward"):
-        shutil.copytree(copy / "outputs/tiny" / stage, copy / "outputs" / name / stage)
-    command = [str(BIN / "psycopref"), "run", "nbs/12_policy.ipynb", "-p", "PROFILE=tiny", "-p", f"RUN={name}"]
+def test_the_grid_is_made_cell_by_cell_and_a_lost_cell_again(copy):
+    cells = copy / "outputs/tiny/14a_mixing.cells"
+    assert sorted(path.name for path in cells.iterdir()) == ["random-tiny.half", "random-tiny.psy"]
+    rows = json.loads((copy / "outputs/tiny/14a_mixing/summary.json").read_text())["rows"]
+    assert [row["data"] for row in rows] == ["this run's counselling pairs", "Psy16", "Psy8Help8"]
+    half = json.loads((cells / "random-tiny.half/cell.json").read_text())
+    assert half["drawn"] == {"counselling": 8, "general": 8} and half["training"]["pairs"] == 16 and not list(cells.rglob("*.safetensors"))
+    before = receipt(copy, "14a_mixing")["outputs"]
+    shutil.rmtree(cells / "random-tiny.half")
+    again = chain(copy, "--dry-run")
+    assert "random-tiny.half" in again and "random-tiny.psy" not in "".join(line for line in again.splitlines() if "cell " in line)
+    run(copy, "psycopref", "run", "nbs/14a_mixing.ipynb", "-p", "PROFILE=tiny")  # by hand it makes what is missing
+    after = receipt(copy, "14a_mixing")["outputs"]
+    assert {name: digest for name, digest in after.items() if name.endswith((".csv", ".parquet"))} == {name: digest for name, digest in before.items() if name.endswith((".csv", ".parquet"))}
+    assert (cells / "random-tiny.half/receipt.json").is_file()
+    chain(copy)
+
+
+@pytest.mark.parametrize("stage, moment", [("11_reward", "checkpoint-*/trainer_state.json"), ("11_reward", "checkpoint-*"), ("12_policy", "checkpoint-*"),
+                                           ("12_policy", "iteration-1/candidates.json"), ("12_policy", "iteration-2/candidates.json")])
+def test_killed_training_continues_to_the_same_weights(copy, stage, moment):
+    "SIGKILL at five places; the next start ends with the bytes of an unbroken run."
+    name = f"killed-{stage}-" + "".join(c for c in moment if c.isalnum())
+    for done in ("05_speeches", "07_ratings", "08_pairs", *(["11_reward"] if stage == "12_policy" else [])):
+        shutil.copytree(copy / "outputs/tiny" / done, copy / "outputs" / name / done)
+    command = [str(BIN / "psycopref"), "run", f"nbs/{stage}.ipynb", "-p", "PROFILE=tiny", "-p", f"RUN={name}"]
     environment = {k: v for k, v in os.environ.items() if k != "PSYCOPREF_ROOT"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     process = subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    work = copy / "outputs" / name / "12_policy.partial"
+    work = copy / "outputs" / name / f"{stage}.partial"
     limit = time.monotonic() + 300
     while process.poll() is None and not list(work.rglob(moment)) and time.monotonic() < limit:
         time.sleep(0.05)
@@ -181,10 +202,10 @@ def test_killed_training_continues_to_the_same_weights(copy, moment):
     for pid in _children_in(copy):
         os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert not (copy / "outputs" / name / "12_policy").exists()
+    assert not (copy / "outputs" / name / stage).exists()
     run(copy, *command)
-    weights = {key: digest for key, digest in receipt(copy, "12_policy", name)["outputs"].items() if key.endswith(".safetensors")}
-    assert weights and weights == {key: digest for key, digest in receipt(copy, "12_policy")["outputs"].items() if key.endswith(".safetensors")}
+    weights = {key: digest for key, digest in receipt(copy, stage, name)["outputs"].items() if key.endswith(".safetensors")}
+    assert weights and weights == {key: digest for key, digest in receipt(copy, stage)["outputs"].items() if key.endswith(".safetensors")}
 
 
 def _children_in(folder):

@@ -202,3 +202,9 @@ def test_a_model_that_cannot_is_trained_the_plain_way_and_says_so(tokenizer, tmp
         found.append(gradients(built)[0])
     assert found[0] == found[1] and built.not_packed
     assert any("does not take packed pairs" in str(warning.message) for warning in said)
+
+
+def test_a_model_with_attention_dropout_is_trained_the_plain_way(tokenizer):
+    model = make("llama", "reward", tokenizer)
+    model.config.attention_dropout = 0.1
+    assert "dropout" in enable_packing(model)

@@ -5,52 +5,60 @@ import hashlib
 import json
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.errors
+import numpy as np
+import pandas as pd
 import pytest
+import safetensors.numpy
 import tiktoken
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
-from psycopref import cli, plan
+from psycopref import cli, config, estimates, plan, reward_plan
 from psycopref.artifacts import PRINCIPLE_KEYS
 from psycopref.batches import BatchModel
 from psycopref.calls import ChatReply
-from psycopref.config import DEMO, PAPER, PROFILES, cache_root, data_file, load_profile
-from psycopref.plan import (
-    CALL_SECONDS,
+from psycopref.config import DEMO, MIXES, PAPER, PROFILES, TINY, StudyError, cache_root, data_file, load_profile
+from psycopref.estimates import (
     ESTIMATED,
-    IN_FLIGHT,
-    TABLE_WIDTH,
+    GeneralSizes,
     Tokenizer,
     ask,
-    batch_lines,
-    duration_lines,
     file_counter,
     find_tokenizer,
     merge,
+    pair_tokens,
+    parameters,
     plan_sizes,
-    plan_stages,
-    plan_text,
     prompt_tokens,
     reply_tokens,
     sample,
-    shares,
-    sized_stages,
-    token_lines,
     tokenizer_file,
     with_tokenizers,
 )
+from psycopref.general import COLUMNS, grid
+from psycopref.plan import CALL_SECONDS, IN_FLIGHT, TABLE_WIDTH, batch_lines, duration_lines, plan_stages, plan_text, shares, sized_stages, token_lines
 from psycopref.principles import rating_prompt
+from psycopref.reward_plan import SHARDS, cell_groups, missing_for_rewards, missing_gpu, missing_scorers, shortages, training_bytes, training_steps
+from psycopref.scoring import find_scorer
 from psycopref.servers import OpenAIModel
-from psycopref.weights import find_weights, load_tokenizer
+from psycopref.training import pair_rows
+from psycopref.weights import find_weights, load_causal_lm, load_tokenizer
 
 from refusals import one_line
 
 GPT_4O, QWEN = "openai:gpt-4o-2024-08-06", "Qwen/Qwen2.5-7B-Instruct"
 SERVED = f"openai:{QWEN}@http://127.0.0.1:8000/v1"
 ADDRESS = "https://encodings.example.org/tiny.tiktoken"
+GRID = [stage for stage in config.STAGES if stage == "14a_mixing"]
 TEXT = "the cat sat with the other, then slept"
 
 
@@ -186,7 +194,7 @@ def test_the_hub_is_asked_for_one_file_and_only_when_told_to(hub, monkeypatch, t
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    assert find_tokenizer("local:owner/model", ["one"], fetch=True).why == plan.NO_HUB
+    assert find_tokenizer("local:owner/model", ["one"], fetch=True).why == estimates.NO_HUB
 
     def gated(**where):
         raise PermissionError("gated")
@@ -207,7 +215,7 @@ def test_a_hub_that_is_away_is_asked_once_and_openai_all_the_same(encoding, monk
     monkeypatch.setattr(tiktoken.load, "read_file", lambda address: encoding[0])
     text = plan_text(PAPER, fetch=True)
     names = text.partition("Tokens\n")[2].partition("Assumptions\n")[0]
-    assert all(names.count(plan.short_name(name)) == 1 for name in PAPER.backbones), "served and trained, it is one model"
+    assert all(names.count(estimates.short_name(name)) == 1 for name in PAPER.backbones), "served and trained, it is one model"
     assert len(asked) == 1 and "the hub does not answer" in " ".join(text.split()) and "gpt-4o-2024-08-06, gpt-4o-mini-2024-07-18 and o1-mini: counted" in text
 
 
@@ -244,12 +252,12 @@ def test_each_model_reads_with_its_own_tokenizer():
     profile = load_profile("paper", {"ratings.compare_mode_speeches": 10})
     sizes = plan_sizes(profile, 1000)
     base = sized_stages(profile, sizes)
-    for who, moved in ((f"local:{profile.backbones[0]}", {"11_reward", "12_policy", "13_evaluation", "14_ablations"}), (profile.ratings.rater, {"07_ratings", "11_reward", "06_responses", "13_evaluation", "14_ablations"})):
+    for who, moved in ((f"local:{profile.backbones[0]}", {"11_reward", "12_policy", "13_evaluation", "14_ablations", *GRID}), (profile.ratings.rater, {"07_ratings", "11_reward", "06_responses", "13_evaluation", "14_ablations"})):
         rows = sized_stages(profile, replace(sizes, tokenizers={who: Tokenizer("half", 2.0, lambda text: len(text) // 2)}))
         more = [(a, b) for a, b in zip(base, rows) if a != b]
         assert {a.stage for a, _ in more} == moved and [r.calls for r in rows] == [r.calls for r in base]
         for a, b in more:
-            assert any(plan.short_name(who) == plan.short_name(name) for name in a.who) and a.input_tokens <= b.input_tokens <= 2 * a.input_tokens + 14 * a.calls, a.work
+            assert any(estimates.short_name(who) == estimates.short_name(name) for name in a.who) and a.input_tokens <= b.input_tokens <= 2 * a.input_tokens + 14 * a.calls, a.work
     doubled = reply_tokens(4, Tokenizer("half", 2.0, lambda text: len(text) // 2))
     battles = [row for row in rows if "battles" in row.work]  # of the judge, who is the rater too
     assert len(battles) == 2 and all(row.output_tokens == row.calls * doubled["battle"] for row in battles)
@@ -267,9 +275,9 @@ def test_no_plan_asks_the_network(offline, monkeypatch, tmp_path):
         text = plan_text(profile)
         assert max(len(line) for line in text.splitlines() if not line.startswith("  vllm serve ")) <= TABLE_WIDTH
     tokens = " ".join(plan_text(PAPER).partition("Tokens\n")[2].partition("Assumptions\n")[0].split())
-    assert "gpt-4o-mini-2024-07-18 and o1-mini: each estimated at 4 characters a token: its tokenizer is not on this machine." in tokens and "`psycopref plan --fetch-tokenizers`" in tokens
-    for member, _ in shares(PAPER, plan_sizes(PAPER)):
-        assert plan.short_name(member.model) in tokens, "each model is named with what counts for it"
+    assert re.search("gpt-4o-mini-2024-07-18, o1-mini, [^:]* and [^:]*: each estimated at 4 characters a token: its tokenizer is not on this machine[.]", tokens) and "`psycopref plan --fetch-tokenizers`" in tokens
+    for name in [*(member.model for member, _ in shares(PAPER, plan_sizes(PAPER))), *(find_scorer(name).location for name in PAPER.reward.scorers)]:
+        assert estimates.short_name(name) in tokens, "each model is named with what counts for it"
 
 
 def test_the_command_line_downloads_only_with_its_option(monkeypatch, capsys):
@@ -286,7 +294,7 @@ def test_the_command_line_downloads_only_with_its_option(monkeypatch, capsys):
 def test_a_batch_costs_in_the_plan_what_the_gateway_books(monkeypatch, factor):
     table = json.loads(data_file("prices.json").read_text())
     table["batch_discount"]["factor"] = factor
-    for module in ("plan", "batches", "servers"):
+    for module in ("plan", "estimates", "batches", "servers"):
         monkeypatch.setattr(f"psycopref.{module}.prices", lambda: table)
     for model in (OpenAIModel("gpt-4o"), BatchModel("gpt-4o")):
         assert ask("s", "w", model.uri, 1, 1000, 100).usd == pytest.approx(model.cost(ChatReply("", "stop", 1000, 100)))
@@ -353,3 +361,162 @@ def test_the_sample_is_spread_over_all_speeches():
     sizes = with_tokenizers(DEMO, plan_sizes(DEMO))
     assert sizes.sampled == "client speeches of these sources" and len(sizes.texts) == 200 and merge("s", "w", sized_stages(DEMO, sizes)).calls > 0
     assert all("smollm2" in line or "tokens" in line.lower() or "downloads" in line for line in token_lines(sizes))
+
+
+# ---- reward models ----
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 3), st.integers(0, 5))
+def test_a_training_takes_the_steps_and_looks_of_the_trainer(pairs, batch, epochs, checkpoints):
+    from psycopref.reward_training import step_plan
+
+    settings = replace(DEMO.reward, batch_size=batch, epochs=epochs, checkpoints=checkpoints)
+    steps, looks = training_steps(pairs, settings)
+    if pairs < batch:
+        assert (steps, looks) == (0, 0)
+        return
+    found = step_plan([10] * pairs, settings, 0)
+    assert steps == found["steps"]
+    assert looks == len({*range(found["every"], steps + 1, found["every"]), steps}), "at every so many steps and at the last"
+    assert looks <= max(1, checkpoints)
+
+
+def test_a_pair_has_the_tokens_that_training_computes():
+    "The prompt once and both answers: rows as the trainer gets them, against the plan."
+    weights = find_weights("random-tiny")
+    speeches = [json.loads(line)["speech"] for line in data_file("demo_speeches.jsonl").read_text().splitlines()]
+    answers = [" ".join(speeches[i : i + 8])[:1400] for i in range(0, 80, 4)]
+    pairs = pd.DataFrame({"ID": "a", "prefID": range(10), "question": speeches[100:110], "chosen": answers[:10], "rejected": answers[10:]})
+    rows, long = pair_rows(pairs, load_tokenizer(weights), 4096)
+    sizes = replace(with_tokenizers(TINY, plan_sizes(TINY)), characters=round(pairs.question.str.len().mean()))
+    assert not long and pair_tokens(sizes, 1024, "random-tiny") == pytest.approx(np.mean([row["length"] for row in rows]), rel=0.04)
+
+
+def test_every_scorer_of_table_1_has_a_row(tmp_path):
+    safetensors.numpy.save_file({"layer": np.zeros((300, 100)), "score": np.zeros((1, 100))}, tmp_path / "model-00001-of-00002.safetensors")
+    safetensors.numpy.save_file({"layer2": np.zeros((300, 100))}, tmp_path / "model-00002-of-00002.safetensors")
+    profile = load_profile("paper", {"reward.scorers": ["nemotron-70b", "skywork-gemma-27b", str(tmp_path), "me/unknown"]})
+    rows = {row.who[0]: row for row in plan_stages(profile, 1000) if row.stage == "11_reward"}
+    assert parameters(str(tmp_path)) == 60_100
+    assert rows["nemotron-70b"].gpu_hours / rows["skywork-gemma-27b"].gpu_hours == pytest.approx(70 / 27)
+    assert rows[str(tmp_path)].gpu_hours / rows["nemotron-70b"].gpu_hours == pytest.approx(60_100 / 70e9)
+    assert rows["me/unknown"].gpu_hours == 0 and "the size of me/unknown" in " ".join(plan_text(profile, 1000).partition("Not in the sums")[2].split())
+    assert len({row.calls for name, row in rows.items() if name in profile.reward.scorers}) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_broken_folder_has_no_size(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert parameters(str(tmp_path)) is None and parameters(str(tmp_path / "nowhere")) is None
+
+
+def test_training_holds_the_bytes_that_the_plan_says():
+    import torch
+
+    for profile, dtype in ((PAPER, "float32"), (load_profile("paper", {"reward.lora.rank": 8}), "bfloat16")):  # every weight: of a reward model, of a policy
+        model = load_causal_lm(find_weights("random-tiny"), dtype)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        optimiser.step()
+        own = list(model.parameters())
+        tensors = [*own, *(p.grad for p in own), *(state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq"))]
+        assert sum(t.numel() * t.element_size() for t in tensors) == sum(training_bytes(profile)[1].values()) * sum(p.numel() for p in own)
+
+
+def test_the_remedy_is_what_the_machine_allows(monkeypatch):
+    monkeypatch.delenv("PSYCOPREF_ACCELERATE", raising=False)
+    name, path = SHARDS.split("=")
+    assert name == "PSYCOPREF_ACCELERATE" and data_file(path.removeprefix("psycopref/data/")).is_file()
+
+    def said(*gigabytes):
+        monkeypatch.setattr(reward_plan, "gpu_memory", lambda: [int(1e9 * n) for n in gigabytes])
+        return " ".join(missing_gpu(PAPER))
+
+    assert "some 128 GB" in said() and SHARDS in said() and "reward.lora.rank" in said()
+    assert said(141) == "" and f"set {SHARDS}" in said(80, 80) and "40 GB in all" in said(40)
+    monkeypatch.setenv("PSYCOPREF_ACCELERATE", "mine.yaml")
+    assert said(80, 80) == "" and "80 GB in all" in said(40, 40)
+
+
+def test_reward_models_of_others_need_the_hub_or_a_folder(offline, monkeypatch, tmp_path):
+    by_score, by_logit = missing_scorers(PAPER.reward.scorers)
+    assert all(name in by_score for name in PAPER.reward.scorers if name != "nemotron-70b") and "each needs the hub, or a local folder" in by_score
+    assert "nemotron-70b" in by_logit and "needs the hub;" in by_logit, "a folder would be read by a head that it lacks"
+    assert "no .safetensors" in missing_scorers([str(tmp_path)])[0] and "no such folder" in missing_scorers(["skywork"])[0]
+    (tmp_path / "model.safetensors").touch()
+    assert missing_scorers([str(tmp_path)]) == []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    pushed = load_profile("tiny", {"reward.push_to_hub": "me/mine"})
+    [line] = missing_for_rewards(pushed)
+    assert line.startswith("reward.push_to_hub:") and "hf auth login" in line and missing_for_rewards(TINY) == []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "any")
+    assert missing_for_rewards(pushed) == []
+
+
+# ---- the grid of mixes ----
+
+
+def invented_domains(psy, general):
+    "What a cell reads of both domains, with (train, dev) pairs each."
+
+    def frame(n, name, **more):
+        rows = [{"ID": f"{name}-{i}", "prefID": i, "question": "And 3?", "chosen": "Why?", "rejected": "Stop.", **more} for i in range(n)]
+        return pd.DataFrame(rows, columns=["ID", "prefID", "question", "chosen", "rejected", *more])
+
+    said = {"messages": [{"role": "user", "content": "And 3?"}], "gap": 1.0}
+    return SimpleNamespace(psy={part: frame(n, f"psy-{part}") for part, n in zip(("train", "dev"), psy)},
+                           general={part: frame(n, f"help-{part}", **said) for part, n in zip(("train", "dev"), general)})
+
+
+@pytest.mark.parametrize("budget", [8, 9, 12, 13, 20, 21])
+def test_a_cell_takes_the_pairs_of_stage_14a_and_is_refused_where_the_plan_says_so(budget):
+    mixing = pytest.importorskip("psycopref.mixing")
+    profile = load_profile("tiny", {"mixing.budget": budget, "reward.batch_size": 2})
+    sizes = replace(plan_sizes(TINY), train_pairs=20, dev_pairs=4, test_pairs=6, general=GeneralSizes(12, 3, 5, 400, "counted"))
+    domains, mixes = invented_domains((20, 4), (12, 3)), dict(zip(MIXES, grid(budget)))
+    for mix in MIXES[1:]:
+        short = " ".join(shortages(replace(profile, mixing=replace(profile.mixing, cells=(mix,))), sizes))
+        train, dev = (sum(n for n, _ in groups) for groups in cell_groups(profile, sizes, mix, "random-tiny"))
+        try:
+            own = mixing.cell_pairs(mixes[mix], domains, 0)
+        except StudyError:
+            assert f"cell {mix} asks for" in short
+            continue
+        assert short == "" and (len(own[0]), len(own[1])) == (train, dev), mix
+
+
+@pytest.mark.skipif(not GRID, reason="the grid is no stage yet")
+def test_the_grid_is_counted_cell_by_cell(offline):
+    profile = load_profile("paper", {"mixing.cells": ["half", "both-all"], "mixing.general": "demo", "mixing.rule": "helpfulness", "mixing.reward_bench": ""})
+    sizes = plan_sizes(profile)
+    rows = [row for row in sized_stages(profile, sizes) if row.stage == "14a_mixing"]
+    assert [row.who[0] for row in rows] == [name for name in profile.backbones for _ in range(3)]
+    assert rows[2].calls == 3 * 2 * (sizes.test_pairs + sizes.general.test), "two cells and the model of notebook 11, both answers"
+    assert rows[1].gpu_hours > rows[0].gpu_hours and rows[4].gpu_hours / rows[1].gpu_hours == pytest.approx(8.03 / 3.21)
+    total = merge("total", "total", sized_stages(profile, sizes)).gpu_hours
+    without = merge("total", "total", [row for row in sized_stages(profile, sizes) if row.stage != "14a_mixing"]).gpu_hours
+    assert total == pytest.approx(without + sum(row.gpu_hours for row in rows))
+
+
+@pytest.mark.skipif(not GRID, reason="the grid is no stage yet")
+def test_general_pairs_that_are_here_are_counted(offline, tmp_path):
+    rows = [dict(zip(COLUMNS, (f"Count to {i}.", text, rating, 3, 3, 2, 2))) for i in range(40) for text, rating in (("Yes.", 4), ("No, I won't.", 4 if i % 4 == 0 else 1))]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = plan_sizes(load_profile("demo", {"mixing.general": f"own={tmp_path / 'own.jsonl'}"})).general
+    assert (sizes.train + sizes.dev + sizes.test, sizes.basis) == (30, "counted in own") and sizes.test and sizes.dev, "ties make no pair"
+    assert sizes.characters == round(np.mean([len(f"Count to {i}.Yes.No, I won't.") for i in range(40) if i % 4]))
+    lost = load_profile("demo", {"mixing.general": "own=/nowhere", "mixing.reward_bench": "/nowhere"})
+    text = " ".join(plan_text(lost).split())
+    assert "10,681 general pairs (at most" in text and "2,985 pairs of 1,600" in text and "general pairs 'own': needs a local copy" in text and "RewardBench: needs a local copy" in text
+    assert "mixing.rule" in one_line(lambda: plan_text(load_profile("demo", {"mixing.rule": "80b"})))
+
+
+def test_a_run_without_the_grid_says_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(config, "STAGES", {name: stage for name, stage in config.STAGES.items() if name != "14a_mixing"})
+    text = plan_text(PAPER)
+    assert "11_reward" in text and not any(word in text for word in ("14a_mixing", "RewardBench", "HelpSteer2", "helpsteer2", "mixing.budget"))
+
+
+def test_importing_the_plan_stays_light():
+    code = "import sys, psycopref.plan; print([m for m in ('numpy', 'pandas', 'torch', 'transformers', 'trl', 'huggingface_hub', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
