@@ -47,7 +47,7 @@ class Lengths:
 
 LENGTHS = {"paper": Lengths((20, 80), (350, 430)), "demo": Lengths((20, 80), (35, 60))}
 
-
+# %% ../nbs/20c_bench_reward.ipynb #479a377f
 def made_groups(
     tokenizer,  # that counts the tokens
     n: int,  # questions
@@ -68,7 +68,7 @@ def made_groups(
 
     return [(text(lengths.question), [text(lengths.answer) for _ in range(answers)]) for _ in range(n)]
 
-# %% ../nbs/20c_bench_reward.ipynb #7fa5d924
+# %% ../nbs/20c_bench_reward.ipynb #ce0e27b0
 def made_rows(
     tokenizer,  # of the model
     n: int,  # pairs
@@ -90,7 +90,7 @@ def made_texts(
     "Make groups of rendered exchanges."
     return [[render(tokenizer, prompt_messages(question), answer) for answer in own] for question, own in made_groups(tokenizer, n, answers, lengths)]
 
-# %% ../nbs/20c_bench_reward.ipynb #6ff00a4f
+# %% ../nbs/20c_bench_reward.ipynb #cf0f43f5
 @dataclass(frozen=True)
 class Way:
     "Say how a side trains."
@@ -106,7 +106,7 @@ def twin(
     "Copy a model's modules around the same parameters."
     return copy.deepcopy(model, {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())})
 
-
+# %% ../nbs/20c_bench_reward.ipynb #289603dc
 def make_trainer(
     model,  # reward model
     tokenizer,  # its tokenizer
@@ -128,7 +128,7 @@ def make_trainer(
     silence()
     return (reward_trainer() if way.ours else RewardTrainer)(model=model, args=RewardConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
-# %% ../nbs/20c_bench_reward.ipynb #ae4cb196
+# %% ../nbs/20c_bench_reward.ipynb #9ba5eef2
 @dataclass
 class Epoch:
     "Train on all pairs once; calling it returns the units that were done, as `side_by_side` wants."
@@ -165,7 +165,7 @@ class Epoch:
             self.peak_gb = torch.cuda.max_memory_allocated() / 1e9
         return self.units
 
-# %% ../nbs/20c_bench_reward.ipynb #a24ae377
+# %% ../nbs/20c_bench_reward.ipynb #5138d8b4
 STRATEGIES = ("group_by_length", "batch_rebalance", "random")
 
 
@@ -184,7 +184,7 @@ def loss_gap(
         raise RuntimeError(f"the losses are {losses[0]:.5f} and {losses[1]:.5f}, expected them within {limit:g}: it is not the same work")
     return gap
 
-
+# %% ../nbs/20c_bench_reward.ipynb #f18fd4ac
 def try_ways(
     make: typing.Callable[[Way], Epoch],  # makes a side
     ways: list[Way],  # to try
@@ -205,7 +205,7 @@ def try_ways(
         torch.cuda.empty_cache()
     return tried
 
-# %% ../nbs/20c_bench_reward.ipynb #a3cad9e4
+# %% ../nbs/20c_bench_reward.ipynb #d726eeb0
 def training_bench(
     what: str,  # is trained, in a sentence
     name: str,  # of the JSON file
@@ -240,7 +240,7 @@ def training_bench(
                     "tried": [dataclasses.asdict(side.way) | {"rate": rate} for rate, side in tried],
                     "positions": {"useful": useful, "ours": mine.positions, "theirs": rival.positions}}, mine, rival
 
-# %% ../nbs/20c_bench_reward.ipynb #e7818efc
+# %% ../nbs/20c_bench_reward.ipynb #a39f9ffb
 def keep(
     name: str,  # of the file
     found: list[dict],  # of side_by_side; the first stands for all
@@ -249,7 +249,7 @@ def keep(
     write_json(project_root() / "outputs" / "bench" / f"{name}.json", {**found[0], "rows": found})
     return found
 
-
+# %% ../nbs/20c_bench_reward.ipynb #9b80e019
 def lora_bench(
     backbone: str,  # weights
     rounds: int,  # counted measurements of each side
@@ -270,7 +270,7 @@ def lora_bench(
         found.append({"label": f"{label}'s lengths"} | training_bench(what, "reward_training", "tokens/s", model, tokenizer, rows, Way(True, "batch_rebalance"), [Way()], rounds)[0])
     return keep("reward_training", found)
 
-# %% ../nbs/20c_bench_reward.ipynb #a4107e2a
+# %% ../nbs/20c_bench_reward.ipynb #4a2d2bac
 def plain_scores(
     model,  # reward model
     tokenizer,  # its tokenizer
@@ -293,7 +293,7 @@ def plain_scores(
             scores[i] = reward
     return scores
 
-
+# %% ../nbs/20c_bench_reward.ipynb #7055132d
 def reward_gap(
     ours: list[float],  # rewards
     theirs: list[float],  # of the same texts
@@ -307,7 +307,7 @@ def reward_gap(
         raise RuntimeError(f"the rewards differ by up to {gap:.3g}, {off:.1%} of their norm: it is not the same work")
     return gap
 
-# %% ../nbs/20c_bench_reward.ipynb #1693c04d
+# %% ../nbs/20c_bench_reward.ipynb #1faed318
 def exact_gap(
     location: str,  # of the weights
     tokenizer,  # of the model
@@ -318,7 +318,7 @@ def exact_gap(
     theirs = plain_scores(twin(model), tokenizer, [text for group in groups for text in group])
     return reward_gap([score for own in score_groups(model, tokenizer, groups, name="") for score in own], theirs, exact=True)
 
-
+# %% ../nbs/20c_bench_reward.ipynb #2bdf1dcd
 def scoring_bench(
     backbone: str,  # weights
     rounds: int,  # counted measurements of each side
@@ -344,7 +344,7 @@ def scoring_bench(
             found.append({"label": f"{label}'s lengths, groups of {size}", "sorted": by_length} | side_by_side("reward_scoring", what, "texts/s", *sides, rounds) | gaps)
     return keep("reward_scoring", found)
 
-# %% ../nbs/20c_bench_reward.ipynb #b2663575
+# %% ../nbs/20c_bench_reward.ipynb #ec36d8fa
 def curve_gap(
     one: list[dict],  # log of a training
     two: list[dict],  # of another
@@ -355,7 +355,7 @@ def curve_gap(
         raise RuntimeError(f"the logs have {len(first)} and {len(second)} losses, expected the same steps")
     return max(abs(a - b) for (_, a), (_, b) in zip(first, second))
 
-
+# %% ../nbs/20c_bench_reward.ipynb #97813f0c
 def processes_bench(
     pairs: int = 64,  # to train on, of the demo's lengths
     counts: tuple[int, ...] = (1, 2),  # processes of each training
@@ -382,7 +382,7 @@ def processes_bench(
     write_json(project_root() / "outputs" / "bench" / "reward_processes.json", found)
     return found
 
-# %% ../nbs/20c_bench_reward.ipynb #876419aa
+# %% ../nbs/20c_bench_reward.ipynb #bee3892d
 def model_flops(
     config,  # of a model built like Llama
     tokens: int,  # computed
@@ -407,7 +407,7 @@ def useful_work(
         attended += sum(len(text) * (len(text) + 1) for text in texts) // 2 - shared * (shared + 1) // 2
     return tokens, attended
 
-# %% ../nbs/20c_bench_reward.ipynb #58ec2eb3
+# %% ../nbs/20c_bench_reward.ipynb #9b74944c
 def matmul_rate(
     dtype,  # torch dtype
     size: int,  # of square matrices
@@ -428,13 +428,13 @@ def matmul_rate(
         rates.append(calls * 2 * size**3 / (time.perf_counter() - start))
     return max(rates[1:])
 
-# %% ../nbs/20c_bench_reward.ipynb #aa7fdd54
+# %% ../nbs/20c_bench_reward.ipynb #6a6c54f2
 SHAPES = {
     "llama-3.2-3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=True),
     "llama-3.1-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128256),
 }
 
-
+# %% ../nbs/20c_bench_reward.ipynb #9152bc51
 def random_reward_model(
     shape: dict,  # of LlamaConfig
     tokenizer,  # whose padding token is meant
@@ -461,7 +461,7 @@ def step_optimiser(
     need = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     return torch.optim.AdamW(model.parameters(), lr=9e-6, fused=gpu) if need < 0.75 * room else None  # the paper's rate (§4.1)
 
-# %% ../nbs/20c_bench_reward.ipynb #b7e06dc9
+# %% ../nbs/20c_bench_reward.ipynb #5e1ea560
 def their_ways(
     pairs: int,  # in the step
 ) -> list[Way]:  # to try
@@ -471,7 +471,7 @@ def their_ways(
     kernels = ["sdpa"] + ["flash_attention_2"] * bool(is_flash_attn_2_available())
     return [Way(pairs=size, attention=kernel) for kernel in kernels for size in (4, 8, 16, 32) if pairs % size == 0]
 
-
+# %% ../nbs/20c_bench_reward.ipynb #5618d40d
 def shape_bench(
     name: str,  # for the table
     shape: dict,  # of LlamaConfig
@@ -494,7 +494,7 @@ def shape_bench(
     return {"label": name, **found, "FLOP a pair": each, "matmul FLOP/s": most, "utilisation": {side: found[side] * each / most for side in ("ours", "theirs")},
             "peak GB": {"ours": mine.peak_gb, "theirs": rival.peak_gb}, "our kernel": unwrap(model).base_model.pack_kernel, "parameters": sum(p.numel() for p in model.parameters())}
 
-# %% ../nbs/20c_bench_reward.ipynb #a8afa020
+# %% ../nbs/20c_bench_reward.ipynb #93344179
 def gpu_bench(
     shapes: list[str],  # keys of SHAPES
     rounds: int,  # counted measurements of each side
@@ -515,7 +515,7 @@ def gpu_bench(
         torch.cuda.empty_cache()
     return found
 
-
+# %% ../nbs/20c_bench_reward.ipynb #2af80f6d
 def keep_gpu(
     found: dict,  # of shape_bench
 ) -> Path:  # the file
@@ -526,7 +526,7 @@ def keep_gpu(
     write_json(path, {"device": found["device"], "date": found["date"], "rows": [row for row in rows if row["label"] != found["label"]] + [found]})
     return path
 
-# %% ../nbs/20c_bench_reward.ipynb #78a39b8c
+# %% ../nbs/20c_bench_reward.ipynb #40849b5e
 def bench_figure(
     panels: dict[str, list[dict]],  # title -> what was found; empty ones are left out
 ):  # matplotlib figure
@@ -542,5 +542,6 @@ def bench_figure(
         axis.set_xticks(range(len(found)), [row["label"].replace(", ", ",\n") for row in found], fontsize=8)
         axis.set(ylabel=found[0]["unit"], title=title)
         axis.margins(y=0.12)
+        axis.grid(False, axis="x")
     axes[0][0].legend(frameon=False)
     return figure

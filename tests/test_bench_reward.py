@@ -96,5 +96,5 @@ def test_a_way_out_of_memory_loses_and_the_next_is_tried(tokenizer):
     def make(way):
         return (Full if way.pairs == 4 else Epoch)(make_trainer(model, tokenizer, rows, way), way, 4.0)
 
-    (full, _), (fits, side) = try_ways(make, [Way(pairs=4), Way(pairs=2)])
+    (fits, side), (full, _) = try_ways(make, [Way(pairs=2), Way(pairs=4)])
     assert full == 0 < fits and side.way.pairs == 2 and all(parameter.grad is None for parameter in model.parameters())

@@ -208,3 +208,20 @@ def test_a_model_with_attention_dropout_is_trained_the_plain_way(tokenizer):
     model = make("llama", "reward", tokenizer)
     model.config.attention_dropout = 0.1
     assert "dropout" in enable_packing(model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_neox"])
+def test_bfloat16_on_a_cpu_is_as_near_to_float32_as_eager_attention(architecture, tokenizer, tmp_path):
+    "There packs attend by matrix products, with scores rounded as in transformers' eager attention; gradients must not be further off than there."
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for ours in (False, True):
+            trainer = build("reward", ours, architecture, tokenizer, tmp_path, 0)
+            trainer.model.to(dtype)
+            if not ours:
+                trainer.model.set_attn_implementation("eager")
+            loss, own = gradients(trainer)
+            found[dtype, ours] = loss, torch.cat([gradient.float().flatten() for _, gradient in sorted(own.items())])
+    exact = found[torch.float32, False]
+    off = {ours: (found[torch.bfloat16, ours][1] - exact[1]).norm() / exact[1].norm() for ours in (False, True)}
+    assert off[True] < max(1.5 * off[False], 0.02) and abs(found[torch.bfloat16, True][0] - exact[0]) < 0.05

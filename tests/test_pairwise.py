@@ -17,7 +17,6 @@ from psycopref.training import accumulation_steps, add_lora, pack_size, pair_mes
 from psycopref.weights import find_weights, load_tokenizer
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-known_bug = pytest.mark.xfail(strict=True, reason="a known fault of the module; take this mark away with it")
 
 texts = st.lists(st.integers(2, 4), min_size=1, max_size=8)  # three tokens, so that texts start alike by chance too
 groups_of_texts = st.lists(
@@ -26,6 +25,15 @@ groups_of_texts = st.lists(
     ),
     min_size=1, max_size=4,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def segments(pack):
@@ -135,9 +143,9 @@ def test_unwrapping_finds_the_model_with_its_adapters(tokenizer):
     assert any("lora_A" in name for name, _ in inner.base_model.named_parameters()) and inner.base_model is inner.model
 
 
-def test_packing_is_enabled_once_and_a_wrapped_model_is_the_same(tokenizer):
-    model = add_lora(small_model(tokenizer), LoraSettings(rank=2, alpha=4), head=True)
-    training = unwrap(model).base_model.training
+@pytest.mark.parametrize("training", [True, False])
+def test_packing_is_enabled_once_and_a_wrapped_model_is_the_same(training, tokenizer):
+    model = add_lora(small_model(tokenizer), LoraSettings(rank=2, alpha=4), head=True).train(training)
     assert enable_packing(model) == "" == enable_packing(unwrap(model))
     assert unwrap(model).base_model.training == training, "the probe leaves the mode as it was"
 
@@ -158,15 +166,15 @@ def test_attention_that_a_pack_does_not_know_is_refused(unknown):
         packed_attention(None, states, states, states, None, pack=lay_out([[[5, 6, 7]]]), **unknown)
 
 
-@known_bug
 def test_a_backbone_with_dropout_in_its_attention_is_trained_the_plain_way(tokenizer, tmp_path):
-    """The probe runs without dropout, so the fault shows only in the first step of a training."""
+    """A probe without dropout would not see it; the first step of a training would."""
     from datasets import Dataset
     from trl import RewardConfig
 
     rows = Dataset.from_list([{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}] * 2)
     args = RewardConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, disable_tqdm=True)
-    trainer = reward_trainer()(model=small_model(tokenizer, attention_dropout=0.1), args=args, processing_class=tokenizer, train_dataset=rows)
+    with pytest.warns(UserWarning, match="does not take packed pairs .*dropout"):
+        trainer = reward_trainer()(model=small_model(tokenizer, attention_dropout=0.1), args=args, processing_class=tokenizer, train_dataset=rows)
     trainer.train()
     assert "dropout" in trainer.not_packed
 

@@ -15,11 +15,10 @@ from psycopref.config import RewardSettings
 from psycopref.pairwise import enable_packing
 from psycopref.scoring import SCORERS, Scorer, load_reward_model, load_scorer, score_groups, score_pairs, token_batches
 from psycopref.training import pair_messages, pair_rows, render
-from psycopref.weights import find_weights, load_tokenizer, quiet_transformers
+from psycopref.weights import fix_date, find_weights, load_tokenizer, quiet_transformers
 
 CLOSE = 1e-5  # float32, sums in another order
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
-known_bug = pytest.mark.xfail(strict=True, reason="a known fault of the module; take this mark away with it")
 GROUPED = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
 SETTINGS = {"Llama": GROUPED, "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
             "Gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0)}  # fmt: skip
@@ -32,6 +31,15 @@ PAIRS = pd.DataFrame({
 
 
 # ---- published forms ----
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -353,35 +361,30 @@ def test_batches_hold_each_item_once_under_the_budget_longest_first(sizes, token
     assert all(sum(sizes[i] for i in batch) + sizes[after[0]] > tokens for batch, after in pairwise(batches)), "a batch is left when the next item does not fit"
 
 
-# ---- known faults ----
+# ---- faults that users meet ----
 
 
-@known_bug
 def test_a_checkpoint_that_lacks_a_layer_is_refused(released):
     """transformers makes a missing weight at random and says so in a notice only, as with a head."""
     change(released, "model.safetensors", lambda weights: {name: w for name, w in weights.items() if "layers.0.mlp.down_proj" not in name})
     assert "down_proj" in one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
 
 
-@known_bug
 def test_a_checkpoint_whose_backbone_has_other_names_is_refused(released):
     change(released, "model.safetensors", lambda weights: {name.replace("model.", "base."): w for name, w in weights.items()})
     one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
 
 
-@known_bug
 def test_a_classifier_of_two_labels_is_refused_in_one_line(tokenizer, tmp_path):
     save(tmp_path, "LlamaForSequenceClassification", tokenizer, num_labels=2)
     assert "score.weight" in one_line(lambda: load_scorer(Scorer(str(tmp_path)), "float32"))
 
 
-@known_bug
 def test_a_first_logit_of_a_model_without_a_language_head_is_refused(released):
     """Its logits would come from a random head."""
     one_line(lambda: load_scorer(Scorer(str(released), "first-logit"), "float32"))
 
 
-@known_bug
 def test_torn_weights_of_a_first_logit_model_are_one_line(tokenizer, tmp_path):
     save(tmp_path, "LlamaForCausalLM", tokenizer)
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -389,7 +392,6 @@ def test_torn_weights_of_a_first_logit_model_are_one_line(tokenizer, tmp_path):
     one_line(lambda: load_scorer(Scorer(str(tmp_path), "first-logit"), "float32"))
 
 
-@known_bug
 def test_padded_batches_keep_the_budget_with_their_padding(word_models, monkeypatch):
     """One long text among short ones: every row is as wide as the longest."""
     model, tokenizer, _ = word_models["Bloom"]
@@ -399,13 +401,11 @@ def test_padded_batches_keep_the_budget_with_their_padding(word_models, monkeypa
     assert sum(rows for rows, _ in shapes) == 21 and all(rows == 1 or rows * width <= 64 for rows, width in shapes)
 
 
-@known_bug
 def test_an_empty_text_is_one_line(word_models):
     model, tokenizer, _ = word_models["Llama"]
     one_line(lambda: score_groups(model, tokenizer, [["", "w2"]], name=""))
 
 
-@known_bug
 def test_a_text_does_not_hang_on_the_day(tokenizer, monkeypatch):
     """Llama 3.2's template writes the date of today where it is given none, so a training and its scores would change overnight."""
     import datetime
@@ -413,6 +413,7 @@ def test_a_text_does_not_hang_on_the_day(tokenizer, monkeypatch):
     from transformers.utils import chat_template_utils
 
     tokenizer.chat_template = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}" + tokenizer.chat_template
+    fix_date(tokenizer)
     texts = []
     for day in (1, 2):
         frozen = type("frozen", (), {"now": staticmethod(lambda day=day: datetime.datetime(2026, 5, day))})
