@@ -203,7 +203,7 @@ DEMO = Profile(
     speeches=SpeechSettings(test_fraction=0.25),
     responses=ResponseSettings(pool="demo", max_tokens=48),
     ratings=RatingSettings(rater="rules:rubric"),
-    reward=RewardSettings(epochs=2, batch_size=8, learning_rate=4e-4, warmup_ratio=0.1, max_length=512,
+    reward=RewardSettings(epochs=2, batch_size=8, learning_rate=2e-4, warmup_ratio=0.1, max_length=512,
                           checkpoints=2, pack_tokens=2048,
                           lora=LoraSettings(rank=16, last_layers=15), scorers=(), rankers=("local:smollm2-135m",)),
     dpo=DpoSettings(batch_size=4, micro_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, max_length=512, epochs=1.0,
@@ -212,7 +212,7 @@ DEMO = Profile(
     evaluation=EvaluationSettings(reference="local:smollm2-135m", judge="rules:rubric", max_tokens=48, coverage=1.0,
                                   curve_speeches=42),
     ablation=AblationSettings(pairs=64, checkpoints=2),
-    mixing=MixSettings(general="demo", rule="helpfulness", budget=120, reward_bench=""),
+    mixing=MixSettings(general="demo", rule="helpfulness", budget=80, reward_bench=""),
 )
 
 # %% ../nbs/00_config.ipynb #82ef0f7d
