@@ -336,7 +336,21 @@ class _EvenPacks:
         if args.train_sampling_strategy != "batch_rebalance" or "length" not in rows.column_names:
             return super()._get_train_sampler(train_dataset)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return EvenSampler(list(rows["length"]), batch_size, args.per_device_train_batch_size, args.data_seed if args.data_seed is not None else args.seed)
+        self._even = EvenSampler(list(rows["length"]), batch_size, args.per_device_train_batch_size, args.data_seed if args.data_seed is not None else args.seed)
+        return self._even
+
+    def _tell_epoch(self):
+        "Set the sampler's epoch by the steps that were taken: after a resume on several devices accelerate's own way to do so does not reach it."
+        from transformers import TrainerCallback
+
+        trainer = self
+
+        class Epoch(TrainerCallback):
+            def on_epoch_begin(self, args, state, control, **keywords):
+                if even := getattr(trainer, "_even", None):
+                    even.set_epoch(state.global_step // (len(even) // even.batch_size))
+
+        self.add_callback(Epoch())
 
 # %% ../nbs/10_pairwise.ipynb #e9e2a045
 def reward_trainer():  # a subclass of trl.RewardTrainer
@@ -349,6 +363,7 @@ def reward_trainer():  # a subclass of trl.RewardTrainer
             self.not_packed = _packing_reason([self.model], bool(self.args.bf16))  # empty, or why the plain way is taken
             if not self.not_packed:
                 self.data_collator = PackingCollator(self.data_collator, unwrap(self.model).base_model.pack_kernel)
+            self._tell_epoch()
 
     return PackedRewardTrainer
 
@@ -364,6 +379,7 @@ def dpo_trainer():  # a subclass of trl.DPOTrainer
             self.not_packed = _packing_reason([m for m in (model, ref_model) if m is not None], bool(args and args.bf16))  # before trl asks for the reference
             self.pack_kernel = None if self.not_packed else unwrap(model).base_model.pack_kernel
             super().__init__(model, ref_model, args, **keywords)
+            self._tell_epoch()
 
         @property
         def data_collator(self):

@@ -17,7 +17,8 @@ from .config import DpoSettings, IterSettings, Run, StudyError, derived_seed, lo
 from .generation import Decoding, generate
 from .pairwise import dpo_trainer
 from .scoring import load_reward_model, score_groups
-from .training import (add_lora, common_arguments, dialogue, numbered, prompt_messages, save_merged, silence, train_quietly)
+from .training import (add_lora, common_arguments, dialogue, numbered, one_device, prompt_messages, save_merged, silence, train_quietly,
+                                training_precision)
 from .weights import Weights, find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
@@ -68,9 +69,10 @@ def train_dpo(
     select = dict(eval_strategy="steps", eval_steps=every, load_best_model_at_end=True, metric_for_best_model="eval_loss") if dev and every else {}
     loss = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, nll_weight]) if nll_weight else {}
     silence()
-    arguments = common_arguments(settings, folder, seed, settings.micro_batch_size, train_sampling_strategy="group_by_length", max_steps=steps, beta=settings.beta, precompute_ref_log_probs=True, **keep, **select, **loss)
-    apart = load_causal_lm(reference or start, dtype) if reference or settings.lora.rank else None  # a plain model is the fastest reference
-    trainer = dpo_trainer()(model=add_lora(load_causal_lm(start, dtype), settings.lora, seed=seed), args=DPOConfig(**arguments), ref_model=apart,
+    load_dtype, autocast = training_precision(settings.lora, dtype)
+    arguments = common_arguments(settings, folder, seed, settings.micro_batch_size, bf16=autocast, train_sampling_strategy="group_by_length", max_steps=steps, beta=settings.beta, precompute_ref_log_probs=True, **keep, **select, **loss)
+    apart = load_causal_lm(reference or start, load_dtype) if reference or settings.lora.rank else None  # a plain model is the fastest reference
+    trainer = dpo_trainer()(model=add_lora(load_causal_lm(start, load_dtype), settings.lora, seed=seed), args=one_device(DPOConfig(**arguments)), ref_model=apart,
                             train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(dev) if select else None, processing_class=tokenizer)
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
     del apart

@@ -14,7 +14,7 @@ from .artifacts import Label, StageReader, StageWriter, read_json, read_rows, wr
 from .baselines import length_bradley_terry, length_scores, minilm_scores, score_frame, tfidf_scores
 from .calibration import (comparison_table, ece_table, fit_temperature, gap_groups, length_groups, no_temperature, reliability_figure, slice_table,
                                    slices_figure, temperature_figure, temperature_table, topic_groups)
-from .config import Run, StudyError, derived_seed, load_profile, paper_values, stage_settings
+from .config import Run, StudyError, derived_seed, is_released, load_profile, paper_values, stage_settings
 from .gateway import open_gateway
 from .metrics import bootstrap, pairwise_metrics
 from .ranking import rank_pairs, ranker_row, ranker_summary, ranker_table

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from .artifacts import PRINCIPLE_KEYS, atomic_path, new_figure, read_json, write_json
@@ -18,13 +20,13 @@ from .config import LoraSettings, RewardSettings, StudyError, derived_seed, proj
 from .pairwise import reward_trainer
 from .reward_bench import name_for_older
 from .scoring import load_reward_model
-from .training import (add_lora, common_arguments, devices, evaluate_last, last_checkpoint, pack_size, pair_rows, save_merged, silence,
+from .training import (add_lora, common_arguments, devices, evaluate_last, last_checkpoint, one_device, pack_size, pair_rows, save_merged, silence,
                                 train_quietly, training_precision)
 from .weights import Weights, find_weights, load_tokenizer, pinned
 
 # %% auto #0
-__all__ = ['rating_gaps', 'write_job', 'read_job', 'step_plan', 'reward_config', 'build_trainer', 'best_checkpoint', 'run_job',
-           'launch_command', 'train_reward_model', 'reward_curve_figure']
+__all__ = ['rating_gaps', 'loss_margins', 'write_job', 'read_job', 'step_plan', 'reward_config', 'build_trainer',
+           'best_checkpoint', 'run_job', 'launch_command', 'train_reward_model', 'reward_curve_figure']
 
 # %% ../nbs/10g_reward_training.ipynb #76e31b60
 def rating_gaps(
@@ -43,6 +45,16 @@ def rating_gaps(
         gaps = np.where(np.isnan(gaps), pairs.gap.to_numpy(float), gaps)
     return gaps.tolist()
 
+
+def loss_margins(
+    pairs,  # frame of pairs
+) -> list[float]:  # one for each
+    "Take the gaps as margins; refuse pairs without one."
+    gaps = rating_gaps(pairs)
+    if lost := sum(gap != gap for gap in gaps):
+        raise StudyError(f"reward.margin: {lost} of {len(gaps)} pairs have no gap, expected one for each; set reward.margin to false")
+    return gaps
+
 # %% ../nbs/10g_reward_training.ipynb #7f93cb5f
 def write_job(
     folder: Path,  # of the job
@@ -57,7 +69,7 @@ def write_job(
     "Write a training down; what another job left in the folder is cleared."
     columns = [name for name in ("prefID", "question", "messages", "chosen", "rejected", "gap") if name in train] + [n for n in train if n.endswith("_rating")]
     job = {"weights": dataclasses.asdict(weights), "settings": dataclasses.asdict(settings), "goal": str(goal), "dtype": dtype, "seed": seed,
-           "prefIDs": [[int(i) for i in own.prefID] for own in (train, dev) if own is not None]}
+           "pairs": [hashlib.sha256(own[columns].to_json(orient="records").encode()).hexdigest() for own in (train, dev) if own is not None]}
     job = json.loads(json.dumps(job))
     if (folder / "job.json").is_file() and read_json(folder / "job.json") == job:
         return
@@ -111,7 +123,8 @@ def reward_config(
     arguments = common_arguments(settings, folder, seed, plan["pack_size"], max_steps=plan["steps"], save_strategy="steps", save_steps=plan["every"], save_total_limit=2,
                                  train_sampling_strategy="batch_rebalance", center_rewards_coefficient=settings.center_coefficient or None,
                                  report_to=settings.report_to, **best)
-    return RewardConfig(**(arguments | {"bf16": autocast}))
+    looked = {"per_device_eval_batch_size": 1} if devices() > 1 else {}  # so that no pair is repeated to fill a batch, and the loss is the mean over all
+    return one_device(RewardConfig(**(arguments | {"bf16": autocast} | looked)))
 
 # %% ../nbs/10g_reward_training.ipynb #ea2aeae0
 def build_trainer(
@@ -122,14 +135,17 @@ def build_trainer(
 
     weights, train, dev, settings, _, dtype, seed = read_job(folder)
     tokenizer, (load_dtype, autocast) = load_tokenizer(weights), training_precision(settings.lora, dtype)
-    rows, long = pair_rows(train, tokenizer, settings.max_length, rating_gaps(train) if settings.margin else None)
-    dev_rows, dev_long = ([], []) if dev is None else pair_rows(dev, tokenizer, settings.max_length, rating_gaps(dev) if settings.margin else None)
+    rows, long = pair_rows(train, tokenizer, settings.max_length, loss_margins(train) if settings.margin else None)
+    dev_rows, dev_long = ([], []) if dev is None else pair_rows(dev, tokenizer, settings.max_length, loss_margins(dev) if settings.margin else None)
     plan = step_plan([row["length"] for row in rows], settings, seed)
     model = load_reward_model(weights.location, tokenizer, load_dtype, new_head=derived_seed(seed, "head"), **pinned(weights))
     model = add_lora(model, settings.lora, head=True, seed=derived_seed(seed, "adapters"))
     silence()
     trainer = reward_trainer()(model=model, args=reward_config(settings, plan, folder / "checkpoints", seed, bool(dev_rows), autocast), processing_class=tokenizer,
                                train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(dev_rows) if dev_rows else None, callbacks=[evaluate_last()])
+    whole = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    if whole != settings.batch_size:
+        raise StudyError(f"reward.batch_size: found steps of {whole} pairs over {trainer.args.world_size} processes, expected {settings.batch_size}; start the job with accelerate launch")
     return trainer, tokenizer, {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev_rows), "dev_too_long": dev_long, "not_packed": trainer.not_packed, **plan}
 
 # %% ../nbs/10g_reward_training.ipynb #936a9a4e
@@ -154,13 +170,17 @@ def best_checkpoint(
 ) -> tuple[int, float | None]:  # step of the weights that were kept; their development loss
     "Say which step was kept."
     step = int(Path(state.best_model_checkpoint).name.split("-")[-1]) if state.best_model_checkpoint else state.global_step
-    return step, None if state.best_metric is None else float(state.best_metric)
+    return step, float(state.best_metric) if state.best_model_checkpoint else None
 
 
 def run_job(
     folder: Path,  # of the job
 ) -> dict:  # what happened: log, best step, development loss, what was dropped
     "Train; go on where an interrupted run was. Every process of a launch calls this."
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before weights are loaded
     weights, _, _, settings, goal, _, _ = read_job(folder)
     trainer, tokenizer, facts = build_trainer(folder)
     log = train_quietly(trainer, f"reward model {weights.slug}", last_checkpoint(folder / "checkpoints"))
@@ -180,7 +200,8 @@ def launch_command(
 ) -> list[str]:  # a command line
     "Say how accelerate starts a job."
     how = ["--config_file", config] if config else [*(["--multi_gpu"] if processes > 1 else []), "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]  # without GPUs: processes on CPUs
-    return ["accelerate", "launch", *how, "--num_processes", str(processes), "--main_process_port", "0", "--no_python", "psycopref", "train", str(folder)]
+    beside = {name: str(Path(sys.executable).with_name(name)) for name in ("accelerate", "psycopref")}
+    return [beside["accelerate"], "launch", *how, "--num_processes", str(processes), "--main_process_port", "0", "--no_python", beside["psycopref"], "train", str(folder)]
 
 
 def train_reward_model(

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .artifacts import progress
 from .config import StudyError
@@ -44,11 +46,31 @@ def find_scorer(
         return replace(SCORERS[known], location=folder)
     return SCORERS.get(name) or Scorer(name)
 
-# %% ../nbs/10b_scoring.ipynb #a29f53b1
-def _float_head(model) -> None:
-    "Keep the head in float32, whatever the type of the states that reach it."
+# %% ../nbs/10b_scoring.ipynb #30782009
+@functools.cache
+def _float_linear():
+    "Make a linear layer that computes in float32, under autocast too; made on demand, because torch is heavy to import."
+    import torch
+
+    class FloatLinear(torch.nn.Linear):
+        def forward(self, states):
+            with torch.autocast(states.device.type, enabled=False):
+                return super().forward(states.to(self.weight.dtype))
+
+    return FloatLinear
+
+
+def _float_head(model, location: str) -> None:
+    "Keep the head in float32, as it was saved, whatever the type of the model."
+    import torch
+    from safetensors import safe_open
+
     model.score.float()
-    model.score.register_forward_pre_hook(lambda head, states: tuple(state.to(head.weight.dtype) for state in states))
+    model.score.__class__ = _float_linear()
+    for path in Path(location).glob("*.safetensors") if Path(location).is_dir() else ():
+        with safe_open(path, "pt") as kept, torch.no_grad():
+            if "score.weight" in kept.keys():  # loading in bfloat16 has rounded it
+                model.score.weight.copy_(kept.get_tensor("score.weight"))
 
 
 def _refuse_missing(location: str, lost) -> None:
@@ -90,7 +112,7 @@ def load_reward_model(
         raise StudyError(f"reward model {location!r}: a {type(model).__name__} has no head named score; expected a decoder with one")
     _refuse_missing(location, [name for name in found["missing_keys"] if new_head is None or name != "score.weight"])
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    _float_head(model)
+    _float_head(model, location)
     return (model if "device_map" in keywords else model.to(pick_device())).eval()
 
 # %% ../nbs/10b_scoring.ipynb #91f29873
@@ -137,8 +159,7 @@ def _rewards(model, texts: list[list[int]], **inputs):
         return model(**inputs).logits.view(len(texts), -1)[:, 0].float()
     states = unwrap(model).base_model(**inputs).last_hidden_state
     last = states[:, -1] if "pack" in inputs else states[range(len(texts)), [len(text) - 1 for text in texts]]
-    head = unwrap(model).get_output_embeddings()
-    return (last @ head.weight[0]).float() + (0.0 if head.bias is None else head.bias[0].float())
+    return unwrap(model).get_output_embeddings()(last)[:, 0].float()
 
 
 def _packed(model, ids: list, tokens: int, name: str) -> list[list[float]]:

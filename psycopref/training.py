@@ -18,8 +18,8 @@ from .principles import responding_prompt
 
 # %% auto #0
 __all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'pair_rows', 'devices', 'accumulation_steps', 'pack_size',
-           'training_precision', 'add_lora', 'save_merged', 'common_arguments', 'silence', 'progress_callback',
-           'numbered', 'last_checkpoint', 'train_quietly', 'evaluate_last']
+           'training_precision', 'add_lora', 'save_merged', 'common_arguments', 'one_device', 'silence',
+           'progress_callback', 'numbered', 'last_checkpoint', 'train_quietly', 'evaluate_last']
 
 # %% ../nbs/10a_training.ipynb #db5176c7
 def prompt_messages(
@@ -182,7 +182,16 @@ def common_arguments(
                disable_tqdm=True, logging_steps=1, dataloader_pin_memory=False)
     return own | more
 
-# %% ../nbs/10a_training.ipynb #4dda62c6
+# %% ../nbs/10a_training.ipynb #fd97007f
+def one_device(
+    arguments,  # a transformers TrainingArguments
+):  # the same
+    "Let a process use one of several visible GPUs; otherwise transformers would split batches by itself, which trl refuses."
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+# %% ../nbs/10a_training.ipynb #7da42eb6
 def silence() -> None:
     "Hold back the libraries' own bars and deprecation notices."
     import warnings
@@ -211,7 +220,7 @@ def progress_callback(
 
     return Progress()
 
-# %% ../nbs/10a_training.ipynb #9d719f31
+# %% ../nbs/10a_training.ipynb #d84da0a0
 def numbered(
     folder: Path,  # holds checkpoint-8, checkpoint-16, ...
 ) -> list[tuple[int, Path]]:  # (step, checkpoint), ascending
@@ -228,10 +237,11 @@ def last_checkpoint(
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return path
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            if int(os.environ.get("RANK", 0)) == 0:  # of several processes one cleans up
+                shutil.rmtree(path, ignore_errors=True)
     return None
 
-# %% ../nbs/10a_training.ipynb #d2d0ebc9
+# %% ../nbs/10a_training.ipynb #7be5ef65
 def train_quietly(
     trainer,  # a transformers Trainer
     name: str,  # shown before the bar
