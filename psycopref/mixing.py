@@ -162,7 +162,7 @@ def mixing_figure(
     general: str,  # title of the general test pairs
 ):  # matplotlib figure
     "Draw each cell by its accuracy in both domains, with intervals."
-    figure, axes = new_figure(7.6, 4.2)
+    figure, axes = new_figure(6.4, 5.6)
     for place, row in enumerate(rows):
         spans = [[float(v) for v in row[column].split(" to ")] if " to " in row[column] else [row[value]] * 2
                  for column, value in (("general, 95%", "general %"), ("counselling, 95%", "counselling %"))]
@@ -172,5 +172,5 @@ def mixing_figure(
     axes.axhline(50, color="#888888", linestyle=":", linewidth=1)
     axes.axvline(50, color="#888888", linestyle=":", linewidth=1)
     axes.set(xlabel=f"accuracy on general pairs ({general}), %", ylabel="accuracy on counselling pairs, %", xlim=(None, 103), ylim=(None, 103))
-    axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left")
     return figure
