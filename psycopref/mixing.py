@@ -172,5 +172,5 @@ def mixing_figure(
     axes.axhline(50, color="#888888", linestyle=":", linewidth=1)
     axes.axvline(50, color="#888888", linestyle=":", linewidth=1)
     axes.set(xlabel=f"accuracy on general pairs ({general}), %", ylabel="accuracy on counselling pairs, %", xlim=(None, 103), ylim=(None, 103))
-    figure.legend(frameon=False, fontsize=8, loc="outside lower left")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper left")
     return figure
