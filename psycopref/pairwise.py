@@ -79,7 +79,7 @@ def _segment_mask(queries: int, keys: int, window: int | None, device):
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries - window + 1)
 
-
+# %% ../nbs/10_pairwise.ipynb #42933837
 @functools.lru_cache(maxsize=64)
 def _segment_bias(queries: int, keys: int, window: int | None, repeats: int, dtype, device):
     "Return the mask as numbers to add, (1, repeats × queries, keys): 0 where a query sees, -inf where not."
@@ -108,7 +108,7 @@ def _capped_attention(query, key, value, mask, scaling: float, cap: float):
     seen = mask if mask is not None else torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
-# %% ../nbs/10_pairwise.ipynb #de62aef8
+# %% ../nbs/10_pairwise.ipynb #e7ac4b1e
 _MOST_SCORES = 2**25  # of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
 
 
@@ -140,7 +140,7 @@ def _by_kernel(query, key, value, pack: Pack, scaling, window):
     return varlen_attn(*flat, *pack.starts, max(pack.query_lengths), max(pack.key_lengths), scale=scaling, window_size=seen,
                        enable_gqa=query.shape[1] != key.shape[1])[None]
 
-# %% ../nbs/10_pairwise.ipynb #bd850240
+# %% ../nbs/10_pairwise.ipynb #5caa1c4d
 _NAME = "psycopref_segments"
 
 
@@ -158,7 +158,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return _by_kernel(query, key, value, pack, scaling, sliding_window), None
     return _by_segments(query, key, value, pack, scaling, sliding_window, softcap), None
 
-# %% ../nbs/10_pairwise.ipynb #4d65645a
+# %% ../nbs/10_pairwise.ipynb #ca6a8e05
 def unwrap(
     model,  # a transformers model, or one wrapped by peft or accelerate
 ):  # the transformers model itself, adapters inside
@@ -186,7 +186,7 @@ def _packing_forward(backbone):
 
     return types.MethodType(forward, backbone)
 
-# %% ../nbs/10_pairwise.ipynb #030beefe
+# %% ../nbs/10_pairwise.ipynb #811d7591
 def _probe(model, backbone, kernel: str, autocast: bool) -> float:
     "Run a few tokens of two groups both ways; return the relative difference of the states."
     import torch
@@ -210,7 +210,7 @@ def _kernels(model, half: bool) -> list[str]:
     fast = half and model.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen")
     return ["varlen", "segments"] if fast else ["segments"]
 
-# %% ../nbs/10_pairwise.ipynb #8b67eff9
+# %% ../nbs/10_pairwise.ipynb #0691c77d
 def enable_packing(
     model,  # transformers model with a decoder backbone, bare or in peft
     autocast: bool = False,  # whether it will be computed in bfloat16 by autocast
@@ -247,7 +247,7 @@ def enable_packing(
     backbone.config._attn_implementation = before
     return reason
 
-# %% ../nbs/10_pairwise.ipynb #76a60908
+# %% ../nbs/10_pairwise.ipynb #1d869990
 class PackingCollator:
     "Wrap trl's collator for preferences: same batch, with a pack of the rows, cut to the columns whose states are wanted."
 
@@ -275,7 +275,7 @@ class PackingCollator:
             batch["completion_mask"] = batch["completion_mask"].gather(1, columns) * (torch.arange(max(kept)) < torch.tensor(kept)[:, None])
         return batch
 
-# %% ../nbs/10_pairwise.ipynb #c04cd945
+# %% ../nbs/10_pairwise.ipynb #ec4a6308
 def even_packs(
     lengths: list[int],  # computed tokens of each pair of a batch
     packs: int,  # how many; divides the batch
@@ -288,7 +288,7 @@ def even_packs(
         weight[lightest] += lengths[i]
     return found
 
-
+# %% ../nbs/10_pairwise.ipynb #3d4df25a
 class EvenSampler:
     "Draw whole batches at random, new ones each epoch, and deal each into even packs; a sampler for a torch DataLoader."
 
@@ -314,7 +314,7 @@ class EvenSampler:
             for pack in even_packs([self.lengths[i] for i in batch], self.batch_size // self.pack_size):
                 yield from (batch[i] for i in pack)
 
-# %% ../nbs/10_pairwise.ipynb #82c3332e
+# %% ../nbs/10_pairwise.ipynb #181325ba
 def _packing_reason(models: list, autocast: bool) -> str:
     "Enable packing in all models, or say why not."
     reasons = [reason for model in models if (reason := enable_packing(model, autocast))]
@@ -352,7 +352,7 @@ class _EvenPacks:
 
         self.add_callback(Epoch())
 
-# %% ../nbs/10_pairwise.ipynb #e9e2a045
+# %% ../nbs/10_pairwise.ipynb #d76b3d64
 def reward_trainer():  # a subclass of trl.RewardTrainer
     "Make trl's RewardTrainer compute pairs as packs."
     from trl import RewardTrainer
@@ -367,7 +367,7 @@ def reward_trainer():  # a subclass of trl.RewardTrainer
 
     return PackedRewardTrainer
 
-
+# %% ../nbs/10_pairwise.ipynb #4723be61
 def dpo_trainer():  # a subclass of trl.DPOTrainer
     "Make trl's DPOTrainer compute pairs as packs; models are given loaded, as trl's own `model` and `ref_model`."
     from trl import DPOTrainer

@@ -50,7 +50,7 @@ def _holds(path, name: str, pairs) -> bool:
         return False
     return frame is not None and set(frame.model) <= {name} and [*zip(frame.ID, frame.prefID)] == [*zip(pairs.ID, pairs.prefID)]
 
-
+# %% ../nbs/11_reward.ipynb #b9354ab4
 def model_scores(
     name: str,  # of the scorer
     model,  # reward model
@@ -60,7 +60,7 @@ def model_scores(
     "Score pairs with a reward model."
     return {test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}")) for test, pairs in tests.items()}
 
-# %% ../nbs/11_reward.ipynb #c8153956
+# %% ../nbs/11_reward.ipynb #e5f26d5d
 BASELINES = {"longer answer wins": None, "Bradley-Terry on length": length_bradley_terry, "Bradley-Terry on words (TF-IDF)": tfidf_scores,
              "Bradley-Terry on embeddings (MiniLM)": minilm_scores}
 
@@ -75,7 +75,7 @@ def baseline_scores(
         return {test: score_frame(pairs, name, *length_scores(pairs)) for test, pairs in tests.items()}
     return BASELINES[name](train, tests)[0]
 
-# %% ../nbs/11_reward.ipynb #d65cf9d8
+# %% ../nbs/11_reward.ipynb #107dfd80
 def score_row(
     name: str,  # of the scorer
     kind: str,  # reward model, baseline, other reward model
@@ -94,7 +94,7 @@ def score_row(
     return {"model": name, "kind": kind, "accuracy %": round(100 * found["accuracy"], 1), "95% interval": interval,
             "AUC": found["auc"], "ECE": found["ece"] if calibrated else None, "Brier": found["brier"] if calibrated else None, "pairs": len(scores)}
 
-# %% ../nbs/11_reward.ipynb #c4acb8a0
+# %% ../nbs/11_reward.ipynb #988abbef
 def table_1(
     rows: list[dict],  # ours
 ):  # frame: ours, then the paper's models as published
@@ -110,7 +110,7 @@ def table_1(
     frame = pd.DataFrame([*ours, *theirs], dtype=object)
     return frame.where(frame.notna(), None)
 
-# %% ../nbs/11_reward.ipynb #c6f4b172
+# %% ../nbs/11_reward.ipynb #88165b0c
 def slice_tables(
     scores,  # frame of kind "scores" of one model
     pairs,  # frame of the same pairs

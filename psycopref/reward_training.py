@@ -81,7 +81,7 @@ def write_job(
                 own[columns].to_parquet(partial, index=False)
     write_json(folder / "job.json", job)
 
-
+# %% ../nbs/10g_reward_training.ipynb #43d2a6c2
 def read_job(
     folder: Path,  # of the job
 ) -> tuple:  # (Weights, training pairs, development pairs or None, RewardSettings, goal, dtype, seed)
@@ -96,7 +96,7 @@ def read_job(
     train, dev = (pd.read_parquet(folder / f"{name}.parquet") if (folder / f"{name}.parquet").is_file() else None for name in ("train", "dev"))
     return Weights(**job["weights"]), train, dev, settings, Path(job["goal"]), job["dtype"], job["seed"]
 
-# %% ../nbs/10g_reward_training.ipynb #b24596d7
+# %% ../nbs/10g_reward_training.ipynb #899331fe
 def step_plan(
     lengths: list[int],  # computed tokens of each training pair
     settings: RewardSettings,  # how
@@ -126,7 +126,7 @@ def reward_config(
     looked = {"per_device_eval_batch_size": 1} if devices() > 1 else {}  # so that no pair is repeated to fill a batch, and the loss is the mean over all
     return one_device(RewardConfig(**(arguments | {"bf16": autocast} | looked)))
 
-# %% ../nbs/10g_reward_training.ipynb #ea2aeae0
+# %% ../nbs/10g_reward_training.ipynb #727cad6d
 def build_trainer(
     folder: Path,  # of the job
 ):  # (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)
@@ -148,7 +148,7 @@ def build_trainer(
         raise StudyError(f"reward.batch_size: found steps of {whole} pairs over {trainer.args.world_size} processes, expected {settings.batch_size}; start the job with accelerate launch")
     return trainer, tokenizer, {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev_rows), "dev_too_long": dev_long, "not_packed": trainer.not_packed, **plan}
 
-# %% ../nbs/10g_reward_training.ipynb #936a9a4e
+# %% ../nbs/10g_reward_training.ipynb #0d591b72
 def _save(trainer, tokenizer, settings: RewardSettings, goal: Path) -> None:
     "Save the trained model as plain transformers weights; sharded weights are gathered by the trainer."
     partial = goal.with_name(goal.name + ".saving")
@@ -172,7 +172,7 @@ def best_checkpoint(
     step = int(Path(state.best_model_checkpoint).name.split("-")[-1]) if state.best_model_checkpoint else state.global_step
     return step, float(state.best_metric) if state.best_model_checkpoint else None
 
-
+# %% ../nbs/10g_reward_training.ipynb #b386cee4
 def run_job(
     folder: Path,  # of the job
 ) -> dict:  # what happened: log, best step, development loss, what was dropped
@@ -192,7 +192,7 @@ def run_job(
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
-# %% ../nbs/10g_reward_training.ipynb #b20a15f7
+# %% ../nbs/10g_reward_training.ipynb #135cc41f
 def launch_command(
     folder: Path,  # of the job
     processes: int,  # how many
@@ -203,7 +203,7 @@ def launch_command(
     beside = {name: str(Path(sys.executable).with_name(name)) for name in ("accelerate", "psycopref")}
     return [beside["accelerate"], "launch", *how, "--num_processes", str(processes), "--main_process_port", "0", "--no_python", beside["psycopref"], "train", str(folder)]
 
-
+# %% ../nbs/10g_reward_training.ipynb #9f69f859
 def train_reward_model(
     weights: Weights,  # the backbone
     train,  # frame of training pairs
@@ -230,7 +230,7 @@ def train_reward_model(
         raise StudyError(f"reward training on {processes} processes ended with {done.returncode}: {own[:400]}")
     return read_json(scratch / "result.json")
 
-# %% ../nbs/10g_reward_training.ipynb #21c186c7
+# %% ../nbs/10g_reward_training.ipynb #2a8f446f
 def reward_curve_figure(
     trainings: dict[str, dict],  # name -> what run_job returned
 ):  # matplotlib figure

@@ -72,7 +72,7 @@ def _float_head(model, location: str) -> None:
             if "score.weight" in kept.keys():  # loading in bfloat16 has rounded it
                 model.score.weight.copy_(kept.get_tensor("score.weight"))
 
-
+# %% ../nbs/10b_scoring.ipynb #9370bf81
 def _refuse_missing(location: str, lost) -> None:
     "Refuse a checkpoint that lacks weights, which transformers would make at random."
     if lost := sorted(lost):
@@ -93,7 +93,7 @@ def _clear_errors(location: str):
         shape = "a score.weight of another shape; " if "score.weight" in said or "size mismatch" in said or "mismatched" in said else ""
         raise StudyError(f"reward model {location!r}: found {shape}{said[:240]}, expected a model with one label") from None
 
-
+# %% ../nbs/10b_scoring.ipynb #855fc251
 def load_reward_model(
     location: str,  # folder or hub id of a reward model, or of a language model where a new head is wanted
     tokenizer,  # its tokenizer
@@ -115,7 +115,7 @@ def load_reward_model(
     _float_head(model, location)
     return (model if "device_map" in keywords else model.to(pick_device())).eval()
 
-# %% ../nbs/10b_scoring.ipynb #91f29873
+# %% ../nbs/10b_scoring.ipynb #8e752bbf
 def load_scorer(
     scorer: Scorer,  # where and how
     dtype: str = "auto",  # auto, bfloat16 or float32
@@ -136,7 +136,7 @@ def load_scorer(
     _refuse_missing(weights.location, found["missing_keys"])
     return (model if spread else model.to(pick_device())).eval(), tokenizer, weights
 
-# %% ../nbs/10b_scoring.ipynb #930564e2
+# %% ../nbs/10b_scoring.ipynb #12753108
 def token_batches(
     sizes: list[int],  # tokens of each item
     tokens: int,  # budget of a batch; an item above it makes a batch of its own
@@ -152,7 +152,7 @@ def token_batches(
         room -= width if padded else sizes[i]
     return found
 
-# %% ../nbs/10b_scoring.ipynb #900124a4
+# %% ../nbs/10b_scoring.ipynb #6bcf8812
 def _rewards(model, texts: list[list[int]], **inputs):
     "Read one reward for each text: from the head, or from the logit of token 0."
     if hasattr(unwrap(model), "score"):
@@ -161,7 +161,7 @@ def _rewards(model, texts: list[list[int]], **inputs):
     last = states[:, -1] if "pack" in inputs else states[range(len(texts)), [len(text) - 1 for text in texts]]
     return unwrap(model).get_output_embeddings()(last)[:, 0].float()
 
-
+# %% ../nbs/10b_scoring.ipynb #7f98b796
 def _packed(model, ids: list, tokens: int, name: str) -> list[list[float]]:
     "Score groups as packs."
     import torch
@@ -190,7 +190,7 @@ def _padded(model, tokenizer, ids: list, tokens: int, name: str) -> list[list[fl
     given = iter(scores)
     return [[next(given) for _ in group] for group in ids]
 
-# %% ../nbs/10b_scoring.ipynb #79861798
+# %% ../nbs/10b_scoring.ipynb #d789f358
 def score_groups(
     model,  # reward model of one number
     tokenizer,  # with a padding token of its own

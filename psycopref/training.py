@@ -94,7 +94,7 @@ def accumulation_steps(
         raise StudyError(f"batch_size {batch_size} is no multiple of {processes} device(s) × {micro_batch_size} pairs in a pass; change one of them")
     return batch_size // each
 
-
+# %% ../nbs/10a_training.ipynb #2f1b501b
 def pack_size(
     lengths: list[int],  # computed tokens of each pair
     batch_size: int,  # pairs in an optimiser step, over all devices
@@ -114,7 +114,7 @@ def pack_size(
         if heaviest <= tokens or size == 1:
             return size
 
-# %% ../nbs/10a_training.ipynb #31df784d
+# %% ../nbs/10a_training.ipynb #a25ac7c4
 def training_precision(
     lora: LoraSettings,  # rank 0 trains every weight
     dtype: str,  # auto, bfloat16 or float32
@@ -125,7 +125,7 @@ def training_precision(
     full = not lora.rank and dtype != "float32" and torch.cuda.is_available()
     return ("float32", True) if full else (dtype, False)
 
-# %% ../nbs/10a_training.ipynb #e2ef8144
+# %% ../nbs/10a_training.ipynb #c42ee337
 _LINEAR = {"gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")}
 _LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -152,7 +152,7 @@ def add_lora(
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
-
+# %% ../nbs/10a_training.ipynb #c70c9a97
 def save_merged(
     model,  # transformers or peft model
     tokenizer,  # its tokenizer
@@ -163,7 +163,7 @@ def save_merged(
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/10a_training.ipynb #0efd9518
+# %% ../nbs/10a_training.ipynb #2beac083
 def common_arguments(
     settings,  # RewardSettings or DpoSettings
     folder,  # where checkpoints go
@@ -182,7 +182,7 @@ def common_arguments(
                disable_tqdm=True, logging_steps=1, dataloader_pin_memory=False)
     return own | more
 
-# %% ../nbs/10a_training.ipynb #fd97007f
+# %% ../nbs/10a_training.ipynb #66345e21
 def one_device(
     arguments,  # a transformers TrainingArguments
 ):  # the same
@@ -191,7 +191,7 @@ def one_device(
         arguments._n_gpu = 1
     return arguments
 
-# %% ../nbs/10a_training.ipynb #7da42eb6
+# %% ../nbs/10a_training.ipynb #aaa1e60f
 def silence() -> None:
     "Hold back the libraries' own bars and deprecation notices."
     import warnings
@@ -220,7 +220,7 @@ def progress_callback(
 
     return Progress()
 
-# %% ../nbs/10a_training.ipynb #d84da0a0
+# %% ../nbs/10a_training.ipynb #fca6553b
 def numbered(
     folder: Path,  # holds checkpoint-8, checkpoint-16, ...
 ) -> list[tuple[int, Path]]:  # (step, checkpoint), ascending
@@ -241,7 +241,7 @@ def last_checkpoint(
                 shutil.rmtree(path, ignore_errors=True)
     return None
 
-# %% ../nbs/10a_training.ipynb #7be5ef65
+# %% ../nbs/10a_training.ipynb #310461c9
 def train_quietly(
     trainer,  # a transformers Trainer
     name: str,  # shown before the bar

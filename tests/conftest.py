@@ -32,3 +32,14 @@ def counsel_chat():
     if not COUNSEL_CHAT.is_file():
         pytest.skip("counsel-chat's CSV is not here")
     return COUNSEL_CHAT.resolve()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads only wait for each other in models as small as a test's."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

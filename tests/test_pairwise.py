@@ -26,14 +26,7 @@ groups_of_texts = st.lists(
     min_size=1, max_size=4,
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def segments(pack):

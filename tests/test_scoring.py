@@ -29,17 +29,10 @@ PAIRS = pd.DataFrame({
     "rejected": ["Stop.", "You should really talk, because that is what people do here.", "What keeps you up?"],
 })  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 # ---- published forms ----
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
