@@ -10,7 +10,7 @@ import typing
 
 import numpy as np
 
-from .artifacts import Label, StageReader, StageWriter, read_json, read_rows, write_json, write_rows
+from .artifacts import Label, StageReader, StageWriter, read_rows, write_json, write_rows
 from .baselines import length_bradley_terry, length_scores, minilm_scores, score_frame, tfidf_scores
 from .calibration import (comparison_table, ece_table, fit_temperature, gap_groups, length_groups, no_temperature, reliability_figure, slice_table,
                                    slices_figure, temperature_figure, temperature_table, topic_groups)

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 
 from .config import MIXES, Profile, RewardSettings, StudyError, cache_root, grid_cells, stages_of
-from .estimates import (CHARACTERS_PER_TOKEN, ORDERS, Sizes, StagePlan, ask, listed, missing_bench, missing_general, own_work, pair_tokens, parameters, prompt_tokens,
+from .estimates import (ORDERS, Sizes, StagePlan, ask, listed, missing_bench, missing_general, own_work, pair_tokens, parameters, prompt_tokens,
                                  reply_tokens, response_tokens, short_name, tokens_of)
 from .general import grid
 from .reward_card import _checked_repo

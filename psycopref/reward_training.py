@@ -136,7 +136,7 @@ def build_trainer(
     weights, train, dev, settings, _, dtype, seed = read_job(folder)
     tokenizer, (load_dtype, autocast) = load_tokenizer(weights), training_precision(settings.lora, dtype)
     rows, long = pair_rows(train, tokenizer, settings.max_length, loss_margins(train) if settings.margin else None)
-    dev_rows, dev_long = ([], []) if dev is None else pair_rows(dev, tokenizer, settings.max_length, loss_margins(dev) if settings.margin else None)
+    dev_rows, dev_long = ([], []) if dev is None else pair_rows(dev, tokenizer, settings.max_length, loss_margins(dev) if settings.margin else None, needed=False)
     plan = step_plan([row["length"] for row in rows], settings, seed)
     model = load_reward_model(weights.location, tokenizer, load_dtype, new_head=derived_seed(seed, "head"), **pinned(weights))
     model = add_lora(model, settings.lora, head=True, seed=derived_seed(seed, "adapters"))

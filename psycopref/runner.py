@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 from .config import STAGES, Run, Stage, StudyError, grid_cells, load_profile, parse_shard, project_root, stage_settings, stages_of, suggest

@@ -15,7 +15,7 @@ from .config import StudyError
 from .generation import common_prefix
 from .pairwise import enable_packing, lay_out, unwrap
 from .training import pair_messages, render
-from .weights import Weights, find_weights, load_tokenizer, pick_device, pick_dtype, pinned, quiet_transformers
+from .weights import find_weights, load_tokenizer, pick_device, pick_dtype, pinned, quiet_transformers
 
 # %% auto #0
 __all__ = ['SCORERS', 'Scorer', 'find_scorer', 'load_reward_model', 'load_scorer', 'token_batches', 'score_groups', 'score_pairs']

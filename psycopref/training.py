@@ -60,6 +60,7 @@ def pair_rows(
     tokenizer,  # of the backbone
     max_length: int,  # tokens of prompt plus one response
     margins: typing.Sequence[float] | None = None,  # one for each pair, for a loss with margins
+    needed: bool = True,  # refuse pairs that are all too long; development pairs can be done without
 ) -> tuple[list[dict], list[int]]:  # rows with chosen_ids, rejected_ids, length; and prefIDs of pairs that are too long
     "Tokenise pairs for trl's RewardTrainer."
     from psycopref.generation import common_prefix
@@ -73,7 +74,7 @@ def pair_rows(
             continue
         margin = {} if margins is None else {"margin": float(margins[place])}
         rows.append({"chosen_ids": ids[0], "rejected_ids": ids[1], "length": sum(map(len, ids)) - common_prefix(ids), **margin})
-    if not rows:
+    if needed and not rows:
         raise StudyError(f"training: all {len(long)} pairs are longer than max_length {max_length}; raise it")
     return rows, long
 

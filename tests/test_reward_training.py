@@ -193,3 +193,8 @@ def test_a_job_killed_between_saving_and_the_result_is_done_again(tiny, tmp_path
     shutil.rmtree(tmp_path / "model")
     train(tiny, tmp_path, "model")
     assert same(weights_of(tmp_path / "model"), expected)
+
+
+def test_development_pairs_that_are_all_too_long_are_done_without(tiny, tmp_path):
+    found = train(tiny, tmp_path, "model", dev=some_pairs(2, 200).assign(rejected="word " * 400))
+    assert found["dev_too_long"] == [200, 201] and found["dev_pairs"] == 0 and found["best_step"] == found["steps"]
