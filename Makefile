@@ -44,12 +44,10 @@ test: setup
 	nbdev_test --n_workers 1
 	pytest
 
+BENCHES := bench bench_gateway bench_generation bench_reward bench_policy
+
 bench: setup
-	psycopref run nbs/20_bench.ipynb
-	psycopref run nbs/20a_bench_gateway.ipynb
-	psycopref run nbs/20b_bench_generation.ipynb
-	psycopref run nbs/20c_bench_reward.ipynb
-	psycopref run nbs/20d_bench_policy.ipynb
+	for name in $(BENCHES); do python tests/bench/$$name.py || exit 1; done
 
 clean:
 	find outputs figures -mindepth 1 -maxdepth 1 ! -name README.md ! -name results.png -exec rm -rf {} +

@@ -7,8 +7,8 @@ import os
 import re
 import sys
 
-from psycopref.config import StudyError
-from psycopref.runner import stage_rules
+from psycopref.core.settings import StudyError
+from psycopref.run.runner import stage_rules
 
 
 
@@ -60,19 +60,18 @@ def cells_of(stage):
 rule all:
     input:
         RULES[-1]["receipt"],
-        f"outputs/{RUN}/16_report/show",
-        f"outputs/{RUN}/16_report/overview.html",
+        f"outputs/{RUN}/13_report/show",
+        f"outputs/{RUN}/13_report/overview.html",
 
 
 for stage in RULES:
-    if stage["name"] == "16_report":
+    if stage["name"] == "13_report":
         continue
 
     rule:
         name: stage["name"]
         input:
             needs=stage["needs"],
-            code=stage["code"],
             parts=shards_of(stage) + cells_of(stage),
         output:
             update(stage["receipt"]),  # a stage that fails leaves its last result in place
@@ -80,6 +79,7 @@ for stage in RULES:
             notebook=stage["notebook"],
             parameters=stage["parameters"],
             settings=stage["settings"],
+            code=stage["code"],
         message: f"{stage['name']}: {stage['title']}"
         threads: workflow.cores
         shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"
@@ -90,13 +90,13 @@ for stage in RULES:
             name: f"{stage['name']}_shard"
             input:
                 needs=stage["needs"],
-                code=stage["code"],
             output:
                 update(f"outputs/{RUN}/{stage['name']}.shards/{{scatteritem}}/receipt.json"),
             params:
                 notebook=stage["notebook"],
                 parameters=stage["parameters"],
                 settings=stage["settings"],
+                code=stage["code"],
             message: f"{stage['name']}: {stage['title']}, shard {{wildcards.scatteritem}}"
             threads: max(1, workflow.cores // SHARDS)
             shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p SHARD={wildcards.scatteritem}"
@@ -107,7 +107,6 @@ for stage in RULES:
             name: f"{stage['name']}_cell"
             input:
                 needs=stage["needs"],
-                code=stage["code"],
             output:
                 update(f"outputs/{RUN}/{stage['name']}.cells/{{cell}}/receipt.json"),
             wildcard_constraints:
@@ -116,6 +115,7 @@ for stage in RULES:
                 notebook=stage["notebook"],
                 parameters=stage["parameters"],
                 settings=stage["settings"],
+                code=stage["code"],
             message: f"{stage['name']}: {stage['title']}, cell {{wildcards.cell}}"
             threads: workflow.cores
             shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p CELL={wildcards.cell}"
@@ -124,14 +124,14 @@ for stage in RULES:
 rule report:
     input:
         needs=RULES[-1]["needs"],
-        code=RULES[-1]["code"],
     output:
         receipt=update(RULES[-1]["receipt"]),
-        overview=report(f"outputs/{RUN}/16_report/overview.html", category="Overview", labels={"result": "all on one page"}),
-        show=report(directory(f"outputs/{RUN}/16_report/show"), patterns=["{name}.html", "{name}.png"], category="Tables and figures",
+        overview=report(f"outputs/{RUN}/13_report/overview.html", category="Overview", labels={"result": "all on one page"}),
+        show=report(directory(f"outputs/{RUN}/13_report/show"), patterns=["{name}.html", "{name}.png"], category="Tables and figures",
                     labels={"result": "{name}"}),
     params:
         notebook=RULES[-1]["notebook"],
         parameters=RULES[-1]["parameters"],
-    message: "16_report: every table and figure"
+        code=RULES[-1]["code"],
+    message: "13_report: every table and figure"
     shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"

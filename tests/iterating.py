@@ -20,13 +20,13 @@ def work(scorer, folder):
     """Two iterations, the backbone and each policy looked at; the result is written last."""
     import pandas as pd
 
-    from psycopref.artifacts import write_json
-    from psycopref.cache import ReplyCache
-    from psycopref.config import load_profile
-    from psycopref.gateway import Gateway
-    from psycopref.iteration import Online, iterate
-    from psycopref.points import Watcher, watched_speeches
-    from psycopref.weights import find_weights
+    from psycopref.core.files import write_json
+    from psycopref.gateway.cache import ReplyCache
+    from psycopref.core.settings import load_profile
+    from psycopref.gateway.gateway import Gateway
+    from psycopref.training.iteration import Online, iterate
+    from psycopref.training.points import Watcher, watched_speeches
+    from psycopref.models.weights import find_weights
 
     tiny, profile = find_weights("random-tiny"), load_profile("tiny", SETTINGS)
     rows = [{"speech_id": name, "speech": f"I count the {name} stairs again and again.", "split": "dev" if i < 4 else "train"} for i, name in enumerate(PLACES)]
@@ -48,7 +48,7 @@ def prepare():
     import trl  # noqa: F401
     from trl import DPOTrainer  # noqa: F401
 
-    from psycopref import battles, dpo_training, gateway, iteration, points, watching  # noqa: F401
+    from psycopref.training import watching  # noqa: F401
 
     torch.set_num_threads(1)
 

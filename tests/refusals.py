@@ -2,7 +2,7 @@
 
 import pytest
 
-from psycopref.config import StudyError
+from psycopref.core.settings import StudyError
 
 
 def one_line(action) -> str:

@@ -1,0 +1,496 @@
+"""Files are whole or absent, say who made them, and come out the same twice."""
+
+import csv
+import errno
+import html
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psycopref.core import files as artifacts
+from psycopref.core.files import (
+    SCHEMAS,
+    StageReader,
+    StageWriter,
+    atomic_path,
+    read_json,
+    read_rows,
+    sha256_file,
+    write_json,
+    write_rows,
+)
+from psycopref.core.tables import Label, format_cell, html_table, latex_table, markdown_table, new_figure
+from psycopref.core.stages import Run
+
+from refusals import one_line
+
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+LABEL = Label("tiny", ("a model",), "a rater", "3 rows")
+RUN = Run("example")
+
+
+def score(**changed):
+    """One row of the kind `scores`."""
+    return {"ID": "a", "prefID": 0, "model": "m", "chosen_score": 1.5, "rejected_score": -0.25} | changed
+
+
+def write_stage(value=1, name="01_speeches", run=RUN):
+    with StageWriter(run, name, "tiny", 0, {}) as stage:
+        stage.json("value", {"n": value})
+        stage.rows("scores", pd.DataFrame([score(prefID=value)]))
+
+
+def run_code(code: str, **keywords):
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, **keywords)
+
+
+# ---- interruptions ----
+
+
+def test_kill_in_the_middle_of_a_stage_leaves_the_signed_stage_readable(tmp_path):
+    write_stage(1)
+    child = run_code("""
+        import os, signal
+        from psycopref.core.files import StageWriter, atomic_path
+        from psycopref.core.stages import Run
+        with StageWriter(Run("example"), "01_speeches", "tiny", 0, {}) as stage:
+            stage.json("value", {"n": 2})
+            with atomic_path(stage.work / "scores.parquet") as partial:
+                partial.write_bytes(b"half of it")
+                print("inside", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert child.communicate(timeout=60)[0].split() == ["inside"] and child.returncode == -signal.SIGKILL
+    reader = StageReader(RUN, "01_speeches")
+    assert reader.json("value") == {"n": 1} and reader.rows("scores").prefID.tolist() == [1]
+
+
+def test_kill_at_any_step_leaves_one_whole_stage_readable(tmp_path):
+    child = run_code("""
+        import json, os, shutil, signal
+        from pathlib import Path
+        import pandas as pd
+        from psycopref.core import files as artifacts
+        from psycopref.core.tables import Label
+        from psycopref.core.files import StageReader, StageWriter
+        from psycopref.core.stages import Run
+
+        artifacts.code_version()  # asks git once, before anything is counted
+
+        def stage(run, n):
+            with StageWriter(run, "01_speeches", "tiny", 0, {}) as writer:
+                writer.json("value", {"n": n})
+                writer.text("value.txt", str(n))
+                writer.table("4", "topics", pd.DataFrame({"n": [n]}), "Topics", Label("tiny"))
+
+        def die_before(step):
+            left = [step]
+            def counted(inner):
+                def call(*arguments, **keywords):
+                    if left[0] == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left[0] -= 1
+                    return inner(*arguments, **keywords)
+                return call
+            os.replace, shutil.rmtree, shutil.copy2 = map(counted, (os.replace, shutil.rmtree, shutil.copy2))
+            Path.write_text, Path.mkdir, Path.unlink = map(counted, (Path.write_text, Path.mkdir, Path.unlink))
+
+        found = []
+        for step in range(200):
+            run = Run(f"run-{step}")
+            stage(run, 1)
+            child = os.fork()
+            if child == 0:
+                die_before(step)
+                stage(run, 2)
+                os._exit(0)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            reader = StageReader(run, "01_speeches")
+            try:
+                found.append([reader.json("value")["n"], int(reader.path("value.txt").read_text())])
+            except Exception as error:
+                found.append(f"step {step}: {error}")
+            if ended == 0:
+                break
+        print(json.dumps(found))
+    """)
+    out = json.loads(child.communicate(timeout=120)[0])
+    assert child.returncode == 0 and len(out) > 15, "the steps of a stage were counted"
+    assert out[0] == [1, 1] and out[-1] == [2, 2]
+    assert [entry for entry in out if entry not in ([1, 1], [2, 2])] == []
+
+
+def test_an_exception_leaves_no_stage_and_no_tables(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with StageWriter(RUN, "01_speeches", "tiny", 0, {}) as stage:
+            stage.rows("scores", pd.DataFrame([score()]))
+            stage.table("4", "topics", pd.DataFrame({"n": [1]}), "Topics", LABEL)
+            1 / 0
+    assert not RUN.stage("01_speeches").exists() and not RUN.tables.exists() and not RUN.figures.exists()
+    assert not list(tmp_path.rglob("receipt.json"))
+    assert "01_speeches" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores"))
+
+
+def test_what_an_atomic_write_left_behind_is_never_signed():
+    child = run_code("""
+        import os, signal
+        from psycopref.core.files import StageWriter, atomic_path
+        from psycopref.core.stages import Run
+        with StageWriter(Run("example"), "05_reward", "tiny", 0, {}) as stage:
+            with atomic_path(stage.work / "value.json") as partial:
+                partial.write_text("half of it")
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert child.wait(timeout=60) == -signal.SIGKILL
+    with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
+        stage.json("value", {"n": 2})
+    assert set(StageReader(RUN, "05_reward").receipt["outputs"]) == {"value.json"}
+
+
+def interrupted(seed=0, settings=None, inputs=()):
+    with pytest.raises(KeyboardInterrupt):
+        with StageWriter(RUN, "05_reward", "tiny", seed, settings or {}, list(inputs)) as stage:
+            stage.json("abandoned", {"n": 1})
+            (stage.work / "scratch").mkdir(exist_ok=True)
+            (stage.work / "scratch" / "step-7").write_text("half way")
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("first, second", [((0, {"epochs": 1}), (0, {"epochs": 2})), ((0, {}), (1, {}))], ids=["settings", "seed"])
+def test_nothing_of_an_interrupted_run_with_other_settings_is_signed(first, second):
+    interrupted(*first)
+    with StageWriter(RUN, "05_reward", "tiny", *second) as stage:
+        assert not (stage.work / "scratch" / "step-7").exists()
+        stage.json("value", {"n": 2})
+    assert set(StageReader(RUN, "05_reward").receipt["outputs"]) == {"value.json"}
+
+
+def test_nothing_of_an_interrupted_run_with_other_inputs_is_signed(tmp_path):
+    source = write_json(tmp_path / "source.json", 1)
+    interrupted(inputs=[source])
+    write_json(source, 2)
+    with StageWriter(RUN, "05_reward", "tiny", 0, {}, [source]) as stage:
+        stage.json("value", {"n": 2})
+    assert set(StageReader(RUN, "05_reward").receipt["outputs"]) == {"value.json"}
+
+
+def test_scratch_survives_an_interruption_and_is_never_signed():
+    interrupted()
+    with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
+        assert (stage.work / "scratch" / "step-7").read_text() == "half way"
+        stage.json("value", {})
+    assert not [name for name in StageReader(RUN, "05_reward").receipt["outputs"] if "scratch" in name]
+    assert not (RUN.stage("05_reward") / "scratch").exists()
+
+
+def test_a_project_below_a_folder_named_scratch_can_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path / "scratch" / "somebody"))
+    write_stage(3)
+    assert StageReader(RUN, "01_speeches").json("value") == {"n": 3}
+
+
+def test_a_second_run_replaces_the_first_whole():
+    with StageWriter(RUN, "01_speeches", "tiny", 0, {}) as stage:
+        stage.json("first", 1)
+    with StageWriter(RUN, "01_speeches", "tiny", 1, {}) as stage:
+        stage.json("second", 2)
+    reader = StageReader(RUN, "01_speeches")
+    assert reader.json("second") == 2 and reader.receipt["seed"] == 1 and not (reader.run.stage("01_speeches") / "first.json").exists()
+    one_line(lambda: reader.json("first"))
+    assert [p.name for p in RUN.outputs.iterdir() if p.name.startswith("05")] == ["01_speeches"]
+
+
+# ---- a full disk ----
+
+
+def full(*arguments, **keywords):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    old_json, old_rows = write_json(tmp_path / "a.json", {"n": 1}), write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]))
+    before = sha256_file(old_json), sha256_file(old_rows)
+    real = Path.write_text
+
+    def half(self, text, **keywords):
+        real(self, text[: len(text) // 2], **keywords)
+        full()
+
+    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    for action in (lambda: write_json(old_json, {"n": 2}), lambda: write_rows(old_rows, "scores", pd.DataFrame([score(ID="b")]))):
+        assert "disk is full" in one_line(action)
+    assert (sha256_file(old_json), sha256_file(old_rows)) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.parquet"]
+
+
+def test_a_disk_that_fills_at_the_rename_is_one_line_too(tmp_path, monkeypatch):
+    old = write_json(tmp_path / "a.json", {"n": 1})
+    monkeypatch.setattr(artifacts.os, "replace", full)
+    one_line(lambda: write_json(old, {"n": 2}))
+    monkeypatch.undo()
+    assert read_json(old) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_another_system_error_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError):
+        with atomic_path(tmp_path / "a"):
+            raise PermissionError(errno.EACCES, "denied")
+
+
+def test_a_disk_that_fills_in_a_table_or_a_figure_is_one_line(monkeypatch):
+    write_stage(1)
+    frame, (figure, _) = pd.DataFrame({"n": [1]}), new_figure()
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    monkeypatch.setattr(type(figure), "savefig", full)
+    for act in (lambda s: s.table("4", "t", frame, "T", LABEL), lambda s: s.figure("4", "f", figure, "F", LABEL)):
+        def stage(act=act):
+            with StageWriter(RUN, "01_speeches", "tiny", 0, {}) as writer:
+                act(writer)
+
+        one_line(stage)
+        assert StageReader(RUN, "01_speeches").json("value") == {"n": 1}
+
+
+# ---- bad files ----
+
+
+def test_every_kind_of_bad_file_is_one_line(tmp_path):
+    write_stage()
+    folder = RUN.stage("01_speeches")
+    good = (folder / "scores.parquet").read_bytes()
+    bad_rows = [b"", b"PAR1", good[:-1], good[: len(good) // 2], good[:100] + b"\0" * (len(good) - 100), b"PAR1" + b"x" * 64 + b"PAR1", b"a,b\n1,2\n"]
+    for i, content in enumerate(bad_rows):
+        (path := tmp_path / f"{i}.parquet").write_bytes(content)
+        assert path.name in one_line(lambda: read_rows(path, "scores"))
+    whole = (folder / "receipt.json").read_text()
+    for i, text in enumerate(["", whole[: len(whole) // 2], "{", whole.replace("{", "", 1), "\x00"]):
+        (path := tmp_path / f"{i}.json").write_text(text)
+        assert path.name in one_line(lambda: read_json(path))
+    (tmp_path / "latin.json").write_bytes(b'"caf\xe9"')
+    for name in ("latin.json", "absent.json"):
+        assert name in one_line(lambda: read_json(tmp_path / name))
+    assert "absent.parquet" in one_line(lambda: read_rows(tmp_path / "absent.parquet", "scores"))
+
+
+def test_a_flipped_byte_in_signed_rows_is_refused():
+    write_stage()
+    path = RUN.stage("01_speeches") / "scores.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "changed" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores"))
+
+
+def test_an_unsigned_folder_is_refused():
+    write_stage()
+    folder = RUN.stage("01_speeches")
+    (folder / "extra.json").write_text("{}")
+    assert "extra.json" in one_line(lambda: StageReader(RUN, "01_speeches").json("extra")), "a file that nobody signed"
+    (folder / "value.json").unlink()
+    assert "value.json" in one_line(lambda: StageReader(RUN, "01_speeches").json("value")), "a signed file that is gone"
+    receipt = (folder / "receipt.json").read_text()
+    (folder / "receipt.json").write_text(receipt[:-20])
+    assert "receipt.json" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores")), "a truncated receipt"
+    (folder / "receipt.json").unlink()
+    assert "receipt.json" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores")), "no receipt"
+    assert "02_responses" in one_line(lambda: StageReader(RUN, "02_responses").json("value")), "no folder"
+
+
+def test_rows_of_another_kind_are_refused(tmp_path):
+    path = write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]))
+    assert "speeches" in one_line(lambda: read_rows(path, "speeches"))
+
+
+@pytest.mark.parametrize("changed", [
+    {"prefID": None}, {"prefID": "3"}, {"prefID": 1.5}, {"prefID": 2**70}, {"ID": 3}, {"ID": None}, {"ID": b"\xff"},
+    {"chosen_score": float("nan")}, {"chosen_score": "high"}, {"extra": 1}])  # fmt: skip
+def test_rows_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, changed):
+    assert "a.parquet" in one_line(lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score(**changed)])))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_column_is_refused_and_named(tmp_path):
+    assert "rejected_score" in one_line(lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]).drop(columns="rejected_score")))
+
+
+# ---- receipts ----
+
+
+def test_a_receipt_tells_inputs_outputs_and_settings(tmp_path):
+    source = write_json(tmp_path / "source.json", [1])
+    with StageWriter(RUN, "02_responses", "demo", 5, {"responses": {"pool": "demo"}}, [source], {"calls": 3}) as stage:
+        path = stage.json("value", [2])
+        signed = sha256_file(path)
+    receipt = StageReader(RUN, "02_responses").receipt
+    assert receipt["inputs"] == {"source.json": sha256_file(source)} and receipt["outputs"] == {"value.json": signed}
+    assert (receipt["stage"], receipt["run"], receipt["profile"], receipt["seed"]) == ("02_responses", "example", "demo", 5)
+    assert receipt["settings"] == {"responses": {"pool": "demo"}} and receipt["calls"] == 3 and receipt["versions"]["pandas"] == pd.__version__
+
+
+# ---- rows ----
+
+VALUES = {"str": st.text(max_size=30), "int": st.integers(-(2**63), 2**63 - 1), "float": st.floats(allow_nan=False)}
+
+
+def rows_of(kind):
+    return st.lists(st.fixed_dictionaries({name: VALUES[type_] for name, type_ in SCHEMAS[kind].items()}), max_size=6)
+
+
+@few
+@given(st.sampled_from(sorted(SCHEMAS)).flatmap(lambda kind: st.tuples(st.just(kind), rows_of(kind))), st.randoms())
+def test_rows_come_back_as_they_were_and_the_bytes_are_the_same(tmp_path_factory, drawn, shuffler):
+    (kind, rows), folder = drawn, tmp_path_factory.mktemp("rows")
+    frame = pd.DataFrame(rows, columns=list(SCHEMAS[kind]))
+    columns = list(frame.columns)
+    shuffler.shuffle(columns)
+    first = write_rows(folder / "a.parquet", kind, frame)
+    again = write_rows(folder / "b.parquet", kind, frame[columns].set_index(pd.Index(range(5, 5 + len(frame)))))
+    assert first.read_bytes() == again.read_bytes(), "neither the order of columns nor the index counts"
+    found = read_rows(first, kind)
+    assert list(found.columns) == list(SCHEMAS[kind]) and found.to_dict("records") == rows
+    assert write_rows(folder / "c.parquet", kind, found).read_bytes() == first.read_bytes()
+
+
+# ---- tables ----
+
+NASTY = 'a&b %$#_{}~^\\ "x" <i>&amp; | 5 ± 2 ≥ 1 · —'
+SPECIAL_TEX = {r"\textbackslash{}": "\\", r"\&": "&", r"\%": "%", r"\$": "$", r"\#": "#", r"\_": "_", r"\{": "{", r"\}": "}",
+               r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", "---": "—", r"$\pm$": "±", r"$\geq$": "≥", r"$\cdot$": "·", r"\textless{}": "<", r"\textgreater{}": ">"}  # fmt: skip
+
+
+def read_tex(text: str) -> str:
+    """Undo the escapes of a LaTeX cell; a raw special character is an error."""
+    found, i = [], 0
+    while i < len(text):
+        token = next((t for t in SPECIAL_TEX if text.startswith(t, i)), text[i])
+        assert token in SPECIAL_TEX or token not in "&%$#_{}~^\\", f"raw {token!r} in {text!r}"
+        found.append(SPECIAL_TEX.get(token, token))
+        i += len(token)
+    return "".join(found)
+
+
+class Cells(HTMLParser):
+    """Collect the texts of td and th cells, and every tag."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.cells, self.tags, self.inside = [], set(), False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.inside = tag in ("td", "th") or (self.inside and tag == "br")
+        if tag in ("td", "th"):
+            self.cells.append("")
+        elif tag == "br" and self.cells:
+            self.cells[-1] += "\n"
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data
+
+
+cell_text = st.text(st.sampled_from(list('&%$#_{}~^\\—±≥·<>"\'|a1 ;é')), min_size=1, max_size=20)
+
+
+@few
+@given(cell_text, cell_text)
+def test_latex_cells_read_back(first, second):
+    body = latex_table(pd.DataFrame({"x": [first], "y": [second]}), "C", LABEL).splitlines()[6]
+    assert body.endswith(r" \\")
+    cells = re.split(r"(?<!\\) & ", body[:-3])
+    if first.strip() == first and second.strip() == second and "& " not in first + second:
+        assert [read_tex(c) for c in cells] == [first, second]
+
+
+@few
+@given(cell_text, cell_text)
+def test_html_cells_read_back_and_bring_no_tags(first, second):
+    page = Cells(html_table(pd.DataFrame({first: [second], "n": ["x\ny"]}), first, Label(second)))
+    assert page.cells == [first, "n", second, "x\ny"]
+    assert page.tags == {"h3", "div", "table", "thead", "tbody", "tr", "th", "td", "br", "p"}
+
+
+@few
+@given(cell_text.filter(lambda t: "\\" not in t and t.strip() == t), st.integers(1, 4))
+def test_markdown_rows_keep_their_columns(text, rows):
+    lines = markdown_table(pd.DataFrame({"a|b": [text] * rows, "c": ["line\nline"] * rows})).splitlines()
+    assert len(lines) == rows + 2
+    for line in lines[2:]:
+        cells = re.split(r"(?<!\\)\|", line.strip("\n"))
+        assert cells[0] == cells[-1] == "" and [re.sub(r"\\([|*])", r"\1", c.strip()).replace("&lt;", "<") for c in cells[1:-1]] == [text, "line<br>line"]
+
+
+def test_a_table_stands_in_five_forms_and_every_form_names_its_makers():
+    frame = pd.DataFrame({NASTY: [NASTY, None], "accuracy": [0.8125, None], "n": [3, 4]})
+    with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
+        stage.table("1", "reward", frame, NASTY, LABEL)
+    files = {p.suffix: p for p in RUN.tables.iterdir()}
+    assert set(files) == {".csv", ".md", ".tex", ".html", ".json"} and {p.stem for p in files.values()} == {"table_1_reward"}
+    signed = {p.name: sha256_file(p) for p in (RUN.stage("05_reward") / "tables").iterdir()}
+    assert signed == {p.name: sha256_file(p) for p in files.values()}, "the copy for the reader is the signed one"
+    with open(files[".csv"], newline="", encoding="utf-8") as handle:
+        assert list(csv.reader(handle)) == [[NASTY, "accuracy", "n"], [NASTY, "0.8125", "3"], ["", "", "4"]]
+    assert json.loads(files[".json"].read_text()) == {"number": "1", "slug": "reward", "caption": NASTY, "label": str(LABEL)}
+    tex, page, md = (files[s].read_text(encoding="utf-8") for s in (".tex", ".html", ".md"))
+    assert tex.splitlines()[6].split(" & ")[-2:] == ["0.812", r"3 \\"] and r"a\&b \%\$\#\_\{\}\textasciitilde{}\textasciicircum{}" in tex
+    caption = tex.split(r"\caption{")[1].split("}\n\\end{table")[0]
+    assert read_tex(caption) == f"{NASTY}. {LABEL}"
+    assert html.escape(NASTY) in page and "<i>" not in page and "&amp;amp;" in page
+    assert str(LABEL) in page and str(LABEL) in md and NASTY in md
+
+
+@pytest.mark.parametrize("value, shown", [(None, "—"), (float("nan"), "—"), (0, "0"), (0.0, "0.0"), (9.2, "9.2"), (0.0312, "0.031"), (9.9994, "9.999"), (-12.34, "-12.3"),
+                                          (1234, "1234"), (True, "True"), ("0.5", "0.5"), (float("inf"), "inf")])  # fmt: skip
+def test_cells(value, shown):
+    assert format_cell(value) == shown
+
+
+def test_an_empty_table_has_a_head():
+    frame = pd.DataFrame({"a": [], "b": []})
+    assert markdown_table(frame) == "| a | b |\n| --- | --- |"
+    assert Cells(html_table(frame, "C", LABEL)).cells == ["a", "b"] and "a & b" in latex_table(frame, "C", LABEL)
+
+
+# ---- figures ----
+
+
+def test_two_equal_figures_have_equal_bytes(monkeypatch):
+    for name, clock in (("first", "1000000000"), ("second", "1700000000")):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", clock)  # what a renderer takes for now
+        figure, axes = new_figure()
+        axes.plot([0, 1, 2], [1.0, 0.5, 0.75], label="win rate")
+        axes.set(xlabel="step", ylabel="win rate (%)")
+        axes.legend()
+        with StageWriter(Run(name), "08_ablations", "tiny", 0, {}) as stage:
+            stage.figure("4", "curve", figure, "Fig. 4", LABEL)
+    for suffix in ("png", "pdf", "json"):
+        first, second = ((Run(n).figures / f"fig_4_curve.{suffix}").read_bytes() for n in ("first", "second"))
+        assert first == second and len(first) > 50
+    receipts = [StageReader(Run(n), "08_ablations").receipt["outputs"] for n in ("first", "second")]
+    assert receipts[0] == receipts[1] and set(receipts[0]) == {f"figures/fig_4_curve.{s}" for s in ("json", "pdf", "png")}
+
+
+def test_a_figure_carries_its_label():
+    figure, _ = new_figure()
+    with StageWriter(RUN, "08_ablations", "tiny", 0, {}) as stage:
+        stage.figure("4", "curve", figure, "Fig. 4", LABEL)
+    printed = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert printed == str(LABEL) and read_json(RUN.figures / "fig_4_curve.json")["label"] == str(LABEL)
+    assert os.path.getsize(RUN.figures / "fig_4_curve.png") > 1000

@@ -1,0 +1,272 @@
+"""Profiles: every setting can be set, nothing else can, and the paper's numbers are the paper's."""
+
+import dataclasses
+import itertools
+import json
+import random
+import subprocess
+import sys
+import types
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psycopref.core.stages import BEHAVIOUR, STAGES, Run, derived_seed, project_root, stage_settings
+from psycopref.core.settings import PROFILES, StudyError, check_type, load_profile
+from psycopref.core.paper import coarse_of, coarse_topics, paper_values
+
+few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+
+
+def leaves(node, path=()):
+    """Yield (dotted name, value, annotation) of every setting of a profile."""
+    hints = typing.get_type_hints(type(node))
+    for entry in dataclasses.fields(node):
+        value = getattr(node, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, (*path, entry.name))
+        else:
+            yield ".".join((*path, entry.name)), value, hints[entry.name]
+
+
+def value_at(profile, dotted):
+    for part in dotted.split("."):
+        profile = getattr(profile, part)
+    return profile
+
+
+def wrong_values(kind):
+    """Values of any type but the annotated one."""
+    if isinstance(kind, types.UnionType):
+        [inner] = [k for k in typing.get_args(kind) if k is not type(None)]
+        return [w for w in wrong_values(inner) if w is not None]
+    if typing.get_origin(kind) is typing.Literal:
+        return [None, 3, True, "other", typing.get_args(kind)[0] + " ", [typing.get_args(kind)[0]], (), {}]
+    if typing.get_origin(kind) is tuple:
+        return [None, 3, "text", {}, (None,), [[]], *[[w] for w in wrong_values(typing.get_args(kind)[0])]]
+    return {
+        int: [None, "3", 3.0, True, [3], (), {}],
+        float: [None, "3", True, [3.0], (), {}],
+        str: [None, 3, 3.5, True, ["x"], (), b"x"],
+        bool: [None, 0, 1, "true", 1.0, [True], {}],
+    }[kind]
+
+
+EVERY = [(name, *leaf) for name, profile in PROFILES.items() for leaf in leaves(profile)]
+
+
+def test_there_is_something_to_check():
+    assert len(EVERY) == 3 * len(list(leaves(PROFILES["demo"]))) and len(EVERY) > 120
+
+
+def test_every_leaf_takes_its_own_value_and_changes_nothing():
+    for profile, dotted, value, _ in EVERY:
+        assert load_profile(profile, {dotted: value}) == PROFILES[profile], dotted
+        as_json = list(value) if isinstance(value, tuple) else value  # a tuple is a list after JSON
+        assert value_at(load_profile(profile, {dotted: as_json}), dotted) == value, dotted
+
+
+def test_every_leaf_takes_another_value_of_its_type_and_only_that_leaf_changes():
+    for profile, dotted, old_value, kind in EVERY:
+        other = {int: 7919, float: 0.7919, str: "other", bool: old_value is not True}
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if typing.get_origin(kind) is typing.Literal:
+            new = next(choice for choice in typing.get_args(kind) if choice != old_value)
+        else:
+            new = (other[typing.get_args(kind)[0]],) if typing.get_origin(kind) is tuple else other[kind]
+        changed = load_profile(profile, {dotted: new})
+        assert {d for (d, now, _), (_, old, _) in zip(leaves(changed), leaves(PROFILES[profile])) if now != old} == {dotted}
+        assert value_at(changed, dotted) == new
+
+
+def test_every_leaf_refuses_every_wrong_type_in_one_line_that_names_it():
+    for profile, dotted, _, kind in EVERY:
+        for wrong in wrong_values(kind):
+            with pytest.raises(StudyError) as error:
+                load_profile(profile, {dotted: wrong})
+            assert dotted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_optional_leaves_take_none():
+    optional = [(p, d) for p, d, _, kind in EVERY if isinstance(kind, types.UnionType)]
+    assert {d for _, d in optional} >= {"speeches.limit", "reward.lora.last_layers", "evaluation.curve_speeches"}
+    for profile, dotted in optional:
+        assert value_at(load_profile(profile, {dotted: None}), dotted) is None
+
+
+def test_a_misspelt_name_is_refused_and_the_right_one_named():
+    for profile, dotted, value, _ in EVERY:
+        parts = dotted.split(".")
+        for place, part in enumerate(parts):
+            for typo in (part + "x", part[:-1]):
+                wrong = ".".join([*parts[:place], typo, *parts[place + 1 :]])
+                with pytest.raises(StudyError) as error:
+                    load_profile(profile, {wrong: value})
+                assert wrong in str(error.value), wrong
+                hint = str(error.value).rpartition("Did you mean ")[2].rstrip("?").split(", ")
+                assert part in hint, (wrong, str(error.value))
+
+
+@pytest.mark.parametrize("name, meant", [("dmeo", "demo"), ("papers", "paper"), ("Tiny", "tiny")])
+def test_a_misspelt_profile_is_refused_and_the_right_one_named(name, meant):
+    with pytest.raises(StudyError, match=f"{name}.*Did you mean {meant}"):
+        load_profile(name)
+
+
+@pytest.mark.parametrize("dotted", ["reward", "reward.lora", "reward.epochs.x", "reward.", ".reward", ""])
+def test_a_section_or_a_broken_name_can_not_be_set(dotted):
+    with pytest.raises(StudyError) as error:
+        load_profile("demo", {dotted: 3})
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_meet_in_any_order():
+    overrides = {"reward.epochs": 5, "reward.lora.rank": 3, "speeches.limit": 9, "dpo.beta": 1}
+    found = {load_profile("paper", dict(order)) for order in itertools.permutations(overrides.items())}
+    assert len(found) == 1 and found.pop().dpo.beta == 1.0
+
+
+def test_profiles_are_frozen_to_the_last_leaf():
+    def nodes(node):
+        yield node
+        for entry in dataclasses.fields(node):
+            if dataclasses.is_dataclass(getattr(node, entry.name)):
+                yield from nodes(getattr(node, entry.name))
+
+    for profile in PROFILES.values():
+        hash(profile)
+        for node in nodes(profile):
+            for entry in dataclasses.fields(node):
+                with pytest.raises(dataclasses.FrozenInstanceError):
+                    setattr(node, entry.name, getattr(node, entry.name))
+                assert not isinstance(getattr(node, entry.name), (list, dict, set)), "a leaf that can change in place"
+
+
+def test_the_paper_profile_has_the_papers_numbers():
+    paper = PROFILES["paper"]
+    assert paper.dpo.beta == 0.1 and paper.dpo.learning_rate == 5e-7 and paper.dpo.batch_size == 64
+    assert paper.reward.batch_size == 128 and paper.reward.learning_rate == 9e-6 and paper.reward.epochs == 2
+    assert (paper.dpo_iter.prompts, paper.dpo_iter.candidates, paper.dpo_iter.iterations) == (6400, 8, 16)
+    assert paper.dpo_iter.prompts % paper.dpo.batch_size == 0
+    assert paper.dpo_iter.iterations * paper.dpo_iter.prompts // paper.dpo.batch_size == 1600
+    pairs = paper_values()["dataset"]["train_pairs"]
+    assert paper.ablation.pairs == pairs == 34329
+    assert paper.dpo.epochs * pairs / paper.dpo.batch_size == pytest.approx(1600, rel=0.01)
+    assert paper.pairs.min_gap_sum == 7 and paper.responses.each_speech == 4
+    assert (paper.speeches.min_characters, paper.speeches.max_characters) == (100, 1000)
+    assert paper.reward.lora.rank == paper.dpo.lora.rank == 0, "the paper trains every weight"
+    assert paper.backbones == ("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+    dataset = paper_values()["dataset"]
+    assert round(paper.speeches.test_fraction * dataset["speeches"]) == dataset["test_speeches"] == 3291
+    assert all("gpt-4o" in uri for uri in (paper.ratings.rater, paper.evaluation.judge, paper.evaluation.reference))
+
+
+def test_small_profiles_never_ask_a_paid_model():
+    for name in ("tiny", "demo"):
+        uris = [v for _, value, _ in leaves(PROFILES[name]) for v in (value if isinstance(value, tuple) else [value])]
+        assert not any(str(v).startswith("openai:") for v in uris) and PROFILES[name].budget_usd == 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_stage_reads_parts_of_the_profile_as_plain_data(profile):
+    for name, stage in STAGES.items():
+        found = stage_settings(PROFILES[profile], name)
+        assert tuple(found) == stage.reads and json.loads(json.dumps(found)) is not None
+        for dotted, value in found.items():
+            node = value_at(PROFILES[profile], dotted)
+            whole = dataclasses.asdict(node) if dataclasses.is_dataclass(node) else node
+            assert value == ({k: v for k, v in whole.items() if f"{dotted}.{k}" not in BEHAVIOUR} if isinstance(whole, dict) else whole)
+        as_overrides = {name: "wandb" if name.endswith("report_to") else 2 for name in BEHAVIOUR}
+        assert stage_settings(load_profile(profile, as_overrides), name) == found, "how a run behaves redoes nothing"
+
+
+def test_stages_need_only_stages_before_them():
+    names = list(STAGES)
+    assert names == sorted(names) and all(key == stage.name for key, stage in STAGES.items())
+    for place, stage in enumerate(STAGES.values()):
+        assert set(stage.needs) <= set(names[:place]), stage.name
+
+
+def test_every_setting_is_read_by_some_stage():
+    reads = {section for stage in STAGES.values() for section in stage.reads}
+    dotted = {d for _, d, _, _ in EVERY}
+    unread = {d for d in dotted if not any(d == r or d.startswith(r + ".") for r in reads)}
+    assert unread == {"name", "budget_usd"}, "a setting that no stage reads changes no receipt and no result"
+
+
+@few
+@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans(), st.none(), st.lists(st.integers())))
+def test_check_type_returns_the_kind_or_refuses(value):
+    for kind in (int, float, str, bool, int | None, tuple[int, ...], tuple[str, ...]):
+        try:
+            found = check_type("here", value, kind)
+        except StudyError as error:
+            assert "\n" not in str(error)
+            continue
+        assert found == value or list(found) == value
+        inner = kind if isinstance(kind, type) and not typing.get_args(kind) else None
+        assert inner is None or type(found) is inner, "neither text nor a truth value passes for a number"
+
+
+names = st.one_of(st.text(max_size=12), st.integers(-(2**40), 2**40))
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 2**31), st.lists(names, max_size=4)), min_size=1, max_size=8), st.randoms())
+def test_seeds_do_not_depend_on_what_was_drawn_before(calls, shuffler):
+    first = {str(call): derived_seed(call[0], *call[1]) for call in calls}
+    shuffler.shuffle(calls)
+    random.random()
+    again = {}
+    for seed, parts in calls:
+        derived_seed(seed + 1, "something", "else")
+        again[str((seed, parts))] = derived_seed(seed, *parts)
+    assert first == again and all(0 <= value < 2**32 for value in first.values())
+
+
+def test_seeds_differ_where_names_differ_and_parts_never_run_together():
+    parts = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("b", "a"), ("1",), (1,), ("",), ("a", ""), ("", "a"), ('a", "b',)]  # the last looks like two
+    assert len({derived_seed(seed, *p) for seed in range(20) for p in parts}) == 20 * len(parts)
+
+
+def test_seeds_are_the_same_in_another_process():
+    code = "from psycopref.core.stages import derived_seed; print(derived_seed(7, 'members', 'psycho8k-1', 3))"
+    for salt in ("0", "12345"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env={"PYTHONHASHSEED": salt, "PATH": ""})
+        assert int(done.stdout) == derived_seed(7, "members", "psycho8k-1", 3)
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "a\n", "-x", "é"])
+def test_a_run_name_can_not_leave_its_folder(name):
+    with pytest.raises(StudyError) as error:
+        Run(name)
+    assert "\n" not in str(error.value)
+
+
+def test_places_of_a_run_lie_in_the_project(tmp_path):
+    run = Run("a.b-c_1")
+    for place in (run.outputs, run.figures, run.tables, run.stage("04_pairs")):
+        assert place.is_relative_to(tmp_path) and "a.b-c_1" in place.parts
+
+
+def test_the_project_is_found_from_a_folder_below(tmp_path, monkeypatch):
+    monkeypatch.delenv("PSYCOPREF_ROOT")
+    inner = tmp_path / "ours" / "nbs" / "deep"
+    inner.mkdir(parents=True)
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = other\n")
+    (tmp_path / "ours" / "settings.ini").write_text("[DEFAULT]\nlib_name = psycopref\n")
+    monkeypatch.chdir(inner)
+    assert project_root() == (tmp_path / "ours").resolve()
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == tmp_path.resolve(), "another project's settings.ini is none of ours"
+
+
+def test_the_taxonomy_of_table_4_is_whole():
+    fine = [topic for node in coarse_topics().values() for topic in node["topics"]]
+    assert len(fine) == len(set(fine)) == len(coarse_of()) == 42
+    counted = sum(count for node in coarse_topics().values() for count in node["topics"].values())
+    assert counted == paper_values()["dataset"]["speeches"] == 26483

@@ -1,0 +1,417 @@
+"""A reported pair is exact, a true one is found, crowds stay linear, and the kept texts do not depend on the order of rows."""
+
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psycopref.corpus import duplicates
+from psycopref.core.settings import StudyError
+from psycopref.core.paper import resource_path
+from psycopref.corpus.duplicates import (
+    CROWD,
+    EDITS,
+    MISSED,
+    SLOTS,
+    canonical_key,
+    cluster_report,
+    clusters,
+    edited,
+    exact_join,
+    growth,
+    jaccard,
+    keep_one,
+    leakage,
+    library_comparison,
+    lsh_plan,
+    miss_probability,
+    near_pairs,
+    same_text,
+    shingle_codes,
+    shingles,
+    synthetic_speeches,
+)
+
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+ODD = ["", " ", "!!!", "...", "hm", "Hm!", "a b", "😀", "😀😀😀😀😀😀", "😭 😭", "لا أستطيع النوم منذ أسابيع", "לא ישנתי כל הלילה", "\ud800", "\x00\x00", "ß SS", "İ"]
+some_text = st.one_of(st.text(max_size=60), st.sampled_from(ODD), st.text(alphabet="ab c.", max_size=30))
+
+
+@st.composite
+def corpora(draw):
+    """A few originals of any kind, each with edited copies, in any order."""
+    originals = draw(st.lists(some_text, max_size=8))
+    dice = random.Random(draw(st.integers(0, 2**16)))
+    copies = [edited(draw(st.sampled_from(originals)), draw(st.sampled_from(EDITS)), dice.randrange) for _ in range(draw(st.integers(0, 10)))
+              if originals and min(map(len, originals)) > 1]
+    return draw(st.permutations(originals + copies))
+
+
+def brute_force(left, right, threshold):
+    sets = [list(map(shingles, side)) for side in (left, right)]
+    index = {(i, j): len(a & b) / len(a | b) for (i, a), (j, b) in itertools.product(*map(enumerate, sets))}
+    return {pair: value for pair, value in index.items() if value >= threshold}
+
+
+def as_dict(pairs):
+    assert not pairs.duplicated(["i", "j"]).any()
+    return dict(zip(zip(pairs.i.tolist(), pairs.j.tolist()), pairs.jaccard.tolist()))
+
+
+def upper(pairs):
+    return {(i, j): value for (i, j), value in pairs.items() if i < j}
+
+
+def partition(labels, names):
+    groups = {}
+    for label, name in zip(np.asarray(labels).tolist(), names):
+        groups.setdefault(label, []).append(name)
+    return {frozenset(group) for group in groups.values()}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return synthetic_speeches(400, 0.5, seed=11)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return [json.loads(line)["speech"] for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def posts(text, n, seed=0):
+    """One text posted n times with up to three tiny differences."""
+    dice = random.Random(seed)
+
+    def post():
+        words = text.split()
+        for _ in range(dice.randrange(4)):
+            words[dice.randrange(len(words))] = dice.choice(["and", "so", "really", "still", "just"])
+        return " ".join(words)
+
+    return [post() for _ in range(n)]
+
+
+# ---- keys and shingles ----
+
+
+@few
+@given(some_text)
+def test_same_text_settles_and_ignores_case_space_and_punctuation(text):
+    key = same_text(text)
+    assert same_text(key) == key
+    assert same_text(f"  {text} \n") == key
+    if key and any(character.isalnum() for character in text):
+        assert same_text(text + "!?") == key
+
+
+def test_texts_without_words_stay_apart():
+    keys = [same_text(text) for text in ("😀", "😭", "😀😭", "!!!", "...", "")]
+    assert len(set(keys)) == len(keys)
+    assert near_pairs(["😀" * 120, "😭" * 120, "?" * 120]).empty
+
+
+@few
+@given(st.lists(some_text, max_size=12))
+def test_codes_number_the_shingles(texts):
+    codes, offsets = shingle_codes(texts)
+    numbers = {}
+    for text, begin, end in zip(texts, offsets[:-1], offsets[1:]):
+        own = set(codes[begin:end].tolist())
+        assert len(own) == len(shingles(text)) and end > begin
+        assert numbers.setdefault(shingles(text), own) == own
+    for (a, x), (b, y) in itertools.combinations(numbers.items(), 2):
+        assert len(a & b) == len(x & y)
+
+
+@pytest.mark.parametrize("chunk, block", [(8192, 32768), (3, 4)])
+def test_jaccard_is_that_of_the_sets_whatever_the_chunks(made, chunk, block, monkeypatch):
+    monkeypatch.setattr(duplicates, "CHUNK", chunk)
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    texts = made[0][:20] + ODD
+    i, j = map(list, zip(*itertools.product(range(len(texts)), repeat=2)))
+    expected = brute_force(texts, texts, 0)
+    assert jaccard(texts, i, j).tolist() == [expected[pair] for pair in zip(i, j)]
+    assert jaccard(texts, [], []).tolist() == []
+
+
+# ---- near pairs ----
+
+
+@few
+@given(corpora(), st.sampled_from([0.5, 0.7, 0.9, 1.0]))
+def test_near_pairs_are_those_of_brute_force(texts, threshold):
+    """With the fixed seed none of these is missed; a false pair or a wrong index would never be right."""
+    assert as_dict(near_pairs(texts, threshold)) == upper(brute_force(texts, texts, threshold))
+
+
+def test_planted_pairs_are_found_with_any_seed(made):
+    texts = made[0][:250]
+    truth = upper(brute_force(texts, texts, 0.7))
+    assert len(truth) > 60
+    for seed in (0, 1, 2**63):
+        assert as_dict(near_pairs(texts, seed=seed)) == truth
+
+
+def test_few_pairs_at_the_very_threshold_are_missed():
+    """3,000 pairs of 119 shared shingles of 170: the formula says at most 0.25 of them are missed."""
+    draw = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz0123456789"))
+    base = ["".join(row) for row in letters[draw.integers(0, 36, (3000, 123))]]
+    left = [key + "".join(row) for key, row in zip(base, letters[draw.integers(0, 18, (3000, 26))])]
+    right = [key + "".join(row) for key, row in zip(base, letters[draw.integers(18, 36, (3000, 25))])]
+    assert (jaccard(left + right, range(3000), range(3000, 6000)) == 0.7).sum() > 2990  # but where a text repeats itself
+    found = near_pairs(left + right, 0.7)
+    assert set(zip(found.i, found.j)) <= {(row, row + 3000) for row in range(3000)}
+    assert len(found) >= 2990 - 3 and miss_probability(0.7) * 3000 < 0.3
+
+
+def test_same_seed_same_pairs_in_chunks_of_any_size(made, monkeypatch):
+    first = near_pairs(made[0], seed=5)
+    monkeypatch.setattr(duplicates, "CHUNK", 37)
+    monkeypatch.setattr(duplicates, "BLOCK", 64)
+    pd.testing.assert_frame_equal(first, near_pairs(made[0], seed=5))
+
+
+def test_nothing_one_and_equal_rows():
+    for texts in ([], ["alone"], [""], ["I sleep badly", "Nobody calls"]):
+        found = near_pairs(texts)
+        assert found.empty and list(found.columns) == ["i", "j", "jaccard"]
+        assert clusters(len(texts), found).tolist() == list(range(len(texts)))
+    equal = near_pairs(["I sleep badly."] * 9)
+    assert as_dict(equal) == {pair: 1.0 for pair in itertools.combinations(range(9), 2)}
+    assert (clusters(500, near_pairs(["I sleep badly."] * 500)) == 0).all()
+    assert near_pairs(pd.Series(["a text", "b text", "a text!"], index=[7, 8, 9])).i.tolist() == [0]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.45, 0.6, 0.7, 0.8, 0.95, 0.999, 1.0])
+def test_plan_keeps_its_promise(threshold):
+    plan = lsh_plan(threshold)
+    assert plan.bands * plan.rows <= SLOTS and miss_probability(threshold) < MISSED
+    assert miss_probability(threshold, min(1, threshold + 0.05)) <= miss_probability(threshold)
+
+
+@pytest.mark.parametrize("threshold", [0, 0.29, 1.01, -1, math.nan])
+def test_senseless_thresholds_are_one_line(threshold):
+    for action in (lambda: near_pairs(["a"], threshold), lambda: lsh_plan(threshold)):
+        with pytest.raises(StudyError, match=r"^threshold: found .* expected .*") as error:
+            action()
+        assert "\n" not in str(error.value)
+
+
+# ---- crowds ----
+
+
+def test_a_crowd_of_tiny_differences_costs_a_few_comparisons_a_row(demo):
+    crowd = posts(demo[5], 3000)
+    pairs = near_pairs(crowd + demo)
+    assert pairs.attrs["crowded"] >= 3000 and len(pairs) <= pairs.attrs["compared"] < 4 * 3000  # of 4.5 million
+    labels = clusters(3000 + len(demo), pairs)
+    assert (labels[:3000] == 0).all() and (labels[3000:] == 0).sum() == 1
+    assert (jaccard(crowd + demo, pairs.i, pairs.j) == pairs.jaccard).all() and pairs.jaccard.min() >= 0.7
+
+
+@pytest.mark.parametrize("block", [32768, 50])
+def test_crowds_hang_together_as_all_their_pairs_would(demo, block, monkeypatch):
+    """Families that drift apart: many rows at, below and above the threshold, in buckets of more than CROWD rows."""
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    dice = random.Random(3)
+    texts = []
+    for text in demo[:2]:
+        words = text.split()
+        for _ in range(110):
+            words = words[:] if dice.random() < 0.7 else [*words[:-1], dice.choice("one two three four five".split())]
+            words[dice.randrange(len(words))] = dice.choice(text.split())
+            texts += [" ".join(words)] * dice.choice([1, 1, 2])
+    monkeypatch.setattr(duplicates, "CROWD", 8)
+    pairs = near_pairs(texts)
+    truth = upper(brute_force(texts, texts, 0.7))
+    found = as_dict(pairs)
+    assert pairs.attrs["crowded"] > 50 and 0 < len(found) < len(truth) / 2 and found.items() <= truth.items()
+    whole = pd.DataFrame(list(truth), columns=["i", "j"])
+    assert clusters(len(texts), pairs).tolist() == clusters(len(texts), whole).tolist()
+    assert clusters(len(texts), pairs).max() > 0
+
+
+@few
+@given(st.integers(2, 9).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 4), min_size=n, max_size=n), st.sets(st.tuples(*[st.integers(0, n - 1)] * 2)))))
+def test_within_one_bucket_no_connection_is_missed(case):
+    """Groups known before and any relation of nearness: the links must connect what the relation connects."""
+    groups, near = case
+    members = np.arange(len(groups)) * 3 + 1
+    near = {(members[a], members[b]) for a, b in near} | {(members[b], members[a]) for a, b in near}
+
+    def compare(leader, others):
+        return np.array([float((leader, other) in near) for other in others])
+
+    plan, slots = lsh_plan(0.7), np.zeros((members[-1] + 1, SLOTS), np.uint8)
+    links, compared = duplicates._link_bucket(compare, slots, members, np.array(groups), plan, 0.7)
+    assert all((a, b) in near for a, b in links[:2].T) and compared <= len(members) * (len(members) - 1) / 2
+    known = [(a, b) for a in members for b in members if groups[(a - 1) // 3] == groups[(b - 1) // 3]]
+
+    def whole(pairs):
+        return partition(clusters(members[-1] + 1, pd.DataFrame([*known, *pairs], columns=["i", "j"])), range(members[-1] + 1))
+
+    assert whole(links[:2].T.astype(int).tolist()) == whole(list(near))
+
+
+def test_one_more_than_a_crowd_is_linked():
+    assert len(near_pairs(["I count the stairs."] * CROWD)) == CROWD * (CROWD - 1) // 2
+    assert len(near_pairs(["I count the stairs."] * (CROWD + 1))) == CROWD
+
+
+# ---- exact join ----
+
+
+@few
+@given(corpora(), corpora(), st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 1.0]))
+def test_exact_join_is_brute_force(left, right, threshold):
+    assert as_dict(exact_join(left, right, threshold)) == brute_force(left, right, threshold)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.2, 0.5, 0.7, 0.8, 1.0])
+@pytest.mark.parametrize("shared", [1, 2, 16, 500])
+def test_exact_join_misses_nothing_however_many_rare_shingles_it_asks_for(made, threshold, shared, monkeypatch):
+    monkeypatch.setattr(duplicates, "SHARED", shared)
+    left, right = made[0][:60], made[0][60:160]
+    assert as_dict(exact_join(left, right, threshold)) == brute_force(left, right, threshold)
+
+
+def test_exact_join_compares_few(made):
+    joined = exact_join(*([made[0]] * 2))
+    assert len(joined) <= joined.attrs["compared"] < 3 * len(joined)
+    for threshold in (0, 1.5, math.nan):
+        with pytest.raises(StudyError, match="expected a Jaccard index"):
+            exact_join(["a"], ["a"], threshold)
+
+
+# ---- clusters and what stays ----
+
+
+@few
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)), st.permutations(range(n)))))
+def test_clusters_do_not_depend_on_order(case):
+    n, edges, order = case
+    frame = pd.DataFrame(edges, columns=["i", "j"], dtype=int)
+    labels = clusters(n, frame)
+    turned = frame.sample(frac=1, random_state=1).rename(columns={"i": "j", "j": "i"})
+    assert labels.tolist() == clusters(n, turned).tolist() == clusters(n, pd.concat([frame, frame])).tolist()
+    firsts = [labels.tolist().index(label) for label in range(labels.max() + 1)]
+    assert firsts == sorted(firsts)
+    moved = frame.replace(dict(enumerate(order))) if len(frame) else frame
+    assert partition(clusters(n, moved), np.argsort(order).tolist()) == partition(labels, range(n))
+
+
+@few
+@given(corpora(), st.randoms(use_true_random=False))
+def test_the_same_texts_stay_in_any_order_of_rows(texts, dice):
+    rows = [(dice.randrange(3), text) for text in texts]
+
+    def stay(rows):
+        labels = clusters(len(rows), near_pairs([text for _, text in rows]))
+        kept = keep_one(labels, [(rank, *canonical_key(text)) for rank, text in rows])
+        assert [int(kept[labels == label].sum()) for label in set(labels.tolist())] == [1] * len(set(labels.tolist()))
+        return sorted(row for row, keep in zip(rows, kept) if keep)
+
+    assert stay(rows) == stay(dice.sample(rows, len(rows)))
+
+
+def test_a_crowd_keeps_the_same_text_in_any_order(demo):
+    texts = posts(demo[5], 200) + posts(demo[9], 200, seed=1) + demo[:50]
+    kept = set()
+    for turn in range(3):
+        shuffled = random.Random(turn).sample(texts, len(texts))
+        labels = clusters(len(shuffled), near_pairs(shuffled))
+        kept.add(frozenset(itertools.compress(shuffled, keep_one(labels, list(map(canonical_key, shuffled))))))
+    assert len(kept) == 1 and len(kept.pop()) == 50
+
+
+def test_mistakes_are_one_line():
+    frame = pd.DataFrame({"i": [0], "j": [5]})
+    for action in (lambda: clusters(3, frame), lambda: clusters(3, frame - 1), lambda: keep_one([0], []), lambda: leakage(pd.DataFrame({"a": [1]}), frame),
+                   lambda: cluster_report(pd.DataFrame({"speech": ["a"]}), [0], [True])):
+        with pytest.raises(StudyError) as error:
+            action()
+        assert "\n" not in str(error.value)
+
+
+# ---- reports ----
+
+
+@pytest.fixture(scope="module")
+def table(made):
+    texts, _ = made
+    frame = pd.DataFrame({"speech_id": [f"s-{row}" for row in range(len(texts))], "source": "s", "speech": texts,
+                          "split": ["test" if row % 5 == 0 else "train" for row in range(len(texts))]})
+    pairs = near_pairs(texts)
+    labels = clusters(len(texts), pairs)
+    return frame, pairs, labels, keep_one(labels, list(map(canonical_key, texts)))
+
+
+def test_leakage_before_and_after(table):
+    frame, pairs, labels, kept = table
+    before = leakage(frame, pairs)
+    test, train = (frame.speech[frame.split == split].tolist() for split in ("test", "train"))
+    truth = brute_force(test, train, 0.7)
+    assert before["rows"] == 80 and before["pairs"] == len(truth) and before["leaked"] == len({i for i, _ in truth}) > 10
+    assert before["linked"] >= before["leaked"] and before["share"] == before["linked"] / 80
+    left = frame[kept]
+    after = leakage(left, near_pairs(left.speech))
+    assert (after["pairs"], after["leaked"], after["linked"], after["share"]) == (0, 0, 0, 0)
+    assert exact_join(left.speech[left.split == "test"], left.speech[left.split == "train"]).empty
+
+
+def test_rows_linked_through_a_third_are_counted():
+    frame = pd.DataFrame({"split": ["train", "dev", "test", "test"]})
+    assert leakage(frame, pd.DataFrame({"i": [0, 1], "j": [1, 2]})) == {"rows": 2, "pairs": 0, "leaked": 0, "linked": 1, "share": 0.5}
+
+
+def test_cluster_report_shows_each_removed_row(table):
+    frame, _, labels, kept = table
+    report = cluster_report(frame, labels, kept)
+    sizes = np.bincount(labels)
+    assert [cluster["size"] for cluster in report] == sorted(sizes[sizes > 1], reverse=True)
+    members = [member for cluster in report for member in cluster["members"]]
+    assert {m["speech_id"] for m in members if not m["kept"]} == set(frame.speech_id[~kept]) and len(members) == sum(sizes[sizes > 1])
+    for cluster in report:
+        first, *others = cluster["members"]
+        assert first["kept"] and first["similarity"] == 1 and not any(m["kept"] for m in others)
+        assert {labels[int(m["speech_id"][2:])] for m in cluster["members"]} == {cluster["label"]}
+        own = frame.set_index("speech_id").speech
+        for m in others:
+            a, b = shingles(own[first["speech_id"]]), shingles(own[m["speech_id"]])
+            assert m["similarity"] == len(a & b) / len(a | b) and m["excerpt"] == own[m["speech_id"]][:160]
+    json.dumps(report)
+    assert cluster_report(frame.iloc[:0], [], []) == [] == cluster_report(frame.iloc[:2], [0, 1], [True, True])
+
+
+# ---- synthetic speeches and benches ----
+
+
+def test_synthetic_speeches_look_like_speeches():
+    texts, origin = synthetic_speeches(3000, 0.1, seed=2)
+    lengths = np.array(list(map(len, texts)))
+    assert len(texts) == 3000 and 100 <= lengths.min() and lengths.max() <= 1000 and 350 < lengths.mean() < 382
+    copies = np.flatnonzero(origin >= 0)
+    assert len(copies) == 300 and (origin[origin[copies]] == -1).all()
+    assert (jaccard(texts, copies, origin[copies]) >= 0.7).mean() > 0.97
+    assert synthetic_speeches(3000, 0.1, seed=2)[0] == texts
+    assert synthetic_speeches(0)[0] == [] and len(synthetic_speeches(1)[0]) == 1 and (synthetic_speeches(5, 1.0)[1] == -1).all()
+
+
+def test_benches_report_both_libraries_and_honest_memory(made):
+    big = bytearray(300 * 2**20)  # of this process, which must not show in those measured
+    rows = library_comparison(made[0], 0.7)
+    assert [row["library"] for row in rows] == ["rensa", "datasketch"]
+    for row in rows:
+        assert row["wrong"] == 0 and row["recall"] == 1 and row["pairs"] <= row["compared"]
+        assert 0 < row["ready_mb"] <= row["peak_mb"] and row["seconds"] > 0
+    (row,) = growth([200], seed=1)
+    assert row["n"] == 200 and row["pairs"] == len(near_pairs(synthetic_speeches(200, seed=1)[0])) and row["ready_mb"] < 300
+    del big

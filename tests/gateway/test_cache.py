@@ -1,0 +1,380 @@
+"""What was answered stays: over kills, crashes in between, shards and other processes; no reply is asked for twice, no cent counted twice."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from psycopref.gateway.cache import ReplyCache, open_cache
+from psycopref.models.chat import ChatReply, ChatRequest, FreeModel
+from psycopref.core.stages import Run, Shard
+from psycopref.core.settings import StudyError
+from psycopref.gateway.gateway import Gateway, chat_model, open_gateway
+
+from chat_server import message_key, start_server
+from refusals import one_line
+
+HERE = Path(__file__).parents[1] / "servers"
+
+
+def ask(text="Hello", **keywords):
+    return ChatRequest(({"role": "user", "content": text},), **keywords)
+
+
+class Priced(FreeModel):
+    """A dollar a call at most, a quarter in the end."""
+
+    uri = identity = label = "priced"
+    concurrency = 4
+
+    def __init__(self, real=0.25):
+        self.real, self.asked = real, []
+
+    async def answer(self, requests):
+        self.asked += [request.messages[0]["content"] for request in requests]
+        return [ChatReply(f"re: {request.messages[0]['content']}", "stop", 3, 4) for request in requests]
+
+    def most(self, request):
+        return 1.0
+
+    def cost(self, reply):
+        return self.real
+
+
+def caches(run) -> list[str]:
+    return sorted(path.name for path in (run.outputs / "cache").glob("*.sqlite"))
+
+
+@contextlib.contextmanager
+def child(code, *arguments, **environment):
+    """A process that talks by lines; it is killed with its block."""
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, **environment}, cwd=HERE)  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdin.close(), process.stdout.close()
+
+
+def told(process, line: str) -> str:
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+# ---- on the disk before it is seen ----
+
+READER = """
+import json, sqlite3, sys
+for line in sys.stdin:
+    db = sqlite3.connect(sys.argv[1], timeout=10)
+    keys = json.loads(line)
+    print(sum(db.execute("SELECT count(*) FROM replies WHERE key = ?", (key,)).fetchone()[0] for key in keys), flush=True)
+    db.close()
+"""
+
+
+def test_what_the_consumer_has_seen_is_on_the_disk(tmp_path):
+    path, model = tmp_path / "replies.sqlite", Priced()
+    gateway, blocks = Gateway(ReplyCache(path), 1000.0), [[ask(f"{b}-{n}") for n in range(7)] for b in range(25)]
+    with child(READER, path) as reader:
+        for replies, block in zip(gateway.stream(model, iter(blocks)), blocks):
+            assert all(isinstance(reply, ChatReply) for reply in replies)
+            assert told(reader, json.dumps([request.key(model.identity) for request in block])) == "7", "seen by us, but by no other process"
+
+
+# ---- SIGKILL ----
+
+ZYGOTE = """
+import os, sys, itertools, openai, aiohttp, httpx2, pydantic
+from pathlib import Path
+from psycopref.gateway.cache import ReplyCache
+from psycopref.models.chat import ChatRequest
+from psycopref.gateway.gateway import Gateway, chat_model
+
+for line in sys.stdin:  # each line: fork a process that runs the stream and is killed in its midst
+    if (pid := os.fork()) == 0:
+        try:
+            model = chat_model(sys.argv[1], timeout=20)
+            model.concurrency = 8
+            asked = [ChatRequest(({"role": "user", "content": f"question {n}"},)) for n in range(400)]
+            for _ in Gateway(ReplyCache(Path(sys.argv[2]))).stream(model, (asked[i : i + 40] for i in range(0, 400, 40))):
+                pass
+        finally:
+            os._exit(0)
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("gone", flush=True)
+"""
+
+
+def test_a_killed_stream_asks_for_nothing_that_was_kept(tmp_path):
+    path, asked = tmp_path / "replies.sqlite", [ask(f"question {n}") for n in range(400)]
+    with start_server(tmp_path, latency=0.06, seconds=120) as server, child(ZYGOTE, server.uri("m"), path, NO_PROXY="127.0.0.1") as zygote:
+        model = chat_model(server.uri("m"), timeout=20)
+        names = {request.key(model.identity): message_key(list(request.messages)) for request in asked}
+        kept = []
+        for goal in (35, 90, 91, 180, 290):  # answered in all, when the kill comes
+            pid = int(told(zygote, "go"))
+            while server.stats()["answered"] < goal or server.stats()["in_flight"] < 4:
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+            assert zygote.stdout.readline() == "gone\n"
+            database = sqlite3.connect(path)
+            kept.append((time.monotonic(), {names[key] for [key] in database.execute("SELECT key FROM replies")}))
+            database.close()
+        gateway = Gateway(ReplyCache(path))
+        replies = gateway.ask(model, asked)
+        log = [entry for entry in server.log() if entry["event"] == "asked"]
+        for moment, there in kept:
+            assert not there & {entry["key"] for entry in log if entry["t"] > moment}, "a kept reply was asked for again"
+        assert 20 < len(kept[0][1]) < len(kept[-1][1]) < 400, "the kills came in the midst"
+        twice = sum(Counter(entry["key"] for entry in log).values()) - 400
+        assert 0 <= twice <= 5 * 2 * 8 and set(Counter(entry["key"] for entry in log)) == set(names.values())
+        in_flight = sum(len({e["key"] for e in log if e["t"] <= moment} - there) for moment, there in kept)
+        assert twice <= in_flight
+        fresh = Gateway(ReplyCache(tmp_path / "unbroken.sqlite"))
+        assert fresh.ask(model, asked) == replies and gateway.counts[model.uri]["failed"] == 0
+        assert gateway.counts[model.uri]["calls"] == 400 - len(kept[-1][1])
+
+
+# ---- large, and odd ----
+
+
+def test_ten_thousand_replies_are_looked_up_correctly(tmp_path):
+    cache = ReplyCache(tmp_path / "replies.sqlite")
+    whole = {f"{n:064x}": ChatReply(f"reply {n} é\u2028", "length" if n % 7 else "stop", n, 2 * n) for n in range(10_000)}
+    cache.put(whole)
+    chance = random.Random(0)
+    for size in (1, 499, 500, 501, 3000):
+        some = chance.sample(sorted(whole), size) + [f"absent {n}" for n in range(size)]
+        chance.shuffle(some)
+        assert cache.get(some) == {key: whole[key] for key in some if key in whole}
+    assert cache.get(list(whole)) == whole
+    cache.close()
+
+
+def test_a_reply_that_can_t_be_written_ends_the_run(tmp_path):
+    class Odd(Priced):
+        async def answer(self, requests):
+            return [ChatReply("half a face \ud83d") for _ in requests]
+
+    cache = ReplyCache(tmp_path / "replies.sqlite")
+    with pytest.raises(UnicodeEncodeError):
+        Gateway(cache, 100.0).ask(Odd(), [ask(str(n)) for n in range(9)])
+    assert cache.get([ask(str(n)).key("priced") for n in range(9)]) == {}
+
+
+def test_a_cache_that_was_killed_at_its_birth_is_an_empty_one():
+    run = Run("example")
+    (run.outputs / "cache").mkdir(parents=True)
+    for name in ("replies.sqlite", "replies-03_ratings-1-of-3.sqlite"):
+        sqlite3.connect(run.outputs / "cache" / name).execute("PRAGMA journal_mode=WAL").close()
+    shard = open_cache(run, "03_ratings", Shard(1, 2))
+    assert shard.get(["a"]) == {} and shard.spent_before() == 0
+    shard.put({"a": ChatReply("fine")})
+    shard.close()
+    assert open_cache(run).get(["a"]) and caches(run) == ["replies.sqlite"]
+
+
+def test_two_threads_do_not_share_a_transaction(tmp_path):
+    cache, begun, go_on = ReplyCache(tmp_path / "replies.sqlite"), threading.Event(), threading.Event()
+
+    def rows():
+        yield "a", "{}"
+        begun.set()
+        go_on.wait(0.3)  # the other one would write now
+        yield "b", None  # refused: a reply is not null
+
+    failed = []
+    first = threading.Thread(target=lambda: failed.append(one_line(lambda: cache._write(("INSERT INTO replies VALUES (?, ?)", rows())))))
+    first.start()
+    assert begun.wait(10)
+    cache.keep_jobs({"question": "name"})
+    go_on.set()
+    first.join(10)
+    other = sqlite3.connect(tmp_path / "replies.sqlite")
+    assert failed and other.execute("SELECT count(*) FROM replies").fetchone() == (0,), "all or none"
+    assert other.execute("SELECT * FROM jobs").fetchall() == [("question", "name")]
+    other.close()
+
+
+# ---- shards ----
+
+
+def test_shards_write_files_of_their_own_and_read_what_was_before():
+    run = Run("example")
+    whole = open_cache(run)
+    whole.put({"a": ChatReply("before")})
+    whole.close()
+    old = open_cache(run, "03_ratings", Shard(1, 3))
+    old.put({"b": ChatReply("of another number of shards")})
+    old.close()
+    other = open_cache(run, "02_responses", Shard(2, 2))
+    other.put({"c": ChatReply("of another stage")})
+    other.close()
+    first, second = (open_cache(run, "03_ratings", Shard(i, 2)) for i in (1, 2))
+    first.put({"d": ChatReply("first")})
+    second.put({"e": ChatReply("second")})
+    assert set(first.get(list("abcde"))) == set("abcd") and set(second.get(list("abcde"))) == set("abce")
+    assert caches(run) == ["replies-02_responses-2-of-2.sqlite", "replies-03_ratings-1-of-2.sqlite", "replies-03_ratings-1-of-3.sqlite",
+                           "replies-03_ratings-2-of-2.sqlite", "replies.sqlite"]  # fmt: skip
+    for cache in (first, second):
+        cache.close()
+    assert set(open_cache(run).get(list("abcde"))) == set("abcde") and caches(run) == ["replies.sqlite"]
+    assert [path.name for path in (run.outputs / "cache").iterdir() if path.suffix in (".lock", ".working")] == ["replies.lock"]
+
+
+@pytest.mark.parametrize("crash", ["replies-03_ratings-1-of-1.sqlite", "replies-03_ratings-1-of-1.lock"])
+def test_a_crash_after_copying_a_shard_counts_nothing_twice(monkeypatch, crash):
+    run, model = Run("example"), Priced()
+    shard = open_gateway(run, 100.0, "03_ratings", Shard(1, 1))
+    shard.ask(model, [ask(str(n)) for n in range(8)])
+    shard.cache.keep_jobs({"a name": "batch_1"})
+    shard.cache.close()
+    unlink = Path.unlink
+
+    def dies(path, **options):
+        if path.name == crash:
+            raise KeyboardInterrupt("pulled the plug")
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", dies)
+        open_cache(run)
+    for _ in range(2):
+        whole = open_cache(run, "03_ratings")
+        assert whole.bill() == [{"stage": "03_ratings", "model": "priced", "calls": 8, "prompt_tokens": 24, "completion_tokens": 32, "usd": 2.0}]
+        assert whole.jobs(["a name"]) == {"a name": "batch_1"} and len(whole.get([ask(str(n)).key("priced") for n in range(8)])) == 8
+        whole.close()
+
+
+def test_a_shard_that_went_on_after_the_crash_is_counted_once_and_in_full(tmp_path):
+    run, model, whole = Run("example"), Priced(), range(12)
+    shard = open_gateway(run, 100.0, "03_ratings", Shard(1, 1))
+    shard.ask(model, [ask(str(n)) for n in whole[:8]])
+    shard.cache.close()
+    path = shard.cache.path
+    shutil.copy(path, tmp_path / "copy")
+    open_cache(run).close()
+    assert not path.exists()
+    shutil.copy(tmp_path / "copy", path)  # as if the machine had stopped between copying and removing
+    shard = open_gateway(run, 100.0, "03_ratings", Shard(1, 1))
+    shard.ask(model, [ask(str(n)) for n in whole])
+    shard.cache.close()
+    [row] = open_cache(run).bill()
+    assert (row["calls"], row["usd"]) == (12, 3.0) and len(model.asked) == 12
+
+
+HOLDER = """
+import sys
+from psycopref.gateway.cache import open_cache
+from psycopref.models.chat import ChatReply
+from psycopref.core.stages import Run, Shard
+cache = open_cache(Run("example"), "03_ratings", Shard(1, 2))
+cache.put({"held": ChatReply("by the child")})
+print("open", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_shard_belongs_to_one_process():
+    run = Run("example")
+    with child(HOLDER) as holder:
+        assert holder.stdout.readline() == "open\n"
+        assert "another process works on this shard" in one_line(lambda: open_cache(run, "03_ratings", Shard(1, 2)))
+        assert "still at work" in one_line(lambda: open_cache(run))
+        beside = open_cache(run, "03_ratings", Shard(2, 2))  # the other half is free
+        beside.close()
+    again = open_cache(run, "03_ratings", Shard(1, 2))  # killed, so its lock is gone
+    assert again.get(["held"]) == {"held": ChatReply("by the child")}
+    again.close()
+    assert open_cache(run).get(["held"]) and caches(run) == ["replies.sqlite"]
+
+
+def test_a_shard_goes_on_reading_though_a_whole_run_was_refused_meanwhile():
+    run = Run("example")
+    whole = open_cache(run)
+    whole.put({"a": ChatReply("before")})
+    whole.close()
+    shard = open_cache(run, "03_ratings", Shard(1, 2))
+    one_line(lambda: open_cache(run))
+    assert shard.get(["a"]) == {"a": ChatReply("before")}
+    shard.close()
+
+
+def test_nobody_takes_a_file_in_while_a_shard_opens_it(monkeypatch):
+    """The mark comes first: a reply must never go into a file that somebody else has just removed."""
+    run = Run("example")
+    shard = open_cache(run, "03_ratings", Shard(1, 2))
+    shard.put({"a": ChatReply("fine")})
+    shard.close()
+    seen = []
+
+    class Watching(ReplyCache):
+        def __init__(self, path, also=()):
+            if "1-of-2" in path.name:
+                seen.append(one_line(lambda: open_cache(run)))
+            super().__init__(path, also)
+
+    monkeypatch.setattr("psycopref.gateway.cache.ReplyCache", Watching)
+    open_cache(run, "03_ratings", Shard(1, 2)).close()
+    assert len(seen) == 1 and "still at work" in seen[0]
+
+
+# ---- budgets ----
+
+
+def spend_all(run, cap, stage, n, names, real=0.25) -> float:
+    """Run all shards of a stage until each is refused; returns what this took."""
+    taken = 0.0
+    for i in range(1, n + 1):
+        gateway, model = open_gateway(run, cap, stage, Shard(i, n)), Priced(real)
+        with pytest.raises(StudyError, match="budget"):
+            gateway.ask(model, [ask(f"{stage} {next(names)}") for _ in range(200)])
+        taken += real * len(model.asked)
+        gateway.cache.close()
+    return taken
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_shards_never_spend_more_than_the_cap_together(n):
+    run, cap, names = Run("example"), 17.5, itertools.count()
+    before = open_gateway(run, cap)
+    before.ask(Priced(), [ask(f"before {k}") for k in range(8)])
+    before.cache.close()
+    taken = 2.0 + spend_all(run, cap, "03_ratings", n, names)
+    assert cap - n < taken <= cap, "each keeps less than one call's most"
+    taken += spend_all(run, cap, "03_ratings", n, names) + spend_all(run, cap, "03_ratings", n + 1, names) + spend_all(run, cap, "02_responses", n, names)
+    assert taken <= cap, "starting again gives nobody a new share, nor do other shards or another stage"
+    whole = open_gateway(run, cap, "03_ratings")
+    assert whole.spent == pytest.approx(taken) and whole.cache.spent() == pytest.approx(taken)
+    with pytest.raises(StudyError, match="budget"):
+        whole.ask(Priced(1.0), [ask(f"after {k}") for k in range(50)])
+    assert whole.spent <= cap
+
+
+def test_the_books_of_a_stage_span_its_shards_and_runs():
+    run = Run("example")
+    for i in (1, 2):
+        gateway = open_gateway(run, 100.0, "03_ratings", Shard(i, 2))
+        gateway.ask(Priced(), [ask(f"{i} {n}") for n in range(5)])
+        assert gateway.books() == [{"stage": "03_ratings", "model": "priced", "calls": 5, "prompt_tokens": 15, "completion_tokens": 20, "usd": 1.25}]
+        gateway.cache.close()
+    whole, model = open_gateway(run, 100.0, "03_ratings"), Priced()
+    whole.ask(model, [ask(f"{i} {n}") for i in (1, 2) for n in range(5)])
+    assert not model.asked and whole.books() == [{"stage": "03_ratings", "model": "priced", "calls": 10, "prompt_tokens": 30, "completion_tokens": 40, "usd": 2.5}]

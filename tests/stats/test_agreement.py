@@ -1,0 +1,224 @@
+"""Raters: equality with the package krippendorff, scikit-learn and scipy, raters that may be permuted, and intervals that cover."""
+
+
+import krippendorff
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import kendalltau, spearmanr
+from sklearn.metrics import cohen_kappa_score
+
+from refusals import value_error
+
+from psycopref.stats.scores import win_interval
+from psycopref.stats.agreement import (
+    LEVELS,
+    alpha_interval,
+    krippendorff_alpha,
+    pairwise_agreement,
+    rank_correlation,
+    ratings_matrix,
+)
+
+TIGHT = 1e-9
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def gappy(draw):
+    """Ratings from 1 to 5 of two to five raters, some missing, that α is defined on."""
+    raters, items = draw(st.integers(2, 5)), draw(st.integers(2, 15))
+    cell = st.sampled_from([1.0, 2.0, 3.0, 5.0, np.nan])
+    ratings = np.array(draw(st.lists(cell, min_size=raters * items, max_size=raters * items))).reshape(raters, items)
+    paired = (~np.isnan(ratings)).sum(axis=0) >= 2
+    assume(len(set(ratings[:, paired][~np.isnan(ratings[:, paired])])) > 1)
+    return ratings
+
+
+def long_form(ratings, names=None, speeches=None):
+    """Rows of item, rater and label."""
+    raters, items = np.shape(ratings)
+    rows = [(i, (names or "abcdefgh")[r], ratings[r][i]) for r in range(raters) for i in range(items)]
+    frame = pd.DataFrame(rows, columns=["item", "rater", "label"])
+    return frame if speeches is None else frame.assign(speech_id=[speeches[i] for i in frame.item])
+
+
+def two_raters(n, rng, share=0.5, right=0.93):
+    """Two raters of a hidden label, each right with the same probability."""
+    hidden = rng.random(n) < share
+    return np.where(rng.random((2, n)) < right, hidden, ~hidden).astype(int)
+
+
+# ---- Krippendorff's α ----
+
+
+@few
+@given(gappy(), st.sampled_from(LEVELS))
+def test_alpha_equals_the_package(ratings, level):
+    # only labels that meet another count; the package's value domain would also hold those of lonely items, which changes nothing
+    assert krippendorff_alpha(ratings, level) == pytest.approx(krippendorff.alpha(ratings, level_of_measurement=level), abs=TIGHT)
+
+
+@few
+@given(gappy(), st.sampled_from(LEVELS), st.randoms(use_true_random=False))
+def test_permuting_raters_or_items_changes_nothing(ratings, level, random):
+    rows, columns = list(range(len(ratings))), list(range(ratings.shape[1]))
+    random.shuffle(rows)
+    random.shuffle(columns)
+    mixed = ratings[rows][:, columns]
+    assert krippendorff_alpha(mixed, level) == pytest.approx(krippendorff_alpha(ratings, level), abs=TIGHT)
+    assert alpha_interval(mixed, level, samples=50) == pytest.approx(alpha_interval(ratings, level, samples=50), abs=1e-6)
+
+
+@few
+@given(gappy())
+def test_alpha_is_blind_to_what_its_level_is_blind_to(ratings):
+    renamed = np.select([ratings == v for v in (1, 2, 3, 5)], [3.0, 1.0, 5.0, 2.0], np.nan)
+    assert krippendorff_alpha(renamed) == pytest.approx(krippendorff_alpha(ratings), abs=TIGHT)
+    assert krippendorff_alpha(ratings**3, "ordinal") == pytest.approx(krippendorff_alpha(ratings, "ordinal"), abs=TIGHT)
+    assert krippendorff_alpha(10 - 2 * ratings, "interval") == pytest.approx(krippendorff_alpha(ratings, "interval"), abs=TIGHT)
+
+
+@few
+@given(gappy(), st.sampled_from(LEVELS))
+def test_lonely_labels_and_silent_raters_count_for_nothing(ratings, level):
+    lonely = np.full((len(ratings) + 1, 2), np.nan)
+    lonely[0, 0] = 4.0
+    wider = np.hstack([np.vstack([ratings, np.full((1, ratings.shape[1]), np.nan)]), lonely])
+    assert krippendorff_alpha(wider, level) == pytest.approx(krippendorff_alpha(ratings, level), abs=TIGHT)
+
+
+def test_two_complete_raters_are_nearly_kappa():
+    a, b = two_raters(5000, np.random.default_rng(0))
+    assert krippendorff_alpha([a, b]) == pytest.approx(cohen_kappa_score(a, b), abs=0.002)
+
+
+def test_text_labels_are_nominal():
+    ratings = [["win", "loss", "win", None], ["win", "tie", "win", "loss"], ["loss", "loss", None, "loss"]]
+    codes = {"win": 0.0, "loss": 1.0, "tie": 2.0, None: np.nan}
+    assert krippendorff_alpha(ratings) == pytest.approx(krippendorff.alpha([[codes[v] for v in row] for row in ratings], level_of_measurement="nominal"), abs=TIGHT)
+    assert krippendorff_alpha(ratings_matrix(long_form(ratings).dropna())) == pytest.approx(krippendorff_alpha(ratings), abs=TIGHT)
+
+
+@few
+@given(gappy(), st.sampled_from(LEVELS))
+def test_the_interval_holds_alpha_and_has_a_width(ratings, level):
+    low, high = alpha_interval(ratings, level, samples=60)
+    assert low <= krippendorff_alpha(ratings, level) <= high <= 1 + TIGHT and high - low > 1e-3
+
+
+# ---- pairs ----
+
+
+@few
+@given(st.lists(st.tuples(*[st.sampled_from("xyz")] * 3), min_size=2, max_size=25))
+def test_pairs_equal_sklearn_and_may_be_permuted(items):
+    ratings = list(zip(*items))
+    table = pairwise_agreement(long_form(ratings), samples=50)
+    assert table[["first", "second"]].values.tolist() == [["a", "b"], ["a", "c"], ["b", "c"]] and (table.n == len(items)).all()
+    for row in table.itertuples():
+        a, b = (ratings["abc".index(name)] for name in (row.first, row.second))
+        assert row.agreement == pytest.approx(100 * np.mean([x == y for x, y in zip(a, b)]), abs=TIGHT)
+        assert row.low <= row.agreement <= row.high
+        if len({*a, *b}) == 1:
+            assert np.isnan([row.kappa, row.kappa_low, row.kappa_high]).all()
+        else:
+            assert row.kappa == pytest.approx(cohen_kappa_score(a, b), abs=TIGHT) and row.kappa_low <= row.kappa <= row.kappa_high
+    swapped = pairwise_agreement(long_form(ratings[::-1], "cba"), samples=50)  # the same raters, named in the other order
+    swapped = swapped.assign(first=swapped.second, second=swapped["first"]).iloc[::-1].reset_index(drop=True)
+    numbers = ["n", "agreement", "low", "high", "kappa"]
+    pd.testing.assert_frame_equal(swapped[["first", "second", *numbers]], table[["first", "second", *numbers]], rtol=1e-9)
+    shuffled = long_form(ratings).sample(frac=1, random_state=2)
+    shuffled = shuffled.sort_values("rater", kind="stable")  # items in disorder, raters in the order of the table
+    pd.testing.assert_frame_equal(pairwise_agreement(shuffled, samples=50), table, rtol=1e-9)
+
+
+def test_only_shared_items_are_compared_and_none_is_told():
+    long = pd.DataFrame([(0, "a", 1), (1, "a", 2), (1, "b", 2), (2, "b", 1), (3, "c", 1)], columns=["item", "rater", "label"])
+    table = pairwise_agreement(long).set_index(["first", "second"])
+    assert table.n.tolist() == [1, 0, 0] and table.loc[("a", "b"), "agreement"] == 100
+    assert table.loc[("a", "c")].drop("n").isna().all()
+    missing = pd.concat([long, pd.DataFrame([(0, "b", np.nan)], columns=long.columns)])
+    pd.testing.assert_frame_equal(pairwise_agreement(missing).set_index(["first", "second"]), table)
+
+
+def test_agreement_has_the_interval_of_a_share_by_speech():
+    a, b = two_raters(60, np.random.default_rng(4))
+    speeches = np.repeat(np.arange(20), 3)
+    row = pairwise_agreement(long_form([a, b], speeches=speeches), cluster="speech_id").iloc[0]
+    assert (row.low, row.high) == pytest.approx(win_interval(a == b, speeches), abs=TIGHT)
+    copies = pairwise_agreement(long_form(np.tile([a, b], 4), speeches=np.tile(np.arange(60), 4)), cluster="speech_id").iloc[0]
+    once = pairwise_agreement(long_form([a, b])).iloc[0]
+    assert copies[["low", "high", "kappa_low", "kappa_high"]].tolist() == pytest.approx(once[["low", "high", "kappa_low", "kappa_high"]].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("n", "share", "lowest"), [(20, 0.5, 0.85), (79, 0.5, 0.91), (200, 0.9, 0.91)])
+def test_intervals_of_alpha_and_kappa_cover(n, share, lowest):
+    rng, alpha_held, kappa_held = np.random.default_rng(n), [], []
+    # α of endlessly many items: disagreement of two independent slips over that of two dealt labels
+    ones = share * 0.93 + (1 - share) * 0.07
+    truth = 1 - (2 * 0.93 * 0.07) / (2 * ones * (1 - ones))
+    for trial in range(300):
+        ratings = two_raters(n, rng, share)
+        low, high = alpha_interval(ratings, samples=300, seed=trial)
+        alpha_held.append(low <= truth <= high)
+        codes, counts = np.unique(ratings, axis=1, return_counts=True)
+        if trial < 100:
+            row = pairwise_agreement(long_form(ratings), samples=300, seed=trial).iloc[0]
+            kappa_held.append(row.kappa_low <= truth <= row.kappa_high)
+    assert lowest < np.mean(alpha_held) < 0.995 and np.mean(kappa_held) > lowest - 0.05
+
+
+def test_perfect_agreement_on_few_items_is_no_certainty():
+    perfect = [[1, 2] * 5] * 2
+    assert krippendorff_alpha(perfect) == 1 and alpha_interval(perfect)[0] < 0.8
+    row = pairwise_agreement(long_form(perfect)).iloc[0]
+    assert row.kappa == 1 == row.kappa_high and row.kappa_low < 0.8 and row.low < 90
+
+
+# ---- ranks ----
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=20))
+def test_rank_correlation_is_scipys_and_symmetric(items):
+    a, b = map(list, zip(*items))
+    assume(len(set(a)) > 1 and len(set(b)) > 1)
+    found = rank_correlation(a, b)
+    assert found["spearman"] == pytest.approx(spearmanr(a, b).statistic, abs=TIGHT) and found["kendall"] == pytest.approx(kendalltau(a, b).statistic, abs=TIGHT)
+    turned = rank_correlation(b, [-x for x in a])
+    assert turned["spearman"] == pytest.approx(-found["spearman"], abs=TIGHT) and turned["kendall"] == pytest.approx(-found["kendall"], abs=TIGHT)
+    assert found["n"] == len(items)
+
+
+# ---- refusals ----
+
+table = long_form([["x", "y"], ["x", "y"]])
+REFUSED = {
+    "one label": (lambda: krippendorff_alpha([["x", "x"], ["x", None]]), "all labels are 'x'"),
+    "one label among the paired": (lambda: krippendorff_alpha([[1, 1, 2], [1, 1, None]]), "all labels are 1"),
+    "nobody meets": (lambda: krippendorff_alpha([[1, None], [None, 2]]), "labels of two raters"),
+    "one rater": (lambda: krippendorff_alpha([[1, 2]]), "labels of two raters"),
+    "one dimension": (lambda: krippendorff_alpha([1, 2]), "shape"),
+    "text and numbers": (lambda: krippendorff_alpha([["1", "2"], [1, 2]]), "text and numbers"),
+    "text as scores": (lambda: krippendorff_alpha([["1", "2"], ["1", "2"]], "ordinal"), "text '1'"),
+    "unknown level": (lambda: krippendorff_alpha([[1, 2], [1, 2]], "ratio"), "'ratio'"),
+    "interval of one label": (lambda: alpha_interval([[1, 1], [1, 1]]), "all labels"),
+    "too many values": (lambda: alpha_interval(np.arange(404).reshape(2, 202), "interval"), "404 different"),
+    "ids of other length": (lambda: alpha_interval([[1, 2], [1, 2]], clusters=[1, 2, 3]), "clusters"),
+    "coverage in percent": (lambda: alpha_interval([[1, 2], [1, 2]], coverage=95), "0.95"),
+    "rated twice": (lambda: pairwise_agreement(pd.concat([table, table[:1]])), "'a' has labelled item 0 twice"),
+    "one rater in the frame": (lambda: pairwise_agreement(table[:2]), "at least two"),
+    "no column": (lambda: ratings_matrix(table.drop(columns="label")), "label"),
+    "no rows": (lambda: ratings_matrix(table[:0]), "0 rows"),
+    "no such cluster": (lambda: pairwise_agreement(table, cluster="speech_id"), "'speech_id'"),
+    "constant scores": (lambda: rank_correlation([1, 1], [1, 2]), "nothing to rank"),
+    "a gap": (lambda: rank_correlation([1, np.nan], [1, 2]), "with gaps"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_are_one_line_and_say_what_was_expected(name):
+    value_error(*REFUSED[name], "raters")

@@ -1,0 +1,150 @@
+"""The repository agrees with itself: notebooks and modules, pins, import order, licence of notebooks' form."""
+
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+WINGS = ["core", "stats", "models", "rater", "gateway", "corpus", "feedback", "training", "evaluation", "experiments", "run"]
+MOST_ROOMS = {"training": 12}  # ten, once the two cards are one, and watching and its points
+CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
+ROOMS = sorted(path for wing in WINGS for path in (REPOSITORY / "nbs" / wing).glob("[0-9]*.ipynb"))
+BIN = Path(sys.executable).parent
+
+
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+def exports(path):
+    return ["".join(c["source"]) for c in cells(path) if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| export")]
+
+
+@pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])
+def test_export_and_clean_leave_no_difference(command, tmp_path):
+    for name in ("nbs", "psycopref", "settings.ini", "README.md", "pyproject.toml"):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name, **({"ignore": shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")} if source.is_dir() else {}))
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    subprocess.run([str(BIN / command)], cwd=tmp_path, check=True, capture_output=True)
+    after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {k for k in before if after.get(k) != before[k]} | (after.keys() - before.keys()) == set()
+
+
+def wing_and_number(path):
+    return WINGS.index(path.parent.name), int(path.name.split("_")[0])
+
+
+def imported(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "psycopref":
+            yield from [node.module] if node.module.count(".") == 2 else [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("psycopref."))
+
+
+def test_rooms_import_lower_wings_and_lower_rooms():
+    from psycopref.run.runner import code_cells, notebook_of_modules
+
+    notebooks = notebook_of_modules(REPOSITORY / "nbs")
+    assert len(notebooks) == len(ROOMS)
+    for path in ROOMS:
+        for module in {name for source in code_cells(path) for name in imported(source)}:
+            other = notebooks[module.removeprefix("psycopref.")]
+            assert wing_and_number(other) < wing_and_number(path), f"{path.parent.name}/{path.name} imports {module}, which comes later"
+
+
+def test_chapters_are_imported_by_nobody_and_bear_no_name_of_a_wing():
+    from psycopref.core.stages import STAGES
+
+    assert [path.stem for path in CHAPTERS] == list(STAGES)
+    assert not {path.stem.split("_", 1)[1] for path in CHAPTERS} & {*WINGS}
+    assert not any("#| export" in source for path in CHAPTERS for source in exports(path)), "a chapter defines nothing that others could import"
+
+
+def test_the_folders_of_notebooks_are_the_wings():
+    folders = {path.name for path in (REPOSITORY / "nbs").iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    assert folders == {*WINGS, "guide"}
+    rooms = {wing: sum(path.parent.name == wing for path in ROOMS) for wing in WINGS}
+    assert all(n <= MOST_ROOMS.get(wing, 10) for wing, n in rooms.items()), rooms
+
+
+def test_each_module_has_one_notebook():
+    exported = [re.search(r"#\| default_exp ([\w.]+)", "".join(c["source"])) for path in ROOMS for c in cells(path)]
+    names = [match[1] for match in exported if match]
+    assert len(names) == len(set(names)) == len(ROOMS)
+    assert all(name == f"{path.parent.name}.{path.stem.split('_', 1)[1]}" for name, path in zip(names, ROOMS))
+
+
+def test_stage_notebooks_have_their_parameters():
+    from psycopref.core.stages import STAGES
+    from psycopref.run.runner import notebook_parameters
+
+    for stage in STAGES:
+        assert {"PROFILE", "RUN", "SEED", "OVERRIDES"} <= notebook_parameters(REPOSITORY / "nbs" / f"{stage}.ipynb").keys()
+
+
+def test_the_top_level_holds_what_was_meant():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    top = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    assert top <= {".ci", ".gitattributes", ".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "Snakefile", "constraints.txt", "environment.yml",
+                   "figures", "nbs", "outputs", "psycopref", "pyproject.toml", "settings.ini", "tests"}  # fmt: skip
+
+
+def test_papermill_reads_every_parameter():
+    from papermill.inspection import inspect_notebook
+
+    from psycopref.run.runner import notebook_parameters
+
+    for path in CHAPTERS:
+        if '"parameters"' in path.read_text():
+            assert list(inspect_notebook(str(path))) == list(notebook_parameters(path)), f"{path.name}: an = in a comment makes papermill lose a parameter"
+
+
+def test_light_modules_stay_light():
+    code = ("import sys, psycopref, psycopref.core.settings, psycopref.core.prompts, psycopref.stats.scores, psycopref.rater.rubric, psycopref.stats.intervals, psycopref.stats.agreement, psycopref.stats.length_control;"
+            "print([m for m in ('torch', 'transformers', 'pandas', 'sklearn', 'scipy', 'matplotlib', 'openai', 'trl') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def requirement_names(text):
+    return {re.split(r"[<>=!~ \[]", item)[0].lower() for item in text.split()}
+
+
+def test_requirements_agree_and_are_pinned():
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(REPOSITORY / "settings.ini")
+    ours = settings["DEFAULT"]
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    dependencies = ast.literal_eval("[" + re.search(r"^dependencies = \[(.*?)^\]", project, re.S | re.M)[1] + "]")
+    development = ast.literal_eval(re.search(r"^dev = (\[.*?\])", project, re.S | re.M)[1])
+    assert requirement_names(ours["requirements"]) == {d.lower() for d in dependencies}
+    assert requirement_names(ours["dev_requirements"]) == {d.lower() for d in development}
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {d.lower() for d in [*dependencies, *development]} <= pinned
+    environment = (REPOSITORY / "environment.yml").read_text()
+    assert "--constraint constraints.txt" in environment and "--editable .[dev]" in environment
+
+
+def test_prompts_and_data_travel_with_the_package():
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    assert '"resources/**/*"' in project and "[tool.setuptools.packages.find]" in project
+    rows = [json.loads(line) for line in (REPOSITORY / "psycopref/resources/demo_speeches.jsonl").read_text().splitlines()]
+    from psycopref.core.paper import coarse_of
+
+    topics = [row["topic"] for row in rows]
+    assert len(rows) == 336 and all(topics.count(topic) == 8 for topic in coarse_of())
+    assert all(100 <= len(row["speech"]) <= 1000 for row in rows)
+    sentences = [s.lower() for row in rows for s in re.split(r"(?<=[.!?]) ", row["speech"]) if len(s) > 25]
+    assert len(sentences) == len(set(sentences)), "no two speeches share a sentence"
+    opening = [" ".join(row["speech"].lower().split()[:3]) for row in rows]
+    assert max(map(opening.count, opening)) <= 4, "no template"

@@ -1,0 +1,226 @@
+"""Our packed trainers against trl's own: same loss, same gradients, in float32, for five architectures."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from psycopref.core.settings import LoraSettings
+from psycopref.training.packing import dpo_trainer, enable_packing, lay_out, reward_trainer
+from psycopref.training.texts import add_lora, dialogue, prompt_messages
+from psycopref.models.weights import find_weights, load_tokenizer
+
+PAIRS = [
+    ("I count the stairs every morning before work.", "It sounds tiring. What would happen if you lost count?", "Stop."),
+    ("No.", "I hear a clear no. What stands behind it?", "You should really talk about your feelings, because that is what people do here."),
+    ("My sister moved out in March and the house is loud with it.", "You miss her.", "You miss her. How do the evenings feel?"),
+]
+SMALL = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+GROUPED = SMALL | dict(num_key_value_heads=2)
+ARCHITECTURES = {
+    "llama": GROUPED, "qwen2": GROUPED, "qwen3": GROUPED | dict(head_dim=8), "gemma": GROUPED | dict(head_dim=8),
+    "gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0),
+    "gemma3_text": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "mistral": GROUPED | dict(sliding_window=16), "gpt_neox": SMALL,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(find_weights("random-tiny"))
+
+
+def make(architecture, kind, tokenizer):
+    "A random tiny model of an architecture; a sliding window of 16 is shorter than the texts."
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    assert len(tokenizer) <= 1024
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1)
+    torch.manual_seed(0)
+    model = (AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM).from_config(config).float().eval()
+    if architecture == "gemma2":  # SDPA knows no soft cap, so its plain pass is eager, as transformers advises
+        model.set_attn_implementation("eager")
+    return model
+
+
+def dataset(kind, tokenizer):
+    from datasets import Dataset
+
+    if kind == "reward":
+        return Dataset.from_list([{f"{side}_ids": tokenizer(dialogue(tokenizer, q, text)).input_ids for side, text in (("chosen", c), ("rejected", r))} for q, c, r in PAIRS])
+    return Dataset.from_list([{"prompt": prompt_messages(q), "chosen": [{"role": "assistant", "content": c}], "rejected": [{"role": "assistant", "content": r}]} for q, c, r in PAIRS])
+
+
+def move(model, lora):
+    "Take the policy away from its reference, so that a comparison sees more than ln 2."
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or (not lora and "layers.1.mlp" in name):
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05
+
+
+def build(kind, ours, architecture, tokenizer, tmp_path, lora, moved=True, rows=None, **more):
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    common = dict(output_dir=str(tmp_path / f"{kind}-{ours}"), per_device_train_batch_size=len(PAIRS), bf16=False, use_cpu=True, report_to="none",
+                  gradient_checkpointing=False, seed=3, data_seed=3, disable_tqdm=True, max_length=None) | more
+    torch.manual_seed(0)
+    model = add_lora(make(architecture, kind, tokenizer), LoraSettings(rank=lora, alpha=8), head=kind == "reward")
+    args = RewardConfig(**common) if kind == "reward" else DPOConfig(**({"precompute_ref_log_probs": True, "beta": 0.1} | common))
+    stock, mine = (RewardTrainer, reward_trainer()) if kind == "reward" else (DPOTrainer, dpo_trainer())
+    if moved:
+        move(model, lora)
+    reference = {"ref_model": make(architecture, kind, tokenizer)} if kind == "dpo" else {}
+    return (mine if ours else stock)(model=model, args=args, train_dataset=rows or dataset(kind, tokenizer), processing_class=tokenizer, **reference)
+
+
+def gradients(trainer):
+    "Loss and gradients of one full batch."
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model.train()
+    model.zero_grad()
+    loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[1].keys() == theirs[1].keys() and ours[1]
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-7, name  # a bias that cancels in a pair has rounding for a gradient
+
+
+def both(kind, architecture, tokenizer, tmp_path, lora, **more):
+    found = []
+    for ours in (False, True):
+        trainer = build(kind, ours, architecture, tokenizer, tmp_path, lora, **more)
+        assert not ours or trainer.not_packed == "", "the packed way was taken"
+        found.append(gradients(trainer))
+    return found
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reward_loss_and_gradients_equal_trl(architecture, lora, tokenizer, tmp_path):
+    theirs, ours = both("reward", architecture, tokenizer, tmp_path, lora)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("more", [{"center_rewards_coefficient": 0.1}, {"gradient_checkpointing": True}])
+def test_options_of_the_reward_loss_equal_trl(more, tokenizer, tmp_path):
+    theirs, ours = both("reward", "llama", tokenizer, tmp_path, 4, **more)
+    assert_equal(ours, theirs)
+
+
+def test_margins_equal_trl(tokenizer, tmp_path):
+    rows = dataset("reward", tokenizer).add_column("margin", [1.0, 0.0, 2.5])
+    theirs, ours = both("reward", "llama", tokenizer, tmp_path, 0, rows=rows)
+    without = gradients(build("reward", True, "llama", tokenizer, tmp_path, 0))
+    assert_equal(ours, theirs)
+    assert ours[0] > without[0] + 0.1, "a margin asks for more"
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("architecture, more", [*((name, {}) for name in ARCHITECTURES), ("llama", {"label_smoothing": 0.1, "loss_type": ["robust"]}), ("llama", {"label_smoothing": 0.1, "loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.3]}),
+                                                ("llama", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}), ("llama", {"ld_alpha": 0.5}),
+                                                ("llama", {"precompute_ref_log_probs": False}), ("llama", {"gradient_checkpointing": True})])
+def test_dpo_loss_and_gradients_equal_trl(architecture, more, lora, tokenizer, tmp_path):
+    theirs, ours = both("dpo", architecture, tokenizer, tmp_path, lora, **more)
+    assert_equal(ours, theirs)
+
+
+def test_first_dpo_loss_is_ln_2(tokenizer, tmp_path):
+    "trl issues 2423 and 1962: a wrong precomputed reference shows here."
+    loss, _ = gradients(build("dpo", True, "llama", tokenizer, tmp_path / "plain", 0, moved=False))
+    assert loss == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_a_moved_adapter_changes_the_loss(tokenizer, tmp_path):
+    "The equality above would be empty if adapters had no effect."
+    loss, _ = gradients(build("dpo", True, "llama", tokenizer, tmp_path / "moved", 4))
+    assert abs(loss - 0.6931472) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_reward_is_the_same_alone_in_a_pack_and_padded(architecture, tokenizer):
+    model, padded = make(architecture, "reward", tokenizer), make(architecture, "reward", tokenizer)
+    assert enable_packing(model) == ""
+    groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in (c, r, c + " " + r)] for q, c, r in PAIRS]
+    flat = [text for group in groups for text in group]
+    with torch.no_grad():
+        packed = model(input_ids=torch.tensor([text[-1:] for text in flat]), pack=lay_out(groups)).logits.squeeze(-1)
+        rows = padded(**tokenizer.pad({"input_ids": flat}, return_tensors="pt", padding_side="right")).logits.squeeze(-1)
+        alone = torch.cat([padded(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
+        still = torch.cat([model(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
+    assert rows.std() > 1e-3, "rewards that differ"
+    assert torch.allclose(packed, alone, atol=2e-5) and torch.allclose(rows, alone, atol=2e-5)
+    assert torch.equal(still, alone), "a plain call is untouched by packing"
+
+
+def test_answers_and_pairs_do_not_see_each_other(tokenizer):
+    model = make("llama", "reward", tokenizer)
+    enable_packing(model)
+
+    def rewards(*groups):
+        groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in answers] for q, *answers in groups]
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([[0]] * sum(map(len, groups))) + 5, pack=lay_out(groups)).logits.squeeze(-1).tolist()
+
+    first = rewards(("No.", "I see.", "What then?"), ("Yes.", "Good."))
+    second = rewards(("No.", "I see.", "Entirely different words here!"), ("Perhaps.", "Good."))
+    assert first[0] == pytest.approx(second[0], abs=1e-5)
+    assert first[1] != pytest.approx(second[1], abs=1e-3) and first[2] != pytest.approx(second[2], abs=1e-3)
+
+
+def test_a_copied_model_runs_its_own_weights(tokenizer):
+    model = make("llama", "reward", tokenizer)
+    enable_packing(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight += 1
+        pack = lay_out([[[5, 6, 7], [5, 6, 8]]])
+        ids = torch.tensor([[7], [8]])
+        assert not torch.allclose(model(input_ids=ids, pack=pack).logits, other(input_ids=ids, pack=pack).logits)
+
+
+def test_a_model_that_cannot_is_trained_the_plain_way_and_says_so(tokenizer, tmp_path):
+    "BLOOM's attention has a bias by distance: its loss still equals trl's, by trl's own way."
+    from transformers import BloomConfig, BloomForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    found = []
+    for trainer in (RewardTrainer, reward_trainer()):
+        torch.manual_seed(0)
+        model = BloomForSequenceClassification(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id))
+        args = RewardConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, seed=3, max_length=None)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            built = trainer(model=model, args=args, train_dataset=dataset("reward", tokenizer), processing_class=tokenizer)
+        found.append(gradients(built)[0])
+    assert found[0] == found[1] and built.not_packed
+    assert any("does not take packed pairs" in str(warning.message) for warning in said)
+
+
+def test_a_model_with_attention_dropout_is_trained_the_plain_way(tokenizer):
+    model = make("llama", "reward", tokenizer)
+    model.config.attention_dropout = 0.1
+    assert "dropout" in enable_packing(model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_neox"])
+def test_bfloat16_on_a_cpu_is_as_near_to_float32_as_eager_attention(architecture, tokenizer, tmp_path):
+    "There packs attend by matrix products, with scores rounded as in transformers' eager attention; gradients must not be further off than there."
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for ours in (False, True):
+            trainer = build("reward", ours, architecture, tokenizer, tmp_path, 0)
+            trainer.model.to(dtype)
+            if not ours:
+                trainer.model.set_attn_implementation("eager")
+            loss, own = gradients(trainer)
+            found[dtype, ours] = loss, torch.cat([gradient.float().flatten() for _, gradient in sorted(own.items())])
+    exact = found[torch.float32, False]
+    off = {ours: (found[torch.bfloat16, ours][1] - exact[1]).norm() / exact[1].norm() for ours in (False, True)}
+    assert off[True] < max(1.5 * off[False], 0.02) and abs(found[torch.bfloat16, True][0] - exact[0]) < 0.05

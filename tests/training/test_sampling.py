@@ -1,0 +1,536 @@
+"""Candidates: the same after any interruption, from each engine, and nothing left behind in memory or among the processes."""
+
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import weakref
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, given, settings as trials
+from hypothesis import strategies as st
+
+from psycopref.training import sampling
+from psycopref.core.settings import IterSettings
+from psycopref.models.generation import Decoding, Sample, generate
+from psycopref.training.sampling import open_sampler, sample_candidates, score_candidates
+from psycopref.training.texts import prompt_messages
+from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+
+from refusals import one_line
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SERVER = Path(__file__).parents[1] / "servers" / "sampling_server.py"
+SPEECHES = {f"s{i}": "I count the stairs. " * (1 + i % 3) + f"It is {i} now." for i in range(7)}
+HOW = Decoding(max_tokens=5, temperature=1.0, top_k=50, seed=3)
+BLOCKS = IterSettings(block=2)
+
+
+@pytest.fixture
+def tiny():
+    return find_weights("random-tiny")
+
+
+def sampled(tiny, folder, speeches=SPEECHES, settings=BLOCKS, how=HOW, n=2, dtype="float32"):
+    return sample_candidates(tiny, speeches, folder, settings, how, n, dtype, "test")
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Count how often the local engine is opened, and what it is asked."""
+    seen = {"opened": 0, "prompts": 0}
+    load, ask = sampling.load_causal_lm, sampling.generate
+    monkeypatch.setattr(sampling, "load_causal_lm", lambda *a: (seen.update(opened=seen["opened"] + 1), load(*a))[1])
+    monkeypatch.setattr(sampling, "generate", lambda m, t, prompts, *a, **k: (seen.update(prompts=seen["prompts"] + len(prompts)), ask(m, t, prompts, *a, **k))[1])
+    return seen
+
+
+# ---- blocks ----
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shared_cache):
+    with patch.dict(os.environ, {"PSYCOPREF_CACHE": shared_cache}):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, sampled(find_weights("random-tiny"), folder)
+
+
+def test_candidates_come_in_the_order_of_the_speeches_and_differ(whole):
+    folder, samples = whole
+    assert list(samples) == list(SPEECHES) and all(len(group) == 2 for group in samples.values())
+    assert len({sample.text for group in samples.values() for sample in group}) > 10
+    assert sorted(path.name for path in folder.iterdir()) == [f"block-000{i}.json" for i in range(4)]
+
+
+@trials(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kept=st.sets(st.integers(0, 3)), torn=st.integers(0, 3), share=st.floats(0, 0.99), backwards=st.booleans())
+def test_any_blocks_lost_or_torn_the_samples_are_the_same(tiny, whole, tmp_path_factory, kept, torn, share, backwards):
+    source, samples = whole
+    folder = tmp_path_factory.mktemp("again")
+    for i in kept:
+        body = (source / f"block-000{i}.json").read_bytes()
+        (folder / f"block-000{i}.json").write_bytes(body[: int(share * len(body))] if i == torn else body)
+    (folder / ".block-0002.json.77.partial").write_text("{")
+    speeches = dict(reversed(SPEECHES.items())) if backwards else SPEECHES
+    assert sampled(tiny, folder, speeches) == samples
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in source.iterdir()}
+
+
+def test_what_is_done_is_not_done_again(tiny, whole, tmp_path, opened):
+    source, samples = whole
+    for i in (0, 1, 3):
+        (tmp_path / f"block-000{i}.json").write_bytes((source / f"block-000{i}.json").read_bytes())
+    assert sampled(tiny, tmp_path) == samples and opened == {"opened": 1, "prompts": 2}
+    assert sampled(tiny, tmp_path) == samples and opened == {"opened": 1, "prompts": 2}
+    assert sampled(tiny, tmp_path, {}) == {} and opened["opened"] == 1
+
+
+@pytest.mark.parametrize("change", [
+    dict(speeches=SPEECHES | {"s0": "Another day."}), dict(how=dataclasses.replace(HOW, temperature=0.7)), dict(how=dataclasses.replace(HOW, seed=4)),
+    dict(how=dataclasses.replace(HOW, max_tokens=4)), dict(n=3), dict(settings=IterSettings(block=3)), dict(dtype="bfloat16")])  # fmt: skip
+def test_blocks_made_of_something_else_are_made_again(tiny, whole, tmp_path, change):
+    source, samples = whole
+    for path in source.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    found = sampled(tiny, tmp_path, **change)
+    assert found != samples and found == sampled(tiny, tmp_path / "fresh", **change)
+    expected = -(-len(SPEECHES) // change.get("settings", BLOCKS).block)
+    assert len(list(tmp_path.glob("block-*.json"))) == expected, "blocks of another size are taken away"
+
+
+@pytest.mark.parametrize("change", [{"revision": "f" * 64}, {"engine": "server"}])
+def test_another_policy_or_engine_makes_other_blocks(tiny, tmp_path, change):
+    kinds = [sampling.plan_blocks(sampling.weights_identity(dataclasses.replace(tiny, **{k: v for k, v in own.items() if k == "revision"})), SPEECHES, tmp_path,
+                                  IterSettings(block=2, **{k: v for k, v in own.items() if k == "engine"}), HOW, 2, "float32") for own in ({}, change)]  # fmt: skip
+    assert not {block.made_of for block in kinds[0]} & {block.made_of for block in kinds[1]}
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"made_of": 3, "samples": []}', '{"samples": {"s0": [[1]]}}', "\xff"])
+def test_no_block_is_no_error(tmp_path, content):
+    (tmp_path / "block-0000.json").write_text(content, encoding="latin-1")
+    assert sampling.read_block(tmp_path / "block-0000.json", "x", ["s0"], 1) is None
+
+
+KILLED = """
+import os, signal, sys
+from psycopref.training import sampling
+from psycopref.core.settings import IterSettings
+from psycopref.models.generation import Decoding
+from psycopref.models.weights import find_weights
+import json, torch
+torch.set_num_threads(1)
+write, left = sampling.write_json, [int(sys.argv[2])]
+def cut(path, value):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return write(path, value)
+sampling.write_json = cut
+sampling.sample_candidates(find_weights("random-tiny"), json.loads(sys.argv[3]), sys.argv[1], IterSettings(block=2), Decoding(5, 1.0, 50, 1.0, 3), 2, "float32", "test")
+"""
+
+
+def test_a_killed_process_costs_one_block(tiny, whole, tmp_path, opened):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "2", json.dumps(SPEECHES)], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-800:]
+    assert len(list(tmp_path.glob("block-*.json"))) == 2
+    assert sampled(tiny, tmp_path) == whole[1] and opened["prompts"] == 3
+
+
+# ---- memory ----
+
+
+def test_the_model_is_gone_behind_the_context_even_after_an_error(tiny, monkeypatch):
+    held, load = [], sampling.load_causal_lm
+    monkeypatch.setattr(sampling, "load_causal_lm", lambda *a: (lambda model: (held.append(weakref.ref(model)), model)[1])(load(*a)))
+    with open_sampler("local", tiny, "float32") as sample:
+        sample([prompt_messages("No.")], HOW, 2)
+        assert held[0]() is not None
+    assert held[0]() is None, "though `sample` is still here"
+    with pytest.raises(KeyError), open_sampler("local", tiny, "float32"):
+        raise KeyError
+    gc.collect()
+    assert held[1]() is None
+
+
+# ---- vLLM in this process ----
+
+
+class FakeLLM:
+    """As much of vllm.LLM as we use, with its signatures; it answers with the tiny model."""
+
+    made: list = []
+
+    def __init__(self, model, *, tokenizer=None, dtype="auto", revision=None, tokenizer_revision=None, seed=None, gpu_memory_utilization=0.9, max_model_len=None, generation_config="auto"):
+        assert generation_config == "vllm" and dtype in ("float32", "bfloat16")
+        if max_model_len == 13:
+            raise ValueError("Free memory on device (1.0/80.0 GiB) is less than desired.\nDecrease GPU memory utilization.")
+        weights = find_weights("random-tiny")
+        self.model, self.tokenizer, self.alive = load_causal_lm(weights, dtype), load_tokenizer(weights), True
+        self.llm_engine = types.SimpleNamespace(engine_core=types.SimpleNamespace(shutdown=self.end))
+        FakeLLM.made.append(weakref.ref(self))
+
+    def end(self):
+        self.alive = False
+        FakeLLM.ended += 1
+
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
+        assert self.alive and len(prompts) == len(sampling_params)
+        return [self.answer(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, sampling_params)]
+
+    def answer(self, ids, params):
+        found = [generate(self.model, self.tokenizer, [self.tokenizer.decode(ids)], Decoding(params.max_tokens, params.temperature, max(0, params.top_k), params.top_p, params.seed + i), name="")[0][0] for i in range(params.n)]
+        outputs = [types.SimpleNamespace(index=i, text=s.text, finish_reason=s.finish_reason, token_ids=[5] * s.n_tokens + [2] * (s.finish_reason == "stop")) for i, s in enumerate(found)]
+        return types.SimpleNamespace(outputs=outputs[::-1])
+
+
+@dataclasses.dataclass
+class FakeParams:
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    max_tokens: int | None = 16
+
+    def __post_init__(self):
+        assert self.temperature > 0 or self.n == 1, "n must be 1 when using greedy sampling"
+        assert 0 < self.top_p <= 1 and self.top_k >= -1
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    FakeLLM.made, FakeLLM.ended = [], 0
+    cleaned = []
+    state = types.SimpleNamespace(cleanup_dist_env_and_memory=lambda shutdown_ray=False: cleaned.append(1))
+    for name, module in {"vllm": types.SimpleNamespace(LLM=FakeLLM, SamplingParams=FakeParams), "vllm.distributed": types.SimpleNamespace(parallel_state=state), "vllm.distributed.parallel_state": state}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return cleaned
+
+
+def test_vllm_samples_blocks_and_is_destroyed(tiny, tmp_path, vllm):
+    settings = IterSettings(block=3, engine="vllm")
+    found = sampled(tiny, tmp_path, settings=settings)
+    assert list(found) == list(SPEECHES) and len(FakeLLM.made) == FakeLLM.ended == len(vllm) == 1 and FakeLLM.made[0]() is None
+    (tmp_path / "block-0001.json").unlink()
+    assert sampled(tiny, tmp_path, settings=settings) == found
+    for sample in (s for group in found.values() for s in group):
+        assert sample.n_tokens == 5 if sample.finish_reason == "length" else sample.n_tokens < 5
+    assert len({s.text for group in found.values() for s in group}) > 10
+
+
+def test_vllm_reads_the_prompt_that_the_local_engine_reads(tiny, vllm):
+    prompts, greedy = [prompt_messages(text) for text in SPEECHES.values()], Decoding(max_tokens=6)
+    with open_sampler("vllm", tiny, "float32") as sample:
+        theirs = sample(prompts, greedy, 3)
+    with open_sampler("local", tiny, "float32") as sample:
+        assert theirs == sample(prompts, greedy, 3)
+
+
+def test_vllm_ends_after_an_error_too(tiny, vllm):
+    with pytest.raises(KeyError), open_sampler("vllm", tiny, "float32"):
+        raise KeyError
+    gc.collect()
+    assert FakeLLM.ended == 1 and FakeLLM.made[0]() is None
+
+
+def test_vllm_refusals(tiny, vllm, monkeypatch):
+    with open_sampler("vllm", tiny, "float32") as sample:
+        assert "4096" in one_line(lambda: sample([prompt_messages("word " * 5000)], HOW, 2))
+    monkeypatch.setattr(sampling, "MODEL_LENGTH", 13)
+    assert "Free memory" in one_line(lambda: open_sampler("vllm", tiny, "float32").__enter__())
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert "pip install vllm" in one_line(lambda: open_sampler("vllm", tiny, "float32").__enter__())
+
+
+# ---- a server ----
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Let PSYCOPREF_SERVE start the tests' server with a fault; what it was asked is in the log that is returned."""
+    monkeypatch.setattr(sampling, "WAIT_SECONDS", 0.02)
+    monkeypatch.delenv("PSYCOPREF_SERVER_URL", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(sampling.tempfile, "tempdir", None)
+
+    def start(fault="", after=0, **more):
+        log = tmp_path / f"calls-{fault}.jsonl"
+        words = [sys.executable, str(SERVER), "--model", "{model}", "--port", "{port}", "--log", str(log), "--fault", fault, "--after", str(after)]
+        monkeypatch.setenv("PSYCOPREF_SERVE", shlex.join(words))
+        return log
+
+    return start
+
+
+def notes(log, kind):
+    return [note[kind] for line in log.read_text().splitlines() for note in [json.loads(line)] if kind in note]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path("/proc").is_dir() else os.kill(pid, 0) is None
+    except (OSError, IndexError):
+        return False
+
+
+def gone(pids, seconds=10.0) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+SERVED = IterSettings(block=3, engine="server")
+
+
+def test_a_server_is_started_asked_and_ended(tiny, tmp_path, serve):
+    log = serve()
+    found = sampled(tiny, tmp_path / "blocks", settings=SERVED, n=4)
+    bodies, [pids] = notes(log, "body"), notes(log, "pids")
+    assert not any(map(alive, pids)), "the server and its child are gone when the context ends"
+    assert len(bodies) == len(SPEECHES) and len({body["seed"] for body in bodies}) == len(SPEECHES)
+    assert {(b["model"], b["n"], b["temperature"], b["top_k"], b["top_p"], b["max_completion_tokens"], b["min_p"], b["repetition_penalty"]) for b in bodies} == {("policy", 4, 1.0, 50, 1.0, 5, 0.0, 1.0)}
+    seeds = {json.dumps(body["messages"]): body["seed"] for body in bodies}
+    tokenizer, here = load_tokenizer(tiny), _server_candidate()
+    for name, group in found.items():
+        messages = prompt_messages(SPEECHES[name])
+        said = [here(messages, seeds[json.dumps(messages)], place) for place in range(4)]
+        assert group == [Sample(text, why, 5 if why == "length" else len(tokenizer(text).input_ids)) for text, why in said]
+    assert not list(tmp_path.glob("psycopref-server-*")), "the log of a good server is taken away"
+
+
+def _server_candidate():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("sampling_server", SERVER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.candidate
+
+
+def test_a_server_that_dies_half_way_costs_the_block_it_was_at(tiny, tmp_path, serve):
+    whole = (serve(), sampled(tiny, tmp_path / "whole", settings=SERVED))[1]
+    serve("die", after=4)
+    message = one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+    assert "has ended" in message and "status 9" in message
+    assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["block-0000.json"]
+    log = serve()
+    log.unlink()
+    assert sampled(tiny, tmp_path / "blocks", settings=SERVED) == whole and len(notes(log, "body")) == len(SPEECHES) - 3
+
+
+@pytest.mark.parametrize("fault, expected", [("crash", "no room for the weights"), ("root", "/models/last-iteration")])
+def test_a_server_that_starts_wrong_is_one_line(tiny, tmp_path, serve, fault, expected):
+    log = serve(fault)
+    message = one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+    assert expected in message and not (tmp_path / "blocks").exists() and (fault == "crash" or gone(notes(log, "pids")[0]))
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(tiny, tmp_path, serve, monkeypatch):
+    log = serve("mute")
+    monkeypatch.setattr(sampling, "START_SECONDS", 1.5)
+    assert "no answer" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+    assert not any(map(alive, notes(log, "pids")[0] if log.exists() else []))
+
+
+def test_a_server_that_won_t_end_is_made_to(tiny, tmp_path, serve, monkeypatch):
+    log = serve("deaf")
+    monkeypatch.setattr(sampling, "GRACE", 0.5)
+    assert len(sampled(tiny, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
+    assert gone(notes(log, "pids")[0])
+
+
+ABANDONED = """
+import os, signal
+from psycopref.training.sampling import _started
+from psycopref.models.weights import find_weights
+with _started(find_weights("random-tiny"), "float32"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_server_ends_when_we_are_killed(tiny, serve):
+    log = serve()
+    done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-800:]
+    assert gone(notes(log, "pids")[0])
+
+
+@pytest.fixture(scope="module")
+def somebodys(tmp_path_factory, shared_cache):
+    """A server that somebody else started: its address and its log."""
+    port, log = sampling.free_port(), tmp_path_factory.mktemp("standing") / "calls.jsonl"
+    with patch.dict(os.environ, {"PSYCOPREF_CACHE": shared_cache}):
+        location = find_weights("random-tiny").location
+    process = subprocess.Popen([sys.executable, str(SERVER), "--model", location, "--port", str(port), "--name", "my-policy", "--log", str(log)])
+    yield f"http://127.0.0.1:{port}/v1", log
+    for pid in notes(log, "pids")[0]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def standing(somebodys, monkeypatch):
+    """Ask that server; what the test asked is returned by the function."""
+    url, log = somebodys
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            sampling.listed_models(url)
+            break
+        except OSError:
+            time.sleep(0.05)
+    monkeypatch.setenv("PSYCOPREF_SERVER_URL", url + "/")
+    monkeypatch.setenv("PSYCOPREF_SERVE", "no-such-command {model} {port}")
+    monkeypatch.setattr(sampling, "WAIT_SECONDS", 0.02)
+    before = len(notes(log, "body"))
+    return lambda: notes(log, "body")[before:]
+
+
+def test_a_standing_server_is_asked_and_left_alone(tiny, tmp_path, standing):
+    assert len(sampled(tiny, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
+    assert [body["model"] for body in standing()] == ["my-policy"] * len(SPEECHES)
+    assert sampling.listed_models(os.environ["PSYCOPREF_SERVER_URL"].rstrip("/"))
+
+
+def test_a_standing_server_with_another_policy_is_refused(tiny, tmp_path, standing, monkeypatch):
+    shutil.copytree(tiny.location, tmp_path / "next-iteration")
+    policy = find_weights(str(tmp_path / "next-iteration"))
+    assert "next-iteration" in one_line(lambda: sampled(policy, tmp_path / "blocks", settings=SERVED)) and not standing()
+    monkeypatch.setenv("PSYCOPREF_SERVER_URL", f"http://127.0.0.1:{sampling.free_port()}/v1")
+    assert "start a server" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_calls_that_break_are_made_again(tiny, tmp_path, standing, fault):
+    speeches = {name: f"[{fault}] {text}" for name, text in SPEECHES.items()}
+    assert len(sampled(tiny, tmp_path, speeches, SERVED)) == len(SPEECHES) and len(standing()) == 2 * len(SPEECHES)
+
+
+@pytest.mark.parametrize("fault, expected, calls", [("short", "found 1 candidates, expected 2", sampling.ATTEMPTS), ("long", "maximum context length", 1)])
+def test_calls_that_stay_broken_are_one_line_and_cost_their_block(tiny, tmp_path, standing, fault, expected, calls):
+    speeches = SPEECHES | {"s0": f"[{fault}]"}  # the shortest, in the last block
+    assert expected in one_line(lambda: sampled(tiny, tmp_path, speeches, SERVED))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-0000.json", "block-0001.json"]
+    assert len(standing()) == len(SPEECHES) - 1 + calls
+
+
+def test_the_likeliest_answer_is_asked_once(tiny, tmp_path, standing):
+    found = sampled(tiny, tmp_path, settings=SERVED, how=Decoding(max_tokens=5), n=3)
+    assert all(len(group) == 3 and len(set(group)) == 1 for group in found.values()) and {(b["n"], b["top_k"]) for b in standing()} == {(1, -1)}
+
+
+def test_a_template_that_writes_a_date_gets_ours(tiny, tmp_path, standing):
+    shutil.copytree(tiny.location, tmp_path / "dated")
+    template = tmp_path / "dated" / "chat_template.jinja"
+    template.write_text("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}" + template.read_text())
+    with patch.object(sampling, "served_name", return_value="my-policy"):
+        sampled(find_weights(str(tmp_path / "dated")), tmp_path / "blocks", settings=SERVED)
+    assert all(body["chat_template_kwargs"] == {"date_string": "26 Jul 2024"} for body in standing())
+
+
+def test_a_proxy_in_the_environment_does_not_come_between(tiny, tmp_path, standing, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(sampled(tiny, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
+
+
+@pytest.mark.parametrize("command", ["no-such-command {model} {port}", "vllm serve {model}", "vllm serve --port {port}"])
+def test_a_command_that_can_t_work_is_refused(tiny, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("PSYCOPREF_SERVE", command)
+    one_line(lambda: sampled(tiny, tmp_path, settings=SERVED))
+
+
+def test_the_command_for_a_hub_model_pins_its_commit(tiny, monkeypatch):
+    monkeypatch.delenv("PSYCOPREF_SERVE", raising=False)
+    monkeypatch.setattr(sampling, "model_length", lambda policy: 4096)
+    monkeypatch.setattr(sampling.shutil, "which", lambda name: name)
+    local, hub = (sampling.serve_command(dataclasses.replace(tiny, location=where, revision="abc"), "bfloat16", 8123) for where in (tiny.location, "owner/model"))
+    assert local[:5] == ["vllm", "serve", tiny.location, "--port", "8123"] and "--revision" not in local
+    assert hub[-4:] == ["--revision", "abc", "--tokenizer-revision", "abc"] and "bfloat16" in hub and "4096" in hub
+
+
+# ---- rewards ----
+
+
+@pytest.fixture
+def scorer(tiny, tmp_path):
+    from psycopref.training.scoring import load_reward_model
+    from psycopref.training.texts import save_merged
+
+    tokenizer = load_tokenizer(tiny)
+    save_merged(load_reward_model(tiny.location, tokenizer, "float32", new_head=0), tokenizer, tmp_path / "scorer")
+    return tmp_path / "scorer"
+
+
+ANSWERS = {"s1": ["Tell me more.", "No."], "s0": ["Tell me more.", "", "What then?"]}
+
+
+def test_rewards_are_those_of_each_text_alone_in_the_reward_model_s_template(tiny, scorer, tmp_path):
+    import torch
+
+    from psycopref.training.scoring import load_scorer, find_scorer
+    from psycopref.training.texts import dialogue
+
+    (scorer / "chat_template.jinja").write_text("{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}")
+    rewards = score_candidates(str(scorer), SPEECHES, ANSWERS, tmp_path, "float32")
+    assert list(rewards) == ["s1", "s0"]
+    model, tokenizer, _ = load_scorer(find_scorer(str(scorer)), "float32")
+    assert dialogue(tokenizer, "Hm.", "No.").startswith("user: ")
+    for name, texts in ANSWERS.items():
+        for text, reward in zip(texts, rewards[name]):
+            with torch.no_grad():
+                alone = model(**tokenizer(dialogue(tokenizer, SPEECHES[name], text), return_tensors="pt", add_special_tokens=False)).logits.item()
+            assert abs(alone - reward) < 1e-4
+
+
+def test_rewards_are_read_again_for_the_same_answers_only(scorer, tmp_path, monkeypatch):
+    calls, load = [], sampling.load_scorer
+    monkeypatch.setattr(sampling, "load_scorer", lambda *a: (calls.append(1), load(*a))[1])
+
+    def scored(speeches=SPEECHES, answers=ANSWERS, dtype="float32"):
+        return score_candidates(str(scorer), speeches, answers, tmp_path, dtype)
+
+    first = scored()
+    assert scored() == first and len(calls) == 1
+    assert scored(answers=ANSWERS | {"s1": ["Tell me.", "No."]}) != first and len(calls) == 2
+    assert scored() == first and len(calls) == 3, "the file held those of other answers"
+    (tmp_path / "rewards.json").write_text('{"made_of": "')
+    assert scored() == first and len(calls) == 4
+    assert scored(SPEECHES | {"s0": "Other."}) != first and len(calls) == 5
+    assert scored(answers={}) == {} and len(calls) == 5
+
+
+def test_the_reward_model_is_freed_and_no_number_is_refused(scorer, tmp_path, monkeypatch):
+    held, load = [], sampling.load_scorer
+
+    def spoiled(*arguments):
+        model, tokenizer, weights = load(*arguments)
+        held.append(weakref.ref(model))
+        if len(held) > 1:
+            model.score.weight.data.fill_(float("nan"))
+        return model, tokenizer, weights
+
+    monkeypatch.setattr(sampling, "load_scorer", spoiled)
+    score_candidates(str(scorer), SPEECHES, ANSWERS, tmp_path, "float32")
+    assert held[0]() is None
+    assert "no number" in one_line(lambda: score_candidates(str(scorer), SPEECHES, {"s1": ["Hm."]}, tmp_path / "odd", "float32"))
+    assert not (tmp_path / "odd").exists()
+
+
+def test_importing_stays_light():
+    code = "import sys; import psycopref.training.sampling; sys.exit(any(name in sys.modules for name in ('torch', 'pandas', 'transformers', 'vllm', 'openai')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
