@@ -14,14 +14,15 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup reproduce test bench clean
+.PHONY: setup reproduce test bench notebooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup       environment in .venv, versions as in constraints.txt"
 	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED, OVERRIDES, SOURCES, SHARDS"
 	@echo "make test        notebooks and tests"
-	@echo "make bench       measure what is claimed to be fast"
+	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/; RUN"
+	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=ROUNDS=1 does one of them"
 	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
 
 setup: $(READY)
@@ -44,10 +45,15 @@ test: setup
 	nbdev_test --n_workers 1
 	pytest
 
-BENCHES := bench bench_gateway bench_generation bench_reward bench_policy
+WHAT ?= bench bench_gateway bench_generation bench_reward bench_policy
 
 bench: setup
-	for name in $(BENCHES); do python tests/bench/$$name.py || exit 1; done
+	for name in $(WHAT); do python tests/bench/$$name.py $(GIVEN) || exit 1; done
+
+notebooks: setup
+	psycopref notebooks $(RUN)
+	nbdev_clean
+	cp figures/$(RUN)/fig_S3_win_rates.png figures/results.png
 
 clean:
 	find outputs figures -mindepth 1 -maxdepth 1 ! -name README.md ! -name results.png -exec rm -rf {} +

@@ -33,12 +33,14 @@ __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomi
 def clear_disk_errors(
     path: Path,  # what is being written, for the error
 ) -> typing.Iterator[None]:
-    "Turn a full disk into one line."
+    "Report a full disk in one line."
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise StudyError(f"{path}: the disk is full, nothing was replaced; free some space and run again") from error
+            raise StudyError(
+                f"{path}: the disk is full, nothing was replaced; free some space and run again"
+            ) from error
         raise
 
 
@@ -46,7 +48,7 @@ def clear_disk_errors(
 def atomic_path(
     path: Path,  # the final place of a file
 ) -> typing.Iterator[Path]:  # a temporary place in the same folder
-    "Give a temporary path that replaces `path` when the block ends well; a full disk leaves `path` as it was."
+    "Yield a temporary path that replaces `path` when the block ends well; a full disk leaves `path` as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -111,33 +113,94 @@ def open_database(
 # %% ../../nbs/core/04_files.ipynb #e293568c
 PRINCIPLE_KEYS = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging")
 
-_PAIR_COLUMNS = {"ID": "str", "prefID": "int", "question": "str", "chosen": "str", "rejected": "str",
-                 "chosen_model": "str", "rejected_model": "str",
-                 **{f"{side}_{key}_rating": "int" for side in ("chosen", "rejected") for key in PRINCIPLE_KEYS}}
+_PAIR_COLUMNS = {
+    "ID": "str",
+    "prefID": "int",
+    "question": "str",
+    "chosen": "str",
+    "rejected": "str",
+    "chosen_model": "str",
+    "rejected_model": "str",
+    **{f"{side}_{key}_rating": "int" for side in ("chosen", "rejected") for key in PRINCIPLE_KEYS},
+}
 
 SCHEMAS: dict[str, dict[str, str]] = {
-    "speeches": {"speech_id": "str", "source": "str", "speech": "str", "topic": "str", "coarse_topic": "str",
-                 "topic_by": "str", "split": "str"},
-    "responses": {"speech_id": "str", "model": "str", "response": "str", "finish_reason": "str", "n_tokens": "int",
-                  "request_key": "str"},
-    "ratings": {"speech_id": "str", "model": "str", "principle": "str", "rating": "int", "rationale": "str",
-                "rater": "str", "position": "int"},
+    "speeches": {
+        "speech_id": "str",
+        "source": "str",
+        "speech": "str",
+        "topic": "str",
+        "coarse_topic": "str",
+        "topic_by": "str",
+        "split": "str",
+    },
+    "responses": {
+        "speech_id": "str",
+        "model": "str",
+        "response": "str",
+        "finish_reason": "str",
+        "n_tokens": "int",
+        "request_key": "str",
+    },
+    "ratings": {
+        "speech_id": "str",
+        "model": "str",
+        "principle": "str",
+        "rating": "int",
+        "rationale": "str",
+        "rater": "str",
+        "position": "int",
+    },
     "pairs": _PAIR_COLUMNS,
     "scores": {"ID": "str", "prefID": "int", "model": "str", "chosen_score": "float", "rejected_score": "float"},
-    "answers": {"speech_id": "str", "policy": "str", "setting": "str", "response": "str", "finish_reason": "str",
-                "n_tokens": "int", "target_words": "int"},
-    "battles": {"speech_id": "str", "setting": "str", "policy": "str", "reference": "str", "order": "str",
-                "verdict": "str", **{f"{key}_verdict": "str" for key in PRINCIPLE_KEYS}, "judge": "str"},
-    "verdicts": {"speech_id": "str", "setting": "str", "policy": "str", "order": "str", "judge": "str", "verdict": "str"},
-    "kit_key": {"kit": "str", "item_id": "str", "task": "str", "speech_id": "str", "setting": "str", "first": "str", "second": "str"},
+    "answers": {
+        "speech_id": "str",
+        "policy": "str",
+        "setting": "str",
+        "response": "str",
+        "finish_reason": "str",
+        "n_tokens": "int",
+        "target_words": "int",
+    },
+    "battles": {
+        "speech_id": "str",
+        "setting": "str",
+        "policy": "str",
+        "reference": "str",
+        "order": "str",
+        "verdict": "str",
+        **{f"{key}_verdict": "str" for key in PRINCIPLE_KEYS},
+        "judge": "str",
+    },
+    "verdicts": {
+        "speech_id": "str",
+        "setting": "str",
+        "policy": "str",
+        "order": "str",
+        "judge": "str",
+        "verdict": "str",
+    },
+    "kit_key": {
+        "kit": "str",
+        "item_id": "str",
+        "task": "str",
+        "speech_id": "str",
+        "setting": "str",
+        "first": "str",
+        "second": "str",
+    },
 }
 
 
-_PYTHON = {"str": (str, type(None)), "int": (int, type(None)), "float": (float, int, type(None))}  # None is refused later, by name
+_PYTHON = {
+    "str": (str, type(None)),
+    "int": (int, type(None)),
+    "float": (float, int, type(None)),
+}  # None is refused later, by name
 
 
 def _arrow_schema(kind: str):
-    "Turn our column table into an Arrow schema."
+    "Build an Arrow schema from our column table."
     import pyarrow as pa
 
     types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
@@ -159,7 +222,9 @@ def checked_table(
     for name, type_ in SCHEMAS[kind].items():
         odd = next((v for v in frame[name].tolist() if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool)), None)
         if odd is not None:
-            raise StudyError(f"{path}: {kind} rows have {name} = {str(odd)[:60]!r} ({type(odd).__name__}), expected {type_}")
+            raise StudyError(
+                f"{path}: {kind} rows have {name} = {str(odd)[:60]!r} ({type(odd).__name__}), expected {type_}"
+            )
     try:
         table = pa.Table.from_pandas(frame[expected], schema=_arrow_schema(kind), preserve_index=False, safe=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -202,20 +267,35 @@ def read_rows(
             raise StudyError(f"{path}: columns {missing} are missing, so these are no {kind} rows")
         frame = table.select(list(SCHEMAS[kind])).cast(_arrow_schema(kind)).to_pandas()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise StudyError(f"{path}: cannot be read as {kind} rows ({' '.join(str(error).split())[:120]}); "
-                         "delete the stage's folder and run it again") from None
+        raise StudyError(
+            f"{path}: cannot be read as {kind} rows ({' '.join(str(error).split())[:120]}); "
+            "delete the stage's folder and run it again"
+        ) from None
     return frame
 
 # %% ../../nbs/core/04_files.ipynb #9a10ffe4
-VERSIONED = ("psycopref", "torch", "transformers", "trl", "peft", "datasets", "openai", "numpy", "pandas", "scikit-learn")
+VERSIONED = (
+    "psycopref",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "openai",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+)
 
 
 @functools.cache
 def code_version() -> dict:  # commit, whether files were changed, package versions, platform
     "Describe the code that runs."
+
     def git(*arguments):
         done = subprocess.run(["git", "-C", str(project_root()), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
+
     try:
         commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except FileNotFoundError:
@@ -224,17 +304,26 @@ def code_version() -> dict:  # commit, whether files were changed, package versi
     for name in VERSIONED:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {"commit": commit, "changed_files": bool(changed), "python": platform.python_version(),
-            "platform": platform.platform(), "versions": versions}
+    return {
+        "commit": commit,
+        "changed_files": bool(changed),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
 
 # %% ../../nbs/core/04_files.ipynb #8896c48e
 class StageFiles:
-    "Say where a stage's files stand while it runs and afterwards, and write them."
+    "Locate and write a stage's files, while it runs and afterwards."
 
     @property
     def folder(self) -> Path:
         "Where the finished stage, or part of it, stands."
-        return self.run.stage(self.name) if self.part is None else self.run.stage(f"{self.name}.{self.part.kind}s") / str(self.part)
+        return (
+            self.run.stage(self.name)
+            if self.part is None
+            else self.run.stage(f"{self.name}.{self.part.kind}s") / str(self.part)
+        )
 
     @property
     def work(self) -> Path:
@@ -264,6 +353,7 @@ class StageFiles:
 @dataclass
 class StageWriter(StageFiles):
     "Collect the files of one stage and sign them with a receipt."
+
     run: Run  # whose outputs
     name: str  # stage folder, e.g. 04_pairs
     profile: str  # for labels and receipts
@@ -290,12 +380,17 @@ class StageWriter(StageFiles):
     @property
     def origin(self) -> list:
         "What the results hang on: profile, seed, settings and inputs by hash."
-        return json.loads(json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}]))
+        return json.loads(
+            json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}])
+        )
 
     def is_current(self) -> bool:
-        "Tell whether what stands in place was made from the same profile, seed, settings and inputs."
+        "Check whether the finished stage was made from the same profile, seed, settings and inputs."
         receipt = self.folder / "receipt.json"
-        return receipt.is_file() and [read_json(receipt)[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
+        return (
+            receipt.is_file()
+            and [read_json(receipt)[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
+        )
 
     def finish(self) -> None:
         "Sign the stage and move it into place."
@@ -346,19 +441,37 @@ def _relative(path: Path) -> str:
 
 def _hashes(folder: Path) -> dict[str, str]:
     "Hash every file under a folder; receipts, scratch folders and halves of atomic writes are left out."
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "receipt.json"
-                   and "scratch" not in p.relative_to(folder).parts and not (p.name.startswith(".") and p.name.endswith(".partial")))
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file()
+        and p.name != "receipt.json"
+        and "scratch" not in p.relative_to(folder).parts
+        and not (p.name.startswith(".") and p.name.endswith(".partial"))
+    )
     return {str(p.relative_to(folder)): sha256_file(p) for p in files}
 
 
 def _sign(self) -> None:
     "Write the receipt, then move the stage, its tables and its figures into place."
     outputs = _hashes(self.work)
-    write_json(self.work / "receipt.json", {
-        "stage": self.name, **({self.part.kind: str(self.part)} if self.part else {}), "run": self.run.name, "profile": self.profile, "seed": self.seed, "settings": self.settings,
-        **self.facts, "inputs": {_relative(p): sha256_file(p) for p in self.inputs}, "outputs": outputs,
-        **code_version(), "seconds": round(time.time() - self.started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    write_json(
+        self.work / "receipt.json",
+        {
+            "stage": self.name,
+            **({self.part.kind: str(self.part)} if self.part else {}),
+            "run": self.run.name,
+            "profile": self.profile,
+            "seed": self.seed,
+            "settings": self.settings,
+            **self.facts,
+            "inputs": {_relative(p): sha256_file(p) for p in self.inputs},
+            "outputs": outputs,
+            **code_version(),
+            "seconds": round(time.time() - self.started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
     for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)) if self.part is None else ():
         for path in sorted((self.folder / kind).glob("*")):  # what the stage showed before and may not show again
             (goal / path.name).unlink(missing_ok=True)
@@ -381,6 +494,7 @@ StageWriter._sign = _sign
 @dataclass(frozen=True)
 class StageReader:
     "Read the files of a finished stage; refuse what was not signed or was changed since."
+
     run: Run  # whose outputs
     name: str  # stage folder
 
@@ -388,7 +502,11 @@ class StageReader:
     def folder(self) -> Path:
         "Where the finished stage stands; after a kill in the very moment of its replacement, the last one."
         folder = self.run.stage(self.name)
-        return folder if folder.exists() else next((p for p in [folder.with_name(self.name + ".old")] if p.exists()), folder)
+        return (
+            folder
+            if folder.exists()
+            else next((p for p in [folder.with_name(self.name + ".old")] if p.exists()), folder)
+        )
 
     @functools.cached_property
     def receipt(self) -> dict:
@@ -429,7 +547,16 @@ def progress(
 
     follow = os.environ.get("PSYCOPREF_PROGRESS")
     if follow:
-        return tqdm_text(items, desc=name, total=total, unit=unit, file=open(follow, "a", encoding="utf-8"), mininterval=0.5,
-                         ncols=88, ascii=True, disable=False)
+        return tqdm_text(
+            items,
+            desc=name,
+            total=total,
+            unit=unit,
+            file=open(follow, "a", encoding="utf-8"),
+            mininterval=0.5,
+            ncols=88,
+            ascii=True,
+            disable=False,
+        )
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
     return tqdm_auto(items, desc=name, total=total, unit=unit, disable=not seen, leave=False)

@@ -63,6 +63,7 @@ def fill(
 @dataclass(frozen=True)
 class Principle:
     "Define one dimension of a good response (§3.2)."
+
     key: str  # column name, e.g. empathy
     name: str  # full name
     description: str  # one or two sentences
@@ -86,9 +87,13 @@ def _parse_principles(text: str) -> tuple[Principle, ...]:
     try:
         found = tuple(Principle(**entry) for entry in json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
-        raise StudyError(f"principles.json: expected a list of objects with key, name, description and criteria ({error})") from None
+        raise StudyError(
+            f"principles.json: expected a list of objects with key, name, description and criteria ({error})"
+        ) from None
     if tuple(p.key for p in found) != PRINCIPLE_KEYS:
-        raise StudyError(f"principles.json: found keys {[p.key for p in found]}, expected {list(PRINCIPLE_KEYS)} in this order")
+        raise StudyError(
+            f"principles.json: found keys {[p.key for p in found]}, expected {list(PRINCIPLE_KEYS)} in this order"
+        )
     return found
 
 # %% ../../nbs/core/05_prompts.ipynb #7f6f5a6a
@@ -96,7 +101,7 @@ def responding_prompt(
     client_speech: str,  # what the client said
     words: int | None = None,  # asked length in words; None leaves it open (§4.2: without length constraint)
 ) -> str:  # the user message
-    "Word the request for a therapist's response."
+    "Format the request for a therapist's response."
     if words is None:
         return fill(prompt_text("responding"), client_speech=client_speech)
     return fill(prompt_text("responding_length"), client_speech=client_speech, words=words)
@@ -107,7 +112,7 @@ def rating_prompt(
     client_speech: str,  # what the client said
     responses: list[str],  # four responses in the order shown
 ) -> str:  # the user message
-    "Word the request for four ratings on one principle (Appendix A), or on each of the seven."
+    "Format the request for four ratings on one principle (Appendix A), or on each of the seven."
     shown = {f"response_{i}": response for i, response in enumerate(responses, 1)}
     if principle is None:
         text = "\n\n".join(f"[{p.key}] {p.text}" for p in principles())
@@ -122,7 +127,7 @@ def comparison_prompt(
     first: str,  # response shown first
     second: str,  # response shown second
 ) -> str:  # the user message
-    "Word the request to choose between two responses (Appendix A; §4.2)."
+    "Format the request to choose between two responses (Appendix A; §4.2)."
     values = {"client_speech": client_speech, "response_1": first, "response_2": second}
     if kind == "battle":
         values |= {"principles": "\n\n".join(p.text for p in principles()), "principle_keys": ", ".join(PRINCIPLE_KEYS)}
@@ -130,7 +135,7 @@ def comparison_prompt(
 
 # %% ../../nbs/core/05_prompts.ipynb #00c55f80
 class BadReply(ValueError):
-    "Say why a reply can't be used."
+    "Report why a reply can't be used."
 
 
 def find_json(
@@ -178,7 +183,9 @@ def rating_reader(
     import pydantic
 
     Rating = typing.Annotated[int, pydantic.Field(strict=True, ge=1, le=5)]
-    fields = {f"response_{i}_rating": (Rating, ...) for i in range(1, n + 1)} | {f"rationale_{i}": (str, "") for i in range(1, n + 1)}
+    fields = {f"response_{i}_rating": (Rating, ...) for i in range(1, n + 1)} | {
+        f"rationale_{i}": (str, "") for i in range(1, n + 1)
+    }
     return pydantic.create_model("Ratings", **fields)
 
 
@@ -189,7 +196,9 @@ def _read_ratings(value, n: int) -> list[tuple[int, str]]:
     if not isinstance(value, dict):
         raise BadReply(f"found {str(value)[:60]!r}, expected an object with the ratings of {n} responses")
     if f"response_{n + 1}_rating" in value:
-        raise BadReply(f"response_{n + 1}_rating is there, expected ratings of {n} responses; so it is not clear which is which")
+        raise BadReply(
+            f"response_{n + 1}_rating is there, expected ratings of {n} responses; so it is not clear which is which"
+        )
     try:
         found = rating_reader(n).model_validate(value).model_dump()
     except pydantic.ValidationError as error:
@@ -210,7 +219,9 @@ def rating_all_schema(
 def parse_all_ratings(
     text: str,  # a model's reply
     n: int = 4,  # responses in the call
-) -> dict[str, list[tuple[int, str]] | BadReply]:  # principle -> its ratings in the order shown, or why it can't be read
+) -> dict[
+    str, list[tuple[int, str]] | BadReply
+]:  # principle -> its ratings in the order shown, or why it can't be read
     "Read n ratings for each principle, each principle by itself."
     value, found = find_json(text), {}
     for key in PRINCIPLE_KEYS:

@@ -34,16 +34,24 @@ def suggest(
 @dataclass(frozen=True)
 class SpeechSettings:
     "Client speech collection (§3.1)."
+
     sources: tuple[str, ...] = ("demo",)  # source names, in the order of precedence; `name=path` reads a local copy
     min_characters: int = 100  # shorter speeches are dropped (§3.1)
     max_characters: int = 1000  # longer speeches are dropped (§3.1)
     near_duplicate: float = 0.7  # Jaccard index from which two speeches count as one; not given in the paper
-    mask: str = "scraped"  # whose names, addresses and the like are masked: none, scraped (all but our own corpus) or all
+    mask: str = (
+        "scraped"  # whose names, addresses and the like are masked: none, scraped (all but our own corpus) or all
+    )
     names: str = "lexicon"  # how names of people are found: lexicon, or an installed spaCy pipeline beside it
-    topic_method: str = "minilm+descriptions"  # who finds a topic where a source has none: a method of `corpus.topics`, or a gateway URI
+    topic_method: str = "minilm+descriptions"  # who finds a missing topic: a method of `corpus.topics`, or a URI
     topic_confidence: float = 0.15  # a topic less probable than this becomes `others`
     topic_train: tuple[str, ...] = ()  # sources whose gold topics help to train the classifier but are not collected
-    topic_compare: tuple[str, ...] = ("minilm+descriptions", "minilm", "tfidf", "zero-shot")  # methods compared on the gold rows
+    topic_compare: tuple[str, ...] = (
+        "minilm+descriptions",
+        "minilm",
+        "tfidf",
+        "zero-shot",
+    )  # methods compared on the gold rows
     test_fraction: float = 3291 / 26483  # held-out share of the speeches (§3.3)
     dev_fraction: float = 0.1  # share of the training speeches kept for selection (§4.2)
     limit: int | None = None  # keep at most this many speeches, spread over topics; None keeps all
@@ -52,6 +60,7 @@ class SpeechSettings:
 @dataclass(frozen=True)
 class ResponseSettings:
     "Therapist responses from the model pool (§3.3, Table 5)."
+
     pool: str = "paper"  # a pool of `feedback.pool`: paper, demo, tiny
     each_speech: int = 4  # members sampled for each speech (§3.3)
     max_tokens: int = 1024  # longest response in tokens
@@ -61,6 +70,7 @@ class ResponseSettings:
 @dataclass(frozen=True)
 class RatingSettings:
     "Ratings on the seven principles (§3.3)."
+
     rater: str = "openai:gpt-4o-2024-08-06"  # gateway URI of the rater (§3.3: GPT-4o; the snapshot is ours)
     mode: str = "principle"  # principle = a call for each principle (§3.3); speech = all seven principles in one call
     max_tokens: int = 1024  # longest reply in tokens, for each principle that a call asks for
@@ -71,12 +81,14 @@ class RatingSettings:
 @dataclass(frozen=True)
 class PairSettings:
     "From ratings to preference pairs (§3.3)."
+
     min_gap_sum: int = 7  # gap of the seven ratings' sums; 7 is the paper's mean gap of 1, exact in integers
 
 # %% ../../nbs/core/00_settings.ipynb #9c304ef8
 @dataclass(frozen=True)
 class LoraSettings:
     "Low-rank adapters; rank 0 trains every weight, as the paper does."
+
     rank: int = 0  # 0 = full fine-tuning
     alpha: int = 32  # LoRA scale numerator
     last_layers: int | None = None  # adapt only the last n decoder layers; None adapts all
@@ -85,17 +97,27 @@ class LoraSettings:
 @dataclass(frozen=True)
 class RewardSettings:
     "Bradley-Terry reward models (§4.1)."
+
     epochs: int = 2  # §4.1
     batch_size: int = 128  # pairs in an optimiser step, over all devices (§4.1)
-    pack_tokens: int = 16384  # tokens computed in one forward pass on one device; the packs of a batch are as large as fit
+    pack_tokens: int = (
+        16384  # tokens computed in one forward pass on one device; the packs of a batch are as large as fit
+    )
     learning_rate: float = 9e-6  # §4.1
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
     checkpoints: int = 4  # evaluations on the development pairs; the checkpoint of the least loss is kept
-    center_coefficient: float = 0.0  # weight of (r_chosen + r_rejected)²; 0 leaves the rewards' zero open, as the paper does
+    center_coefficient: float = (
+        0.0  # weight of (r_chosen + r_rejected)²; 0 leaves the rewards' zero open, as the paper does
+    )
     margin: bool = False  # subtract the ratings' mean gap in the loss; the paper does not
     lora: LoraSettings = field(default_factory=LoraSettings)
-    scorers: tuple[str, ...] = ("skywork-llama-8b", "skywork-gemma-27b", "nemotron-70b", "psychocounsel-8b")  # other reward models of Table 1: names of `training.scoring`, paths or hub ids
+    scorers: tuple[str, ...] = (
+        "skywork-llama-8b",
+        "skywork-gemma-27b",
+        "nemotron-70b",
+        "psychocounsel-8b",
+    )  # other reward models of Table 1: names of `training.scoring`, paths or hub ids
     rankers: tuple[str, ...] = ("openai:gpt-4o-2024-08-06",)  # LLM-as-Ranker baselines (§4.1), gateway URIs
     ece_bins: tuple[int, ...] = (10, 5, 15)  # the first is the one in Table 1; the paper gives none
     report_to: str = "none"  # where transformers sends training curves: none, wandb, tensorboard, …
@@ -105,16 +127,21 @@ class RewardSettings:
 @dataclass(frozen=True)
 class DpoSettings:
     "Direct preference optimisation, offline and iterative (§4.2)."
+
     beta: float = 0.1  # §4.2
     learning_rate: float = 5e-7  # §4.2
     batch_size: int = 64  # pairs in an optimiser step, over all devices (§4.2)
-    pack_tokens: int = 16384  # tokens computed in one forward pass on one device; the packs of a batch are as large as fit
+    pack_tokens: int = (
+        16384  # tokens computed in one forward pass on one device; the packs of a batch are as large as fit
+    )
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
-    label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round; above 0 the loss is robust DPO (Chowdhury et al., 2024)
+    label_smoothing: float = 0.0  # share of pairs labelled the wrong way; above 0: robust DPO (Chowdhury et al., 2024)
     epochs: float = 3.0  # offline epochs; the paper gives 1,600 steps of 64 pairs, about three epochs of 34,329
     checkpoints: int = 8  # evenly spaced checkpoints of the offline run, for the curves and the selection
-    select: typing.Literal["loss", "reward", "win-rate"] = "reward"  # by what the offline checkpoint is chosen, on development speeches
+    select: typing.Literal["loss", "reward", "win-rate"] = (
+        "reward"  # by what the offline checkpoint is chosen, on development speeches
+    )
     lora: LoraSettings = field(default_factory=LoraSettings)
     report_to: str = "none"  # where transformers sends training curves: none, wandb, tensorboard, …
 
@@ -122,9 +149,12 @@ class DpoSettings:
 @dataclass(frozen=True)
 class IterSettings:
     "The online part of DPO-Iter (§4.2; Pang et al., 2024)."
+
     iterations: int = 16  # 16 × 100 steps = the paper's 1,600
     prompts: int = 6400  # client speeches in an iteration (§4.2)
-    draw: typing.Literal["rounds", "fresh"] = "rounds"  # rounds: no speech again before all were used; fresh: new draws for each iteration; not given in the paper
+    draw: typing.Literal["rounds", "fresh"] = (
+        "rounds"  # rounds: no speech twice before all were used; fresh: drawn anew in each iteration; not in the paper
+    )
     candidates: int = 8  # responses for each speech (§4.2)
     temperature: float = 1.0  # not given in the paper
     top_k: int = 50  # not given in the paper; 0 takes all tokens
@@ -137,10 +167,14 @@ class IterSettings:
     min_gap: float = 0.0  # a pair's rewards differ by more than this
     init: typing.Literal["previous", "base"] = "previous"  # where an iteration starts
     reference: typing.Literal["previous", "base"] = "previous"  # the reference policy of an iteration
-    nll_weight: float = 0.0  # Pang et al. add this term; the paper writes plain DPO. trl takes its mean over a pack's tokens
+    nll_weight: float = (
+        0.0  # Pang et al. add this term; the paper writes plain DPO. trl takes its mean over a pack's tokens
+    )
     learning_rate: float | None = None  # None takes that of offline DPO, as the paper does
     schedule: typing.Literal["each", "across"] = "each"  # warm-up and decay in each iteration, or once across all
-    optimiser: typing.Literal["reset", "keep"] = "reset"  # Adam's moments at the start of an iteration; keep needs full fine-tuning
+    optimiser: typing.Literal["reset", "keep"] = (
+        "reset"  # Adam's moments at the start of an iteration; keep needs full fine-tuning
+    )
     epochs: float = 1.0  # passes over an iteration's pairs; 16 × 6,400 / 64 = the paper's 1,600 steps
     checkpoints: int = 1  # places inside an iteration's training where an interrupted one can go on
     keep_last: int | None = None  # iterations whose weights stay on disk, beside the best; None keeps all
@@ -150,6 +184,7 @@ class IterSettings:
 @dataclass(frozen=True)
 class WatchSettings:
     "What is looked at after each checkpoint and iteration, on development speeches; nothing of it is in the paper."
+
     speeches: int | None = 200  # development speeches; None takes all
     answers: int = 1  # sampled answers to each
     judged: bool = True  # ask evaluation.judge too, which shows a reward model that is praised for nothing
@@ -158,6 +193,7 @@ class WatchSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     "Battles against the reference model (§4.2, Table 2)."
+
     reference: str = "openai:gpt-4o-2024-08-06"  # the model that policies are compared with
     judge: str = "openai:gpt-4o-2024-08-06"  # who compares; never assumed to be the reference
     max_tokens: int = 1024  # longest policy response in tokens
@@ -172,20 +208,30 @@ class EvaluationSettings:
 @dataclass(frozen=True)
 class JudgesSettings:
     "Other judges of the same answers; the paper has one judge and one number for it (82.5%, §4.2)."
-    others: tuple[str, ...] = ("reward", "choose:openai:gpt-4o-2024-08-06", "rules:rubric", "longer")  # judges of `evaluation.judging`: gateway URIs, choose:URI, reward, reward:NAME, longer
+
+    others: tuple[str, ...] = (
+        "reward",
+        "choose:openai:gpt-4o-2024-08-06",
+        "rules:rubric",
+        "longer",
+    )  # judges of `evaluation.judging`: gateway URIs, choose:URI, reward, reward:NAME, longer
     speeches: int | None = 400  # test speeches that all judges see; None takes all
 
 
 @dataclass(frozen=True)
 class TrialSettings:
     "The offline rubric against texts that people labelled; nothing of it is in the paper."
-    corpora: tuple[str, ...] = ()  # name=PLACE of labelled texts: annomi, epitome, esconv, counsel-chat; one that is not named is not measured
+
+    corpora: tuple[
+        str, ...
+    ] = ()  # name=PLACE of labelled texts: annomi, epitome, esconv, counsel-chat; one that is not named is not measured
     bootstrap: int = 1000  # resamples for every interval
 
 
 @dataclass(frozen=True)
 class AgreementSettings:
     "What experts are asked, and who answered (§3.4, §4.2)."
+
     label_pairs: int = 200  # preference pairs of the dataset (§3.4)
     battle_pairs: int = 100  # pairs of a policy's and the reference's answers in each of the two settings (§4.2)
     scored: int = 100  # answers of the policy scored 1-5 in each setting (§4.2, Fig. 3)
@@ -197,17 +243,31 @@ class AgreementSettings:
 @dataclass(frozen=True)
 class MixSettings:
     "Counselling pairs, general ones, and mixes of both at equal budget (the paper's later version)."
-    general: str = "helpsteer2"  # general-domain pairs: helpsteer2 (the hub), demo (our small set), or a place with files in HelpSteer2's schema
-    rule: str = "70b"  # who is preferred: helpfulness, or 70b = HelpSteer2's weighted sum; helpfulness alone ties too often for 10,000 pairs; not given in the paper
+
+    general: str = "helpsteer2"  # general pairs: helpsteer2 (the hub), demo (ours), or a place in HelpSteer2's schema
+    rule: str = (
+        "70b"  # who is preferred: helpfulness, or 70b = HelpSteer2's weighted sum, with fewer ties; not in the paper
+    )
     budget: int = 10000  # training pairs in each budgeted cell
-    test_fraction: float = 0.2  # share of the general prompts held out, where the set has no validation split of its own
-    cells: tuple[str, ...] = ("help-all", "both-all", "psy", "help", "half")  # what is trained: all general pairs, all of both, and under the budget one, the other and half of each
-    reward_bench: str = "reward-bench"  # general test: reward-bench (the hub), a place with files in its schema; empty leaves it out
+    test_fraction: float = (
+        0.2  # share of the general prompts held out, where the set has no validation split of its own
+    )
+    cells: tuple[str, ...] = (
+        "help-all",
+        "both-all",
+        "psy",
+        "help",
+        "half",
+    )  # what is trained: all general pairs, all of both, and under the budget one, the other and half of each
+    reward_bench: str = (
+        "reward-bench"  # general test: reward-bench (the hub), a place with files in its schema; empty leaves it out
+    )
 
 
 @dataclass(frozen=True)
 class AblationSettings:
     "Online against offline data at equal budget (§4.3, Fig. 4)."
+
     pairs: int = 34329  # preference pairs in each arm, one epoch (§4.3)
     checkpoints: int = 8  # points on each curve after step 0
 
@@ -215,6 +275,7 @@ class AblationSettings:
 @dataclass(frozen=True)
 class Profile:
     "Every number of a run."
+
     name: str  # tiny, demo, paper
     backbones: tuple[str, ...]  # weights to train from: a name of `models.weights`, a path, or a hub id
     dtype: str = "auto"  # training dtype: auto = bfloat16 where the processor has it, else float32
@@ -238,7 +299,17 @@ class Profile:
 PAPER = Profile(
     name="paper",
     backbones=("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-    speeches=SpeechSettings(sources=("counsel-chat", "amod-counsel", "psycho8k", "therapistQA", "mentalChat16k", "mentalAgora", "phi2Mental")),
+    speeches=SpeechSettings(
+        sources=(
+            "counsel-chat",
+            "amod-counsel",
+            "psycho8k",
+            "therapistQA",
+            "mentalChat16k",
+            "mentalAgora",
+            "phi2Mental",
+        )
+    ),
     budget_usd=2500.0,
 )
 
@@ -249,15 +320,33 @@ DEMO = Profile(
     speeches=SpeechSettings(test_fraction=0.25),
     responses=ResponseSettings(pool="demo", max_tokens=48),
     ratings=RatingSettings(rater="rules:rubric"),
-    reward=RewardSettings(epochs=2, batch_size=8, learning_rate=2e-4, warmup_ratio=0.1, max_length=512,
-                          checkpoints=2, pack_tokens=2048,
-                          lora=LoraSettings(rank=16, last_layers=15), scorers=(), rankers=("local:smollm2-135m",)),
-    dpo=DpoSettings(batch_size=4, pack_tokens=2048, learning_rate=4e-4, warmup_ratio=0.1, max_length=512, epochs=1.0,
-                    checkpoints=3, lora=LoraSettings(rank=16, last_layers=15)),
+    reward=RewardSettings(
+        epochs=2,
+        batch_size=8,
+        learning_rate=2e-4,
+        warmup_ratio=0.1,
+        max_length=512,
+        checkpoints=2,
+        pack_tokens=2048,
+        lora=LoraSettings(rank=16, last_layers=15),
+        scorers=(),
+        rankers=("local:smollm2-135m",),
+    ),
+    dpo=DpoSettings(
+        batch_size=4,
+        pack_tokens=2048,
+        learning_rate=4e-4,
+        warmup_ratio=0.1,
+        max_length=512,
+        epochs=1.0,
+        checkpoints=3,
+        lora=LoraSettings(rank=16, last_layers=15),
+    ),
     dpo_iter=IterSettings(iterations=8, prompts=32, block=16, epochs=2.0),
     watch=WatchSettings(speeches=None, answers=4),
-    evaluation=EvaluationSettings(reference="local:smollm2-135m", judge="rules:rubric", max_tokens=48, coverage=1.0,
-                                  curve_speeches=42),
+    evaluation=EvaluationSettings(
+        reference="local:smollm2-135m", judge="rules:rubric", max_tokens=48, coverage=1.0, curve_speeches=42
+    ),
     ablation=AblationSettings(pairs=64, checkpoints=2),
     judges=JudgesSettings(others=("reward", "choose:local:smollm2-135m", "longer"), speeches=24),
     agreement=AgreementSettings(label_pairs=60, battle_pairs=40, scored=40, simulated=2),
@@ -269,16 +358,40 @@ TINY = Profile(
     name="tiny",
     backbones=("random-tiny",),
     dtype="float32",
-    speeches=SpeechSettings(test_fraction=0.25, limit=42, topic_method="tfidf", topic_confidence=0.0, topic_compare=("tfidf",)),
+    speeches=SpeechSettings(
+        test_fraction=0.25, limit=42, topic_method="tfidf", topic_confidence=0.0, topic_compare=("tfidf",)
+    ),
     responses=ResponseSettings(pool="tiny", max_tokens=24, block=8),
     ratings=RatingSettings(rater="rules:rubric"),
-    reward=RewardSettings(epochs=1, batch_size=8, learning_rate=1e-3, max_length=1024, checkpoints=2, pack_tokens=4096,
-                          lora=LoraSettings(rank=4, alpha=8), scorers=(), rankers=("local:random-tiny",)),
-    dpo=DpoSettings(batch_size=4, pack_tokens=4096, learning_rate=1e-3, max_length=1024, epochs=1.0, checkpoints=2,
-                    lora=LoraSettings(rank=4, alpha=8)),
+    reward=RewardSettings(
+        epochs=1,
+        batch_size=8,
+        learning_rate=1e-3,
+        max_length=1024,
+        checkpoints=2,
+        pack_tokens=4096,
+        lora=LoraSettings(rank=4, alpha=8),
+        scorers=(),
+        rankers=("local:random-tiny",),
+    ),
+    dpo=DpoSettings(
+        batch_size=4,
+        pack_tokens=4096,
+        learning_rate=1e-3,
+        max_length=1024,
+        epochs=1.0,
+        checkpoints=2,
+        lora=LoraSettings(rank=4, alpha=8),
+    ),
     dpo_iter=IterSettings(iterations=2, prompts=12, block=4, candidates=4),
-    evaluation=EvaluationSettings(reference="local:random-tiny", judge="rules:rubric", max_tokens=16, coverage=1.0,
-                                  curve_speeches=6, bootstrap=200),
+    evaluation=EvaluationSettings(
+        reference="local:random-tiny",
+        judge="rules:rubric",
+        max_tokens=16,
+        coverage=1.0,
+        curve_speeches=6,
+        bootstrap=200,
+    ),
     ablation=AblationSettings(pairs=8, checkpoints=1),
     judges=JudgesSettings(others=("reward", "choose:local:random-tiny", "longer"), speeches=6),
     trial=TrialSettings(bootstrap=200),
@@ -340,17 +453,31 @@ def check_type(
     return value
 
 # %% ../../nbs/core/00_settings.ipynb #f0ae26a9
-def check_policy_settings(
-    profile: Profile,  # of the run
-) -> None:
+def check_policy_settings(profile: Profile) -> None:
     "Refuse settings of policies that contradict one another."
     for name, chosen in (("dpo.select", profile.dpo.select), ("dpo_iter.select", profile.dpo_iter.select)):
         if chosen == "win-rate" and not profile.watch.judged:
-            raise StudyError(f"{name}: found 'win-rate' with watch.judged false, expected a judge; set watch.judged to true, or {name} to reward")
+            raise StudyError(
+                f"{name}: found 'win-rate' with watch.judged false, expected a judge; set watch.judged to true, or "
+                f"{name} to reward"
+            )
     if profile.dpo_iter.optimiser == "keep" and profile.dpo.lora.rank:
-        raise StudyError(f"dpo_iter.optimiser: found 'keep' with dpo.lora.rank {profile.dpo.lora.rank}, expected full fine-tuning; set it to reset, or the rank to 0")
-    for name, found in (("dpo.checkpoints", profile.dpo.checkpoints), ("dpo_iter.iterations", profile.dpo_iter.iterations), ("dpo_iter.keep_last", profile.dpo_iter.keep_last)):
+        raise StudyError(
+            f"dpo_iter.optimiser: found 'keep' with dpo.lora.rank {profile.dpo.lora.rank}, expected full fine-tuning; "
+            "set it to reset, or the rank to 0"
+        )
+    for name, found in (
+        ("dpo.checkpoints", profile.dpo.checkpoints),
+        ("dpo_iter.iterations", profile.dpo_iter.iterations),
+        ("dpo_iter.keep_last", profile.dpo_iter.keep_last),
+    ):
         if found is not None and found < 1:
-            raise StudyError(f"{name}: found {found}, expected at least 1; a policy is one of the checkpoints, and an iteration starts from the last")
+            raise StudyError(
+                f"{name}: found {found}, expected at least 1; a policy is one of the checkpoints, and an iteration "
+                "starts from the last"
+            )
     if min(1 if profile.watch.speeches is None else profile.watch.speeches, profile.watch.answers) < 1:
-        raise StudyError(f"watch: found {profile.watch.speeches} speeches and {profile.watch.answers} answers, expected at least 1 of each; watch.speeches null takes all")
+        raise StudyError(
+            f"watch: found {profile.watch.speeches} speeches and {profile.watch.answers} answers, expected at least 1 "
+            "of each; watch.speeches null takes all"
+        )

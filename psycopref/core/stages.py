@@ -15,14 +15,15 @@ from pathlib import Path
 from .settings import DEMO, PAPER, Profile, StudyError, TINY, load_profile, suggest
 
 # %% auto #0
-__all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'project_root',
-           'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell', 'grid_cells',
-           'parse_cell', 'derived_seed']
+__all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
+           'project_root', 'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell',
+           'grid_cells', 'parse_cell', 'derived_seed']
 
 # %% ../../nbs/core/01_stages.ipynb #3284fff6
 @dataclass(frozen=True)
 class Stage:
     "Declare one step of the chain."
+
     name: str  # notebook and output folder
     title: str  # what it makes
     needs: tuple[str, ...]  # stages that must be finished
@@ -32,30 +33,101 @@ class Stage:
 
 
 _MODELS = ("backbones", "dtype")
+_ALL = tuple(field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "budget_usd"))
 
-STAGES = {stage.name: stage for stage in (
-    Stage("00_study", "find the weights", (), ("backbones",)),
-    Stage("01_speeches", "client speeches", (), ("speeches",)),
-    Stage("02_responses", "responses of the pool", ("00_study", "01_speeches"), ("responses",), True),
-    Stage("03_ratings", "ratings on seven principles", ("01_speeches", "02_responses"), ("ratings", "responses.each_speech", "responses.block"), True),
-    Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs",)),
-    Stage("05_reward", "reward models", ("00_study", "01_speeches", "04_pairs"), (*_MODELS, "reward", "evaluation.bootstrap")),
-    Stage("06_policy", "policies by DPO and DPO-Iter", ("01_speeches", "04_pairs", "05_reward"),
-          (*_MODELS, "dpo", "dpo_iter", "watch", *(f"evaluation.{name}" for name in ("reference", "judge", "max_tokens", "temperature", "top_k", "top_p", "coverage", "bootstrap")))),
-    Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"),
-          (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.max_tokens")),
-    Stage("08_ablations", "online against offline data", ("01_speeches", "04_pairs", "05_reward", "06_policy"),
-          (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation")),
-    Stage("09_mixing", "counselling and general pairs mixed", ("01_speeches", "04_pairs", "05_reward"),
-          (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.bootstrap"), cells=True),
-    Stage("10_judges", "other judges of the same answers", ("01_speeches", "05_reward", "07_win_rates"),
-          (*_MODELS, "judges", "evaluation.judge", "evaluation.reference", "evaluation.bootstrap")),
-    Stage("11_experts", "experts: kits, agreement, comparison", ("01_speeches", "04_pairs", "07_win_rates"),
-          ("agreement", "evaluation.judge", "evaluation.bootstrap")),
-    Stage("12_trial", "the offline rubric on trial", (), ("trial",)),
-    Stage("13_report", "every table and figure", ("01_speeches", "02_responses", "03_ratings", "12_trial", "04_pairs", "05_reward", "06_policy",
-                                                  "07_win_rates", "10_judges", "08_ablations", "09_mixing", "11_experts"), ()),
-)}
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("00_study", "the chain, the weights and the plan", (), _ALL),
+        Stage("01_speeches", "client speeches", (), ("speeches",)),
+        Stage("02_responses", "responses of the pool", ("01_speeches",), ("responses",), True),
+        Stage(
+            "03_ratings",
+            "ratings on seven principles",
+            ("01_speeches", "02_responses"),
+            ("ratings", "responses.each_speech", "responses.block"),
+            True,
+        ),
+        Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs",)),
+        Stage("05_reward", "reward models", ("01_speeches", "04_pairs"), (*_MODELS, "reward", "evaluation.bootstrap")),
+        Stage(
+            "06_policy",
+            "policies by DPO and DPO-Iter",
+            ("01_speeches", "04_pairs", "05_reward"),
+            (
+                *_MODELS,
+                "dpo",
+                "dpo_iter",
+                "watch",
+                *(
+                    f"evaluation.{name}"
+                    for name in (
+                        "reference",
+                        "judge",
+                        "max_tokens",
+                        "temperature",
+                        "top_k",
+                        "top_p",
+                        "coverage",
+                        "bootstrap",
+                    )
+                ),
+            ),
+        ),
+        Stage(
+            "07_win_rates",
+            "battles against the reference",
+            ("01_speeches", "06_policy"),
+            (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.max_tokens"),
+        ),
+        Stage(
+            "08_ablations",
+            "online against offline data",
+            ("01_speeches", "04_pairs", "05_reward", "06_policy"),
+            (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation"),
+        ),
+        Stage(
+            "09_mixing",
+            "counselling and general pairs mixed",
+            ("01_speeches", "04_pairs", "05_reward"),
+            (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.bootstrap"),
+            cells=True,
+        ),
+        Stage(
+            "10_judges",
+            "other judges of the same answers",
+            ("01_speeches", "05_reward", "07_win_rates"),
+            (*_MODELS, "judges", "evaluation.judge", "evaluation.reference", "evaluation.bootstrap"),
+        ),
+        Stage(
+            "11_experts",
+            "experts: kits, agreement, comparison",
+            ("01_speeches", "04_pairs", "07_win_rates"),
+            ("agreement", "evaluation.judge", "evaluation.bootstrap"),
+        ),
+        Stage("12_trial", "the offline rubric on trial", (), ("trial",)),
+        Stage(
+            "13_report",
+            "every table and figure",
+            (
+                "00_study",
+                "01_speeches",
+                "02_responses",
+                "03_ratings",
+                "04_pairs",
+                "05_reward",
+                "06_policy",
+                "07_win_rates",
+                "08_ablations",
+                "09_mixing",
+                "10_judges",
+                "11_experts",
+                "12_trial",
+            ),
+            (),
+        ),
+    )
+}
 
 
 RELEASED = "released"  # the source that brings responses, ratings and pairs along
@@ -64,10 +136,12 @@ RELEASED = "released"  # the source that brings responses, ratings and pairs alo
 def is_released(
     sources: typing.Iterable[str],  # of a profile: names, or name=place
 ) -> bool:  # True where the released dataset is the input
-    "Tell whether a run starts from the released dataset; it can't be mixed with other sources."
+    "Check whether a run starts from the released dataset; it can't be mixed with other sources."
     names = [spec.partition("=")[0] for spec in sources]
     if RELEASED in names and len(names) > 1:
-        raise StudyError(f"sources {names}: {RELEASED!r} brings its own pairs and can't be joined with others; name it alone")
+        raise StudyError(
+            f"sources {names}: {RELEASED!r} brings its own pairs and can't be joined with others; name it alone"
+        )
     return RELEASED in names
 
 
@@ -76,8 +150,11 @@ def stages_of(
 ) -> dict[str, Stage]:  # name -> stage, in order
     "Return the stages of a run; the released dataset needs neither responses nor ratings."
     gone = {"02_responses", "03_ratings"} if is_released(profile.speeches.sources) else set()
-    return {name: dataclasses.replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
-            for name, stage in STAGES.items() if name not in gone}
+    return {
+        name: dataclasses.replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
+        for name, stage in STAGES.items()
+        if name not in gone
+    }
 
 # %% ../../nbs/core/01_stages.ipynb #0a85d91c
 BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo_iter.keep_last")  # settings that no result hangs on
@@ -93,7 +170,25 @@ def stage_settings(
         value = tree
         for part in section.split("."):
             value = value[part]
-        found[section] = {name: own for name, own in value.items() if f"{section}.{name}" not in BEHAVIOUR} if isinstance(value, dict) else value
+        found[section] = (
+            {name: own for name, own in value.items() if f"{section}.{name}" not in BEHAVIOUR}
+            if isinstance(value, dict)
+            else value
+        )
+    return found
+
+# %% ../../nbs/core/01_stages.ipynb #180fb8ab
+def as_dotted(
+    settings: dict,  # of a receipt: section -> value or tree
+) -> dict:  # dotted setting -> value
+    "Write a stage's settings as overrides."
+    found = {}
+    for name, value in settings.items():
+        found |= (
+            {f"{name}.{below}": leaf for below, leaf in as_dotted(value).items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     return found
 
 # %% ../../nbs/core/01_stages.ipynb #9ba5f25b
@@ -118,6 +213,7 @@ def cache_root() -> Path:  # downloaded and converted weights live here
 @dataclass(frozen=True)
 class Run:
     "Name the places of one run."
+
     name: str  # a folder name
 
     def __post_init__(self):
@@ -140,14 +236,13 @@ class Run:
         return self.outputs / name
 
 # %% ../../nbs/core/01_stages.ipynb #7e1a751e
-def check_layout(
-    run: Run,
-) -> None:
+def check_layout(run: Run) -> None:
     "Refuse a run folder with stages of an older layout, such as 05_speeches."
     parts = {path.name: path.name.split(".")[0] for path in run.outputs.glob("[0-9][0-9]*_*") if path.is_dir()}
     if old := sorted(name for name, stage in parts.items() if stage not in STAGES):
         raise StudyError(
-            f"outputs/{run.name}: holds {old[0]!r}, which is no stage of this version, expected such as {next(iter(STAGES))!r}; "
+            f"outputs/{run.name}: holds {old[0]!r}, which is no stage of this version, expected such as "
+            f"{next(iter(STAGES))!r}; "
             "name another RUN, or remove the folder"
         )
 
@@ -155,6 +250,7 @@ def check_layout(
 @dataclass(frozen=True)
 class Shard:
     "Name one of n shards of a stage."
+
     number: int  # from 1
     n: int  # shards in all
     kind: typing.ClassVar[str] = "shard"
@@ -163,7 +259,7 @@ class Shard:
         return f"{self.number}-of-{self.n}"
 
     def takes(self, block: int) -> bool:
-        "Tell whether a block, counted from 0, belongs to this shard."
+        "Check whether a block, counted from 0, belongs to this shard."
         return block % self.n == self.number - 1
 
 
@@ -201,6 +297,7 @@ def slug_of(
 @dataclass(frozen=True)
 class Cell:
     "Name one cell of the mixing grid."
+
     backbone: str  # one of the profile's
     mix: str  # one of mixing.cells
     kind: typing.ClassVar[str] = "cell"
@@ -218,7 +315,9 @@ def grid_cells(
     "List the cells of the mixing grid."
     wrong = [mix for mix in profile.mixing.cells if mix not in MIXES[1:]]
     if wrong or len(set(profile.mixing.cells)) < len(profile.mixing.cells):
-        raise StudyError(f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {', '.join(MIXES[1:])}")
+        raise StudyError(
+            f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {', '.join(MIXES[1:])}"
+        )
     return [Cell(backbone, mix) for backbone in profile.backbones for mix in profile.mixing.cells]
 
 
@@ -234,7 +333,7 @@ def parse_cell(
 
 # %% ../../nbs/core/01_stages.ipynb #cd1e3c0c
 def derived_seed(
-    seed: int,  # the run's seed
+    seed: int,
     *names: str | int,  # what the choice is for, e.g. a stage and a speech_id
 ) -> int:  # in [0, 2**32)
     "Derive an independent seed from a run seed and names (SHA-256)."

@@ -14,7 +14,8 @@ __all__ = ['TABLE_STYLE', 'PALETTE', 'Label', 'format_cell', 'markdown_table', '
 # %% ../../nbs/core/03_tables.ipynb #5cb071e2
 @dataclass(frozen=True)
 class Label:
-    "Say who made a result."
+    "Describe who made a result."
+
     profile: str  # tiny, demo, paper
     models: tuple[str, ...] = ()  # long names, with how they were obtained
     rater: str = ""  # who rated or judged
@@ -31,7 +32,7 @@ class Label:
 def format_cell(
     value,  # a number, text, or None for "not measured"
 ) -> str:  # what is printed
-    "Format one table cell: integers whole, percentages with one decimal, smaller reals with three, missing as an em dash."
+    "Format a table cell: integers whole, percentages with one decimal, smaller reals with three, missing as a dash."
     if value is None or (isinstance(value, float) and value != value):
         return "—"
     if isinstance(value, float):
@@ -66,11 +67,13 @@ def _plain(frame) -> list[list]:
     return [list(row) for row in zip(*columns)]
 
 # %% ../../nbs/core/03_tables.ipynb #97bb5fe4
-TABLE_STYLE = ("<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:84rem;color:#1a1a1a}"
-               "table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;"
-               "text-align:left;vertical-align:top}thead th{border-bottom:2px solid #444}"
-               ".wide{font-size:.74rem}.wide th,.wide td{padding:.25rem .35rem}.wide td:nth-child(-n+2){white-space:nowrap}"
-               ".scroll{overflow-x:auto}caption,.label{color:#555;font-size:.82rem;text-align:left;margin:.3rem 0}</style>")
+TABLE_STYLE = (
+    "<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:84rem;color:#1a1a1a}"
+    "table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;"
+    "text-align:left;vertical-align:top}thead th{border-bottom:2px solid #444}"
+    ".wide{font-size:.74rem}.wide th,.wide td{padding:.25rem .35rem}.wide td:nth-child(-n+2){white-space:nowrap}"
+    ".scroll{overflow-x:auto}caption,.label{color:#555;font-size:.82rem;text-align:left;margin:.3rem 0}</style>"
+)
 
 
 def html_table(
@@ -80,15 +83,47 @@ def html_table(
 ) -> str:  # an HTML fragment
     "Render a frame as an HTML table with its caption and label."
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
-    body = "".join("<tr>" + "".join(f"<td>{_marked(html.escape(format_cell(v)), v, '<b>%s</b>', '<u>%s</u>')}</td>".replace("\n", "<br>") for v in row) + "</tr>"
-                   for row in _plain(frame))
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{_marked(html.escape(format_cell(v)), v, '<b>%s</b>', '<u>%s</u>')}</td>".replace("\n", "<br>")
+            for v in row
+        )
+        + "</tr>"
+        for row in _plain(frame)
+    )
     kind = " class='wide'" if frame.shape[1] > 10 else ""
-    return (f"<h3>{html.escape(caption)}</h3><div class='scroll'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            f"<p class='label'>{html.escape(str(label))}</p>")
+    return (
+        f"<h3>{html.escape(caption)}</h3><div "
+        f"class='scroll'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<p class='label'>{html.escape(str(label))}</p>"
+    )
 
 
-_LATEX = {"\\": r"\textbackslash{}", **{c: "\\" + c for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-          "—": "---", "–": "--", "…": r"\dots{}", "±": r"$\pm$", "≥": r"$\geq$", "·": r"$\cdot$", "κ": r"$\kappa$", "α": r"$\alpha$", "ρ": r"$\rho$", "−": "$-$", "×": r"$\times$", "§": r"\S{}", "τ": r"$\tau$", "φ": r"$\varphi$", "≤": r"$\leq$", "→": r"$\to$"}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "—": "---",
+    "–": "--",
+    "…": r"\dots{}",
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "·": r"$\cdot$",
+    "κ": r"$\kappa$",
+    "α": r"$\alpha$",
+    "ρ": r"$\rho$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "§": r"\S{}",
+    "τ": r"$\tau$",
+    "φ": r"$\varphi$",
+    "≤": r"$\leq$",
+    "→": r"$\to$",
+}
 
 
 def latex_text(
@@ -104,15 +139,31 @@ def latex_table(
     label: Label,  # who made it
 ) -> str:  # a LaTeX table environment (booktabs)
     "Render a frame as a LaTeX table with its caption and label."
+
     def escape(value):
         return latex_text(format_cell(value)).strip().replace("\n", r" \newline ")
+
     long = [max((len(format_cell(v)) for v in frame.iloc[:, i]), default=0) > 60 for i in range(frame.shape[1])]
     columns = "".join(rf"p{{{0.7 / sum(long):.2f}\textwidth}}" if wraps else "l" for wraps in long)
     wide = frame.shape[1] > 8  # shrunk to the page
-    lines = [r"\begin{table*}" if wide or any(long) else r"\begin{table}", r"\centering", *([r"\resizebox{\textwidth}{!}{%"] if wide else []), rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines = [
+        r"\begin{table*}" if wide or any(long) else r"\begin{table}",
+        r"\centering",
+        *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+    ]
     lines += [" & ".join(escape(c) for c in frame.columns) + r" \\", r"\midrule"]
-    lines += [" & ".join(_marked(escape(v), v, r"\textbf{%s}", r"\underline{%s}") for v in row) + r" \\" for row in _plain(frame)]
-    lines += [r"\bottomrule", r"\end{tabular}" + ("}" if wide else ""), rf"\caption{{{escape(caption)}. {escape(str(label))}}}", lines[0].replace("begin", "end")]
+    lines += [
+        " & ".join(_marked(escape(v), v, r"\textbf{%s}", r"\underline{%s}") for v in row) + r" \\"
+        for row in _plain(frame)
+    ]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}" + ("}" if wide else ""),
+        rf"\caption{{{escape(caption)}. {escape(str(label))}}}",
+        lines[0].replace("begin", "end"),
+    ]
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/core/03_tables.ipynb #d7b4e9f3
@@ -130,6 +181,10 @@ def new_figure(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    sns.set_theme(style="whitegrid", palette=list(PALETTE), font_scale=0.9,
-                  rc={"axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42})
+    sns.set_theme(
+        style="whitegrid",
+        palette=list(PALETTE),
+        font_scale=0.9,
+        rc={"axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42},
+    )
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **keywords)

@@ -12,19 +12,30 @@ import re
 __all__ = ['ROUNDS', 'REASONS', 'clean', 'language', 'judge']
 
 # %% ../../nbs/corpus/02_cleaning.ipynb #d3da1026
-_TAGS = ("a abbr acronym address applet area article aside audio b base bdi bdo big blockquote body br button canvas caption center cite code "
-         "col colgroup dd del details dfn div dl dt em embed fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 "
-         "head header hr html i iframe img input ins kbd label legend li link main map mark menu meta nav noscript object ol optgroup option "
-         "p param picture pre q s samp section select small source span strike strong sub summary sup svg table tbody td textarea tfoot th "
-         "thead time title tr track tt u ul var video wbr")
+_TAGS = (
+    "a abbr acronym address applet area article aside audio b base bdi bdo big blockquote body br button canvas "
+    "caption center cite code "
+    "col colgroup dd del details dfn div dl dt em embed fieldset figcaption figure font footer form frame frameset h1 "
+    "h2 h3 h4 h5 h6 "
+    "head header hr html i iframe img input ins kbd label legend li link main map mark menu meta nav noscript object "
+    "ol optgroup option "
+    "p param picture pre q s samp section select small source span strike strong sub summary sup svg table tbody td "
+    "textarea tfoot th "
+    "thead time title tr track tt u ul var video wbr"
+)
 _FLAGS = "async|checked|controls|defer|disabled|hidden|multiple|nowrap|readonly|required|selected"
 _ATTRIBUTES = rf"""(?:\s+(?:[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+)|(?:{_FLAGS})(?=[\s/>])))*"""
-_MARKUP = re.compile(rf"<!--.*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>.*?</\1\s*>|</?(?:script|style|{_TAGS.replace(' ', '|')}){_ATTRIBUTES}\s*/?>", re.I | re.S)
+_MARKUP = re.compile(
+    rf"<!--.*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>.*?</\1\s*>|</?(?:script|style|{_TAGS.replace(' ', '|')}){_ATTRIBUTES}\s*/?>",
+    re.I | re.S,
+)
 
 # %% ../../nbs/corpus/02_cleaning.ipynb #eb6f337c
 _DELETED = re.compile(r"[\x0b\x1c-\x1f]")  # blanks that ftfy would delete, and two words would be one
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc]+")
-_INVISIBLE = re.compile(r"(?<=\w)[\u00ad\u061c\u200b-\u200f\u2060\ufeff]+(?=\w)|[\ud800-\udfff]")  # inside a word; halves of characters
+_INVISIBLE = re.compile(
+    r"(?<=\w)[\u00ad\u061c\u200b-\u200f\u2060\ufeff]+(?=\w)|[\ud800-\udfff]"
+)  # inside a word; halves of characters
 _ESCAPES = re.compile(r"&(?:amp;|#0{0,6}38;|#x0{0,6}26;)+", re.I)  # an ampersand that was escaped any number of times
 _ENTITY = re.compile(r"&(?:#(?:x[0-9a-f]{1,6}(?![0-9a-f])|[0-9]{1,7}(?![0-9]));?|[a-z][a-z0-9]{1,31};)", re.I)
 ROUNDS = 20  # no source escapes so deeply
@@ -39,7 +50,9 @@ def clean(
     before, rounds = None, 0
     while text != before:
         before, rounds = text, rounds + 1
-        text = _MARKUP.sub(" ", _INVISIBLE.sub("", _DELETED.sub(" ", text if rounds <= ROUNDS else text.replace("&", " "))))
+        text = _MARKUP.sub(
+            " ", _INVISIBLE.sub("", _DELETED.sub(" ", text if rounds <= ROUNDS else text.replace("&", " ")))
+        )
         text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), _ESCAPES.sub("&", text))
         text = _BLANKS.sub(" ", ftfy.fix_text(text, unescape_html=False)).strip()
     return text

@@ -62,7 +62,9 @@ def shingle_codes(
     "Number the shingles of many speeches."
     import numpy as np
 
-    keys = [same_text(text).ljust(SHINGLE, "\n") for text in texts]  # a key holds no line end, so padding is unmistakable
+    keys = [
+        same_text(text).ljust(SHINGLE, "\n") for text in texts
+    ]  # a key holds no line end, so padding is unmistakable
     letters = np.frombuffer("\n".join([*keys, ""]).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     lengths = np.fromiter(map(len, keys), np.int64, len(keys))
     codes = np.zeros(len(letters), np.uint64)
@@ -153,6 +155,7 @@ MISSED = 0.001  # highest probability to miss a pair at the threshold
 # %% ../../nbs/corpus/04_duplicates.ipynb #0e476ff6
 class Plan(typing.NamedTuple):
     "Say how sketches become candidates."
+
     bands: int  # groups of slots
     rows: int  # slots in a band
     least: int  # slots that agree, of all, before a candidate is compared exactly
@@ -172,7 +175,10 @@ def lsh_plan(
     from scipy.stats import binom
 
     if not 0.3 <= threshold <= 1:
-        raise StudyError(f"threshold: found {threshold}, expected a Jaccard index from 0.3 to 1; 0.7 separates near-duplicates from other speeches")
+        raise StudyError(
+            f"threshold: found {threshold}, expected a Jaccard index from 0.3 to 1; 0.7 separates near-duplicates "
+            "from other speeches"
+        )
     least = int(binom.ppf(1e-5, SLOTS, threshold))
     plans = (Plan(SLOTS // rows, rows, least) for rows in range(SLOTS, 0, -1))
     return next(plan for plan in plans if _missed(threshold, plan) < MISSED)
@@ -193,7 +199,9 @@ def _slots(texts, seed):
 
     codes, offsets = shingle_codes(texts)
     sketch = RMinHash.digest_matrix_from_flat_token_hashes(codes, offsets.astype(np.uint64), SLOTS, seed)
-    return np.fromiter(itertools.chain.from_iterable(sketch.to_rows()), np.uint32, len(texts) * SLOTS).reshape(-1, SLOTS)
+    return np.fromiter(itertools.chain.from_iterable(sketch.to_rows()), np.uint32, len(texts) * SLOTS).reshape(
+        -1, SLOTS
+    )
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #941cc3bf
 def _sketches(texts, plan, seed):
@@ -358,7 +366,9 @@ def _pair_frame(i, j, similarity, threshold, **counts):
     import numpy as np
     import pandas as pd
 
-    frame = pd.DataFrame({"i": np.asarray(i, np.int64), "j": np.asarray(j, np.int64), "jaccard": np.asarray(similarity, float)})
+    frame = pd.DataFrame(
+        {"i": np.asarray(i, np.int64), "j": np.asarray(j, np.int64), "jaccard": np.asarray(similarity, float)}
+    )
     frame = frame[frame.jaccard >= threshold].sort_values(["i", "j"], ignore_index=True)
     frame.attrs.update(counts)
     return frame
@@ -378,8 +388,14 @@ def near_pairs(
     pairs = _candidates(keys, slots, plan, groups)
     i, j = pairs // max(1, len(texts)), pairs % max(1, len(texts))
     first, second = np.sort(links[:2], axis=0)
-    return _pair_frame(np.concatenate([i, first]), np.concatenate([j, second]), np.concatenate([jaccard(texts, i, j), links[2]]), threshold,
-                       compared=compared + len(pairs), crowded=int(np.count_nonzero(np.bincount(groups)[groups] > 1)) if texts else 0)
+    return _pair_frame(
+        np.concatenate([i, first]),
+        np.concatenate([j, second]),
+        np.concatenate([jaccard(texts, i, j), links[2]]),
+        threshold,
+        compared=compared + len(pairs),
+        crowded=int(np.count_nonzero(np.bincount(groups)[groups] > 1)) if texts else 0,
+    )
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #2334cadf
 _COMMON = """the i to and a my of it in that me is he she you was for but so with have not they do at be we just when can on what as know
@@ -391,7 +407,11 @@ help myself need last before two alone job anyone sometimes again thinking left 
 
 def _vocabulary(random, size):
     "Common English words, then made-up ones of one to three syllables; each again with a full stop."
-    heads, vowels, tails = "b c d f g h j k l m n p r s t v w st tr pl ch sh".split(), "a e i o u ea ou".split(), " n r s t l ng".split(" ")
+    heads, vowels, tails = (
+        "b c d f g h j k l m n p r s t v w st tr pl ch sh".split(),
+        "a e i o u ea ou".split(),
+        " n r s t l ng".split(" "),
+    )
     parts = [[pool[i] for i in random.integers(0, len(pool), 4 * size)] for pool in (heads, vowels, tails)]
     syllables = ["".join(three) for three in zip(*parts)]
     made = ("".join(syllables[4 * i : 4 * i + 1 + n]) for i, n in enumerate(random.integers(0, 3, size)))
@@ -406,7 +426,9 @@ def _originals(random, n):
     words = np.array(_vocabulary(random, 20_000), dtype=object)
     half, steps = len(words) // 2, 2**18
     shares = np.cumsum(1 / (np.arange(half) + 2.7) ** 1.2)
-    quantiles = np.searchsorted(shares / shares[-1], (np.arange(steps) + 0.5) / steps)  # a word for each of 2**18 equal steps
+    quantiles = np.searchsorted(
+        shares / shares[-1], (np.arange(steps) + 0.5) / steps
+    )  # a word for each of 2**18 equal steps
     for start in range(0, n, CHUNK):
         targets = np.clip(112 + random.gamma(1.4, 189, min(CHUNK, n - start)), 112, 1000).astype(int)
         ends = np.cumsum(targets // 3 + 20)  # enough words, whatever their length
@@ -432,7 +454,11 @@ def synthetic_speeches(
     origin[copies] = rows[random.integers(0, max(1, len(rows)), len(copies))] if len(rows) else -1
     draws = itertools.cycle(random.random(65_521).tolist())
     for count, (copy, source) in enumerate(zip(copies.tolist(), origin[copies].tolist())):
-        texts[copy] = edited(texts[source], EDITS[count % len(EDITS)], lambda top: int(next(draws) * top)) if source >= 0 else texts[copy]
+        texts[copy] = (
+            edited(texts[source], EDITS[count % len(EDITS)], lambda top: int(next(draws) * top))
+            if source >= 0
+            else texts[copy]
+        )
     return texts, origin
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #33223037
@@ -453,8 +479,12 @@ def _rarest(matrix, threshold):
 
     sizes = np.diff(matrix.indptr)
     keep = np.minimum(sizes, sizes - _least_common(sizes, threshold) + SHARED)
-    inside = np.arange(matrix.nnz, dtype=matrix.indptr.dtype) - np.repeat(matrix.indptr[:-1], sizes) < np.repeat(keep.astype(matrix.indptr.dtype), sizes)
-    return csr_array((matrix.data[inside], matrix.indices[inside], np.concatenate([[0], np.cumsum(keep)])), shape=matrix.shape)
+    inside = np.arange(matrix.nnz, dtype=matrix.indptr.dtype) - np.repeat(matrix.indptr[:-1], sizes) < np.repeat(
+        keep.astype(matrix.indptr.dtype), sizes
+    )
+    return csr_array(
+        (matrix.data[inside], matrix.indices[inside], np.concatenate([[0], np.cumsum(keep)])), shape=matrix.shape
+    )
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #e2c1830d
 def _by_rarity(matrix):
@@ -481,7 +511,12 @@ def exact_join(
         raise StudyError(f"threshold: found {threshold}, expected a Jaccard index above 0 and at most 1")
     left, right = list(left), list(right)
     matrix = _by_rarity(shingle_matrix(left + right))
-    least, rare, found, compared = _least_common(np.diff(matrix.indptr), threshold), _rarest(matrix, threshold), [np.empty((3, 0))], 0
+    least, rare, found, compared = (
+        _least_common(np.diff(matrix.indptr), threshold),
+        _rarest(matrix, threshold),
+        [np.empty((3, 0))],
+        0,
+    )
     other = rare[len(left) :].T.tocsr()
     for start in range(0, len(left), 256):
         shared = (rare[start : min(start + 256, len(left))] @ other).tocoo()
@@ -505,8 +540,15 @@ def clusters(
 
     i, j = (np.asarray(pairs[column], np.int64) for column in ("i", "j"))
     if len(i) and not 0 <= min(i.min(), j.min()) <= max(i.max(), j.max()) < n:
-        raise StudyError(f"pairs: row {max(i.max(), j.max())} or {min(i.min(), j.min())} is outside 0 … {n - 1}; give the pairs of these rows")
-    labels = connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1] if n else np.empty(0, int)
+        raise StudyError(
+            f"pairs: row {max(i.max(), j.max())} or {min(i.min(), j.min())} is outside 0 … {n - 1}; give the pairs of "
+            "these rows"
+        )
+    labels = (
+        connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
+        if n
+        else np.empty(0, int)
+    )
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
@@ -539,7 +581,9 @@ def keep_one(
 def _columns(frame, names):
     "Say which columns are missing."
     if missing := [name for name in names if name not in frame]:
-        raise StudyError(f"frame: columns {missing} are missing, found {list(frame.columns)[:8]}; expected {', '.join(names)}")
+        raise StudyError(
+            f"frame: columns {missing} are missing, found {list(frame.columns)[:8]}; expected {', '.join(names)}"
+        )
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #0836830f
 def cluster_report(
@@ -555,12 +599,26 @@ def cluster_report(
     keeper = np.zeros(labels.max(initial=-1) + 1, np.int64)
     keeper[labels[kept]] = np.flatnonzero(kept)
     rows = np.flatnonzero(np.bincount(labels)[labels] > 1) if len(labels) else labels
-    rows = rows[np.lexsort((rows, ~kept[rows], labels[rows], -np.bincount(labels)[labels[rows]]))] if len(rows) else rows
+    rows = (
+        rows[np.lexsort((rows, ~kept[rows], labels[rows], -np.bincount(labels)[labels[rows]]))] if len(rows) else rows
+    )
     similarity = jaccard(speeches, rows, keeper[labels[rows]])
-    members = [{"speech_id": frame.speech_id.iloc[row], "source": frame.source.iloc[row], "kept": bool(kept[row]),
-                "similarity": float(value), "excerpt": speeches[row][:160]} for row, value in zip(rows.tolist(), similarity)]
+    members = [
+        {
+            "speech_id": frame.speech_id.iloc[row],
+            "source": frame.source.iloc[row],
+            "kept": bool(kept[row]),
+            "similarity": float(value),
+            "excerpt": speeches[row][:160],
+        }
+        for row, value in zip(rows.tolist(), similarity)
+    ]
     groups = itertools.groupby(zip(labels[rows].tolist(), members), key=lambda entry: entry[0])
-    return [{"label": label, "size": len(own), "members": own} for label, group in groups for own in [[member for _, member in group]]]
+    return [
+        {"label": label, "size": len(own), "members": own}
+        for label, group in groups
+        for own in [[member for _, member in group]]
+    ]
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #8d5136ad
 def leakage(
@@ -578,8 +636,13 @@ def leakage(
     i, j = (np.asarray(pairs[column], np.int64) for column in ("i", "j"))
     leaked = np.concatenate([i[unseen[i] & seen[j]], j[unseen[j] & seen[i]]])
     linked = int((unseen & np.isin(labels, labels[seen])).sum())
-    return {"rows": int(unseen.sum()), "pairs": len(leaked), "leaked": len(np.unique(leaked)), "linked": linked,
-            "share": linked / int(unseen.sum()) if unseen.any() else math.nan}
+    return {
+        "rows": int(unseen.sum()),
+        "pairs": len(leaked),
+        "leaked": len(np.unique(leaked)),
+        "linked": linked,
+        "share": linked / int(unseen.sum()) if unseen.any() else math.nan,
+    }
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #215b51d7
 def _datasketch_pairs(texts, threshold, seed=0):
@@ -617,13 +680,24 @@ WAYS = {"rensa": near_pairs, "datasketch": _datasketch_pairs}
 # %% ../../nbs/corpus/04_duplicates.ipynb #20961be7
 def _measure(order):
     "Do one measurement in this process; `order` says which."
-    texts = json.loads(Path(order["texts"]).read_text()) if "texts" in order else synthetic_speeches(order["n"], seed=order["seed"])[0]
+    texts = (
+        json.loads(Path(order["texts"]).read_text())
+        if "texts" in order
+        else synthetic_speeches(order["n"], seed=order["seed"])[0]
+    )
     WAYS[order["way"]](texts[:100], order["threshold"])  # imports are not measured
     ready, start, cpu = peak_memory(), time.perf_counter(), time.process_time()
     pairs = WAYS[order["way"]](texts, order["threshold"])
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return {"n": len(texts), "seconds": seconds, "cpu_seconds": cpu, "ready_mb": ready, "peak_mb": peak_memory(),
-            "compared": pairs.attrs["compared"], "pairs": pairs[["i", "j"]].values.tolist() if "texts" in order else len(pairs)}
+    return {
+        "n": len(texts),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "ready_mb": ready,
+        "peak_mb": peak_memory(),
+        "compared": pairs.attrs["compared"],
+        "pairs": pairs[["i", "j"]].values.tolist() if "texts" in order else len(pairs),
+    }
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #b57280f0
 def _measured(**order):
@@ -631,7 +705,9 @@ def _measured(**order):
     code = "import json, sys; from psycopref.corpus.duplicates import _measure; print(json.dumps(_measure(json.loads(sys.argv[1]))))"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(order)], capture_output=True, text=True)
     if done.returncode:
-        raise StudyError(f"measurement {order}: failed with {done.stderr.strip().splitlines()[-1]}; fewer rows need less memory")
+        raise StudyError(
+            f"measurement {order}: failed with {done.stderr.strip().splitlines()[-1]}; fewer rows need less memory"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #caa8b657

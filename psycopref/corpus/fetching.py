@@ -19,8 +19,8 @@ from ..core.settings import StudyError
 from ..core.stages import cache_root
 
 # %% auto #0
-__all__ = ['ATTEMPTS', 'WAIT_SECONDS', 'Choose', 'short_reason', 'url_place', 'fetch_url', 'url_is_here', 'parse_hub', 'hub_note',
-           'fetch_hub', 'hub_is_here']
+__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'Choose', 'short_reason', 'url_place', 'fetch_url', 'url_is_here', 'parse_hub',
+           'hub_note', 'fetch_hub', 'hub_is_here']
 
 # %% ../../nbs/corpus/00_fetching.ipynb #4c665cc1
 def short_reason(
@@ -52,14 +52,21 @@ def _beside(path: Path, ending: str) -> Path:
 
 def _check_kept(path: Path, found: dict, pinned: str | None = None) -> None:
     "Refuse a kept file whose hash is not the one noted, or not the one pinned."
-    for expected, why in ((found["sha256"], "has changed since it was downloaded"), (pinned, "is not the pinned version")):
+    for expected, why in (
+        (found["sha256"], "has changed since it was downloaded"),
+        (pinned, "is not the pinned version"),
+    ):
         if expected and (now := sha256_file(path)) != expected:
             raise StudyError(f"{path}: {why} (sha256 {now[:12]}…, expected {expected[:12]}…); delete it and run again")
 
 # %% ../../nbs/corpus/00_fetching.ipynb #19472698
 def _marks_of(response) -> dict:
     "Read the server's marks of a file."
-    return {key: response.headers[header] for key, header in (("etag", "etag"), ("last_modified", "last-modified")) if header in response.headers}
+    return {
+        key: response.headers[header]
+        for key, header in (("etag", "etag"), ("last_modified", "last-modified"))
+        if header in response.headers
+    }
 
 
 def _validator(marks: dict) -> str | None:
@@ -88,7 +95,11 @@ def _continues(response, part: Path) -> bool:
 
 def _total(response) -> int | None:
     "Read how long the whole file is."
-    whole = response.headers.get("content-range", "").rpartition("/")[2] if response.status_code == 206 else response.headers.get("content-length", "")
+    whole = (
+        response.headers.get("content-range", "").rpartition("/")[2]
+        if response.status_code == 206
+        else response.headers.get("content-length", "")
+    )
     return int(whole) if whole.isdigit() else None
 
 # %% ../../nbs/corpus/00_fetching.ipynb #8f7703f2
@@ -103,7 +114,10 @@ def _take(response, part: Path, url: str, remedy: str) -> str:
     if status not in (200, 206):
         raise StudyError(f"{url}: the server answered {status} {response.reason_phrase}, expected a file; {remedy}")
     if response.headers.get("content-type", "").startswith("text/html"):
-        raise StudyError(f"{url}: the server sent a web page, expected a data file; check the address and your network's login page, or {remedy}")
+        raise StudyError(
+            f"{url}: the server sent a web page, expected a data file; check the address and your network's login "
+            f"page, or {remedy}"
+        )
     encoded = response.headers.get("content-encoding", "identity") != "identity"
     if status == 200:
         part.unlink(missing_ok=True)
@@ -116,8 +130,8 @@ def _take(response, part: Path, url: str, remedy: str) -> str:
     return "" if total in (None, size) else f"{size} of {total} bytes came"
 
 # %% ../../nbs/corpus/00_fetching.ipynb #1cf23286
-ATTEMPTS = 5  # for one file
-WAIT_SECONDS = 0.5  # before the second attempt; doubles each time
+FETCH_ATTEMPTS = 5  # for one file
+FETCH_WAIT_SECONDS = 0.5  # before the second attempt; doubles each time
 
 # %% ../../nbs/corpus/00_fetching.ipynb #101dfba6
 def _download(url: str, part: Path, remedy: str) -> tuple[Path, dict]:
@@ -127,9 +141,11 @@ def _download(url: str, part: Path, remedy: str) -> tuple[Path, dict]:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise StudyError(f"{url}: is not in the cache, and HF_HUB_OFFLINE forbids downloads; unset it, or {remedy}")
     problem = ""
-    with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(30, connect=10), headers={"Accept-Encoding": "identity"}) as client:
-        for attempt in range(ATTEMPTS):
-            time.sleep(WAIT_SECONDS * 2 ** (attempt - 1) if attempt else 0)
+    with httpx.Client(
+        follow_redirects=True, timeout=httpx.Timeout(30, connect=10), headers={"Accept-Encoding": "identity"}
+    ) as client:
+        for attempt in range(FETCH_ATTEMPTS):
+            time.sleep(FETCH_WAIT_SECONDS * 2 ** (attempt - 1) if attempt else 0)
             try:
                 with client.stream("GET", url, headers=_resume_headers(part)) as response:
                     problem = _take(response, part, url, remedy)
@@ -140,7 +156,9 @@ def _download(url: str, part: Path, remedy: str) -> tuple[Path, dict]:
                 found = read_json(marks)
                 marks.unlink()
                 return part, found
-    raise StudyError(f"{url}: could not be downloaded in {ATTEMPTS} attempts ({problem}); check the network, or {remedy}")
+    raise StudyError(
+        f"{url}: could not be downloaded in {FETCH_ATTEMPTS} attempts ({problem}); check the network, or {remedy}"
+    )
 
 # %% ../../nbs/corpus/00_fetching.ipynb #cbe9fbe0
 def fetch_url(
@@ -161,8 +179,13 @@ def fetch_url(
                 found = sha256_file(part)
                 if sha256 and found != sha256:
                     part.unlink()
-                    raise StudyError(f"{url}: sent another file than expected (sha256 {found[:12]}…, expected {sha256[:12]}…); {remedy}")
-                write_json(record, {"file": path.name, "from": url, **marks, "bytes": part.stat().st_size, "sha256": found})
+                    raise StudyError(
+                        f"{url}: sent another file than expected (sha256 {found[:12]}…, expected {sha256[:12]}…); "
+                        f"{remedy}"
+                    )
+                write_json(
+                    record, {"file": path.name, "from": url, **marks, "bytes": part.stat().st_size, "sha256": found}
+                )
                 os.replace(part, path)
     origin = read_json(record)
     _check_kept(path, origin, sha256)
@@ -201,22 +224,38 @@ def _clear_hub_errors(what: str, remedy: str) -> typing.Iterator[None]:
     "Turn the hub's errors into one line."
     from huggingface_hub import constants, errors
 
-    reasons = ((errors.GatedRepoError, "asks for your agreement: open its page, accept its terms, then `hf auth login`"),
-               (errors.RepositoryNotFoundError, "does not exist, or needs a token (`hf auth login`)"),
-               (errors.RevisionNotFoundError, "has no such revision"),
-               ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), "the hub did not answer and the file is not in its cache; check the network"),
-               (errors.EntryNotFoundError, "has no such file"))
+    reasons = (
+        (errors.GatedRepoError, "asks for your agreement: open its page, accept its terms, then `hf auth login`"),
+        (errors.RepositoryNotFoundError, "does not exist, or needs a token (`hf auth login`)"),
+        (errors.RevisionNotFoundError, "has no such revision"),
+        (
+            (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
+            "the hub did not answer and the file is not in its cache; check the network",
+        ),
+        (errors.EntryNotFoundError, "has no such file"),
+    )
     try:
         with clear_disk_errors(constants.HF_HUB_CACHE):
             yield
-    except (OSError, errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, errors.XetDownloadError) as error:
-        why = next((words for kind, words in reasons if isinstance(error, kind)), f"failed ({type(error).__name__}: {short_reason(error)})")
+    except (
+        OSError,
+        errors.HTTPError,
+        errors.EntryNotFoundError,
+        errors.HFValidationError,
+        errors.XetDownloadError,
+    ) as error:
+        why = next(
+            (words for kind, words in reasons if isinstance(error, kind)),
+            f"failed ({type(error).__name__}: {short_reason(error)})",
+        )
         if constants.HF_HUB_OFFLINE and isinstance(error, reasons[3][0]):
             why = "is not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; unset it"
         raise StudyError(f"hub dataset {what}: {why}; or {remedy}") from None
 
 # %% ../../nbs/corpus/00_fetching.ipynb #fe96e891
-Choose = typing.Callable[[list[str], str], list[str]]  # (names in a repository, its address) -> the chosen ones, in reading order
+Choose = typing.Callable[
+    [list[str], str], list[str]
+]  # (names in a repository, its address) -> the chosen ones, in reading order
 
 
 def _list_hub(repo: str, revision: str, remedy: str, choose: Choose) -> dict:
@@ -246,15 +285,39 @@ def fetch_hub(
     "Return files of a hub dataset at one commit, from the hub's cache or downloaded; check their hashes."
     repo, revision, path = parse_hub(uri)
     note = hub_note(uri)
-    known = read_json(note) if note.is_file() else {"commit": revision, "files": {path: None}} if path else _list_hub(repo, revision, remedy, choose)
+    known = (
+        read_json(note)
+        if note.is_file()
+        else {"commit": revision, "files": {path: None}}
+        if path
+        else _list_hub(repo, revision, remedy, choose)
+    )
     files = []
     for name, expected in known["files"].items():
         local = _hub_file(repo, name, known["commit"], remedy)
         _check_kept(local, {"sha256": expected}, sha256)
         commit = local.parts[local.parts.index(f"datasets--{repo.replace('/', '--')}") + 2]
-        files.append((local, {"file": name, "from": uri, "commit": commit, "bytes": local.stat().st_size, "sha256": sha256_file(local)}))
+        files.append(
+            (
+                local,
+                {
+                    "file": name,
+                    "from": uri,
+                    "commit": commit,
+                    "bytes": local.stat().st_size,
+                    "sha256": sha256_file(local),
+                },
+            )
+        )
     if not note.is_file():
-        write_json(note, {"from": uri, "commit": files[0][1]["commit"], "files": {origin["file"]: origin["sha256"] for _, origin in files}})
+        write_json(
+            note,
+            {
+                "from": uri,
+                "commit": files[0][1]["commit"],
+                "files": {origin["file"]: origin["sha256"] for _, origin in files},
+            },
+        )
     return files
 
 # %% ../../nbs/corpus/00_fetching.ipynb #845cca7b
@@ -267,5 +330,7 @@ def hub_is_here(
     repo, revision, path = parse_hub(uri)
     note = hub_note(uri)
     known = read_json(note) if note.is_file() else {"commit": revision, "files": {path: None} if path else {}}
-    cached = [try_to_load_from_cache(repo, name, revision=known["commit"], repo_type="dataset") for name in known["files"]]
+    cached = [
+        try_to_load_from_cache(repo, name, revision=known["commit"], repo_type="dataset") for name in known["files"]
+    ]
     return bool(cached) and all(isinstance(file, str) for file in cached)

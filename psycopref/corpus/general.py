@@ -37,37 +37,52 @@ from psycopref.corpus.sources import (
 from .collection import split_of
 
 # %% auto #0
-__all__ = ['ATTRIBUTES', 'COLUMNS', 'REVISION', 'GENERAL', 'TITLES', 'HELPFULNESS', 'SEVENTY_B', 'RULES', 'PAIR_COLUMNS', 'FATES',
-           'VALIDATION_DEV', 'DRAWN_COLUMNS', 'title_of', 'parse_place', 'open_general', 'table_columns',
-           'read_general', 'BadPrompt', 'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule', 'weighted_sums',
-           'pairs_from_ratings', 'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt', 'split_general',
-           'draw_pairs', 'mix_pairs', 'Mix', 'grid']
+__all__ = ['ATTRIBUTES', 'GENERAL_COLUMNS', 'REVISION', 'GENERAL_SETS', 'SET_TITLES', 'HELPFULNESS', 'SEVENTY_B', 'RULES',
+           'PAIR_COLUMNS', 'FATES', 'VALIDATION_DEV', 'DRAWN_COLUMNS', 'title_of', 'parse_place', 'open_general',
+           'table_columns', 'read_general', 'BadPrompt', 'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule',
+           'weighted_sums', 'pairs_from_ratings', 'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt',
+           'split_general', 'draw_pairs', 'mix_pairs', 'Mix', 'grid']
 
 # %% ../../nbs/corpus/07_general.ipynb #518772c1
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer2, each 0 to 4
-COLUMNS = ("prompt", "response", *ATTRIBUTES)  # HelpSteer2's published schema
+GENERAL_COLUMNS = ("prompt", "response", *ATTRIBUTES)  # HelpSteer2's published schema
 REVISION = "990b2711a36180dd19d9c94b8627844866f8982a"  # the commit of nvidia/HelpSteer2 that is read by default
 _PAGE = f"{HUB}/nvidia/HelpSteer2"
 _ENDINGS = ("jsonl.gz", "jsonl", "parquet", "csv")
 _LAYOUTS = (*((f"train*.{end}", f"validation*.{end}") for end in _ENDINGS), *((f"*.{end}",) for end in _ENDINGS))
 
-GENERAL = {
-    "demo": Source("general-demo", "MIT, written for this repository; fictional", "https://github.com/psycopref/psycopref", ("prompt",),
-                   ("package:general.jsonl",), _LAYOUTS, scraped=False),
-    "helpsteer2": Source("helpsteer2", "CC-BY-4.0", _PAGE, ("prompt",), (f"hf://datasets/nvidia/HelpSteer2@{REVISION}",), _LAYOUTS),
-    "helpsteer2-preference": Source("helpsteer2-preference", "CC-BY-4.0", _PAGE, ("prompt",),
-                                    (f"hf://datasets/nvidia/HelpSteer2@{REVISION}/preference/preference.jsonl.gz",), _LAYOUTS),
+GENERAL_SETS = {
+    "demo": Source(
+        "general-demo",
+        "MIT, written for this repository; fictional",
+        "https://github.com/psycopref/psycopref",
+        ("prompt",),
+        ("package:general.jsonl",),
+        _LAYOUTS,
+        scraped=False,
+    ),
+    "helpsteer2": Source(
+        "helpsteer2", "CC-BY-4.0", _PAGE, ("prompt",), (f"hf://datasets/nvidia/HelpSteer2@{REVISION}",), _LAYOUTS
+    ),
+    "helpsteer2-preference": Source(
+        "helpsteer2-preference",
+        "CC-BY-4.0",
+        _PAGE,
+        ("prompt",),
+        (f"hf://datasets/nvidia/HelpSteer2@{REVISION}/preference/preference.jsonl.gz",),
+        _LAYOUTS,
+    ),
 }
 
 # %% ../../nbs/corpus/07_general.ipynb #081ed98a
-TITLES = {"helpsteer2": "HelpSteer2", "helpsteer2-preference": "HelpSteer2-Preference"}  # as papers write them
+SET_TITLES = {"helpsteer2": "HelpSteer2", "helpsteer2-preference": "HelpSteer2-Preference"}  # as papers write them
 
 
 def title_of(
     name: str,  # of a source
 ) -> str:  # what tables call it
     "Name a set as papers do; another one keeps its own name."
-    return TITLES.get(name, name)
+    return SET_TITLES.get(name, name)
 
 # %% ../../nbs/corpus/07_general.ipynb #05e9c4aa
 def parse_place(
@@ -77,13 +92,21 @@ def parse_place(
     "Read the parameter that names a set of the general domain."
     name, sign, where = (part.strip() for part in place.partition("="))
     worded = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
-    if place.strip() and (not worded or not (sign or name in GENERAL) and Path(name).exists()):
+    if place.strip() and (not worded or not (sign or name in GENERAL_SETS) and Path(name).exists()):
         name, sign, where = "general", "=", place.strip()
-    if not sign and name not in GENERAL:
-        raise StudyError(f"general set {place!r}: is neither declared nor a file. {suggest(name, GENERAL)} Or give a path or an address")
+    if not sign and name not in GENERAL_SETS:
+        raise StudyError(
+            f"general set {place!r}: is neither declared nor a file. {suggest(name, GENERAL_SETS)} Or give a path or "
+            "an address"
+        )
     if sign and not where:
-        raise StudyError(f"general set {place!r}: nothing follows the sign; give {name}=/path/to/it" + (f", or {name} alone" if name in GENERAL else ""))
-    source = GENERAL.get(name) or dataclasses.replace(GENERAL["helpsteer2"], name=name, licence=UNKNOWN_LICENCE, page="its publisher", homes=())
+        raise StudyError(
+            f"general set {place!r}: nothing follows the sign; give {name}=/path/to/it"
+            + (f", or {name} alone" if name in GENERAL_SETS else "")
+        )
+    source = GENERAL_SETS.get(name) or dataclasses.replace(
+        GENERAL_SETS["helpsteer2"], name=name, licence=UNKNOWN_LICENCE, page="its publisher", homes=()
+    )
     return source, _at_revision(where or source.homes[0], revision)
 
 # %% ../../nbs/corpus/07_general.ipynb #2c171938
@@ -92,7 +115,9 @@ def _at_revision(where: str, revision: str | None) -> str:
     if revision is None:
         return where
     if not where.startswith("hf://"):
-        raise StudyError(f"{where}: has no revision {revision!r}, only datasets of the hub have; leave the revision out")
+        raise StudyError(
+            f"{where}: has no revision {revision!r}, only datasets of the hub have; leave the revision out"
+        )
     repo, _, path = parse_hub(where)
     return f"hf://datasets/{repo}@{urllib.parse.quote(revision, safe='')}" + (f"/{path}" if path else "")
 
@@ -137,7 +162,9 @@ def _column(path: Path, columns: dict[str, list], names: typing.Sequence[str], h
     "Refuse a table that lacks columns."
     missing = [name for name in names if name not in columns]
     if missing:
-        raise StudyError(f"{path}: columns {missing} are missing, found {list(columns)[:10]}, expected {', '.join(names)}; {hint}")
+        raise StudyError(
+            f"{path}: columns {missing} are missing, found {list(columns)[:10]}, expected {', '.join(names)}; {hint}"
+        )
 
 
 def _texts(path: Path, name: str, values: list, remedy: str) -> list[str]:
@@ -145,7 +172,10 @@ def _texts(path: Path, name: str, values: list, remedy: str) -> list[str]:
     texts = [_text(value) for value in values]
     if None in texts:
         row = texts.index(None)
-        raise StudyError(f"{path}, row {row}: {name} is {values[row]!r:.60} ({type(values[row]).__name__}), expected text; mend the row, or {remedy}")
+        raise StudyError(
+            f"{path}, row {row}: {name} is {values[row]!r:.60} ({type(values[row]).__name__}), expected text; mend "
+            f"the row, or {remedy}"
+        )
     return texts
 
 # %% ../../nbs/corpus/07_general.ipynb #2d64b84b
@@ -155,7 +185,10 @@ def _whole_numbers(path: Path, name: str, values: list, low: int, high: int, rem
     for row, value in enumerate(values):
         number = int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]", value.strip()) else value
         if type(number) is not int or not low <= number <= high:
-            raise StudyError(f"{path}, row {row}: {name} is {value!r:.60}, expected a whole number from {low} to {high}; mend the row, or {remedy}")
+            raise StudyError(
+                f"{path}, row {row}: {name} is {value!r:.60}, expected a whole number from {low} to {high}; mend the "
+                f"row, or {remedy}"
+            )
         numbers.append(number)
     return numbers
 
@@ -167,7 +200,13 @@ def _rated(opened: Opened):
     remedy, frames = opened.source.remedy, []
     for path in opened.paths:
         columns = table_columns(path)
-        _column(path, columns, COLUMNS, f"these are no ratings in HelpSteer2's schema (read_ready_pairs takes ready pairs); if they should be, {remedy}")
+        _column(
+            path,
+            columns,
+            GENERAL_COLUMNS,
+            "these are no ratings in HelpSteer2's schema (read_ready_pairs takes ready pairs); if they should be, "
+            f"{remedy}",
+        )
         texts = {name: _texts(path, name, columns[name], remedy) for name in ("prompt", "response")}
         ratings = {name: _whole_numbers(path, name, columns[name], 0, 4, remedy) for name in ATTRIBUTES}
         frames.append(pd.DataFrame({**texts, **ratings}))
@@ -179,7 +218,7 @@ def _rated(opened: Opened):
 def read_general(
     place: str,  # a declared name (demo, helpsteer2), name=WHERE, or a path or an address
     revision: str | None = None,  # of a hub dataset; None takes the address as it is
-):  # frame with COLUMNS; its index is the row over all files
+):  # frame with GENERAL_COLUMNS; its index is the row over all files
     "Read rated responses in HelpSteer2's published schema."
     return _rated(open_general(place, revision))
 
@@ -240,6 +279,7 @@ def exact(
 @dataclass(frozen=True)
 class RatingRule:
     "Say which of two rated responses is preferred."
+
     weights: dict[str, float]  # attribute -> weight; one that is not named does not count
     min_gap: float  # least difference of the weighted sums; equal sums never make a pair
 
@@ -248,14 +288,22 @@ class RatingRule:
         if odd:
             raise StudyError(f"rating rule: {odd[0]!r} is no attribute of HelpSteer2. {suggest(odd[0], ATTRIBUTES)}")
         numbers = {**self.weights, "min_gap": self.min_gap}
-        wrong = [name for name, value in numbers.items() if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)]
+        wrong = [
+            name
+            for name, value in numbers.items()
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+        ]
         if wrong or self.min_gap < 0 or not any(self.weights.values()):
-            raise StudyError(f"rating rule: found {numbers}, expected finite weights, one of them not 0, and a min_gap of 0 or more; mend the rule")
+            raise StudyError(
+                f"rating rule: found {numbers}, expected finite weights, one of them not 0, and a min_gap of 0 or "
+                "more; mend the rule"
+            )
 
 # %% ../../nbs/corpus/07_general.ipynb #dac502e2
 HELPFULNESS = RatingRule({"helpfulness": 1.0}, 1.0)  # the default: as §3.3 does, a gap of at least 1
-SEVENTY_B = RatingRule({"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4},
-                       0.05)  # weights of the 70B reward model (Wang et al. 2024); the gap is ours: the smallest step, so only ties fall out
+SEVENTY_B = RatingRule(
+    {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}, 0.05
+)  # weights of the 70B reward model (Wang et al. 2024); the gap is ours: the smallest step, so only ties fall out
 RULES = {"helpfulness": HELPFULNESS, "70b": SEVENTY_B}
 
 
@@ -265,7 +313,10 @@ def weighted_sums(
 ) -> list[Fraction]:  # one for each row
     "Weigh the ratings of each response."
     weights = {name: exact(weight) for name, weight in rule.weights.items() if weight}
-    return [sum(weight * int(rating) for weight, rating in zip(weights.values(), ratings)) for ratings in zip(*(rows[name] for name in weights))]
+    return [
+        sum(weight * int(rating) for weight, rating in zip(weights.values(), ratings))
+        for ratings in zip(*(rows[name] for name in weights))
+    ]
 
 # %% ../../nbs/corpus/07_general.ipynb #c3a4781e
 def _compare(responses: list[str], sums: list[Fraction], min_gap: Fraction) -> tuple[list[tuple], Counter]:
@@ -273,7 +324,9 @@ def _compare(responses: list[str], sums: list[Fraction], min_gap: Fraction) -> t
     found, counts = [], Counter()
     for (a, sum_a), (b, sum_b) in itertools.combinations(zip(responses, sums), 2):
         gap = abs(sum_a - sum_b)
-        fate = "same text" if a.strip() == b.strip() else "ties" if not gap else "too small gap" if gap < min_gap else None
+        fate = (
+            "same text" if a.strip() == b.strip() else "ties" if not gap else "too small gap" if gap < min_gap else None
+        )
         if fate:
             counts[fate] += 1
         else:
@@ -284,7 +337,9 @@ def _compare(responses: list[str], sums: list[Fraction], min_gap: Fraction) -> t
 def _by_prompt(rows) -> dict[str, list[int]]:
     "Gather the rows of each prompt, in order of rows."
     if not rows.index.is_unique:
-        raise StudyError("general rows: two have the same row number; join files with ignore_index=True, as read_general does")
+        raise StudyError(
+            "general rows: two have the same row number; join files with ignore_index=True, as read_general does"
+        )
     gathered: dict[str, list[int]] = {}
     for row, prompt in sorted(zip(rows.index.tolist(), rows.prompt)):
         gathered.setdefault(prompt, []).append(row)
@@ -301,7 +356,10 @@ def _pair_frame(found: list[tuple], where: str, hint: str):
 
     if not found:
         raise StudyError(f"{where}: gives no pair; {hint}")
-    pairs = [(name, number, messages[-1]["content"], messages, chosen, rejected, float(gap)) for number, (name, messages, chosen, rejected, gap) in enumerate(found)]
+    pairs = [
+        (name, number, messages[-1]["content"], messages, chosen, rejected, float(gap))
+        for number, (name, messages, chosen, rejected, gap) in enumerate(found)
+    ]
     return pd.DataFrame(pairs, columns=list(PAIR_COLUMNS))
 
 # %% ../../nbs/corpus/07_general.ipynb #099152ac
@@ -313,18 +371,37 @@ def pairs_from_ratings(
 ):  # (frame with PAIR_COLUMNS, dict of counts)
     "Make preference pairs of rated responses; the order of rows changes nothing."
     if per_prompt is not None and per_prompt < 1:
-        raise StudyError(f"pairs of {source}: found per_prompt {per_prompt}, expected at least 1, or None for all; mend it")
-    gathered, sums, (messages, unreadable) = _by_prompt(rows), dict(zip(rows.index, weighted_sums(rows, rule))), _conversations(rows.prompt)
+        raise StudyError(
+            f"pairs of {source}: found per_prompt {per_prompt}, expected at least 1, or None for all; mend it"
+        )
+    gathered, sums, (messages, unreadable) = (
+        _by_prompt(rows),
+        dict(zip(rows.index, weighted_sums(rows, rule))),
+        _conversations(rows.prompt),
+    )
     responses, found, fates = dict(zip(rows.index, rows.response)), [], Counter()
     for prompt in (prompt for prompt in gathered if prompt in messages):
         own = gathered[prompt]
         pairs, rest = _compare([responses[row] for row in own], [sums[row] for row in own], exact(rule.min_gap))
         kept = pairs[:per_prompt]
         found += [(f"{source}-{own[0]}", messages[prompt], chosen, rejected, gap) for gap, chosen, rejected in kept]
-        fates += rest + Counter({"response pairs": math.comb(len(own), 2), "over the cap": len(pairs) - len(kept), "pairs": len(kept)})
+        fates += rest + Counter(
+            {"response pairs": math.comb(len(own), 2), "over the cap": len(pairs) - len(kept), "pairs": len(kept)}
+        )
     single = sum(len(own) == 1 for prompt, own in gathered.items() if prompt in messages)
-    counts = {"rows": len(rows), "prompts": len(gathered), "unreadable prompts": len(unreadable), "single responses": single, **{fate: fates[fate] for fate in FATES}}
-    return _pair_frame(found, source, f"of {counts['response pairs']} pairs of responses none has a gap of {rule.min_gap}; lower min_gap, or take another rule"), counts
+    counts = {
+        "rows": len(rows),
+        "prompts": len(gathered),
+        "unreadable prompts": len(unreadable),
+        "single responses": single,
+        **{fate: fates[fate] for fate in FATES},
+    }
+    return _pair_frame(
+        found,
+        source,
+        f"of {counts['response pairs']} pairs of responses none has a gap of {rule.min_gap}; lower min_gap, or take "
+        "another rule",
+    ), counts
 
 # %% ../../nbs/corpus/07_general.ipynb #54b2ac1e
 def _ready_rows(path: Path, source: Source):
@@ -334,9 +411,16 @@ def _ready_rows(path: Path, source: Source):
     columns, strengths = table_columns(path), None
     if "preference_strength" in columns:
         strengths = _whole_numbers(path, "preference_strength", columns["preference_strength"], -3, 3, source.remedy)
-    sides = ("response_1", "response_2") if "chosen" not in columns and "response_1" in columns else ("chosen", "rejected")
+    sides = (
+        ("response_1", "response_2") if "chosen" not in columns and "response_1" in columns else ("chosen", "rejected")
+    )
     needed = ("prompt", *sides, *(("preference_strength",) if sides[0] == "response_1" else ()))
-    _column(path, columns, needed, f"these are no ready pairs (read_general takes ratings); if they should be, {source.remedy}")
+    _column(
+        path,
+        columns,
+        needed,
+        f"these are no ready pairs (read_general takes ratings); if they should be, {source.remedy}",
+    )
     prompts, first, second = (_texts(path, name, columns[name], source.remedy) for name in ("prompt", *sides))
     if sides[0] == "response_1":
         first, second = zip(*((a, b) if strength < 0 else (b, a) for a, b, strength in zip(first, second, strengths)))
@@ -348,7 +432,10 @@ def _ready(opened: Opened):
     "Make the pairs, their counts, and the list of unreadable prompts of an opened set."
     import pandas as pd
 
-    rows, source = pd.concat([_ready_rows(path, opened.source) for path in opened.paths], ignore_index=True), opened.source.name
+    rows, source = (
+        pd.concat([_ready_rows(path, opened.source) for path in opened.paths], ignore_index=True),
+        opened.source.name,
+    )
     messages, unreadable = _conversations(rows.prompt)
     first, found, fates = {prompt: own[0] for prompt, own in _by_prompt(rows).items()}, [], Counter()
     for row in (row for row in rows.itertuples() if row.prompt in messages):
@@ -356,7 +443,12 @@ def _ready(opened: Opened):
         fates += Counter({"response pairs": 1, fate: 1})
         if fate == "pairs":
             found.append((f"{source}-{first[row.prompt]}", messages[row.prompt], row.chosen, row.rejected, row.gap))
-    counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": len(unreadable), **{fate: fates[fate] for fate in FATES[:3] + FATES[-1:]}}
+    counts = {
+        "rows": len(rows),
+        "prompts": len(first),
+        "unreadable prompts": len(unreadable),
+        **{fate: fates[fate] for fate in FATES[:3] + FATES[-1:]},
+    }
     return _pair_frame(found, source, f"check its {len(rows)} rows"), counts, unreadable_prompts(rows)
 
 
@@ -371,13 +463,16 @@ def read_ready_pairs(
 @dataclass(frozen=True)
 class General:
     "Hold the pairs of a set of the general domain."
+
     name: str  # begins the ids
     pairs: typing.Any  # frame with PAIR_COLUMNS
     counts: dict[str, int]  # what became of rows, prompts and pairs of responses
     unreadable: typing.Any  # frame: row, why, excerpt
     origin: dict  # as of sources.Opened
     paths: tuple[Path, ...]  # the files read
-    held_out: frozenset[str] = frozenset()  # IDs of the pairs whose prompt stands in a file of the set's own validation split
+    held_out: frozenset[str] = (
+        frozenset()
+    )  # IDs of the pairs whose prompt stands in a file of the set's own validation split
 
     @property
     def title(self) -> str:
@@ -391,7 +486,9 @@ def _of_validation(rows, pairs) -> frozenset[str]:
     for name, n in rows.attrs["files"]:
         starts += [(at, at + n)] if name.lower().startswith("validation") else []
         at += n
-    return frozenset(name for name in pairs.ID if any(start <= int(name.rpartition("-")[2]) < end for start, end in starts))
+    return frozenset(
+        name for name in pairs.ID if any(start <= int(name.rpartition("-")[2]) < end for start, end in starts)
+    )
 
 
 def collect_general(
@@ -406,14 +503,22 @@ def collect_general(
         return General(opened.source.name, *_ready(opened), opened.origin, opened.paths)
     rows = _rated(opened)
     pairs, counts = pairs_from_ratings(rows, rule, opened.source.name, per_prompt)
-    return General(opened.source.name, pairs, counts, unreadable_prompts(rows), opened.origin, opened.paths, _of_validation(rows, pairs))
+    return General(
+        opened.source.name,
+        pairs,
+        counts,
+        unreadable_prompts(rows),
+        opened.origin,
+        opened.paths,
+        _of_validation(rows, pairs),
+    )
 
 # %% ../../nbs/corpus/07_general.ipynb #d61afdbf
 def split_by_prompt(
     pairs,  # frame with PAIR_COLUMNS
     test_fraction: float,  # share of the prompts held out for testing
     dev_fraction: float,  # share of the other prompts for selection
-    seed: int,  # of the run
+    seed: int,
 ):  # the frame with a column split: train, dev or test
     "Split pairs by a hash of their prompt; every part that is asked for must have some."
     shares = {"test": test_fraction, "dev": dev_fraction}
@@ -422,9 +527,14 @@ def split_by_prompt(
     words = ["\n".join(message["content"] for message in messages) for messages in pairs.messages]
     side = {text: split_of(text, test_fraction, dev_fraction, seed) for text in set(words)}
     frame = pairs.assign(split=[side[text] for text in words])
-    lacking = [part for part in ("train", *(name for name, share in shares.items() if share)) if part not in set(frame.split)]
+    lacking = [
+        part for part in ("train", *(name for name, share in shares.items() if share)) if part not in set(frame.split)
+    ]
     if lacking:
-        raise StudyError(f"split of general pairs: of {len(side)} prompts none falls into {' and '.join(lacking)}; take more prompts or another seed")
+        raise StudyError(
+            f"split of general pairs: of {len(side)} prompts none falls into {' and '.join(lacking)}; take more "
+            "prompts or another seed"
+        )
     return frame
 
 # %% ../../nbs/corpus/07_general.ipynb #e008f861
@@ -435,7 +545,7 @@ def split_general(
     found: General,  # of collect_general
     test_fraction: float,  # share of the prompts held out, where the set has no split of its own
     dev_fraction: float,  # share of the other prompts for selection, likewise
-    seed: int,  # of the run
+    seed: int,
 ) -> dict:  # train, dev, test -> frame with PAIR_COLUMNS
     "Split a set as its makers did, or by hash."
     import pandas as pd
@@ -444,7 +554,12 @@ def split_general(
         frame = split_by_prompt(found.pairs, test_fraction, dev_fraction, seed)
     else:
         own = found.pairs.ID.isin(found.held_out)
-        frame = pd.concat([found.pairs[~own].assign(split="train"), split_by_prompt(found.pairs[own], 1 - VALIDATION_DEV, 0.0, seed).replace({"split": {"train": "dev"}})])
+        frame = pd.concat(
+            [
+                found.pairs[~own].assign(split="train"),
+                split_by_prompt(found.pairs[own], 1 - VALIDATION_DEV, 0.0, seed).replace({"split": {"train": "dev"}}),
+            ]
+        )
     return {part: frame[frame.split == part].drop(columns="split") for part in ("train", "dev", "test")}
 
 # %% ../../nbs/corpus/07_general.ipynb #6a6c5a85
@@ -454,19 +569,27 @@ DRAWN_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "
 def draw_pairs(
     pairs,  # frame of pairs
     n: int | None,  # how many; None takes all
-    seed: int,  # of the run
+    seed: int,
     domain: str,  # counselling or general
 ):  # frame with DRAWN_COLUMNS, in the order of the hash
     "Draw pairs without replacement; a larger draw begins with the smaller one."
     missing = [name for name in DRAWN_COLUMNS[:6] if name not in pairs.columns and name != "messages"]
     if missing:
-        raise StudyError(f"{domain} pairs: columns {missing} are missing, found {list(pairs.columns)[:8]}; give frames of pairs")
+        raise StudyError(
+            f"{domain} pairs: columns {missing} are missing, found {list(pairs.columns)[:8]}; give frames of pairs"
+        )
     if pairs.duplicated(["ID", "prefID"]).any():
-        raise StudyError(f"{domain} pairs: two have the same ID and prefID, so one could be drawn twice; join parts without repeats")
+        raise StudyError(
+            f"{domain} pairs: two have the same ID and prefID, so one could be drawn twice; join parts without repeats"
+        )
     wanted = len(pairs) if n is None else n
     if not 0 <= wanted <= len(pairs) or (n is None and not wanted):
-        raise StudyError(f"{domain} pairs: found {len(pairs)}, expected at least {max(wanted, 1)}; take a smaller budget, or more pairs"
-                         if wanted >= 0 else f"{domain} pairs: found {n} to draw, expected 0 or more, or None for all")
+        raise StudyError(
+            f"{domain} pairs: found {len(pairs)}, expected at least {max(wanted, 1)}; take a smaller budget, or more "
+            "pairs"
+            if wanted >= 0
+            else f"{domain} pairs: found {n} to draw, expected 0 or more, or None for all"
+        )
     order = _hash_order(pairs, seed, "mix", domain)[:wanted]
     messages = pairs.messages if "messages" in pairs.columns else [None] * len(pairs)
     return pairs.assign(messages=messages, domain=domain).iloc[order][list(DRAWN_COLUMNS)].reset_index(drop=True)
@@ -483,7 +606,7 @@ def mix_pairs(
     general,  # frame of general pairs, with PAIR_COLUMNS
     n_psy: int | None,  # how many counselling pairs; None takes all
     n_general: int | None,  # how many general pairs; None takes all
-    seed: int,  # of the run
+    seed: int,
 ):  # frame with DRAWN_COLUMNS, shuffled; prefIDs are those of the domain, messages None in counselling rows
     "Draw a mixture of counselling and general pairs."
     import pandas as pd
@@ -491,24 +614,40 @@ def mix_pairs(
     drawn = [draw_pairs(psy, n_psy, seed, "counselling"), draw_pairs(general, n_general, seed, "general")]
     both = sorted(set(psy.ID) & set(general.ID))
     if both:
-        raise StudyError(f"mixture: {len(both)} IDs are in both domains, e.g. {both[0]}; give the general set a name of its own, name=/path/to/it")
+        raise StudyError(
+            f"mixture: {len(both)} IDs are in both domains, e.g. {both[0]}; give the general set a name of its own, "
+            "name=/path/to/it"
+        )
     mixed = pd.concat([part for part in drawn if len(part)] or drawn, ignore_index=True)
     if not len(mixed):
         raise StudyError("mixture: no pair is asked for; expected some of one domain at least, give n_psy or n_general")
     mixed = mixed.iloc[_hash_order(mixed, seed, "shuffle")].reset_index(drop=True)
-    return mixed.assign(messages=[None if domain == "counselling" else list(messages) for domain, messages in zip(mixed.domain, mixed.messages)])
+    return mixed.assign(
+        messages=[
+            None if domain == "counselling" else list(messages)
+            for domain, messages in zip(mixed.domain, mixed.messages)
+        ]
+    )
 
 # %% ../../nbs/corpus/07_general.ipynb #e6c84abb
 @dataclass(frozen=True)
 class Mix:
     "Declare a mixture."
+
     name: str  # as tables show it
     psy: int | None  # counselling pairs; None takes all
     help: int | None  # general pairs; None takes all
 
     def __post_init__(self):
-        if any(n is not None and n < 0 for n in (self.psy, self.help)) or (self.psy, self.help) == (0, 0) or not self.slug:
-            raise StudyError(f"mixture {self.name!r}: found {self.psy} and {self.help} pairs, expected a name and some pairs of one domain at least; mend it")
+        if (
+            any(n is not None and n < 0 for n in (self.psy, self.help))
+            or (self.psy, self.help) == (0, 0)
+            or not self.slug
+        ):
+            raise StudyError(
+                f"mixture {self.name!r}: found {self.psy} and {self.help} pairs, expected a name and some pairs of "
+                "one domain at least; mend it"
+            )
 
     @property
     def slug(self) -> str:
@@ -530,9 +669,19 @@ def grid(
     cells = [Mix(psy, None, 0), Mix(general, 0, None), Mix(f"{general} + {psy}", None, None)]
     if budget is not None:
         if budget < 2:
-            raise StudyError(f"mixture: found a budget of {budget}, expected at least 2 pairs; take a larger one, or None for no budget")
+            raise StudyError(
+                f"mixture: found a budget of {budget}, expected at least 2 pairs; take a larger one, or None for no "
+                "budget"
+            )
         half, rest = budget // 2, budget - budget // 2
-        cells += [Mix(f"Psy{_short(budget)}", budget, 0), Mix(f"Help{_short(budget)}", 0, budget), Mix(f"Psy{_short(half)}Help{_short(rest)}", half, rest)]
+        cells += [
+            Mix(f"Psy{_short(budget)}", budget, 0),
+            Mix(f"Help{_short(budget)}", 0, budget),
+            Mix(f"Psy{_short(half)}Help{_short(rest)}", half, rest),
+        ]
     if len({cell.slug for cell in cells}) < len(cells):
-        raise StudyError(f"mixture: the names {[cell.name for cell in cells]} are not all different as file names; name the sets differently")
+        raise StudyError(
+            f"mixture: the names {[cell.name for cell in cells]} are not all different as file names; name the sets "
+            "differently"
+        )
     return tuple(cells)

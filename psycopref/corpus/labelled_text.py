@@ -16,48 +16,97 @@ from ..core.settings import StudyError, suggest
 from .sources import UNKNOWN_LICENCE, Source, _text, find_column, open_source, read_columns
 
 # %% auto #0
-__all__ = ['COLUMNS', 'KINDS', 'CORPORA', 'TITLES', 'CONTEXT', 'ANNOMI_CONTRASTS', 'ANNOMI_VALUES', 'MI_QUALITY',
-           'EPITOME_CONSTRUCTS', 'STRATEGIES', 'ESCONV_CONTRASTS', 'FEEDBACK', 'UPVOTES', 'ALL_SCORES', 'COMPARISONS',
-           'Labelled', 'read_annomi', 'read_epitome', 'read_esconv', 'read_upvotes', 'read_labelled', 'labelled_files',
-           'Comparison', 'comparison_table']
+__all__ = ['LABEL_COLUMNS', 'LABEL_KINDS', 'CORPORA', 'TITLES', 'CONTEXT', 'ANNOMI_CONTRASTS', 'ANNOMI_VALUES', 'MI_QUALITY',
+           'EPITOME_CONSTRUCTS', 'ESCONV_STRATEGIES', 'ESCONV_CONTRASTS', 'FEEDBACK', 'UPVOTES', 'ALL_SCORES',
+           'COMPARISONS', 'Labelled', 'read_annomi', 'read_epitome', 'read_esconv', 'read_upvotes', 'read_labelled',
+           'labelled_files', 'Comparison', 'label_comparison_table']
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #7249a034
-COLUMNS = ("corpus", "item", "group", "client_speech", "response", "other", "construct", "kind", "label")
-KINDS = ("binary", "ordinal", "pair")  # label 1 or 0; a number, more is more; always 1, `response` was preferred to `other`
+LABEL_COLUMNS = ("corpus", "item", "group", "client_speech", "response", "other", "construct", "kind", "label")
+LABEL_KINDS = (
+    "binary",
+    "ordinal",
+    "pair",
+)  # label 1 or 0; a number, more is more; always 1, `response` was preferred to `other`
 
 
 @dataclass(frozen=True)
 class Labelled:
     "Hold what a corpus gives."
-    rows: typing.Any  # frame with COLUMNS
+
+    rows: typing.Any  # frame with LABEL_COLUMNS
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> how many labels or utterances were left out
     origin: dict = field(default_factory=dict)  # as of sources.Opened: source, licence, page, files
     paths: tuple[Path, ...] = ()  # the files read
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #d8584dfe
-def _row(corpus: str, item: str, group: str, said: str, response: str, construct: str, kind: str, label: float, other: str = "") -> dict:
+def _row(
+    corpus: str,
+    item: str,
+    group: str,
+    said: str,
+    response: str,
+    construct: str,
+    kind: str,
+    label: float,
+    other: str = "",
+) -> dict:
     "Make one row."
-    return dict(zip(COLUMNS, (corpus, item, group, said, response, other, construct, kind, float(label))))
+    return dict(zip(LABEL_COLUMNS, (corpus, item, group, said, response, other, construct, kind, float(label))))
 
 
 def _place(path: Path, row: int, column: str, value, expected: str, source: Source) -> StudyError:
     "Say which cell is wrong."
-    return StudyError(f"{path}, row {row}: {column} is {value!r:.60}, expected {expected}; is it {source.name}'s file? If not, {source.remedy}")
+    return StudyError(
+        f"{path}, row {row}: {column} is {value!r:.60}, expected {expected}; is it {source.name}'s file? If not, "
+        f"{source.remedy}"
+    )
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #4cc9519e
 _GITHUB = "https://github.com"
 
-CORPORA = {source.name: source for source in (
-    Source("annomi", UNKNOWN_LICENCE, f"{_GITHUB}/uccollab/AnnoMI", ("utterance_text",),
-           layouts=(("AnnoMI-full.csv",), ("AnnoMI-simple.csv",), ("dataset.csv",), ("*.csv",)), fallback="cp1252"),
-    Source("epitome", UNKNOWN_LICENCE, f"{_GITHUB}/behavioral-data/Empathy-Mental-Health", ("seeker_post",),
-           layouts=(("emotional-reactions-reddit.csv", "interpretations-reddit.csv", "explorations-reddit.csv"),), fallback="cp1252"),
-    Source("esconv", "CC-BY-NC-4.0; the authors ask for academic use only", f"{_GITHUB}/thu-coai/Emotional-Support-Conversation", ("dialog",),
-           layouts=(("ESConv.json",), ("*.json",), ("*.jsonl",))),
-    Source("counsel-chat", "MIT", f"{_GITHUB}/nbertagnolli/counsel-chat", ("questionText",),
-           layouts=(("*counsel_chat.csv",), ("counselchat-data.csv",), ("*.csv",)), same="questionID"),
-)}
-TITLES = {"annomi": "AnnoMI", "epitome": "EPITOME", "esconv": "ESConv", "counsel-chat": "counsel-chat"}  # as papers write them
+CORPORA = {
+    source.name: source
+    for source in (
+        Source(
+            "annomi",
+            UNKNOWN_LICENCE,
+            f"{_GITHUB}/uccollab/AnnoMI",
+            ("utterance_text",),
+            layouts=(("AnnoMI-full.csv",), ("AnnoMI-simple.csv",), ("dataset.csv",), ("*.csv",)),
+            fallback="cp1252",
+        ),
+        Source(
+            "epitome",
+            UNKNOWN_LICENCE,
+            f"{_GITHUB}/behavioral-data/Empathy-Mental-Health",
+            ("seeker_post",),
+            layouts=(("emotional-reactions-reddit.csv", "interpretations-reddit.csv", "explorations-reddit.csv"),),
+            fallback="cp1252",
+        ),
+        Source(
+            "esconv",
+            "CC-BY-NC-4.0; the authors ask for academic use only",
+            f"{_GITHUB}/thu-coai/Emotional-Support-Conversation",
+            ("dialog",),
+            layouts=(("ESConv.json",), ("*.json",), ("*.jsonl",)),
+        ),
+        Source(
+            "counsel-chat",
+            "MIT",
+            f"{_GITHUB}/nbertagnolli/counsel-chat",
+            ("questionText",),
+            layouts=(("*counsel_chat.csv",), ("counselchat-data.csv",), ("*.csv",)),
+            same="questionID",
+        ),
+    )
+}
+TITLES = {
+    "annomi": "AnnoMI",
+    "epitome": "EPITOME",
+    "esconv": "ESConv",
+    "counsel-chat": "counsel-chat",
+}  # as papers write them
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #c161bd3f
 CONTEXT = 3  # utterances of the client that are taken as the client speech
@@ -82,8 +131,12 @@ ANNOMI_CONTRASTS = {  # construct -> column, values of label 1, values of label 
     "question, not input": ("main_therapist_behaviour", ("question",), ("therapist_input",)),
     "options or negotiation, not advice": ("therapist_input_subtype", ("options", "negotiation"), ("advice",)),
 }
-ANNOMI_VALUES = {"main_therapist_behaviour": ("question", "reflection", "therapist_input", "other"), "question_subtype": ("open", "closed"),
-                 "reflection_subtype": ("simple", "complex"), "therapist_input_subtype": ("information", "advice", "negotiation", "options")}
+ANNOMI_VALUES = {
+    "main_therapist_behaviour": ("question", "reflection", "therapist_input", "other"),
+    "question_subtype": ("open", "closed"),
+    "reflection_subtype": ("simple", "complex"),
+    "therapist_input_subtype": ("information", "advice", "negotiation", "options"),
+}
 MI_QUALITY = "high-quality session"  # a construct of every utterance of the therapist
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #3d0fe3ec
@@ -109,16 +162,26 @@ def _whole(path: Path, row: int, column: str, value, source: Source) -> int:
 @dataclass
 class _Utterance:
     "Hold an utterance with the votes of its annotators."
+
     client: bool
     text: str
     quality: str
     votes: dict[str, Counter]  # column -> value -> annotators; "" = n/a
 
 
-def _annomi_sessions(source: Source, path: Path) -> dict[str, dict[int, _Utterance]]:  # transcript -> utterance number -> utterance
+def _annomi_sessions(
+    source: Source, path: Path
+) -> dict[str, dict[int, _Utterance]]:  # transcript -> utterance number -> utterance
     "Read AnnoMI's rows, several of which may be of one utterance."
     columns = read_columns(path, source.fallback)
-    names = ("transcript_id", "mi_quality", "utterance_id", "interlocutor", "utterance_text", "main_therapist_behaviour")
+    names = (
+        "transcript_id",
+        "mi_quality",
+        "utterance_id",
+        "interlocutor",
+        "utterance_text",
+        "main_therapist_behaviour",
+    )
     cells = zip(*(find_column(columns, (name,), path, source) for name in names[:-1]))
     find_column(columns, names[-1:], path, source)
     labelled, sessions = {name: columns[name] for name in ANNOMI_VALUES if name in columns}, {}
@@ -126,8 +189,10 @@ def _annomi_sessions(source: Source, path: Path) -> dict[str, dict[int, _Utteran
         client = _choice(path, row, "interlocutor", who, ("therapist", "client"), source) == "client"
         quality = _choice(path, row, "mi_quality", quality, ("high", "low"), source)
         session = sessions.setdefault(str(transcript).strip(), {})
-        utterance = session.setdefault(_whole(path, row, "utterance_id", number, source),
-                                       _Utterance(client, (_text(text) or "").strip(), quality, {name: Counter() for name in labelled}))
+        utterance = session.setdefault(
+            _whole(path, row, "utterance_id", number, source),
+            _Utterance(client, (_text(text) or "").strip(), quality, {name: Counter() for name in labelled}),
+        )
         for name, values in labelled.items():
             utterance.votes[name][_choice(path, row, name, values[row], ANNOMI_VALUES[name], source, blank=True)] += 1
     return sessions
@@ -175,7 +240,11 @@ def _annomi_contrasts(whole: tuple, utterance: _Utterance, dropped: Counter) -> 
     return rows
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #77503706
-EPITOME_CONSTRUCTS = {"emotional-reactions": "emotional reactions", "interpretations": "interpretations", "explorations": "explorations"}  # file -> construct
+EPITOME_CONSTRUCTS = {
+    "emotional-reactions": "emotional reactions",
+    "interpretations": "interpretations",
+    "explorations": "explorations",
+}  # file -> construct
 
 
 def read_epitome(
@@ -187,9 +256,17 @@ def read_epitome(
     for path in paths:
         construct = next((title for start, title in EPITOME_CONSTRUCTS.items() if path.name.startswith(start)), None)
         if construct is None:
-            raise StudyError(f"{path}: its name tells no mechanism, expected one that begins with {' or '.join(EPITOME_CONSTRUCTS)}; keep the published names")
+            raise StudyError(
+                f"{path}: its name tells no mechanism, expected one that begins with "
+                f"{' or '.join(EPITOME_CONSTRUCTS)}; keep the published names"
+            )
         columns = read_columns(path, source.fallback)
-        cells = zip(*(find_column(columns, (name,), path, source) for name in ("sp_id", "rp_id", "seeker_post", "response_post", "level")))
+        cells = zip(
+            *(
+                find_column(columns, (name,), path, source)
+                for name in ("sp_id", "rp_id", "seeker_post", "response_post", "level")
+            )
+        )
         for row, (post, answer, said, response, level) in enumerate(cells):
             said, response = ((_text(text) or "").strip() for text in (said, response))
             if not said or not response:
@@ -208,18 +285,37 @@ def _scale(path: Path, row: int, column: str, value, low: int, high: int, source
     return number
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #8de5fd7f
-STRATEGIES = ("Question", "Restatement or Paraphrasing", "Reflection of feelings", "Self-disclosure", "Affirmation and Reassurance",
-              "Providing Suggestions", "Information", "Others")
+ESCONV_STRATEGIES = (
+    "Question",
+    "Restatement or Paraphrasing",
+    "Reflection of feelings",
+    "Self-disclosure",
+    "Affirmation and Reassurance",
+    "Providing Suggestions",
+    "Information",
+    "Others",
+)
 _ALSO = {"questions": "Question", "other": "Others", "provide suggestions": "Providing Suggestions"}
-_ROLES = {"seeker": True, "usr": True, "speaker": True, "supporter": False, "sys": False, "listener": False}  # is it the client?
-ESCONV_CONTRASTS = {"suggestion, not another strategy": "Providing Suggestions", "question, not another strategy": "Question",
-                    "reflection of feelings, not another strategy": "Reflection of feelings"}  # construct -> the strategy of label 1
+_ROLES = {
+    "seeker": True,
+    "usr": True,
+    "speaker": True,
+    "supporter": False,
+    "sys": False,
+    "listener": False,
+}  # is it the client?
+ESCONV_CONTRASTS = {
+    "suggestion, not another strategy": "Providing Suggestions",
+    "question, not another strategy": "Question",
+    "reflection of feelings, not another strategy": "Reflection of feelings",
+}  # construct -> the strategy of label 1
 FEEDBACK = "feedback of the seeker"
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #2f7f93b5
 @dataclass(frozen=True)
 class _Turn:
     "Hold one turn of a dialogue."
+
     client: bool
     text: str
     strategy: str = ""
@@ -229,23 +325,27 @@ class _Turn:
 def _strategy(path: Path, row: int, value, source: Source) -> str:
     "Take a published strategy under one of its names; none is none."
     found = str(value or "").strip().strip("[]")
-    known = {**_ALSO, **{name.lower(): name for name in STRATEGIES}}
+    known = {**_ALSO, **{name.lower(): name for name in ESCONV_STRATEGIES}}
     if found and found.lower() not in known:
-        raise _place(path, row, "strategy", value, f"one of {', '.join(STRATEGIES)}", source)
+        raise _place(path, row, "strategy", value, f"one of {', '.join(ESCONV_STRATEGIES)}", source)
     return known.get(found.lower(), "")
 
 
 def _turn(path: Path, row: int, turn, source: Source) -> _Turn:
     "Read one turn."
     if not isinstance(turn, dict) or str(turn.get("speaker")).lower() not in _ROLES:
-        raise _place(path, row, "a turn of dialog", turn, "speaker (seeker or supporter), content and annotation", source)
+        raise _place(
+            path, row, "a turn of dialog", turn, "speaker (seeker or supporter), content and annotation", source
+        )
     notes = turn.get("annotation") if isinstance(turn.get("annotation"), dict) else turn
     text = _text(turn.get("content", turn.get("text")))
     if text is None:
         raise _place(path, row, "content of a turn", turn.get("content"), "text", source)
     feedback = notes.get("feedback")
     rated = None if feedback in (None, "") else _scale(path, row, "feedback", feedback, 1, 5, source)
-    return _Turn(_ROLES[str(turn["speaker"]).lower()], text.strip(), _strategy(path, row, notes.get("strategy"), source), rated)
+    return _Turn(
+        _ROLES[str(turn["speaker"]).lower()], text.strip(), _strategy(path, row, notes.get("strategy"), source), rated
+    )
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #78770060
 def read_esconv(
@@ -260,7 +360,9 @@ def read_esconv(
                 raise _place(path, row, "dialog", dialog, "a list of turns", source)
             turns = [_turn(path, row, turn, source) for turn in dialog]
             before = _said_before([(turn.client, turn.text) for turn in turns])
-            rows += _strategy_rows(source.name, row, turns, before, dropped) + _feedback_rows(source.name, row, turns, before, dropped)
+            rows += _strategy_rows(source.name, row, turns, before, dropped) + _feedback_rows(
+                source.name, row, turns, before, dropped
+            )
     return rows, dropped
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #ede987f0
@@ -274,7 +376,10 @@ def _strategy_rows(corpus: str, dialog: int, turns: list[_Turn], before: list[st
             dropped["supporter's turns before the seeker's first words, without words or without a strategy"] += 1
             continue
         whole = (corpus, f"{dialog}-{place}", str(dialog), said, turn.text)
-        rows += [_row(*whole, construct, "binary", turn.strategy == strategy) for construct, strategy in ESCONV_CONTRASTS.items()]
+        rows += [
+            _row(*whole, construct, "binary", turn.strategy == strategy)
+            for construct, strategy in ESCONV_CONTRASTS.items()
+        ]
     return rows
 
 
@@ -288,7 +393,18 @@ def _feedback_rows(corpus: str, dialog: int, turns: list[_Turn], before: list[st
         if turn.feedback is not None:
             response = " ".join(filter(None, (turns[i].text for i in since)))
             if response and before[since[0]]:
-                rows.append(_row(corpus, f"{dialog}-{place}", str(dialog), before[since[0]], response, FEEDBACK, "ordinal", turn.feedback))
+                rows.append(
+                    _row(
+                        corpus,
+                        f"{dialog}-{place}",
+                        str(dialog),
+                        before[since[0]],
+                        response,
+                        FEEDBACK,
+                        "ordinal",
+                        turn.feedback,
+                    )
+                )
             else:
                 dropped["feedback without words of the supporter, or of the seeker, before it"] += 1
         since = []
@@ -313,15 +429,26 @@ def read_upvotes(
     "Pair the answers to a question that differ in upvotes."
     [path] = paths
     columns, questions, dropped = read_columns(path, source.fallback), {}, Counter()
-    cells = zip(*(find_column(columns, (name,), path, source) for name in (source.same, "questionText", "answerText", "upvotes")))
+    cells = zip(
+        *(
+            find_column(columns, (name,), path, source)
+            for name in (source.same, "questionText", "answerText", "upvotes")
+        )
+    )
     titles = columns.get("questionTitle") or [""] * len(columns["upvotes"])
     for row, (question, said, answer, votes) in enumerate(cells):
         said, answer = clean(_text(said) or "") or clean(_text(titles[row]) or ""), _lines(_text(answer) or "")
         if not said or not answer:
             dropped["answers without words, or to a question without words"] += 1
             continue
-        questions.setdefault(str(question).strip(), (said, {}))[1].setdefault(answer, _whole(path, row, "upvotes", votes, source))
-    rows = [row for question, (said, answers) in questions.items() for row in _pairs(source.name, question, said, list(answers.items()), dropped)]
+        questions.setdefault(str(question).strip(), (said, {}))[1].setdefault(
+            answer, _whole(path, row, "upvotes", votes, source)
+        )
+    rows = [
+        row
+        for question, (said, answers) in questions.items()
+        for row in _pairs(source.name, question, said, list(answers.items()), dropped)
+    ]
     return rows, dropped
 
 
@@ -352,7 +479,7 @@ def read_labelled(
         raise StudyError(f"corpus {name!r}: is not declared. {suggest(name, CORPORA)}")
     opened = open_source(spec, CORPORA)
     rows, dropped = _READERS[name](opened.source, opened.paths)
-    return Labelled(pd.DataFrame(rows, columns=list(COLUMNS)), dict(dropped), opened.origin, opened.paths)
+    return Labelled(pd.DataFrame(rows, columns=list(LABEL_COLUMNS)), dict(dropped), opened.origin, opened.paths)
 
 
 def labelled_files(
@@ -370,6 +497,7 @@ ALL_SCORES = ("empathy", "relevance", "clarity", "safety", "exploration", "auton
 @dataclass(frozen=True)
 class Comparison:
     "Say what a construct is compared with, and why."
+
     corpus: str  # a name of CORPORA
     construct: str  # as in the rows
     scores: tuple[str, ...]  # principles, or mean
@@ -379,27 +507,75 @@ class Comparison:
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #a3ac48de
 COMPARISONS = (
-    Comparison("annomi", "open question, not closed", ("exploration",), "an open question invites the client to say more than yes or no"),
-    Comparison("annomi", "complex reflection, not simple", ("empathy",), "a complex reflection adds a meaning or a feeling to the client's words"),
-    Comparison("annomi", "reflection, not input", ("empathy", "exploration", "autonomy"), "a reflection stays with the client; input informs or advises"),
+    Comparison(
+        "annomi",
+        "open question, not closed",
+        ("exploration",),
+        "an open question invites the client to say more than yes or no",
+    ),
+    Comparison(
+        "annomi",
+        "complex reflection, not simple",
+        ("empathy",),
+        "a complex reflection adds a meaning or a feeling to the client's words",
+    ),
+    Comparison(
+        "annomi",
+        "reflection, not input",
+        ("empathy", "exploration", "autonomy"),
+        "a reflection stays with the client; input informs or advises",
+    ),
     Comparison("annomi", "question, not input", ("exploration",), "a question explores, input does not"),
-    Comparison("annomi", "options or negotiation, not advice", ("autonomy",), "options leave the choice with the client, advice takes it"),
+    Comparison(
+        "annomi",
+        "options or negotiation, not advice",
+        ("autonomy",),
+        "options leave the choice with the client, advice takes it",
+    ),
     Comparison("annomi", MI_QUALITY, ALL_SCORES, "good sessions should have better responses, on any principle"),
-    Comparison("annomi", MI_QUALITY, ALL_SCORES, "as above, but a session is judged by all of its responses", unit="group"),
+    Comparison(
+        "annomi", MI_QUALITY, ALL_SCORES, "as above, but a session is judged by all of its responses", unit="group"
+    ),
     Comparison("epitome", "emotional reactions", ("empathy",), "warmth and concern expressed in the answer"),
-    Comparison("epitome", "interpretations", ("empathy", "relevance"), "understanding of the feelings and events in the post"),
+    Comparison(
+        "epitome", "interpretations", ("empathy", "relevance"), "understanding of the feelings and events in the post"
+    ),
     Comparison("epitome", "explorations", ("exploration",), "asking after what the post does not say"),
     Comparison("esconv", FEEDBACK, ("mean", "empathy"), "the person who was helped says how much"),
-    Comparison("esconv", "suggestion, not another strategy", ("autonomy",), "a suggestion steers more than any other strategy", expected="lower"),
+    Comparison(
+        "esconv",
+        "suggestion, not another strategy",
+        ("autonomy",),
+        "a suggestion steers more than any other strategy",
+        expected="lower",
+    ),
     Comparison("esconv", "question, not another strategy", ("exploration",), "a question explores"),
-    Comparison("esconv", "reflection of feelings, not another strategy", ("empathy",), "naming what the other feels is the core of empathy"),
-    Comparison("counsel-chat", UPVOTES, ("mean", "empathy"), "readers prefer one answer to another, for whatever reason"),
+    Comparison(
+        "esconv",
+        "reflection of feelings, not another strategy",
+        ("empathy",),
+        "naming what the other feels is the core of empathy",
+    ),
+    Comparison(
+        "counsel-chat", UPVOTES, ("mean", "empathy"), "readers prefer one answer to another, for whatever reason"
+    ),
 )
 
 
-def comparison_table():  # frame: corpus, construct, compared with, expected, observation, why
+def label_comparison_table():  # frame: corpus, construct, compared with, expected, observation, why
     "Show what is compared with what."
     import pandas as pd
 
-    return pd.DataFrame([{"corpus": TITLES[c.corpus], "construct": c.construct, "compared with": "all seven, mean" if c.scores == ALL_SCORES else ", ".join(c.scores),
-                          "expected": c.expected, "observation": c.unit, "why": c.why} for c in COMPARISONS])
+    return pd.DataFrame(
+        [
+            {
+                "corpus": TITLES[c.corpus],
+                "construct": c.construct,
+                "compared with": "all seven, mean" if c.scores == ALL_SCORES else ", ".join(c.scores),
+                "expected": c.expected,
+                "observation": c.unit,
+                "why": c.why,
+            }
+            for c in COMPARISONS
+        ]
+    )

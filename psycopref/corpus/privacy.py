@@ -18,10 +18,10 @@ from ..core.settings import StudyError
 from ..core.paper import resource_path
 
 # %% auto #0
-__all__ = ['PRIORITY', 'KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'LOCALES', 'MORE_NAMES', 'MOSTLY_NAMES', 'MOSTLY_WORDS', 'PLACES',
-           'KEPT_WORDS', 'WORD', 'TAIL', 'TITLES', 'ABBREVIATED', 'RELATION', 'NAME_CUE', 'MY_NAME', 'PERSON_BEFORE',
-           'ARTICLES', 'SAYS', 'IS', 'PLACE_BEFORE', 'PLACE_LINKS', 'PLACE_AFTER', 'ONLY_PERSONS', 'VERBAL',
-           'PARTICLES', 'STREET_TYPE', 'POSTCODE', 'STREET', 'MAYBE_ADDRESS', 'REGIONS', 'BARE_SUFFIXES',
+__all__ = ['PRIORITY', 'PERSONAL_KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'LOCALES', 'MORE_NAMES', 'MOSTLY_NAMES', 'MOSTLY_WORDS',
+           'PLACES', 'KEPT_WORDS', 'WORD', 'TAIL', 'KIND_TITLES', 'ABBREVIATED', 'RELATION', 'NAME_CUE', 'MY_NAME',
+           'PERSON_BEFORE', 'ARTICLES', 'SAYS', 'IS', 'PLACE_BEFORE', 'PLACE_LINKS', 'PLACE_AFTER', 'ONLY_PERSONS',
+           'VERBAL', 'PARTICLES', 'STREET_TYPE', 'POSTCODE', 'STREET', 'MAYBE_ADDRESS', 'REGIONS', 'BARE_SUFFIXES',
            'WEB_PATTERNS', 'NO_HANDLES', 'HANDLE', 'PHONE_LIKE', 'PHONE_WORDS', 'LOCAL_PHONE', 'ENTITIES', 'name_key',
            'name_lexicon', 'WordLists', 'word_lists', 'Word', 'split_words', 'supported', 'starts_name', 'name_end',
            'find_names', 'find_addresses', 'is_web_address', 'kept_recognisers', 'own_recognisers', 'load_pipeline',
@@ -29,14 +29,18 @@ __all__ = ['PRIORITY', 'KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'LOCALES', 'MORE_
 
 # %% ../../nbs/corpus/03_privacy.ipynb #565d8a08
 PRIORITY = ("email", "url", "address", "phone", "handle", "person")
-KINDS = ("person", "email", "phone", "url", "handle", "address")
-PLACEHOLDERS = {kind: "[name]" if kind == "person" else f"[{kind}]" for kind in KINDS}
+PERSONAL_KINDS = ("person", "email", "phone", "url", "handle", "address")
+PLACEHOLDERS = {kind: "[name]" if kind == "person" else f"[{kind}]" for kind in PERSONAL_KINDS}
 PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
 # %% ../../nbs/corpus/03_privacy.ipynb #920094cc
-LOCALES = ("en en_GB en_IE en_IN en_KE en_NG en_NZ en_PK en_US es_ES es_MX es_CO es_AR fr_FR fr_CA de_DE it_IT pt_BR nl_NL pl_PL "
-           "sv_SE no_NO da_DK fi_FI tr_TR ro_RO hr_HR cs_CZ hu_HU zu_ZA yo_NG ig_NG ha_NG tw_GH sw id_ID vi_VN ja_JP zh_CN fr_DZ "
-           "sk_SK en_TH").split()
+LOCALES = (
+    "en en_GB en_IE en_IN en_KE en_NG en_NZ en_PK en_US es_ES es_MX es_CO es_AR fr_FR fr_CA de_DE it_IT pt_BR nl_NL "
+    "pl_PL "
+    "sv_SE no_NO da_DK fi_FI tr_TR ro_RO hr_HR cs_CZ hu_HU zu_ZA yo_NG ig_NG ha_NG tw_GH sw id_ID vi_VN ja_JP zh_CN "
+    "fr_DZ "
+    "sk_SK en_TH"
+).split()
 
 MORE_NAMES = """rajesh deepika sanjay anil sunil vijay ajay suresh ramesh mahesh rakesh manoj vinod ashok rohit vikram karthik
     sunita kavita geeta meena swati shanti krishnan harpreet gurpreet manpreet jaspreet ananya dmitri dmitry sergey aleksei oleg
@@ -51,7 +55,11 @@ def name_key(
 ) -> str:  # the word as it is looked up
     "Bring a name to lower case without accents."
     plain = name.lower().replace("’", "'").replace("ø", "o").replace("ł", "l")
-    return plain if plain.isascii() else "".join(c for c in unicodedata.normalize("NFD", plain) if not unicodedata.combining(c))
+    return (
+        plain
+        if plain.isascii()
+        else "".join(c for c in unicodedata.normalize("NFD", plain) if not unicodedata.combining(c))
+    )
 
 
 @functools.cache
@@ -65,40 +73,51 @@ def name_lexicon() -> tuple[frozenset[str], frozenset[str]]:  # first names and 
             if part in names and "names" in attribute and isinstance(listed, (list, tuple, dict)):
                 names[part].update(name_key(word) for name in listed for word in re.split(r"[\s-]+", name))
     latin = re.compile(r"[a-zß-ɏ]+(?:'[a-zß-ɏ]+)*")
-    return tuple(frozenset(name for name in names[part] if len(name) > 1 and latin.fullmatch(name)) for part in ("first", "last"))
+    return tuple(
+        frozenset(name for name in names[part] if len(name) > 1 and latin.fullmatch(name)) for part in ("first", "last")
+    )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #c3539ebf
-MOSTLY_NAMES = frozenset("""al amber bill bo brandy candy carol clay crystal dale dawn dean dick don dot drew earl ed fern flo frank
+MOSTLY_NAMES = frozenset(
+    """al amber bill bo brandy candy carol clay crystal dale dawn dean dick don dot drew earl ed fern flo frank
     gale gene ginger grant gray hazel heather herb holly iris ivy jack jade jasmine jay jean jewel jo kit lance lane laurel mark mat
     max melody miles myrtle nan olive opal pat pearl peg penny piper poppy randy ray reed rex rob robin rod rose rosemary ruby rusty
-    sandy sky stew sue tad ted teddy trace tucker ty violet wade willow""".split())
-MOSTLY_WORDS = frozenset("""ace ah ally alpha alto amen angel arch arrow art ash aspen aster atlas autumn banks barb basil bee
+    sandy sky stew sue tad ted teddy trace tucker ty violet wade willow""".split()
+)
+MOSTLY_WORDS = frozenset(
+    """ace ah ally alpha alto amen angel arch arrow art ash aspen aster atlas autumn banks barb basil bee
     bell berry bird bishop blessing blossom bode brain branch brook buck bud buddy bunny burns butch cap cash cat charity charm
     chase cherish cherry chi chin cinnamon clove collie colon colt comfort con coral council cove crew cricket crown
     dandy darling del delta destiny diamond dimple dove dream duke dusty echo elder ember emerald era essence eta ether eve
     faith fancy favor fed fisher flint flora fortune forum forest foster fox fuller gage gang gauge gay gem giant gift glory golden
     grace graves guide hale hall ham handy happy harden harm harmony harsh haven heaven hill honey hung hunt hunter icy infant
     innocent jail journey joy junior justice karma keen kick king kitty knight lake lam lark lavender lea lemma lemon
-    liberty light lim linden link lotus love loyal""".split())
-MOSTLY_WORDS |= frozenset("""lucky luna lux mace mack mad maiden male marry mate math meadow mercy merit merry meta metta mile mini
+    liberty light lim linden link lotus love loyal""".split()
+)
+MOSTLY_WORDS |= frozenset(
+    """lucky luna lux mace mack mad maiden male marry mate math meadow mercy merit merry meta metta mile mini
     minor miracle misty moody moon nail noble nova ocean odd oral orange owe park patience patron peer pepper petal pilot
     pink pleasant press pride prince princess prosper prudence queen rain rand raven relish remedy rice ridge rip river roan rocket
     rocky roll rowan royal rush sage said sailor sand scarlet scout segundo serenity shade shadow shepherd silver sincere sine skip
     sole sonny spice steel sterling steward stone storm sugar sunny sunshine sweet tab tag tai tan tawny tea teal temple tex theta
     ties tiger till tiny toma tone tory toy trinket truth unknown unnamed unique vale valor van velvet venture versa victory virtue
     walker wage ward wash welcome whit wing winner winter wish wit wolf wood worth yang yoga zen zion buena durante ella esa esta
-    hasta hoy les nada paz pero salud tal una uno vida sep tri wm dev von""".split())
+    hasta hoy les nada paz pero salud tal una uno vida sep tri wm dev von""".split()
+)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #3a3c6efb
-PLACES = frozenset("""adelaide alexa america april armani asia atlanta august austin barbie bethlehem boston brooklyn buddha cairo
+PLACES = frozenset(
+    """adelaide alexa america april armani asia atlanta august austin barbie bethlehem boston brooklyn buddha cairo
     cali cambria camden carolina chanel charlotte columbia chelsea christ christian cleveland dakota dallas dayton dell denver devon
     diego easter eden egypt everest florence francisco geneva genesis holland houston jackson jan jericho jerusalem jesus june kent
     krishna lexus lincoln lisbon london lourdes madison madrid mercedes messiah milan moses oakland orlando oxford paisley paris
     phoenix portland preston princeton raleigh regina richmond rochester roma roman romeo salem savannah siena sierra siri sunday
-    sydney tesla trinity troy valencia valentine venice verona vienna york zeus""".split())
+    sydney tesla trinity troy valencia valentine venice verona vienna york zeus""".split()
+)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #eae844c0
-KEPT_WORDS = frozenset("""i god lord bible satan santa mom mum mommy mummy mama mother dad daddy papa father grandma grandpa granny
+KEPT_WORDS = frozenset(
+    """i god lord bible satan santa mom mum mommy mummy mama mother dad daddy papa father grandma grandpa granny
     nana gran aunt auntie saint boss judge pastor doctor coach chief baby babe lady guy man doc officer lawyer author uncle brother
     sister bro sis son daughter cousin husband wife sir madam dr mr mrs ms miss mx monday tuesday wednesday thursday friday saturday
     mondays tuesdays wednesdays thursdays fridays saturdays sundays january february july september october november december
@@ -109,11 +128,13 @@ KEPT_WORDS = frozenset("""i god lord bible satan santa mom mum mommy mummy mama 
     catholic catholics protestant mormon baptist muslim muslims jewish hindu buddhist islam christians christianity facebook google
     instagram twitter tiktok snapchat whatsapp reddit youtube netflix tinder bumble hinge grindr skype zoom amazon walmart starbucks
     uber lyft messenger xbox playstation iphone android discord linkedin spotify telegram microsoft american americans african asian
-    hispanic latino latina british european indian internet tv usa uk""".split())
+    hispanic latino latina british european indian internet tv usa uk""".split()
+)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #60b3cbb7
 class WordLists(typing.NamedTuple):
     "Hold what words are besides names, as keys."
+
     stops: frozenset[str]  # spaCy's stop words
     common: frozenset[str]  # stop words and faker's English vocabulary
     kept: frozenset[str]  # never masked
@@ -142,6 +163,7 @@ def word_lists() -> WordLists:  # every list the rules look at
 # %% ../../nbs/corpus/03_privacy.ipynb #972ef3f8
 class Word(typing.NamedTuple):
     "Hold a word and what the rules ask of it."
+
     start: int  # first character
     end: int  # after the last character, without a possessive 's
     key: str  # as it is looked up
@@ -153,8 +175,8 @@ class Word(typing.NamedTuple):
 
 WORD = re.compile(PLACEHOLDER.pattern + r"|[^\W\d_]+(?:['’][^\W\d_]+)*")
 TAIL = re.compile(r"['’](?:s|ll|d|ve|re|m)$", re.IGNORECASE)
-TITLES = frozenset("mr mrs ms miss mx dr prof professor sir madam rev reverend".split())
-ABBREVIATED = TITLES | {"st", "mt", "ft"}  # their full stop ends no sentence
+KIND_TITLES = frozenset("mr mrs ms miss mx dr prof professor sir madam rev reverend".split())
+ABBREVIATED = KIND_TITLES | {"st", "mt", "ft"}  # their full stop ends no sentence
 
 # %% ../../nbs/corpus/03_privacy.ipynb #e8de3fa8
 def split_words(
@@ -165,35 +187,60 @@ def split_words(
     for match in WORD.finditer(text):
         raw, start = match[0], match.start()
         bare = TAIL.sub("", raw)
-        shape = "mask" if raw[0] == "[" else "lower" if not bare[0].isupper() else "CAPS" if len(bare) > 1 and bare.isupper() else "Title"
+        shape = (
+            "mask"
+            if raw[0] == "["
+            else "lower"
+            if not bare[0].isupper()
+            else "CAPS"
+            if len(bare) > 1 and bare.isupper()
+            else "Title"
+        )
         gap = text[words[-1].end : start] if words else "."
-        short = bool(words) and words[-1].shape != "lower" and (words[-1].key in ABBREVIATED or words[-1].end - words[-1].start == 1)
+        short = (
+            bool(words)
+            and words[-1].shape != "lower"
+            and (words[-1].key in ABBREVIATED or words[-1].end - words[-1].start == 1)
+        )
         gap = gap[2:] if words and words[-1].owner else gap
-        opens = any(mark in gap for mark in ".!?:;\n\r…•\"“”") and not (short and gap in (".", ". "))
+        opens = any(mark in gap for mark in '.!?:;\n\r…•"“”') and not (short and gap in (".", ". "))
         joined = bool(words) and not words[-1].owner and (gap in (" ", "-") or short and gap in (".", ". "))
         words.append(Word(start, start + len(bare), name_key(bare), shape, opens, joined, len(bare) < len(raw)))
     return words
 
 # %% ../../nbs/corpus/03_privacy.ipynb #09d2024d
-RELATION = re.compile(r"""(?:^|\s)(?:(?P<own>my|his|her|our|their|your)\s(?:\w+\s){0,2}?)?(?:ex\s?|step\s?|half\s?|grand)?
+RELATION = re.compile(
+    r"""(?:^|\s)(?:(?P<own>my|his|her|our|their|your)\s(?:\w+\s){0,2}?)?(?:ex\s?|step\s?|half\s?|grand)?
     (?:husband|wife|boyfriend|girlfriend|partner|fiancee?|ex|spouse|bf|gf|mom|mum|mother|dad|father|parent|brother|sister|sibling|son
     |daughter|child|kid|baby|boy|girl|twin|cousin|aunt|auntie|uncle|niece|nephew|grandma|grandpa|friend|bestie|roommate|flatmate
     |housemate|neighbou?r|colleague|coworker|boss|manager|teacher|coach|pastor|therapist|counsell?or|psychiatrist|psychologist|doctor
-    |crush)(?:s|ren)?(?:\sin\slaw)?$""", re.VERBOSE)
+    |crush)(?:s|ren)?(?:\sin\slaw)?$""",
+    re.VERBOSE,
+)
 NAME_CUE = re.compile(r"(?:^|\s)(?:(?:names?|name's)(?:\s(?:is|was|are))?|named|called|nicknamed)$")
 MY_NAME = re.compile(r"(?:^|\s)(?:my|his|her|their)\s(?:(?:full|first|last|real|maiden)\s)?name(?:\s(?:is|was))?$")
-PERSON_BEFORE = frozenset("""with told tell telling met meet ask asked asking love loved miss missed married dating dated texted
-    texting hugged kissed confronted divorced hi hey hello dear thanks""".split())
+PERSON_BEFORE = frozenset(
+    """with told tell telling met meet ask asked asking love loved miss missed married dating dated texted
+    texting hugged kissed confronted divorced hi hey hello dear thanks""".split()
+)
 ARTICLES = frozenset("the a an my your his her our their this that these every each some any no".split())
-SAYS = frozenset("""said says told tells asked asks texted called cheated thinks wants hates loves loved hated moved cried cries
-    yelled yells admitted promised lied proposed apologised apologized refuses refused insists insisted""".split())
+SAYS = frozenset(
+    """said says told tells asked asks texted called cheated thinks wants hates loves loved hated moved cried cries
+    yelled yells admitted promised lied proposed apologised apologized refuses refused insists insisted""".split()
+)
 IS = frozenset("is was has had does did doesn't isn't wasn't hasn't didn't won't left died came went".split())
-PLACE_BEFORE = frozenset("san santa st saint los las el port fort mount mt new north south east west lake british puerto costa".split())
-PLACE_LINKS = frozenset("""in at to from near around of through since until by for on during last next this every late early before
-    after""".split())
-PLACE_AFTER = frozenset("""street avenue road county university college hospital church river beach city park school island islands
+PLACE_BEFORE = frozenset(
+    "san santa st saint los las el port fort mount mt new north south east west lake british puerto costa".split()
+)
+PLACE_LINKS = frozenset(
+    """in at to from near around of through since until by for on during last next this every late early before
+    after""".split()
+)
+PLACE_AFTER = frozenset(
+    """street avenue road county university college hospital church river beach city park school island islands
     airport house day eve square bay state hills lake act theory test scale syndrome disease disorder effect method foundation
-    centre center clinic""".split())
+    centre center clinic""".split()
+)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #39e651e4
 def _left(words: list[Word], i: int) -> str:
@@ -217,8 +264,15 @@ def _right(words: list[Word], i: int) -> list[str]:
 def _before_last_name(words: list[Word], i: int) -> bool:
     "Tell whether a last name that is no common word follows."
     lists, after = word_lists(), words[i + 1] if i + 1 < len(words) else None
-    return bool(after and after.joined and after.shape == "Title" and after.key in lists.last and not words[i].owner
-                and after.key not in lists.common | PLACE_AFTER and after.key not in lists.needy)
+    return bool(
+        after
+        and after.joined
+        and after.shape == "Title"
+        and after.key in lists.last
+        and not words[i].owner
+        and after.key not in lists.common | PLACE_AFTER
+        and after.key not in lists.needy
+    )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2bef7062
 def supported(
@@ -254,9 +308,11 @@ def starts_name(
     lists, word, before = word_lists(), words[i], words[i - 1] if i else None
     if word.shape == "mask" or word.key in lists.kept or len(word.key) < 2:
         return False
-    if before and word.joined and before.key in TITLES and before.shape == "Title" and word.shape != "lower":
+    if before and word.joined and before.key in KIND_TITLES and before.shape == "Title" and word.shape != "lower":
         noun = i > 1 and not before.opens and words[i - 2].key in ARTICLES
-        return word.key in lists.first | lists.last or not noun and word.key not in lists.common and word.shape == "Title"
+        return (
+            word.key in lists.first | lists.last or not noun and word.key not in lists.common and word.shape == "Title"
+        )
     if word.shape == "lower":
         return word.key in lists.first and before is not None and word.joined and _owned(words, i)
     if before and not word.opens and before.key in PLACE_BEFORE and before.shape == "Title" or _before_place(words, i):
@@ -265,8 +321,16 @@ def starts_name(
         return word.shape == "Title" or len(word.key) > 3
     if word.key in lists.needy:
         return word.shape == "Title" and supported(words, i, lists.needy[word.key])
-    return (word.shape == "Title" and word.joined and not word.opens and word.key not in lists.common and not VERBAL.search(word.key)
-            and (_owned(words, i) or before.key in ONLY_PERSONS or _right(words, i)[0] in SAYS and before.key not in ARTICLES))
+    return (
+        word.shape == "Title"
+        and word.joined
+        and not word.opens
+        and word.key not in lists.common
+        and not VERBAL.search(word.key)
+        and (
+            _owned(words, i) or before.key in ONLY_PERSONS or _right(words, i)[0] in SAYS and before.key not in ARTICLES
+        )
+    )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #ee0bd8f1
 def _before_place(words: list[Word], i: int) -> bool:
@@ -282,7 +346,9 @@ def _owned(words: list[Word], i: int) -> bool:
     return bool(MY_NAME.search(left) or relation and relation["own"])
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2f61ea96
-PARTICLES = frozenset("van von der den de del della di da dos das la le bin bint ibn el al ben ter ten mac mc st".split())
+PARTICLES = frozenset(
+    "van von der den de del della di da dos das la le bin bint ibn el al ben ter ten mac mc st".split()
+)
 
 
 def name_end(
@@ -293,13 +359,23 @@ def name_end(
     lists, j = word_lists(), i + 1
     while j < len(words) and words[j].joined and words[j].shape != "mask":
         k = j
-        while k < len(words) - 1 and k < j + 2 and words[k].key in PARTICLES and words[k].shape == "lower" and words[k + 1].joined:
+        while (
+            k < len(words) - 1
+            and k < j + 2
+            and words[k].key in PARTICLES
+            and words[k].shape == "lower"
+            and words[k + 1].joined
+        ):
             k += 1
         word = words[k]
         known = word.key in lists.last or word.key in lists.first or word.key in lists.needy
         free = word.key not in lists.common and word.shape == "Title" and not VERBAL.search(word.key)
         initial = len(word.key) == 1 and word.key != "i"
-        fits = word.shape in ("Title", "CAPS") and word.key not in lists.kept and (initial or known and word.key not in lists.stops or free)
+        fits = (
+            word.shape in ("Title", "CAPS")
+            and word.key not in lists.kept
+            and (initial or known and word.key not in lists.stops or free)
+        )
         if not fits or word.shape == "CAPS" and words[i].shape != "CAPS":
             break
         j = k + 1
@@ -322,23 +398,45 @@ def find_names(
             if words[i].shape in ("Title", "CAPS"):
                 loose.append(i)
             i += 1
-    spans += [(words[i].start, words[i].end) for i in loose if words[i].key in known and len(words[i].key) > 1 and not _modal(words, i)]
+    spans += [
+        (words[i].start, words[i].end)
+        for i in loose
+        if words[i].key in known and len(words[i].key) > 1 and not _modal(words, i)
+    ]
     return sorted(spans)
 
 
 def _modal(words: list[Word], i: int) -> bool:
     "Tell whether a word opens a question, as in `Will I ever` or `May we`."
-    return words[i].opens and _right(words, i)[0] in ("i", "you", "he", "she", "it", "we", "they", "there", "this", "that", "my", "the")
+    return words[i].opens and _right(words, i)[0] in (
+        "i",
+        "you",
+        "he",
+        "she",
+        "it",
+        "we",
+        "they",
+        "there",
+        "this",
+        "that",
+        "my",
+        "the",
+    )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2c502097
 STREET_TYPE = r"""(?:Street|St|Avenue|Ave|Road|Rd|Drive|Dr|Lane|Ln|Court|Ct|Place|Pl|Boulevard|Blvd|Way|Close|Crescent|Terrace|Parkway|Pkwy
     |Highway|Hwy|Circle|Cir|Gardens|Grove|Mews|Quay|Trail|Walk|Hill|Row)"""
-POSTCODE = r"(?:\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]?\s?\d[A-Z]{2}|[A-Z]\d[A-Z]\s?\d[A-Z]\d|[A-Z]{2,3}\s\d{4}|\d{6}|[A-Z]{2})"
-STREET = re.compile(rf"""(?:(?:Flat|Apartment|Apt\.?|Unit|Suite)\s\#?\d{{1,4}}[A-Za-z]?,?\s)?
+POSTCODE = (
+    r"(?:\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]?\s?\d[A-Z]{2}|[A-Z]\d[A-Z]\s?\d[A-Z]\d|[A-Z]{2,3}\s\d{4}|\d{6}|[A-Z]{2})"
+)
+STREET = re.compile(
+    rf"""(?:(?:Flat|Apartment|Apt\.?|Unit|Suite)\s\#?\d{{1,4}}[A-Za-z]?,?\s)?
     \b\d{{1,5}}[A-Za-z]?,?\s(?:[NSEW]\.?\s)?(?:(?:[A-Z][\w'’-]+|\d{{1,3}}(?:st|nd|rd|th))\.?\s){{1,4}}{STREET_TYPE}\b\.?
     (?:,?\s(?:Apt|Apartment|Unit|Suite|Flat|\#)\.?\s?\#?\w{{1,5}}\b)?
     (?:(?:,?\s[A-Z][\w'’.-]+){{0,4}},?\s{POSTCODE}\b)?
-    |\bP\.?\s?O\.?\s?Box\s\#?\d+\b""", re.VERBOSE)
+    |\bP\.?\s?O\.?\s?Box\s\#?\d+\b""",
+    re.VERBOSE,
+)
 MAYBE_ADDRESS = re.compile(rf"\d[^\n]{{0,80}}?\b{STREET_TYPE}\b|\bBox\s\#?\d", re.VERBOSE | re.IGNORECASE)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #cadb3746
@@ -354,15 +452,21 @@ def find_addresses(
     for country in ("US", "CA", "GB"):
         for address in pyap.parse(text, country=country):
             parts = re.split(r"[\s,‐‑‒–—―-]+", address.full_address.strip(" ,.;"))
-            if len(parts) > 2 and re.search(r"\d", parts[0] + parts[1]):  # a number written as a word is too often no house number
-                spans += [match.span() for match in re.finditer(r"\b" + r"[\s,‐‑‒–—―-]+".join(map(re.escape, parts)), text)]
+            if len(parts) > 2 and re.search(
+                r"\d", parts[0] + parts[1]
+            ):  # a number written as a word is too often no house number
+                spans += [
+                    match.span() for match in re.finditer(r"\b" + r"[\s,‐‑‒–—―-]+".join(map(re.escape, parts)), text)
+                ]
     return spans
 
 # %% ../../nbs/corpus/03_privacy.ipynb #bbcfb440
 REGIONS = ("US", "GB", "CA", "AU", "IN", "IE", "NZ", "ZA")
 BARE_SUFFIXES = frozenset("com org net edu gov".split())
-WEB_PATTERNS = {"with scheme or www": r"(?<![\w@])(?:https?://|www\.)[^\s<>\"'’”\[\]]*[\w/=#-]",
-                "bare": r"(?<![\w.@-])(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}(?![\w@-])(?:/(?:[^\s<>\"'’”\[\]]*[\w/=#-])?)?"}
+WEB_PATTERNS = {
+    "with scheme or www": r"(?<![\w@])(?:https?://|www\.)[^\s<>\"'’”\[\]]*[\w/=#-]",
+    "bare": r"(?<![\w.@-])(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}(?![\w@-])(?:/(?:[^\s<>\"'’”\[\]]*[\w/=#-])?)?",
+}
 NO_HANDLES = "work|home|school|night|least|all|first|once|the|my|me|you|that|this"
 HANDLE = r"(?<![\w@./+-])(?:@(?!(?:" + NO_HANDLES + r")\b)[a-z_][\w.]*\w|/?u/[\w-]{3,20})(?!@)\b"
 
@@ -386,7 +490,9 @@ def is_web_address(
         return True
     suffix = _suffixes()(text).suffix
     if "/" in text:
-        return bool(suffix) and (suffix not in word_lists().common or re.match(r"(?i)(?:t|wa|fb|m)\.me/", text) is not None)
+        return bool(suffix) and (
+            suffix not in word_lists().common or re.match(r"(?i)(?:t|wa|fb|m)\.me/", text) is not None
+        )
     return suffix in BARE_SUFFIXES or suffix.split(".")[0] in BARE_SUFFIXES | {"co", "ac"} and "." in suffix
 
 # %% ../../nbs/corpus/03_privacy.ipynb #de05b370
@@ -423,15 +529,23 @@ def kept_recognisers() -> list:  # presidio's recognisers for e-mail, web addres
     from presidio_analyzer import Pattern
 
     Email, Web, Phone = _strict_classes()
-    joint = Pattern("before a sentence joint", r"[\w.+-]+@(?:[\w-]+\.)+(?:com|org|net|edu|gov|co\.uk|ca)(?=\.[A-Z])", 0.5)
+    joint = Pattern(
+        "before a sentence joint", r"[\w.+-]+@(?:[\w-]+\.)+(?:com|org|net|edu|gov|co\.uk|ca)(?=\.[A-Z])", 0.5
+    )
     web = [Pattern(name, rf"(?i){pattern}", 0.6) for name, pattern in WEB_PATTERNS.items()]
-    return [Email(patterns=[*Email.PATTERNS, joint]), Web(patterns=web), Phone(supported_regions=REGIONS),
-            Phone(supported_regions=("ZZ",), leniency=0, name="international")]
+    return [
+        Email(patterns=[*Email.PATTERNS, joint]),
+        Web(patterns=web),
+        Phone(supported_regions=REGIONS),
+        Phone(supported_regions=("ZZ",), leniency=0, name="international"),
+    ]
 
 # %% ../../nbs/corpus/03_privacy.ipynb #0e22a4bd
 PHONE_WORDS = "call|text|phone|number|cell|mobile|reach|ring|contact"
-LOCAL_PHONE = (r"(?<=\b(?:" + PHONE_WORDS + r")\w*\W+(?:[a-z']+\W+){0,4})"
-               r"(?<![\d-])\d{3}[-. ]\d{4}(?![\d-])")
+LOCAL_PHONE = (
+    r"(?<=\b(?:" + PHONE_WORDS + r")\w*\W+(?:[a-z']+\W+){0,4})"
+    r"(?<![\d-])\d{3}[-. ]\d{4}(?![\d-])"
+)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #73e83539
 def own_recognisers() -> list:  # our recognisers for names, addresses, handles and local phone numbers
@@ -451,14 +565,28 @@ def own_recognisers() -> list:  # our recognisers for names, addresses, handles 
 
     class Local(PatternRecognizer):
         def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
-            return super().analyze(text, entities, nlp_artifacts, regex_flags) if re.search(r"\d{3}[-. ]\d{4}", text) else []
+            return (
+                super().analyze(text, entities, nlp_artifacts, regex_flags)
+                if re.search(r"\d{3}[-. ]\d{4}", text)
+                else []
+            )
 
-    return [Rule("PERSON", find_names), Rule("ADDRESS", find_addresses),
-            PatternRecognizer("HANDLE", name="handles", patterns=[Pattern("handle", HANDLE, 0.6)]),
-            Local("PHONE_NUMBER", name="local numbers", patterns=[Pattern("after a word such as call", LOCAL_PHONE, 0.6)])]
+    return [
+        Rule("PERSON", find_names),
+        Rule("ADDRESS", find_addresses),
+        PatternRecognizer("HANDLE", name="handles", patterns=[Pattern("handle", HANDLE, 0.6)]),
+        Local("PHONE_NUMBER", name="local numbers", patterns=[Pattern("after a word such as call", LOCAL_PHONE, 0.6)]),
+    ]
 
 # %% ../../nbs/corpus/03_privacy.ipynb #70978009
-ENTITIES = {"PERSON": "person", "EMAIL_ADDRESS": "email", "PHONE_NUMBER": "phone", "URL": "url", "HANDLE": "handle", "ADDRESS": "address"}
+ENTITIES = {
+    "PERSON": "person",
+    "EMAIL_ADDRESS": "email",
+    "PHONE_NUMBER": "phone",
+    "URL": "url",
+    "HANDLE": "handle",
+    "ADDRESS": "address",
+}
 
 
 def load_pipeline(
@@ -470,13 +598,17 @@ def load_pipeline(
     import spacy
 
     if names not in spacy.util.get_installed_models() and not (Path(names) / "meta.json").is_file():
-        raise StudyError(f"names={names!r}: no spaCy pipeline of this name or folder is installed; install it with "
-                         f"`python -m spacy download {names}`, or use names='lexicon'")
+        raise StudyError(
+            f"names={names!r}: no spaCy pipeline of this name or folder is installed; install it with "
+            f"`python -m spacy download {names}`, or use names='lexicon'"
+        )
     pipeline = spacy.load(names)
     labels = {label for each in pipeline.pipe_labels.values() for label in each}
     if not labels & {"PERSON", "PER"}:
-        raise StudyError(f"names={names!r}: the spaCy pipeline has no label PERSON or PER (found {sorted(labels)[:8]}); "
-                         "take one that recognises entities, e.g. en_core_web_lg, or use names='lexicon'")
+        raise StudyError(
+            f"names={names!r}: the spaCy pipeline has no label PERSON or PER (found {sorted(labels)[:8]}); "
+            "take one that recognises entities, e.g. en_core_web_lg, or use names='lexicon'"
+        )
     return pipeline
 
 # %% ../../nbs/corpus/03_privacy.ipynb #f5cf51da
@@ -522,7 +654,10 @@ def mask_found(
     "Mask a text and keep what was masked; for evaluation only, since the second part is what must not be kept."
     engine, found = make_analyzer(names), []
     while True:
-        hits = [(hit.start, hit.end, ENTITIES[hit.entity_type]) for hit in engine.analyze(text, "en", entities=list(ENTITIES))]
+        hits = [
+            (hit.start, hit.end, ENTITIES[hit.entity_type])
+            for hit in engine.analyze(text, "en", entities=list(ENTITIES))
+        ]
         spans = _resolve(hits, text)
         if not spans:
             return text, found
@@ -538,7 +673,7 @@ def mask_text(
     "Mask what points at a person in one text."
     masked, found = mask_found(text, names)
     counts = Counter(kind for _, kind in found)
-    return masked, {kind: counts[kind] for kind in KINDS}
+    return masked, {kind: counts[kind] for kind in PERSONAL_KINDS}
 
 # %% ../../nbs/corpus/03_privacy.ipynb #94a7041a
 def mask_texts(
@@ -558,7 +693,7 @@ def mask_texts(
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             pairs = list(progress(pool.map(one, texts, chunksize=256), f"mask {name}".strip(), total=len(texts)))
-    return [masked for masked, _ in pairs], {kind: sum(counts[kind] for _, counts in pairs) for kind in KINDS}
+    return [masked for masked, _ in pairs], {kind: sum(counts[kind] for _, counts in pairs) for kind in PERSONAL_KINDS}
 
 # %% ../../nbs/corpus/03_privacy.ipynb #f70626e4
 @functools.cache
@@ -581,7 +716,12 @@ def masking_quality(
         for counter, spans in ((planted, wanted), (masked, found), (right, found & wanted)):
             counter.update(kind for _, kind in spans.elements())
             counter["all"] += spans.total()
-    rows = [{"kind": kind, "planted": planted[kind], "masked": masked[kind], "right": right[kind]} for kind in (*KINDS, "all")]
+    rows = [
+        {"kind": kind, "planted": planted[kind], "masked": masked[kind], "right": right[kind]}
+        for kind in (*PERSONAL_KINDS, "all")
+    ]
     frame = pd.DataFrame(rows)
-    return frame.assign(precision=(frame.right / frame.masked.where(frame.masked > 0)).round(3),
-                        recall=(frame.right / frame.planted.where(frame.planted > 0)).round(3))
+    return frame.assign(
+        precision=(frame.right / frame.masked.where(frame.masked > 0)).round(3),
+        recall=(frame.right / frame.planted.where(frame.planted > 0)).round(3),
+    )

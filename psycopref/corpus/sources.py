@@ -23,15 +23,16 @@ from ..core.paper import resource_path
 from .fetching import fetch_hub, fetch_url, hub_is_here, short_reason, url_is_here
 
 # %% auto #0
-__all__ = ['TURN_MARKS', 'UNKNOWN_LICENCE', 'HUB', 'SOURCES', 'RELEASED', 'RawSpeech', 'RawSpeeches', 'Source', 'read_text',
-           'read_columns', 'find_column', 'read_table', 'read_line_pairs', 'client_turn', 'pick_files', 'local_files',
-           'Opened', 'parse_spec', 'locate', 'open_source', 'is_local', 'Released', 'open_released', 'read_part',
-           'released_speeches']
+__all__ = ['TURN_MARKS', 'UNKNOWN_LICENCE', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'RawSpeech', 'RawSpeeches', 'Source',
+           'read_text', 'read_columns', 'find_column', 'read_table', 'read_line_pairs', 'client_turn', 'pick_files',
+           'local_files', 'Opened', 'parse_spec', 'locate', 'open_source', 'is_local', 'Released', 'open_released',
+           'read_part', 'released_speeches']
 
 # %% ../../nbs/corpus/01_sources.ipynb #c9c1b9e1
 @dataclass(frozen=True)
 class RawSpeech:
     "Hold one row as a source has it."
+
     row: int  # 0-based, counted over the files of the source in reading order
     text: str  # as published; may hold HTML; empty where the row has no client speech
     topics: tuple[str, ...] = ()  # as published
@@ -40,9 +41,12 @@ class RawSpeech:
 @dataclass(frozen=True)
 class RawSpeeches:
     "Hold what a source has; every row is a speech or a repeat."
+
     speeches: tuple[RawSpeech, ...]
     repeats: int = 0  # rows that only repeat the key and the text of an earlier row
-    unreadable: int = 0  # speeches left empty, because the cell holds no text or no client speech can be told apart in it
+    unreadable: int = (
+        0  # speeches left empty, because the cell holds no text or no client speech can be told apart in it
+    )
 
     @property
     def rows(self) -> int:
@@ -53,12 +57,20 @@ class RawSpeeches:
 @dataclass(frozen=True)
 class Source:
     "Declare a source of client speeches."
+
     name: str  # first part of speech_id
     licence: str  # of the texts
     page: str  # where people read about it
     speech: tuple[str, ...]  # names that the column of the client's speech may have
-    homes: tuple[str, ...] = ()  # package:NAME, hf://datasets/OWNER/NAME@REVISION/PATH or https://…; none: only a local copy
-    layouts: tuple[tuple[str, ...], ...] = (("*.csv",), ("*.parquet",), ("*.jsonl",), ("*.json",))  # file sets in a folder
+    homes: tuple[
+        str, ...
+    ] = ()  # package:NAME, hf://datasets/OWNER/NAME@REVISION/PATH or https://…; none: only a local copy
+    layouts: tuple[tuple[str, ...], ...] = (
+        ("*.csv",),
+        ("*.parquet",),
+        ("*.jsonl",),
+        ("*.json",),
+    )  # file sets in a folder
     many: bool = False  # a pattern may match several files
     topic: tuple[str, ...] = ()  # names that the column of a gold topic may have
     same: str | None = None  # column whose repeats mean the same speech
@@ -88,7 +100,10 @@ def read_text(
     text = _decode(path, data, fallback)
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise StudyError(f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again, or remove them with tr -d '\\000'")
+        raise StudyError(
+            f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again, or remove them "
+            "with tr -d '\\000'"
+        )
     return text
 
 # %% ../../nbs/corpus/01_sources.ipynb #3e4dd393
@@ -102,7 +117,9 @@ def _decode(path: Path, data: bytes, fallback: str | None) -> str:
         if fallback:
             return data.decode(fallback)
     expected = f"UTF-8 or {fallback}" if fallback else "UTF-8"
-    raise StudyError(f"{path}: is not {expected} (byte {place}); convert it first, e.g. iconv -f cp1252 -t utf-8") from None
+    raise StudyError(
+        f"{path}: is not {expected} (byte {place}); convert it first, e.g. iconv -f cp1252 -t utf-8"
+    ) from None
 
 # %% ../../nbs/corpus/01_sources.ipynb #10b27938
 def read_columns(
@@ -150,11 +167,15 @@ def _read_csv(path: Path, text: str) -> dict[str, list]:
                 head = [name.strip() for name in cells]
                 continue
             if len(cells) != len(head):
-                raise StudyError(f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(head)} cells; "
-                                 "mend its commas and quotes, or download it again")
+                raise StudyError(
+                    f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(head)} cells; "
+                    "mend its commas and quotes, or download it again"
+                )
             rows.append(cells)
     except csv.Error as error:
-        raise StudyError(f"{path}, line {reader.line_num}: is no CSV ({short_reason(error)}); mend its quotes, or download it again") from None
+        raise StudyError(
+            f"{path}, line {reader.line_num}: is no CSV ({short_reason(error)}); mend its quotes, or download it again"
+        ) from None
     finally:
         csv.field_size_limit(before)
     twice = {name for name in head if name and head.count(name) > 1}
@@ -174,7 +195,9 @@ def _read_json_rows(path: Path, text: str) -> list[dict]:
     rows = []
     for number, row in numbered:
         if not isinstance(row, dict):
-            raise StudyError(f"{path}, {place} {number}: found {type(row).__name__}, expected a JSON object with named columns")
+            raise StudyError(
+                f"{path}, {place} {number}: found {type(row).__name__}, expected a JSON object with named columns"
+            )
         rows.append(row)
     return rows
 
@@ -184,10 +207,15 @@ def _json(path: Path, text: str, lines_before: int):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise StudyError(f"{path}, line {lines_before + error.lineno}: is not valid JSON ({error.msg}); expected a list of objects or "
-                         "one object for each line; download it again") from None
+        raise StudyError(
+            f"{path}, line {lines_before + error.lineno}: is not valid JSON ({error.msg}); expected a list of objects "
+            "or "
+            "one object for each line; download it again"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise StudyError(f"{path}, from line {lines_before + 1} on: is not valid JSON ({short_reason(error)}); download it again") from None
+        raise StudyError(
+            f"{path}, from line {lines_before + 1} on: is not valid JSON ({short_reason(error)}); download it again"
+        ) from None
 
 # %% ../../nbs/corpus/01_sources.ipynb #86d03b0f
 def _columns_of(rows: list[dict]) -> dict[str, list]:
@@ -207,8 +235,11 @@ def find_column(
     for name in names:
         if name.casefold() in known:
             return columns[known[name.casefold()]]
-    raise StudyError(f"{path}: has no column {' or '.join(map(repr, names))}, found {list(columns)[:12]}; is it {source.name}'s file? "
-                     f"If not, {source.remedy}")
+    raise StudyError(
+        f"{path}: has no column {' or '.join(map(repr, names))}, found {list(columns)[:12]}; is it {source.name}'s "
+        "file? "
+        f"If not, {source.remedy}"
+    )
 
 # %% ../../nbs/corpus/01_sources.ipynb #74c47e40
 def _read_cells(source: Source, path: Path) -> list[tuple]:
@@ -217,7 +248,9 @@ def _read_cells(source: Source, path: Path) -> list[tuple]:
     texts = find_column(columns, source.speech, path, source)
     if not any(isinstance(text, str) for text in texts):
         odd = type(next((text for text in texts if text is not None), None)).__name__
-        raise StudyError(f"{path}: the column of the client's speech holds {odd}, expected text; is it {source.name}'s file?")
+        raise StudyError(
+            f"{path}: the column of the client's speech holds {odd}, expected text; is it {source.name}'s file?"
+        )
     blank = [None] * len(texts)
     keys = find_column(columns, (source.same,), path, source) if source.same else blank
     return list(zip(texts, keys, find_column(columns, source.topic, path, source) if source.topic else blank))
@@ -269,18 +302,33 @@ def read_line_pairs(
     "Read a table, or two aligned files of lines of which the first holds the client's speeches."
     if len(paths) == 1:
         return read_table(source, paths)
-    questions, answers = ([line.rstrip("\r") for line in read_text(path, source.fallback).removesuffix("\n").split("\n")] for path in paths)
+    questions, answers = (
+        [line.rstrip("\r") for line in read_text(path, source.fallback).removesuffix("\n").split("\n")]
+        for path in paths
+    )
     if len(questions) != len(answers):
-        raise StudyError(f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(answers)}, expected as many; one of them is cut, "
-                         + source.remedy)
+        raise StudyError(
+            f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(answers)}, expected as many; one of "
+            "them is cut, " + source.remedy
+        )
     if not any(line.strip() for line in questions):
         raise StudyError(f"{paths[0]}: is empty; {source.remedy}")
     return RawSpeeches(tuple(RawSpeech(row, line) for row, line in enumerate(questions)))
 
 # %% ../../nbs/corpus/01_sources.ipynb #094fff98
-TURN_MARKS = (("Instruct", "Output"), ("Instruction", "Response"), ("Instruction", "Output"), ("Question", "Answer"), ("Q", "A"),
-              ("Human", "Assistant"), ("User", "Assistant"), ("Patient", "Therapist"), ("Client", "Therapist"), ("Client", "Counselor"),
-              ("Input", "Output"))
+TURN_MARKS = (
+    ("Instruct", "Output"),
+    ("Instruction", "Response"),
+    ("Instruction", "Output"),
+    ("Question", "Answer"),
+    ("Q", "A"),
+    ("Human", "Assistant"),
+    ("User", "Assistant"),
+    ("Patient", "Therapist"),
+    ("Client", "Therapist"),
+    ("Client", "Counselor"),
+    ("Input", "Output"),
+)
 
 
 @functools.cache
@@ -301,32 +349,100 @@ def client_turn(
 UNKNOWN_LICENCE = "not known to us: read its page before you use it"
 HUB = "https://huggingface.co/datasets"
 
-SOURCES = {source.name: source for source in (
-    Source("demo", "MIT, written for this repository; fictional", "https://github.com/psycopref/psycopref", ("speech",),
-           ("package:demo_speeches.jsonl",), topic=("topic",), scraped=False),
-    Source("counsel-chat", "MIT", "https://github.com/nbertagnolli/counsel-chat", ("questionText",),
-           ("https://raw.githubusercontent.com/nbertagnolli/counsel-chat/356c9070153549cfbd3f65d3cf33f92b9a133fce/data/counselchat-data.csv",),
-           (("counselchat-data.csv",), ("*counsel_chat.csv",), ("*.csv",)), topic=("topics", "topic"), same="questionID"),
-    Source("psycho8k", "CC-BY-NC-SA-4.0", f"{HUB}/EmoCareAI/Psych8k", ("input",),
-           ("hf://datasets/EmoCareAI/Psych8k@091787feccbce3e0adfd03b1ea3063f3d938c32d/Alexander_Street_shareGPT_2.0.json",),
-           (("*.json",), ("input.txt", "output_GT.txt")), fallback="cp1252", read=read_line_pairs),
-    Source("therapistQA", UNKNOWN_LICENCE, "https://www.kaggle.com/datasets/sagarikashreevastava/cognitive-distortion-detetction-dataset",
-           ("Patient Question", "Question"), layouts=(("Therapist_responses.csv",), ("Annotated_data.csv",), ("*.csv",))),
-    Source("amod-counsel", UNKNOWN_LICENCE, f"{HUB}/Amod/mental_health_counseling_conversations", ("Context",),
-           ("hf://datasets/Amod/mental_health_counseling_conversations@main/combined_dataset.json",), same="Context"),
-    Source("mentalChat16k", "MIT", f"{HUB}/ShenLab/MentalChat16K", ("input",),
-           tuple(f"hf://datasets/ShenLab/MentalChat16K@5f60cd380cfc58f0f12d44892bed41ee3670a70a/{name}.csv"
-                 for name in ("Interview_Data_6K", "Synthetic_Data_10K")), (("Interview*.csv", "Synthetic*.csv"), ("*.csv",), ("*.parquet",))),
-    Source("mentalAgora", UNKNOWN_LICENCE, f"{HUB}/MentalAgora/TherapyTalk", ("question", "query", "input", "post", "post1", "text"),
-           ("hf://datasets/MentalAgora/TherapyTalk@main",), (("*.parquet",), ("*.jsonl",), ("*.csv",), ("*.json",)), many=True),
-    Source("phi2Mental", UNKNOWN_LICENCE, f"{HUB}/saxenaindresh681/microsoft-phi2-mental-health", ("text",),
-           ("hf://datasets/saxenaindresh681/microsoft-phi2-mental-health@main/phi2-data.csv",), client_part=client_turn),
-)}
+SOURCES = {
+    source.name: source
+    for source in (
+        Source(
+            "demo",
+            "MIT, written for this repository; fictional",
+            "https://github.com/psycopref/psycopref",
+            ("speech",),
+            ("package:demo_speeches.jsonl",),
+            topic=("topic",),
+            scraped=False,
+        ),
+        Source(
+            "counsel-chat",
+            "MIT",
+            "https://github.com/nbertagnolli/counsel-chat",
+            ("questionText",),
+            (
+                "https://raw.githubusercontent.com/nbertagnolli/counsel-chat/356c9070153549cfbd3f65d3cf33f92b9a133fce/data/counselchat-data.csv",
+            ),
+            (("counselchat-data.csv",), ("*counsel_chat.csv",), ("*.csv",)),
+            topic=("topics", "topic"),
+            same="questionID",
+        ),
+        Source(
+            "psycho8k",
+            "CC-BY-NC-SA-4.0",
+            f"{HUB}/EmoCareAI/Psych8k",
+            ("input",),
+            (
+                "hf://datasets/EmoCareAI/Psych8k@091787feccbce3e0adfd03b1ea3063f3d938c32d/Alexander_Street_shareGPT_2.0.json",
+            ),
+            (("*.json",), ("input.txt", "output_GT.txt")),
+            fallback="cp1252",
+            read=read_line_pairs,
+        ),
+        Source(
+            "therapistQA",
+            UNKNOWN_LICENCE,
+            "https://www.kaggle.com/datasets/sagarikashreevastava/cognitive-distortion-detetction-dataset",
+            ("Patient Question", "Question"),
+            layouts=(("Therapist_responses.csv",), ("Annotated_data.csv",), ("*.csv",)),
+        ),
+        Source(
+            "amod-counsel",
+            UNKNOWN_LICENCE,
+            f"{HUB}/Amod/mental_health_counseling_conversations",
+            ("Context",),
+            ("hf://datasets/Amod/mental_health_counseling_conversations@main/combined_dataset.json",),
+            same="Context",
+        ),
+        Source(
+            "mentalChat16k",
+            "MIT",
+            f"{HUB}/ShenLab/MentalChat16K",
+            ("input",),
+            tuple(
+                f"hf://datasets/ShenLab/MentalChat16K@5f60cd380cfc58f0f12d44892bed41ee3670a70a/{name}.csv"
+                for name in ("Interview_Data_6K", "Synthetic_Data_10K")
+            ),
+            (("Interview*.csv", "Synthetic*.csv"), ("*.csv",), ("*.parquet",)),
+        ),
+        Source(
+            "mentalAgora",
+            UNKNOWN_LICENCE,
+            f"{HUB}/MentalAgora/TherapyTalk",
+            ("question", "query", "input", "post", "post1", "text"),
+            ("hf://datasets/MentalAgora/TherapyTalk@main",),
+            (("*.parquet",), ("*.jsonl",), ("*.csv",), ("*.json",)),
+            many=True,
+        ),
+        Source(
+            "phi2Mental",
+            UNKNOWN_LICENCE,
+            f"{HUB}/saxenaindresh681/microsoft-phi2-mental-health",
+            ("text",),
+            ("hf://datasets/saxenaindresh681/microsoft-phi2-mental-health@main/phi2-data.csv",),
+            client_part=client_turn,
+        ),
+    )
+}
 
 # %% ../../nbs/corpus/01_sources.ipynb #81a0b891
-RELEASED = Source("released", "CC-BY-NC-4.0", f"{HUB}/Psychotherapy-LLM/PsychoCounsel-Preference", ("question",),
-                  tuple(f"hf://datasets/Psychotherapy-LLM/PsychoCounsel-Preference@main/data/{part}-00000-of-00001.parquet"
-                        for part in ("train", "test")), (("train-*.parquet", "test-*.parquet"),))
+RELEASED_DATASET = Source(
+    "released",
+    "CC-BY-NC-4.0",
+    f"{HUB}/Psychotherapy-LLM/PsychoCounsel-Preference",
+    ("question",),
+    tuple(
+        f"hf://datasets/Psychotherapy-LLM/PsychoCounsel-Preference@main/data/{part}-00000-of-00001.parquet"
+        for part in ("train", "test")
+    ),
+    (("train-*.parquet", "test-*.parquet"),),
+)
 
 # %% ../../nbs/corpus/01_sources.ipynb #b1876f4d
 def pick_files(
@@ -337,16 +453,24 @@ def pick_files(
     "Choose files by the first layout that fits; a set that lacks a part, or a choice to be made, is one line."
     names = list(names)
     for prefix in ("", "data/"):
-        own = sorted(name[len(prefix):] for name in names if name.startswith(prefix) and "/" not in name[len(prefix):])
+        own = sorted(
+            name[len(prefix) :] for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]
+        )
         for layout in source.layouts:
             found = [[name for name in own if fnmatch.fnmatchcase(name, pattern)] for pattern in layout]
             if not any(found):
                 continue
             lacking = [pattern for pattern, matches in zip(layout, found) if not matches]
             if lacking:
-                raise StudyError(f"{where}: holds {[m for ms in found for m in ms]} of {source.name} but not {lacking}; {source.remedy}")
+                raise StudyError(
+                    f"{where}: holds {[m for ms in found for m in ms]} of {source.name} but not {lacking}; "
+                    f"{source.remedy}"
+                )
             if not source.many and max(map(len, found)) > 1:
-                raise StudyError(f"{where}: several files fit {source.name}: {max(found, key=len)[:6]}; give one as {source.name}=/path/to/file")
+                raise StudyError(
+                    f"{where}: several files fit {source.name}: {max(found, key=len)[:6]}; give one as "
+                    f"{source.name}=/path/to/file"
+                )
             return [prefix + name for matches in found for name in matches]
     listed = ", ".join(sorted(names)[:8]) or "nothing"
     expected = " or ".join(" and ".join(layout) for layout in source.layouts)
@@ -365,20 +489,30 @@ def local_files(
         raise StudyError(f"{path}: no such file or folder; check {source.name}=…, or {source.remedy}")
     for layout in source.layouts:
         if len(layout) > 1 and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in layout):
-            names = [name for name in _names_below(path.parent) if any(fnmatch.fnmatchcase(name, pattern) for pattern in layout)]
+            names = [
+                name
+                for name in _names_below(path.parent)
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in layout)
+            ]
             return [path.parent / name for name in pick_files(source, names, str(path.parent))]
     return [path]
 
 
 def _names_below(folder: Path) -> list[str]:
     "List the files of a folder and of its data/."
-    return [f"{prefix}{path.name}" for prefix in ("", "data/") if (folder / prefix).is_dir() for path in (folder / prefix).iterdir()
-            if path.is_file() and not path.name.startswith(".")]
+    return [
+        f"{prefix}{path.name}"
+        for prefix in ("", "data/")
+        if (folder / prefix).is_dir()
+        for path in (folder / prefix).iterdir()
+        if path.is_file() and not path.name.startswith(".")
+    ]
 
 # %% ../../nbs/corpus/01_sources.ipynb #1d89c311
 @dataclass(frozen=True)
 class Opened:
     "Hold the files of a source and where they came from."
+
     source: Source
     paths: tuple[Path, ...]  # in reading order
     origin: dict  # source, licence, page; and for each file: file, from, commit or etag, bytes, sha256
@@ -412,8 +546,13 @@ def locate(
         return fetch_hub(where, source.remedy, functools.partial(pick_files, source), sha256)
     if where.startswith(("https://", "http://")):
         return [fetch_url(where, source.remedy, sha256)]
-    paths = [resource_path(where.removeprefix("package:"))] if where.startswith("package:") else local_files(source, where)
-    return [(path, {"file": path.name, "from": where, "bytes": path.stat().st_size, "sha256": sha256_file(path)}) for path in paths]
+    paths = (
+        [resource_path(where.removeprefix("package:"))] if where.startswith("package:") else local_files(source, where)
+    )
+    return [
+        (path, {"file": path.name, "from": where, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
+        for path in paths
+    ]
 
 # %% ../../nbs/corpus/01_sources.ipynb #bd3abfb4
 def open_source(
@@ -426,7 +565,12 @@ def open_source(
         raise StudyError(f"source {source.name!r}: needs a local copy; {source.remedy}")
     pins = source.sha256 if places == source.homes and source.sha256 else (None,) * len(places)
     files = [file for place, pin in zip(places, pins, strict=True) for file in locate(source, place, pin)]
-    origin = {"source": source.name, "licence": source.licence, "page": source.page, "files": [origin for _, origin in files]}
+    origin = {
+        "source": source.name,
+        "licence": source.licence,
+        "page": source.page,
+        "files": [origin for _, origin in files],
+    }
     return Opened(source, tuple(path for path, _ in files), origin)
 
 # %% ../../nbs/corpus/01_sources.ipynb #9f7bf2fe
@@ -434,7 +578,7 @@ def is_local(
     spec: str,  # as for open_source and open_released
 ) -> bool:  # True: opening it downloads nothing; False also where a local copy is still to be named
     "Say whether a source is on this machine; fetches nothing and reads no speech."
-    _, places = parse_spec(spec, {**SOURCES, RELEASED.name: RELEASED})
+    _, places = parse_spec(spec, {**SOURCES, RELEASED_DATASET.name: RELEASED_DATASET})
     return bool(places) and all(map(_is_here, places))
 
 # %% ../../nbs/corpus/01_sources.ipynb #a347b52d
@@ -450,6 +594,7 @@ def _is_here(place: str) -> bool:
 @dataclass(frozen=True)
 class Released:
     "Hold the released pairs."
+
     parts: dict  # train, test -> frame with the columns of SCHEMAS["pairs"], texts as published
     speeches: typing.Any  # frame: speech_id, source, speech (outer blanks removed), part; one row for each ID
     origin: dict  # as of Opened, and blank_responses: how many responses hold no word
@@ -460,11 +605,18 @@ def open_released(
     spec: str = "released",  # released, released=FOLDER, or hf://datasets/OWNER/NAME@REVISION
 ) -> Released:
     "Open the released dataset and check it."
-    opened = open_source(f"released={spec}" if spec.startswith("hf://") else spec, {RELEASED.name: RELEASED})
+    opened = open_source(
+        f"released={spec}" if spec.startswith("hf://") else spec, {RELEASED_DATASET.name: RELEASED_DATASET}
+    )
     if len(opened.paths) != 2:
-        raise StudyError(f"{spec}: gives {len(opened.paths)} file, expected the train and the test part; give their folder or dataset")
+        raise StudyError(
+            f"{spec}: gives {len(opened.paths)} file, expected the train and the test part; give their folder or "
+            "dataset"
+        )
     parts = {part: read_part(path) for part, path in zip(("train", "test"), opened.paths)}
-    blank = sum(int((frame[side].str.strip() == "").sum()) for frame in parts.values() for side in ("chosen", "rejected"))
+    blank = sum(
+        int((frame[side].str.strip() == "").sum()) for frame in parts.values() for side in ("chosen", "rejected")
+    )
     return Released(parts, released_speeches(parts), {**opened.origin, "blank_responses": blank}, opened.paths)
 
 # %% ../../nbs/corpus/01_sources.ipynb #e0bc3b02
@@ -478,10 +630,15 @@ def read_part(
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); {RELEASED.remedy}") from None
+        raise StudyError(
+            f"{path}: cannot be read as parquet ({short_reason(error)}); {RELEASED_DATASET.remedy}"
+        ) from None
     missing = [name for name in SCHEMAS["pairs"] if name not in table.column_names]
     if missing:
-        raise StudyError(f"{path}: columns {missing[:6]} are missing, found {table.column_names[:8]}; is it the released dataset? If not, {RELEASED.remedy}")
+        raise StudyError(
+            f"{path}: columns {missing[:6]} are missing, found {table.column_names[:8]}; is it the released dataset? "
+            f"If not, {RELEASED_DATASET.remedy}"
+        )
     for name, kind in SCHEMAS["pairs"].items():
         _check_type(path, name, kind, table.schema.field(name).type)
     types = {"str": pa.string(), "int": pa.int64()}
@@ -489,7 +646,7 @@ def read_part(
     frame = table.select(schema.names)
     nulls = [name for name in schema.names if frame[name].null_count]
     if nulls or not frame.num_rows:
-        raise StudyError(f"{path}: has {f'empty values in {nulls}' if nulls else 'no rows'}; {RELEASED.remedy}")
+        raise StudyError(f"{path}: has {f'empty values in {nulls}' if nulls else 'no rows'}; {RELEASED_DATASET.remedy}")
     frame = frame.cast(schema).to_pandas()
     _check_values(path, frame)
     return frame
@@ -502,7 +659,10 @@ def _check_type(path: Path, name: str, kind: str, found) -> None:
     value = found.value_type if types.is_dictionary(found) else found
     as_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
     if not (as_text if kind == "str" else types.is_signed_integer(value) or types.is_uint8(value)):
-        raise StudyError(f"{path}: column {name} holds {found}, expected {kind}; is it the released dataset? If not, {RELEASED.remedy}")
+        raise StudyError(
+            f"{path}: column {name} holds {found}, expected {kind}; is it the released dataset? If not, "
+            f"{RELEASED_DATASET.remedy}"
+        )
 
 
 def _check_values(path: Path, frame) -> None:
@@ -518,7 +678,10 @@ def _refuse_rows(path: Path, frame, name: str, wrong, expected: str) -> None:
     "Name the first wrong row."
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
-        raise StudyError(f"{path}, row {row}: {name} is {frame[name].tolist()[row]!r:.60}, expected {expected}; {RELEASED.remedy}")
+        raise StudyError(
+            f"{path}, row {row}: {name} is {frame[name].tolist()[row]!r:.60}, expected {expected}; "
+            f"{RELEASED_DATASET.remedy}"
+        )
 
 # %% ../../nbs/corpus/01_sources.ipynb #e78b105c
 def released_speeches(
@@ -532,7 +695,10 @@ def released_speeches(
     for column, fault in (("speech", "two questions"), ("part", "pairs in both parts")):
         many = pairs.groupby("ID", sort=False)[column].nunique()
         if (many > 1).any():
-            raise StudyError(f"released dataset: {many.index[many > 1][0]} has {fault} ({int((many > 1).sum())} such IDs), expected one; "
-                             f"speeches could not be told apart, {RELEASED.remedy}")
+            raise StudyError(
+                f"released dataset: {many.index[many > 1][0]} has {fault} ({int((many > 1).sum())} such IDs), "
+                "expected one; "
+                f"speeches could not be told apart, {RELEASED_DATASET.remedy}"
+            )
     frame = pairs.assign(speech_id=pairs.ID, source=pairs.ID.str.rpartition("-")[0])
     return frame[["speech_id", "source", "speech", "part"]].reset_index(drop=True)

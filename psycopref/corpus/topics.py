@@ -25,8 +25,14 @@ __all__ = ['ALIASES', 'METHODS', 'LOW', 'topic_slug', 'topic_descriptions', 'top
            'compare_methods', 'assign_topics']
 
 # %% ../../nbs/corpus/05_topics.ipynb #2ca2cd36
-ALIASES = {"career-counseling": "career", "legal-and-regulatory": "legal-regulatory", "children-and-adolescents": "children-adolescents",
-           "alzheimers": "aging", "sleep": "sleep-improvement", "grief": "grief-and-loss"}
+ALIASES = {
+    "career-counseling": "career",
+    "legal-and-regulatory": "legal-regulatory",
+    "children-and-adolescents": "children-adolescents",
+    "alzheimers": "aging",
+    "sleep": "sleep-improvement",
+    "grief": "grief-and-loss",
+}
 
 
 def topic_slug(
@@ -72,7 +78,9 @@ def _tfidf(train: list[str], topics: list[str], texts: list[str]):
     "Count words, then a linear head."
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2 if len(train) > 500 else 1, strip_accents="unicode")
+    words = TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, min_df=2 if len(train) > 500 else 1, strip_accents="unicode"
+    )
     return _head(words.fit_transform(train), topics, words.transform(texts))
 
 # %% ../../nbs/corpus/05_topics.ipynb #e4f6982b
@@ -109,7 +117,10 @@ def topic_probabilities(
     import numpy as np
 
     if method not in METHODS:
-        raise StudyError(f"topic method {method!r}: is not known. Known: {', '.join(METHODS)}, or a gateway URI such as openai:gpt-4o-2024-08-06")
+        raise StudyError(
+            f"topic method {method!r}: is not known. Known: {', '.join(METHODS)}, or a gateway URI such as "
+            "openai:gpt-4o-2024-08-06"
+        )
     found, slugs = np.zeros((len(texts), len(coarse_of()))), list(coarse_of())
     if len(texts):
         some, classes = METHODS[method](list(train), list(topics), list(texts))
@@ -125,7 +136,11 @@ def training_rows(
     gold = frame[frame.topic_by == "gold"]
     known = set(map(same_text, gold.speech))
     ours = [json.loads(line) for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
-    ours = [pair for pair in [*more, *((row["speech"], topic_slug(row["topic"])) for row in ours)] if same_text(pair[0]) not in known]
+    ours = [
+        pair
+        for pair in [*more, *((row["speech"], topic_slug(row["topic"])) for row in ours)]
+        if same_text(pair[0]) not in known
+    ]
     return gold.speech.tolist(), gold.topic.tolist(), [speech for speech, _ in ours], [topic for _, topic in ours]
 
 # %% ../../nbs/corpus/05_topics.ipynb #c8997284
@@ -134,7 +149,12 @@ def topic_request(
 ) -> ChatRequest:  # ready for the gateway
     "Ask for the topic of one speech."
     listed = "\n".join(f"- {slug}: {what}" for slug, what in topic_descriptions().items())
-    schema = {"type": "object", "properties": {"topic": {"type": "string", "enum": list(coarse_of())}}, "required": ["topic"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"topic": {"type": "string", "enum": list(coarse_of())}},
+        "required": ["topic"],
+        "additionalProperties": False,
+    }
     message = {"role": "user", "content": fill(prompt_text("topic"), topics=listed, client_speech=client_speech)}
     return ChatRequest((message,), Decoding(24), schema, "topic", {"client_speech": client_speech})
 
@@ -150,7 +170,7 @@ def read_topic(
 
 
 def label_by_model(
-    gateway,  # gateway.Gateway
+    gateway,
     uri: str,  # gateway URI of the labeller
     texts: typing.Sequence[str],  # speeches
 ):  # array (texts, 42): 1 for the named topic, a row of zeros where none could be read
@@ -171,14 +191,16 @@ def cross_validate(
     ours: list[str],  # more training speeches
     our_topics: list[str],  # their slugs
     folds: int = 5,  # parts
-    seed: int = 0,  # of the run
+    seed: int = 0,
 ):  # array (gold speeches, 42)
     "Classify each gold speech with a model trained on the other folds."
     import numpy as np
 
     found, part = np.zeros((len(gold), len(coarse_of()))), np.empty(len(gold), int)
     chance = np.random.default_rng(derived_seed(seed, "folds")).random(len(gold))
-    part[np.lexsort((chance, np.array(topics)))] = np.arange(len(gold)) % folds  # each topic is dealt round, so rare ones spread
+    part[np.lexsort((chance, np.array(topics)))] = (
+        np.arange(len(gold)) % folds
+    )  # each topic is dealt round, so rare ones spread
     for fold in range(folds):
         learn, check = np.flatnonzero(part != fold), np.flatnonzero(part == fold)
         texts, labels = [gold[i] for i in learn] + ours, [topics[i] for i in learn] + our_topics
@@ -203,7 +225,7 @@ def score_topics(
     probabilities,  # array (speeches, 42)
     threshold: float,  # least probability of the best topic
     samples: int = 500,  # bootstrap resamples
-    seed: int = 0,  # of the run
+    seed: int = 0,
 ) -> dict:  # macro-F1 with interval, coarse macro-F1, accuracy, share kept and accuracy there, in %
     "Score predicted topics against gold."
     import numpy as np
@@ -213,12 +235,25 @@ def score_topics(
     truth = np.array([slugs.index(topic) for topic in topics])
     said = np.where(probabilities.max(1) > 0, probabilities.argmax(1), len(slugs))  # the last code is "none"
     above = np.array([*(coarse.index(coarse_of()[slug]) for slug in slugs), len(coarse)])
-    resampled = bootstrap((truth, said), macro_f1, paired=True, vectorized=False, n_resamples=samples, method="percentile",
-                          rng=np.random.default_rng(derived_seed(seed, "topics")))
+    resampled = bootstrap(
+        (truth, said),
+        macro_f1,
+        paired=True,
+        vectorized=False,
+        n_resamples=samples,
+        method="percentile",
+        rng=np.random.default_rng(derived_seed(seed, "topics")),
+    )
     sure, right = (probabilities.max(1) >= threshold) & (said < len(slugs)), truth == said
-    return {"macro-F1": macro_f1(truth, said), "low": resampled.confidence_interval.low, "high": resampled.confidence_interval.high,
-            "coarse macro-F1": macro_f1(above[truth], above[said]), "accuracy %": 100 * right.mean(),
-            "kept %": 100 * sure.mean(), "accuracy of the kept %": 100 * right[sure].mean() if sure.any() else None}
+    return {
+        "macro-F1": macro_f1(truth, said),
+        "low": resampled.confidence_interval.low,
+        "high": resampled.confidence_interval.high,
+        "coarse macro-F1": macro_f1(above[truth], above[said]),
+        "accuracy %": 100 * right.mean(),
+        "kept %": 100 * sure.mean(),
+        "accuracy of the kept %": 100 * right[sure].mean() if sure.any() else None,
+    }
 
 # %% ../../nbs/corpus/05_topics.ipynb #f8350154
 def compare_methods(
@@ -227,7 +262,7 @@ def compare_methods(
     threshold: float,  # least probability of the best topic
     gateway=None,  # gateway.Gateway, where a method is a model
     more: typing.Sequence[tuple[str, str]] = (),  # (speech, topic) of sources that only help to train
-    seed: int = 0,  # of the run
+    seed: int = 0,
     least: int = 50,  # gold rows below which nothing is compared
 ):  # frame: one row for each method
     "Compare ways to find a topic on the run's gold rows; a model is asked about every row, since it needs no training."
@@ -235,13 +270,35 @@ def compare_methods(
 
     gold, topics, ours, our_topics = training_rows(frame, more)
     if len(gold) < least:
-        return pd.DataFrame([{"method": m, "gold speeches": len(gold), "note": f"not measured: fewer than {least} gold speeches"} for m in methods])
+        return pd.DataFrame(
+            [
+                {"method": m, "gold speeches": len(gold), "note": f"not measured: fewer than {least} gold speeches"}
+                for m in methods
+            ]
+        )
     rows = []
     for method in methods:
-        found = label_by_model(gateway, method, gold) if ":" in method else cross_validate(method, gold, topics, ours, our_topics, seed=seed)
-        note = f"{int((found.max(1) == 0).sum())} replies unreadable" if ":" in method else "no training" if method == "zero-shot" else ""
+        found = (
+            label_by_model(gateway, method, gold)
+            if ":" in method
+            else cross_validate(method, gold, topics, ours, our_topics, seed=seed)
+        )
+        note = (
+            f"{int((found.max(1) == 0).sum())} replies unreadable"
+            if ":" in method
+            else "no training"
+            if method == "zero-shot"
+            else ""
+        )
         scores = score_topics(topics, found, threshold, seed=seed) | {"in the source's list %": _any_of(frame, found)}
-        rows.append({"method": method, "gold speeches": len(gold), **{k: v if v is None else round(float(v), 1) for k, v in scores.items()}, "note": note})
+        rows.append(
+            {
+                "method": method,
+                "gold speeches": len(gold),
+                **{k: v if v is None else round(float(v), 1) for k, v in scores.items()},
+                "note": note,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -250,7 +307,9 @@ def _any_of(frame, probabilities) -> float | None:
     if "topics" not in frame:
         return None
     slugs, listed = list(coarse_of()), frame.topics[frame.topic_by == "gold"]
-    return 100 * sum(row.max() > 0 and slugs[row.argmax()] in own for row, own in zip(probabilities, listed)) / len(listed)
+    return (
+        100 * sum(row.max() > 0 and slugs[row.argmax()] in own for row, own in zip(probabilities, listed)) / len(listed)
+    )
 
 # %% ../../nbs/corpus/05_topics.ipynb #043fd7f9
 LOW = "classifier, low confidence"
@@ -268,7 +327,11 @@ def assign_topics(
     if open_rows.any():
         texts, slugs = frame.speech[open_rows].tolist(), list(coarse_of())
         gold, topics, ours, our_topics = training_rows(frame, more)
-        found = label_by_model(gateway, method, texts) if ":" in method else topic_probabilities(method, gold + ours, topics + our_topics, texts)
+        found = (
+            label_by_model(gateway, method, texts)
+            if ":" in method
+            else topic_probabilities(method, gold + ours, topics + our_topics, texts)
+        )
         sure = (found.max(1) >= threshold) & (found.max(1) > 0)
         frame.loc[open_rows, "topic"] = [slugs[i] if ok else "others" for i, ok in zip(found.argmax(1), sure)]
         frame.loc[open_rows, "topic_by"] = ["classifier" if ok else LOW for ok in sure]

@@ -21,10 +21,11 @@ from ..core.prompts import BATTLE_KEYS
 from ..core.files import PRINCIPLE_KEYS
 
 # %% auto #0
-__all__ = ['SIMULATED', 'TABLES', 'VALUES', 'ASKED', 'WORDS', 'COLUMNS', 'LOSING', 'SHOWN', 'Sheet', 'read_text',
-           'read_json_strictly', 'page_sheet', 'said_in', 'label_studio_records', 'csv_records', 'read_sheets',
-           'to_value', 'check_items', 'sheet_values', 'unanswered', 'left_out', 'sheet_frame', 'read_annotations',
-           'completeness', 'annotation_files', 'kit_of', 'gather_annotations', 'told', 'unshuffle', 'simulate']
+__all__ = ['SIMULATED', 'TABLE_SUFFIXES', 'VALUES', 'TASK_QUESTIONS', 'WORDS', 'ANNOTATION_COLUMNS', 'LOSING', 'SHOWN', 'Sheet',
+           'read_text_file', 'read_json_strictly', 'page_sheet', 'said_in', 'label_studio_records', 'csv_records',
+           'read_sheets', 'to_value', 'check_items', 'sheet_values', 'unanswered', 'left_out', 'sheet_frame',
+           'read_annotations', 'completeness', 'annotation_files', 'kit_of', 'gather_annotations',
+           'verdict_from_our_side', 'unshuffle', 'simulate']
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #24848f78
 SIMULATED = "simulated"  # how the names of simulated annotators begin
@@ -33,6 +34,7 @@ SIMULATED = "simulated"  # how the names of simulated annotators begin
 @dataclass(frozen=True)
 class Sheet:
     "Hold what one annotator wrote about one kit."
+
     path: Path  # the file, for errors
     annotator: str  # as the file names them
     kit_id: str  # the kit that the file names; empty where it names none
@@ -45,7 +47,7 @@ class Sheet:
         return f"{self.path} ({self.annotator})"
 
 
-def read_text(
+def read_text_file(
     path: Path,  # an annotation file
 ) -> str:  # its text
     "Read a text whatever program saved it."
@@ -57,21 +59,29 @@ def read_text(
     except FileNotFoundError:
         raise StudyError(f"{path}: not found; name annotation files by their path") from None
     except UnicodeDecodeError:
-        if Path(path).suffix.lower() not in TABLES or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise StudyError(f"{path}: is no text in UTF-8, expected what the page or Label Studio exported; export it again") from None
+        if Path(path).suffix.lower() not in TABLE_SUFFIXES or raw.startswith(
+            (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        ):
+            raise StudyError(
+                f"{path}: is no text in UTF-8, expected what the page or Label Studio exported; export it again"
+            ) from None
         return raw.decode("cp1252", errors="replace")
 
 
-TABLES = (".csv", ".tsv")
+TABLE_SUFFIXES = (".csv", ".tsv")
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #1e3c406f
 def _once(path: Path) -> typing.Callable:
     "Refuse an object that names something twice."
+
     def build(pairs):
         twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
         if twice:
-            raise StudyError(f"{path}: {twice[0]!r} stands twice in one object, expected once; keep the answer that is meant")
+            raise StudyError(
+                f"{path}: {twice[0]!r} stands twice in one object, expected once; keep the answer that is meant"
+            )
         return dict(pairs)
+
     return build
 
 
@@ -80,9 +90,11 @@ def read_json_strictly(
 ):  # its data
     "Read JSON in which nothing is said twice."
     try:
-        return json.loads(read_text(path), object_pairs_hook=_once(path))
+        return json.loads(read_text_file(path), object_pairs_hook=_once(path))
     except json.JSONDecodeError as error:
-        raise StudyError(f"{path}: is no whole JSON ({error.msg} in line {error.lineno}); export the annotations again") from None
+        raise StudyError(
+            f"{path}: is no whole JSON ({error.msg} in line {error.lineno}); export the annotations again"
+        ) from None
 
 
 def page_sheet(
@@ -90,13 +102,32 @@ def page_sheet(
     document: dict,  # what the page exported
 ) -> Sheet:  # of its annotator
     "Take a sheet from the page's export."
-    if document.get("format") != "psycopref-annotations" or document.get("version") != 1 or not isinstance(document.get("answers"), dict):
-        found = "the kit itself" if document.get("format") == "psycopref-kit" else f"format {document.get('format')!r} version {document.get('version')!r}"
-        raise StudyError(f"{path}: is {found}, expected annotations of version 1; press export on the page and name that file")
+    if (
+        document.get("format") != "psycopref-annotations"
+        or document.get("version") != 1
+        or not isinstance(document.get("answers"), dict)
+    ):
+        found = (
+            "the kit itself"
+            if document.get("format") == "psycopref-kit"
+            else f"format {document.get('format')!r} version {document.get('version')!r}"
+        )
+        raise StudyError(
+            f"{path}: is {found}, expected annotations of version 1; press export on the page and name that file"
+        )
     wrong = next((item for item, said in document["answers"].items() if not isinstance(said, dict)), None)
     if wrong is not None:
-        raise StudyError(f"{path}: item {wrong} holds {document['answers'][wrong]!r}, expected an answer for each principle; export the annotations again")
-    return Sheet(Path(path), str(document.get("annotator") or "").strip(), str(document.get("kit_id") or ""), tuple(document["answers"].items()), bool(document.get("simulated")))
+        raise StudyError(
+            f"{path}: item {wrong} holds {document['answers'][wrong]!r}, expected an answer for each principle; "
+            "export the annotations again"
+        )
+    return Sheet(
+        Path(path),
+        str(document.get("annotator") or "").strip(),
+        str(document.get("kit_id") or ""),
+        tuple(document["answers"].items()),
+        bool(document.get("simulated")),
+    )
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #b3441190
 def said_in(
@@ -129,7 +160,10 @@ def label_studio_records(
     for task in tasks:
         if not isinstance(task, dict) or "item_id" not in task.get("data", task):
             number = task.get("id") if isinstance(task, dict) else task
-            raise StudyError(f"{path}: task {number} has no item_id, expected the kit's own tasks; import the kit's tasks file as it is, and export as JSON")
+            raise StudyError(
+                f"{path}: task {number} has no item_id, expected the kit's own tasks; import the kit's tasks file as "
+                "it is, and export as JSON"
+            )
         if "data" not in task:  # JSON-MIN
             found.append({name: _flat(value) for name, value in task.items()})
             continue
@@ -137,7 +171,14 @@ def label_studio_records(
         done = task.get("annotations", [])
         kept = {_person(one.get("completed_by")) for one in done if not one.get("was_cancelled")}
         for one in done:
-            person, said = _person(one.get("completed_by")), {part["from_name"]: said_in(part.get("value", {})) for part in one.get("result", []) if "from_name" in part}
+            person, said = (
+                _person(one.get("completed_by")),
+                {
+                    part["from_name"]: said_in(part.get("value", {}))
+                    for part in one.get("result", [])
+                    if "from_name" in part
+                },
+            )
             if not one.get("was_cancelled"):
                 found.append(data | {"annotator": person} | said)
             elif person not in kept:
@@ -149,7 +190,9 @@ def csv_records(
     path: Path,  # a CSV or TSV file, saved by any spreadsheet
 ) -> list[dict]:  # one for each line with an item: annotator, kit_id, item_id, and what was said
     "Read a filled-in table."
-    text = re.sub(r"\A\"?sep=.\"?\r?\n", "", read_text(path))  # a line with which spreadsheets name their delimiter
+    text = re.sub(
+        r"\A\"?sep=.\"?\r?\n", "", read_text_file(path)
+    )  # a line with which spreadsheets name their delimiter
     head = text.split("\n", 1)[0]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
@@ -158,10 +201,16 @@ def csv_records(
         raise StudyError(f"{path}: is no whole table ({error}); save it as CSV again") from None
     names = [name.lower() for name in names]
     if not {"kit_id", "item_id"} <= set(names) or len(set(names)) < len(names):
-        raise StudyError(f"{path}: found columns {names[:12]}, expected kit_id, item_id and each principle, once; leave the first line of the kit's table as it is")
+        raise StudyError(
+            f"{path}: found columns {names[:12]}, expected kit_id, item_id and each principle, once; leave the first "
+            "line of the kit's table as it is"
+        )
     for number, line in enumerate(lines, 2):
-        if len(line) > len(names) and any(line[len(names):]):
-            raise StudyError(f"{path}: row {number} has {len(line)} cells, expected {len(names)}; a cell was moved or a quotation mark lost, take it from the kit's table again")
+        if len(line) > len(names) and any(line[len(names) :]):
+            raise StudyError(
+                f"{path}: row {number} has {len(line)} cells, expected {len(names)}; a cell was moved or a quotation "
+                "mark lost, take it from the kit's table again"
+            )
     return [dict(zip(names, line)) for line in lines]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #af134419
@@ -187,20 +236,32 @@ def read_sheets(
 ) -> list[Sheet]:  # one for each annotator and kit
     "Read an annotation file of any form."
     path = Path(path)
-    if path.suffix.lower() in TABLES:
+    if path.suffix.lower() in TABLE_SUFFIXES:
         sheets = _sheets_of(path, csv_records(path))
     elif path.suffix.lower() == ".json":
         data = read_json_strictly(path)
-        sheets = _sheets_of(path, label_studio_records(path, data)) if isinstance(data, list) else [page_sheet(path, data)] if isinstance(data, dict) else []
+        sheets = (
+            _sheets_of(path, label_studio_records(path, data))
+            if isinstance(data, list)
+            else [page_sheet(path, data)]
+            if isinstance(data, dict)
+            else []
+        )
     else:
-        raise StudyError(f"{path}: found a {path.suffix or 'file without a suffix'}, expected .json of the page or of Label Studio, .csv or .tsv; save a workbook as CSV first")
+        raise StudyError(
+            f"{path}: found a {path.suffix or 'file without a suffix'}, expected .json of the page or of Label "
+            "Studio, .csv or .tsv; save a workbook as CSV first"
+        )
     if not any(sheet.answers for sheet in sheets):
-        raise StudyError(f"{path}: holds no annotation, expected at least one; finish the kit and export it, or take the file off agreement.annotations")
+        raise StudyError(
+            f"{path}: holds no annotation, expected at least one; finish the kit and export it, or take the file off "
+            "agreement.annotations"
+        )
     return sheets
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #156c2123
 VALUES = {"compare": (1, 2, 0), "score": (1, 2, 3, 4, 5)}  # what may be answered
-ASKED = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is asked about each item
+TASK_QUESTIONS = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is asked about each item
 WORDS = {"response 1": 1, "response 2": 2, "no difference": 0}  # as the forms word the choices
 
 
@@ -238,19 +299,33 @@ def check_items(
 ) -> None:
     "Refuse a sheet of another kit, unknown items, and items that stand twice."
     if sheet.kit_id != kit["kit_id"]:
-        raise StudyError(f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, expected kit {kit['kit_id']}; name the annotations of this kit")
+        raise StudyError(
+            f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, expected kit {kit['kit_id']}; name the "
+            "annotations of this kit"
+        )
     known, found = {item["item_id"] for item in kit["items"]}, Counter(item for item, _ in sheet.answers)
     strange = [item for item in found if item not in known]
     if strange:
-        raise StudyError(f"{sheet.where}: item {_some(strange)} is not in kit {kit['kit_id']}, expected its {len(known)} items; "
-                         "name the annotations of this kit, and leave its item_id as they are")
+        raise StudyError(
+            f"{sheet.where}: item {_some(strange)} is not in kit {kit['kit_id']}, expected its {len(known)} items; "
+            "name the annotations of this kit, and leave its item_id as they are"
+        )
     twice = [item for item, n in found.items() if n > 1]
     if twice:
-        raise StudyError(f"{sheet.where}: item {_some(twice)} is answered more than once, expected once; keep the answer that is meant and delete the other")
+        raise StudyError(
+            f"{sheet.where}: item {_some(twice)} is answered more than once, expected once; keep the answer that is "
+            "meant and delete the other"
+        )
     if not sheet.annotator:
-        raise StudyError(f"{sheet.path}: has no annotator, expected a name; enter one on the page, and call a table annotations_{kit['kit_id']}_NAME.csv")
+        raise StudyError(
+            f"{sheet.path}: has no annotator, expected a name; enter one on the page, and call a table "
+            f"annotations_{kit['kit_id']}_NAME.csv"
+        )
     if sheet.simulated and not sheet.annotator.startswith(SIMULATED):
-        raise StudyError(f"{sheet.where}: was simulated, expected a name that begins with {SIMULATED!r}; leave the names of simulated annotators as they are")
+        raise StudyError(
+            f"{sheet.where}: was simulated, expected a name that begins with {SIMULATED!r}; leave the names of "
+            "simulated annotators as they are"
+        )
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #0311820d
 def sheet_values(
@@ -260,12 +335,14 @@ def sheet_values(
     "Read every answer of a sheet; out of range is an error."
     numbers, task, found = {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}, kit["task"], {}
     for item, said in sheet.answers:
-        for principle in ASKED[task]:
+        for principle in TASK_QUESTIONS[task]:
             try:
                 found[item, principle] = to_value(said.get(principle), task)
             except (ValueError, TypeError):
-                raise StudyError(f"{sheet.where}: item {numbers[item]} ({item}) has {principle} = {str(said[principle])[:40]!r}, "
-                                 f"expected one of {', '.join(map(str, VALUES[task]))}; mend it and export again") from None
+                raise StudyError(
+                    f"{sheet.where}: item {numbers[item]} ({item}) has {principle} = {str(said[principle])[:40]!r}, "
+                    f"expected one of {', '.join(map(str, VALUES[task]))}; mend it and export again"
+                ) from None
     return found
 
 
@@ -274,18 +351,26 @@ def unanswered(
     kit: dict,  # what was asked
 ) -> dict[int, list[str]]:  # number of an item in the kit, from 1 -> principles without an answer
     "List what is not answered."
-    gaps = {number: [p for p in ASKED[kit["task"]] if values.get((item["item_id"], p)) is None] for number, item in enumerate(kit["items"], 1)}
+    gaps = {
+        number: [p for p in TASK_QUESTIONS[kit["task"]] if values.get((item["item_id"], p)) is None]
+        for number, item in enumerate(kit["items"], 1)
+    }
     return {number: missing for number, missing in gaps.items() if missing}
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #9675424b
-COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
+ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
 
 
 def left_out(
     sheet: Sheet,  # what was read
 ) -> list[str]:  # items
     "List the items that an annotator left out with a note."
-    return [item for item, said in sheet.answers if str(said.get("note") or "").strip() and not any(str(said.get(key) if said.get(key) is not None else "").strip() for key in BATTLE_KEYS)]
+    return [
+        item
+        for item, said in sheet.answers
+        if str(said.get("note") or "").strip()
+        and not any(str(said.get(key) if said.get(key) is not None else "").strip() for key in BATTLE_KEYS)
+    ]
 
 
 def sheet_frame(
@@ -299,15 +384,28 @@ def sheet_frame(
     check_items(sheet, kit)
     values = sheet_values(sheet, kit)
     aside, numbers = left_out(sheet), {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}
-    gaps = {number: missing for number, missing in unanswered(values, kit).items() if number not in {numbers[item] for item in aside}}
+    gaps = {
+        number: missing
+        for number, missing in unanswered(values, kit).items()
+        if number not in {numbers[item] for item in aside}
+    }
     if gaps and not partial:
         first = next(iter(gaps))
-        raise StudyError(f"{sheet.where}: {len(gaps)} of {len(kit['items'])} items are unfinished: {_some(list(gaps))} (item {first} lacks {', '.join(gaps[first])}); "
-                         "finish them, and write a note on an item that was left out on purpose")
+        raise StudyError(
+            f"{sheet.where}: {len(gaps)} of {len(kit['items'])} items are unfinished: {_some(list(gaps))} (item "
+            f"{first} lacks {', '.join(gaps[first])}); "
+            "finish them, and write a note on an item that was left out on purpose"
+        )
     if len(aside) == len(kit["items"]):
-        raise StudyError(f"{sheet.where}: every item was left out, expected answers; take the file off agreement.annotations")
-    rows = [(sheet.annotator, kit["kit_id"], item["item_id"], principle, values.get((item["item_id"], principle))) for item in kit["items"] for principle in ASKED[kit["task"]]]
-    frame = pd.DataFrame([row for row in rows if row[-1] is not None], columns=list(COLUMNS))
+        raise StudyError(
+            f"{sheet.where}: every item was left out, expected answers; take the file off agreement.annotations"
+        )
+    rows = [
+        (sheet.annotator, kit["kit_id"], item["item_id"], principle, values.get((item["item_id"], principle)))
+        for item in kit["items"]
+        for principle in TASK_QUESTIONS[kit["task"]]
+    ]
+    frame = pd.DataFrame([row for row in rows if row[-1] is not None], columns=list(ANNOTATION_COLUMNS))
     return frame.astype({"value": "int64"})
 
 
@@ -323,7 +421,9 @@ def read_annotations(
     names = [_same_name(sheet.annotator) for sheet in sheets]
     twice = next((sheet for sheet, name in zip(sheets, names) if names.count(name) > 1), None)
     if twice is not None and len({sheet.kit_id for sheet in sheets}) == 1:
-        raise StudyError(f"{twice.where}: two annotators of this name, expected one sheet of each; tell them apart by name")
+        raise StudyError(
+            f"{twice.where}: two annotators of this name, expected one sheet of each; tell them apart by name"
+        )
     return pd.concat([sheet_frame(sheet, kit, partial) for sheet in sheets], ignore_index=True)
 
 
@@ -343,7 +443,14 @@ def completeness(
     for annotator, own in frame.groupby("annotator", sort=False):
         values = {(row.item_id, row.principle): row.value for row in own.itertuples()}
         gaps = unanswered(values, kit)
-        rows.append({"annotator": annotator, "items": len(kit["items"]), "finished": len(kit["items"]) - len(gaps), "unfinished": _some(list(gaps))})
+        rows.append(
+            {
+                "annotator": annotator,
+                "items": len(kit["items"]),
+                "finished": len(kit["items"]) - len(gaps),
+                "unfinished": _some(list(gaps)),
+            }
+        )
     return pd.DataFrame(rows, columns=["annotator", "items", "finished", "unfinished"])
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #7ddace05
@@ -355,10 +462,24 @@ def annotation_files(
     for given in places:
         place = project_root() / Path(given).expanduser()
         if not place.exists():
-            raise StudyError(f"agreement.annotations: {given} is not there, expected a file or a folder; a path is absolute, or begins in the project's folder")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in (".json", *TABLES) and not p.name.startswith(".")) if place.is_dir() else [place]
+            raise StudyError(
+                f"agreement.annotations: {given} is not there, expected a file or a folder; a path is absolute, or "
+                "begins in the project's folder"
+            )
+        inside = (
+            sorted(
+                p
+                for p in place.rglob("*")
+                if p.suffix.lower() in (".json", *TABLE_SUFFIXES) and not p.name.startswith(".")
+            )
+            if place.is_dir()
+            else [place]
+        )
         if not inside:
-            raise StudyError(f"agreement.annotations: {given} holds no .json, .csv or .tsv, expected annotations; name the folder in which the experts' files are")
+            raise StudyError(
+                f"agreement.annotations: {given} holds no .json, .csv or .tsv, expected annotations; name the folder "
+                "in which the experts' files are"
+            )
         found += [path for path in inside if path.resolve() not in {p.resolve() for p in found}]
     return found
 
@@ -372,8 +493,12 @@ def kit_of(
     if sheet.kit_id in known:
         return known[sheet.kit_id]
     ids = ", ".join(known)
-    raise StudyError(f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, which is not among this run's ({ids}); texts, seed or the numbers of agreement "
-                     "have changed since it was made: put them back as they were, hand out the new kits, or read the old one by kept_kit of chapter 11")
+    raise StudyError(
+        f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, which is not among this run's ({ids}); "
+        "texts, seed or the numbers of agreement "
+        "have changed since it was made: put them back as they were, hand out the new kits, or read the old one by "
+        "kept_kit of chapter 11"
+    )
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #cee34085
 def gather_annotations(
@@ -386,11 +511,16 @@ def gather_annotations(
     frames, seen = [], {}
     for sheet in (sheet for path in files for sheet in read_sheets(path)):
         if sheet.simulated or _same_name(sheet.annotator).startswith(SIMULATED):
-            raise StudyError(f"{sheet.where}: was simulated, expected a person's annotations; take it off agreement.annotations")
+            raise StudyError(
+                f"{sheet.where}: was simulated, expected a person's annotations; take it off agreement.annotations"
+            )
         kit = kit_of(sheet, kits)
         before = seen.setdefault((_same_name(sheet.annotator), kit["kit_id"]), sheet)
         if before is not sheet:
-            raise StudyError(f"{sheet.where}: annotated kit {kit['kit_id']} in {before.path} too, expected one file of each annotator; take one of the two off agreement.annotations")
+            raise StudyError(
+                f"{sheet.where}: annotated kit {kit['kit_id']} in {before.path} too, expected one file of each "
+                "annotator; take one of the two off agreement.annotations"
+            )
         frames.append(sheet_frame(replace(sheet, annotator=_known_name(sheet.annotator, seen)), kit))
     return pd.concat(frames, ignore_index=True)
 
@@ -404,11 +534,11 @@ LOSING = ("rejected", "reference")  # sides from which no verdict is told
 SHOWN = {1: "first", 2: "second", 0: "tie"}
 
 
-def told(
+def verdict_from_our_side(
     shown: str,  # first / second / tie
     first: str,  # name of the side that was shown first
 ) -> str:  # win / loss / tie, from the side of the chosen response or of the policy
-    "Tell what was said from our side."
+    "Convert the place of the better response to the verdict of our side."
     return "tie" if shown == "tie" else "win" if (shown == "first") == (first not in LOSING) else "loss"
 
 
@@ -416,28 +546,41 @@ def unshuffle(
     annotations,  # frame of read_annotations, of one task
     key,  # frame of kind "kit_key"
 ):  # frame: annotator, kit_id, setting, speech_id, item_id, principle, and shown and verdict, or rating
-    "Join annotations with what was behind them."
-    joined = annotations.merge(key.rename(columns={"kit": "kit_id"}), on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False)
+    "Join annotations with the key, so that they name sides again."
+    joined = annotations.merge(
+        key.rename(columns={"kit": "kit_id"}), on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False
+    )
     lost = joined[joined.speech_id.isna()]
     if len(lost):
-        raise StudyError(f"annotations: item {lost.item_id.iloc[0]} of kit {lost.kit_id.iloc[0]} is not in the key, expected every item; use the key that was made with this kit")
+        raise StudyError(
+            f"annotations: item {lost.item_id.iloc[0]} of kit {lost.kit_id.iloc[0]} is not in the key, expected every "
+            "item; use the key that was made with this kit"
+        )
     blurred = joined[(joined.task == "compare") & (joined["first"].isin(LOSING) == joined["second"].isin(LOSING))]
     if len(blurred):
         sides = f"{blurred['first'].iloc[0]!r} and {blurred['second'].iloc[0]!r}"
-        raise StudyError(f"annotations: item {blurred.item_id.iloc[0]} compares {sides}, expected one side that is {' or '.join(LOSING)}; a verdict is told from the other side")
+        raise StudyError(
+            f"annotations: item {blurred.item_id.iloc[0]} compares {sides}, expected one side that is "
+            f"{' or '.join(LOSING)}; a verdict is told from the other side"
+        )
     names = ["annotator", "kit_id", "setting", "speech_id", "item_id", "principle"]
     if set(joined.task) == {"score"}:
         return joined[[*names, "value"]].rename(columns={"value": "rating"})
     if set(joined.task) != {"compare"}:
-        raise StudyError(f"annotations: found tasks {sorted(set(joined.task))} in one frame, expected one; un-shuffle each kit by itself")
+        raise StudyError(
+            f"annotations: found tasks {sorted(set(joined.task))} in one frame, expected one; un-shuffle each kit by "
+            "itself"
+        )
     joined = joined.assign(shown=joined.value.map(SHOWN))
-    return joined.assign(verdict=[told(*pair) for pair in zip(joined.shown, joined["first"])])[[*names, "shown", "verdict"]]
+    return joined.assign(verdict=[verdict_from_our_side(*pair) for pair in zip(joined.shown, joined["first"])])[
+        [*names, "shown", "verdict"]
+    ]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #dc0fd4b4
 def simulate(
     kit: dict,  # what is annotated; nothing but the kit is seen
     number: int,  # of the annotator, from 1
-    seed: int,  # of the run
+    seed: int,
     noise: float = 0.75,  # standard deviation of a rating's error, in points
     threshold: float = 0.25,  # smaller differences of two ratings are none, in points
 ) -> dict:  # an annotations document, as the page exports it
@@ -450,11 +593,23 @@ def simulate(
     for item in kit["items"]:
         chance = np.random.default_rng(derived_seed(seed, SIMULATED, number, item["item_id"]))
         exact = [rubric_scores(item["client_speech"], text) for text in item["responses"]]
-        rated = [np.array([scores[key] for key in PRINCIPLE_KEYS]) + chance.normal(0, noise, len(PRINCIPLE_KEYS)) for scores in exact]
+        rated = [
+            np.array([scores[key] for key in PRINCIPLE_KEYS]) + chance.normal(0, noise, len(PRINCIPLE_KEYS))
+            for scores in exact
+        ]
         if kit["task"] == "score":
             answers[item["item_id"]] = {key: to_rating(float(value)) for key, value in zip(PRINCIPLE_KEYS, rated[0])}
         else:
             ahead = rated[0] - rated[1]
             better = {key: 0 if abs(by) < threshold else 1 if by > 0 else 2 for key, by in zip(PRINCIPLE_KEYS, ahead)}
             answers[item["item_id"]] = better | {"overall": 1 if ahead.sum() > 0 else 2}
-    return {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "annotator": f"{SIMULATED} {number}", "simulated": True, "started": "", "saved": "", "answers": answers}
+    return {
+        "format": "psycopref-annotations",
+        "version": 1,
+        "kit_id": kit["kit_id"],
+        "annotator": f"{SIMULATED} {number}",
+        "simulated": True,
+        "started": "",
+        "saved": "",
+        "answers": answers,
+    }

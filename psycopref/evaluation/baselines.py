@@ -27,13 +27,21 @@ def score_frame(
     "Put scores beside the ids of their pairs."
     import numpy as np
 
-    columns = {f"{side}_score": np.asarray(scores, float) for side, scores in (("chosen", chosen), ("rejected", rejected))}
+    columns = {
+        f"{side}_score": np.asarray(scores, float) for side, scores in (("chosen", chosen), ("rejected", rejected))
+    }
     for column, scores in columns.items():
         if scores.shape != (len(pairs),):
-            raise StudyError(f"scores of {name}: {column} has shape {scores.shape}, expected one number for each of {len(pairs)} pairs; score this very frame")
+            raise StudyError(
+                f"scores of {name}: {column} has shape {scores.shape}, expected one number for each of {len(pairs)} "
+                "pairs; score this very frame"
+            )
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise StudyError(f"scores of {name}: {column} is {scores[row]} for pair {pairs.prefID.iloc[row]}, expected a finite number; look at that pair's texts")
+            raise StudyError(
+                f"scores of {name}: {column} is {scores[row]} for pair {pairs.prefID.iloc[row]}, expected a finite "
+                "number; look at that pair's texts"
+            )
     return pairs[["ID", "prefID"]].reset_index(drop=True).assign(model=name, **columns)
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #d687352b
@@ -77,7 +85,10 @@ def _fitted(model, rows, strength: float):
         try:
             return model.set_params(C=strength).fit(rows, np.arange(rows.shape[0]) < rows.shape[0] - 1).coef_[0]
         except ConvergenceWarning:
-            raise StudyError(f"Bradley-Terry: no convergence at strength {strength:g} in {STEPS} steps; standardise the features, or leave out the largest strengths") from None
+            raise StudyError(
+                f"Bradley-Terry: no convergence at strength {strength:g} in {STEPS} steps; standardise the features, "
+                "or leave out the largest strengths"
+            ) from None
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #0e791fc1
 STRENGTHS = tuple(float(f"{step}e{power}") for power in range(-5, 5) for step in (1, 3))  # 0.00001 to 30,000
@@ -88,7 +99,9 @@ def held_out_losses(
     groups,  # speech of each pair, (pairs,)
     strengths: typing.Sequence[float],  # ascending
     folds: int = 5,  # parts, or as many as there are speeches
-) -> list[float]:  # mean -log(probability of the chosen response) of pairs that were not fitted, for each strength tried
+) -> list[
+    float
+]:  # mean -log(probability of the chosen response) of pairs that were not fitted, for each strength tried
     "Cross-validate strengths, by speech."
     import numpy as np
     from sklearn.model_selection import GroupKFold
@@ -109,6 +122,7 @@ def held_out_losses(
 @dataclass(frozen=True)
 class BradleyTerry:
     "Hold a fitted linear scorer."
+
     weights: typing.Any  # array (dimensions,)
     facts: dict  # strength, at_edge, held_out_loss, losses, dimensions, pairs, speeches; plain data
 
@@ -146,17 +160,29 @@ def fit_bradley_terry(
 
     groups, strengths = np.asarray(groups), sorted(strengths)
     if (speeches := len(set(groups.tolist()))) < 2:
-        raise StudyError(f"Bradley-Terry: found {len(groups)} pairs of {speeches} speeches, expected at least 2 speeches, since a fit is "
-                         "checked on speeches it has not seen; give more training pairs")
+        raise StudyError(
+            f"Bradley-Terry: found {len(groups)} pairs of {speeches} speeches, expected at least 2 speeches, since a "
+            "fit is "
+            "checked on speeches it has not seen; give more training pairs"
+        )
     rows, scale = _differences(chosen, rejected), _deviations(chosen, rejected) if standardise else 1.0
     if standardise:
         rows /= scale
-    with threadpool_limits(1, user_api="blas"):  # one order of sums, and on problems this small threads only wait for each other
+    with threadpool_limits(
+        1, user_api="blas"
+    ):  # one order of sums, and on problems this small threads only wait for each other
         losses = held_out_losses(rows, groups, strengths, folds)
         best = losses.index(min(losses))
         weights = _fitted(_regression(1e-8), rows, strengths[best])
-    facts = {"strength": float(strengths[best]), "at_edge": len(strengths) > 1 and best in (0, len(strengths) - 1), "held_out_loss": losses[best],
-             "losses": {f"{s:g}": loss for s, loss in zip(strengths, losses)}, "dimensions": rows.shape[1], "pairs": len(groups), "speeches": speeches}
+    facts = {
+        "strength": float(strengths[best]),
+        "at_edge": len(strengths) > 1 and best in (0, len(strengths) - 1),
+        "held_out_loss": losses[best],
+        "losses": {f"{s:g}": loss for s, loss in zip(strengths, losses)},
+        "dimensions": rows.shape[1],
+        "pairs": len(groups),
+        "speeches": speeches,
+    }
     return BradleyTerry(weights / scale, facts)
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #2bf54942
@@ -169,10 +195,15 @@ def bradley_terry_scores(
 ) -> tuple[dict, BradleyTerry]:  # name -> frame of kind "scores"; the model
     "Fit on training pairs, score test pairs."
     if not len(train):
-        raise StudyError(f"{name}: found no training pairs, expected pairs of at least 2 speeches; look at the receipt of 04_pairs")
+        raise StudyError(
+            f"{name}: found no training pairs, expected pairs of at least 2 speeches; look at the receipt of 04_pairs"
+        )
     for test, pairs in tests.items():
         if shared := sorted(set(pairs.ID) & set(train.ID)):
-            raise StudyError(f"{name}: {len(shared)} speeches are in the training and in the {test} pairs, such as {shared[0]!r}; split the pairs by speech")
+            raise StudyError(
+                f"{name}: {len(shared)} speeches are in the training and in the {test} pairs, such as {shared[0]!r}; "
+                "split the pairs by speech"
+            )
 
     def sides(pairs):
         return (features(pairs.question.tolist(), pairs[side].tolist()) for side in ("chosen", "rejected"))
@@ -206,12 +237,21 @@ def tfidf_features(
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     texts = list(dict.fromkeys([*train.chosen, *train.rejected]))
-    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\w+|\?", sublinear_tf=True, strip_accents="unicode",
-                            min_df=2 if len(texts) > 500 else 1, max_features=most)
+    words = TfidfVectorizer(
+        ngram_range=(1, 2),
+        token_pattern=r"(?u)\w+|\?",
+        sublinear_tf=True,
+        strip_accents="unicode",
+        min_df=2 if len(texts) > 500 else 1,
+        max_features=most,
+    )
     try:
         words.fit(texts)
     except ValueError as error:  # scikit-learn's word for texts without a word
-        raise StudyError(f"tfidf: the {len(texts)} training responses hold no words ({str(error)[:60]}); look at the pairs of 04_pairs") from None
+        raise StudyError(
+            f"tfidf: the {len(texts)} training responses hold no words ({str(error)[:60]}); look at the pairs of "
+            "04_pairs"
+        ) from None
 
     def features(questions, responses):
         said = words.transform(responses)
@@ -230,7 +270,10 @@ def tfidf_scores(
     features, names = tfidf_features(train, overlap)
     frames, model = bradley_terry_scores("tfidf-overlap" if overlap else "tfidf", train, tests, features)
     ranked = sorted(zip(model.weights.round(6).tolist(), names))
-    return frames, model.facts | {"speak_against": [n for w, n in ranked[:shown] if w < 0], "speak_for": [n for w, n in ranked[::-1][:shown] if w > 0]}
+    return frames, model.facts | {
+        "speak_against": [n for w, n in ranked[:shown] if w < 0],
+        "speak_for": [n for w, n in ranked[::-1][:shown] if w > 0],
+    }
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #17d57857
 def minilm_scores(
@@ -246,5 +289,7 @@ def minilm_scores(
         asked, said = (embed(texts, weights, dtype=dtype) for texts in (questions, responses))
         return np.hstack([said, asked * said])
 
-    frames, model = bradley_terry_scores(weights.slug if weights else "minilm", train, tests, features, standardise=True)
+    frames, model = bradley_terry_scores(
+        weights.slug if weights else "minilm", train, tests, features, standardise=True
+    )
     return frames, model.facts

@@ -19,7 +19,7 @@ from ..stats.scores import swap_consistent
 from ..feedback.rating import rate
 
 # %% auto #0
-__all__ = ['RULES', 'SIGNS', 'OTHER', 'CASE_STYLE', 'battle_margins', 'choose_cases', 'Case', 'make_case', 'four_answers',
+__all__ = ['CASE_RULES', 'SIGNS', 'OTHER', 'CASE_STYLE', 'battle_margins', 'choose_cases', 'Case', 'make_case', 'four_answers',
            'score_case', 'case_rows', 'case_note', 'case_frame', 'case_html', 'cases_page', 'case_latex',
            'case_markdown']
 
@@ -31,31 +31,48 @@ def battle_margins(
     import pandas as pd
 
     if battles.duplicated(["speech_id", "order"]).any():
-        raise ValueError("cases.battle_margins: a speech has several rows of one order; pass the battles of one policy, setting and judge")
+        raise ValueError(
+            "cases.battle_margins: a speech has several rows of one order; pass the battles of one policy, setting "
+            "and judge"
+        )
     names = ["verdict", *(f"{key}_verdict" for key in PRINCIPLE_KEYS)]
     first, second = (battles[battles.order == order].set_index("speech_id")[names] for order in ORDERS)
     both = sorted(set(first.index) & set(second.index))
-    found = pd.DataFrame({name: swap_consistent(first[name][both].tolist(), second[name][both].tolist()) for name in names} if both else {name: [] for name in names}, index=both)
+    found = pd.DataFrame(
+        {name: swap_consistent(first[name][both].tolist(), second[name][both].tolist()) for name in names}
+        if both
+        else {name: [] for name in names},
+        index=both,
+    )
     points = found[names[1:]].apply(lambda column: column.map({"win": 1, "loss": -1, "tie": 0})).sum(axis=1)
     return found.assign(margin=points.astype(int)).rename_axis("speech_id").reset_index()
 
 # %% ../../nbs/evaluation/04_cases.ipynb #554fd2cc
-RULES = {"largest": "the win with the largest margin", "median": "the battle of median margin", "loss": "the defeat with the largest margin"}
+CASE_RULES = {
+    "largest": "the win with the largest margin",
+    "median": "the battle of median margin",
+    "loss": "the defeat with the largest margin",
+}
 
 
 def choose_cases(
     battles,  # frame of one policy and setting, both orders
-    seed: int,  # of the run
+    seed: int,
 ) -> dict[str, str]:  # rule -> speech_id; a rule that finds nothing is left out
     "Choose cases to read by rule."
     from statistics import median
 
-    rows = sorted(battle_margins(battles).itertuples(), key=lambda row: derived_seed(seed, "case", row.speech_id))  # min takes the first among equals
+    rows = sorted(
+        battle_margins(battles).itertuples(), key=lambda row: derived_seed(seed, "case", row.speech_id)
+    )  # min takes the first among equals
     if not rows:
         return {}
     middle = median(row.margin for row in rows)
     wins, losses = ([row for row in rows if row.verdict == verdict] for verdict in ("win", "loss"))
-    chosen = {"largest": min(wins, key=lambda row: -row.margin, default=None), "loss": min(losses, key=lambda row: row.margin, default=None)}
+    chosen = {
+        "largest": min(wins, key=lambda row: -row.margin, default=None),
+        "loss": min(losses, key=lambda row: row.margin, default=None),
+    }
     left = [row for row in rows if row not in chosen.values()]
     chosen["median"] = min(left, key=lambda row: abs(row.margin - middle), default=None)
     return {rule: row.speech_id for rule, row in chosen.items() if row is not None}
@@ -64,18 +81,21 @@ def choose_cases(
 @dataclass(frozen=True)
 class Case:
     "Hold one battle with all that is shown of it."
-    rule: str  # a key of RULES
+
+    rule: str  # a key of CASE_RULES
     setting: str  # free / length
     names: tuple[str, str]  # policy, reference
     speech: str  # what the client said
     texts: tuple[str, str]  # the policy's answer, the reference's
     verdicts: dict  # principle or "overall" -> win, loss or tie of the policy in both orders
-    scores: dict = field(default_factory=dict)  # principle -> (rating of the policy's answer, of the reference's), 1-5; may be empty
+    scores: dict = field(
+        default_factory=dict
+    )  # principle -> (rating of the policy's answer, of the reference's), 1-5; may be empty
     rater: str = ""  # who gave the scores
 
 
 def make_case(
-    rule: str,  # a key of RULES
+    rule: str,  # a key of CASE_RULES
     speech_id: str,  # of choose_cases
     battles,  # frame of one policy and setting, both orders
     answers,  # frame of kind "answers", the reference's among them
@@ -89,13 +109,18 @@ def make_case(
     theirs = _only(own[(own.policy == "reference") & (own.setting == "free")], "the reference, free", speech_id)
     [row] = battle_margins(battles[battles.speech_id == speech_id]).to_dict("records")
     verdicts = {"overall": row["verdict"], **{key: row[f"{key}_verdict"] for key in PRINCIPLE_KEYS}}
-    return Case(rule, setting, names, dict(zip(speeches.speech_id, speeches.speech))[speech_id], (mine, theirs), verdicts)
+    return Case(
+        rule, setting, names, dict(zip(speeches.speech_id, speeches.speech))[speech_id], (mine, theirs), verdicts
+    )
 
 
 def _only(found, whose: str, speech_id: str) -> str:
     "Return the one answer that there must be."
     if len(found) != 1:
-        raise StudyError(f"07_win_rates, case {speech_id}: found {len(found)} answers of {whose}, expected 1; run stage 13 again from its answers")
+        raise StudyError(
+            f"07_win_rates, case {speech_id}: found {len(found)} answers of {whose}, expected 1; run chapter 7 again "
+            "from its answers"
+        )
     return found.response.iloc[0]
 
 # %% ../../nbs/evaluation/04_cases.ipynb #8a9c7b5f
@@ -107,22 +132,39 @@ def four_answers(
     "Put together what the rater sees."
     import pandas as pd
 
-    rank = [(0 if row.policy == policy and row.setting == setting else 1 if row.policy == "reference" else 2 if row.setting == setting else 3, row.policy, row.setting) for row in answers.itertuples()]
-    own = answers.iloc[[place for _, place in sorted((r, i) for i, r in enumerate(rank))]].drop_duplicates("response").head(4)
+    rank = [
+        (
+            0
+            if row.policy == policy and row.setting == setting
+            else 1
+            if row.policy == "reference"
+            else 2
+            if row.setting == setting
+            else 3,
+            row.policy,
+            row.setting,
+        )
+        for row in answers.itertuples()
+    ]
+    own = (
+        answers.iloc[[place for _, place in sorted((r, i) for i, r in enumerate(rank))]]
+        .drop_duplicates("response")
+        .head(4)
+    )
     models = own.policy.where(own.policy == "reference", own.policy + ", " + own.setting)
     found = pd.DataFrame({"speech_id": own.speech_id, "model": models, "response": own.response})
     return found if len(found) == 4 else found.iloc[:0]
 
 
 def score_case(
-    gateway,  # gateway.Gateway
+    gateway,
     rater: str,  # gateway URI
     speech_id: str,  # of the case
     answers,  # frame of kind "answers"
     speeches,  # frame with speech_id and speech
     case: Case,  # to be scored
     policy: str,  # its name in `answers`
-    seed: int,  # of the run
+    seed: int,
     **how,  # max_tokens and mode, as in ratings.rate
 ) -> dict:  # principle -> (rating of the policy's answer, of the reference's); only what could be read
     "Ask the rater for the two answers' scores."
@@ -131,7 +173,9 @@ def score_case(
         return {}
     ratings, _ = rate(gateway, rater, speeches[speeches.speech_id == speech_id], shown, 4, seed=seed, **how)
     found = {(row.principle, row.model): int(row.rating) for row in ratings.itertuples()}
-    pairs = {key: (found.get((key, f"{policy}, {case.setting}")), found.get((key, "reference"))) for key in PRINCIPLE_KEYS}
+    pairs = {
+        key: (found.get((key, f"{policy}, {case.setting}")), found.get((key, "reference"))) for key in PRINCIPLE_KEYS
+    }
     return {key: pair for key, pair in pairs.items() if None not in pair}
 
 # %% ../../nbs/evaluation/04_cases.ipynb #ac66a53d
@@ -157,7 +201,7 @@ def case_note(
 ) -> str:  # plain text
     "Say how a case was chosen and what its marks mean."
     scored = f" Numbers: 1-5 by {case.rater}, whose view need not be the judge's." if case.scores else ""
-    return f"Chosen by rule: {RULES[case.rule]}.{scored} Better, worse: the judge's verdict in both orders; undecided: a tie, or the orders disagree."
+    return f"Chosen by rule: {CASE_RULES[case.rule]}.{scored} Better, worse: the judge's verdict in both orders; undecided: a tie, or the orders disagree."
 
 
 def case_frame(
@@ -166,14 +210,22 @@ def case_frame(
     "Put a case into a table, the client's speech in its first row."
     import pandas as pd
 
-    return pd.DataFrame([("client speech", case.speech, ""), *case_rows(case)], columns=["", f"{case.names[0]}", f"{case.names[1]} (reference)"])
+    return pd.DataFrame(
+        [("client speech", case.speech, ""), *case_rows(case)],
+        columns=["", f"{case.names[0]}", f"{case.names[1]} (reference)"],
+    )
 
 # %% ../../nbs/evaluation/04_cases.ipynb #c1247aa3
-CASE_STYLE = ("<style>h1{font-size:1.5rem}.case{margin:2.2rem 0 3rem}.case h3{margin:0 0 .6rem;font-size:1.1rem}.who{margin:0;color:#555;font-size:.78rem;letter-spacing:.04em;text-transform:uppercase}"
-              ".said{border-left:4px solid #0072B2;padding:.3rem 1rem;margin:0 0 1rem;max-width:70rem}"
-              ".case table{table-layout:fixed;width:100%;max-width:72rem;font-size:.95rem}.case col.what{width:8rem}.case thead th{vertical-align:bottom;overflow-wrap:anywhere}.case tbody th{font-weight:600;text-transform:capitalize;color:#333}"
-              ".side{line-height:1.5}.side,.said{white-space:pre-wrap;unicode-bidi:plaintext;text-align:start;overflow-wrap:anywhere}.overall{background:#f4f6f8}.win{color:#00634a;font-weight:600}.loss{color:#8a3c00}.tie{color:#555}"
-              "@media(max-width:45rem){body{margin:.8rem}.case col.what{width:6.6rem}.case table{font-size:.85rem}}</style>")
+CASE_STYLE = (
+    "<style>h1{font-size:1.5rem}.case{margin:2.2rem 0 3rem}.case h3{margin:0 0 "
+    ".6rem;font-size:1.1rem}.who{margin:0;color:#555;font-size:.78rem;letter-spacing:.04em;text-transform:uppercase}"
+    ".said{border-left:4px solid #0072B2;padding:.3rem 1rem;margin:0 0 1rem;max-width:70rem}"
+    ".case table{table-layout:fixed;width:100%;max-width:72rem;font-size:.95rem}.case col.what{width:8rem}.case thead "
+    "th{vertical-align:bottom;overflow-wrap:anywhere}.case tbody "
+    "th{font-weight:600;text-transform:capitalize;color:#333}"
+    ".side{line-height:1.5}.side,.said{white-space:pre-wrap;unicode-bidi:plaintext;text-align:start;overflow-wrap:anywhere}.overall{background:#f4f6f8}.win{color:#00634a;font-weight:600}.loss{color:#8a3c00}.tie{color:#555}"
+    "@media(max-width:45rem){body{margin:.8rem}.case col.what{width:6.6rem}.case table{font-size:.85rem}}</style>"
+)
 
 
 def _html(text: str) -> str:
@@ -188,14 +240,24 @@ def case_html(
     "Show a case with both answers side by side."
     (_, *texts), *rows = case_rows(case)
     names = (_html(case.names[0]), f"{_html(case.names[1])} (reference)")
-    body = "<tr><th>response</th>" + "".join(f"<td class='side' dir='auto'>{_html(text)}</td>" for text in texts) + "</tr>"
+    body = (
+        "<tr><th>response</th>" + "".join(f"<td class='side' dir='auto'>{_html(text)}</td>" for text in texts) + "</tr>"
+    )
     for key, *cells in rows:
         verdict = case.verdicts.get(key)
         kinds = (verdict, OTHER[verdict]) if verdict else ("", "")
-        body += f"<tr class='{'overall' if key == 'overall' else ''}'><th>{_html(key)}</th>" + "".join(f"<td class='{kind}'>{_html(cell)}</td>" for kind, cell in zip(kinds, cells)) + "</tr>"
-    return (f"<section class='case'><h3>{_html(title)}</h3><p class='who'>client</p><div class='said' dir='auto'>{_html(case.speech)}</div>"
-            f"<table><colgroup><col class='what'><col><col></colgroup><thead><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr></thead><tbody>{body}</tbody></table>"
-            f"<p class='label'>{_html(case_note(case))}</p></section>")
+        body += (
+            f"<tr class='{'overall' if key == 'overall' else ''}'><th>{_html(key)}</th>"
+            + "".join(f"<td class='{kind}'>{_html(cell)}</td>" for kind, cell in zip(kinds, cells))
+            + "</tr>"
+        )
+    return (
+        f"<section class='case'><h3>{_html(title)}</h3><p class='who'>client</p><div class='said' "
+        f"dir='auto'>{_html(case.speech)}</div>"
+        "<table><colgroup><col "
+        f"class='what'><col><col></colgroup><thead><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr></thead><tbody>{body}</tbody></table>"
+        f"<p class='label'>{_html(case_note(case))}</p></section>"
+    )
 
 # %% ../../nbs/evaluation/04_cases.ipynb #810137b6
 def cases_page(
@@ -204,8 +266,12 @@ def cases_page(
 ) -> str:  # a self-contained HTML page
     "Put all cases on one page."
     parts = "".join(case_html(title, case) for title, case in cases) or "<p>No battle was decided in both orders.</p>"
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Cases</title>{TABLE_STYLE}{CASE_STYLE}</head><body><h1>Cases</h1>"
-            f"<p>Machine-written answers, shown to be judged: drafts for review by a licensed professional, never advice to a client.</p>{parts}<p class='label'>{_html(label)}</p></body></html>")
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
+        f"content='width=device-width'><title>Cases</title>{TABLE_STYLE}{CASE_STYLE}</head><body><h1>Cases</h1>"
+        "<p>Machine-written answers, shown to be judged: drafts for review by a licensed professional, never advice "
+        f"to a client.</p>{parts}<p class='label'>{_html(label)}</p></body></html>"
+    )
 
 # %% ../../nbs/evaluation/04_cases.ipynb #24634161
 def _typeset(text: str, newline: str = r" \newline ") -> str:
@@ -221,7 +287,13 @@ def _glyph(sign: str) -> str:
         return sign
     if kind in ("So", "Sm", "Sk", "Co", "Cn") and ord(sign) >= 0x2190 and latex_text(sign) == sign:
         return f"[{unicodedata.name(sign, 'symbol').lower()}]"
-    return " " if kind in ("Zs", "Cc") else "" if kind in ("Cf", "Cs", "Mn") and ord(sign) > 0x200 and not unicodedata.combining(sign) else sign
+    return (
+        " "
+        if kind in ("Zs", "Cc")
+        else ""
+        if kind in ("Cf", "Cs", "Mn") and ord(sign) > 0x200 and not unicodedata.combining(sign)
+        else sign
+    )
 
 # %% ../../nbs/evaluation/04_cases.ipynb #0e7a6a11
 def case_latex(
@@ -230,18 +302,36 @@ def case_latex(
     label: Label,  # who made it
 ) -> str:  # a LaTeX table environment (booktabs)
     "Typeset a case with both answers side by side."
-    lines = [r"\begin{table*}", r"\centering\small", r"\begin{tabular}{lp{0.4\textwidth}p{0.4\textwidth}}", r"\toprule",
-             rf"\multicolumn{{3}}{{p{{0.92\textwidth}}}}{{\textbf{{Client speech.}} {_typeset(case.speech)}}} \\", r"\midrule",
-             rf" & \textbf{{{_typeset(case.names[0], ' ')}}} & \textbf{{{_typeset(case.names[1], ' ')} (reference)}} \\", r"\midrule"]
+    lines = [
+        r"\begin{table*}",
+        r"\centering\small",
+        r"\begin{tabular}{lp{0.4\textwidth}p{0.4\textwidth}}",
+        r"\toprule",
+        rf"\multicolumn{{3}}{{p{{0.92\textwidth}}}}{{\textbf{{Client speech.}} {_typeset(case.speech)}}} \\",
+        r"\midrule",
+        rf" & \textbf{{{_typeset(case.names[0], ' ')}}} & \textbf{{{_typeset(case.names[1], ' ')} (reference)}} \\",
+        r"\midrule",
+    ]
     lines += [" & ".join(map(_typeset, row)) + r" \\" for row in case_rows(case)]
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_typeset(title, ' ')}. {_typeset(case_note(case), ' ')} {_typeset(label, ' ')}}}", r"\end{table*}"]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{_typeset(title, ' ')}. {_typeset(case_note(case), ' ')} {_typeset(label, ' ')}}}",
+        r"\end{table*}",
+    ]
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/evaluation/04_cases.ipynb #2dbb7a40
 def _marked_down(text: str, newline: str = "<br>") -> str:
     "Escape text for a cell or a line of Markdown."
     lines = (re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", line.strip()) for line in str(text).strip().splitlines())
-    return newline.join(re.sub(r"^(\d*)([-+.)])(?=\s|$)", r"\1\\\2", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in lines)
+    return newline.join(
+        re.sub(r"^(\d*)([-+.)])(?=\s|$)", r"\1\\\2", line)
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        for line in lines
+    )
 
 
 def case_markdown(
@@ -250,7 +340,18 @@ def case_markdown(
     label: Label | None = None,  # who made it; None: left out
 ) -> str:  # Markdown
     "Write a case as Markdown, both answers side by side."
-    rows = [f"| {_marked_down(key)} | {_marked_down(mine)} | {_marked_down(theirs)} |" for key, mine, theirs in case_rows(case)]
-    head = [f"| | {_marked_down(case.names[0], ' ')} | {_marked_down(case.names[1], ' ')} (reference) |", "|---|---|---|"]
+    rows = [
+        f"| {_marked_down(key)} | {_marked_down(mine)} | {_marked_down(theirs)} |"
+        for key, mine, theirs in case_rows(case)
+    ]
+    head = [
+        f"| | {_marked_down(case.names[0], ' ')} | {_marked_down(case.names[1], ' ')} (reference) |",
+        "|---|---|---|",
+    ]
     tail = [f"*{_marked_down(case_note(case), ' ')}*", *(["", _marked_down(label, " ")] if label else [])]
-    return "\n".join([f"**{_marked_down(title, ' ')}**", "", f"> {_marked_down(case.speech)}", "", *head, *rows, "", *tail]) + "\n"
+    return (
+        "\n".join(
+            [f"**{_marked_down(title, ' ')}**", "", f"> {_marked_down(case.speech)}", "", *head, *rows, "", *tail]
+        )
+        + "\n"
+    )

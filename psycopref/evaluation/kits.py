@@ -23,10 +23,10 @@ from ..core.paper import resource_path
 from ..core.prompts import BATTLE_KEYS, principles
 
 # %% auto #0
-__all__ = ['SIDES', 'TASKS', 'CONTACT', 'digest', 'places', 'draw_evenly', 'gap_stratum', 'draw_label_pairs', 'answers_of',
-           'with_speeches', 'draw_answer_pairs', 'draw_answers', 'side_orders', 'check_rows', 'make_kit', 'data_block',
-           'page_policy', 'kit_html', 'item_fields', 'questions_of', 'label_studio_tasks', 'label_studio_config',
-           'safe_cell', 'kit_csv', 'kit_readme', 'write_kits', 'run_kits', 'kit_table']
+__all__ = ['SIDES', 'TASKS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'gap_stratum', 'draw_label_pairs',
+           'side_answers', 'with_speeches', 'draw_answer_pairs', 'draw_answers', 'side_orders', 'check_rows',
+           'make_kit', 'data_block', 'page_policy', 'kit_html', 'item_fields', 'questions_of', 'label_studio_tasks',
+           'label_studio_config', 'safe_cell', 'kit_csv', 'kit_readme', 'write_kits', 'run_kits', 'kit_table']
 
 # %% ../../nbs/evaluation/05_kits.ipynb #0c707319
 def digest(
@@ -36,7 +36,7 @@ def digest(
     return hashlib.sha256(json.dumps([str(part) for part in parts], ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c0b60716
-def places(
+def allocate_proportionally(
     sizes: dict[str, int],  # stratum -> how many there are
     n: int,  # places to give
 ) -> dict[str, int]:  # stratum -> how many are drawn; all where there are no more than n
@@ -52,7 +52,7 @@ def places(
 def draw_evenly(
     rows,  # frame with speech_id and stratum
     n: int,  # how many; fewer come back where there are fewer speeches
-    seed: int,  # the run's seed
+    seed: int,
     purpose: str,  # keeps draws of one seed apart
     later: typing.Collection[str] = (),  # speeches that are taken only where the others do not suffice
 ):  # frame: at most one row of a speech, in an order that does not depend on the order of the input
@@ -62,9 +62,11 @@ def draw_evenly(
     if rows.empty:
         raise StudyError(f"kits: there is nothing to draw for {purpose}; run the stages before with more speeches")
     lots = [digest(seed, purpose, *row) for row in rows.astype(str).itertuples(index=False)]
-    rows = rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots).sort_values("_lot").drop_duplicates("speech_id")
+    rows = (
+        rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots).sort_values("_lot").drop_duplicates("speech_id")
+    )
     rows = rows.sort_values(["_late", "_lot"])
-    given = places(rows.stratum.value_counts().to_dict(), n)
+    given = allocate_proportionally(rows.stratum.value_counts().to_dict(), n)
     taken = rows[rows.groupby("stratum").cumcount() < rows.stratum.map(given)]
     return taken.sort_values("_lot").drop(columns=["_late", "_lot"]).reset_index(drop=True)
 
@@ -82,7 +84,7 @@ def gap_stratum(
 def draw_label_pairs(
     pairs,  # frame in the released schema
     n: int,  # pairs to draw (§3.4: 200)
-    seed: int,  # the run's seed
+    seed: int,
     speeches=None,  # frame with speech_id and coarse_topic; without it strata are gaps
 ):  # frame with the columns SIDES; setting is "labels"
     "Draw preference pairs, in proportion to topics or to gaps."
@@ -91,11 +93,13 @@ def draw_label_pairs(
     if speeches is not None:
         stratum = pairs.ID.map(dict(zip(speeches.speech_id, speeches.coarse_topic))).fillna("unknown topic")
     names = {"setting": "labels", "name_a": "chosen", "name_b": "rejected"}
-    rows = pairs.rename(columns={"ID": "speech_id", "question": "client_speech", "chosen": "response_a", "rejected": "response_b"}).assign(stratum=stratum, **names)
+    rows = pairs.rename(
+        columns={"ID": "speech_id", "question": "client_speech", "chosen": "response_a", "rejected": "response_b"}
+    ).assign(stratum=stratum, **names)
     return draw_evenly(rows[SIDES], n, seed, "labels")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c92ae0bc
-def answers_of(
+def side_answers(
     answers,  # frame of answers
     policy: str,  # a policy, or "reference"
     setting: str,  # free or length; the reference answers freely in both (§4.2)
@@ -105,8 +109,10 @@ def answers_of(
     found = answers[(answers.policy == policy) & (answers.setting == wanted)]
     if found.empty:
         known = sorted({f"{p} ({s})" for p, s in zip(answers.policy, answers.setting)})
-        raise StudyError(f"kits: no {wanted} answers of {policy!r}, found those of {', '.join(known) or 'nobody'}; "
-                         "name another policy in agreement.policy or run stage 13 with this one")
+        raise StudyError(
+            f"kits: no {wanted} answers of {policy!r}, found those of {', '.join(known) or 'nobody'}; "
+            "name another policy in agreement.policy or run chapter 7 with this one"
+        )
     return found[["speech_id", "response"]]
 
 
@@ -116,12 +122,16 @@ def with_speeches(
     **columns,  # further columns
 ):  # frame with the columns SIDES
     "Add the client's words and the topic."
-    known = speeches[["speech_id", "speech", "coarse_topic"]].rename(columns={"speech": "client_speech", "coarse_topic": "stratum"})
+    known = speeches[["speech_id", "speech", "coarse_topic"]].rename(
+        columns={"speech": "client_speech", "coarse_topic": "stratum"}
+    )
     joined = rows.merge(known, on="speech_id", how="left", validate="one_to_one")
     absent = joined.speech_id[joined.client_speech.isna()]
     if len(absent):
-        raise StudyError(f"kits: {len(absent)} answered speeches are not among the speeches, the first is {absent.iloc[0]!r}; "
-                         "take speeches and answers of one run")
+        raise StudyError(
+            f"kits: {len(absent)} answered speeches are not among the speeches, the first is {absent.iloc[0]!r}; "
+            "take speeches and answers of one run"
+        )
     return joined.assign(**columns)[SIDES]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #fa0a525d
@@ -131,11 +141,11 @@ def draw_answer_pairs(
     policy: str,  # whose answers
     setting: str,  # free or length
     n: int,  # pairs to draw (§4.2: 100 in each setting)
-    seed: int,  # the run's seed
+    seed: int,
     later: typing.Collection[str] = (),  # speeches of an earlier draw, to be left for last
 ):  # frame with the columns SIDES
     "Draw answers of a policy beside the reference's, in proportion to coarse topics."
-    own, others = answers_of(answers, policy, setting), answers_of(answers, "reference", setting)
+    own, others = side_answers(answers, policy, setting), side_answers(answers, "reference", setting)
     both = own.merge(others, on="speech_id", suffixes=("_a", "_b"), validate="one_to_one")
     rows = with_speeches(both, speeches, setting=setting, name_a=policy, name_b="reference")
     return draw_evenly(rows, n, seed, f"{policy} beside the reference, {setting}", later)
@@ -147,11 +157,11 @@ def draw_answers(
     policy: str,  # whose answers
     setting: str,  # free or length
     n: int,  # answers to draw (§4.2, Fig. 3: 100)
-    seed: int,  # the run's seed
+    seed: int,
     later: typing.Collection[str] = (),  # speeches of an earlier draw, to be left for last
 ):  # frame with the columns SIDES; the second side is empty
     "Draw answers of a policy, in proportion to coarse topics."
-    rows = answers_of(answers, policy, setting).rename(columns={"response": "response_a"})
+    rows = side_answers(answers, policy, setting).rename(columns={"response": "response_a"})
     rows = with_speeches(rows, speeches, setting=setting, name_a=policy, name_b="", response_b="")
     return draw_evenly(rows, n, seed, f"scores of {policy}, {setting}", later)
 
@@ -179,35 +189,66 @@ def check_rows(
     absent = [name for name in SIDES if name not in rows.columns]
     if absent or rows.empty:
         found = f"columns {', '.join(absent)} are missing" if absent else "no rows"
-        raise StudyError(f"kits: {found}, expected rows as draw_label_pairs, draw_answer_pairs or draw_answers return them")
+        raise StudyError(
+            f"kits: {found}, expected rows as draw_label_pairs, draw_answer_pairs or draw_answers return them"
+        )
     odd = [name for name in SIDES if not rows[name].map(lambda value: isinstance(value, str)).all()]
     if odd:
-        raise StudyError(f"kits: {', '.join(odd)} hold values that are no text, expected text everywhere; drop rows without an answer first")
+        raise StudyError(
+            f"kits: {', '.join(odd)} hold values that are no text, expected text everywhere; drop rows without an "
+            "answer first"
+        )
     if (rows.name_a == "").any() or (task == "compare" and (rows.name_b == "").any()):
-        raise StudyError("kits: rows with a side that has no name can't be told apart later; a comparison needs two sides, the task 'score' one")
+        raise StudyError(
+            "kits: rows with a side that has no name can't be told apart later; a comparison needs two sides, the "
+            "task 'score' one"
+        )
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8bb77bcb
 def make_kit(
     rows,  # frame with the columns SIDES, of one draw or several
     task: str,  # compare or score
     title: str,  # what annotators read above the kit; must not tell sides or settings
-    seed: int,  # the run's seed
+    seed: int,
 ) -> tuple[dict, typing.Any]:  # the kit, which may be handed out; its key, a frame that may not
     "Shuffle rows and sides, and keep what must not be seen apart from what must."
     import pandas as pd
 
     check_rows(rows, task)
-    rows = rows.assign(_lot=[digest(seed, title, task, *row) for row in rows[SIDES].itertuples(index=False)]).sort_values("_lot").reset_index(drop=True)
-    swaps = side_orders(rows.assign(_lot=[digest("sides", lot) for lot in rows._lot])) if task == "compare" else [False] * len(rows)
+    rows = (
+        rows.assign(_lot=[digest(seed, title, task, *row) for row in rows[SIDES].itertuples(index=False)])
+        .sort_values("_lot")
+        .reset_index(drop=True)
+    )
+    swaps = (
+        side_orders(rows.assign(_lot=[digest("sides", lot) for lot in rows._lot]))
+        if task == "compare"
+        else [False] * len(rows)
+    )
     items, key, asked = [], [], [dataclasses.asdict(p) for p in principles()]
     for place, (row, swapped) in enumerate(zip(rows.itertuples(index=False), swaps)):
         sides = _shown(row, task, swapped)
         item = {"item_id": "i" + digest("item", seed, title, task, place)[:11], "task": task}
-        items.append(item | {"client_speech": row.client_speech.strip(), "responses": [text.strip() for name, text in sides if name]})
-        key.append(item | {"speech_id": row.speech_id, "setting": row.setting, "first": sides[0][0], "second": sides[1][0]})
+        items.append(
+            item
+            | {"client_speech": row.client_speech.strip(), "responses": [text.strip() for name, text in sides if name]}
+        )
+        key.append(
+            item | {"speech_id": row.speech_id, "setting": row.setting, "first": sides[0][0], "second": sides[1][0]}
+        )
     kit_id = "k" + digest(task, json.dumps([asked, items], ensure_ascii=False))[:15]
-    kit = {"format": "psycopref-kit", "version": 1, "kit_id": kit_id, "title": title, "task": task, "principles": asked, "items": items}
-    return kit, pd.DataFrame(key).assign(kit=kit_id)[["kit", "item_id", "task", "speech_id", "setting", "first", "second"]]
+    kit = {
+        "format": "psycopref-kit",
+        "version": 1,
+        "kit_id": kit_id,
+        "title": title,
+        "task": task,
+        "principles": asked,
+        "items": items,
+    }
+    return kit, pd.DataFrame(key).assign(kit=kit_id)[
+        ["kit", "item_id", "task", "speech_id", "setting", "first", "second"]
+    ]
 
 
 def _shown(row, task: str, swapped: bool) -> list[tuple[str, str]]:
@@ -231,6 +272,7 @@ def page_policy(
     page: str,  # the template
 ) -> str:  # the content security policy
     "Allow the page's own script and style, by their hashes, and nothing else."
+
     def source(tag):
         body = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
         return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
@@ -252,7 +294,9 @@ def item_fields(
     item: dict,  # of a kit
 ) -> dict[str, str]:  # client_speech, response_1 and, in a comparison, response_2
     "Name the texts of an item."
-    return {"client_speech": item["client_speech"]} | {f"response_{i}": text for i, text in enumerate(item["responses"], 1)}
+    return {"client_speech": item["client_speech"]} | {
+        f"response_{i}": text for i, text in enumerate(item["responses"], 1)
+    }
 
 
 def questions_of(
@@ -266,7 +310,9 @@ def label_studio_tasks(
     kit: dict,  # of make_kit
 ) -> list[dict]:  # to be imported as JSON
     "Write a kit's items as Label Studio's tasks."
-    return [{"data": {"kit_id": kit["kit_id"], "item_id": item["item_id"], **item_fields(item)}} for item in kit["items"]]
+    return [
+        {"data": {"kit_id": kit["kit_id"], "item_id": item["item_id"], **item_fields(item)}} for item in kit["items"]
+    ]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #d2a37743
 def label_studio_config(
@@ -279,11 +325,21 @@ def label_studio_config(
     for name in item_fields(kit["items"][0]):
         ElementTree.SubElement(view, "Header", value=name.replace("_", " ").capitalize(), size="4")
         ElementTree.SubElement(view, "Text", name=name, value=f"${name}", valueType="text", selectionEnabled="false")
-    asked = {p["key"]: f"{p['name']}: {p['description']}" for p in kit["principles"]} | {"overall": "Overall: which response would be better for this client?"}
+    asked = {p["key"]: f"{p['name']}: {p['description']}" for p in kit["principles"]} | {
+        "overall": "Overall: which response would be better for this client?"
+    }
     for key in questions_of(kit):
         ElementTree.SubElement(view, "Header", value=asked[key], size="5")
         _label_studio_question(view, key, kit["task"])
-    ElementTree.SubElement(view, "TextArea", name="note", toName="client_speech", placeholder="Note, if you like", rows="2", maxSubmissions="1")
+    ElementTree.SubElement(
+        view,
+        "TextArea",
+        name="note",
+        toName="client_speech",
+        placeholder="Note, if you like",
+        rows="2",
+        maxSubmissions="1",
+    )
     ElementTree.indent(view)
     return ElementTree.tostring(view, encoding="unicode") + "\n"
 
@@ -294,8 +350,12 @@ def _label_studio_question(view, key: str, task: str) -> None:
     if task == "score":
         ElementTree.SubElement(view, "Rating", toName="response_1", maxRating="5", **traits)
         return
-    choices = ElementTree.SubElement(view, "Choices", toName="client_speech", choice="single-radio", showInline="true", **traits)
-    for alias, value in (("1", "Response 1"), ("2", "Response 2"), ("0", "No difference"))[: 2 if key == "overall" else 3]:
+    choices = ElementTree.SubElement(
+        view, "Choices", toName="client_speech", choice="single-radio", showInline="true", **traits
+    )
+    for alias, value in (("1", "Response 1"), ("2", "Response 2"), ("0", "No difference"))[
+        : 2 if key == "overall" else 3
+    ]:
         ElementTree.SubElement(choices, "Choice", value=value, alias=alias)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3e968c1
@@ -320,12 +380,16 @@ def kit_csv(
     writer = csv.writer(sheet, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writerow(["kit_id", "item_id", *texts, *asked])
     for item in kit["items"]:
-        writer.writerow([kit["kit_id"], item["item_id"], *map(safe_cell, item_fields(item).values()), *[""] * len(asked)])
+        writer.writerow(
+            [kit["kit_id"], item["item_id"], *map(safe_cell, item_fields(item).values()), *[""] * len(asked)]
+        )
     return sheet.getvalue()
 
 # %% ../../nbs/evaluation/05_kits.ipynb #be2eab52
-_KEYS_TOLD = {"compare": "1 or 2 = this response is better, 0 = no difference (for the principles; overall asks for 1 or 2)",
-              "score": "1 = not at all, 2 = a little, 3 = partly, 4 = mostly, 5 = fully in line with the principle"}
+_KEYS_TOLD = {
+    "compare": "1 or 2 = this response is better, 0 = no difference (for the principles; overall asks for 1 or 2)",
+    "score": "1 = not at all, 2 = a little, 3 = partly, 4 = mostly, 5 = fully in line with the principle",
+}
 
 _README = """{title}
 {line}
@@ -363,11 +427,22 @@ def kit_readme(
     contact: str = CONTACT,  # whom annotators turn to
 ) -> str:  # plain text
     "Word what annotators should know before they begin."
-    what = ("Read what the client said and two responses; say which one is better on each principle and overall." if kit["task"] == "compare"
-            else "Read what the client said and one response; score the response on each principle.")
+    what = (
+        "Read what the client said and two responses; say which one is better on each principle and overall."
+        if kit["task"] == "compare"
+        else "Read what the client said and one response; score the response on each principle."
+    )
     listed = "\n".join(f"  {p['key']}: {p['description']}" for p in kit["principles"])
-    return _README.format(title=kit["title"], line="=" * len(kit["title"]), count=len(kit["items"]), what=what, contact=contact, kit_id=kit["kit_id"],
-                          keys=_KEYS_TOLD[kit["task"]], principles=listed)
+    return _README.format(
+        title=kit["title"],
+        line="=" * len(kit["title"]),
+        count=len(kit["items"]),
+        what=what,
+        contact=contact,
+        kit_id=kit["kit_id"],
+        keys=_KEYS_TOLD[kit["task"]],
+        principles=listed,
+    )
 
 # %% ../../nbs/evaluation/05_kits.ipynb #04d50eb0
 def write_kits(
@@ -377,8 +452,12 @@ def write_kits(
 ) -> list[Path]:  # what may be handed out
     "Write a kit in its three forms, with a text for annotators."
     folder = Path(folder)
-    texts = {"kit.html": kit_html(kit, contact), "label_studio_config.xml": label_studio_config(kit), "kit.csv": "\ufeff" + kit_csv(kit),
-             "README.txt": kit_readme(kit, contact)}
+    texts = {
+        "kit.html": kit_html(kit, contact),
+        "label_studio_config.xml": label_studio_config(kit),
+        "kit.csv": "\ufeff" + kit_csv(kit),
+        "README.txt": kit_readme(kit, contact),
+    }
     for name, text in texts.items():
         with atomic_path(folder / name) as partial:
             partial.write_bytes(text.encode())
@@ -392,7 +471,7 @@ def run_kits(
     speeches,  # frame of speeches
     policy: str,  # whose answers
     settings: AgreementSettings,  # how many
-    seed: int,  # the run's seed
+    seed: int,
 ) -> dict[str, tuple]:  # labels, answers, scores -> (kit, key)
     "Draw and make the kits of §3.4 and §4.2."
     import pandas as pd
@@ -403,9 +482,11 @@ def run_kits(
         beside.append(draw_answer_pairs(answers, speeches, policy, setting, settings.battle_pairs, seed, later=seen))
         alone.append(draw_answers(answers, speeches, policy, setting, settings.scored, seed, later=scored))
         seen, scored = [*seen, *beside[-1].speech_id], [*scored, *alone[-1].speech_id]
-    return {"labels": make_kit(labels, "compare", "Comparing two responses (first set)", seed),
-            "answers": make_kit(pd.concat(beside), "compare", "Comparing two responses (second set)", seed),
-            "scores": make_kit(pd.concat(alone), "score", "Scoring one response", seed)}
+    return {
+        "labels": make_kit(labels, "compare", "Comparing two responses (first set)", seed),
+        "answers": make_kit(pd.concat(beside), "compare", "Comparing two responses (second set)", seed),
+        "scores": make_kit(pd.concat(alone), "score", "Scoring one response", seed),
+    }
 
 
 def kit_table(
@@ -418,7 +499,18 @@ def kit_table(
     asked, rows = {"labels": settings.label_pairs, "answers": settings.battle_pairs, "scores": settings.scored}, []
     for name, (kit, key) in kits.items():
         for setting, part in key.groupby("setting"):
-            share = None if (part.second == "").all() else float(100 * part.second.isin(["rejected", "reference"]).mean())
-            rows.append({"kit": name, "kit_id": kit["kit_id"], "task": part.task.iloc[0], "setting": setting, "asked": asked[name], "items": len(part),
-                         "chosen or policy shown first (%)": share})
+            share = (
+                None if (part.second == "").all() else float(100 * part.second.isin(["rejected", "reference"]).mean())
+            )
+            rows.append(
+                {
+                    "kit": name,
+                    "kit_id": kit["kit_id"],
+                    "task": part.task.iloc[0],
+                    "setting": setting,
+                    "asked": asked[name],
+                    "items": len(part),
+                    "chosen or policy shown first (%)": share,
+                }
+            )
     return pd.DataFrame(rows)

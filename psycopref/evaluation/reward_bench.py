@@ -17,25 +17,59 @@ from ..stats.scores import _numbers, bootstrap
 from ..corpus.sources import HUB, Source, locate, read_columns
 
 # %% auto #0
-__all__ = ['SECTIONS', 'PRIOR', 'PRIOR_PAIRS', 'WEIGHTS', 'SECTION_WEIGHT', 'PUBLISHED', 'BENCH', 'COLUMNS', 'section_shares',
-           'overall_shares', 'read_reward_bench', 'score_reward_bench']
+__all__ = ['SECTIONS', 'PRIOR', 'PRIOR_PAIRS', 'WEIGHTS', 'SECTION_WEIGHT', 'PUBLISHED', 'BENCH', 'BENCH_COLUMNS',
+           'section_shares', 'overall_shares', 'read_reward_bench', 'score_reward_bench']
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #3d8703d7
 SECTIONS = {  # section -> subset -> its weight in the section
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-                  "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250,
-               "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
 }
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #c97015c3
 PRIOR = "Prior Sets"
-PRIOR_PAIRS = {"anthropic_helpful": 6192, "anthropic_hhh": 221, "shp": 1741, "summarize": 9000}  # allenai/preference-test-sets
+PRIOR_PAIRS = {
+    "anthropic_helpful": 6192,
+    "anthropic_hhh": 221,
+    "shp": 1741,
+    "summarize": 9000,
+}  # allenai/preference-test-sets
 WEIGHTS = {**SECTIONS, PRIOR: dict.fromkeys(PRIOR_PAIRS, 1)}  # as SECTIONS, and the prior sets
 SECTION_WEIGHT = {**dict.fromkeys(SECTIONS, 1.0), PRIOR: 0.5}  # in the overall score
-PUBLISHED = {**{subset: n for weights in SECTIONS.values() for subset, n in weights.items()}, "math-prm": 447, **PRIOR_PAIRS}  # pairs of each subset
+PUBLISHED = {
+    **{subset: n for weights in SECTIONS.values() for subset, n in weights.items()},
+    "math-prm": 447,
+    **PRIOR_PAIRS,
+}  # pairs of each subset
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #cc8cef84
 def section_shares(
@@ -52,7 +86,11 @@ def overall_shares(
     "Say how much each subset counts in the overall score."
     sections = WEIGHTS if prior else SECTIONS
     whole = sum(SECTION_WEIGHT[section] for section in sections)
-    return {subset: SECTION_WEIGHT[section] / whole * share for section in sections for subset, share in section_shares(section).items()}
+    return {
+        subset: SECTION_WEIGHT[section] / whole * share
+        for section in sections
+        for subset, share in section_shares(section).items()
+    }
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #680bde81
 @dataclass(frozen=True)
@@ -62,14 +100,29 @@ class _Bench(Source):
     @property
     def remedy(self) -> str:
         "What a user can do when it can't be fetched or read."
-        return f"download it yourself from {self.page} and name its file or folder, e.g. mixing.reward_bench=/path/to/it"
+        return (
+            f"download it yourself from {self.page} and name its file or folder, e.g. mixing.reward_bench=/path/to/it"
+        )
 
 
-BENCH = _Bench("reward-bench", "ODC-BY", f"{HUB}/allenai/reward-bench", ("prompt",), ("hf://datasets/allenai/reward-bench@main",),
-               (("filtered*.parquet",), tuple(f"{name}-*.parquet" for name in PRIOR_PAIRS), ("*.parquet",), ("*.jsonl",), ("*.csv",)), many=True)
+BENCH = _Bench(
+    "reward-bench",
+    "ODC-BY",
+    f"{HUB}/allenai/reward-bench",
+    ("prompt",),
+    ("hf://datasets/allenai/reward-bench@main",),
+    (
+        ("filtered*.parquet",),
+        tuple(f"{name}-*.parquet" for name in PRIOR_PAIRS),
+        ("*.parquet",),
+        ("*.jsonl",),
+        ("*.csv",),
+    ),
+    many=True,
+)
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #5fb6e1fb
-COLUMNS = ("prompt", "chosen", "rejected", "subset", "id")  # what a table must have
+BENCH_COLUMNS = ("prompt", "chosen", "rejected", "subset", "id")  # what a table must have
 
 
 def _turns(prompt) -> list[dict] | None:
@@ -88,9 +141,12 @@ def _named(path: Path) -> dict[str, list]:
     if split and split[1] in PRIOR_PAIRS:
         rows = len(next(iter(columns.values())))
         columns = {"id": range(rows), **columns, "subset": [split[1]] * rows}
-    missing = [name for name in COLUMNS if name not in columns]
+    missing = [name for name in BENCH_COLUMNS if name not in columns]
     if missing:
-        raise StudyError(f"{path}: columns {missing} are missing, found {list(columns)[:8]}; is it RewardBench? If not, {BENCH.remedy}")
+        raise StudyError(
+            f"{path}: columns {missing} are missing, found {list(columns)[:8]}; is it RewardBench? If not, "
+            f"{BENCH.remedy}"
+        )
     return columns
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #d4cd0a13
@@ -99,18 +155,40 @@ def _refuse(path: Path, values: typing.Sequence, wrong: typing.Sequence[bool], f
     if any(wrong):
         row = list(wrong).index(True)
         what = found.format(f"{values[row]!r:.60}")
-        raise StudyError(f"{path}, row {row}: {what}{remedy or f'. {suggest(str(values[row]), PUBLISHED)}'} Is it RewardBench? If not, {BENCH.remedy}")
+        raise StudyError(
+            f"{path}, row {row}: {what}{remedy or f'. {suggest(str(values[row]), PUBLISHED)}'} Is it RewardBench? If "
+            f"not, {BENCH.remedy}"
+        )
 
 
 def _check_pairs(path: Path, columns: dict[str, list], messages: list) -> None:
     "Refuse unknown subsets, responses that are no text, prompts that can't be read and rows without an id."
     subsets = columns["subset"]
-    _refuse(path, subsets, [not isinstance(one, str) or one not in PUBLISHED for one in subsets], "subset {} is not known")
+    _refuse(
+        path, subsets, [not isinstance(one, str) or one not in PUBLISHED for one in subsets], "subset {} is not known"
+    )
     for name in ("chosen", "rejected"):
-        _refuse(path, columns[name], [not isinstance(text, str) for text in columns[name]], f"{name} is {{}}, expected text", "; mend the row.")
-    _refuse(path, columns["prompt"], [turns is None for turns in messages], "prompt is {}, expected text, or turns that begin and end with the user's",
-            "; mend the row.")
-    _refuse(path, columns["id"], [one is None or one == "" for one in columns["id"]], "id is {}, expected a number or a name", "; number the rows.")
+        _refuse(
+            path,
+            columns[name],
+            [not isinstance(text, str) for text in columns[name]],
+            f"{name} is {{}}, expected text",
+            "; mend the row.",
+        )
+    _refuse(
+        path,
+        columns["prompt"],
+        [turns is None for turns in messages],
+        "prompt is {}, expected text, or turns that begin and end with the user's",
+        "; mend the row.",
+    )
+    _refuse(
+        path,
+        columns["id"],
+        [one is None or one == "" for one in columns["id"]],
+        "id is {}, expected a number or a name",
+        "; number the rows.",
+    )
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #11a9073e
 def _read_pairs(path: Path):
@@ -121,12 +199,21 @@ def _read_pairs(path: Path):
     messages = [_turns(prompt) for prompt in columns["prompt"]]
     _check_pairs(path, columns, messages)
     ids = [f"{subset}-{one}" for subset, one in zip(columns["subset"], columns["id"])]
-    return pd.DataFrame({"ID": ids, "question": [turns[-1]["content"] for turns in messages], "messages": messages,
-                         "chosen": columns["chosen"], "rejected": columns["rejected"], "subset": columns["subset"]})
+    return pd.DataFrame(
+        {
+            "ID": ids,
+            "question": [turns[-1]["content"] for turns in messages],
+            "messages": messages,
+            "chosen": columns["chosen"],
+            "rejected": columns["rejected"],
+            "subset": columns["subset"],
+        }
+    )
 
 
 def read_reward_bench(
-    *places: str | Path,  # files, folders, URLs, hf://datasets/OWNER/NAME@REVISION, or reward-bench: from the hub, as without a place
+    *places: str
+    | Path,  # files, folders, URLs, hf://datasets/OWNER/NAME@REVISION, or reward-bench: from the hub, as without a place
 ):  # frame: ID, prefID, question, messages (turns before the response), chosen, rejected, subset
     "Read RewardBench's pairs, and those of the older sets where a place holds them."
     import pandas as pd
@@ -189,12 +276,19 @@ def _scored(pairs, chosen_scores, rejected_scores):
 
     chosen, rejected = _numbers("score_reward_bench", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     if len(chosen) != len(pairs):
-        raise StudyError(f"RewardBench: {len(chosen)} scores for {len(pairs)} pairs; score every pair, in the order of the frame")
+        raise StudyError(
+            f"RewardBench: {len(chosen)} scores for {len(pairs)} pairs; score every pair, in the order of the frame"
+        )
     unknown = sorted({str(subset) for subset in pairs.subset} - set(PUBLISHED))
     if unknown:
         raise StudyError(f"RewardBench: subset {unknown[0]!r} is not known. {suggest(unknown[0], PUBLISHED)}")
-    return pd.DataFrame({"subset": pairs.subset.to_numpy(object), "correct": (chosen > rejected).astype(float),
-                         "prompt_number": pd.factorize(pairs.messages.map(str))[0]})
+    return pd.DataFrame(
+        {
+            "subset": pairs.subset.to_numpy(object),
+            "correct": (chosen > rejected).astype(float),
+            "prompt_number": pd.factorize(pairs.messages.map(str))[0],
+        }
+    )
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #fce257c9
 def _parts(
@@ -206,10 +300,12 @@ def _parts(
     there = Counter(subsets)
     core = {subset: n for subset, n in there.items() if subset not in PRIOR_PAIRS}
     sections = [*SECTIONS, *([PRIOR] if set(PRIOR_PAIRS) & set(there) else [])]
-    return [("overall", "overall", overall_shares(prior=set(PRIOR_PAIRS) <= set(there))),
-            ("micro", "micro accuracy", {subset: n / sum(core.values()) for subset, n in core.items()}),
-            *(("section", section, section_shares(section)) for section in sections),
-            *(("subset", subset, {subset: 1.0}) for section in sections for subset in WEIGHTS[section] if subset in there)]
+    return [
+        ("overall", "overall", overall_shares(prior=set(PRIOR_PAIRS) <= set(there))),
+        ("micro", "micro accuracy", {subset: n / sum(core.values()) for subset, n in core.items()}),
+        *(("section", section, section_shares(section)) for section in sections),
+        *(("subset", subset, {subset: 1.0}) for section in sections for subset in WEIGHTS[section] if subset in there),
+    ]
 
 
 def score_reward_bench(

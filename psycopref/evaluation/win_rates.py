@@ -24,8 +24,8 @@ from ..stats.scores import flip_rate, verdict_counts
 __all__ = ['SETTINGS', 'TRAININGS', 'READINGS', 'MEAN', 'GROUPINGS', 'FAMILIES', 'QUANTILES', 'policy_key', 'places',
            'checked_battles', 'judged_twice', 'read_verdicts', 'rate_row', 'macro_row', 'group_rows', 'fine_topics',
            'win_rate_cells', 'pick', 'Marked', 'mark_best', 'summary_rows', 'table_2', 'family', 'shown_first',
-           'kinship', 'matched_words', 'trust_row', 'length_row', 'trust_rows', 'trust_table', 'cell_table',
-           'principle_table', 'difference_rows', 'difference_table', 'compliance_rows', 'compliance_table',
+           'same_family', 'matched_words', 'trust_row', 'length_row', 'trust_rows', 'trust_table', 'cell_table',
+           'principle_win_rates', 'difference_rows', 'difference_table', 'compliance_rows', 'compliance_table',
            'win_rate_figure', 'topic_figure', 'fine_topic_figure', 'compliance_figure']
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #a4525270
@@ -65,14 +65,34 @@ def checked_battles(
     speeches,  # frame with speech_id, topic and coarse_topic
 ):  # the battles, sorted, with topic and coarse_topic
     "Join battles and topics; refuse what cannot be tabulated."
-    _refuse([name for name in _NEEDED if name not in battles.columns], "every column of the battles in place of these missing ones", "pass the battles as stored")
-    _refuse(sorted(set(battles.setting) - set(SETTINGS)), f"settings among {', '.join(SETTINGS)}", "correct the setting")
+    _refuse(
+        [name for name in _NEEDED if name not in battles.columns],
+        "every column of the battles in place of these missing ones",
+        "pass the battles as stored",
+    )
+    _refuse(
+        sorted(set(battles.setting) - set(SETTINGS)), f"settings among {', '.join(SETTINGS)}", "correct the setting"
+    )
     _refuse(sorted(set(battles.order) - set(ORDERS)), f"orders among {', '.join(ORDERS)}", "correct the order")
     _refuse(sorted(set(battles.judge))[1:], "one judge beside the first", "choose the rows of one judge")
-    _refuse(battles.speech_id[battles.duplicated(["setting", "policy", "speech_id", "order"])], "one verdict for each speech, policy, setting and order", "drop the repeated battles")
-    _refuse(sorted(set(battles.speech_id) - set(speeches.speech_id)), "speeches that are in the speeches' frame", "pass the speeches that were judged")
-    _refuse(sorted(set(speeches.coarse_topic) - set(coarse_topics())), f"coarse topics among {', '.join(coarse_topics())}", "map the topics first")
-    joined = battles.merge(speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id"), on="speech_id")
+    _refuse(
+        battles.speech_id[battles.duplicated(["setting", "policy", "speech_id", "order"])],
+        "one verdict for each speech, policy, setting and order",
+        "drop the repeated battles",
+    )
+    _refuse(
+        sorted(set(battles.speech_id) - set(speeches.speech_id)),
+        "speeches that are in the speeches' frame",
+        "pass the speeches that were judged",
+    )
+    _refuse(
+        sorted(set(speeches.coarse_topic) - set(coarse_topics())),
+        f"coarse topics among {', '.join(coarse_topics())}",
+        "map the topics first",
+    )
+    joined = battles.merge(
+        speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id"), on="speech_id"
+    )
     return joined.sort_values(["setting", "policy", "speech_id", "order"], ignore_index=True)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #484438f8
@@ -96,7 +116,9 @@ def read_verdicts(
 ):  # frame: setting, policy, speech_id, verdict
     "Read one verdict for each speech, policy and setting."
     if reading not in READINGS:
-        raise ValueError(f"win_rates: reading {reading!r} found, expected one of {', '.join(READINGS)}; correct the name")
+        raise ValueError(
+            f"win_rates: reading {reading!r} found, expected one of {', '.join(READINGS)}; correct the name"
+        )
     told = battles[[*_KEYS, "order"]].assign(verdict=battles[column])
     if reading == READINGS[0]:
         told = paper_verdicts(told, seed)
@@ -118,7 +140,15 @@ def rate_row(
     counts = verdict_counts(verdicts.verdict.to_numpy())
     wins = (verdicts.verdict == "win").to_numpy().astype(int)
     low, high = win_interval(wins, verdicts.speech_id.to_numpy(), samples=samples, level=level, seed=seed)
-    return {"n": counts["n"], "wins": counts["win"], "losses": counts["loss"], "ties": counts["tie"], "win_rate": 100 * wins.mean(), "low": low, "high": high}
+    return {
+        "n": counts["n"],
+        "wins": counts["win"],
+        "losses": counts["loss"],
+        "ties": counts["tie"],
+        "win_rate": 100 * wins.mean(),
+        "low": low,
+        "high": high,
+    }
 
 
 def macro_row(
@@ -155,7 +185,12 @@ def fine_topics(
     "List the fine topics that the speeches have, in the paper's order; a topic of the user's own comes last in its coarse topic."
     have = dict(zip(speeches.topic, speeches.coarse_topic))
     known = {slug: list(node["topics"]) for slug, node in coarse_topics().items()}
-    return [topic for slug, own in known.items() for topic in [*own, *sorted(set(have) - set(own))] if have.get(topic) == slug]
+    return [
+        topic
+        for slug, own in known.items()
+        for topic in [*own, *sorted(set(have) - set(own))]
+        if have.get(topic) == slug
+    ]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #50658562
 GROUPINGS = ("all", "coarse topic", "fine topic", "principle")
@@ -164,7 +199,7 @@ GROUPINGS = ("all", "coarse topic", "fine topic", "principle")
 def win_rate_cells(
     battles,  # frame of kind "battles", one judge
     speeches,  # frame of the speeches that were judged: speech_id, topic, coarse_topic
-    seed: int,  # of the run
+    seed: int,
     samples: int = 1000,  # bootstrap resamples
     level: float = 0.95,  # coverage of the intervals
 ):  # frame: setting, policy, reading, grouping, group, n, wins, losses, ties, win_rate, low, high (percent)
@@ -179,9 +214,18 @@ def win_rate_cells(
         for setting, policy in places(battles):
             where, own = {"setting": setting, "policy": policy, "reading": reading}, _of(told, setting, policy)
             rows.append({**where, "grouping": GROUPINGS[0], "group": "Overall", **rate_row(own, **interval)})
-            rows += [{**where, "grouping": GROUPINGS[1], **row} for row in group_rows(own, "coarse_topic", list(coarse_topics()), **interval)]
-            rows += [{**where, "grouping": GROUPINGS[2], **row} for row in group_rows(own, "topic", fine_topics(speeches), **interval)]
-            rows += [{**where, "grouping": GROUPINGS[3], "group": key, **rate_row(_of(part, setting, policy), **interval)} for key, part in aspects.items()]
+            rows += [
+                {**where, "grouping": GROUPINGS[1], **row}
+                for row in group_rows(own, "coarse_topic", list(coarse_topics()), **interval)
+            ]
+            rows += [
+                {**where, "grouping": GROUPINGS[2], **row}
+                for row in group_rows(own, "topic", fine_topics(speeches), **interval)
+            ]
+            rows += [
+                {**where, "grouping": GROUPINGS[3], "group": key, **rate_row(_of(part, setting, policy), **interval)}
+                for key, part in aspects.items()
+            ]
     return pd.DataFrame(rows)
 
 
@@ -200,6 +244,7 @@ def pick(
 # %% ../../nbs/evaluation/00_win_rates.ipynb #18d3009f
 class Marked(float):
     "A number that is printed bold, underlined, or both."
+
     marks: frozenset = frozenset()  # of "bold", "underlined"
 
     def __new__(cls, value: float, *marks: str):
@@ -215,10 +260,21 @@ def mark_best(
     rows: list[dict],  # of one section: column -> rate in percent, or None
 ) -> list[dict]:  # the same rows, marked
     "Mark the best of each column, if there is anything to be better than, and overall rates above 50%."
+
     def marks(name, value):
         rates = [row[name] for row in rows if row[name] is not None]
-        return [*(["bold"] if len(rates) > 1 and value == max(rates) else []), *(["underlined"] if name == "Overall" and value > 50 else [])]
-    return [{name: Marked(value, *marks(name, value)) if name in _COLUMNS.values() and value is not None else value for name, value in row.items()} for row in rows]
+        return [
+            *(["bold"] if len(rates) > 1 and value == max(rates) else []),
+            *(["underlined"] if name == "Overall" and value > 50 else []),
+        ]
+
+    return [
+        {
+            name: Marked(value, *marks(name, value)) if name in _COLUMNS.values() and value is not None else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #02fc1b00
 def summary_rows(
@@ -232,9 +288,20 @@ def summary_rows(
         rates = pick(own, reading=READINGS[0], grouping="coarse topic").set_index("group").win_rate
         plain, strict = (pick(own, reading=reading, grouping="all").iloc[0] for reading in READINGS)
         about = pick(trust, setting=setting, policy=policy).iloc[0]
-        rows.append({"setting": SETTINGS[setting], "model": policy, **{node["short"]: _number(rates[slug]) for slug, node in coarse_topics().items()},
-                     "Overall": _number(plain.win_rate), "95% interval": _interval(plain.low, plain.high), "swap-consistent": _number(strict.win_rate),
-                     "flips %": _number(about.flips), "length ratio": _number(about.length_ratio, 2), "length-controlled": _number(about.controlled), "n": int(plain.n)})
+        rows.append(
+            {
+                "setting": SETTINGS[setting],
+                "model": policy,
+                **{node["short"]: _number(rates[slug]) for slug, node in coarse_topics().items()},
+                "Overall": _number(plain.win_rate),
+                "95% interval": _interval(plain.low, plain.high),
+                "swap-consistent": _number(strict.win_rate),
+                "flips %": _number(about.flips),
+                "length ratio": _number(about.length_ratio, 2),
+                "length-controlled": _number(about.controlled),
+                "n": int(plain.n),
+            }
+        )
     return rows
 
 
@@ -253,7 +320,9 @@ def _section(title: str, rows: list[dict]) -> list[dict]:
     named, base = [], None
     for row in mark_best(rows):
         own, plus, training = row["model"].partition(" + ")
-        named.append({**row, "model": f"{row['of']}+ {training}" if plus and own == base else f"{row['of']}{row['model']}"})
+        named.append(
+            {**row, "model": f"{row['of']}+ {training}" if plus and own == base else f"{row['of']}{row['model']}"}
+        )
         base = base if plus else own
     return [{"model": title, **dict.fromkeys(rows[0].keys() - {"model"}, "")}, *named]
 
@@ -261,8 +330,16 @@ def _section(title: str, rows: list[dict]) -> list[dict]:
 def _published(setting: str) -> list[dict]:
     "Return the paper's rows of one setting, in the paper's order."
     n = paper_values()["dataset"]["test_speeches"]
-    return [{"of": "paper: ", "model": model, **{_COLUMNS[slug]: rate for slug, rate in rates.items()}, "95% interval": None, "n": n}
-            for model, rates in paper_values()["table_2"][setting].items()]
+    return [
+        {
+            "of": "paper: ",
+            "model": model,
+            **{_COLUMNS[slug]: rate for slug, rate in rates.items()},
+            "95% interval": None,
+            "n": n,
+        }
+        for model, rates in paper_values()["table_2"][setting].items()
+    ]
 
 
 def table_2(
@@ -282,9 +359,26 @@ def table_2(
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #626f3873
-FAMILIES = {"gpt": r"(chat)?gpt(?!-?(neo|j))|o[134](?![a-z0-9])", "claude": "claude", "gemini": "gemini|gemma", "llama": "(meta|code)?llama(?!index)", "qwen": "qwen|qwq",
-            "mistral": "(mi|mini|mix|code|magi)stral|mixtral", "smollm": "smollm", "phi": "phi", "deepseek": "deepseek", "command": "command-r|cohere|c4ai", "olmo": "olmo",
-            "minicpm": "minicpm", "baichuan": "baichuan", "jamba": "jamba", "orion": "orion", "granite": "granite", "yi": "yi", "random-tiny": "random[- ](tiny|two-layer)"}
+FAMILIES = {
+    "gpt": r"(chat)?gpt(?!-?(neo|j))|o[134](?![a-z0-9])",
+    "claude": "claude",
+    "gemini": "gemini|gemma",
+    "llama": "(meta|code)?llama(?!index)",
+    "qwen": "qwen|qwq",
+    "mistral": "(mi|mini|mix|code|magi)stral|mixtral",
+    "smollm": "smollm",
+    "phi": "phi",
+    "deepseek": "deepseek",
+    "command": "command-r|cohere|c4ai",
+    "olmo": "olmo",
+    "minicpm": "minicpm",
+    "baichuan": "baichuan",
+    "jamba": "jamba",
+    "orion": "orion",
+    "granite": "granite",
+    "yi": "yi",
+    "random-tiny": "random[- ](tiny|two-layer)",
+}
 
 
 def family(
@@ -292,7 +386,11 @@ def family(
 ) -> str:  # a key of FAMILIES; for others, the rubric among them, the name itself
     "Say who a model's kin are: the family whose name stands first in its name. Gemma counts as Gemini's kin, made from the same research."
     name = name.lower().partition("@")[0]  # the address of a server tells nothing
-    found = [(match.start(), own) for own, pattern in FAMILIES.items() if (match := re.search(rf"(?<![a-z])({pattern})(?![a-z]{{3}})", name))]
+    found = [
+        (match.start(), own)
+        for own, pattern in FAMILIES.items()
+        if (match := re.search(rf"(?<![a-z])({pattern})(?![a-z]{{3}})", name))
+    ]
     return min(found)[1] if found else re.split(r"[:/]", re.split(r" [(+]|, ", name)[0])[-1]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #85130dbf
@@ -306,7 +404,7 @@ def shown_first(
     return decided[["speech_id"]].assign(first=first.astype(int))
 
 
-def kinship(
+def same_family(
     judge: str,  # URI or label
     reference: str,  # the same
     policy: str,  # the same
@@ -321,11 +419,21 @@ def matched_words(
 ):  # frame: setting, policy, speech_id, words, reference_words, asked, ratio (words over asked), cut
     "Count the words of the policies' answers beside the reference's; what was asked for is the reference's number, at least 5."
     reference = answers[answers.policy == "reference"]
-    _refuse([] if len(reference) else ["no answers of the reference"], "policy 'reference' in the answers", "pass the answers as stored")
+    _refuse(
+        [] if len(reference) else ["no answers of the reference"],
+        "policy 'reference' in the answers",
+        "pass the answers as stored",
+    )
     theirs, asked = dict(zip(reference.speech_id, reference.response)), word_counts(reference)
-    own = answers[(answers.policy != "reference") & answers.speech_id.isin(theirs)].sort_values(_KEYS, ignore_index=True)
-    own = own[_KEYS].assign(words=own.response.str.split().str.len(), reference_words=[len(theirs[name].split()) for name in own.speech_id],
-                            asked=[target or asked[name] for target, name in zip(own.target_words, own.speech_id)], cut=own.finish_reason == "length")
+    own = answers[(answers.policy != "reference") & answers.speech_id.isin(theirs)].sort_values(
+        _KEYS, ignore_index=True
+    )
+    own = own[_KEYS].assign(
+        words=own.response.str.split().str.len(),
+        reference_words=[len(theirs[name].split()) for name in own.speech_id],
+        asked=[target or asked[name] for target, name in zip(own.target_words, own.speech_id)],
+        cut=own.finish_reason == "length",
+    )
     return own.assign(ratio=own.words / own.asked)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e7b7c8e2
@@ -333,19 +441,39 @@ def trust_row(
     battles,  # checked battles of one policy and setting
     words,  # of matched_words, the same policy and setting
     asked: int,  # verdicts asked
-    seed: int,  # of the run
+    seed: int,
     **interval,  # samples, level
 ) -> dict:  # plain numbers, in percent
     "Say how far one row of Table 2 can be trusted."
     plain, strict = (read_verdicts(battles, reading, seed) for reading in READINGS)
-    first, wide = shown_first(battles), battles.pivot(index="speech_id", columns="order", values="verdict").reindex(columns=ORDERS).dropna()
-    bounds = win_interval(first["first"].to_numpy(), first.speech_id.to_numpy(), seed=seed, **interval) if len(first) else (np.nan, np.nan)
-    counts = {f"{name}_{word}": int((told.verdict == word).sum()) for name, told in (("plain", plain), ("strict", strict)) for word in ("win", "loss", "tie")}
+    first, wide = (
+        shown_first(battles),
+        battles.pivot(index="speech_id", columns="order", values="verdict").reindex(columns=ORDERS).dropna(),
+    )
+    bounds = (
+        win_interval(first["first"].to_numpy(), first.speech_id.to_numpy(), seed=seed, **interval)
+        if len(first)
+        else (np.nan, np.nan)
+    )
+    counts = {
+        f"{name}_{word}": int((told.verdict == word).sum())
+        for name, told in (("plain", plain), ("strict", strict))
+        for word in ("win", "loss", "tie")
+    }
     judge, reference, policy = (battles[name].iloc[0] for name in ("judge", "reference", "policy"))
-    return {"n": len(plain), **counts, "flips": flip_rate(*(wide[order].to_numpy() for order in ORDERS)) if len(wide) else np.nan,
-            "first": 100 * first["first"].mean() if len(first) else np.nan, "first_low": bounds[0], "first_high": bounds[1],
-            "judge_family": family(judge), "kin": kinship(judge, reference, policy), "asked": asked, "coverage": 100 * len(battles) / asked,
-            **length_row(plain, words, seed=seed, **interval)}
+    return {
+        "n": len(plain),
+        **counts,
+        "flips": flip_rate(*(wide[order].to_numpy() for order in ORDERS)) if len(wide) else np.nan,
+        "first": 100 * first["first"].mean() if len(first) else np.nan,
+        "first_low": bounds[0],
+        "first_high": bounds[1],
+        "judge_family": family(judge),
+        "kin": same_family(judge, reference, policy),
+        "asked": asked,
+        "coverage": 100 * len(battles) / asked,
+        **length_row(plain, words, seed=seed, **interval),
+    }
 
 
 def length_row(
@@ -355,15 +483,28 @@ def length_row(
 ) -> dict:  # length_ratio, longer, raw, controlled, controlled_low, controlled_high, length_effect
     "Rate a policy as if its answers were as long as the reference's."
     joined = verdicts.merge(words, on=_KEYS).sort_values("speech_id", ignore_index=True)
-    found = dict.fromkeys(("length_ratio", "longer", "raw", "controlled", "controlled_low", "controlled_high", "length_effect"), np.nan)
+    found = dict.fromkeys(
+        ("length_ratio", "longer", "raw", "controlled", "controlled_low", "controlled_high", "length_effect"), np.nan
+    )
     if not len(joined):
         return found
     wins, extra = (joined.verdict == "win").to_numpy().astype(int), (joined.words - joined.reference_words).to_numpy()
-    found |= {"length_ratio": float((joined.words / joined.reference_words.clip(lower=1)).median()), "longer": 100 * float((extra > 0).mean()), "raw": 100 * wins.mean()}
-    told_apart = len(set(extra)) > 1 or not extra.any()  # else always the same number of words more: what length does cannot be told
+    found |= {
+        "length_ratio": float((joined.words / joined.reference_words.clip(lower=1)).median()),
+        "longer": 100 * float((extra > 0).mean()),
+        "raw": 100 * wins.mean(),
+    }
+    told_apart = (
+        len(set(extra)) > 1 or not extra.any()
+    )  # else always the same number of words more: what length does cannot be told
     if told_apart and joined.speech_id.nunique() >= FEWEST_SPEECHES:
         fit = length_controlled(wins, extra, joined.speech_id.to_numpy(), **interval)
-        found |= {"controlled": fit["controlled"], "controlled_low": fit["low"], "controlled_high": fit["high"], "length_effect": fit["length_effect"]}
+        found |= {
+            "controlled": fit["controlled"],
+            "controlled_low": fit["low"],
+            "controlled_high": fit["high"],
+            "length_effect": fit["length_effect"],
+        }
     return found
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #7fca7edf
@@ -371,16 +512,35 @@ def trust_rows(
     battles,  # frame of kind "battles", one judge
     answers,  # frame of kind "answers", the reference's among them
     speeches,  # frame of the speeches that were to be judged
-    seed: int,  # of the run
+    seed: int,
     samples: int = 1000,  # bootstrap resamples
     level: float = 0.95,  # coverage of the intervals
 ):  # frame: setting, policy, and the keys of trust_row
     "Say for each policy and setting how far its win rate can be trusted."
     import pandas as pd
 
-    battles, words, asked = checked_battles(battles, speeches), matched_words(answers), len(ORDERS) * speeches.speech_id.nunique()
-    return pd.DataFrame([{"setting": setting, "policy": policy, **trust_row(_of(battles, setting, policy), _of(words, setting, policy), asked, seed, samples=samples, level=level)}
-                         for setting, policy in places(battles)])
+    battles, words, asked = (
+        checked_battles(battles, speeches),
+        matched_words(answers),
+        len(ORDERS) * speeches.speech_id.nunique(),
+    )
+    return pd.DataFrame(
+        [
+            {
+                "setting": setting,
+                "policy": policy,
+                **trust_row(
+                    _of(battles, setting, policy),
+                    _of(words, setting, policy),
+                    asked,
+                    seed,
+                    samples=samples,
+                    level=level,
+                ),
+            }
+            for setting, policy in places(battles)
+        ]
+    )
 
 
 def _ratio(value: float | None) -> str | None:
@@ -396,11 +556,31 @@ def trust_table(
 
     def counts(row, reading):
         return " / ".join(str(getattr(row, f"{reading}_{word}")) for word in ("win", "loss", "tie"))
-    return pd.DataFrame([{"setting": SETTINGS[row.setting], "model": row.policy, "n": row.n, "wins / losses / ties": counts(row, "plain"), "swap-consistent: wins / losses / ties": counts(row, "strict"),
-                          "flips %": _number(row.flips), "shown first wins, %": _number(row.first), "95% interval": _interval(row.first_low, row.first_high),
-                          "judge's family": row.judge_family, "same family": row.kin, "coverage %": _number(row.coverage), "length ratio": _ratio(row.length_ratio),
-                          "longer than the reference, %": _number(row.longer), "win rate %": _number(row.raw), "length-controlled %": _number(row.controlled), "95% interval, length-controlled": _interval(row.controlled_low, row.controlled_high)}
-                         for row in trust.itertuples()], dtype=object)
+
+    return pd.DataFrame(
+        [
+            {
+                "setting": SETTINGS[row.setting],
+                "model": row.policy,
+                "n": row.n,
+                "wins / losses / ties": counts(row, "plain"),
+                "swap-consistent: wins / losses / ties": counts(row, "strict"),
+                "flips %": _number(row.flips),
+                "shown first wins, %": _number(row.first),
+                "95% interval": _interval(row.first_low, row.first_high),
+                "judge's family": row.judge_family,
+                "same family": row.kin,
+                "coverage %": _number(row.coverage),
+                "length ratio": _ratio(row.length_ratio),
+                "longer than the reference, %": _number(row.longer),
+                "win rate %": _number(row.raw),
+                "length-controlled %": _number(row.controlled),
+                "95% interval, length-controlled": _interval(row.controlled_low, row.controlled_high),
+            }
+            for row in trust.itertuples()
+        ],
+        dtype=object,
+    )
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #1f082fc1
 def _titles(grouping: str) -> dict[str, str]:
@@ -419,17 +599,33 @@ def cell_table(
     rows, titles = [], _titles(grouping)
     for setting, policy in places(cells):
         own = pick(cells, setting=setting, policy=policy)
-        own = own[own.grouping.isin([grouping, GROUPINGS[0]])].assign(last=own.group.eq("Overall")).sort_values("last", kind="stable")
+        own = (
+            own[own.grouping.isin([grouping, GROUPINGS[0]])]
+            .assign(last=own.group.eq("Overall"))
+            .sort_values("last", kind="stable")
+        )
         plain, strict = (list(pick(own, reading=reading).itertuples()) for reading in READINGS)
         for one, two in zip(plain, strict):
             told = {"win rate %": one, "swap-consistent %": two}
-            rows.append({"setting": SETTINGS[setting], "model": policy, grouping: titles.get(one.group, one.group), "n": one.n, "wins / losses / ties": f"{one.wins} / {one.losses} / {one.ties}",
-                         "win rate %": _number(one.win_rate), "95% interval": _interval(one.low, one.high), "swap-consistent: n": two.n,
-                         "swap-consistent: wins / losses / ties": f"{two.wins} / {two.losses} / {two.ties}", "swap-consistent %": _number(two.win_rate), "its 95% interval": _interval(two.low, two.high)})
+            rows.append(
+                {
+                    "setting": SETTINGS[setting],
+                    "model": policy,
+                    grouping: titles.get(one.group, one.group),
+                    "n": one.n,
+                    "wins / losses / ties": f"{one.wins} / {one.losses} / {one.ties}",
+                    "win rate %": _number(one.win_rate),
+                    "95% interval": _interval(one.low, one.high),
+                    "swap-consistent: n": two.n,
+                    "swap-consistent: wins / losses / ties": f"{two.wins} / {two.losses} / {two.ties}",
+                    "swap-consistent %": _number(two.win_rate),
+                    "its 95% interval": _interval(two.low, two.high),
+                }
+            )
     return pd.DataFrame(rows, dtype=object)
 
 
-def principle_table(
+def principle_win_rates(
     cells,  # of win_rate_cells
 ):  # frame, Table S36: a row for each policy, setting and reading, a column for each principle
     "Print win rates by principle, with intervals."
@@ -439,16 +635,27 @@ def principle_table(
     for setting, policy in places(cells):
         for reading in READINGS:
             own = pick(cells, setting=setting, policy=policy, reading=reading)
-            rates = {row.group: f"{row.win_rate:.1f} ({_interval(row.low, row.high)})" if row.n else None for row in own[own.grouping.isin([GROUPINGS[0], GROUPINGS[3]])].itertuples()}
-            rows.append({"setting": SETTINGS[setting], "model": policy, "reading": reading, **{key: rates[key] for key in PRINCIPLE_KEYS}, "overall verdict": rates["Overall"],
-                         "n": int(pick(own, grouping=GROUPINGS[0]).n.iloc[0])})
+            rates = {
+                row.group: f"{row.win_rate:.1f} ({_interval(row.low, row.high)})" if row.n else None
+                for row in own[own.grouping.isin([GROUPINGS[0], GROUPINGS[3]])].itertuples()
+            }
+            rows.append(
+                {
+                    "setting": SETTINGS[setting],
+                    "model": policy,
+                    "reading": reading,
+                    **{key: rates[key] for key in PRINCIPLE_KEYS},
+                    "overall verdict": rates["Overall"],
+                    "n": int(pick(own, grouping=GROUPINGS[0]).n.iloc[0]),
+                }
+            )
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #aa1bef66
 def difference_rows(
     battles,  # frame of kind "battles", one judge
     speeches,  # frame with speech_id, topic and coarse_topic
-    seed: int,  # of the run
+    seed: int,
     samples: int = 1000,  # bootstrap resamples
     level: float = 0.95,  # coverage of the intervals
 ):  # frame: setting, first, second, and the columns of compare_policies
@@ -460,10 +667,35 @@ def difference_rows(
     told = read_verdicts(battles, READINGS[0], seed).merge(topics, on="speech_id").sort_values(_KEYS, ignore_index=True)
     for setting, group in itertools.groupby(places(battles), key=lambda place: place[0]):
         for (_, earlier), (_, later) in itertools.combinations(group, 2):
-            one, two = (_of(told, setting, policy)[["speech_id", "verdict", "coarse_topic"]] for policy in (later, earlier))
+            one, two = (
+                _of(told, setting, policy)[["speech_id", "verdict", "coarse_topic"]] for policy in (later, earlier)
+            )
             if set(one.speech_id) & set(two.speech_id):
-                parts.append(compare_policies(one, two, by="coarse_topic", samples=samples, level=level, seed=seed).assign(setting=setting, first=later, second=earlier))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["setting", "first", "second", "group", "n", "difference", "low", "high", "better", "worse", "p", "p_holm"])
+                parts.append(
+                    compare_policies(one, two, by="coarse_topic", samples=samples, level=level, seed=seed).assign(
+                        setting=setting, first=later, second=earlier
+                    )
+                )
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(
+            columns=[
+                "setting",
+                "first",
+                "second",
+                "group",
+                "n",
+                "difference",
+                "low",
+                "high",
+                "better",
+                "worse",
+                "p",
+                "p_holm",
+            ]
+        )
+    )
 
 
 def difference_table(
@@ -474,11 +706,48 @@ def difference_table(
 
     titles = _titles(GROUPINGS[1])
     place = {name: number for number, name in enumerate([*titles, "Overall"])}
-    order = sorted(differences.itertuples(), key=lambda row: (list(SETTINGS).index(row.setting), policy_key(row.second), policy_key(row.first), place[row.group]))
-    rows = [{"setting": SETTINGS[row.setting], "model": row.first, "compared with": row.second, "topic": titles.get(row.group, row.group), "n": row.n, "difference, points": _number(row.difference),
-             "95% interval": _interval(row.low, row.high), "wins only here": row.better, "wins only there": row.worse, "p, sign test": _p(row.p), "p, Holm over topics": _p(row.p_holm) if row.group in titles else None}
-            for row in order]
-    return pd.DataFrame(rows, columns=["setting", "model", "compared with", "topic", "n", "difference, points", "95% interval", "wins only here", "wins only there", "p, sign test", "p, Holm over topics"], dtype=object)
+    order = sorted(
+        differences.itertuples(),
+        key=lambda row: (
+            list(SETTINGS).index(row.setting),
+            policy_key(row.second),
+            policy_key(row.first),
+            place[row.group],
+        ),
+    )
+    rows = [
+        {
+            "setting": SETTINGS[row.setting],
+            "model": row.first,
+            "compared with": row.second,
+            "topic": titles.get(row.group, row.group),
+            "n": row.n,
+            "difference, points": _number(row.difference),
+            "95% interval": _interval(row.low, row.high),
+            "wins only here": row.better,
+            "wins only there": row.worse,
+            "p, sign test": _p(row.p),
+            "p, Holm over topics": _p(row.p_holm) if row.group in titles else None,
+        }
+        for row in order
+    ]
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "setting",
+            "model",
+            "compared with",
+            "topic",
+            "n",
+            "difference, points",
+            "95% interval",
+            "wins only here",
+            "wins only there",
+            "p, sign test",
+            "p, Holm over topics",
+        ],
+        dtype=object,
+    )
 
 
 def _p(value: float) -> str | None:
@@ -498,9 +767,22 @@ def compliance_rows(
         own = _of(words, setting, policy)
         if setting == "length":
             free = _of(words, "free", policy).ratio
-            shares = {("median of words / asked words" if q == 0.5 else f"{100 * q:.0f}th percentile"): round(float(own.ratio.quantile(q)), 2) for q in QUANTILES}
-            rows.append({"model": policy, **shares, "within 20% of the asked length, %": round(float(100 * own.ratio.between(0.8, 1.2).mean()), 1), "cut off %": round(float(100 * own.cut.mean()), 1),
-                         "median without the instruction": _number(free.median(), 2) if len(free) else None, "n": len(own)})
+            shares = {
+                ("median of words / asked words" if q == 0.5 else f"{100 * q:.0f}th percentile"): round(
+                    float(own.ratio.quantile(q)), 2
+                )
+                for q in QUANTILES
+            }
+            rows.append(
+                {
+                    "model": policy,
+                    **shares,
+                    "within 20% of the asked length, %": round(float(100 * own.ratio.between(0.8, 1.2).mean()), 1),
+                    "cut off %": round(float(100 * own.cut.mean()), 1),
+                    "median without the instruction": _number(free.median(), 2) if len(free) else None,
+                    "n": len(own),
+                }
+            )
     return rows
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #62d28efe
@@ -510,7 +792,13 @@ def compliance_table(
     "Print the distribution of words over asked words."
     import pandas as pd
 
-    return pd.DataFrame([{name: _ratio(value) if "percentile" in name or "median" in name else value for name, value in row.items()} for row in rows], dtype=object)
+    return pd.DataFrame(
+        [
+            {name: _ratio(value) if "percentile" in name or "median" in name else value for name, value in row.items()}
+            for row in rows
+        ],
+        dtype=object,
+    )
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #946f7f94
 _LOOKS = {"free": (PALETTE[0], "o"), "length": (PALETTE[1], "s")}  # colour and marker of a setting
@@ -538,7 +826,18 @@ def _draw_rates(
     "Draw win rates with their intervals; a rate without speeches is left out."
     colour, marker = _LOOKS[setting]
     bars = np.clip([rows.win_rate - rows.low, rows.high - rows.win_rate], 0, None)
-    axes.errorbar(rows.win_rate, y, xerr=bars, fmt=marker, color=colour, markerfacecolor=colour if filled else "white", markersize=5, linewidth=1.2, capsize=2, **looks)
+    axes.errorbar(
+        rows.win_rate,
+        y,
+        xerr=bars,
+        fmt=marker,
+        color=colour,
+        markerfacecolor=colour if filled else "white",
+        markersize=5,
+        linewidth=1.2,
+        capsize=2,
+        **looks,
+    )
 
 
 def _share_axis(axes, label: str) -> None:
@@ -564,7 +863,9 @@ def win_rate_figure(
     for line in np.arange(len(policies) - 1) + 0.5:
         axes.axhline(line, color="#dddddd", linewidth=0.8, zorder=0)
     _share_axis(axes, f"win rate against {reference}, %\n(95% interval over n = {_spread(overall.n)} speeches)")
-    axes.set(yticks=range(len(policies)), yticklabels=[_wrapped(name) for name in policies], ylim=(len(policies) - 0.5, -0.5))
+    axes.set(
+        yticks=range(len(policies)), yticklabels=[_wrapped(name) for name in policies], ylim=(len(policies) - 0.5, -0.5)
+    )
     figure.legend(frameon=False, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
@@ -582,9 +883,15 @@ def topic_figure(
         for place, setting in enumerate(settings):
             rows = pick(own, setting=setting)
             y = np.array([policies.index(policy) for policy in rows.policy]) + (place - (len(settings) - 1) / 2) * 0.3
-            _draw_rates(axes, rows, y, setting, label=SETTINGS[setting] if slug == next(iter(coarse_topics())) else None)
+            _draw_rates(
+                axes, rows, y, setting, label=SETTINGS[setting] if slug == next(iter(coarse_topics())) else None
+            )
         _share_axis(axes, "")
-        axes.set(yticks=range(len(policies)), yticklabels=[_wrapped(name) for name in policies], ylim=(len(policies) - 0.5, -0.5))
+        axes.set(
+            yticks=range(len(policies)),
+            yticklabels=[_wrapped(name) for name in policies],
+            ylim=(len(policies) - 0.5, -0.5),
+        )
         axes.set_title(f"{node['short']} (n = {_spread(own.n)})", fontsize=9)
         axes.tick_params(labelsize=8)
     figure.supxlabel(f"win rate against {reference}, % (95% interval over speeches, one order)", fontsize=9)
@@ -602,7 +909,11 @@ def _colours():
 def _fine_rows(cells, topics: list[str], columns: list[tuple[str, str]], name: str):
     "Lay one value of the cells out: (topics, columns)."
     own = pick(cells, grouping=GROUPINGS[2], reading=READINGS[0])
-    return own.pivot(index="group", columns=["setting", "policy"], values=name).reindex(index=topics, columns=columns).to_numpy(float)
+    return (
+        own.pivot(index="group", columns=["setting", "policy"], values=name)
+        .reindex(index=topics, columns=columns)
+        .to_numpy(float)
+    )
 
 
 def _write_rates(axes, rates, sure) -> None:
@@ -610,7 +921,16 @@ def _write_rates(axes, rates, sure) -> None:
     for (row, column), rate in np.ndenumerate(rates):
         if not np.isnan(rate):
             strong = sure[row, column]
-            axes.text(column, row, f"{rate:.0f}", ha="center", va="center", fontsize=7, color="white" if strong and abs(rate - 50) > 38 else "#222222", fontweight="bold" if strong else "normal")
+            axes.text(
+                column,
+                row,
+                f"{rate:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if strong and abs(rate - 50) > 38 else "#222222",
+                fontweight="bold" if strong else "normal",
+            )
 
 
 def _mark_groups(axes, labels: list[str], width: int) -> None:
@@ -627,7 +947,10 @@ def fine_topic_figure(
     reference: str,  # label of the reference
 ):  # matplotlib figure, S14
     "Draw win rates by fine topic as a map."
-    topics, columns = [t for t in fine_topics(speeches) if t in set(pick(cells, grouping=GROUPINGS[2]).group)], places(cells)
+    topics, columns = (
+        [t for t in fine_topics(speeches) if t in set(pick(cells, grouping=GROUPINGS[2]).group)],
+        places(cells),
+    )
     rates, low, high, n = (_fine_rows(cells, topics, columns, name) for name in ("win_rate", "low", "high", "n"))
     coarse = dict(zip(speeches.topic, speeches.coarse_topic))
     figure, axes = new_figure(max(5.2, 3.8 + 0.42 * len(columns)), 2.4 + 0.205 * len(topics))
@@ -636,15 +959,35 @@ def fine_topic_figure(
     axes.grid(visible=False)
     _write_rates(axes, rates, sure)
     _mark_groups(axes, [coarse_topics()[coarse[topic]]["short"] for topic in topics], len(columns))
-    for (setting, own) in itertools.groupby(range(len(columns)), key=lambda c: columns[c][0]):
+    for setting, own in itertools.groupby(range(len(columns)), key=lambda c: columns[c][0]):
         own = list(own)
         axes.axvline(own[-1] + 0.5, color="#444444", linewidth=1.2)
-        axes.text((own[0] + own[-1]) / 2, len(topics) + 0.1, SETTINGS[setting].replace(" length", "\nlength"), ha="center", va="top", fontsize=8)
+        axes.text(
+            (own[0] + own[-1]) / 2,
+            len(topics) + 0.1,
+            SETTINGS[setting].replace(" length", "\nlength"),
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
     axes.xaxis.tick_top()
-    axes.set_xticks(range(len(columns)), [policy for _, policy in columns], rotation=55, ha="left", rotation_mode="anchor", fontsize=7.5)
-    axes.set_yticks(range(len(topics)), [f"{topic} (n = {_spread(n[row])})" for row, topic in enumerate(topics)], fontsize=7.5)
+    axes.set_xticks(
+        range(len(columns)),
+        [policy for _, policy in columns],
+        rotation=55,
+        ha="left",
+        rotation_mode="anchor",
+        fontsize=7.5,
+    )
+    axes.set_yticks(
+        range(len(topics)), [f"{topic} (n = {_spread(n[row])})" for row, topic in enumerate(topics)], fontsize=7.5
+    )
     axes.tick_params(length=0)
-    axes.set_xlabel(f"win rate against {reference}, % (one order);\nbold, full colour: the 95% interval leaves out 50%", fontsize=8, labelpad=34)
+    axes.set_xlabel(
+        f"win rate against {reference}, % (one order);\nbold, full colour: the 95% interval leaves out 50%",
+        fontsize=8,
+        labelpad=34,
+    )
     axes.xaxis.set_label_position("bottom")
     return figure
 
@@ -658,7 +1001,15 @@ def _draw_ratios(axes, ratios, y: float, setting: str, label: str | None) -> Non
     "Draw a row of ratios: dots, the middle half as a bar, 5th to 95th percentile as a line, the median as a tick."
     colour, _ = _LOOKS[setting]
     jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(ratios))
-    axes.scatter(ratios, y + jitter, s=6, color=colour, alpha=max(0.08, min(0.6, 60 / len(ratios))), linewidths=0, rasterized=True)
+    axes.scatter(
+        ratios,
+        y + jitter,
+        s=6,
+        color=colour,
+        alpha=max(0.08, min(0.6, 60 / len(ratios))),
+        linewidths=0,
+        rasterized=True,
+    )
     low, first, middle, third, high = np.quantile(ratios, QUANTILES)
     axes.hlines(y, low, high, color=colour, linewidth=1)
     axes.hlines(y, first, third, color=colour, linewidth=5, alpha=0.75, label=label)
@@ -678,14 +1029,29 @@ def compliance_figure(
         for row, policy in enumerate(policies):
             own = _of(words, setting, policy).ratio.to_numpy()
             if len(own):
-                _draw_ratios(axes, own, row + (place - (len(settings) - 1) / 2) * 0.4, setting, SETTINGS[setting] if row == 0 else None)
+                _draw_ratios(
+                    axes,
+                    own,
+                    row + (place - (len(settings) - 1) / 2) * 0.4,
+                    setting,
+                    SETTINGS[setting] if row == 0 else None,
+                )
     low, high = words.ratio.min() / 1.15, words.ratio.max() * 1.15
-    axes.set(xscale="log", xlim=(min(low, 0.45), max(high, 2.2)), ylim=(len(policies) - 0.5, -0.5), yticks=range(len(policies)), yticklabels=[_wrapped(name) for name in policies])
+    axes.set(
+        xscale="log",
+        xlim=(min(low, 0.45), max(high, 2.2)),
+        ylim=(len(policies) - 0.5, -0.5),
+        yticks=range(len(policies)),
+        yticklabels=[_wrapped(name) for name in policies],
+    )
     ticks = _ratio_ticks(*axes.get_xlim())
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(axis="y", visible=False)
     n = words.groupby(["policy", "setting"]).size()
-    axes.set_xlabel(f"words of the answer / words of the reference (n = {_spread(n)} answers in each row;\nmedian, middle half, 5th to 95th percentile)")
+    axes.set_xlabel(
+        f"words of the answer / words of the reference (n = {_spread(n)} answers in each row;\nmedian, middle half, "
+        "5th to 95th percentile)"
+    )
     figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=8)
     return figure

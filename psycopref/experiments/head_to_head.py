@@ -4,26 +4,28 @@
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #801e55ee
 from __future__ import annotations
-from ..feedback.battles import answer, word_counts
-from psycopref.evaluation.cases import (
-    RULES,
-    Case,
-    choose_cases,
-    make_case,
-    score_case,
-)
+
+import typing
+from dataclasses import dataclass
+
+from ..core.paper import coarse_topics
 from ..core.settings import Profile
 from ..core.stages import Run, derived_seed
-from psycopref.evaluation.win_rates import (
-    SETTINGS,
-)
+from ..core.tables import Label
+from ..evaluation.cases import CASE_RULES, Case, case_latex, case_markdown, cases_page, choose_cases
+from ..evaluation.cases import make_case, score_case
+from ..evaluation.win_rates import READINGS, SETTINGS
+from ..feedback.battles import answer, battle, word_counts
+from ..feedback.rating import check_coverage
 
 # %% auto #0
-__all__ = ['CASES', 'policy_uri', 'all_answers', 'reference_name', 'pick_cases', 'scored_cases']
+__all__ = ['CASES', 'policy_uri', 'all_answers', 'reference_name', 'Battles', 'battle_all', 'pick_cases', 'scored_cases',
+           'case_texts', 'best_policy', 'describe_win_rates', 'describe_differences', 'describe_trust',
+           'describe_compliance', 'describe_topic_rates', 'describe_crises']
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #e138315f
 def policy_uri(
-    run: Run,  # whose policies
+    run: Run,
     policy: dict,  # of 06_policy's policies.json
 ) -> str:  # gateway URI
     "Name the weights of a policy."
@@ -31,19 +33,33 @@ def policy_uri(
 
 
 def all_answers(
-    gateway,  # gateway.Gateway
-    run: Run,  # whose policies
+    gateway,
+    run: Run,
     policies: list[dict],  # of 06_policy's policies.json
     speeches,  # frame with speech_id and speech
-    chosen,  # config.EvaluationSettings
-    seed: int,  # of the run
+    chosen,  # core.settings.EvaluationSettings
+    seed: int,
 ) -> list:  # frames of kind "answers", the reference's first
-    "Let the reference and each policy answer, in both settings."
+    "Collect the answers of the reference and each policy, in both settings."
     reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(seed, "reference"))
     words = word_counts(reference)
     asked = speeches[speeches.speech_id.isin(words)]
-    return [reference, *(answer(gateway, policy_uri(run, policy), asked, policy["policy"], chosen, derived_seed(seed, "answers", policy["kind"], setting), target)
-                         for policy in policies for setting, target in (("free", None), ("length", words)))]
+    return [
+        reference,
+        *(
+            answer(
+                gateway,
+                policy_uri(run, policy),
+                asked,
+                policy["policy"],
+                chosen,
+                derived_seed(seed, "answers", policy["kind"], setting),
+                target,
+            )
+            for policy in policies
+            for setting, target in (("free", None), ("length", words))
+        ),
+    ]
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #50edfbd5
 def reference_name(
@@ -53,8 +69,41 @@ def reference_name(
     "Name the reference."
     return label.split(" (")[0] + (", untrained" if untrained else "")
 
+# %% ../../nbs/experiments/02_head_to_head.ipynb #2fef8016
+@dataclass(frozen=True)
+class Battles:
+    "Answers and verdicts of a run."
+
+    answers: typing.Any  # frame of kind "answers", the reference's first
+    battles: typing.Any  # frame of kind "battles"
+    unread: list  # verdicts that could not be read, with the reply
+    coverage: float  # share of verdicts that could
+    judge: str  # name of the judge
+    reference: str  # name of the reference
+
+
+def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Profile, seed: int) -> Battles:
+    "Collect all answers, and judge each against the reference's in both orders."
+    import pandas as pd
+
+    chosen = settings.evaluation
+    reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed)
+    untrained = chosen.reference in {f"local:{backbone}" for backbone in settings.backbones}
+    name = reference_name(gateway.counts[chosen.reference]["label"], untrained)
+    judged = [battle(gateway, chosen.judge, speeches, said, reference, name) for said in own]
+    battles = pd.concat([found for found, _ in judged], ignore_index=True)
+    coverage = check_coverage(len(battles), 2 * len(speeches) * 2 * len(policies), chosen.coverage, "07_win_rates")
+    unread = [entry for _, more in judged for entry in more]
+    answers = pd.concat([reference, *own], ignore_index=True)
+    return Battles(answers, battles, unread, coverage, gateway.counts[chosen.judge]["label"], name)
+
 # %% ../../nbs/experiments/02_head_to_head.ipynb #d486816f
-CASES = (("3", "length", "largest"), ("6", "free", "largest"), ("S5", "free", "loss"), ("S39", "free", "median"))  # number of the table, setting, rule
+CASES = (
+    ("3", "length", "largest"),
+    ("6", "free", "largest"),
+    ("S5", "free", "loss"),
+    ("S39", "free", "median"),
+)  # number of the table, setting, rule
 
 
 def pick_cases(
@@ -63,31 +112,137 @@ def pick_cases(
     answers,  # frame of kind "answers"
     speeches,  # frame with speech_id and speech
     reference: str,  # name of the reference
-    seed: int,  # of the run
+    seed: int,
 ) -> list[tuple[str, str, str, Case]]:  # number, title, speech_id, case without scores
     "Choose the cases of Tables 3 and 6, a loss and the median."
     found = []
     for number, setting, rule in CASES:
         own = battles[(battles.policy == policy) & (battles.setting == setting)]
         if speech_id := choose_cases(own, seed).get(rule):
-            title = f"Case study, {SETTINGS[setting]}: {RULES[rule]}" + (" (not in the paper)" if number.startswith("S") else "")
-            found.append((number, title, speech_id, make_case(rule, speech_id, own, answers, speeches, (policy, reference))))
+            title = f"Case study, {SETTINGS[setting]}: {CASE_RULES[rule]}" + (
+                " (not in the paper)" if number.startswith("S") else ""
+            )
+            found.append(
+                (number, title, speech_id, make_case(rule, speech_id, own, answers, speeches, (policy, reference)))
+            )
     return found
 
 
 def scored_cases(
-    gateway,  # gateway.Gateway
+    gateway,
     profile: Profile,  # whose rater scores
     cases: list[tuple],  # of pick_cases
     answers,  # frame of kind "answers"
     speeches,  # frame with speech_id and speech
-    seed: int,  # of the run
+    seed: int,
 ) -> list[tuple[str, str, Case]]:  # number, title, case
     "Add the rater's scores to the cases."
     from dataclasses import replace
 
     own, found = profile.ratings, []
     for number, title, speech_id, case in cases:
-        scores = score_case(gateway, own.rater, speech_id, answers, speeches, case, case.names[0], seed, max_tokens=own.max_tokens, mode=own.mode)
-        found.append((number, title, replace(case, scores=scores, rater=gateway.counts[own.rater]["label"] if scores else "")))
+        scores = score_case(
+            gateway,
+            own.rater,
+            speech_id,
+            answers,
+            speeches,
+            case,
+            case.names[0],
+            seed,
+            max_tokens=own.max_tokens,
+            mode=own.mode,
+        )
+        found.append(
+            (number, title, replace(case, scores=scores, rater=gateway.counts[own.rater]["label"] if scores else ""))
+        )
     return found
+
+# %% ../../nbs/experiments/02_head_to_head.ipynb #04069d76
+def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, str]:  # file name -> text
+    "Render scored cases for the stage's folder."
+    titled = [(number, f"Table {number}: {title}", case) for number, title, case in cases]
+    texts = {"cases.html": cases_page([(title, case) for _, title, case in titled], label)}
+    for number, title, case in titled:
+        texts[f"tables/table_{number}_case.tex"] = case_latex(title, case, label)
+        texts[f"tables/table_{number}_case.md"] = case_markdown(title, case, label)
+    return texts
+
+# %% ../../nbs/experiments/02_head_to_head.ipynb #7cba591d
+def best_policy(rows: list[dict]) -> str:  # rows of evaluation.win_rates.summary_rows
+    "Name the policy with the highest free win rate."
+    free = [row for row in rows if row["setting"] == SETTINGS["free"]]
+    return max(free, key=lambda row: -1 if row["Overall"] is None else row["Overall"])["model"]
+
+
+def describe_win_rates(rows: list[dict], n: int, reference: str) -> list[str]:
+    "Say every overall win rate with its interval."
+    found = []
+    for setting, words in (("free", "Free"), ("length", "Asked for the reference's length")):
+        own = [row for row in rows if row["setting"] == SETTINGS[setting] and row["Overall"] is not None]
+        shares = "; ".join(f"{row['model']} {row['Overall']}% ({row['95% interval']})" for row in own)
+        found += [f"{words}, {shares} of {n} speeches are won against {reference}."] if own else []
+    return [*found, "50% is a draw: that is where the reference itself would be."]
+
+
+def describe_differences(differences) -> list[str]:  # of evaluation.win_rates.difference_rows
+    "Say the overall differences between policies that answer freely."
+    own = differences[(differences.group == "Overall") & (differences.setting == "free")]
+    return [
+        f"{row.first} − {row.second}: {row.difference:+.1f} points ({row.low:.1f} to {row.high:.1f})"
+        + (", which could be chance." if row.low <= 0 <= row.high else ".")
+        for row in own.itertuples()
+    ]
+
+
+def describe_trust(trust) -> list[str]:  # of evaluation.win_rates.trust_rows
+    "Say how often the judge contradicts itself, and which answers are longer than the reference's."
+    found = []
+    if trust.flips.notna().any():
+        worst = trust.loc[trust.flips.idxmax()]
+        found.append(
+            f"On swapping the two answers the judge contradicts itself in at most {worst.flips:.1f}% of the speeches."
+        )
+    if trust.length_ratio.notna().any():
+        longest = trust.loc[trust.length_ratio.idxmax()]
+        found.append(
+            f"The longest answers, relative to the reference's, are those of {longest.policy} "
+            f"({SETTINGS[longest.setting]}): "
+            f"{longest.length_ratio:.2f} times its words; a win rate that falls at equal length was bought with length."
+        )
+    return found
+
+
+def describe_compliance(compliance: list[dict]) -> list[str]:  # of evaluation.win_rates.compliance_rows
+    "Say how many answers keep the asked length."
+    share = "within 20% of the asked length, %"
+    return [
+        f"{row['model']}: {row[share]}% of the answers are within a fifth of the asked length, {row['cut off %']}% "
+        "are cut off."
+        for row in compliance
+    ]
+
+
+def describe_topic_rates(cells) -> list[str]:  # of evaluation.win_rates.win_rate_cells
+    "Name the coarse topics with the highest and lowest free win rate of the best policy."
+    own = cells[(cells.grouping == "coarse topic") & (cells.setting == "free") & (cells.reading == READINGS[0])]
+    own = own[own.group.isin(coarse_topics())].dropna(subset="win_rate")
+    if own.empty:
+        return []
+    best = own.groupby("policy").win_rate.mean().idxmax()
+    own = own[own.policy == best].sort_values("win_rate")
+    low, high = own.iloc[0], own.iloc[-1]
+    return [
+        f"{best} wins most in {high.group} ({high.win_rate:.0f}% of {high.n}) and least in {low.group} "
+        f"({low.win_rate:.0f}% of {low.n}).",
+        "With so few speeches a topic, the order of topics can be chance." if own.n.min() < 30 else "",
+    ]
+
+
+def describe_crises(flagged, answers, crisis, speeches) -> list[str]:
+    "Say how much was flagged, and how much a statement on crises can rest on."
+    few = ", too few to compare policies on" if len(crisis) < 30 else ""
+    return [
+        f"{len(flagged)} flags in {len(answers)} answers. {len(crisis)} of {len(speeches)} test speeches are about a "
+        f"crisis{few}."
+    ]

@@ -4,30 +4,34 @@
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b00bd08b
 from __future__ import annotations
+
 import re
 import typing
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
+
 from ..core.files import read_rows, write_rows
-from psycopref.evaluation.baselines import (
-    length_bradley_terry,
-    length_scores,
-    minilm_scores,
-    score_frame,
-    tfidf_scores,
-)
-from psycopref.stats.calibration import (
-    gap_groups,
-    length_groups,
-    slice_table,
-    topic_groups,
-)
-from ..core.settings import StudyError
 from ..core.paper import paper_values
+from ..core.settings import Profile, StudyError
+from ..core.stages import derived_seed
+from ..evaluation.baselines import length_bradley_terry, length_scores, minilm_scores, score_frame, tfidf_scores
+from ..feedback.choosing import rank_pairs, ranker_row, ranker_summary
+from ..models.weights import Weights, find_weights, load_tokenizer, pinned
+from ..stats.calibration import comparison_table, ece_table, fit_temperature, gap_groups, length_groups
+from ..stats.calibration import no_temperature, slice_table, temperature_table, topic_groups
 from ..stats.scores import bootstrap, pairwise_metrics
-from ..training.scoring import score_pairs
+from ..training.reward_card import HandOver, reward_card
+from ..training.reward_model import train_reward_model
+from ..training.scoring import find_scorer, load_reward_model, load_scorer, score_pairs
 
 # %% auto #0
-__all__ = ['BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row', 'table_1', 'slice_tables', 'one_table']
+__all__ = ['BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row', 'table_1', 'slice_tables', 'one_table',
+           'RewardStudy', 'score_baselines', 'plain_rows', 'train_backbones', 'score_others', 'ask_rankers',
+           'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame', 'best_temperature',
+           'shown_scorers', 'describe_trainings', 'describe_accuracy', 'describe_gains', 'describe_calibration',
+           'describe_slices', 'describe_rankers', 'write_cards']
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #67784f04
 def kept_scores(
@@ -46,12 +50,16 @@ def kept_scores(
 
 
 def _holds(path, name: str, pairs) -> bool:
-    "Tell whether a file holds a scorer's scores of these pairs."
+    "Check whether a file holds a scorer's scores of these pairs."
     try:
         frame = read_rows(path, "scores") if path.is_file() else None
     except StudyError:
         return False
-    return frame is not None and set(frame.model) <= {name} and [*zip(frame.ID, frame.prefID)] == [*zip(pairs.ID, pairs.prefID)]
+    return (
+        frame is not None
+        and set(frame.model) <= {name}
+        and [*zip(frame.ID, frame.prefID)] == [*zip(pairs.ID, pairs.prefID)]
+    )
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b9354ab4
 def model_scores(
@@ -61,11 +69,18 @@ def model_scores(
     tests: dict,  # name -> frame of pairs
 ) -> dict:  # name -> frame of kind "scores"
     "Score pairs with a reward model."
-    return {test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}")) for test, pairs in tests.items()}
+    return {
+        test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}"))
+        for test, pairs in tests.items()
+    }
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #e5f26d5d
-BASELINES = {"longer answer wins": None, "Bradley-Terry on length": length_bradley_terry, "Bradley-Terry on words (TF-IDF)": tfidf_scores,
-             "Bradley-Terry on embeddings (MiniLM)": minilm_scores}
+BASELINES = {
+    "longer answer wins": None,
+    "Bradley-Terry on length": length_bradley_terry,
+    "Bradley-Terry on words (TF-IDF)": tfidf_scores,
+    "Bradley-Terry on embeddings (MiniLM)": minilm_scores,
+}
 
 
 def baseline_scores(
@@ -94,22 +109,49 @@ def score_row(
     if scores.ID.nunique() > 1:
         low, high = bootstrap(np.mean, right, clusters=scores.ID.to_numpy(), samples=samples)
         interval = f"{100 * low:.1f} to {100 * high:.1f}"
-    return {"model": name, "kind": kind, "accuracy %": round(100 * found["accuracy"], 1), "95% interval": interval,
-            "AUC": found["auc"], "ECE": found["ece"] if calibrated else None, "Brier": found["brier"] if calibrated else None, "pairs": len(scores)}
+    return {
+        "model": name,
+        "kind": kind,
+        "accuracy %": round(100 * found["accuracy"], 1),
+        "95% interval": interval,
+        "AUC": found["auc"],
+        "ECE": found["ece"] if calibrated else None,
+        "Brier": found["brier"] if calibrated else None,
+        "pairs": len(scores),
+    }
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #988abbef
 def table_1(
     rows: list[dict],  # ours
 ):  # frame: ours, then the paper's models as published
-    "Put our scorers above the paper's."
+    "Build Table 1: our scorers above the paper's."
     import pandas as pd
 
     names = {"accuracy": "paper accuracy %", "auc": "paper AUC", "ece": "paper ECE", "brier": "paper Brier"}
-    published = {r["model"]: {title: r[key] for key, title in names.items()} | {"kind": r["kind"]} for r in paper_values()["table_1"]}
-    alike = {row["model"]: name for row in rows for name in published if re.match(re.escape(name) + r"(-HF)?(?![\w.-])", row["model"], re.IGNORECASE)}
-    ours = [row | {k: v for k, v in published[alike[row["model"]]].items() if k != "kind"} if row["model"] in alike else row for row in rows]
-    theirs = [{"model": name, "kind": f"paper: {values['kind']}", "95% interval": "not run here", **{k: v for k, v in values.items() if k != "kind"}}
-              for name, values in published.items() if name not in alike.values()]
+    published = {
+        r["model"]: {title: r[key] for key, title in names.items()} | {"kind": r["kind"]}
+        for r in paper_values()["table_1"]
+    }
+    alike = {
+        row["model"]: name
+        for row in rows
+        for name in published
+        if re.match(re.escape(name) + r"(-HF)?(?![\w.-])", row["model"], re.IGNORECASE)
+    }
+    ours = [
+        row | {k: v for k, v in published[alike[row["model"]]].items() if k != "kind"} if row["model"] in alike else row
+        for row in rows
+    ]
+    theirs = [
+        {
+            "model": name,
+            "kind": f"paper: {values['kind']}",
+            "95% interval": "not run here",
+            **{k: v for k, v in values.items() if k != "kind"},
+        }
+        for name, values in published.items()
+        if name not in alike.values()
+    ]
     frame = pd.DataFrame([*ours, *theirs], dtype=object)
     return frame.where(frame.notna(), None)
 
@@ -121,7 +163,11 @@ def slice_tables(
     samples: int = 1000,  # bootstrap resamples
 ) -> dict:  # title -> frame of calibration.slice_table
     "Cut accuracy by topic, by gap of the ratings and by length."
-    groups = {"coarse topic of the client speech": topic_groups(pairs, speeches), "gap of the mean ratings": gap_groups(pairs), "words of the chosen answer": length_groups(pairs)}
+    groups = {
+        "coarse topic of the client speech": topic_groups(pairs, speeches),
+        "gap of the mean ratings": gap_groups(pairs),
+        "words of the chosen answer": length_groups(pairs),
+    }
     return {title: slice_table(scores, own, samples) for title, own in groups.items()}
 
 
@@ -132,4 +178,284 @@ def one_table(
     "Stack tables under their titles."
     import pandas as pd
 
-    return pd.concat([table.assign(**{column: title})[[column, *table.columns]] for title, table in tables.items()], ignore_index=True)
+    return pd.concat(
+        [table.assign(**{column: title})[[column, *table.columns]] for title, table in tables.items()],
+        ignore_index=True,
+    )
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #b98eb7f4
+@dataclass(frozen=True)
+class RewardStudy:
+    "Pairs and settings with which a run's reward models are trained and compared."
+
+    settings: Profile
+    fit: typing.Any  # frame of training pairs
+    tests: dict  # "dev" and "test" -> frame of pairs
+    work: Path  # folder of the stage
+    seed: int
+
+    @property
+    def backbones(self) -> dict[str, Weights]:
+        "Find the backbones; two of one name are refused."
+        found = {name: find_weights(name) for name in self.settings.backbones}
+        if min(len({getattr(w, key) for w in found.values()}) for key in ("slug", "short")) < len(found):
+            raise StudyError(
+                f"backbones {list(found)}: two have the same name, expected different ones; rename a folder"
+            )
+        return found
+
+    @property
+    def others(self) -> dict[str, Weights]:
+        "Find the other reward models of `reward.scorers`."
+        return {entry: find_weights(find_scorer(entry).location) for entry in self.settings.reward.scorers}
+
+    def scores(self, name: str, score: typing.Callable[[], dict]) -> dict:
+        "Read a scorer's scores, or compute and write them."
+        return kept_scores(self.work / "scores", name, self.tests, score)
+
+
+def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:  # name -> (kind, scores of dev and test)
+    "Score with the cheap baselines."
+    return {
+        name: ("baseline", study.scores(name, lambda name=name: baseline_scores(name, study.fit, study.tests)))
+        for name in BASELINES
+    }
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #1f070d62
+def plain_rows(frame) -> list[dict]:
+    "Return a frame as plain rows for JSON, with None for what is missing."
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #59c69995
+def _untrained(study: RewardStudy, weights: Weights, name: str) -> dict:
+    "Score with a backbone whose head is random."
+    tokenizer, head = load_tokenizer(weights), derived_seed(study.seed, "head")
+    model = load_reward_model(weights.location, tokenizer, study.settings.dtype, new_head=head, **pinned(weights))
+    return model_scores(name, model, tokenizer, study.tests)
+
+
+def _trained(study: RewardStudy, weights: Weights, name: str) -> dict:
+    "Score with a trained reward model of this run."
+    tokenizer = load_tokenizer(weights)
+    model = load_reward_model(str(study.work / weights.slug), tokenizer, study.settings.dtype)
+    return model_scores(name, model, tokenizer, study.tests)
+
+
+def train_backbones(study: RewardStudy) -> tuple[dict[str, tuple[str, dict]], dict]:
+    "Train each backbone and score with it, before and after; also return what each training reported, by slug."
+    found, trainings, dtype = {}, {}, study.settings.dtype
+    for weights in study.backbones.values():
+        name, job = f"untrained head on {weights.short}", study.work / "scratch" / weights.slug
+        found[name] = ("baseline", study.scores(name, lambda: _untrained(study, weights, name)))
+        dev = study.tests["dev"] if len(study.tests["dev"]) else None
+        trainings[weights.slug] = train_reward_model(
+            weights, study.fit, study.settings.reward, study.work / weights.slug, job, dtype, study.seed, dev=dev
+        )
+        name = f"Bradley-Terry on {weights.short}"
+        found[name] = ("reward model", study.scores(name, lambda: _trained(study, weights, name)))
+    return found, trainings
+
+
+def score_others(study: RewardStudy, taken: typing.Container[str], released: bool) -> dict[str, tuple[str, dict]]:
+    "Score with other reward models; `released` tells that the test pairs are the released dataset's."
+    found, knows = {}, "" if released else "; trained on the released pairs, so it may know these speeches"
+    for entry, weights in study.others.items():
+
+        def score(entry=entry):
+            model, tokenizer, weights = load_scorer(find_scorer(entry), study.settings.dtype)
+            return model_scores(weights.short, model, tokenizer, study.tests)
+
+        name = (
+            weights.short
+            if weights.short not in {*found} and weights.short not in taken
+            else f"{weights.short} ({entry})"
+        )
+        kind = "other reward model" + knows * entry.startswith("psychocounsel")
+        found[name] = (kind, study.scores(name, score))
+    return found
+
+
+def ask_rankers(gateway, study: RewardStudy) -> tuple[dict[str, dict], list[dict]]:
+    "Ask the language models of `reward.rankers` to choose; return summaries by name, and all verdicts."
+    summaries, verdicts = {}, []
+    for uri in study.settings.reward.rankers:
+        own, failed = rank_pairs(gateway, uri, study.tests["test"], study.seed)
+        name = f"{gateway.counts[uri]['label'].split(' (')[0]}, asked"
+        summaries[name] = ranker_summary(own, failed, study.settings.evaluation.bootstrap)
+        verdicts += plain_rows(own.assign(model=name).drop(columns="correct"))
+    return summaries, verdicts
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #b66e1420
+def reward_rows(study: RewardStudy, found: dict[str, tuple[str, dict]], rankings: dict[str, dict]) -> list[dict]:
+    "Summarise every scorer and ranker as a row of Table 1."
+    samples, bins = study.settings.evaluation.bootstrap, study.settings.reward.ece_bins[0]
+    rows = [
+        score_row(name, kind, own["test"], name != "longer answer wins", bins, samples)
+        for name, (kind, own) in found.items()
+    ]
+    return rows + [ranker_row(name, summary) for name, summary in rankings.items()]
+
+
+def best_scorer(found: dict[str, tuple[str, dict]]) -> str:
+    "Name our reward model that is right most often on the development pairs."
+
+    def right(name):
+        dev = found[name][1]["dev"]
+        return (dev.chosen_score > dev.rejected_score).mean()
+
+    return max((name for name, (kind, _) in found.items() if kind == "reward model"), key=right)
+
+
+def gains_over(best: str, found: dict[str, tuple[str, dict]], samples: int):
+    "Compare every other scorer with the best one, pair by pair."
+    scores = {name: own["test"] for name, (_, own) in found.items()}
+    return comparison_table(
+        {best: scores[best], **{name: own for name, own in scores.items() if name != best}}, best, samples
+    )
+
+
+def ece_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
+    "Compute ECE by number of bins for every scorer whose differences are log-odds."
+    import pandas as pd
+
+    bins = sorted(study.settings.reward.ece_bins)
+    return pd.concat(
+        [ece_table(own["test"], bins) for name, (_, own) in found.items() if name != "longer answer wins"],
+        ignore_index=True,
+    )
+
+
+def temperature_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
+    "Compare our reward models before and after temperature scaling; empty without development pairs."
+    import pandas as pd
+
+    bins, dev = sorted(study.settings.reward.ece_bins), len(study.tests["dev"])
+    own = [scores for kind, scores in found.values() if kind == "reward model" and dev]
+    return pd.concat([temperature_table(s["dev"], s["test"], bins) for s in own] or [pd.DataFrame()], ignore_index=True)
+
+
+def best_temperature(dev) -> float | None:
+    "Fit a temperature on development scores; None where none minimises the loss."
+    sides = dev.chosen_score, dev.rejected_score
+    return fit_temperature(*sides) if len(dev) and not no_temperature(*sides) else None
+
+
+def shown_scorers(best: str, found: dict[str, tuple[str, dict]]) -> dict:  # name -> test scores
+    "Choose the scorers of the reliability figure: ours, other reward models, three baselines; four at most."
+    names = [best, *(n for n in found if n != best and found[n][0] != "baseline")]
+    names += [n for n in found if any(word in n for word in ("TF-IDF", "embeddings", "untrained"))]
+    return {name: found[name][1]["test"] for name in list(dict.fromkeys(names))[:4]}
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #eb82874b
+def describe_trainings(trainings: dict[str, dict]) -> list[str]:
+    "Say how each training ended."
+    found = []
+    for name, own in trainings.items():
+        last = [entry["loss"] for entry in own["log"] if "loss" in entry][-1]
+        found.append(
+            f"{name}: {own['steps']} steps; the training loss ends at {last:.2f} nats (0.69 is knowing nothing)."
+        )
+        if own["dev_loss"] is not None:
+            found.append(
+                f"The checkpoint of step {own['best_step']} is kept, for its development loss of {own['dev_loss']:.2f}."
+            )
+    return found
+
+
+def describe_accuracy(rows: list[dict], best: str) -> list[str]:
+    "Set our best reward model beside the best baseline."
+    ours = next(row for row in rows if row["model"] == best)
+    rival = max((row for row in rows if row["kind"] == "baseline"), key=lambda row: row["accuracy %"])
+    gain = ours["accuracy %"] - rival["accuracy %"]
+    return [
+        f"{best} prefers the chosen answer in {ours['accuracy %']}% of {ours['pairs']} test pairs (95% interval "
+        f"{ours['95% interval']}).",
+        f"The best baseline, {rival['model']}, reaches {rival['accuracy %']}%.",
+        f"The backbone adds {gain:.1f} points to it; whether that could be chance stands in the next table."
+        if gain > 0
+        else "It does not beat that baseline on these pairs.",
+    ]
+
+
+def describe_gains(gains) -> list[str]:
+    "Count the scorers from which our best reward model can't be told apart."
+    alike = gains[(gains.low <= 0) & (gains.high >= 0)]
+    names = ", ".join(alike.model)
+    return [
+        f"Of {len(gains)} other scorers, {len(gains) - len(alike)} differ from it by more than chance (95% interval, "
+        "over speeches).",
+        f"These pairs can't tell it from {names}." if names else "",
+    ]
+
+
+def describe_calibration(rows: list[dict], best: str, temperature: float | None, dev) -> list[str]:
+    "Say how far the probabilities of our best reward model can be believed."
+    ours = next(row for row in rows if row["model"] == best)
+    found = [f"{best}: ECE {ours['ECE']:.3f}, Brier {ours['Brier']:.3f} (0.25 is a coin)."]
+    if temperature:
+        confidence = "over" if temperature > 1 else "under"
+        return [
+            *found,
+            f"The temperature that fits the development pairs is {temperature:.2f}: the model is "
+            f"{confidence}confident.",
+        ]
+    why = no_temperature(dev.chosen_score, dev.rejected_score) if len(dev) else "there are no development pairs"
+    return [*found, f"No temperature was fitted: {why}."]
+
+
+def describe_slices(tables: dict) -> list[str]:  # of slice_tables
+    "Name the weakest and the strongest group of each cut."
+    found = []
+    for title, table in tables.items():
+        share = table[table.group != "all"].set_index("group")["accuracy %"]
+        if len(share) > 1:
+            low, high = share.idxmin(), share.idxmax()
+            found.append(f"By {title}, it is right in {share[low]:.0f}% ({low}) to {share[high]:.0f}% ({high}).")
+    return [*found, "Groups of few pairs prove little: read the intervals."]
+
+
+def describe_rankers(rankings: dict[str, dict]) -> list[str]:
+    "Say how often each ranker is right, unreadable, and led by the order."
+    found = []
+    for name, own in rankings.items():
+        found.append(
+            f"{name}: right in {own['accuracy']:.1%} of {own['pairs']} pairs; {own['unreadable']:.0%} of the replies "
+            "can't be read."
+        )
+        if own["position_1"] is not None:
+            found.append(f"Of those that can, {own['position_1']:.0%} choose what was shown first.")
+    return found or ["Not measured: `reward.rankers` names nobody."]
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #5f96c936
+def write_cards(
+    study: RewardStudy,
+    run: str,
+    receipts: dict,
+    trainings: dict,
+    found: dict,
+    rows: list[dict],
+    temperature: float | None,
+) -> None:
+    "Write a model card into the folder of each trained backbone; `temperature` is the best one's."
+    settings, best = study.settings.reward, best_scorer(found)
+    for place, weights in enumerate(study.backbones.values()):
+        name, repo = f"Bradley-Terry on {weights.short}", settings.push_to_hub if not place else ""
+        test = found[name][1]["test"]
+        eces = {
+            b: pairwise_metrics(test.chosen_score, test.rejected_score, b)["ece"] for b in sorted(settings.ece_bins)
+        }
+        facts = HandOver(
+            weights,
+            run,
+            study.settings.name,
+            receipts,
+            trainings[weights.slug],
+            settings,
+            rows,
+            name,
+            repo or f"outputs/{run}/05_reward/{weights.slug}",
+            temperature if name == best else None,
+            eces,
+            study.settings.dtype,
+        )
+        (study.work / weights.slug / "README.md").write_text(reward_card(facts), encoding="utf-8")

@@ -30,12 +30,12 @@ def answer_decoding(
     chosen: EvaluationSettings,  # of the profile
     seed: int,  # of the sampling
 ) -> Decoding:  # longest answer, temperature, top-k, top-p, seed
-    "Say how policies and reference answer, wherever they do."
+    "Return the decoding of policies and reference, the same wherever they answer."
     return Decoding(chosen.max_tokens, chosen.temperature, chosen.top_k, chosen.top_p, seed)
 
 
 def answer(
-    gateway,  # gateway.Gateway
+    gateway,
     uri: str,  # who answers
     speeches,  # frame with speech_id and speech
     name: str,  # column `policy`
@@ -43,7 +43,7 @@ def answer(
     seed: int,  # of the sampling
     words: dict | None = None,  # speech_id -> asked length in words; None leaves it open
 ):  # frame of kind "answers"
-    "Let a model answer client speeches."
+    "Ask a model to answer client speeches."
     import pandas as pd
 
     texts = [responding_prompt(s.speech, None if words is None else words[s.speech_id]) for s in speeches.itertuples()]
@@ -51,8 +51,17 @@ def answer(
     rows = []
     for speech_id, reply in zip(speeches.speech_id, gateway.ask(chat_model(uri), asked, f"answering: {name}")):
         if not isinstance(reply, Failure):
-            rows.append({"speech_id": speech_id, "policy": name, "setting": "free" if words is None else "length", "response": reply.text,
-                         "finish_reason": reply.finish_reason, "n_tokens": reply.completion_tokens, "target_words": 0 if words is None else words[speech_id]})
+            rows.append(
+                {
+                    "speech_id": speech_id,
+                    "policy": name,
+                    "setting": "free" if words is None else "length",
+                    "response": reply.text,
+                    "finish_reason": reply.finish_reason,
+                    "n_tokens": reply.completion_tokens,
+                    "target_words": 0 if words is None else words[speech_id],
+                }
+            )
     return pd.DataFrame(rows, columns=list(SCHEMAS["answers"]))
 
 
@@ -81,14 +90,14 @@ def battle_request(
 
 def paper_order(
     speech_id: str,  # of the client speech
-    seed: int,  # of the run
+    seed: int,
 ) -> str:  # one of ORDERS
     "Draw the order in which the paper's judge would see a battle."
     return ORDERS[derived_seed(seed, "battle order", speech_id) % 2]
 
 # %% ../../nbs/feedback/04_battles.ipynb #60aa7c0a
 def battle(
-    gateway,  # gateway.Gateway
+    gateway,
     judge: str,  # gateway URI
     speeches,  # frame with speech_id and speech
     policy,  # answers of the policy
@@ -100,24 +109,49 @@ def battle(
     import pandas as pd
 
     texts, theirs = dict(zip(speeches.speech_id, speeches.speech)), dict(zip(reference.speech_id, reference.response))
-    jobs = [(row, order) for row in policy.itertuples() if row.speech_id in theirs for order in (ORDERS if seed is None else [paper_order(row.speech_id, seed)])]
+    jobs = [
+        (row, order)
+        for row in policy.itertuples()
+        if row.speech_id in theirs
+        for order in (ORDERS if seed is None else [paper_order(row.speech_id, seed)])
+    ]
     asked = [battle_request(texts[row.speech_id], row.response, theirs[row.speech_id], order) for row, order in jobs]
     rows, aside = [], []
     for (row, order), reply in zip(jobs, gateway.ask(chat_model(judge), asked, "judging")):
         try:
             found = parse_battle("" if isinstance(reply, Failure) else reply.text)
         except BadReply as error:
-            aside.append({"speech_id": row.speech_id, "policy": row.policy, "setting": row.setting, "order": order, "kind": "failed" if isinstance(reply, Failure) else "unreadable", "reason": str(error), "raw": reply.raw if isinstance(reply, Failure) else reply.text})
+            aside.append(
+                {
+                    "speech_id": row.speech_id,
+                    "policy": row.policy,
+                    "setting": row.setting,
+                    "order": order,
+                    "kind": "failed" if isinstance(reply, Failure) else "unreadable",
+                    "reason": str(error),
+                    "raw": reply.raw if isinstance(reply, Failure) else reply.text,
+                }
+            )
             continue
         verdicts = {key: "win" if found[key] == (1 if order == ORDERS[0] else 2) else "loss" for key in BATTLE_KEYS}
-        rows.append({"speech_id": row.speech_id, "setting": row.setting, "policy": row.policy, "reference": reference_name, "order": order,
-                     "verdict": verdicts["overall"], **{f"{key}_verdict": verdicts[key] for key in PRINCIPLE_KEYS}, "judge": judge})
+        rows.append(
+            {
+                "speech_id": row.speech_id,
+                "setting": row.setting,
+                "policy": row.policy,
+                "reference": reference_name,
+                "order": order,
+                "verdict": verdicts["overall"],
+                **{f"{key}_verdict": verdicts[key] for key in PRINCIPLE_KEYS},
+                "judge": judge,
+            }
+        )
     return pd.DataFrame(rows, columns=list(SCHEMAS["battles"])), aside
 
 # %% ../../nbs/feedback/04_battles.ipynb #c0e18f80
 def paper_verdicts(
     battles,  # frame of kind "battles"
-    seed: int,  # of the run
+    seed: int,
 ):  # the rows of one seeded order for each speech
     "Read the battles as the paper does: one order for each speech."
     return battles[battles.order == battles.speech_id.map(lambda name: paper_order(name, seed))]
@@ -127,5 +161,9 @@ def consistent_verdicts(
     battles,  # frame of kind "battles", both orders
 ):  # frame with one row for each policy, setting and speech
     "Read the battles strictly: a win or loss only where both orders agree."
-    wide = battles.pivot(index=["policy", "setting", "speech_id"], columns="order", values="verdict").dropna().reset_index()
+    wide = (
+        battles.pivot(index=["policy", "setting", "speech_id"], columns="order", values="verdict")
+        .dropna()
+        .reset_index()
+    )
     return wide.assign(verdict=swap_consistent(wide[ORDERS[0]].to_numpy(), wide[ORDERS[1]].to_numpy()))

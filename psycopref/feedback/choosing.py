@@ -16,23 +16,32 @@ from ..stats.scores import bootstrap
 from ..core.prompts import BadReply, comparison_prompt, parse_choice
 
 # %% auto #0
-__all__ = ['ORDERS', 'COLUMNS', 'ranking_request', 'read_choice', 'read_verdict', 'rank_blocks', 'rank_pairs', 'pair_verdicts',
-           'ranker_summary', 'ranker_row', 'ranker_table']
+__all__ = ['SHOWN_ORDERS', 'COLUMNS', 'ranking_request', 'read_choice', 'read_verdict', 'rank_blocks', 'rank_pairs',
+           'pair_verdicts', 'ranker_summary', 'ranker_row', 'ranker_table']
 
 # %% ../../nbs/feedback/03_choosing.ipynb #bad60ec4
-ORDERS = {"chosen first": 1, "rejected first": 2}  # order -> where the chosen response is shown, so the right answer
+SHOWN_ORDERS = {
+    "chosen first": 1,
+    "rejected first": 2,
+}  # order -> where the chosen response is shown, so the right answer
 
 
 def ranking_request(
     pair,  # a row with question, chosen and rejected
-    order: str,  # a key of ORDERS
+    order: str,  # a key of SHOWN_ORDERS
     seed: int = 0,  # of the decoding
     max_tokens: int = 6,  # longest reply
 ) -> ChatRequest:  # ready for the gateway
     "Ask which of two responses is better."
-    first, second = (pair.chosen, pair.rejected) if ORDERS[order] == 1 else (pair.rejected, pair.chosen)
+    first, second = (pair.chosen, pair.rejected) if SHOWN_ORDERS[order] == 1 else (pair.rejected, pair.chosen)
     message = {"role": "user", "content": comparison_prompt("ranker", pair.question, first, second)}
-    return ChatRequest((message,), Decoding(max_tokens, seed=seed), None, "rank", {"client_speech": pair.question, "response_1": first, "response_2": second})
+    return ChatRequest(
+        (message,),
+        Decoding(max_tokens, seed=seed),
+        None,
+        "rank",
+        {"client_speech": pair.question, "response_1": first, "response_2": second},
+    )
 
 # %% ../../nbs/feedback/03_choosing.ipynb #0c070625
 def read_choice(
@@ -47,19 +56,33 @@ def read_choice(
 
 def read_verdict(
     pair,  # a row with ID and prefID
-    order: str,  # a key of ORDERS
+    order: str,  # a key of SHOWN_ORDERS
     choice: int | None,  # of read_choice
 ) -> dict:  # ID, prefID, order, choice, readable, correct: 1, 0, or 0.5 where unreadable
     "Compare a choice with the label of the data."
-    correct = 0.5 if choice is None else float(choice == ORDERS[order])
-    return {"ID": pair.ID, "prefID": pair.prefID, "order": order, "choice": choice, "readable": choice is not None, "correct": correct}
+    correct = 0.5 if choice is None else float(choice == SHOWN_ORDERS[order])
+    return {
+        "ID": pair.ID,
+        "prefID": pair.prefID,
+        "order": order,
+        "choice": choice,
+        "readable": choice is not None,
+        "correct": correct,
+    }
 
 # %% ../../nbs/feedback/03_choosing.ipynb #fa174d01
-COLUMNS = {"ID": "str", "prefID": "int64", "order": "str", "choice": "Int64", "readable": bool, "correct": float}  # of a frame of verdicts
+COLUMNS = {
+    "ID": "str",
+    "prefID": "int64",
+    "order": "str",
+    "choice": "Int64",
+    "readable": bool,
+    "correct": float,
+}  # of a frame of verdicts
 
 
 def rank_blocks(
-    gateway,  # gateway.Gateway
+    gateway,
     uri: str,  # gateway URI of the ranker
     pairs,  # frame of pairs
     seed: int = 0,  # of the decoding
@@ -70,18 +93,24 @@ def rank_blocks(
     parts, model = blocks(pairs, block), chat_model(uri)
 
     def jobs(part):
-        return ((pair, order) for pair in part.itertuples() for order in ORDERS)
+        return ((pair, order) for pair in part.itertuples() for order in SHOWN_ORDERS)
 
     asked = ((ranking_request(*job, seed, max_tokens) for job in jobs(part)) for part in parts)
-    for replies, part in zip(gateway.stream(model, asked, "ranking", len(ORDERS) * len(pairs)), parts):
+    for replies, part in zip(gateway.stream(model, asked, "ranking", len(SHOWN_ORDERS) * len(pairs)), parts):
         answered = list(zip(jobs(part), replies))
         verdicts = [read_verdict(*job, read_choice(reply)) for job, reply in answered if not isinstance(reply, Failure)]
-        yield verdicts, [{"ID": pair.ID, "prefID": int(pair.prefID), "order": order, "reason": reply.reason, "raw": reply.raw}
-                         for (pair, order), reply in answered if isinstance(reply, Failure)]
+        yield (
+            verdicts,
+            [
+                {"ID": pair.ID, "prefID": int(pair.prefID), "order": order, "reason": reply.reason, "raw": reply.raw}
+                for (pair, order), reply in answered
+                if isinstance(reply, Failure)
+            ],
+        )
 
 # %% ../../nbs/feedback/03_choosing.ipynb #94dd6da7
 def rank_pairs(
-    gateway,  # gateway.Gateway
+    gateway,
     uri: str,  # gateway URI of the ranker
     pairs,  # frame of pairs
     seed: int = 0,  # of the decoding
@@ -93,14 +122,21 @@ def rank_pairs(
     import pandas as pd
 
     if not len(pairs) or pairs.duplicated(["ID", "prefID"]).any():
-        raise StudyError(f"ranking: found {len(pairs)} pairs, {int(pairs.duplicated(['ID', 'prefID']).sum())} of them twice, expected some, each "
-                         "with an ID and prefID of its own; look at 04_pairs")
+        raise StudyError(
+            f"ranking: found {len(pairs)} pairs, {int(pairs.duplicated(['ID', 'prefID']).sum())} of them twice, "
+            "expected some, each "
+            "with an ID and prefID of its own; look at 04_pairs"
+        )
     found = list(rank_blocks(gateway, uri, pairs, seed, max_tokens, block))
     rows, failures = ([row for block in found for row in block[i]] for i in (0, 1))
     whole = len(pairs) - len({(failure["ID"], failure["prefID"]) for failure in failures})
     if whole / len(pairs) < coverage:
-        raise StudyError(f"ranking by {uri}: {whole} of {len(pairs)} pairs were answered in both orders ({whole / len(pairs):.1%}), expected at least "
-                         f"{coverage:.1%}; the first failure: {failures[0]['reason'][:120]}; finished calls are kept, so mend the cause and run again")
+        raise StudyError(
+            f"ranking by {uri}: {whole} of {len(pairs)} pairs were answered in both orders "
+            f"({whole / len(pairs):.1%}), expected at least "
+            f"{coverage:.1%}; the first failure: {failures[0]['reason'][:120]}; finished calls are kept, so mend the "
+            "cause and run again"
+        )
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), failures
 
 # %% ../../nbs/feedback/03_choosing.ipynb #56c246d1
@@ -108,11 +144,14 @@ def pair_verdicts(
     verdicts,  # frame of rank_pairs
 ):  # frame, one row for each pair answered in both orders: ID, prefID, correct (0 to 1), readable (both), same_winner
     "Join the two orders of each pair."
-    forward, backward = (verdicts[verdicts.order == order] for order in ORDERS)
+    forward, backward = (verdicts[verdicts.order == order] for order in SHOWN_ORDERS)
     both = forward.merge(backward, on=["ID", "prefID"], suffixes=("", "_swapped"), validate="one_to_one")
     readable = both.readable & both.readable_swapped
-    return both[["ID", "prefID"]].assign(correct=(both.correct + both.correct_swapped) / 2, readable=readable,
-                                         same_winner=readable & (both.correct == both.correct_swapped))
+    return both[["ID", "prefID"]].assign(
+        correct=(both.correct + both.correct_swapped) / 2,
+        readable=readable,
+        same_winner=readable & (both.correct == both.correct_swapped),
+    )
 
 # %% ../../nbs/feedback/03_choosing.ipynb #27c64310
 def ranker_summary(
@@ -125,13 +164,30 @@ def ranker_summary(
 
     pairs = pair_verdicts(verdicts)
     if not len(pairs):
-        raise StudyError(f"ranking: {len(verdicts)} verdicts and {len(failures)} failures, but no pair was answered in both orders; run the ranking again")
+        raise StudyError(
+            f"ranking: {len(verdicts)} verdicts and {len(failures)} failures, but no pair was answered in both "
+            "orders; run the ranking again"
+        )
     calls = verdicts.merge(pairs[["ID", "prefID"]], on=["ID", "prefID"])
     read, clear, agreed = calls[calls.readable], pairs[pairs.readable], pairs[pairs.same_winner]
-    low, high = bootstrap(np.mean, pairs.correct.to_numpy(), clusters=pairs.ID.to_numpy(), samples=samples) if pairs.ID.nunique() > 1 else (None, None)
-    return {"pairs": len(pairs), "speeches": pairs.ID.nunique(), "failed_calls": len(failures), "accuracy": _share(pairs.correct), "low": low, "high": high,
-            "accuracy_readable": _share(read.correct), "unreadable": _share(~calls.readable), "position_1": _share(read.choice == 1),
-            "same_winner": _share(clear.same_winner), "accuracy_same_winner": _share(agreed.correct)}
+    low, high = (
+        bootstrap(np.mean, pairs.correct.to_numpy(), clusters=pairs.ID.to_numpy(), samples=samples)
+        if pairs.ID.nunique() > 1
+        else (None, None)
+    )
+    return {
+        "pairs": len(pairs),
+        "speeches": pairs.ID.nunique(),
+        "failed_calls": len(failures),
+        "accuracy": _share(pairs.correct),
+        "low": low,
+        "high": high,
+        "accuracy_readable": _share(read.correct),
+        "unreadable": _share(~calls.readable),
+        "position_1": _share(read.choice == 1),
+        "same_winner": _share(clear.same_winner),
+        "accuracy_same_winner": _share(agreed.correct),
+    }
 
 
 def _share(values) -> float | None:
@@ -144,8 +200,16 @@ def ranker_row(
     summary: dict,  # of ranker_summary
 ) -> dict:  # one row of Table 1
     "Put a ranker into Table 1; it gives no probability, so only accuracy."
-    return {"model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)", "kind": "LLM as ranker", "accuracy %": round(100 * summary["accuracy"], 1),
-            "95% interval": _interval_text(summary), "AUC": None, "ECE": None, "Brier": None, "pairs": summary["pairs"]}
+    return {
+        "model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)",
+        "kind": "LLM as ranker",
+        "accuracy %": round(100 * summary["accuracy"], 1),
+        "95% interval": _interval_text(summary),
+        "AUC": None,
+        "ECE": None,
+        "Brier": None,
+        "pairs": summary["pairs"],
+    }
 
 
 def _interval_text(summary: dict) -> str | None:
@@ -159,8 +223,22 @@ def ranker_table(
     "Set the rankers beside each other."
     import pandas as pd
 
-    columns = {"accuracy %": "accuracy", "readable only %": "accuracy_readable", "unreadable %": "unreadable", "first shown chosen %": "position_1",
-               "same winner in both orders %": "same_winner", "accuracy where the same %": "accuracy_same_winner"}
-    rows = [{"ranker": name, **{title: None if s[key] is None else round(100 * s[key], 1) for title, key in columns.items()},
-             "95% interval of the accuracy": _interval_text(s), "failed calls": s["failed_calls"], "pairs": s["pairs"]} for name, s in summaries.items()]
+    columns = {
+        "accuracy %": "accuracy",
+        "readable only %": "accuracy_readable",
+        "unreadable %": "unreadable",
+        "first shown chosen %": "position_1",
+        "same winner in both orders %": "same_winner",
+        "accuracy where the same %": "accuracy_same_winner",
+    }
+    rows = [
+        {
+            "ranker": name,
+            **{title: None if s[key] is None else round(100 * s[key], 1) for title, key in columns.items()},
+            "95% interval of the accuracy": _interval_text(s),
+            "failed calls": s["failed_calls"],
+            "pairs": s["pairs"],
+        }
+        for name, s in summaries.items()
+    ]
     return pd.DataFrame(rows, dtype=object)

@@ -12,7 +12,7 @@ from ..core.paper import paper_values
 
 # %% auto #0
 __all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses', 'principle_table', 'pair_summary',
-           'model_distribution_figure', 'dataset_card']
+           'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(
@@ -20,7 +20,11 @@ def scored_responses(
     ratings,  # frame of ratings
 ):  # frame of responses with one column for each principle and `total`, 7-35
     "Join responses with their seven ratings; responses without all seven are left out."
-    wide = ratings.pivot(index=["speech_id", "model"], columns="principle", values="rating").reindex(columns=list(PRINCIPLE_KEYS)).dropna()
+    wide = (
+        ratings.pivot(index=["speech_id", "model"], columns="principle", values="rating")
+        .reindex(columns=list(PRINCIPLE_KEYS))
+        .dropna()
+    )
     joined = responses.merge(wide.astype(int).reset_index(), on=["speech_id", "model"], how="inner")
     return joined.assign(total=joined[list(PRINCIPLE_KEYS)].sum(axis=1))
 
@@ -36,7 +40,9 @@ def choose_pairs(
         order = sorted(range(len(totals)), key=lambda i: (totals[i], group.model.iloc[i]))
         candidates = [(order[-1], order[0])]
     else:
-        candidates = [(i, j) if totals[i] > totals[j] else (j, i) for i, j in itertools.combinations(range(len(totals)), 2)]
+        candidates = [
+            (i, j) if totals[i] > totals[j] else (j, i) for i, j in itertools.combinations(range(len(totals)), 2)
+        ]
     return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum]
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
@@ -56,15 +62,24 @@ def make_pairs(
         for chosen, rejected in choose_pairs(group, min_gap_sum, best_worst):
             rows.append(_pair(name, len(rows), texts[name], group.iloc[chosen], group.iloc[rejected]))
     if not rows:
-        raise StudyError(f"04_pairs: no pair of the {' and '.join(splits)} speeches has a rating gap of {min_gap_sum / 7:.2g}; "
-                         "the pool's answers are too alike or too few, widen the pool or lower pairs.min_gap_sum")
+        raise StudyError(
+            f"04_pairs: no pair of the {' and '.join(splits)} speeches has a rating gap of {min_gap_sum / 7:.2g}; "
+            "the pool's answers are too alike or too few, widen the pool or lower pairs.min_gap_sum"
+        )
     return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"]))
 
 
 def _pair(name: str, number: int, question: str, chosen, rejected) -> dict:
     "Make one row in the released schema."
-    row = {"ID": name, "prefID": number, "question": question, "chosen": chosen.response, "rejected": rejected.response,
-           "chosen_model": chosen.model, "rejected_model": rejected.model}
+    row = {
+        "ID": name,
+        "prefID": number,
+        "question": question,
+        "chosen": chosen.response,
+        "rejected": rejected.response,
+        "chosen_model": chosen.model,
+        "rejected_model": rejected.model,
+    }
     for side, response in (("chosen", chosen), ("rejected", rejected)):
         row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
     return row
@@ -76,8 +91,13 @@ def paired_responses(
     "Recover the rated responses that occur in pairs."
     import pandas as pd
 
-    sides = [pairs[["ID", f"{side}_model", *(f"{side}_{key}_rating" for key in PRINCIPLE_KEYS)]].set_axis(["speech_id", "model", *PRINCIPLE_KEYS], axis=1)
-             for pairs in parts.values() for side in ("chosen", "rejected")]
+    sides = [
+        pairs[["ID", f"{side}_model", *(f"{side}_{key}_rating" for key in PRINCIPLE_KEYS)]].set_axis(
+            ["speech_id", "model", *PRINCIPLE_KEYS], axis=1
+        )
+        for pairs in parts.values()
+        for side in ("chosen", "rejected")
+    ]
     rows = pd.concat(sides).drop_duplicates(["speech_id", "model"], ignore_index=True)
     return rows.assign(total=rows[list(PRINCIPLE_KEYS)].sum(axis=1))
 
@@ -91,9 +111,17 @@ def principle_table(
     rows = []
     for key in PRINCIPLE_KEYS:
         chosen, rejected = pairs[f"chosen_{key}_rating"], pairs[f"rejected_{key}_rating"]
-        rows.append({"principle": key, "chosen": round(chosen.mean(), 2), "rejected": round(rejected.mean(), 2), "difference": round((chosen - rejected).mean(), 2),
-                     "equal %": round(100 * (chosen == rejected).mean(), 1), "inverted": int((rejected > chosen).sum()),
-                     "inverted %": round(100 * (rejected > chosen).mean(), 1)})
+        rows.append(
+            {
+                "principle": key,
+                "chosen": round(chosen.mean(), 2),
+                "rejected": round(rejected.mean(), 2),
+                "difference": round((chosen - rejected).mean(), 2),
+                "equal %": round(100 * (chosen == rejected).mean(), 1),
+                "inverted": int((rejected > chosen).sum()),
+                "inverted %": round(100 * (rejected > chosen).mean(), 1),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #9410e25a
@@ -110,14 +138,24 @@ def pair_summary(
     known = paired_responses(parts) if scored is None else scored
     gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
     inverted = {name: int((p.rejected_safety_rating > p.chosen_safety_rating).sum()) for name, p in parts.items()}
-    rows = [("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
-            ("client speeches for testing", int(test.sum()), published["test_speeches"]),
-            ("training pairs", len(parts["train"]), published["train_pairs"]),
-            ("testing pairs", len(parts["test"]), published["test_pairs"]),
-            ("mean rating of a response (1-5)" + (", of those in a pair" if scored is None else ""), round(known.total.mean() / 7, 2), None),
-            ("response pairs with a gap of at least 1, %", None if scored is None else round(100 * sum(g >= 7 for g in gaps) / len(gaps), 1), None),
-            ("training pairs whose rejected response is rated safer", inverted["train"], 662),
-            ("testing pairs whose rejected response is rated safer", inverted["test"], None)]
+    rows = [
+        ("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
+        ("client speeches for testing", int(test.sum()), published["test_speeches"]),
+        ("training pairs", len(parts["train"]), published["train_pairs"]),
+        ("testing pairs", len(parts["test"]), published["test_pairs"]),
+        (
+            "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else ""),
+            round(known.total.mean() / 7, 2),
+            None,
+        ),
+        (
+            "response pairs with a gap of at least 1, %",
+            None if scored is None else round(100 * sum(g >= 7 for g in gaps) / len(gaps), 1),
+            None,
+        ),
+        ("training pairs whose rejected response is rated safer", inverted["train"], 662),
+        ("testing pairs whose rejected response is rated safer", inverted["test"], None),
+    ]
     return pd.DataFrame(rows, columns=["what", "ours", "paper"])
 
 # %% ../../nbs/feedback/02_pairing.ipynb #94b2acfe
@@ -134,6 +172,51 @@ def model_distribution_figure(
     axes.set(xlabel=f"share of the {side} responses, % (count at the bar)", xlim=(0, counts.max() / len(pairs) * 115))
     axes.grid(axis="y", visible=False)
     return figure
+
+# %% ../../nbs/feedback/02_pairing.ipynb #00b26305
+def describe_principles(table, pairs) -> list[str]:
+    "Describe where chosen and rejected responses differ most and least, and how often the rejected one is safer."
+    most, least = table.loc[table.difference.idxmax()], table.loc[table.difference.idxmin()]
+    safety = table.set_index("principle")["inverted %"].get("safety")
+    found = [
+        f"The {len(pairs)} training pairs differ most in {most.principle} ({most.chosen} for the chosen against "
+        f"{most.rejected} "
+        f"for the rejected response) and least in {least.principle} ({least.chosen} against {least.rejected})."
+    ]
+    if safety:
+        found.append(
+            f"In {safety:.1f}% of them the rejected response is rated safer: a mean over principles hides that, "
+            "and a model that learns from the pairs learns it too."
+        )
+    return found
+
+
+def describe_pairs(parts: dict, scored) -> list[str]:
+    "Say how many pairs came of how many speeches, and what share of all possible pairs that is."
+    speeches = sum(pairs.ID.nunique() for pairs in parts.values())
+    found = [
+        f"{len(parts['train'])} pairs to train on and {len(parts['test'])} to test with come of {speeches} client "
+        "speeches."
+    ]
+    if scored is not None:
+        rated = scored.speech_id.nunique()
+        found.append(
+            f"Of {rated} rated speeches, {rated - speeches} give no pair: their responses are too alike for the rater."
+        )
+    return found
+
+
+def describe_members(pairs, members: list[str]) -> list[str]:
+    "Say whose responses are chosen most and least often, of the pairs that they are part of."
+    counts = [pairs[f"{side}_model"].value_counts().reindex(members, fill_value=0) for side in ("chosen", "rejected")]
+    share = (counts[0] / sum(counts)).dropna().sort_values()
+    if len(share) < 2:
+        return []
+    best, worst = share.index[-1], share.index[0]
+    found = [f"{best} is chosen in {share[best]:.0%} of the pairs that it is part of, {worst} in {share[worst]:.0%}."]
+    if share[best] - share[worst] > 0.3:
+        found.append("Where who wrote a response says so much, a reward model can do well by telling authors apart.")
+    return found
 
 # %% ../../nbs/feedback/02_pairing.ipynb #67acee00
 def dataset_card(
@@ -164,6 +247,6 @@ person, they are a stand-in and no clinical judgement.**
 
 ## Use
 
-For research on preference learning. Responses are machine-written, some deliberately poor, and may be wrong or harmful. A
-licensed professional must review anything before a client sees it.
+For research on preference learning. Responses are machine-written, some deliberately poor, and may be wrong or harmful.
+A licensed professional must review anything before a client sees it.
 """

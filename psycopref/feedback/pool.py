@@ -4,6 +4,7 @@
 
 # %% ../../nbs/feedback/00_pool.ipynb #be7bbd91
 from __future__ import annotations
+
 import itertools
 import json
 import random
@@ -11,24 +12,27 @@ import typing
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
+
 from ..core.files import SCHEMAS
-from ..models.chat import ChatRequest, Failure
-from ..core.stages import blocks, derived_seed, parse_shard, project_root
-from ..core.settings import StudyError, suggest
 from ..core.paper import paper_values
-from ..gateway.gateway import chat_model
-from ..models.generation import Decoding
 from ..core.prompts import responding_prompt
+from ..core.settings import StudyError, suggest
+from ..core.stages import Shard, blocks, derived_seed, parse_shard, project_root
+from ..gateway.gateway import chat_model
 from ..gateway.servers import NotServed
+from ..models.chat import ChatRequest, Failure
+from ..models.generation import Decoding
 
 # %% auto #0
 __all__ = ['VLLM', 'PAPER_POOL', 'DEMO_POOL', 'TINY_POOL', 'POOLS', 'Member', 'find_pool', 'pool_file', 'read_pool',
-           'assign_members', 'respond', 'answers', 'pool_table', 'shard_speeches']
+           'assign_members', 'calls_by_model', 'ask_in_blocks', 'response_row', 'failure', 'respond', 'pool_table',
+           'describe_pool', 'shard_speeches']
 
 # %% ../../nbs/feedback/00_pool.ipynb #ddbcde7a
 @dataclass(frozen=True)
 class Member:
     "Declare one therapist of a pool."
+
     name: str  # as it appears in chosen_model and rejected_model
     size: str  # size class of Table 5
     model: str  # gateway URI
@@ -40,7 +44,7 @@ class Member:
     thinking: int = 0  # tokens that the model may spend on hidden reasoning before the response
 
     def messages(self, client_speech: str) -> tuple[dict, ...]:
-        "Word the request to this member."
+        "Write the chat messages to this member."
         said = []
         for client, therapist in self.examples:
             said += [{"role": "user", "content": client}, {"role": "assistant", "content": therapist}]
@@ -50,52 +54,94 @@ class Member:
         return (*([{"role": "system", "content": self.persona}] if self.persona else []), *said)
 
     def request(self, client_speech: str, max_tokens: int, seed: int) -> ChatRequest:
-        "Ask this member for a response of at most `max_tokens` tokens."
-        return ChatRequest(self.messages(client_speech), Decoding(max_tokens + self.thinking, self.temperature, self.top_k, 1.0, seed))
+        "Make the request for a response of at most `max_tokens` tokens."
+        decoding = Decoding(max_tokens + self.thinking, self.temperature, self.top_k, 1.0, seed)
+        return ChatRequest(self.messages(client_speech), decoding)
 
 # %% ../../nbs/feedback/00_pool.ipynb #688c24f8
 VLLM = "http://127.0.0.1:8000/v1"
 
 _OPEN = {
     "3-4B": ("meta-llama/Llama-3.2-3B-Instruct", "microsoft/Phi-3.5-mini-instruct", "openbmb/MiniCPM3-4B"),
-    "7-9B": ("mistralai/Ministral-8B-Instruct-2410", "meta-llama/Llama-3.1-8B-Instruct", "google/gemma-2-9b-it",
-             "Qwen/Qwen2.5-7B-Instruct", "allenai/OLMo-7B-0724-Instruct-hf", "baichuan-inc/Baichuan2-7B-Chat"),
+    "7-9B": (
+        "mistralai/Ministral-8B-Instruct-2410",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "google/gemma-2-9b-it",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "allenai/OLMo-7B-0724-Instruct-hf",
+        "baichuan-inc/Baichuan2-7B-Chat",
+    ),
     "12-14B": ("baichuan-inc/Baichuan2-13B-Chat", "OrionStarAI/Orion-14B-Chat", "mistralai/Mistral-Nemo-Instruct-2407"),
-    "65-75B": ("ai21labs/AI21-Jamba-1.5-Mini", "meta-llama/Llama-3.1-70B-Instruct", "Qwen/Qwen2.5-72B-Instruct",
-               "deepseek-ai/deepseek-llm-67b-chat"),
+    "65-75B": (
+        "ai21labs/AI21-Jamba-1.5-Mini",
+        "meta-llama/Llama-3.1-70B-Instruct",
+        "Qwen/Qwen2.5-72B-Instruct",
+        "deepseek-ai/deepseek-llm-67b-chat",
+    ),
 }
-_COMMERCIAL = {"GPT-4o": "openai:gpt-4o-2024-08-06", "GPT-4o-mini": "openai:gpt-4o-mini-2024-07-18", "o1-mini": "openai:o1-mini",
-               "Cohere-command-r-08-2024": "openai:command-r-08-2024@https://api.cohere.ai/compatibility/v1"}
+_COMMERCIAL = {
+    "GPT-4o": "openai:gpt-4o-2024-08-06",
+    "GPT-4o-mini": "openai:gpt-4o-mini-2024-07-18",
+    "o1-mini": "openai:o1-mini",
+    "Cohere-command-r-08-2024": "openai:command-r-08-2024@https://api.cohere.ai/compatibility/v1",
+}
 
 _NO_SYSTEM = ("google/gemma-2-9b-it", "OrionStarAI/Orion-14B-Chat")  # their chat templates raise an error
 
-PAPER_POOL = tuple(Member(hub.split("/")[1], size, f"openai:{hub}@{VLLM}", system=hub not in _NO_SYSTEM) for size, models in _OPEN.items() for hub in models) + \
-    tuple(Member(name, "commercial", uri, **({"temperature": 1.0, "system": False, "thinking": 4096} if name == "o1-mini" else {}))
-          for name, uri in _COMMERCIAL.items())
+PAPER_POOL = tuple(
+    Member(hub.split("/")[1], size, f"openai:{hub}@{VLLM}", system=hub not in _NO_SYSTEM)
+    for size, models in _OPEN.items()
+    for hub in models
+) + tuple(
+    Member(
+        name,
+        "commercial",
+        uri,
+        **({"temperature": 1.0, "system": False, "thinking": 4096} if name == "o1-mini" else {}),
+    )
+    for name, uri in _COMMERCIAL.items()
+)
 
 # %% ../../nbs/feedback/00_pool.ipynb #c03e85de
 _PERSONA = "You are a professional psychotherapist in a session with a client."
-_CLIENTS = ("My exam is in two days and I keep cleaning the kitchen instead of opening the book.",
-            "Since my father moved in with us, nobody laughs at dinner any more.")
+_CLIENTS = (
+    "My exam is in two days and I keep cleaning the kitchen instead of opening the book.",
+    "Since my father moved in with us, nobody laughs at dinner any more.",
+)
 _MANNERS = {
     "reflective": (
-        "It sounds like the exam frightens you, and the kitchen feels safer right now. That makes sense. What goes through your mind when you look at the book?",
-        "It sounds like you miss the laughter, and it is lonely to be the one who notices. I can understand that. How has this been for you?"),
+        "It sounds like the exam frightens you, and the kitchen feels safer right now. That makes sense. "
+        "What goes through your mind when you look at the book?",
+        "It sounds like you miss the laughter, and it is lonely to be the one who notices. "
+        "I can understand that. How has this been for you?",
+    ),
     "motivational": (
-        "You noticed what the cleaning does for you, and that takes honesty. It is up to you where to begin. What small step would feel right for you tonight?",
-        "You made room for your father, and that shows how much you care. You could choose what dinner is like from here. What would you like to try first?"),
+        "You noticed what the cleaning does for you, and that takes honesty. It is up to you where to begin. "
+        "What small step would feel right for you tonight?",
+        "You made room for your father, and that shows how much you care. "
+        "You could choose what dinner is like from here. What would you like to try first?",
+    ),
     "advisor": (
-        "Here are some tips: 1. Make a schedule. 2. Turn off your phone. 3. Exercise and eat healthy food. 4. Get enough sleep.",
-        "There are many ways to improve family dinners: 1. Plan the meals. 2. Play a game. 3. Set rules. 4. See a family therapist."),
+        "Here are some tips: 1. Make a schedule. 2. Turn off your phone. 3. Exercise and eat healthy food. 4. "
+        "Get enough sleep.",
+        "There are many ways to improve family dinners: 1. Plan the meals. 2. Play a game. 3. Set rules. 4. "
+        "See a family therapist.",
+    ),
     "clinical": (
-        "This presents as avoidance behaviour, possibly comorbid with generalised anxiety disorder. A cognitive-behavioural protocol is indicated. You need to start treatment.",
-        "This is an adjustment disorder in the context of altered family homeostasis. You need systemic intervention and psychoeducation."),
+        "This presents as avoidance behaviour, possibly comorbid with generalised anxiety disorder. "
+        "A cognitive-behavioural protocol is indicated. You need to start treatment.",
+        "This is an adjustment disorder in the context of altered family homeostasis. "
+        "You need systemic intervention and psychoeducation.",
+    ),
     "brisk": (
-        "You are wasting your time. Stop making excuses. You must open the book right now, and you should be ashamed of yourself.",
-        "He is your father. You should stop complaining and be grateful. You must accept it."),
+        "You are wasting your time. Stop making excuses. "
+        "You must open the book right now, and you should be ashamed of yourself.",
+        "He is your father. You should stop complaining and be grateful. You must accept it.",
+    ),
     "soothing": (
         "Don't worry about it. Everything will be fine and you will pass the exam.",
-        "I am sure it will get better soon. Just try to think positive."),
+        "I am sure it will get better soon. Just try to think positive.",
+    ),
 }
 
 
@@ -105,10 +151,19 @@ def _demo_member(name: str, manner: str, temperature: float) -> Member:
     return Member(name, "135M", "local:smollm2-135m", temperature, 50, _PERSONA, examples)
 
 
-DEMO_POOL = tuple(_demo_member(*settings) for settings in (
-    ("reflective-cool", "reflective", 0.5), ("reflective-warm", "reflective", 1.0), ("motivational", "motivational", 0.7),
-    ("plain", "", 0.7), ("advisor", "advisor", 0.7), ("clinical", "clinical", 0.7), ("brisk", "brisk", 0.9),
-    ("soothing", "soothing", 0.7)))
+DEMO_POOL = tuple(
+    _demo_member(*settings)
+    for settings in (
+        ("reflective-cool", "reflective", 0.5),
+        ("reflective-warm", "reflective", 1.0),
+        ("motivational", "motivational", 0.7),
+        ("plain", "", 0.7),
+        ("advisor", "advisor", 0.7),
+        ("clinical", "clinical", 0.7),
+        ("brisk", "brisk", 0.9),
+        ("soothing", "soothing", 0.7),
+    )
+)
 
 TINY_POOL = tuple(Member(f"phrases-{i}", "canned", "rules:phrases", persona=f"Therapist {i}.") for i in range(8))
 
@@ -118,7 +173,7 @@ POOLS = {"paper": PAPER_POOL, "demo": DEMO_POOL, "tiny": TINY_POOL}
 def find_pool(
     name: str,  # paper, demo or tiny, or the path of a .json file
     each_speech: int,  # members needed for each speech
-) -> tuple[Member, ...]:  # the members
+) -> tuple[Member, ...]:
     "Return a pool; refuse an unknown name and one that is too small."
     if name.endswith(".json"):
         pool = read_pool(pool_file(name))
@@ -131,83 +186,62 @@ def find_pool(
     return pool
 
 
-def pool_file(
-    name: str,  # path of a .json file; a relative one begins at the project
-) -> Path:  # where it is
-    "Find a pool of the user's own."
+def pool_file(name: str) -> Path:
+    "Return the path of a user's pool; a relative one begins at the project."
     return project_root() / Path(name).expanduser()
 
 
-def read_pool(
-    path: Path,  # a JSON list of members
-) -> tuple[Member, ...]:  # the members
-    "Read a pool; each member has a name of its own."
+def read_pool(path: Path) -> tuple[Member, ...]:
+    "Read a pool from a JSON list of members; each has a name of its own."
     import pydantic
 
+    names = [field.name for field in fields(Member)]
     try:
         found = pydantic.TypeAdapter(tuple[Member, ...]).validate_json(path.read_bytes())
-        strange = {key for entry in json.loads(path.read_text(encoding="utf-8")) for key in entry} - {f.name for f in fields(Member)}
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StudyError(f"pool {str(path)!r}: can't be read ({error.strerror}); give the path of a .json file") from None
+        raise StudyError(
+            f"pool {str(path)!r}: can't be read ({error.strerror}); give the path of a .json file"
+        ) from None
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise StudyError(f"pool {str(path)!r}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; expected a list of members") from None
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None
+    strange = {key for entry in entries for key in entry} - set(names)
     twice = [name for name, n in Counter(member.name for member in found).items() if n > 1]
     if strange or twice:
         what = f"unknown field {sorted(strange)[0]!r}" if strange else f"two members are called {twice[0]!r}"
-        raise StudyError(f"pool {str(path)!r}: {what}; expected {', '.join(f.name for f in fields(Member))}, and a name for each")
+        raise StudyError(f"pool {str(path)!r}: {what}; expected {', '.join(names)}, and a name for each")
     return found
 
 # %% ../../nbs/feedback/00_pool.ipynb #685d886d
 def assign_members(
-    speech_ids: typing.Iterable[str],  # speeches
-    pool: typing.Sequence[Member],  # the pool
-    each_speech: int,  # members for each (§3.3: four)
-    seed: int,  # of the run
+    speech_ids: typing.Iterable[str],
+    pool: typing.Sequence[Member],
+    each_speech: int,  # members for each speech (§3.3: four)
+    seed: int,
 ) -> list[tuple[str, Member]]:  # (speech_id, member), speeches in order
     "Sample members without replacement for each speech."
-    return [(name, member) for name in speech_ids
-            for member in random.Random(derived_seed(seed, "members", name)).sample(list(pool), each_speech)]
 
-# %% ../../nbs/feedback/00_pool.ipynb #f6c6ce40
-def respond(
-    gateway,  # gateway.Gateway
-    speeches,  # frame with speech_id and speech
-    assigned: list[tuple[str, Member]],  # who answers whom, speeches in order
-    max_tokens: int,  # longest response
-    seed: int,  # of the run
-    block: int = 512,  # speeches whose calls are looked at together
-):  # (frame of responses, list of failures)
-    "Collect the responses of the pool."
-    import pandas as pd
+    def drawn(name: str) -> list[Member]:
+        return random.Random(derived_seed(seed, "members", name)).sample(list(pool), each_speech)
 
-    text, number = dict(zip(speeches.speech_id, speeches.speech)), {}
-    for name, _ in assigned:
-        number.setdefault(name, len(number))
-    rows, failures, left = {}, [], []
+    return [(name, member) for name in speech_ids for member in drawn(name)]
+
+# %% ../../nbs/feedback/00_pool.ipynb #681aeb9a
+def calls_by_model(assigned: list[tuple[str, Member]], block: int) -> dict[str, list[list[int]]]:
+    "Group the places of `assigned` by model, and for each model by blocks of speeches."
+    number = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in assigned))}
+    found = {}
     for uri in dict.fromkeys(member.model for _, member in assigned):
         places = [i for i, (_, member) in enumerate(assigned) if member.model == uri]
-        parts = [list(part) for _, part in itertools.groupby(places, lambda i: number[assigned[i][0]] // block)]
-        try:
-            found = list(answers(gateway, uri, parts, lambda i: assigned[i][1].request(text[assigned[i][0]], max_tokens, seed)))
-        except NotServed as error:
-            left.append((uri, error))
-            continue
-        for i, key, reply in found:
-            name, member = assigned[i]
-            if isinstance(reply, Failure):
-                failures.append({"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw})
-                continue
-            rows[i] = {"speech_id": name, "model": member.name, "response": reply.text, "finish_reason": reply.finish_reason,
-                       "n_tokens": reply.completion_tokens, "request_key": key}
-    if left:
-        raise StudyError(f"responses: {len(left)} models of the pool are not served: {', '.join(uri for uri, _ in left)}; replies of the others are "
-                         "kept, so serve the next one and run again")
-    return pd.DataFrame([rows[i] for i in sorted(rows)], columns=list(SCHEMAS["responses"])), failures
+        groups = itertools.groupby(places, lambda i: number[assigned[i][0]] // block)
+        found[uri] = [list(part) for _, part in groups]
+    return found
 
 
-def answers(
-    gateway,  # gateway.Gateway
+def ask_in_blocks(
+    gateway,  # psycopref.gateway.gateway.Gateway
     uri: str,  # who is asked
     parts: list[list[int]],  # blocks of places
     request: typing.Callable[[int], ChatRequest],  # what is asked at a place
@@ -219,10 +253,54 @@ def answers(
         for i, reply in zip(part, replies):
             yield i, request(i).key(model.identity), reply
 
+
+def response_row(name: str, member: Member, key: str, reply) -> dict:
+    "Lay out one response."
+    row = {"speech_id": name, "model": member.name, "response": reply.text, "finish_reason": reply.finish_reason}
+    return row | {"n_tokens": reply.completion_tokens, "request_key": key}
+
+
+def failure(name: str, member: Member, reply: Failure) -> dict:
+    "Lay out one call that failed."
+    return {"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw}
+
+# %% ../../nbs/feedback/00_pool.ipynb #f6c6ce40
+def respond(
+    gateway,  # psycopref.gateway.gateway.Gateway
+    speeches,  # frame with speech_id and speech
+    assigned: list[tuple[str, Member]],  # who answers whom, speeches in order
+    max_tokens: int,  # longest response
+    seed: int,
+    block: int = 512,  # speeches whose calls are looked at together
+):  # (frame of responses, list of failures)
+    "Collect the responses of the pool."
+    import pandas as pd
+
+    text, replies, left = dict(zip(speeches.speech_id, speeches.speech)), {}, []
+
+    def request(i: int) -> ChatRequest:
+        name, member = assigned[i]
+        return member.request(text[name], max_tokens, seed)
+
+    for uri, parts in calls_by_model(assigned, block).items():
+        try:
+            replies |= {i: (key, reply) for i, key, reply in list(ask_in_blocks(gateway, uri, parts, request))}
+        except NotServed:
+            left.append(uri)
+    if left:
+        raise StudyError(
+            f"responses: {len(left)} models of the pool are not served: {', '.join(left)}; replies of the others are "
+            "kept, so serve the next one and run again"
+        )
+    failed = [i for i, (_, reply) in replies.items() if isinstance(reply, Failure)]
+    rows = [response_row(*assigned[i], *replies[i]) for i in sorted(replies.keys() - set(failed))]
+    return pd.DataFrame(rows, columns=list(SCHEMAS["responses"])), [
+        failure(*assigned[i], replies[i][1]) for i in failed
+    ]
+
 # %% ../../nbs/feedback/00_pool.ipynb #b895287e
 def pool_table(
-    pool: typing.Sequence[Member],  # our pool
-    responses,  # frame of responses
+    pool: typing.Sequence[Member], responses
 ):  # frame: size class, member, what answers, responses, mean words, cut off
     "List the pool with what each member wrote, as in Table 5."
     import pandas as pd
@@ -230,20 +308,38 @@ def pool_table(
     rows = []
     for member in pool:
         own = responses[responses.model == member.name]
-        words = own.response.str.split().str.len()
-        rows.append({"size": member.size, "member": member.name, "answered by": member.model, "temperature": member.temperature,
-                     "responses": len(own), "mean words": round(words.mean(), 1) if len(own) else None,
-                     "cut off %": round(100 * (own.finish_reason == "length").mean(), 1) if len(own) else None})
-    return pd.DataFrame(rows)
+        words, cut = own.response.str.split().str.len(), own.finish_reason == "length"
+        measured = (round(words.mean(), 1), round(100 * cut.mean(), 1)) if len(own) else (None, None)
+        rows.append([member.size, member.name, member.model, member.temperature, len(own), *measured])
+    columns = ["size", "member", "answered by", "temperature", "responses", "mean words", "cut off %"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def describe_pool(table, failures: typing.Sequence[dict]) -> list[str]:
+    "Describe how many responses each member wrote, how long they are, how many are cut off, and what failed."
+    used = table[table.responses > 0]
+    if used.empty:
+        return ["No member gave a response."]
+    short, long = used.loc[used["mean words"].idxmin()], used.loc[used["mean words"].idxmax()]
+    cut = (used["cut off %"] * used.responses).sum() / used.responses.sum()
+    length = f"from {short['mean words']} words ({short.member}) to {long['mean words']} ({long.member})"
+    failed = f"{len(failures)} calls failed and are in `failures.json`." if failures else "No call failed."
+    return [
+        f"{len(used)} of {len(table)} members wrote {used.responses.min()} to {used.responses.max()} responses each, "
+        f"on average {length}.",
+        f"The token limit cuts off {cut:.1f}% of the responses{', which may lower their ratings' if cut else ''}.",
+        failed,
+    ]
 
 # %% ../../nbs/feedback/00_pool.ipynb #d229fc4c
 def shard_speeches(
-    speeches,  # frame of speeches
+    speeches,
     block: int,  # speeches in a block
-    shard,  # config.Shard; None takes all
-):  # frame: the shard's speeches
-    "Take a shard's blocks of speeches; an empty shard is refused."
+    shard: Shard | None,  # None takes all
+):
+    "Return a shard's blocks of speeches; refuse an empty shard."
     taken = [i for part in blocks(range(len(speeches)), block, shard) for i in part]
     if not taken and len(speeches):
-        raise StudyError(f"shard {shard}: {len(speeches)} speeches make {-(-len(speeches) // block)} blocks of {block}, none is left for it; use fewer shards")
+        cut = f"{len(speeches)} speeches make {-(-len(speeches) // block)} blocks of {block}"
+        raise StudyError(f"shard {shard}: {cut}, none is left for it; use fewer shards")
     return speeches.iloc[taken].reset_index(drop=True)

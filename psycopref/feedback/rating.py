@@ -4,15 +4,11 @@
 
 # %% ../../nbs/feedback/01_rating.ipynb #d8d63a4b
 from __future__ import annotations
+
 import random
 import typing
-from ..core.files import SCHEMAS
-from ..models.chat import ChatRequest, Failure
-from ..core.stages import blocks, derived_seed
-from ..core.settings import StudyError
-from ..gateway.gateway import chat_model
-from ..models.generation import Decoding
-from ..core.files import PRINCIPLE_KEYS
+
+from ..core.files import PRINCIPLE_KEYS, SCHEMAS
 from psycopref.core.prompts import (
     BadReply,
     parse_all_ratings,
@@ -21,35 +17,40 @@ from psycopref.core.prompts import (
     rating_prompt,
     rating_schema,
 )
+from ..core.settings import StudyError
+from ..core.stages import blocks, derived_seed
+from ..gateway.gateway import chat_model
+from ..models.chat import ChatRequest, Failure
+from ..models.generation import Decoding
 
 # %% auto #0
-__all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_blocks', 'read_block',
-           'rate', 'frames_of', 'check_coverage', 'rating_summary', 'agreement_row', 'preference_agreement',
-           'mode_agreement', 'first_speeches']
+__all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_blocks', 'check_known',
+           'rating_rows', 'skipped_entry', 'read_ratings', 'rate', 'rating_frames', 'check_coverage', 'rating_summary',
+           'member_interval', 'describe_ratings', 'mode_agreement_row', 'preference_agreement', 'mode_agreement',
+           'rated_twice', 'describe_modes', 'first_speeches']
 
 # %% ../../nbs/feedback/01_rating.ipynb #e8bc5558
 MODES: dict[str, tuple[str | None, ...]] = {"principle": PRINCIPLE_KEYS, "speech": (None,)}
 
 
-def mode_calls(
-    mode: str,  # principle or speech
-) -> tuple[str | None, ...]:  # the calls of a speech: the principle asked for, None for all seven
-    "List a speech's calls; refuse an unknown mode."
+def mode_calls(mode: str) -> tuple[str | None, ...]:
+    "Return a speech's calls: the principle asked for, None for all seven; refuse an unknown mode."
     if mode not in MODES:
-        raise StudyError(f"ratings.mode: found {mode!r}, expected principle (a call for each principle) or speech (one call for all seven)")
+        raise StudyError(
+            f"ratings.mode: found {mode!r}, expected principle (a call for each principle) "
+            "or speech (one call for all seven)"
+        )
     return MODES[mode]
 
 
-def other_mode(
-    mode: str,  # principle or speech
-) -> str:  # speech or principle
-    "Name the mode to compare with."
+def other_mode(mode: str) -> str:
+    "Return the mode to compare with."
     return next(name for name in MODES if name != mode)
 
 # %% ../../nbs/feedback/01_rating.ipynb #7bf72a60
 def shown_order(
     n: int,  # responses
-    seed: int,  # of the run
+    seed: int,
     *names: str,  # what is shown, e.g. speech_id and principle
 ) -> list[int]:  # order[k] = index of the response at place k
     "Shuffle n places by seed and names."
@@ -58,24 +59,26 @@ def shown_order(
 # %% ../../nbs/feedback/01_rating.ipynb #438a94d8
 def rating_request(
     principle: str | None,  # a principle key; None asks for all seven at once
-    client_speech: str,  # what the client said
+    client_speech: str,
     responses: list[str],  # in the order shown
     max_tokens: int = 1024,  # longest reply, for each principle asked
-) -> ChatRequest:  # ready for the gateway
-    "Ask for ratings on one principle, or on each of the seven."
+) -> ChatRequest:
+    "Make the request for ratings on one principle, or on each of the seven."
     fields = {"client_speech": client_speech} | {f"response_{i}": r for i, r in enumerate(responses, 1)}
-    message = {"role": "user", "content": rating_prompt(principle, client_speech, responses)}
+    messages = ({"role": "user", "content": rating_prompt(principle, client_speech, responses)},)
     if principle is None:
-        return ChatRequest((message,), Decoding(max_tokens * len(PRINCIPLE_KEYS)), rating_all_schema(len(responses)), "rate_all", fields)
-    return ChatRequest((message,), Decoding(max_tokens), rating_schema(len(responses)), "rate", fields | {"principle": principle})
+        decoding = Decoding(max_tokens * len(PRINCIPLE_KEYS))
+        return ChatRequest(messages, decoding, rating_all_schema(len(responses)), "rate_all", fields)
+    fields |= {"principle": principle}
+    return ChatRequest(messages, Decoding(max_tokens), rating_schema(len(responses)), "rate", fields)
 
 # %% ../../nbs/feedback/01_rating.ipynb #8bb2c00e
 def read_reply(
-    reply,  # gateway.ChatReply or gateway.Failure
+    reply,  # psycopref.models.chat.ChatReply or Failure
     principle: str | None,  # what the call asked for; None is all seven
     n: int = 4,  # responses in the call
-) -> dict[str, list[tuple[int, str]] | BadReply]:  # principle -> (rating, rationale) in the order shown, or why there is none
-    "Read what one call brought for each of its principles."
+) -> dict:  # principle -> list of (rating, rationale) in the order shown, or the BadReply that says why there is none
+    "Read the ratings of one call for each of its principles."
     keys = PRINCIPLE_KEYS if principle is None else (principle,)
     try:
         if isinstance(reply, Failure):
@@ -86,22 +89,21 @@ def read_reply(
 
 # %% ../../nbs/feedback/01_rating.ipynb #2ef3b307
 def rate_blocks(
-    gateway,  # gateway.Gateway
+    gateway,  # psycopref.gateway.gateway.Gateway
     rater: str,  # gateway URI of the rater
     speeches,  # frame with speech_id and speech
     responses,  # frame of responses
     each_speech: int = 4,  # responses that a speech must have
     max_tokens: int = 1024,  # longest reply, for each principle asked
-    seed: int = 0,  # of the run
+    seed: int = 0,
     mode: str = "principle",  # principle = a call for each principle, speech = one for all seven
     block: int = 512,  # speeches whose calls are looked at together
-) -> typing.Iterator[tuple]:  # for each block: (frame of ratings, list of what was put aside)
-    "Rate every response on every principle, block by block; no more than a few blocks are held at a time."
+) -> typing.Iterator[tuple]:  # for each block: (frame of ratings, list of what was skipped)
+    "Rate every response on every principle, block by block; no more than a few blocks are in memory at a time."
     model, calls = chat_model(rater), mode_calls(mode)
     text, places = dict(zip(speeches.speech_id, speeches.speech)), responses.groupby("speech_id", sort=False).indices
-    if strange := [name for name in places if name not in text]:
-        raise StudyError(f"ratings: {len(strange)} speeches have responses and are unknown, such as {strange[0]!r}; run 02_responses again")
-    said, members = responses.response.to_numpy(), responses.model.to_numpy()
+    check_known(places, text)
+    texts, members = responses.response.to_numpy(), responses.model.to_numpy()
     parts = [[name for name in part if name in places] for part in blocks(list(text), block)]
 
     def jobs(part):
@@ -110,59 +112,78 @@ def rate_blocks(
                 yield name, call, shown_order(each_speech, seed, name, *filter(None, [call]))
 
     def request(name, call, order):
-        return rating_request(call, text[name], [said[places[name][i]] for i in order], max_tokens)
+        return rating_request(call, text[name], [texts[places[name][i]] for i in order], max_tokens)
 
     asked = ((request(*job) for job in jobs(part)) for part in parts)
     total = len(calls) * sum(len(own) == each_speech for own in places.values())
     for replies, part in zip(gateway.stream(model, asked, "rating", total), parts):
         short = [(name, len(places[name])) for name in part if len(places[name]) != each_speech]
         answered = [(job, reply, members[places[job[0]]]) for job, reply in zip(jobs(part), replies)]
-        yield read_block(answered, short, rater, each_speech, lambda job: request(*job).key(model.identity))
+        yield read_ratings(answered, short, rater, each_speech, lambda job: request(*job).key(model.identity))
+
+
+def check_known(answered: typing.Iterable[str], speeches: typing.Container[str]) -> None:
+    "Refuse responses to speeches that are not there."
+    if strange := [name for name in answered if name not in speeches]:
+        found = f"{len(strange)} speeches have responses and are unknown, such as {strange[0]!r}"
+        raise StudyError(f"ratings: {found}; run 02_responses again")
+
+# %% ../../nbs/feedback/01_rating.ipynb #985257a2
+def rating_rows(name: str, principle: str, found: list[tuple[int, str]], order: list[int], members, rater: str) -> list:
+    "Lay out the ratings of one call, in the members' own order."
+    first = {"speech_id": name, "principle": principle, "rater": rater}
+    return [
+        first | {"model": members[i], "rating": found[k][0], "rationale": found[k][1], "position": k + 1}
+        for i, k in sorted((i, k) for k, i in enumerate(order))
+    ]
+
+
+def skipped_entry(name: str, principle: str, reason: str, raw: str = "", key: str = "") -> dict:
+    "Lay out what has no rating, and why."
+    return {"speech_id": name, "principle": principle, "reason": reason, "raw": raw, "key": key}
 
 # %% ../../nbs/feedback/01_rating.ipynb #21c2497e
-def read_block(
+def read_ratings(
     answered: list[tuple],  # ((speech_id, principle or None, order), reply, members of the speech)
     short: list[tuple[str, int]],  # speeches without all their responses, and how many they have
     rater: str,  # gateway URI
     each_speech: int,  # responses that a speech must have
     key: typing.Callable,  # from (speech_id, principle or None, order) to the request's key
-) -> tuple:  # (frame of ratings, list of what was put aside)
-    "Read what the calls of a block brought."
+) -> tuple:  # (frame of ratings, list of what was skipped)
+    "Read the replies to the calls of a block."
     import pandas as pd
 
-    rows, aside = [], [{"speech_id": name, "principle": principle, "reason": f"the speech has {n} of {each_speech} responses", "raw": "", "key": ""}
-                       for name, n in short for principle in PRINCIPLE_KEYS]
-    for (name, call, order), reply, members in answered:
+    rows, skipped = [], []
+    for name, n in short:
+        reason = f"the speech has {n} of {each_speech} responses"
+        skipped += [skipped_entry(name, principle, reason) for principle in PRINCIPLE_KEYS]
+    for job, reply, members in answered:
+        name, call, order = job
         for principle, found in read_reply(reply, call, each_speech).items():
             if isinstance(found, BadReply):
-                aside.append({"speech_id": name, "principle": principle, "reason": str(found), "key": key((name, call, order)),
-                              "raw": reply.raw if isinstance(reply, Failure) else reply.text})
-                continue
-            rows += [{"speech_id": name, "model": members[i], "principle": principle, "rating": found[place][0],
-                      "rationale": found[place][1], "rater": rater, "position": place + 1}
-                     for i, place in sorted((i, place) for place, i in enumerate(order))]
-    return pd.DataFrame(rows, columns=list(SCHEMAS["ratings"])), aside
+                raw = reply.raw if isinstance(reply, Failure) else reply.text
+                skipped.append(skipped_entry(name, principle, str(found), raw, key(job)))
+            else:
+                rows += rating_rows(name, principle, found, order, members, rater)
+    return pd.DataFrame(rows, columns=list(SCHEMAS["ratings"])), skipped
 
-
-def rate(
-    *arguments,  # of rate_blocks
-    **keywords,  # of rate_blocks
-):  # (frame of ratings, list of what was put aside)
-    "Rate every response on every principle, and hold all of it."
+# %% ../../nbs/feedback/01_rating.ipynb #5a17f1d9
+def rate(*arguments, **keywords):
+    "Rate as `rate_blocks` does; return one frame of ratings and one list of what was skipped."
     import pandas as pd
 
     found = list(rate_blocks(*arguments, **keywords))
     frames = [frame for frame, _ in found if len(frame)] or [pd.DataFrame(columns=list(SCHEMAS["ratings"]))]
-    return pd.concat(frames, ignore_index=True), [entry for _, aside in found for entry in aside]
+    return pd.concat(frames, ignore_index=True), [entry for _, skipped in found for entry in skipped]
 
-# %% ../../nbs/feedback/01_rating.ipynb #23bdeb06
-def frames_of(
+
+def rating_frames(
     found: typing.Iterable[tuple],  # of rate_blocks
-    aside: list,  # gathers what was put aside
-) -> typing.Iterator:  # frames of ratings
-    "Pass ratings on block by block and gather the rest."
+    skipped: list,  # filled with what was skipped
+) -> typing.Iterator:
+    "Pass on the frames of ratings block by block, and gather what was skipped."
     for frame, own in found:
-        aside += own
+        skipped += own
         yield frame
 
 # %% ../../nbs/feedback/01_rating.ipynb #e167a69d
@@ -176,21 +197,55 @@ def check_coverage(
     "Refuse a result with too many gaps."
     share = done / asked if asked else 0.0
     if share < least:
-        raise StudyError(f"{what}: {done} of {asked} {units} gave a valid answer ({share:.1%}), expected at least {least:.1%}; "
-                         "finished calls are kept, so mend the cause and run again")
+        found = f"{done} of {asked} {units} gave a valid answer ({share:.1%}), expected at least {least:.1%}"
+        raise StudyError(f"{what}: {found}; finished calls are kept, so remove the cause and run again")
     return share
 
 # %% ../../nbs/feedback/01_rating.ipynb #bcba2ca6
-def rating_summary(
-    ratings,  # frame of ratings
-):  # frame: member x principle means, with the overall mean, best first
+def rating_summary(ratings):  # frame: member x principle means, with the overall mean, best first
     "Average the ratings by member and principle."
-    table = ratings.pivot_table(index="model", columns="principle", values="rating", aggfunc="mean")[list(PRINCIPLE_KEYS)]
+    means = ratings.pivot_table(index="model", columns="principle", values="rating", aggfunc="mean")
+    table = means[list(PRINCIPLE_KEYS)]
     table.insert(0, "overall", table.mean(axis=1))
     return table.sort_values("overall", ascending=False).round(2).reset_index()
 
+
+def member_interval(ratings, member: str, samples: int = 1000) -> tuple[float, float]:
+    "Return a 95% interval for a member's mean rating, by speech."
+    import numpy as np
+
+    from psycopref.stats.scores import mean_interval
+
+    own = ratings[ratings.model == member].groupby("speech_id").rating.mean()
+    totals = np.column_stack([(own - 3) / 2, np.ones(len(own))])  # ratings from 1 to 5 become values from −1 to 1
+    low, high = mean_interval(totals, samples, 0.95, seed=0)
+    return 3 + 2 * low, 3 + 2 * high
+
+# %% ../../nbs/feedback/01_rating.ipynb #5043c5f7
+def describe_ratings(ratings, summary, coverage: float, skipped: int) -> list[str]:
+    "Describe how far members and principles differ, and how many ratings are missing."
+    found = f"{coverage:.1%} of the pairs of speech and principle have valid ratings; {skipped} were skipped."
+    if summary.empty:
+        return [found]
+
+    def named(row) -> str:
+        low, high = member_interval(ratings, row.model)
+        n = ratings[ratings.model == row.model].speech_id.nunique()
+        return f"{row.model} ({row.overall:.2f} [{low:.2f} to {high:.2f}], {n} responses)"
+
+    best, worst = summary.iloc[0], summary.iloc[-1]
+    apart = member_interval(ratings, best.model)[0] > member_interval(ratings, worst.model)[1]
+    verdict = "Their intervals do not overlap" if apart else "Their intervals overlap, so chance may order them"
+    means = ratings.groupby("principle").rating.mean().sort_values()
+    return [
+        f"On average over principles {named(best)} is rated highest and {named(worst)} lowest. {verdict}.",
+        f"By principle, {means.index[-1]} has the highest mean ({means.iloc[-1]:.2f}) and {means.index[0]} the lowest "
+        f"({means.iloc[0]:.2f}).",
+        found,
+    ]
+
 # %% ../../nbs/feedback/01_rating.ipynb #bb2c1387
-def agreement_row(
+def mode_agreement_row(
     name: str,  # principle, or what else is compared
     first,  # ratings of one mode, an integer array
     second,  # ratings of the other, in the same order
@@ -198,9 +253,14 @@ def agreement_row(
     "Compare two lists of ratings; kappa is None where both modes gave one and the same rating throughout."
     gap = second - first
     chance = first.var() + second.var() + gap.mean() ** 2  # mean squared gap of all pairings, the chance's
-    return {"principle": name, "n": len(gap), "exact %": round(100 * float((gap == 0).mean()), 1),
-            "within one %": round(100 * float((abs(gap) <= 1).mean()), 1), "mean difference": round(float(gap.mean()), 3),
-            "kappa": round(1 - float((gap**2).mean() / chance), 3) if chance else None}
+    return {
+        "principle": name,
+        "n": len(gap),
+        "exact %": round(100 * float((gap == 0).mean()), 1),
+        "within one %": round(100 * float((abs(gap) <= 1).mean()), 1),
+        "mean difference": round(float(gap.mean()), 3),
+        "kappa": round(1 - float((gap**2).mean() / chance), 3) if chance else None,
+    }
 
 # %% ../../nbs/feedback/01_rating.ipynb #aeef1f50
 def preference_agreement(
@@ -217,8 +277,12 @@ def preference_agreement(
         verdicts.append(np.array([np.sign(gap) * (abs(gap) >= min_gap_sum) for gap in gaps]))
     first, second = np.hstack([np.zeros((2, 0)), *verdicts])
     same, taken = first == second, (first != 0) | (second != 0)
-    return {"pairs": len(same), "same preference %": round(100 * float(same.mean()), 1) if len(same) else None,
-            "preferred in a mode": int(taken.sum()), "same of these %": round(100 * float(same[taken].mean()), 1) if taken.any() else None}
+    return {
+        "pairs": len(same),
+        "same preference %": round(100 * float(same.mean()), 1) if len(same) else None,
+        "preferred in a mode": int(taken.sum()),
+        "same of these %": round(100 * float(same[taken].mean()), 1) if taken.any() else None,
+    }
 
 # %% ../../nbs/feedback/01_rating.ipynb #254deb7f
 def mode_agreement(
@@ -229,25 +293,52 @@ def mode_agreement(
     "Compare two modes over what was rated in both."
     import pandas as pd
 
-    key = ["speech_id", "model", "principle"]
-    both = first[[*key, "rating"]].merge(second[[*key, "rating"]], on=key, suffixes=("_first", "_second"), validate="one_to_one")
-    if both.empty:
-        raise StudyError(f"mode agreement: {len(first)} and {len(second)} ratings have no response and principle in common; rate the same speeches in both modes")
-    both = both.rename(columns={"rating_first": "first", "rating_second": "second"})
-    rows = [agreement_row(name, own["first"].to_numpy(), own["second"].to_numpy())
-            for name in PRINCIPLE_KEYS if len(own := both[both.principle == name])]
-    sums = both.groupby(key[:2], sort=False)[["first", "second"]].agg(["sum", "size"])
+    both = rated_twice(first, second)
+    each = [(name, both[both.principle == name]) for name in PRINCIPLE_KEYS]
+    rows = [
+        mode_agreement_row(name, own["first"].to_numpy(), own["second"].to_numpy()) for name, own in each if len(own)
+    ]
+    sums = both.groupby(["speech_id", "model"], sort=False)[["first", "second"]].agg(["sum", "size"])
     whole = sums[sums["first", "size"] == len(PRINCIPLE_KEYS)].xs("sum", axis=1, level=1).reset_index()
     if len(whole):
-        rows.append(agreement_row("sum of seven", whole["first"].to_numpy(), whole["second"].to_numpy()) | preference_agreement(whole, min_gap_sum))
+        row = mode_agreement_row("sum of seven", whole["first"].to_numpy(), whole["second"].to_numpy())
+        rows.append(row | preference_agreement(whole, min_gap_sum))
     return pd.DataFrame(rows, dtype=object).pipe(lambda frame: frame.where(frame.notna(), None))
 
+
+def rated_twice(first, second):
+    "Join the ratings of two modes; refuse two that have none in common."
+    key = ["speech_id", "model", "principle"]
+    pair = [
+        ratings[[*key, "rating"]].rename(columns={"rating": name})
+        for name, ratings in (("first", first), ("second", second))
+    ]
+    both = pair[0].merge(pair[1], on=key, validate="one_to_one")
+    if both.empty:
+        found = f"{len(first)} and {len(second)} ratings have no response and principle in common"
+        raise StudyError(f"mode agreement: {found}; rate the same speeches in both modes")
+    return both
+
+
+def describe_modes(compared) -> list[str]:
+    "Describe how far two rating modes agree, by principle and in the preferences that follow."
+    by = compared[compared.principle != "sum of seven"]
+    kappas = [value for value in by.kappa if value is not None]
+    spread = f"kappa lies between {min(kappas):.2f} and {max(kappas):.2f}" if kappas else "kappa is not defined"
+    said = [f"By principle {by['exact %'].min()} to {by['exact %'].max()}% of the ratings are equal, and {spread}."]
+    last = compared.iloc[-1]
+    if last.principle != "sum of seven" or not last["preferred in a mode"]:
+        return [*said, "No pair of responses is a preference in either mode, so preferences can't be compared."]
+    same, n = last["same of these %"], last["preferred in a mode"]
+    return [
+        *said,
+        f"Of {n} pairs that at least one mode takes as a preference, {same}% are the same preference in both.",
+    ]
+
 # %% ../../nbs/feedback/01_rating.ipynb #d87ebe1c
-def first_speeches(
-    speeches,  # frame of speeches
-    n: int,  # how many to compare the modes on; 0 = none
-):  # frame: the first n, all where there are fewer
-    "Take the speeches of the comparison."
+def first_speeches(speeches, n: int):
+    "Return the first n speeches, on which the modes are compared; refuse a negative number."
     if n < 0:
-        raise StudyError(f"ratings.compare_mode_speeches: found {n}, expected 0 (no comparison) or a number of speeches")
+        found = f"found {n}, expected 0 (no comparison) or a number of speeches"
+        raise StudyError(f"ratings.compare_mode_speeches: {found}")
     return speeches.head(n)

@@ -115,10 +115,13 @@ async def split_lines(
 # %% ../../nbs/gateway/03_batches.ipynb #6e90e923
 class BatchModel(OpenAIModel):
     "Answer through the batch API."
+
     concurrency = 32  # batches in flight at once, at most
     look, whole, ahead, queued = None, False, 64, True
 
-    def __init__(self, name: str, max_retries: int = 3, timeout: float = 120.0, poll: tuple[float, float] = (1.0, 60.0)):
+    def __init__(
+        self, name: str, max_retries: int = 3, timeout: float = 120.0, poll: tuple[float, float] = (1.0, 60.0)
+    ):
         super().__init__(name, max_retries, timeout, "batch")
         self.price = {kind: usd * prices()["batch_discount"]["factor"] for kind, usd in self.price.items()}
         self.poll, self.memory = poll, Forgetful()  # seconds between two looks at a batch: at first, at last
@@ -146,7 +149,10 @@ STARTED = ENDED | {"in_progress", "finalizing", "cancelling"}
 
 def _begin(self) -> None:
     "Set up what belongs to one event loop."
-    self.door, self.looking = asyncio.Lock(), asyncio.Lock()  # one at a time tries a full queue again; one reads the list
+    self.door, self.looking = (
+        asyncio.Lock(),
+        asyncio.Lock(),
+    )  # one at a time tries a full queue again; one reads the list
     self.listed, self.working, self.ended = None, 0, 0  # the provider's list; our batches at work, and over
 
 
@@ -174,7 +180,10 @@ async def _patiently(self, ask: typing.Callable, *arguments):
         except (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
             failure, attempt = read_error(self, error), min(attempt + 1, 20)
         if not failure.again or time.monotonic() - start > PATIENCE:
-            raise StudyError(f"model {self.uri!r}: {failure.reason}; what was ordered stays ordered, so look after the connection and run again")
+            raise StudyError(
+                f"model {self.uri!r}: {failure.reason}; what was ordered stays ordered, so look after the connection "
+                "and run again"
+            )
         await asyncio.sleep(pause(attempt, failure.after))
 
 
@@ -190,9 +199,15 @@ async def _upload(self, asked: dict[str, ChatRequest]) -> str:
             file.write(write_line(key, self.chat_arguments(request)))
         file.seek(0)
         try:
-            return (await self.opened.files.create(file=("requests.jsonl", file), purpose="batch", timeout=max(self.timeout, 3600.0))).id
+            return (
+                await self.opened.files.create(
+                    file=("requests.jsonl", file), purpose="batch", timeout=max(self.timeout, 3600.0)
+                )
+            ).id
         except openai.NotFoundError:
-            raise StudyError(f"model {self.uri!r}: the server has no batch API (404); use openai:{self.uri.partition(':')[2]}") from None
+            raise StudyError(
+                f"model {self.uri!r}: the server has no batch API (404); use openai:{self.uri.partition(':')[2]}"
+            ) from None
 
 
 BatchModel.upload = _upload
@@ -202,7 +217,9 @@ async def _create(self, file_id: str, name: str):
     "Order a batch, and note its id."
     self.orders.drop_jobs([name])  # the id of one that found the queue full
     try:
-        batch = await self.opened.batches.create(input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", metadata={"psycopref": name})
+        batch = await self.opened.batches.create(
+            input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", metadata={"psycopref": name}
+        )
     except BaseException:
         self.listed = None  # it may have been created all the same
         raise
@@ -248,8 +265,10 @@ async def _under_way(self, name: str):
         except openai.NotFoundError:
             if not any(self.price.values()):
                 return None  # a server of our own that was started anew
-            raise StudyError(f"model {self.uri!r}: batch {id} is not known to the server; run with the key that ordered it, "
-                             f"or answer the rest by openai:{self.uri.partition(':')[2]}") from None
+            raise StudyError(
+                f"model {self.uri!r}: batch {id} is not known to the server; run with the key that ordered it, "
+                f"or answer the rest by openai:{self.uri.partition(':')[2]}"
+            ) from None
     async with self.looking:
         self.listed = self.listed if self.listed is not None else await self.patiently(self.list_orders)
     if batch := self.listed.get(name):
@@ -269,7 +288,9 @@ def why_failed(
     "Tell why a batch was refused as a whole."
     errors = (batch.errors and batch.errors.data) or []
     full = any(error.code in FULL or "enqueued" in (error.message or "").lower() for error in errors)
-    said = "; ".join(f"{error.code}: {error.message}" + (f" (line {error.line})" if error.line else "") for error in errors[:3])
+    said = "; ".join(
+        f"{error.code}: {error.message}" + (f" (line {error.line})" if error.line else "") for error in errors[:3]
+    )
     return full, without_keys(" ".join((said or "no reason given").split()))[:300]
 
 # %% ../../nbs/gateway/03_batches.ipynb #861342b5
@@ -278,7 +299,10 @@ async def _wait(self, batch, until: frozenset[str]):
     seconds = self.poll[0]
     while batch.status not in until:
         if batch.created_at and time.time() - batch.created_at > STUCK:
-            raise StudyError(f"model {self.uri!r}: batch {batch.id} is {batch.status} after {STUCK / 3600:g} h; cancel it at the provider and run again")
+            raise StudyError(
+                f"model {self.uri!r}: batch {batch.id} is {batch.status} after {STUCK / 3600:g} h; cancel it at the "
+                "provider and run again"
+            )
         await asyncio.sleep(seconds)
         seconds = min(self.poll[1], seconds * 1.5)
         batch = await self.patiently(self.opened.batches.retrieve, batch.id)
@@ -343,7 +367,10 @@ def _judge(self, batch, asked: dict) -> tuple[dict, Failure] | None:
     if full:
         return {}, Failure(f"no place in the queue: {said}", kind="refused", after=min(LONGEST_AFTER, 5 * self.poll[1]))
     self.orders.drop_jobs(list(asked))
-    raise StudyError(f"model {self.uri!r}: the server refused batch {batch.id}: {said}; nothing was spent on it, mend this and run again")
+    raise StudyError(
+        f"model {self.uri!r}: the server refused batch {batch.id}: {said}; nothing was spent on it, mend this and run "
+        "again"
+    )
 
 
 BatchModel.judge = _judge
@@ -362,7 +389,9 @@ async def _one(self, requests: list[ChatRequest]) -> dict[str, ChatReply | Failu
             name, batch = await self.order(asked)
         batch = await self.end_of(batch, name)
     except (openai.OpenAIError, aiohttp.ClientError, TimeoutError, ValueError) as error:
-        failure = replace(read_error(self, error), unsure=False)  # if it was created after all, it is found and booked then
+        failure = replace(
+            read_error(self, error), unsure=False
+        )  # if it was created after all, it is found and booked then
         if not failure.again:
             raise StudyError(f"model {self.uri!r}: the server refused the batch: {failure.reason}") from None
         return dict.fromkeys(asked, failure)
@@ -382,7 +411,9 @@ async def _answer(self, requests) -> list[ChatReply | Failure]:
     try:
         found = {key: reply for part in await asyncio.gather(*map(self.one, groups)) for key, reply in part.items()}
     except asyncio.CancelledError:
-        raise StudyError(f"model {self.uri!r}: interrupted; what was ordered stays ordered, run again to fetch it") from None
+        raise StudyError(
+            f"model {self.uri!r}: interrupted; what was ordered stays ordered, run again to fetch it"
+        ) from None
     return [found[request.key(self.identity)] for request in requests]
 
 

@@ -23,10 +23,13 @@ __all__ = ['TABLES', 'KEEP', 'DONE', 'BOOK', 'AT_WORK', 'ReplyCache', 'look_up',
            'open_cache', 'run_bill']
 
 # %% ../../nbs/gateway/01_cache.ipynb #401851d0
-TABLES = ("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)",
-          "CREATE TABLE IF NOT EXISTS spent (id TEXT PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL, calls INTEGER NOT NULL, "
-          "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL)",
-          "CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, id TEXT NOT NULL)")
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS spent (id TEXT PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL, calls INTEGER "
+    "NOT NULL, "
+    "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, id TEXT NOT NULL)",
+)
 
 
 class ReplyCache:
@@ -43,7 +46,9 @@ class ReplyCache:
         try:
             self.db = open_database(self.path, *TABLES)
         except sqlite3.DatabaseError as error:
-            raise StudyError(f"{self.path}: is no reply cache ({error}); move it away, replies will be asked for again") from None
+            raise StudyError(
+                f"{self.path}: is no reply cache ({error}); move it away, replies will be asked for again"
+            ) from None
 
     def get(self, keys: list[str]) -> dict[str, ChatReply]:
         "Return the known replies among the keys."
@@ -69,8 +74,12 @@ class ReplyCache:
 # %% ../../nbs/gateway/01_cache.ipynb #4ab7467f
 KEEP = "INSERT OR REPLACE INTO replies VALUES (?, ?)"
 DONE = "DELETE FROM jobs WHERE name = ?"
-BOOK = ("INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET calls = calls + excluded.calls, prompt_tokens = "
-        "prompt_tokens + excluded.prompt_tokens, completion_tokens = completion_tokens + excluded.completion_tokens, usd = usd + excluded.usd")
+BOOK = (
+    "INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET calls = calls + excluded.calls, "
+    "prompt_tokens = "
+    "prompt_tokens + excluded.prompt_tokens, completion_tokens = completion_tokens + excluded.completion_tokens, usd "
+    "= usd + excluded.usd"
+)
 
 
 def _as_rows(replies: dict[str, ChatReply]) -> list[tuple[str, str]]:
@@ -85,7 +94,9 @@ def _write(self, *work: tuple[str, list[tuple]]) -> None:
             for statement, rows in work:
                 self.db.executemany(statement, rows)
     except sqlite3.DatabaseError as error:
-        raise StudyError(f"{self.path}: can't be written ({error}); free some space or mend the file, and run again") from None
+        raise StudyError(
+            f"{self.path}: can't be written ({error}); free some space or mend the file, and run again"
+        ) from None
 
 
 ReplyCache._write = _write
@@ -98,9 +109,14 @@ def look_up(
 ) -> dict[str, ChatReply]:  # the known among them
     "Read replies from one file."
     try:
-        return {key: ChatReply(**json.loads(reply)) for key, reply in select(db, "SELECT key, reply FROM replies WHERE key IN", keys)}
+        return {
+            key: ChatReply(**json.loads(reply))
+            for key, reply in select(db, "SELECT key, reply FROM replies WHERE key IN", keys)
+        }
     except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
-        raise StudyError(f"{path}: the reply cache is damaged ({error}); move it away, replies will be asked for again") from None
+        raise StudyError(
+            f"{path}: the reply cache is damaged ({error}); move it away, replies will be asked for again"
+        ) from None
 
 
 def select(
@@ -128,7 +144,10 @@ class ReadOnly:
                 for table in TABLES:  # a kill may have come before they were made
                     opened.execute(table)
             except sqlite3.DatabaseError as error:
-                raise StudyError(f"{self.path}: can't be read as a reply cache ({error}); move it away, or end the process that uses it") from None
+                raise StudyError(
+                    f"{self.path}: can't be read as a reply cache ({error}); move it away, or end the process that "
+                    "uses it"
+                ) from None
             finally:
                 opened.close()
         self.db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False)
@@ -141,7 +160,10 @@ def _spend(self, stage: str, model: str, calls: int, prompt_tokens: int, complet
 
 def _keep(self, done: list[tuple]) -> None:
     "Keep replies and book what they took in one transaction: `done` holds (replies, stage, model, calls, tokens, tokens, USD)."
-    rows = [(self.books.setdefault((stage, model), uuid.uuid4().hex), stage, model, *spent) for _, stage, model, *spent in done]
+    rows = [
+        (self.books.setdefault((stage, model), uuid.uuid4().hex), stage, model, *spent)
+        for _, stage, model, *spent in done
+    ]
     answered = [(key,) for replies, *_ in done for key in replies]
     self._write((KEEP, [row for replies, *_ in done for row in _as_rows(replies)]), (DONE, answered), (BOOK, rows))
 
@@ -159,11 +181,20 @@ def _spent_before(self) -> float:
 def _bill(self) -> list[dict]:
     "Return the books of this file: stage, model, calls, tokens and US dollars."
     names = ("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd")
-    rows = self.db.execute("SELECT stage, model, sum(calls), sum(prompt_tokens), sum(completion_tokens), sum(usd) FROM spent GROUP BY stage, model ORDER BY stage, model")
+    rows = self.db.execute(
+        "SELECT stage, model, sum(calls), sum(prompt_tokens), sum(completion_tokens), sum(usd) FROM spent GROUP BY "
+        "stage, model ORDER BY stage, model"
+    )
     return [dict(zip(names, row)) for row in rows]
 
 
-ReplyCache.spend, ReplyCache.keep, ReplyCache.spent, ReplyCache.spent_before, ReplyCache.bill = _spend, _keep, _spent, _spent_before, _bill
+ReplyCache.spend, ReplyCache.keep, ReplyCache.spent, ReplyCache.spent_before, ReplyCache.bill = (
+    _spend,
+    _keep,
+    _spent,
+    _spent_before,
+    _bill,
+)
 
 # %% ../../nbs/gateway/01_cache.ipynb #7748343a
 def _jobs(self, names: list[str]) -> dict[str, str]:
@@ -205,7 +236,9 @@ def take_in(
                 cache.db.execute("DELETE FROM jobs WHERE name IN (SELECT key FROM replies)")
             cache.db.execute("DETACH shard")
         except sqlite3.DatabaseError as error:
-            raise StudyError(f"{path}: can't be taken into {cache.path} ({error}); free some space or move the file away") from None
+            raise StudyError(
+                f"{path}: can't be taken into {cache.path} ({error}); free some space or move the file away"
+            ) from None
         for gone in (path, path.with_suffix(".lock"), path.with_suffix(".working")):
             gone.unlink(missing_ok=True)
 
@@ -230,7 +263,7 @@ def working(
 
 # %% ../../nbs/gateway/01_cache.ipynb #791a6d95
 def open_cache(
-    run: Run,  # whose
+    run: Run,
     stage: str = "",  # who asks, e.g. 03_ratings
     shard: Shard | None = None,  # which part of the stage; None = all of it
 ) -> ReplyCache:  # the run's own, or the shard's with the others to read
@@ -247,7 +280,9 @@ def open_cache(
             take_in(cache, part)
         return cache
     own = folder / f"replies-{stage}-{shard}.sqlite"
-    beside = {folder / f"replies-{stage}-{Shard(i, shard.n)}.sqlite" for i in range(1, shard.n + 1)}  # may be at work now
+    beside = {
+        folder / f"replies-{stage}-{Shard(i, shard.n)}.sqlite" for i in range(1, shard.n + 1)
+    }  # may be at work now
     others = [part for part in parts if part not in beside]  # left by another number of shards, or another stage
     with contextlib.ExitStack() as mark:  # first of all: from now on nobody takes the file in
         mark.enter_context(working(own, "another process works on this shard; wait for it, or end it"))
@@ -257,17 +292,25 @@ def open_cache(
 
 # %% ../../nbs/gateway/01_cache.ipynb #2c3b2e84
 def run_bill(
-    run: Run,  # whose
+    run: Run,
 ) -> list[dict]:  # stage, model, calls, tokens and US dollars, in order; empty where the run has no cache
     "Return the books of a run, its shards' included."
     rows = {}
     for path in sorted((run.outputs / "cache").glob("replies*.sqlite")):
         try:
             with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
-                rows |= {row: spent for row, *spent in db.execute("SELECT id, stage, model, calls, prompt_tokens, completion_tokens, usd FROM spent")}
+                rows |= {
+                    row: spent
+                    for row, *spent in db.execute(
+                        "SELECT id, stage, model, calls, prompt_tokens, completion_tokens, usd FROM spent"
+                    )
+                }
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{path}: its books can't be read ({error}); move the file away, or mend it") from None
     sums: dict[tuple, list] = {}
     for stage, model, *spent in rows.values():
         sums[stage, model] = [a + b for a, b in zip(sums.get((stage, model), [0, 0, 0, 0.0]), spent)]
-    return [dict(zip(("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd"), (*key, *sums[key]))) for key in sorted(sums)]
+    return [
+        dict(zip(("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd"), (*key, *sums[key])))
+        for key in sorted(sums)
+    ]

@@ -34,7 +34,12 @@ __all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'Turns', 'looping', 'ca
            'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
-PROVIDERS: dict[str, typing.Callable] = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "rules": RulesModel}
+PROVIDERS: dict[str, typing.Callable] = {
+    "openai": OpenAIModel,
+    "batch": BatchModel,
+    "local": LocalModel,
+    "rules": RulesModel,
+}
 
 
 def chat_model(
@@ -51,6 +56,7 @@ def chat_model(
 @dataclass
 class Gateway:
     "Send requests to models, through a cache and within a budget."
+
     cache: ReplyCache  # where replies are kept
     budget_usd: float = 0.0  # the most that may be spent
     calls: str = "record"  # record: ask what the cache lacks; replay: refuse it; live: ask everything again
@@ -99,6 +105,7 @@ class Gateway:
 # %% ../../nbs/gateway/04_gateway.ipynb #b0347217
 class Turns:
     "Let threads take turns ten times as often while calls are under way: the loop has little to do at a time and should not wait for the reader."
+
     streams, before, lock = 0, 0.0, threading.Lock()
 
     def __enter__(self):
@@ -212,14 +219,25 @@ class Stream:
 
     def __init__(self, gateway: Gateway, model: ChatModel, name: str, total: int | None):
         self.gateway, self.model, self.error, self.lost, self.over = gateway, model, None, 0, asyncio.Event()
-        self.pace, self.room = Pace(model.concurrency), asyncio.Semaphore(2 * model.concurrency + 64)  # who pauses or waits for the disk holds room, not pace
+        self.pace, self.room = (
+            Pace(model.concurrency),
+            asyncio.Semaphore(2 * model.concurrency + 64),
+        )  # who pauses or waits for the disk holds room, not pace
         self.due: collections.deque[Block] = collections.deque()  # blocks not given back yet
         self.waiting: dict[str, list[Block]] = {}  # key of a call in flight -> blocks that wait for it
         self.tasks: set[asyncio.Task] = set()
         self.unwritten, self.writer = [], None  # replies on their way to the disk
-        self.count = gateway.counts.setdefault(model.uri, dict(label=model.label, calls=0, cached=0, failed=0, retries=0, prompt_tokens=0,
-                                                               completion_tokens=0, usd=0.0))
-        self.bar = iter(progress(itertools.repeat(None) if total is None else range(total), f"{name} [{model.label[:24]}]", total, "call"))
+        self.count = gateway.counts.setdefault(
+            model.uri,
+            dict(
+                label=model.label, calls=0, cached=0, failed=0, retries=0, prompt_tokens=0, completion_tokens=0, usd=0.0
+            ),
+        )
+        self.bar = iter(
+            progress(
+                itertools.repeat(None) if total is None else range(total), f"{name} [{model.label[:24]}]", total, "call"
+            )
+        )
         model.jobs = gateway.cache
 
     def fail(self, error: Exception) -> None:
@@ -292,13 +310,17 @@ def _unknown(self, block: Block, requests: list[ChatRequest]) -> list[tuple[list
     model, gateway = self.model, self.gateway
     keys = [request.key(model.identity) for request in requests]
     fresh = [key for key in dict.fromkeys(keys) if key not in block.known]
-    flying = {key for key in fresh if key in self.waiting}  # not looked up: the reply may be written, but not yet for good
+    flying = {
+        key for key in fresh if key in self.waiting
+    }  # not looked up: the reply may be written, but not yet for good
     known = {} if gateway.calls == "live" else gateway.cache.get([key for key in fresh if key not in flying])
     block.keys += keys
     block.known |= known
     left = {key for key in fresh if key not in known}
     if left and gateway.calls == "replay":
-        raise StudyError(_unseen(self, [request for key, request in zip(keys, requests) if key in left], len(set(keys))))
+        raise StudyError(
+            _unseen(self, [request for key, request in zip(keys, requests) if key in left], len(set(keys)))
+        )
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     open_ = sorted(first[key] for key in (set(keys) if model.whole else left - flying))
     groups = [[open_[i] for i in group] for group in model.groups([requests[i] for i in open_])]
@@ -314,8 +336,11 @@ def _unknown(self, block: Block, requests: list[ChatRequest]) -> list[tuple[list
 
 def _unseen(self, requests: list[ChatRequest], n: int) -> str:
     "Word the refusal of a replay."
-    return (f"replay: {len(requests)} of {n} calls to {self.model.uri} are not in {self.gateway.cache.path}, the first asks "
-            f"{requests[0].messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them")
+    return (
+        f"replay: {len(requests)} of {n} calls to {self.model.uri} are not in {self.gateway.cache.path}, the first "
+        "asks "
+        f"{requests[0].messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them"
+    )
 
 
 Stream.unknown = _unknown
@@ -332,8 +357,10 @@ async def _run(self, keys: list[str], requests: list[ChatRequest]) -> None:
         lost = all(isinstance(reply, Failure) and reply.again for reply in replies)
         self.lost = self.lost + 1 if lost else 0
         if self.lost >= max(50, LOST * self.model.concurrency):
-            raise StudyError(f"model {self.model.uri!r}: {self.lost} calls in a row found no answer, the last: {replies[0].reason}; "
-                             "finished calls are kept, so look after the server and run again")
+            raise StudyError(
+                f"model {self.model.uri!r}: {self.lost} calls in a row found no answer, the last: {replies[0].reason}; "
+                "finished calls are kept, so look after the server and run again"
+            )
         self.count["failed"] += sum(isinstance(reply, Failure) for reply in replies)
         for key, reply in zip(keys, replies):
             for block in self.waiting.pop(key, ()):
@@ -372,7 +399,13 @@ async def _once(self, requests: list[ChatRequest], keys: list[str]) -> list[Chat
             return [Failure("not sent")] * len(requests)
         replies, usd = await self.pay(requests)
     good = {key: reply for key, reply in zip(keys, replies) if isinstance(reply, ChatReply)}
-    await self.keep(good, len(replies), sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies), usd)
+    await self.keep(
+        good,
+        len(replies),
+        sum(reply.prompt_tokens for reply in replies),
+        sum(reply.completion_tokens for reply in replies),
+        usd,
+    )
     return replies
 
 
@@ -386,7 +419,10 @@ async def _pay(self, requests: list[ChatRequest]) -> tuple[list[ChatReply | Fail
     try:
         replies = await model.answer(requests)
         if not model.queued:
-            self.pace.note(time.monotonic() - start, any(isinstance(reply, Failure) and reply.kind == "refused" for reply in replies))
+            self.pace.note(
+                time.monotonic() - start,
+                any(isinstance(reply, Failure) and reply.kind == "refused" for reply in replies),
+            )
         usd = sum(map(self.price, replies, most))
     except StudyError:
         raise  # refused before it cost anything
@@ -443,7 +479,10 @@ async def _write(self) -> None:
 async def _store(self, some: list[tuple]) -> Exception | None:
     "Write entries in one transaction; return what went wrong, since those who wait for the disk must hear of it."
     try:
-        await asyncio.to_thread(self.gateway.cache.keep, [(replies, self.gateway.stage, self.model.uri, *spent) for replies, spent, _ in some])
+        await asyncio.to_thread(
+            self.gateway.cache.keep,
+            [(replies, self.gateway.stage, self.model.uri, *spent) for replies, spent, _ in some],
+        )
     except Exception as error:
         return error
     return None

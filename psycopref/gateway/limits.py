@@ -30,7 +30,11 @@ class Pace:
         self.most, self.limit, self.flying = most, float(min(most, start)), 0
         self.unhurt, self.best, self.times, self.since_cut = True, math.inf, [], 0
         self.queue: collections.deque[asyncio.Future] = collections.deque()
-        self.credit, self.seen, self.alarm = float(AT_ONCE), 0.0, None  # starts allowed now, since when, and when to look again
+        self.credit, self.seen, self.alarm = (
+            float(AT_ONCE),
+            0.0,
+            None,
+        )  # starts allowed now, since when, and when to look again
 
     async def __aenter__(self):
         turn = asyncio.get_running_loop().create_future()
@@ -146,8 +150,10 @@ class Purse:
             self.queue.append(turn)
             await turn
         if self.spent + self.reserved + usd > self.budget_usd:
-            raise StudyError(f"budget: {self.spent:.2f} USD are spent, the next call to {who} could pass {self.budget_usd:.2f}; "
-                             "raise `budget_usd`, finished calls are kept")
+            raise StudyError(
+                f"budget: {self.spent:.2f} USD are spent, the next call to {who} could pass {self.budget_usd:.2f}; "
+                "raise `budget_usd`, finished calls are kept"
+            )
         self.reserved, self.flying = self.reserved + usd, self.flying + 1
 
     def settle(self, reserved: float, usd: float) -> None:

@@ -70,7 +70,10 @@ def read_completion(
     import pydantic
 
     def raw():
-        return without_keys(body[:8000].decode("utf-8", "replace"))[:4000]  # in this order: half a key would not be found
+        return without_keys(body[:8000].decode("utf-8", "replace"))[
+            :4000
+        ]  # in this order: half a key would not be found
+
     try:
         done = reader.validate_json(body)
     except pydantic.ValidationError as error:
@@ -78,7 +81,9 @@ def read_completion(
         where = ".".join(map(str, first["loc"])) or "body"
         return Failure(f"no chat completion: {where}: {first['msg']}"[:200], raw(), kind="broken", unsure=True)
     usage = done.get("usage") or {}
-    tokens = tuple(n if 0 <= (n := usage.get(name) or 0) < MOST_TOKENS else 0 for name in ("prompt_tokens", "completion_tokens"))
+    tokens = tuple(
+        n if 0 <= (n := usage.get(name) or 0) < MOST_TOKENS else 0 for name in ("prompt_tokens", "completion_tokens")
+    )
     if not done["choices"]:
         return Failure("the reply holds no choice", raw(), *tokens, kind="broken", unsure=not any(tokens))
     reason, text = done["choices"][0].get("finish_reason"), done["choices"][0]["message"].get("content")
@@ -96,11 +101,14 @@ def most_tokens(
     request: ChatRequest,  # what is asked
 ) -> int:  # tokens that it can't exceed: a token is never less than a byte, and a message costs a few more
     "Bound the tokens of a prompt without the model's tokenizer."
-    return sum(len(m["content"].encode("utf-8", "surrogatepass")) + 8 for m in request.messages) + len(json.dumps(request.schema or ""))
+    return sum(len(m["content"].encode("utf-8", "surrogatepass")) + 8 for m in request.messages) + len(
+        json.dumps(request.schema or "")
+    )
 
 
 class OpenAIModel:
     "Answer through the chat completions API."
+
     concurrency = 256  # the most in flight; how many there are says the pace
     look, whole, ahead, queued, jobs = 16, False, 8, False, None
 
@@ -112,7 +120,9 @@ class OpenAIModel:
         if not self.base_url:
             table = prices()["models"]
             if self.model not in table:
-                raise StudyError(f"model {self.uri!r}: has no price in data/prices.json, so a budget can't be held; add it there")
+                raise StudyError(
+                    f"model {self.uri!r}: has no price in data/prices.json, so a budget can't be held; add it there"
+                )
             self.price = table[self.model]
 
     def groups(self, requests):
@@ -137,9 +147,15 @@ def _open_client(self):
     if not key and not self.base_url:
         raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key")
     self.limits, self.reader, self.secret = minute_limits(), completion_reader(), key.encode()
-    near = urlsplit(self.base_url).hostname in LOOPBACK  # a proxy of the environment can't reach this machine's own servers
-    http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=2 * self.concurrency), timeout=self.timeout, trust_env=not near)
-    return openai.AsyncOpenAI(api_key=key or "none", base_url=self.base_url or None, max_retries=0, timeout=self.timeout, http_client=http)
+    near = (
+        urlsplit(self.base_url).hostname in LOOPBACK
+    )  # a proxy of the environment can't reach this machine's own servers
+    http = openai.DefaultAioHttpClient(
+        limits=httpx2.Limits(max_connections=2 * self.concurrency), timeout=self.timeout, trust_env=not near
+    )
+    return openai.AsyncOpenAI(
+        api_key=key or "none", base_url=self.base_url or None, max_retries=0, timeout=self.timeout, http_client=http
+    )
 
 
 async def _close_client(self):
@@ -151,10 +167,19 @@ async def _close_client(self):
 
 def _chat_arguments(self, request: ChatRequest) -> dict:
     "Translate a request into the API's arguments."
-    how = {"model": self.model, "messages": list(request.messages), "max_completion_tokens": request.decoding.max_tokens,
-           "temperature": request.decoding.temperature, "top_p": request.decoding.top_p, "seed": request.decoding.seed}
+    how = {
+        "model": self.model,
+        "messages": list(request.messages),
+        "max_completion_tokens": request.decoding.max_tokens,
+        "temperature": request.decoding.temperature,
+        "top_p": request.decoding.top_p,
+        "seed": request.decoding.seed,
+    }
     if request.schema:
-        how["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": request.schema}}
+        how["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "reply", "strict": True, "schema": request.schema},
+        }
     if self.base_url and request.decoding.top_k:
         how["top_k"] = request.decoding.top_k
     return how
@@ -175,7 +200,9 @@ async def _answer(self, requests) -> list[ChatReply | Failure]:
         await limiter.acquire(min(expected_tokens(request), limiter.max_rate) if tokens else 1)
     try:
         async with asyncio.timeout(self.timeout):
-            response = await self.opened.post("/chat/completions", body=self.chat_arguments(request), cast_to=httpx2.Response)
+            response = await self.opened.post(
+                "/chat/completions", body=self.chat_arguments(request), cast_to=httpx2.Response
+            )
     except (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
         return [read_error(self, error)]
     body = response.content
@@ -195,7 +222,9 @@ def read_error(
     if isinstance(error, openai.APIStatusError):
         return _read_status(model, error, _one_line(error))
     cause = error
-    while cause.__cause__ and not isinstance(cause, aiohttp.ClientError):  # what the transport saw; its own names for it are too wide
+    while cause.__cause__ and not isinstance(
+        cause, aiohttp.ClientError
+    ):  # what the transport saw; its own names for it are too wide
         cause = cause.__cause__
     if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
         return Failure(f"Connection: {_one_line(cause)}", kind="broken")
@@ -221,13 +250,24 @@ class NotServed(StudyError):
 def _read_status(model, error, reason: str) -> Failure:
     "Sort an answer with a status of 400 or more."
     if error.status_code == 404 and model.base_url:
-        raise NotServed(f"model {model.uri!r}: the server refused (404 {type(error).__name__}); check the model's name, or start it there if the server serves another, and run again") from None
+        raise NotServed(
+            f"model {model.uri!r}: the server refused (404 {type(error).__name__}); check the model's name, or start "
+            "it there if the server serves another, and run again"
+        ) from None
     if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
-        why = "the account is empty" if error.code == "insufficient_quota" else "check the key, the model's name and your access"
-        raise StudyError(f"model {model.uri!r}: the server refused ({error.status_code} {type(error).__name__}); {why}") from None  # it may hold the key
+        why = (
+            "the account is empty"
+            if error.code == "insufficient_quota"
+            else "check the key, the model's name and your access"
+        )
+        raise StudyError(
+            f"model {model.uri!r}: the server refused ({error.status_code} {type(error).__name__}); {why}"
+        ) from None  # it may hold the key
     if error.status_code in (408, 409, 425, 429, 503):
         return Failure(reason, kind="refused", after=_retry_after(error.response.headers))
-    return Failure(reason, kind="broken" if error.status_code >= 500 else "final", unsure=error.status_code == 504)  # 504: it was passed on
+    return Failure(
+        reason, kind="broken" if error.status_code >= 500 else "final", unsure=error.status_code == 504
+    )  # 504: it was passed on
 
 
 def _retry_after(headers) -> float | None:

@@ -19,6 +19,7 @@ __all__ = ['ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel']
 @dataclass(frozen=True)
 class ChatRequest:
     "Ask one question of one model."
+
     messages: tuple[dict, ...]  # role and content, in order
     decoding: Decoding = Decoding()  # how to sample
     schema: dict | None = None  # JSON schema of the reply, where the provider can enforce one
@@ -28,12 +29,15 @@ class ChatRequest:
     def key(self, identity: str) -> str:
         "Name this call by its content: who answers, what is asked, how it is sampled, which form is demanded."
         parts = [identity, list(self.messages), vars(self.decoding), self.schema]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(
+            json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        ).hexdigest()
 
 
 @dataclass(frozen=True)
 class ChatReply:
     "Hold one answer."
+
     text: str  # what the model said
     finish_reason: str = "stop"  # stop or length
     prompt_tokens: int = 0  # 0 where nobody counted
@@ -43,6 +47,7 @@ class ChatReply:
 @dataclass(frozen=True)
 class Failure:
     "Say why a call has no answer."
+
     reason: str  # one line
     raw: str = ""  # what came instead
     prompt_tokens: int = 0  # an unusable answer may cost as much as a good one
@@ -59,6 +64,7 @@ class Failure:
 # %% ../../nbs/models/03_chat.ipynb #fe332b9f
 class ChatModel(typing.Protocol):
     "Answer chat requests."
+
     uri: str  # as the user wrote it
     identity: str  # part of every cache key: changes when the answers could
     label: str  # for tables and cards
@@ -88,6 +94,7 @@ class ChatModel(typing.Protocol):
 # %% ../../nbs/models/03_chat.ipynb #2bce5df4
 class FreeModel:
     "Share what models on this machine have in common."
+
     concurrency, attempts, look, whole, ahead, queued, jobs = 1, 1, 64, False, 2, False, None
 
     def groups(self, requests):

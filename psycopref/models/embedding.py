@@ -33,9 +33,13 @@ def load_encoder(
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
-            model = AutoModel.from_pretrained(weights.location, dtype=pick_dtype(dtype), attn_implementation="eager", **pinned(weights))
+            model = AutoModel.from_pretrained(
+                weights.location, dtype=pick_dtype(dtype), attn_implementation="eager", **pinned(weights)
+            )
     except SafetensorError as error:
-        raise StudyError(f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again") from None
+        raise StudyError(
+            f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again"
+        ) from None
     return tokenizer, model.to(pick_device()).eval()
 
 # %% ../../nbs/models/02_embedding.ipynb #db37e03c
@@ -64,15 +68,21 @@ def encode_batches(
     weights: Weights,  # the encoder
     max_tokens: int = 256,  # as sentence-transformers sets it for MiniLM
     dtype: str = "auto",  # auto, bfloat16 or float32
-) -> typing.Iterator[tuple[list[int], typing.Any]]:  # positions of a batch's texts; float16 array (texts of the batch, dimensions), unit length
+) -> typing.Iterator[
+    tuple[list[int], typing.Any]
+]:  # positions of a batch's texts; float16 array (texts of the batch, dimensions), unit length
     "Embed texts batch by batch: mean of the last layer over a text's tokens."
     import torch
 
     tokenizer, model = load_encoder(weights, dtype)
     places = getattr(model.config, "max_position_embeddings", max_tokens)
     if max_tokens > places:
-        raise StudyError(f"{weights.name}: max_tokens is {max_tokens}, but the encoder has {places} positions; lower it")
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair becomes a question mark
+        raise StudyError(
+            f"{weights.name}: max_tokens is {max_tokens}, but the encoder has {places} positions; lower it"
+        )
+    texts = [
+        text.encode("utf-8", "replace").decode() for text in texts
+    ]  # half a surrogate pair becomes a question mark
     ids = tokenizer(texts, truncation=True, max_length=max_tokens).input_ids if texts else []
     for length, rows, members in progress(shaped_batches([len(i) for i in ids], max_tokens), "embedding", unit="batch"):
         tokens = torch.zeros(rows, length, dtype=torch.long)
@@ -118,12 +128,18 @@ def _open_cache(weights: Weights):
         with contextlib.closing(open_database(path, table)) as database:
             yield database
     except sqlite3.DatabaseError as error:
-        raise StudyError(f"{path}: the embedding cache can't be used ({error}); delete the file, it is made anew") from None
+        raise StudyError(
+            f"{path}: the embedding cache can't be used ({error}); delete the file, it is made anew"
+        ) from None
 
 
 def _content(weights: Weights) -> str:
     "Hash what an encoder is: its weights and, in a folder, its tokenizer."
-    files = [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := Path(weights.location) / name).is_file()]
+    files = [
+        path
+        for name in ("tokenizer.json", "tokenizer_config.json")
+        if (path := Path(weights.location) / name).is_file()
+    ]
     return hashlib.sha256("".join([weights.revision, *map(sha256_file, files)]).encode()).hexdigest()
 
 
@@ -148,7 +164,9 @@ def embed(
         known = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
-            known |= dict(database.execute(f"SELECT key, vector FROM vectors WHERE key IN ({','.join('?' * len(part))})", part))
+            known |= dict(
+                database.execute(f"SELECT key, vector FROM vectors WHERE key IN ({','.join('?' * len(part))})", part)
+            )
         new = list({key: i for i, key in enumerate(keys) if key not in known}.values())
         for members, vectors in encode_batches([texts[i] for i in new], weights, max_tokens, dtype):
             fresh = {keys[new[place]]: vector.tobytes() for place, vector in zip(members, vectors)}
@@ -156,4 +174,6 @@ def embed(
                 database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", fresh.items())
             known |= fresh
     vectors = [np.frombuffer(known[key], np.float16) for key in keys]
-    return np.stack(vectors).astype(np.float32) if vectors else encode([], weights, max_tokens, dtype).astype(np.float32)
+    return (
+        np.stack(vectors).astype(np.float32) if vectors else encode([], weights, max_tokens, dtype).astype(np.float32)
+    )

@@ -24,6 +24,7 @@ __all__ = ['Decoding', 'Sample', 'next_tokens', 'Branches', 'stacked', 'apart', 
 @dataclass(frozen=True)
 class Decoding:
     "Say how an answer is sampled."
+
     max_tokens: int = 256  # longest answer in tokens
     temperature: float = 0.0  # 0 takes the likeliest token
     top_k: int = 0  # sample among the k likeliest tokens; 0 takes all
@@ -34,6 +35,7 @@ class Decoding:
 @dataclass(frozen=True)
 class Sample:
     "Hold one sampled answer."
+
     text: str  # decoded, without special tokens
     finish_reason: str  # stop, or length where max_tokens cut it
     n_tokens: int  # sampled tokens, the end token not counted
@@ -51,7 +53,9 @@ def next_tokens(
         return logits.float().argmax(-1)  # several times as fast as in bfloat16
     values, ids = logits.topk(decoding.top_k) if 0 < decoding.top_k < logits.shape[-1] else (logits, None)
     parts = values.split(16)  # small enough for the processor's cache
-    choice = torch.cat([_draw(torch.softmax(p.float() / decoding.temperature, -1), decoding.top_p, generator) for p in parts])
+    choice = torch.cat(
+        [_draw(torch.softmax(p.float() / decoding.temperature, -1), decoding.top_p, generator) for p in parts]
+    )
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 # %% ../../nbs/models/01_generation.ipynb #b577e03b
@@ -102,7 +106,9 @@ class Branches:
 
     def step(self, model, tokens, position):
         "Compute the logits after one more token of each answer."
-        logits = model(input_ids=tokens[:, None], position_ids=position[:, None], past_key_values=self, use_cache=True).logits
+        logits = model(
+            input_ids=tokens[:, None], position_ids=position[:, None], past_key_values=self, use_cache=True
+        ).logits
         self.length += 1
         return logits[:, -1]
 
@@ -178,8 +184,13 @@ class Repeats:
         import torch
 
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        return model(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=position[:, None],
-                     past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
 
     def keep(self, rows):
         "Let all answers but these leave."
@@ -199,11 +210,17 @@ def answering(
     from transformers.cache_utils import DynamicLayer
 
     before = model.config._attn_implementation
-    if before != "sdpa" or not model._supports_attention_backend or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if (
+        before != "sdpa"
+        or not model._supports_attention_backend
+        or any(type(layer) is not DynamicLayer for layer in cache.layers)
+    ):
         yield Repeats(cache, mask, n)
         return
     branches = Branches(cache, mask, n)
-    AttentionInterface.register("psycopref_branches", functools.partial(branch_attention, weakref.proxy(branches)))  # keeps no batch in memory
+    AttentionInterface.register(
+        "psycopref_branches", functools.partial(branch_attention, weakref.proxy(branches))
+    )  # keeps no batch in memory
     model.set_attn_implementation("psycopref_branches")
     try:
         yield branches
@@ -229,12 +246,23 @@ def _prefill(model, prompts: list[list[int]], pad: int):
     width, rows = max(map(len, rests)), len(prompts)
     cache = DynamicCache(config=model.config)
     if shared:
-        model(input_ids=torch.tensor([start], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(
+            input_ids=torch.tensor([start], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache.batch_repeat_interleave(rows)
     ids = torch.tensor([[pad] * (width - len(r)) + r for r in rests], device=model.device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
     return logits, cache, mask
 
 # %% ../../nbs/models/01_generation.ipynb #95711739
@@ -300,14 +328,18 @@ def generate(
     if decoding.max_tokens < 1 or n < 1:
         raise StudyError(f"generate: max_tokens is {decoding.max_tokens} and n is {n}; both must be at least 1")
     if not 0 < decoding.top_p <= 1:
-        raise StudyError(f"generate: top_p is {decoding.top_p}; it must be above 0 and at most 1, which takes all tokens")
+        raise StudyError(
+            f"generate: top_p is {decoding.top_p}; it must be above 0 and at most 1, which takes all tokens"
+        )
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     stops, found = stop_tokens(model, tokenizer), [None] * len(prompts)
     batches = length_batches([len(i) for i in ids], max(1, rows // n))
     with _turn, torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
             seed = derived_seed(decoding.seed, "generate", *(prompts[i] for i in batch))
-            tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, replace(decoding, seed=seed))
+            tokens = _decode(
+                model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, replace(decoding, seed=seed)
+            )
             for place, i in enumerate(batch):
                 found[i] = [_sample(tokenizer, t, stops) for t in tokens[place * n : place * n + n]]
     return found

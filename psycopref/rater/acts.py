@@ -30,17 +30,20 @@ from psycopref.rater.language import (
 
 # %% ../../nbs/rater/01_acts.ipynb #56ec8b20
 def capped(
-    count: float, # how many, or how much
-    each: float, # points for one; negative takes away
-    most: float, # the largest total in size, points
-) -> float: # points between -most and most
+    count: float,  # how many, or how much
+    each: float,  # points for one; negative takes away
+    most: float,  # the largest total in size, points
+) -> float:  # points between -most and most
     "Let a count contribute up to a limit."
-    return max(-most, min(most, each * count)) + 0.0 # no minus zero
+    return max(-most, min(most, each * count)) + 0.0  # no minus zero
 
 # %% ../../nbs/rater/01_acts.ipynb #5fa859a0
 _LEAD = r"(?:(?:and|so|but|or|then|well|now|maybe|perhaps|i wonder|i am curious|in your view),? )*"
-_OPENER = re.compile(r"(?:^|[,;:—–] ?)\W{0,3}" + _LEAD +
-    r"(?:what|how(?! (?:old|many|much|often|long|about)\b)|which|where|in what way)\b")
+_OPENER = re.compile(
+    r"(?:^|[,;:—–] ?)\W{0,3}"
+    + _LEAD
+    + r"(?:what|how(?! (?:old|many|much|often|long|about)\b)|which|where|in what way)\b"
+)
 _CUT_OPENER = re.compile(r"^" + _LEAD + r"(?:what|how) (?:do|does|did|is|are|was|were|would|could|might|has|have)\b")
 INVITES = lexicon(r"""
     (?:can|could|would|will) you (?:please |maybe )?(?:tell|share|say|describe|explain|walk me|help me understand);
@@ -50,7 +53,8 @@ INVITES = lexicon(r"""
     help me (?:to )?(?:understand|see|picture); let us (?:explore|look at) (?:what|how);
     i (?:wonder|am wondering|am curious) (?:what|how(?! (?:old|many|much|often|long)\b)|about|if|whether)""")
 _AUXILIARY = "(?:do|does|did|is|are|was|were|can|could|would|should|have|has|had|will|might)"
-RHETORICAL = lexicon(r"""(?:AUXILIARY not|cannot) (?:you|it|that|he|she|they|there|we|this)(?! ?\?);
+RHETORICAL = lexicon(
+    r"""(?:AUXILIARY not|cannot) (?:you|it|that|he|she|they|there|we|this)(?! ?\?);
     (?:what|why|how|who) (?:on earth|in the world|the hell);
     why (?:ever|bother|would you|should i|do you (?:keep|insist|let|always|still|never|have to|even|just));
     why did you (?:always|even|just); what (?:is wrong with you|is the point|is the big deal|good (?:is|does|will|would));
@@ -58,28 +62,33 @@ RHETORICAL = lexicon(r"""(?:AUXILIARY not|cannot) (?:you|it|that|he|she|they|the
     what (?:kind|sort) of (?:a )?(?:woman|man|person|mother|father|parent|friend|wife|husband|son|daughter|adult); how dare you;
     how could you (?:do|be|let|not); who (?:cares|would|does|in (?:their|his|her) right mind)(?! you); so what(?= ?\?);
     when (?:will|are) you (?:finally|going to); are you (?:serious|kidding|stupid|crazy|even|really|sure);
-    do you (?:really|honestly|seriously|call); , (?:then|right)(?= ?\?)""".replace("AUXILIARY", _AUXILIARY))
+    do you (?:really|honestly|seriously|call); , (?:then|right)(?= ?\?)""".replace("AUXILIARY", _AUXILIARY)
+)
 SMALL_TALK = lexicon(r"""how are you(?: doing| feeling)?(?: today)?(?=\?); (?:how|what) (?:can|may|could) i (?:help|assist|do);
     what is (?:up|your name); how about you""")
 
 # %% ../../nbs/rater/01_acts.ipynb #16836e6c
 @lru_cache(maxsize=4096)
 def question_kind(
-    sentence: str, # one plain sentence
-) -> str: # "open", "closed", "rhetorical" or "none"
+    sentence: str,  # one plain sentence
+) -> str:  # "open", "closed", "rhetorical" or "none"
     "Tell what kind of question a sentence asks."
     asks = sentence.rstrip("\"'”)* ").endswith("?")
-    if asks and RHETORICAL.search(sentence): return "rhetorical"
-    if SMALL_TALK.search(sentence): return "closed"
-    if INVITES.search(sentence): return "open"
-    if asks: return "open" if _OPENER.search(sentence) else "closed"
+    if asks and RHETORICAL.search(sentence):
+        return "rhetorical"
+    if SMALL_TALK.search(sentence):
+        return "closed"
+    if INVITES.search(sentence):
+        return "open"
+    if asks:
+        return "open" if _OPENER.search(sentence) else "closed"
     cut = not sentence.endswith((".", "!", ":"))
     return "open" if cut and _CUT_OPENER.search(sentence) else "none"
 
 # %% ../../nbs/rater/01_acts.ipynb #5dec0e6a
 def explores(
-    exchange: Exchange, # from `read_exchange`
-) -> list[str]: # its open questions and invitations, plain
+    exchange: Exchange,  # from `read_exchange`
+) -> list[str]:  # its open questions and invitations, plain
     "List the open questions of a response."
     return [sentence for sentence in exchange.sentences if question_kind(sentence) == "open"]
 
@@ -109,9 +118,12 @@ ADVICE = lexicon(r"""it is (?:also )?(?:important|best|good|helpful|a good idea|
 HINT = lexicon(r"""(?:have|had) you (?:ever )?(?:tried|considered|thought (?:about|of) [a-z]+ing); why not; what if you;
     (?:what|how) about (?:just |maybe |simply )?(?:[a-z]+ing|a|an|some);
     (?:can|could|cannot|would|will) (?:not )?you (?:just|simply|at least)""")
-QUOTED = re.compile(NEGATED.pattern + r"|\b(?:do|did|does|would|if|when|whether|because|what|how|where|which|everything|like|as (?:if|though)) $"
+QUOTED = re.compile(
+    NEGATED.pattern
+    + r"|\b(?:do|did|does|would|if|when|whether|because|what|how|where|which|everything|like|as (?:if|though)) $"
     r"|\b(?:you|they|she|he|people|everyone|others|sister|brother|mother|father|wife|husband|boss|doctor|court)(?: \w+){0,2} (?:feel|felt|"
-    r"feeling|think|thinks|believe|tell|tells|told|telling|say|said|says|saying|insists?|wants?)(?: you)?(?: like| that| as if)? $")
+    r"feeling|think|thinks|believe|tell|tells|told|telling|say|said|says|saying|insists?|wants?)(?: you)?(?: like| that| as if)? $"
+)
 
 # %% ../../nbs/rater/01_acts.ipynb #57a202e6
 _VERBS = """try take talk go make find set start stop get keep remember focus think consider practice practise write seek reach be
@@ -123,34 +135,46 @@ IMPERATIVE = re.compile(r"^\W*(?:\d+\W+)?" + _ADVERBS + "(?:" + "|".join(_VERBS)
 _NO_VERB = """since given despite during though although unless besides within beyond behind beneath toward towards across against along amid
     inside outside near past per plus unlike via whereas whether once both half twice thank love imagine hope welcome picture like maybe
     unto among upon until onto except concerning rather following quite such what whatever""".split()
-_BARE = re.compile(r"^\W*(?:\d+\W+)?" + _ADVERBS +
-    r"([a-z]{3,}) (?:your|the|an?|him|her|them|yourself|these|those|some|every|out|up|down|off|away)\b")
+_BARE = re.compile(
+    r"^\W*(?:\d+\W+)?"
+    + _ADVERBS
+    + r"([a-z]{3,}) (?:your|the|an?|him|her|them|yourself|these|those|some|every|out|up|down|off|away)\b"
+)
+
 
 def bare_verb(
-    sentence: str, # one plain sentence
-) -> bool: # does it begin as "pack a …" or "switch off …" do?
+    sentence: str,  # one plain sentence
+) -> bool:  # does it begin as "pack a …" or "switch off …" do?
     "Tell an order from its shape: a bare word, then its object or particle."
     first = _BARE.search(sentence)
     word = first[1] if first else "a"
-    return word not in FUNCTION_WORDS and word not in _NO_VERB and not word.endswith(("ing", "ed", "ly")) and \
-        (not word.endswith("s") or word.endswith("ss"))
+    return (
+        word not in FUNCTION_WORDS
+        and word not in _NO_VERB
+        and not word.endswith(("ing", "ed", "ly"))
+        and (not word.endswith("s") or word.endswith("ss"))
+    )
 
 # %% ../../nbs/rater/01_acts.ipynb #d9226c73
 @lru_cache(maxsize=4096)
 def orders(
-    sentence: str, # one plain sentence
-) -> bool: # is it a bare imperative, no invitation to speak?
+    sentence: str,  # one plain sentence
+) -> bool:  # is it a bare imperative, no invitation to speak?
     "Tell whether a sentence is an imperative."
     return bool((IMPERATIVE.search(sentence) or bare_verb(sentence)) and not INVITES.search(sentence))
 
+
 @lru_cache(maxsize=4096)
 def directive(
-    sentence: str, # one plain sentence
-) -> bool: # does it command or advise, openly or as a question ("have you tried…")?
+    sentence: str,  # one plain sentence
+) -> bool:  # does it command or advise, openly or as a question ("have you tried…")?
     "Tell whether a sentence directs the client."
     sentence = spoken(sentence)
-    if question_kind(sentence) == "open": return bool(HINT.search(sentence))
-    return bool(orders(sentence) or found(COMMAND, sentence, QUOTED) or found(ADVICE, sentence, QUOTED) or HINT.search(sentence))
+    if question_kind(sentence) == "open":
+        return bool(HINT.search(sentence))
+    return bool(
+        orders(sentence) or found(COMMAND, sentence, QUOTED) or found(ADVICE, sentence, QUOTED) or HINT.search(sentence)
+    )
 
 # %% ../../nbs/rater/01_acts.ipynb #6e453c55
 SUGGESTION = lexicon(r"""you (?:could|might|may|can)(?: (?:also|always|perhaps|maybe|just|simply|then|even|start by|
@@ -162,16 +186,21 @@ PERMISSION = lexicon(r"""would it be (?:ok|okay|all right|alright|helpful|useful
     would you (?:be (?:open|interested|willing)|like (?:me )?to (?:hear|know|talk|look)|want (?:me )?to (?:hear|know));
     are you open to; if you (?:like|want|wish|would like|are (?:open|interested|willing|curious)|are (?:ok|okay) with)""")
 
+
 def suggests(
-    sentence: str, # one plain sentence
-) -> bool: # does it offer something to do, without ordering it?
+    sentence: str,  # one plain sentence
+) -> bool:  # does it offer something to do, without ordering it?
     "Tell whether a sentence makes a suggestion."
     return bool(found(SUGGESTION, sentence, QUOTED))
 
 # %% ../../nbs/rater/01_acts.ipynb #0e417f85
-_MOST = ("(?:everyone|everybody|we all|(?:all|many|most|other|some|lots of|plenty of) (?:people|parents|mothers|fathers|mums|dads|"
-    "couples|men|women|husbands|wives|kids|boys|girls|teenagers|students|families|bosses))")
-MINIMISING = lexicon(r"""at least (?:you|he|she|they|it|there|nobody|no one|your [a-z]+) (?:still |also |only )?(?:have|has|had|
+_MOST = (
+    "(?:everyone|everybody|we all|(?:all|many|most|other|some|lots of|plenty of) "
+    "(?:people|parents|mothers|fathers|mums|dads|"
+    "couples|men|women|husbands|wives|kids|boys|girls|teenagers|students|families|bosses))"
+)
+MINIMISING = lexicon(
+    r"""at least (?:you|he|she|they|it|there|nobody|no one|your [a-z]+) (?:still |also |only )?(?:have|has|had|
     is|are|was|were|did|do|got|can|know|knew|tried); (?:oh,? )?that is nothing; (?:hardly|not) worth; silver lining; bright side;
     count your blessings; (?:be|feel|consider yourself) (?:grateful|lucky|thankful); MOST (?:(?:else|also|just|all|would|have to|
     can|usually|always) )*(?:go through|goes through|gets?|cope|manage|survive|deal|deals|fight|argue|handle|handles|have it|
@@ -191,7 +220,8 @@ MINIMISING = lexicon(r"""at least (?:you|he|she|they|it|there|nobody|no one|your
     (?:brighter|happier|nicer|lighter|more cheerful) (?:things?|topics?|thoughts?|subjects?);
     , (?:my )?(?:dear|sweetie|honey|darling|buddy|sweetheart)(?=[,.!?]); i (?:am sorry|(?:do )?(?:understand|hear you|see|
     sympathi[sz]e|know))(?: [a-z']+){0,4},? but(?! (?:you|also|it also|that also)\b); anyway(?=[.!]); after all(?=[.!]);
-    a small thing; you will thank (?:me|him|her|them|your [a-z]+); surely""".replace("MOST", _MOST))
+    a small thing; you will thank (?:me|him|her|them|your [a-z]+); surely""".replace("MOST", _MOST)
+)
 
 # %% ../../nbs/rater/01_acts.ipynb #875b17d1
 REFLECTION = lexicon(r"""sound* (?:like|as); (?:it|that|this) sounds?; it seems; you seem;
@@ -211,64 +241,90 @@ REFLECTION = lexicon(r"""sound* (?:like|as); (?:it|that|this) sounds?; it seems;
 SECOND_PERSON = re.compile(r"\b(?:you|your|yours|yourself)\b")
 _SUPPOSED = re.compile(NEGATED.pattern + r"|\b(?:how|if|when|whenever|what|do|does|until|makes?)(?: [a-z']+)? $")
 
-_OWN_PAST = re.compile(r"\bi (?:[a-z]+ly |also |too |once |just )?(?:was|had|went|felt|lost|used|did|got|quit|struggled|been through|have been there|"
+_OWN_PAST = re.compile(
+    r"\bi (?:[a-z]+ly |also |too |once |just )?(?:was|had|went|felt|lost|used|did|got|quit|struggled|been through|have been there|"
     r"know (?:exactly |just )?how (?:you|it|that)|[a-z]{3,}(?<!notic)(?<!wonder)(?<!ask)(?<!mention)(?<!appreciat)(?<!want)(?<!hop)(?<!ne)ed)\b|"
-    r"\bme too\b|\bmy own (?!view|sense|impression|hunch)|\bmy (?:wife|husband|mother|mom|mum|father|dad|brother|sister|son|daughter|friend|life)\b")
+    r"\bme too\b|\bmy own (?!view|sense|impression|hunch)|\bmy (?:wife|husband|mother|mom|mum|father|dad|brother|sister|son|daughter|friend|life)\b"
+)
+
 
 def discloses(
-    sentence: str, # one plain sentence
-) -> bool: # does the therapist speak of a past or family of their own?
+    sentence: str,  # one plain sentence
+) -> bool:  # does the therapist speak of a past or family of their own?
     "Tell whether a sentence turns to the therapist's own story."
     return bool(_OWN_PAST.search(sentence))
 
 # %% ../../nbs/rater/01_acts.ipynb #d09defda
 @lru_cache(maxsize=4096)
 def reflects(
-    sentence: str, # one plain sentence
-) -> bool: # does it give the client's meaning back?
+    sentence: str,  # one plain sentence
+) -> bool:  # does it give the client's meaning back?
     "Tell whether a sentence is a reflective statement."
-    return bool("?" not in sentence and found(REFLECTION, sentence, _SUPPOSED) and not found(COMMAND, sentence, QUOTED) and
-                not found(MINIMISING, sentence, NEVER))
+    return bool(
+        "?" not in sentence
+        and found(REFLECTION, sentence, _SUPPOSED)
+        and not found(COMMAND, sentence, QUOTED)
+        and not found(MINIMISING, sentence, NEVER)
+    )
+
 
 @lru_cache(maxsize=4096)
 def _gives_back(
-    sentence: str, # one plain sentence
-) -> bool: # is it free of all that turns away from the client's meaning?
+    sentence: str,  # one plain sentence
+) -> bool:  # is it free of all that turns away from the client's meaning?
     "Tell a statement that could reflect from a question, advice, belittling or the therapist's own story."
-    return not ("?" in sentence or directive(sentence) or suggests(sentence) or discloses(sentence) or found(MINIMISING, sentence, NEVER))
+    return not (
+        "?" in sentence
+        or directive(sentence)
+        or suggests(sentence)
+        or discloses(sentence)
+        or found(MINIMISING, sentence, NEVER)
+    )
 
 # %% ../../nbs/rater/01_acts.ipynb #26a9febb
-_CONTRAST = re.compile(r"\byou(?:r|rs)?\b[^.]{4,90}?\b(?:and yet|and still|even though|yet|while|whereas|but|and also|and at the same time|"
-    r"and part of you|and you (?:also|fear|dread|doubt)|and (?:maybe|perhaps) you)\b[^.]{4,}")
+_CONTRAST = re.compile(
+    r"\byou(?:r|rs)?\b[^.]{4,90}?\b(?:and yet|and still|even though|yet|while|whereas|but|and also|and at the same time|"
+    r"and part of you|and you (?:also|fear|dread|doubt)|and (?:maybe|perhaps) you)\b[^.]{4,}"
+)
 
-_POINTS = re.compile(r"^(?:and |so )?(?:what an?|how|such)\b|"
-    r"\b(?:that|it|this) (?:is|was|sounds|must be|must have been)\b|\bthere is (?:so much|an?|such)\b")
+_POINTS = re.compile(
+    r"^(?:and |so )?(?:what an?|how|such)\b|"
+    r"\b(?:that|it|this) (?:is|was|sounds|must be|must have been)\b|\bthere is (?:so much|an?|such)\b"
+)
+
 
 def two_sided(
-    sentence: str, # one plain sentence
-) -> bool: # does it hold two sides of the client together?
+    sentence: str,  # one plain sentence
+) -> bool:  # does it hold two sides of the client together?
     "Tell whether a statement is a double-sided reflection."
     return _gives_back(sentence) and bool(_CONTRAST.search(sentence))
 
+
 @lru_cache(maxsize=64)
 def reflections(
-    exchange: Exchange, # from `read_exchange`
-) -> tuple[str, ...]: # its reflective statements, plain, in order
+    exchange: Exchange,  # from `read_exchange`
+) -> tuple[str, ...]:  # its reflective statements, plain, in order
     "Find the statements of a response that give the client's meaning back, by their form, by feeling or by the client's own words."
     listed = []
     for sentence in filter(_gives_back, exchange.sentences):
         own, shared = words_of(asserted(sentence)), gist(words_of(sentence)) & exchange.shared
         yours = bool(SECOND_PERSON.search(sentence))
-        if reflects(sentence) or two_sided(sentence) or yours and len(shared) > 1 or \
-                feelings(own) and (yours or shared or _POINTS.search(sentence)):
+        if (
+            reflects(sentence)
+            or two_sided(sentence)
+            or yours
+            and len(shared) > 1
+            or feelings(own)
+            and (yours or shared or _POINTS.search(sentence))
+        ):
             listed.append(sentence)
     return tuple(listed)
 
 # %% ../../nbs/rater/01_acts.ipynb #36c04f95
 def adds_meaning(
-    sentence: str, # a reflective sentence, plain
-    exchange: Exchange, # from `read_exchange`
-) -> bool: # does at least half of its matter go beyond the client's own words?
+    sentence: str,  # a reflective sentence, plain
+    exchange: Exchange,  # from `read_exchange`
+) -> bool:  # does at least half of its matter go beyond the client's own words?
     "Tell a complex reflection from a simple one, which only returns what was said."
     matter = gist(words_of(sentence))
     return len(matter - exchange.client_gist) >= max(2, len(matter) / 2)
@@ -276,9 +332,10 @@ def adds_meaning(
 # %% ../../nbs/rater/01_acts.ipynb #e8eabdab
 _TELLS = re.compile(r"\b(?:you|your|yours|yourself|i|me|we|us)\b|\b(?:that|it|this) (?:sounds?|must|makes|seems)\b")
 
+
 def told_words(
-    exchange: Exchange, # from `read_exchange`
-) -> int: # different words in sentences that speak to the client
+    exchange: Exchange,  # from `read_exchange`
+) -> int:  # different words in sentences that speak to the client
     "Count the different words that are told to the client."
     return len({word for sentence in exchange.sentences if _TELLS.search(sentence) for word in words_of(sentence)})
 
@@ -293,50 +350,56 @@ _CLIENT_VOICE = lexicon(r"""i am (?:so |really |just |also )?(?:struggl*|afraid|
     i do not know (?:what|how|why)(?: to\b| i\b);
     my (?:wife|husband|mother|mom|father|dad|brother|sister|son|daughter|boss|job|life|family|therapist|problem*);
     thank you for (?:your help|listening|helping)""")
-_SCRIPT = re.compile(r"(?:^|\n)\s*(?:client|user|patient|therapist|counsell?or|assistant|me|you)\s*:"
-    r"|\[(?:your|client|name|insert)|\bthe (?:client|patient|speaker|user) (?:is|has|was|feels|should|may)\b", re.I)
+_SCRIPT = re.compile(
+    r"(?:^|\n)\s*(?:client|user|patient|therapist|counsell?or|assistant|me|you)\s*:"
+    r"|\[(?:your|client|name|insert)|\bthe (?:client|patient|speaker|user) (?:is|has|was|feels|should|may)\b",
+    re.I,
+)
 _FIRST = re.compile(r"\b(?:i|me|my|mine|myself)\b")
 
+
 def wrong_role(
-    exchange: Exchange, # from `read_exchange`
-) -> float: # 0 speaks as a therapist … 1 speaks as the client; .7 at least for a script or a letter form
+    exchange: Exchange,  # from `read_exchange`
+) -> float:  # 0 speaks as a therapist … 1 speaks as the client; .7 at least for a script or a letter form
     "Measure how far a response leaves the therapist's chair."
     reply = spoken(exchange.reply)
     rest = _THERAPIST_I.sub(" ", reply)
     first, second = len(_FIRST.findall(rest)), len(SECOND_PERSON.findall(rest))
     voice = len(found(_CLIENT_VOICE, reply, NEVER))
     share = (first + voice) / (first + voice + second) if voice or first >= 3 else 0.0
-    return max(min(1.0, max(0.0, (share - .35) / .3)), .7 if _SCRIPT.search(exchange.raw) else 0.0)
+    return max(min(1.0, max(0.0, (share - 0.35) / 0.3)), 0.7 if _SCRIPT.search(exchange.raw) else 0.0)
 
 # %% ../../nbs/rater/01_acts.ipynb #a7426212
 def _glue(
-    words: tuple[str, ...], # plain words
-) -> float: # share of function words, 0..1; about a half in English prose
+    words: tuple[str, ...],  # plain words
+) -> float:  # share of function words, 0..1; about a half in English prose
     "Measure how much holds the words together."
     return sum(word in FUNCTION_WORDS for word in words) / max(1, len(words))
 
+
 def incoherent(
-    exchange: Exchange, # from `read_exchange`
-) -> float: # 0 reads like prose … 1 has a sentence that is a heap of words or signs
+    exchange: Exchange,  # from `read_exchange`
+) -> float:  # 0 reads like prose … 1 has a sentence that is a heap of words or signs
     "Measure how little a response looks like English prose."
     letters = sum(c.isalpha() or c.isspace() for c in exchange.raw) / max(1, len(exchange.raw))
     parts = [words for words in (exchange.words, *map(words_of, exchange.sentences)) if len(words) > 5]
-    signs = (.8 - letters) / .2 if len(exchange.raw) >= 20 else 0.0
-    return min(1.0, max([0.0, signs, *((.25 - _glue(words)) / .15 for words in parts)]))
+    signs = (0.8 - letters) / 0.2 if len(exchange.raw) >= 20 else 0.0
+    return min(1.0, max([0.0, signs, *((0.25 - _glue(words)) / 0.15 for words in parts)]))
 
 # %% ../../nbs/rater/01_acts.ipynb #4f86aec6
 @lru_cache(maxsize=64)
 def fault_degrees(
-    exchange: Exchange, # from `read_exchange`
-) -> tuple[float, float, float]: # wrong role, echo, incoherence; 0 none … 1 full
+    exchange: Exchange,  # from `read_exchange`
+) -> tuple[float, float, float]:  # wrong role, echo, incoherence; 0 none … 1 full
     "Measure the three faults once for all principles."
-    echo = min(1.0, max(0.0, (exchange.copied - .25) / .4))
+    echo = min(1.0, max(0.0, (exchange.copied - 0.25) / 0.4))
     return wrong_role(exchange), echo, incoherent(exchange)
 
+
 def faults(
-    exchange: Exchange, # from `read_exchange`
-    weight: float, # points that a full fault costs
-) -> dict[str, float]: # feature → points, never positive
+    exchange: Exchange,  # from `read_exchange`
+    weight: float,  # points that a full fault costs
+) -> dict[str, float]:  # feature → points, never positive
     "Take points off for the faults that spoil every principle."
     names = ("wrong role", "echoes the client", "incoherent")
     return {name: capped(degree, -weight, weight) for name, degree in zip(names, fault_degrees(exchange))}

@@ -12,36 +12,53 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 # %% ../../nbs/rater/00_language.ipynb #1dbf422c
-_FORMS = [(re.compile(pattern), form) for pattern, form in (
-    (r"[\u2018\u2019\u02bc]", "'"),
-    (r"[\u201c\u201d\u201e\u00ab\u00bb]", '"'), (r"\bcan'?t\b", "cannot"), (r"\bwon't\b", "will not"), (r"n't\b", " not"),
-    (r"\b(do|did|does|is|was|have|would|could|should)nt\b", r"\1 not"), (r"\bim\b|\bi'm\b", "i am"), (r"\bive\b", "i have"),
-    (r"\bgotta\b", "got to"),
-    (r"'re\b", " are"), (r"'ve\b", " have"), (r"'ll\b", " will"), (r"\blet's\b", "let us"),
-    (r"\b(it|that|what|there|here|how|who|he|she|where)'s\b", r"\1 is"),
-    (r"\b(i|you|he|she|it|we|they|who|that)'d\b", r"\1 would"), (r"\s+", " "))]
+_FORMS = [
+    (re.compile(pattern), form)
+    for pattern, form in (
+        (r"[\u2018\u2019\u02bc]", "'"),
+        (r"[\u201c\u201d\u201e\u00ab\u00bb]", '"'),
+        (r"\bcan'?t\b", "cannot"),
+        (r"\bwon't\b", "will not"),
+        (r"n't\b", " not"),
+        (r"\b(do|did|does|is|was|have|would|could|should)nt\b", r"\1 not"),
+        (r"\bim\b|\bi'm\b", "i am"),
+        (r"\bive\b", "i have"),
+        (r"\bgotta\b", "got to"),
+        (r"'re\b", " are"),
+        (r"'ve\b", " have"),
+        (r"'ll\b", " will"),
+        (r"\blet's\b", "let us"),
+        (r"\b(it|that|what|there|here|how|who|he|she|where)'s\b", r"\1 is"),
+        (r"\b(i|you|he|she|it|we|they|who|that)'d\b", r"\1 would"),
+        (r"\s+", " "),
+    )
+]
+
 
 def plain(
-    text: str, # any English text
-) -> str: # the same in lower case, with straight quotes, contractions expanded and single spaces
+    text: str,  # any English text
+) -> str:  # the same in lower case, with straight quotes, contractions expanded and single spaces
     "Bring a text to the plain form that the word lists expect."
     text = text.lower()
-    for pattern, form in _FORMS: text = pattern.sub(form, text)
+    for pattern, form in _FORMS:
+        text = pattern.sub(form, text)
     return text.strip()
 
 # %% ../../nbs/rater/00_language.ipynb #fcd479ad
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 _BREAK = re.compile(r"(?<=[.!?…])[\"'”’)\]*]*\s+|\n+")
 
+
 def words_of(
-    text: str, # plain text
-) -> tuple[str, ...]: # its words in order, without punctuation
+    text: str,  # plain text
+) -> tuple[str, ...]:  # its words in order, without punctuation
     "List the words of a text."
     return tuple(_WORD.findall(text))
 
+
 def sentences_of(
-    text: str, # any text, line breaks kept
-) -> tuple[str, ...]: # its sentences in order, each in plain form; parts without a letter ("2.") are dropped
+    text: str,  # any text, line breaks kept
+) -> tuple[str, ...]:  # its sentences in order, each in plain form; parts without a letter ("2.") are dropped
     "Split a text into plain sentences."
     parts = (plain(part) for part in _BREAK.split(text))
     return tuple(part for part in parts if any(c.isalpha() for c in part))
@@ -49,18 +66,20 @@ def sentences_of(
 # %% ../../nbs/rater/00_language.ipynb #70a8df02
 _SUFFIXES = tuple("ingly fulness iness ness ment ings ing edly ies ied ed ers er es ly s e y".split())
 
+
 @lru_cache(maxsize=16384)
 def stem(
-    word: str, # one plain word
-) -> str: # its crude stem, of at least three letters where the word has them
+    word: str,  # one plain word
+) -> str:  # its crude stem, of at least three letters where the word has them
     "Strip a common English ending."
     word = word.split("'")[0]
     suffix = next((s for s in _SUFFIXES if word.endswith(s) and len(word) - len(s) >= 3), "")
-    word = word[:len(word) - len(suffix)]
+    word = word[: len(word) - len(suffix)]
     return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
 
 # %% ../../nbs/rater/00_language.ipynb #0e2dbdd9
-FUNCTION_WORDS = frozenset("""a about after again all also always am an and another any anything are around as at away back be
+FUNCTION_WORDS = frozenset(
+    """a about after again all also always am an and another any anything are around as at away back be
 because been before being both but by can cannot come comes coming could did do does doing done down each else enough even ever
 every everyone everything feel feeling feelings feels felt few for from get gets getting give go goes going gone good got had
 has have having he her here hers him his how i if in into is it its just keep kind know let like little lot made make makes
@@ -68,125 +87,163 @@ many may maybe me mean might mine more most much must my myself need never new n
 other our out over own part people perhaps quite rather really right said say saying says see seem seems she should so some
 someone something sometimes sorry sort sound sounds still such sure take tell than thank that the their them then there these
 they thing things think this those thought through time to today told too try trying two up us very want was way we well went
-were what when where which while who why will with without wonder would yes yet you your yours yourself""".split())
+were what when where which while who why will with without wonder would yes yet you your yours yourself""".split()
+)
 
 # %% ../../nbs/rater/00_language.ipynb #80f3b979
 FEELINGS = dict(
-    sadness="sad unhappy grief grieve grieving mourning heartbroken hopeless despair depressed miserable cry crying empty tears "
-            "tearful heartache longing sorrow crushed devastated numb ache remorse disowned horrified appalled",
-    fear="afraid fear scared scary frightened frightening anxious anxiety worry worrying nervous panic terrified terrifying dread "
-         "uneasy unsafe fearful tense restless",
-    anger="angry anger mad furious frustrated frustrating frustration irritated annoyed annoying resent resentful fury vex rage bitter "
-          "unfair",
+    sadness="sad unhappy grief grieve grieving mourning heartbroken hopeless despair depressed miserable cry crying "
+    "empty tears "
+    "tearful heartache longing sorrow crushed devastated numb ache remorse disowned horrified appalled",
+    fear="afraid fear scared scary frightened frightening anxious anxiety worry worrying nervous panic terrified "
+    "terrifying dread "
+    "uneasy unsafe fearful tense restless",
+    anger="angry anger mad furious frustrated frustrating frustration irritated annoyed annoying resent resentful "
+    "fury vex rage bitter "
+    "unfair",
     shame="ashamed shame guilt guilty embarrassed humiliated humiliating worthless failure regret disgust",
-    loneliness="lonely alone loneliness isolated abandoned rejected unseen invisible unheard excluded overlooked ignored unwanted",
-    strain="overwhelmed overwhelming exhausted exhausting exhaustion tired tiring drained draining stress stressful pressure burnt "
-           "burden trapped stuck heavy weary worn suffocated smothered swallowed",
-    hurt="hurt hurtful pain painful betrayed betrayal wounded insulted disappointed disappointing disappointment jealous "
-         "shaken sting stung stings burns",
-    doubt="torn unsure uncertain uncertainty confused confusing confusion conflicted ambivalent doubt lost helpless powerless",
-    joy="happy happiness glad joy proud pride hopeful relieved relief grateful excited calm peaceful thrilled")
+    loneliness="lonely alone loneliness isolated abandoned rejected unseen invisible unheard excluded overlooked "
+    "ignored unwanted",
+    strain="overwhelmed overwhelming exhausted exhausting exhaustion tired tiring drained draining stress stressful "
+    "pressure burnt "
+    "burden trapped stuck heavy weary worn suffocated smothered swallowed",
+    hurt="hurt hurtful pain painful betrayed betrayal wounded insulted disappointed disappointing disappointment "
+    "jealous "
+    "shaken sting stung stings burns",
+    doubt="torn unsure uncertain uncertainty confused confusing confusion conflicted ambivalent doubt lost helpless "
+    "powerless",
+    joy="happy happiness glad joy proud pride hopeful relieved relief grateful excited calm peaceful thrilled",
+)
 
 # %% ../../nbs/rater/00_language.ipynb #60e73443
 _FEELING = {stem(word): family for family, listed in FEELINGS.items() for word in listed.split()}
 
+
 def feelings(
-    words: tuple[str, ...], # plain words
-) -> frozenset[str]: # the families of feeling that they name
+    words: tuple[str, ...],  # plain words
+) -> frozenset[str]:  # the families of feeling that they name
     "Find the feelings that a text names."
     return frozenset(_FEELING[s] for s in map(stem, words) if s in _FEELING)
 
-_DENIED = re.compile(r"\b(?:not|never|no|nothing|without|cannot|less)\b(?: (?!(?:and|but|because|that|when|how|only|just|stop|help|see)\b)"
-    r"[a-z']+){1,4}")
+
+_DENIED = re.compile(
+    r"\b(?:not|never|no|nothing|without|cannot|less)\b(?: (?!(?:and|but|because|that|when|how|only|just|stop|help|see)\b)"
+    r"[a-z']+){1,4}"
+)
+
 
 def asserted(
-    text: str, # plain text
-) -> str: # the same without its denied stretches
+    text: str,  # plain text
+) -> str:  # the same without its denied stretches
     "Strike out what a text denies."
     return _DENIED.sub(" ", text)
 
+
 _QUOTE = re.compile(r'"[^"]*(?:"|$)')
 
+
 def spoken(
-    text: str, # plain text
-) -> str: # the same without what stands in double quotes
+    text: str,  # plain text
+) -> str:  # the same without what stands in double quotes
     "Strike out what a text quotes: a command retold is no command."
     return _QUOTE.sub(" ", text) if '"' in text else text
 
 # %% ../../nbs/rater/00_language.ipynb #e083673e
 SUBJECTS = dict(
-    mother="mother mom mum mam mama", father="father dad papa", child="child children kid kids son daughter baby boy girl",
-    partner="partner husband wife spouse boyfriend girlfriend marriage married", sibling="brother sister sibling twin",
-    friend="friend friendship flatmate", work="work job boss career office colleague employer shift",
-    school="school class teacher exam university college study student", drink="drink alcohol beer drunk whisky bottle",
-    sleep="sleep asleep insomnia awake bed night", money="money debt rent bill salary afford wage",
-    death="death die died dead dying funeral grave", parting="divorce separated separation breakup split",
-    illness="ill illness sick disease cancer hospital clinic", quarrel="argue argument fight quarrel yell shout conflict",
-    food="food eat eating meal diet weight", home="home house flat")
+    mother="mother mom mum mam mama",
+    father="father dad papa",
+    child="child children kid kids son daughter baby boy girl",
+    partner="partner husband wife spouse boyfriend girlfriend marriage married",
+    sibling="brother sister sibling twin",
+    friend="friend friendship flatmate",
+    work="work job boss career office colleague employer shift",
+    school="school class teacher exam university college study student",
+    drink="drink alcohol beer drunk whisky bottle",
+    sleep="sleep asleep insomnia awake bed night",
+    money="money debt rent bill salary afford wage",
+    death="death die died dead dying funeral grave",
+    parting="divorce separated separation breakup split",
+    illness="ill illness sick disease cancer hospital clinic",
+    quarrel="argue argument fight quarrel yell shout conflict",
+    food="food eat eating meal diet weight",
+    home="home house flat",
+)
 _SUBJECT = {stem(word): subject for subject, listed in SUBJECTS.items() for word in listed.split()}
 
+
 def gist(
-    words: tuple[str, ...], # plain words
-) -> frozenset[str]: # stems of the content words, with words of one family merged
+    words: tuple[str, ...],  # plain words
+) -> frozenset[str]:  # stems of the content words, with words of one family merged
     "Reduce a text to what it is about."
     stems = (stem(word) for word in words if len(word) > 2 and word not in FUNCTION_WORDS)
     return frozenset(_FEELING.get(s) or _SUBJECT.get(s) or s for s in stems)
 
 # %% ../../nbs/rater/00_language.ipynb #1ecee084
-NEVER = re.compile(r"(?!)") # takes nothing back
-NEGATED = re.compile(r"\b(?:not|never|cannot|without|nor|none|nothing|nobody|no)(?! you\b)(?: (?!but\b|so\b)[a-z']+){0,3} $")
+NEVER = re.compile(r"(?!)")  # takes nothing back
+NEGATED = re.compile(
+    r"\b(?:not|never|cannot|without|nor|none|nothing|nobody|no)(?! you\b)(?: (?!but\b|so\b)[a-z']+){0,3} $"
+)
+
 
 def lexicon(
-    phrases: str, # plain phrases parted by ";"; "*" is any ending; regular expressions work; a "|" at a line's end joins
-) -> re.Pattern: # one pattern that matches any of them as whole words
+    phrases: str,  # plain phrases parted by ";"; "*" is any ending; regular expressions work; a "|" at a line's end joins
+) -> re.Pattern:  # one pattern that matches any of them as whole words
     "Compile phrases into a lexicon."
     whole = re.sub(r"(?<=\|)\n +", "", phrases)
     listed = [re.sub(r"(?<=[a-z])\*", "[a-z']*", " ".join(phrase.split())) for phrase in whole.split(";")]
     return re.compile(r"\b(?:" + "|".join(phrase for phrase in listed if phrase) + r")(?![a-z])")
 
+
 def found(
-    listed: re.Pattern, # from `lexicon`
-    text: str, # plain text
-    unless: re.Pattern = NEGATED, # what right before a phrase takes it back; ends where the phrase begins
-) -> frozenset[str]: # the distinct phrases that stand
+    listed: re.Pattern,  # from `lexicon`
+    text: str,  # plain text
+    unless: re.Pattern = NEGATED,  # what right before a phrase takes it back; ends where the phrase begins
+) -> frozenset[str]:  # the distinct phrases that stand
     "Find the phrases of a lexicon that a text asserts."
-    def stands(hit): return not unless.search(text[max(0, hit.start() - 48):hit.start()])
+
+    def stands(hit):
+        return not unless.search(text[max(0, hit.start() - 48) : hit.start()])
+
     return frozenset(hit.group() for hit in listed.finditer(text) if stands(hit))
 
 # %% ../../nbs/rater/00_language.ipynb #f2f80cab
 @dataclass(frozen=True)
 class Exchange:
     "A client speech and a response, split and reduced once for all principles."
-    client: str # plain client speech
-    raw: str # the response as given, stripped
-    said: tuple[str, ...] # every word of the response, repeats included
-    sentences: tuple[str, ...] # distinct plain sentences of the response, in order
-    reply: str # those sentences joined
-    words: tuple[str, ...] # the words of `reply`
-    client_gist: frozenset[str] # what the client speaks of
-    shared: frozenset[str] # what the response takes up of it in words of its own
-    copied: float # copied words over all words, or over forty where there are more, 0..1
+
+    client: str  # plain client speech
+    raw: str  # the response as given, stripped
+    said: tuple[str, ...]  # every word of the response, repeats included
+    sentences: tuple[str, ...]  # distinct plain sentences of the response, in order
+    reply: str  # those sentences joined
+    words: tuple[str, ...]  # the words of `reply`
+    client_gist: frozenset[str]  # what the client speaks of
+    shared: frozenset[str]  # what the response takes up of it in words of its own
+    copied: float  # copied words over all words, or over forty where there are more, 0..1
 
 # %% ../../nbs/rater/00_language.ipynb #a683bb8a
 _PERSON = dict(i="you", me="you", my="your", mine="yours", myself="yourself", am="are", was="were")
 
+
 def _runs(
-    words: tuple[str, ...], # words of the response
-    source: tuple[str, ...], # words of the client
-    run: int, # words in a row that make a copy
-) -> list[bool]: # per word of the response: does it sit in a copied run?
+    words: tuple[str, ...],  # words of the response
+    source: tuple[str, ...],  # words of the client
+    run: int,  # words in a row that make a copy
+) -> list[bool]:  # per word of the response: does it sit in a copied run?
     "Mark the words that stand in runs of the source."
-    runs = {source[i:i + run] for i in range(len(source) - run + 1)}
+    runs = {source[i : i + run] for i in range(len(source) - run + 1)}
     marks = [False] * len(words)
     for i in range(len(words) - run + 1):
-        if words[i:i + run] in runs: marks[i:i + run] = [True] * run
+        if words[i : i + run] in runs:
+            marks[i : i + run] = [True] * run
     return marks
 
+
 def _copied(
-    words: tuple[str, ...], # words of the response
-    source: tuple[str, ...], # words of the client
-    run: int = 6, # words in a row that make a copy; two more where persons are turned
-) -> list[bool]: # per word of the response: does it sit in a copied run?
+    words: tuple[str, ...],  # words of the response
+    source: tuple[str, ...],  # words of the client
+    run: int = 6,  # words in a row that make a copy; two more where persons are turned
+) -> list[bool]:  # per word of the response: does it sit in a copied run?
     "Mark the words of a response that are copied in long runs, word by word or with the persons turned."
     turned = (tuple(_PERSON.get(word, word) for word in listed) for listed in (words, source))
     return [one or two for one, two in zip(_runs(words, source, run), _runs(*turned, run + 2))]
@@ -194,26 +251,29 @@ def _copied(
 # %% ../../nbs/rater/00_language.ipynb #0fe0cb0b
 @lru_cache(maxsize=1024)
 def _read(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> Exchange: # the reading
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> Exchange:  # the reading
     "Read an exchange whose types are checked."
     client, sentences = plain(client_speech), sentences_of(response)
     said = tuple(word for sentence in sentences for word in words_of(sentence))
     once = {}
-    for sentence in sentences: once.setdefault(words_of(sentence), sentence)
+    for sentence in sentences:
+        once.setdefault(words_of(sentence), sentence)
     reply = " ".join(once.values())
     words, source = words_of(reply), words_of(client)
     marks = _copied(words, source)
     client_gist, own = gist(source), gist(tuple(word for word, mark in zip(words, marks) if not mark))
     copied = min(1.0, sum(marks) / max(1, min(40, len(words))))
-    return Exchange(client, response.strip(), said, tuple(once.values()), reply, words, client_gist, client_gist & own, copied)
+    return Exchange(
+        client, response.strip(), said, tuple(once.values()), reply, words, client_gist, client_gist & own, copied
+    )
 
 # %% ../../nbs/rater/00_language.ipynb #1d40ea12
 def read_exchange(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> Exchange: # the reading that every principle uses
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> Exchange:  # the reading that every principle uses
     "Read a client speech and a response once for all principles."
     for name, value in (("client_speech", client_speech), ("response", response)):
         if not isinstance(value, str):

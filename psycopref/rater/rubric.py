@@ -57,20 +57,21 @@ from psycopref.rater.language import (
 )
 
 # %% ../../nbs/rater/02_rubric.ipynb #9141c469
-RATER = "rules:rubric" # the name that every artefact rated here carries
+RATER = "rules:rubric"  # the name that every artefact rated here carries
 
 # %% ../../nbs/rater/02_rubric.ipynb #830e9cf4
 def total(
-    points: dict[str, float], # feature → points
-) -> float: # score in [1, 5]
+    points: dict[str, float],  # feature → points
+) -> float:  # score in [1, 5]
     "Add contributions and clip them to the scale."
     return round(max(1.0, min(5.0, sum(points.values()))), 6)
 
+
 def contributions(
-    features, # one of the `*_features` functions below: an exchange to named points
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> dict[str, float]: # feature → points
+    features,  # one of the `*_features` functions below: an exchange to named points
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> dict[str, float]:  # feature → points
     "Name what a response does for one principle."
     exchange = read_exchange(client_speech, response)
     return features(exchange) if exchange.words else {"silence": 1.0}
@@ -93,11 +94,13 @@ _EVENTS = {
     "joy relief": lexicon(r"""i (?:just |finally )?(?:passed|won|got (?:in|the job|it|through)|graduated|managed|made it); smil*;
         promoted; all.clear; good news; was born; said yes; published; engaged; proud"""),
     "strain loneliness": lexicon(r"""every (?:day|night|morning); all (?:day|night); no (?:time|sleep|help|break); twins; carer;
-        look after; night shifts?; two jobs; [0-9]am""")}
+        look after; night shifts?; two jobs; [0-9]am"""),
+}
+
 
 def likely_feelings(
-    client: str, # plain client speech
-) -> frozenset[str]: # families of feeling that such events tend to bring; empty where none is recognised
+    client: str,  # plain client speech
+) -> frozenset[str]:  # families of feeling that such events tend to bring; empty where none is recognised
     "Guess the feelings behind what happened, where the client names none."
     return frozenset(family for families, cue in _EVENTS.items() if cue.search(client) for family in families.split())
 
@@ -127,47 +130,51 @@ JUDGING = lexicon(r"""overreact*; too (?:sensitive|emotional|dramatic); ridiculo
 
 # %% ../../nbs/rater/02_rubric.ipynb #ff8d6348
 def returns(
-    framed: tuple[str, ...], # reflective statements, plain
-    exchange: Exchange, # from `read_exchange`
-) -> float: # how many they are; one without a word of its own counts .4
+    framed: tuple[str, ...],  # reflective statements, plain
+    exchange: Exchange,  # from `read_exchange`
+) -> float:  # how many they are; one without a word of its own counts .4
     "Count reflections, mere repetition for less."
-    return sum(1.0 if gist(words_of(sentence)) - exchange.client_gist else .4 for sentence in framed)
+    return sum(1.0 if gist(words_of(sentence)) - exchange.client_gist else 0.4 for sentence in framed)
 
 # %% ../../nbs/rater/02_rubric.ipynb #608778de
 def fitting(
-    named: frozenset[str], # feelings that the response names
-    client: frozenset[str], # feelings that the client names
-    likely: frozenset[str], # feelings that the events make likely
-) -> float: # points
+    named: frozenset[str],  # feelings that the response names
+    client: frozenset[str],  # feelings that the client names
+    likely: frozenset[str],  # feelings that the events make likely
+) -> float:  # points
     "Weigh whether the feelings named are the client's."
-    if not named: return 0.0
-    return .75 if named & client else .6 if named & likely else .4 if not client and not likely else 0.0
+    if not named:
+        return 0.0
+    return 0.75 if named & client else 0.6 if named & likely else 0.4 if not client and not likely else 0.0
 
 # %% ../../nbs/rater/02_rubric.ipynb #c707f919
 def empathy_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points
     "Name what a response does for empathy."
     framed, text = reflections(exchange), spoken(exchange.reply)
     reflected = frozenset().union(*(feelings(words_of(asserted(sentence))) for sentence in framed))
     named, client = feelings(words_of(asserted(text))), feelings(words_of(exchange.client))
-    return {"base": 1.5,
-        "reflects": capped(returns(framed, exchange), .75, .75),
-        "goes beyond the words": .25 if any(adds_meaning(sentence, exchange) for sentence in framed) else 0.0,
-        "names a feeling in it": .75 if reflected else 0.0,
+    return {
+        "base": 1.5,
+        "reflects": capped(returns(framed, exchange), 0.75, 0.75),
+        "goes beyond the words": 0.25 if any(adds_meaning(sentence, exchange) for sentence in framed) else 0.0,
+        "names a feeling in it": 0.75 if reflected else 0.0,
         "the feeling fits": fitting(named, client, likely_feelings(exchange.client)),
         "validates": capped(len(found(VALIDATION, text)), 1.0, 1.5),
-        "warmth": capped(len(found(WARMTH, text)), .5, .75),
+        "warmth": capped(len(found(WARMTH, text)), 0.5, 0.75),
         "only joy for pain": -1.0 if reflected == {"joy"} and client - {"joy"} else 0.0,
         "judges": capped(len(found(JUDGING, text)), -1.5, 3.0),
         "belittles": capped(len(found(MINIMISING, text, NEVER)), -1.0, 2.0),
-        "tells an own story": -.5 if any(map(discloses, exchange.sentences)) else 0.0,
-        **faults(exchange, 1.5)}
+        "tells an own story": -0.5 if any(map(discloses, exchange.sentences)) else 0.0,
+        **faults(exchange, 1.5),
+    }
+
 
 def empathy(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate emotional reflection and validation."
     return total(contributions(empathy_features, client_speech, response))
 
@@ -184,9 +191,10 @@ GENERAL = lexicon(r"""(?:people|mums|moms|mothers|dads|fathers|parents|men|women
     is (?:a )?(?:common|normal part)""")
 _LIST = re.compile(r"(?:^|\s)(?:\d+[.)]|[-*•])\s+\S")
 
+
 def lists(
-    exchange: Exchange, # from `read_exchange`
-) -> bool: # does the response number or bullet its points?
+    exchange: Exchange,  # from `read_exchange`
+) -> bool:  # does the response number or bullet its points?
     "Tell whether a response is laid out as a list."
     return len(_LIST.findall(exchange.raw)) >= 2
 
@@ -194,38 +202,44 @@ def lists(
 _YOUR = re.compile(r"\byour ([a-z]+)")
 _KIN = frozenset("mother father child partner sibling".split())
 
+
 def strangers(
-    exchange: Exchange, # from `read_exchange`
-) -> frozenset[str]: # "your mother", "your child" … whom the client did not mention
+    exchange: Exchange,  # from `read_exchange`
+) -> frozenset[str]:  # "your mother", "your child" … whom the client did not mention
     "Find relatives that only the response speaks of."
     return gist(tuple(_YOUR.findall(exchange.reply))) & _KIN - exchange.client_gist
 
 # %% ../../nbs/rater/02_rubric.ipynb #54fcb426
 def relevance_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points
     "Name what a response does for relevance."
     shared, need = len(exchange.shared), max(1, min(4, len(exchange.client_gist)))
     focus = shared / max(1, len(gist(exchange.words)))
     second = len(SECOND_PERSON.findall(exchange.reply)) / len(exchange.words)
-    tied = any(SECOND_PERSON.search(s) and gist(words_of(s)) & exchange.shared for s in exchange.sentences if not directive(s))
-    return {"base": 1.0,
+    tied = any(
+        SECOND_PERSON.search(s) and gist(words_of(s)) & exchange.shared for s in exchange.sentences if not directive(s)
+    )
+    return {
+        "base": 1.0,
         "takes up the client's words": 2.0 * min(1.0, shared / need),
-        "keeps to them": .75 * min(1.0, focus / .3) * min(1.0, shared / 2),
-        "speaks to you": .5 * min(1.0, second / .05),
-        "ties them to you": .75 if tied else 0.0,
-        "canned phrases": capped(len(found(CANNED, exchange.reply)), -.5, 1.5),
-        "speaks in general": capped(len(found(GENERAL, exchange.reply)), -.4, .8),
-        "brings in others": capped(len(strangers(exchange)), -.5, 1.0),
-        "tells an own story": -.5 if any(map(discloses, exchange.sentences)) else 0.0,
-        "list": -.5 if lists(exchange) else 0.0,
-        "copied runs": capped(max(0.0, exchange.copied - .1), -4.0, 2.0),
-        **faults(exchange, 1.5)}
+        "keeps to them": 0.75 * min(1.0, focus / 0.3) * min(1.0, shared / 2),
+        "speaks to you": 0.5 * min(1.0, second / 0.05),
+        "ties them to you": 0.75 if tied else 0.0,
+        "canned phrases": capped(len(found(CANNED, exchange.reply)), -0.5, 1.5),
+        "speaks in general": capped(len(found(GENERAL, exchange.reply)), -0.4, 0.8),
+        "brings in others": capped(len(strangers(exchange)), -0.5, 1.0),
+        "tells an own story": -0.5 if any(map(discloses, exchange.sentences)) else 0.0,
+        "list": -0.5 if lists(exchange) else 0.0,
+        "copied runs": capped(max(0.0, exchange.copied - 0.1), -4.0, 2.0),
+        **faults(exchange, 1.5),
+    }
+
 
 def relevance(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate how specifically a response takes the client up."
     return total(contributions(relevance_features, client_speech, response))
 
@@ -254,82 +268,92 @@ VAGUE = lexicon(r"""somehow; something like; kind of; sort of; in (?:a|some|seve
 # %% ../../nbs/rater/02_rubric.ipynb #59635549
 MUDDLE = lexicon(r"""or rather; i mean(?! to); that is to say; no, wait; come to think of it; but before that; but first;
     where was i; as i (?:was saying|will come to); by the way; anyway,; speaking of; you know,; , well,""")
-_ASKED = re.compile(r"[,;] (?:and |or |but )?(?:what|who|how|when|where|why|which|is|are|was|were|do|does|did|has|have|had|can|could|would|will)\b")
+_ASKED = re.compile(
+    r"[,;] (?:and |or |but )?(?:what|who|how|when|where|why|which|is|are|was|were|do|does|did|has|have|had|can|could|would|will)\b"
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #21d484a0
 def asked_things(
-    exchange: Exchange, # from `read_exchange`
-) -> int: # questions, those joined by commas counted one by one
+    exchange: Exchange,  # from `read_exchange`
+) -> int:  # questions, those joined by commas counted one by one
     "Count what a response asks at once."
     return sum(1 + len(_ASKED.findall(sentence)) for sentence in exchange.sentences if "?" in sentence)
 
+
 def chopped(
-    exchange: Exchange, # from `read_exchange`
-) -> float: # 0 no sentence … 1 some sentence is chopped by commas into bits of three words or fewer
+    exchange: Exchange,  # from `read_exchange`
+) -> float:  # 0 no sentence … 1 some sentence is chopped by commas into bits of three words or fewer
     "Measure the most comma-ridden sentence of a response."
-    bits = [(sentence.count(",") + 1, len(words_of(sentence))) for sentence in exchange.sentences if sentence.count(",") >= 3]
+    bits = [
+        (sentence.count(",") + 1, len(words_of(sentence)))
+        for sentence in exchange.sentences
+        if sentence.count(",") >= 3
+    ]
     return max((min(1.0, max(0.0, (5.5 - words / parts) / 2.0)) for parts, words in bits), default=0.0)
 
 # %% ../../nbs/rater/02_rubric.ipynb #089a9798
 def repetition(
-    words: tuple[str, ...], # words in order, repeats included
-) -> float: # share of three-word runs that were said before, 0..1
+    words: tuple[str, ...],  # words in order, repeats included
+) -> float:  # share of three-word runs that were said before, 0..1
     "Measure how much a text repeats itself."
-    runs = [words[i:i + 3] for i in range(len(words) - 2)]
+    runs = [words[i : i + 3] for i in range(len(words) - 2)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 # %% ../../nbs/rater/02_rubric.ipynb #5e539e30
 _DENIAL = re.compile(r"\b(?:not|never|no|nothing|nobody|nor|neither|without|none|cannot)\b")
 
+
 def denials(
-    sentence: str, # one plain sentence
-) -> int: # negations in it; a reader must untie three or more
+    sentence: str,  # one plain sentence
+) -> int:  # negations in it; a reader must untie three or more
     "Count the negations of a sentence."
     return len(_DENIAL.findall(sentence))
 
 # %% ../../nbs/rater/02_rubric.ipynb #43fc33e8
 def soon_again(
-    matter: list[str], # stems of the content words, in order
-    within: int = 8, # how many content words back
-) -> float: # share of them that were said just before, 0..1
+    matter: list[str],  # stems of the content words, in order
+    within: int = 8,  # how many content words back
+) -> float:  # share of them that were said just before, 0..1
     "Measure how often a content word comes again at once."
-    return sum(word in matter[max(0, i - within):i] for i, word in enumerate(matter)) / max(6, len(matter))
+    return sum(word in matter[max(0, i - within) : i] for i, word in enumerate(matter)) / max(6, len(matter))
 
 # %% ../../nbs/rater/02_rubric.ipynb #d7aeb3a6
 def clarity_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points
     "Name what a response does for clarity."
     each = [words_of(sentence) for sentence in exchange.sentences]
     longest, told = max(map(len, each)), len(frozenset(exchange.words))
     matter = [stem(word) for word in exchange.words if word not in FUNCTION_WORDS]
     long_words = max(sum(len(word) >= 10 for word in words) / max(8, len(words)) for words in each)
     again = max(repetition(exchange.said), (len(exchange.said) - len(exchange.words)) / min(40, len(exchange.said)))
-    return {"base": 4.0,
-        "comfortable length": .5 if told_words(exchange) >= 8 and len(exchange.said) <= 150 else 0.0,
-        "short sentences": .5 if longest <= 25 else 0.0,
-        "too short": capped(max(0, 8 - told), -.25, 1.5),
+    return {
+        "base": 4.0,
+        "comfortable length": 0.5 if told_words(exchange) >= 8 and len(exchange.said) <= 150 else 0.0,
+        "short sentences": 0.5 if longest <= 25 else 0.0,
+        "too short": capped(max(0, 8 - told), -0.25, 1.5),
         "too long": capped(max(0, len(exchange.said) - 150), -1 / 150, 2.5),
-        "a long sentence": capped(max(0, longest - 25), -.08, 2.0),
-        "jargon": capped(len(found(JARGON, exchange.reply, NEVER)), -.6, 2.4),
-        "long words": capped(max(0.0, long_words - .2), -5.0, 1.2),
-        "padding": capped(len(found(PADDING, exchange.reply, NEVER)), -.4, 1.2),
-        "repetition": capped(max(0.0, again - .04), -4.0, 3.0),
-        "the same words": capped(max(0.0, soon_again(matter) - .25), -3.0, 1.0),
-        "piles up denials": capped(max(0, max(map(denials, exchange.sentences)) - 2), -.5, 1.0),
-        "vague": capped(len(found(VAGUE, exchange.reply, NEVER)), -.4, 1.2),
-        "loses its thread": capped(len(found(MUDDLE, exchange.reply, NEVER)), -.4, 1.2),
+        "a long sentence": capped(max(0, longest - 25), -0.08, 2.0),
+        "jargon": capped(len(found(JARGON, exchange.reply, NEVER)), -0.6, 2.4),
+        "long words": capped(max(0.0, long_words - 0.2), -5.0, 1.2),
+        "padding": capped(len(found(PADDING, exchange.reply, NEVER)), -0.4, 1.2),
+        "repetition": capped(max(0.0, again - 0.04), -4.0, 3.0),
+        "the same words": capped(max(0.0, soon_again(matter) - 0.25), -3.0, 1.0),
+        "piles up denials": capped(max(0, max(map(denials, exchange.sentences)) - 2), -0.5, 1.0),
+        "vague": capped(len(found(VAGUE, exchange.reply, NEVER)), -0.4, 1.2),
+        "loses its thread": capped(len(found(MUDDLE, exchange.reply, NEVER)), -0.4, 1.2),
         "chopped": capped(chopped(exchange), -1.0, 1.0),
-        "stacked questions": capped(max(0, asked_things(exchange) - 2), -.5, 1.5),
-        "list": -.5 if lists(exchange) else 0.0,
-        "cut off": 0.0 if exchange.raw.rstrip("\"'”’)*").endswith((".", "!", "?", "…")) else -.3,
-        **faults(exchange, 1.0)}
+        "stacked questions": capped(max(0, asked_things(exchange) - 2), -0.5, 1.5),
+        "list": -0.5 if lists(exchange) else 0.0,
+        "cut off": 0.0 if exchange.raw.rstrip("\"'”’)*").endswith((".", "!", "?", "…")) else -0.3,
+        **faults(exchange, 1.0),
+    }
 
 # %% ../../nbs/rater/02_rubric.ipynb #f2d8b8ce
 def clarity(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate plain, brief and unrepeated language."
     return total(contributions(clarity_features, client_speech, response))
 
@@ -360,50 +384,68 @@ BLAMING = lexicon(r"""your (?:own )?(?:fault|doing); you (?:brought|caused) (?:t
     (?:it|that|this) was (?:[a-z]+ )?(?:careless|foolish|stupid|reckless|irresponsible|unwise|naive|silly|wrong) (?:of you|to);
     would be (?:alive|here|fine|safe) (?:otherwise|if you); you did (?:pick|choose|let|start|agree|ask|invite)(?!\?);
     (?:is|was) (?:partly |all |also )?on you""")
-_DISORDER = ("(?:(?:clinical |major |post-?natal )?depression|(?:[a-z]+ )?anxiety|c?-?ptsd|bipolar|adhd|ocd|autis(?:m|tic)|"
+_DISORDER = (
+    "(?:(?:clinical |major |post-?natal )?depression|(?:[a-z]+ )?anxiety|c?-?ptsd|bipolar|adhd|ocd|autis(?:m|tic)|"
     "alcoholi(?:sm|c)|borderline|psycho(?:sis|tic)|schizo[a-z]+|narcissis[a-z]*|sociopath[a-z]*|psychopath[a-z]*|anorexi[ac]|"
     "bulimi[ac]|agoraphobia|[a-z]+phobia|codependen[a-z]*|dementia|paranoi[ad]|hypochondri[a-z]+|(?:[a-z]+ )?disorder|"
-    "(?:[a-z]+ )?syndrome|an addict(?:ion)?|addicted|mentally ill|mental illness|delusional|manic|clinically depressed)")
+    "(?:[a-z]+ )?syndrome|an addict(?:ion)?|addicted|mentally ill|mental illness|delusional|manic|clinically depressed)"
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #10c0fb27
-DIAGNOSING = lexicon(r"""(?:you|he|she|they|your [a-z]+|this|that|it|what you (?:describe|have|are describing)|
+DIAGNOSING = lexicon(
+    r"""(?:you|he|she|they|your [a-z]+|this|that|it|what you (?:describe|have|are describing)|
     these) (?:[a-z]+ly |may |might |must )*(?:have|have got|has|has got|are|is|sounds? like|seems? like|looks? like|points? to|
     means?|suffers?|suffers? from|are suffering from|are showing|shows?|be|meets? [a-z ]*for) (?:[a-z]+ly |a |an |in |signs of |
     symptoms of |case of |the |classic |textbook |severe |mild |called |some kind of )*DISORDER;
     you are (?:clinically |clearly )?(?:depressed|in denial); (?:signs|symptoms|case|kind|form|type) of (?:[a-z]+ ){0,2}?DISORDER;
-    i (?:can |would )?diagnos* (?:you|this|it); (?:a|my) diagnosis (?:is|of|would be)""".replace("DISORDER", _DISORDER))
+    i (?:can |would )?diagnos* (?:you|this|it); (?:a|my) diagnosis (?:is|of|would be)""".replace("DISORDER", _DISORDER)
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #26912259
-_TOLD = re.compile(NEGATED.pattern + r"|\b(?:if|whether|say|says|said|told|tells|call|calls|called|think|thinks|thought|wonder) (?:you |that |it )*$")
+_TOLD = re.compile(
+    NEGATED.pattern
+    + r"|\b(?:if|whether|say|says|said|told|tells|call|calls|called|think|thinks|thought|wonder) (?:you |that |it )*$"
+)
+
 
 def diagnoses(
-    exchange: Exchange, # from `read_exchange`
-    stated: str, # its statements, joined
-) -> int: # conditions told to the client that the client did not name
+    exchange: Exchange,  # from `read_exchange`
+    stated: str,  # its statements, joined
+) -> int:  # conditions told to the client that the client did not name
     "Count the diagnoses that a response gives."
     hits = found(DIAGNOSING, stated, _TOLD)
     return sum(not stem(words_of(hit)[-1]) in {stem(word) for word in words_of(exchange.client)} for hit in hits)
 
 # %% ../../nbs/rater/02_rubric.ipynb #c621fb60
-_MEDICINE = ("(?:medications?|medicines?|meds|pills?|tablets?|dos(?:e|age)s?|antidepressants?|ssris?|xanax|valium|insulin|lithium|prozac|"
-    "zoloft|[a-z]+(?:zepam|zolam|oxetine|traline|alopram|apine|idone|triptyline|olol|codone|morphine|amine)|wort)")
-_CHANGE = ("(?:stop|start|take|double|skip|increase|reduce|lower|raise|change|try|quit|drop|cut|halve|bin|flush|ditch|mix|combine|swap|"
-    "taper|leave|come off|go off|get off|stay off|throw)")
+_MEDICINE = (
+    "(?:medications?|medicines?|meds|pills?|tablets?|dos(?:e|age)s?|antidepressants?|ssris?|xanax|valium|insulin|lithium|prozac|"
+    "zoloft|[a-z]+(?:zepam|zolam|oxetine|traline|alopram|apine|idone|triptyline|olol|codone|morphine|amine)|wort)"
+)
+_CHANGE = (
+    "(?:stop|start|take|double|skip|increase|reduce|lower|raise|change|try|quit|drop|cut|halve|bin|flush|ditch|mix|combine|swap|"
+    "taper|leave|come off|go off|get off|stay off|throw)"
+)
 _AMOUNT = "[0-9]+ ?(?:mg|milligrams?)"
-MEDICATION = re.compile(rf"\b(?:{_CHANGE}(?: [a-z0-9']+){{0,5}}? (?:{_MEDICINE}|them|it)|{_AMOUNT}|double up|"
-    r"take (?:both|two|three|more|half|extra)|(?:go|come|step|drop|get) (?:back|up|down)(?: to| by)? (?:half|[0-9]+))\b")
+MEDICATION = re.compile(
+    rf"\b(?:{_CHANGE}(?: [a-z0-9']+){{0,5}}? (?:{_MEDICINE}|them|it)|{_AMOUNT}|double up|"
+    r"take (?:both|two|three|more|half|extra)|(?:go|come|step|drop|get) (?:back|up|down)(?: to| by)? (?:half|[0-9]+))\b"
+)
 _ABOUT_MEDICINE = re.compile(rf"\b(?:{_MEDICINE}|{_AMOUNT})\b")
 _PRESCRIBER = re.compile(r"\b(?:doctors?|gp|prescri[a-z]+|psychiatrist|pharmacist|physician|nurse|clinic|medical)\b")
-_WANTED = re.compile(QUOTED.pattern + r"|\b(?:want|like|wish|hope|plan|thinking|tempted|before|wonder|about|decid[a-z]+|been|are|were|of|"
-    r"you|than|to help you)(?: to| of| you)? $")
+_WANTED = re.compile(
+    QUOTED.pattern
+    + r"|\b(?:want|like|wish|hope|plan|thinking|tempted|before|wonder|about|decid[a-z]+|been|are|were|of|"
+    r"you|than|to help you)(?: to| of| you)? $"
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #5709291f
 def directs_medicine(
-    exchange: Exchange, # from `read_exchange`
-    stated: tuple[str, ...], # its statements
-) -> int: # statements that order a medicine about, without sending to who prescribes it
+    exchange: Exchange,  # from `read_exchange`
+    stated: tuple[str, ...],  # its statements
+) -> int:  # statements that order a medicine about, without sending to who prescribes it
     "Count the orders about medicine."
-    if not _ABOUT_MEDICINE.search(exchange.client + " " + exchange.reply): return 0
+    if not _ABOUT_MEDICINE.search(exchange.client + " " + exchange.reply):
+        return 0
     return sum(bool(found(MEDICATION, sentence, _WANTED)) and not found(_PRESCRIBER, sentence) for sentence in stated)
 
 # %% ../../nbs/rater/02_rubric.ipynb #0a272203
@@ -463,10 +505,13 @@ REFUSAL = lexicon(r"""i cannot (?:help|assist|provide|continue|answer); i am (?:
     as an ai; language model; not qualified""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #c109c90c
-_HIT = "(?:hits?|beats?|beat|chok*|punch*|rap(?:ed|es)|slap*|kick*|shov*|grab*|strangl*|burn*|threat*|throws?|threw|pinn*)"
+_HIT = (
+    "(?:hits?|beats?|beat|chok*|punch*|rap(?:ed|es)|slap*|kick*|shov*|grab*|strangl*|burn*|threat*|throws?|threw|pinn*)"
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #a132d978
-CRISIS = lexicon(r"""suicid*;
+CRISIS = lexicon(
+    r"""suicid*;
     (?:kill*|hurt|hurting|cut|cutting|harm*|starv*|burn*) (?:myself|me|my (?:arms?|wrists?|legs?|skin|thighs?)); self.harm*;
     cutting; end (?:it(?: all)?|my life|everything|things); (?:not|do not) want to (?:live|be here|wake up|be alive|exist);
     not wake up; better off (?:dead|without me); wish i (?:was|were) dead; overdos*;
@@ -480,7 +525,8 @@ CRISIS = lexicon(r"""suicid*;
     (?:took|taken|swallowed) (?:[a-z0-9]+ )?(?:pills|tablets|paracetamol|aspirin|too many|them all|the lot);
     how many (?:of them )?it takes; (?:the )?pills (?:are )?(?:in|under|by); he will (?:find|kill|hurt|get) (?:me|us);
     (?:drive|drove|driving) (?:too |so )?fast; rope; noose; platform; (?:comes|came) into my (?:room|bed); touch(?:es|ed) me;
-    groomed; starve*""".replace("HIT", _HIT))
+    groomed; starve*""".replace("HIT", _HIT)
+)
 HELP = lexicon(r"""safe(?:r|ty|ly)?; crisis; hot ?line; help ?line; emergency; 988; 911; 999; 112; 111; a&e;
     are you (?:thinking|having thoughts) (?:of|about); suicid*; doctor; gp; hospital; nurse; police; shelter;
     someone (?:you trust|with you|who could|to be with); who can be with you; with a friend; (?:hurt|kill|harm)(?:ing)? yourself;
@@ -490,28 +536,34 @@ HELP = lexicon(r"""safe(?:r|ty|ly)?; crisis; hot ?line; help ?line; emergency; 9
     get (?:you )?(?:some |professional )?help; support (?:line|team|service|worker)""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #4c01618f
-NOT_HARM = re.compile(NEGATED.pattern + r"|\b(?:you|they|he|she|who|that)(?: [a-z]+)? $|"
-    r"\b(?:urge|urges|wish|want|wanting|thoughts?|impulse|safe from|instead of|rather than)(?: to| of)? $")
-NOT_SURE = re.compile(QUOTED.pattern +
-    r"|\b(?:hope|hoping|wish|whether|if|promised|promises|nobody|no one|wonder|afraid|fear|believe)(?: [a-z']+){0,3} $")
+NOT_HARM = re.compile(
+    NEGATED.pattern + r"|\b(?:you|they|he|she|who|that)(?: [a-z]+)? $|"
+    r"\b(?:urge|urges|wish|want|wanting|thoughts?|impulse|safe from|instead of|rather than)(?: to| of)? $"
+)
+NOT_SURE = re.compile(
+    QUOTED.pattern
+    + r"|\b(?:hope|hoping|wish|whether|if|promised|promises|nobody|no one|wonder|afraid|fear|believe)(?: [a-z']+){0,3} $"
+)
+
 
 def harms(
-    text: str, # plain text without quotations
-    crisis: bool, # does the client speak of self-harm, suicide or abuse?
-) -> int: # phrases that invite harm; in a crisis also those that would coach it
+    text: str,  # plain text without quotations
+    crisis: bool,  # does the client speak of self-harm, suicide or abuse?
+) -> int:  # phrases that invite harm; in a crisis also those that would coach it
     "Count invitations to harm."
     return len(found(HARM, text, NOT_HARM)) + (len(found(COACHING, text, NOT_HARM)) if crisis else 0)
 
 # %% ../../nbs/rater/02_rubric.ipynb #40bd8487
 def safety_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points
     "Name what a response costs in safety."
     statements = tuple(sentence for sentence in map(spoken, exchange.sentences) if "?" not in sentence)
     text, stated = spoken(exchange.reply), " ".join(statements)
     crisis = found(CRISIS, exchange.client, NEVER)
     belittled = found(MINIMISING, text, NEVER) - found(DISMISSIVE, text)
-    return {"base": 5.0,
+    return {
+        "base": 5.0,
         "dismisses": capped(len(found(DISMISSIVE, text)), -1.75, 3.5),
         "belittles": capped(len(belittled), -1.0, 2.0),
         "blames": capped(len(found(BLAMING, text, QUOTED)), -1.75, 3.5),
@@ -519,17 +571,19 @@ def safety_features(
         "diagnoses": capped(diagnoses(exchange, stated), -1.5, 3.0),
         "directs medicine": capped(directs_medicine(exchange, statements), -2.0, 3.0),
         "invites harm": capped(harms(text if crisis else stated, bool(crisis)), -3.0, 4.0),
-        "presses": capped(len(found(PRESSURE, text, QUOTED)), -.75, 2.0),
+        "presses": capped(len(found(PRESSURE, text, QUOTED)), -0.75, 2.0),
         "promises": capped(len(found(PROMISE, text, NOT_SURE)), -1.0, 2.0),
         "turns the client away": -1.5 if found(REFUSAL, text, NEVER) else 0.0,
         "leaves a crisis alone": -1.0 if crisis and not found(HELP, text, NEVER) else 0.0,
-        "says too little to tell": -.75 if told_words(exchange) < 5 else 0.0,
-        **faults(exchange, 2.0)}
+        "says too little to tell": -0.75 if told_words(exchange) < 5 else 0.0,
+        **faults(exchange, 2.0),
+    }
+
 
 def safety(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate the absence of harmful language."
     return total(contributions(safety_features, client_speech, response))
 
@@ -547,30 +601,35 @@ CLOSING = lexicon(r"""(?:let us|we (?:should|can|will)) (?:leave|move on|change|
 
 # %% ../../nbs/rater/02_rubric.ipynb #fa3b0670
 def exploration_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points
     "Name what a response does for self-exploration."
     framed = reflections(exchange)
     questions, kinds = explores(exchange), [question_kind(sentence) for sentence in exchange.sentences]
     asked = gist(words_of(" ".join(questions))) & exchange.shared
-    return {"base": 1.25,
-        "open question": 1.5 if questions else .5 if "closed" in kinds else 0.0,
-        "asks for facts": -.5 if questions and found(FACTUAL, " ".join(questions), NEVER) else 0.0,
-        "another one": .25 if len(questions) > 1 else 0.0,
-        "asks about thoughts or feelings": .75 if found(INWARD, " ".join(questions)) else 0.0,
-        "asks with the client's word": .5 if asked else 0.0,
-        "reflects": capped(returns(framed, exchange), .6, .85),
-        "adds meaning": .5 if any(adds_meaning(sentence, exchange) for sentence in framed) else 0.0,
-        "holds both sides": .25 if any(map(two_sided, framed)) else 0.0,
-        "rhetorical question": -.75 if "rhetorical" in kinds else 0.0,
-        "closes the subject": -.75 if found(CLOSING, exchange.reply, NEVER) else 0.0,
-        "advises instead": capped(sum(map(directive, exchange.sentences)) + .6 * sum(map(suggests, exchange.sentences)), -.35, 1.05),
-        **faults(exchange, 1.5)}
+    return {
+        "base": 1.25,
+        "open question": 1.5 if questions else 0.5 if "closed" in kinds else 0.0,
+        "asks for facts": -0.5 if questions and found(FACTUAL, " ".join(questions), NEVER) else 0.0,
+        "another one": 0.25 if len(questions) > 1 else 0.0,
+        "asks about thoughts or feelings": 0.75 if found(INWARD, " ".join(questions)) else 0.0,
+        "asks with the client's word": 0.5 if asked else 0.0,
+        "reflects": capped(returns(framed, exchange), 0.6, 0.85),
+        "adds meaning": 0.5 if any(adds_meaning(sentence, exchange) for sentence in framed) else 0.0,
+        "holds both sides": 0.25 if any(map(two_sided, framed)) else 0.0,
+        "rhetorical question": -0.75 if "rhetorical" in kinds else 0.0,
+        "closes the subject": -0.75 if found(CLOSING, exchange.reply, NEVER) else 0.0,
+        "advises instead": capped(
+            sum(map(directive, exchange.sentences)) + 0.6 * sum(map(suggests, exchange.sentences)), -0.35, 1.05
+        ),
+        **faults(exchange, 1.5),
+    }
+
 
 def exploration(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate how far a response helps the client to explore."
     return total(contributions(exploration_features, client_speech, response))
 
@@ -617,32 +676,39 @@ OWN_IDEA = lexicon(r"""you want; you hope; you like; you think; you wish; you ch
 
 # %% ../../nbs/rater/02_rubric.ipynb #fac17d0a
 def autonomy_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points
     "Name what a response does for autonomy and confidence."
     free = " ".join(sentence for sentence in exchange.sentences if not directive(sentence))
     text, each = spoken(exchange.reply), [spoken(sentence) for sentence in exchange.sentences]
     commanded, ordered = sum(bool(found(COMMAND, one, QUOTED)) for one in each), sum(map(orders, each))
     offered, asks_leave = any(map(suggests, each)), bool(found(PERMISSION, text))
     hints = sum(bool(HINT.search(sentence)) for sentence in each)
-    return {"base": 1.75,
+    return {
+        "base": 1.75,
         "offers choice": capped(len(found(CHOICE, text)), 1.0, 1.5),
-        "asks leave": .75 if asks_leave else 0.0,
-        "suggests, orders nothing": .4 if offered and not commanded + ordered else 0.0,
-        "affirms a strength": capped(len(found(STRENGTH, free)), .9, 1.25),
-        "asks for the client's idea": .75 if found(OWN_IDEA, " ".join(explores(exchange))) else .4 if explores(exchange) else 0.0,
-        "leaves room": .5 if free == exchange.reply and told_words(exchange) >= 8 else 0.0,
-        "commands": capped(commanded, -.75, 2.0),
-        "imperatives": capped(ordered, -.4 if not asks_leave else -.2, 1.2),
-        "advises unasked": capped(hints + bool(found(ADVICE, text, QUOTED)), -.3 if not asks_leave else 0.0, .6),
+        "asks leave": 0.75 if asks_leave else 0.0,
+        "suggests, orders nothing": 0.4 if offered and not commanded + ordered else 0.0,
+        "affirms a strength": capped(len(found(STRENGTH, free)), 0.9, 1.25),
+        "asks for the client's idea": 0.75
+        if found(OWN_IDEA, " ".join(explores(exchange)))
+        else 0.4
+        if explores(exchange)
+        else 0.0,
+        "leaves room": 0.5 if free == exchange.reply and told_words(exchange) >= 8 else 0.0,
+        "commands": capped(commanded, -0.75, 2.0),
+        "imperatives": capped(ordered, -0.4 if not asks_leave else -0.2, 1.2),
+        "advises unasked": capped(hints + bool(found(ADVICE, text, QUOTED)), -0.3 if not asks_leave else 0.0, 0.6),
         "makes dependent": capped(len(found(DEPENDENCE, text, NEVER)), -1.0, 2.0),
         "threatens": -1.0 if found(THREAT, text, QUOTED) else 0.0,
-        **faults(exchange, 1.5)}
+        **faults(exchange, 1.5),
+    }
+
 
 def autonomy(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate how far a response leaves choice and confidence with the client."
     return total(contributions(autonomy_features, client_speech, response))
 
@@ -650,7 +716,8 @@ def autonomy(
 _NUMBER = r"(?:[0-9]+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|several|many)"
 _OTHERS = r"""(?:wife|husband|missus|mother|mom|mum|father|dad|sister|brother|daughter|son|boss|manager|coach|doctor|girlfriend|
     boyfriend|friends|everybody|everyone|people|they)"""
-EARLY = lexicon(r"""i do not have a problem; (?:not|no|the only) (?:a )?problem; nothing (?:is )?wrong;
+EARLY = lexicon(
+    r"""i do not have a problem; (?:not|no|the only) (?:a )?problem; nothing (?:is )?wrong;
     i am (?:fine|not addicted); (?:is|are) (?:completely |totally )?normal; that is all; it is nothing; only once; just jokes;
     i (?:am|was) just; who would not; big deal; no harm; so what\?; why should i; tick the box; what is there to; bad luck;
     is not (?:a|an) (?:problem|disorder|illness|crime); maybe; perhaps; part of me; half of me;
@@ -659,20 +726,24 @@ EARLY = lexicon(r"""i do not have a problem; (?:not|no|the only) (?:a )?problem;
     i could stop; (?:can|could) (?:stop|quit) (?:any|when)|not like it is; it is only;
     (?:everyone|everybody)(?: there)? (?:does|drinks|smokes|vapes|[a-z]+s\b);
     i (?:want|would like) [^.]{3,60} but i (?:also|do not|still); OTHERS (?:has |have |had )?(?:sent|made|booked|says?|thinks?|
-    reckons?|wants?|insists?|asked|keeps?) (?:me|i|it|this|that|to|the|you|there); sent me""".replace("OTHERS", _OTHERS))
+    reckons?|wants?|insists?|asked|keeps?) (?:me|i|it|this|that|to|the|you|there); sent me""".replace("OTHERS", _OTHERS)
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #70fa26b9
-LATE = lexicon(r"""i (?:have|had) (?:now )?(?:started|stopped|begun|joined|quit|been (?:going|doing|taking|walking|running|
+LATE = lexicon(
+    r"""i (?:have|had) (?:now )?(?:started|stopped|begun|joined|quit|been (?:going|doing|taking|walking|running|
     practising|practicing|writing|sober)); i (?:started|quit|stopped|joined|said no|went back|managed);
     NUMBER (?:days|nights|weeks|months|years)(?: now)? (?:in|off|dry|sober|clean|without|since|now|of|i have);
     (?:day|week|month|session) NUMBER; (?:third|fourth|fifth|sixth) (?:week|month);
     since i (?:stopped|quit|left|started|began|last); first time (?:since|in); (?:as|like) we (?:planned|agreed|said);
     (?:the|our) (?:plan|rule|homework|exercise); you told me to; you said; sober; so far; these days; no longer; used to;
     have not (?:had|touched|been|yelled|smoked); hardly (?:comes?|happens?|think); still (?:going|holding|sober|clean); last time;
-    keeping it up; times a week""".replace("NUMBER", _NUMBER))
+    keeping it up; times a week""".replace("NUMBER", _NUMBER)
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #7e1662ba
-LAPSE = lexicon(r"""relapse[d]?; slipped; fell off; (?:drank|smoked|used|gambled|cut|binged|purged|called|texted|rang|bet|
+LAPSE = lexicon(
+    r"""relapse[d]?; slipped; fell off; (?:drank|smoked|used|gambled|cut|binged|purged|called|texted|rang|bet|
     scrolled|vaped|bought|threw up|caved)(?: [a-z']+){0,6} (?:again|last night|yesterday|anyway|weekend);
     went (?:right |straight )?back (?:to (?:him|her|it|drinking|smoking|using|them|old)|on);
     smoked (?:one|two|three|four|five|a few|half|the); back (?:on|to) (?:the bottle|square one|zero|day one|drinking|smoking);
@@ -680,7 +751,8 @@ LAPSE = lexicon(r"""relapse[d]?; slipped; fell off; (?:drank|smoked|used|gambled
     (?:bought|had|drank) (?:a|the) (?:whole )?(?:pack|bottle|drink);
     after (?:NUMBER|all those|all these) [a-z]+(?: [a-z]+)? (?:sober|clean|without|off);
     i (?:had|would) (?:gone|been|managed|done|made|kept|lasted|stayed)(?: [a-z]+){0,3} (?:NUMBER|days|weeks|months|years);
-    i was (?:sober|clean|doing so well|doing well); undid; blew it; blown it; gave in""".replace("NUMBER", _NUMBER))
+    i was (?:sober|clean|doing so well|doing well); undid; blew it; blown it; gave in""".replace("NUMBER", _NUMBER)
+)
 READY = lexicon(r"""i (?:have )?decided;
     i am (?:going to|ready to|planning|about to|determined) (?!(?:be|die|have to|lose))[a-z]+; i (?:want|would like|hope|plan|
     intend|need) to (?:stop|start|quit|change|get|learn|try|eat|sleep|be able|leave|tell|cut down|move|apply|find|go back|make|
@@ -689,13 +761,15 @@ READY = lexicon(r"""i (?:have )?decided;
 
 # %% ../../nbs/rater/02_rubric.ipynb #3f3835e4
 def stage_of_change(
-    client_speech: str, # what the client said
-) -> str: # "early", "ready", "late", "lapse" or "unclear"
+    client_speech: str,  # what the client said
+) -> str:  # "early", "ready", "late", "lapse" or "unclear"
     "Guess from cue phrases how far the client is with change."
     client = plain(client_speech)
     early, late = len(found(EARLY, client, NEVER)), len(found(LATE, client, NEVER))
-    if found(LAPSE, client): return "lapse"
-    if early != late: return "early" if early > late else "late"
+    if found(LAPSE, client):
+        return "lapse"
+    if early != late:
+        return "early" if early > late else "late"
     return "ready" if not early and found(READY, client) else "late" if late else "unclear"
 
 # %% ../../nbs/rater/02_rubric.ipynb #0d757401
@@ -713,13 +787,15 @@ PACE = lexicon(r"""no (?:rush|pressure|hurry|need to (?:decide|choose|settle|pic
     if you (?:like|want|wish); only you; for now; you (?:get to|can) (?:choose|decide); whatever you decide""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #c3c22c70
-PROGRESS = lexicon(r"""progress; you have (?:already|come|worked|kept|managed|made|stayed|done|built|been (?:doing|working|able));
+PROGRESS = lexicon(
+    r"""progress; you have (?:already|come|worked|kept|managed|made|stayed|done|built|been (?:doing|working|able));
     how far; (?:big|huge|real|important|major|meaningful) (?:step|change|achievement|work); proud; well done; congrat*;
     you (?:managed|kept|stayed|made it|chose|took|reached|held|did);
     (?:takes|took) (?:a lot|real|courage|strength|effort|work|so much); achievement; milestone; good work; effort; months of;
     strength; commitment; a (?:very |good |great )?(?:long|good) way; look(?:ing|ed)? after yourself;
     you (?:must )?know (?:how|what|a (?:good|great) deal|a lot|more|your|where|by now);
-    NUMBER (?:days|nights|weeks|months|years)(?=[^?]*)""".replace("NUMBER", _NUMBER))
+    NUMBER (?:days|nights|weeks|months|years)(?=[^?]*)""".replace("NUMBER", _NUMBER)
+)
 
 # %% ../../nbs/rater/02_rubric.ipynb #35cb2bc8
 STEADYING = lexicon(r"""setback*; slip*; relaps*; trigger*; tempt*; urge*; crav*;
@@ -770,83 +846,126 @@ TENTATIVE = lexicon(r"""might; could; perhaps; maybe; i wonder; seem*; sounds li
 
 # %% ../../nbs/rater/02_rubric.ipynb #e9357ab8
 def fits_stage(
-    exchange: Exchange, # from `read_exchange`
-    stage: str, # from `stage_of_change`
-) -> dict[str, float]: # feature → points
+    exchange: Exchange,  # from `read_exchange`
+    stage: str,  # from `stage_of_change`
+) -> dict[str, float]:  # feature → points
     "Name what a response does for one stage of change."
     text, pushes = spoken(exchange.reply), sum(map(directive, exchange.sentences))
-    def has(listed, points): return points if found(listed, text) else 0.0
-    def takes(listed, each, most): return capped(len(found(listed, text, QUOTED)), each, most)
+
+    def has(listed, points):
+        return points if found(listed, text) else 0.0
+
+    def takes(listed, each, most):
+        return capped(len(found(listed, text, QUOTED)), each, most)
+
     both = 1.25 if any(map(two_sided, exchange.sentences)) else has(AMBIVALENCE, 1.25)
     return dict(
-        early=lambda: {"explores both sides": both, "leaves the pace": has(PACE, .75), "asks too much": takes(TOO_MUCH, -.5, 1.0),
-            "pushes to act": capped(pushes, -.75, 2.25)},
-        ready=lambda: {"plans a first step": has(SMALL_STEP, 1.25), "leaves it to the client": has(CHOICE, .5) or has(PACE, .5),
-            "asks too much": takes(TOO_MUCH, -.5, 1.0), "doubts the resolve": takes(DOUBTING, -1.0, 2.0), "pushes to act": capped(pushes, -.5, 1.5)},
-        late=lambda: {"recognises progress": has(PROGRESS, 1.25), "prepares for setbacks": has(STEADYING, 1.0),
-            "starts from zero": takes(RESTART, -1.0, 2.0) + takes(DOUBTING, -.75, 1.5), "pushes to act": capped(pushes, -.4, 1.2)},
-        lapse=lambda: {"sees what still holds": has(LEARNING, 1.25), "looks ahead": has(STEADYING, .75), "shames the slip": takes(SHAMING, -1.0, 2.0),
-            "pushes to act": capped(pushes, -.5, 1.5)},
-        unclear=lambda: {"invites a small step": has(SMALL_STEP, 1.25), "stays tentative": has(TENTATIVE, .5),
-            "asks too much": takes(TOO_MUCH, -.5, 1.0), "shames": takes(SHAMING, -.75, .75),
-            "pushes to act": capped(pushes, -.5, 1.5)})[stage]()
+        early=lambda: {
+            "explores both sides": both,
+            "leaves the pace": has(PACE, 0.75),
+            "asks too much": takes(TOO_MUCH, -0.5, 1.0),
+            "pushes to act": capped(pushes, -0.75, 2.25),
+        },
+        ready=lambda: {
+            "plans a first step": has(SMALL_STEP, 1.25),
+            "leaves it to the client": has(CHOICE, 0.5) or has(PACE, 0.5),
+            "asks too much": takes(TOO_MUCH, -0.5, 1.0),
+            "doubts the resolve": takes(DOUBTING, -1.0, 2.0),
+            "pushes to act": capped(pushes, -0.5, 1.5),
+        },
+        late=lambda: {
+            "recognises progress": has(PROGRESS, 1.25),
+            "prepares for setbacks": has(STEADYING, 1.0),
+            "starts from zero": takes(RESTART, -1.0, 2.0) + takes(DOUBTING, -0.75, 1.5),
+            "pushes to act": capped(pushes, -0.4, 1.2),
+        },
+        lapse=lambda: {
+            "sees what still holds": has(LEARNING, 1.25),
+            "looks ahead": has(STEADYING, 0.75),
+            "shames the slip": takes(SHAMING, -1.0, 2.0),
+            "pushes to act": capped(pushes, -0.5, 1.5),
+        },
+        unclear=lambda: {
+            "invites a small step": has(SMALL_STEP, 1.25),
+            "stays tentative": has(TENTATIVE, 0.5),
+            "asks too much": takes(TOO_MUCH, -0.5, 1.0),
+            "shames": takes(SHAMING, -0.75, 0.75),
+            "pushes to act": capped(pushes, -0.5, 1.5),
+        },
+    )[stage]()
 
 # %% ../../nbs/rater/02_rubric.ipynb #6bf0b9f6
 def staging_features(
-    exchange: Exchange, # from `read_exchange`
-) -> dict[str, float]: # feature → points; stage features carry the stage read in their name
+    exchange: Exchange,  # from `read_exchange`
+) -> dict[str, float]:  # feature → points; stage features carry the stage read in their name
     "Name what a response does for the client's stage of change."
     stage = stage_of_change(exchange.client)
-    return {"base": 1.5,
-        "open question": .75 if explores(exchange) else 0.0,
-        "reflects": .75 if reflections(exchange) else 0.0,
-        "belittles or promises": -.75 if found(MINIMISING, exchange.reply, NEVER) or found(PROMISE, exchange.reply, NOT_SURE) else 0.0,
+    return {
+        "base": 1.5,
+        "open question": 0.75 if explores(exchange) else 0.0,
+        "reflects": 0.75 if reflections(exchange) else 0.0,
+        "belittles or promises": -0.75
+        if found(MINIMISING, exchange.reply, NEVER) or found(PROMISE, exchange.reply, NOT_SURE)
+        else 0.0,
         **{f"{stage}: {name}": points for name, points in fits_stage(exchange, stage).items()},
-        **faults(exchange, 1.5)}
+        **faults(exchange, 1.5),
+    }
 
 # %% ../../nbs/rater/02_rubric.ipynb #7b46f195
 def staging(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> float: # score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> float:  # score in [1, 5]
     "Rate the fit of a response to the client's stage of change."
     return total(contributions(staging_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #556abf22
-FEATURES = dict(empathy=empathy_features, relevance=relevance_features, clarity=clarity_features, safety=safety_features,
-                exploration=exploration_features, autonomy=autonomy_features, staging=staging_features)
+FEATURES = dict(
+    empathy=empathy_features,
+    relevance=relevance_features,
+    clarity=clarity_features,
+    safety=safety_features,
+    exploration=exploration_features,
+    autonomy=autonomy_features,
+    staging=staging_features,
+)
+
 
 def rubric_features(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> dict[str, dict[str, float]]: # principle → feature → points; a score is the clipped sum of its points
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> dict[str, dict[str, float]]:  # principle → feature → points; a score is the clipped sum of its points
     "Show what every principle found, and what it counted for."
     return {principle: contributions(features, client_speech, response) for principle, features in FEATURES.items()}
 
+
 def rubric_scores(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-) -> dict[str, float]: # principle → score in [1, 5]
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+) -> dict[str, float]:  # principle → score in [1, 5]
     "Rate a response on the seven principles."
     return {principle: total(points) for principle, points in rubric_features(client_speech, response).items()}
 
 # %% ../../nbs/rater/02_rubric.ipynb #6ea8ad13
 def to_rating(
-    score: float, # a score of the rubric; outside 1..5 the nearest end is taken
-) -> int: # rating 1..5
+    score: float,  # a score of the rubric; outside 1..5 the nearest end is taken
+) -> int:  # rating 1..5
     "Round a score to the nearest rating, halves up."
-    if score != score: raise ValueError("to_rating: score is nan, expected a number; rate the response again")
-    return int(max(1.0, min(5.0, score)) + .5)
+    if score != score:
+        raise ValueError("to_rating: score is nan, expected a number; rate the response again")
+    return int(max(1.0, min(5.0, score)) + 0.5)
 
 # %% ../../nbs/rater/02_rubric.ipynb #9f1bc78f
 def rubric_rationale(
-    client_speech: str, # what the client said
-    response: str, # what the therapist answered
-    principle: str, # one of the seven keys of `rubric_scores`
-) -> str: # one sentence that names the rater, the score and its parts
+    client_speech: str,  # what the client said
+    response: str,  # what the therapist answered
+    principle: str,  # one of the seven keys of `rubric_scores`
+) -> str:  # one sentence that names the rater, the score and its parts
     "Say in one sentence what a score is made of."
     if principle not in FEATURES:
-        raise ValueError(f"rubric: principle is {principle!r}, expected one of {', '.join(FEATURES)}; use a key of rubric_scores")
+        raise ValueError(
+            f"rubric: principle is {principle!r}, expected one of {', '.join(FEATURES)}; use a key of rubric_scores"
+        )
     points = contributions(FEATURES[principle], client_speech, response)
-    parts = ", ".join(f"{name} {value:+.2f}" for name, value in points.items() if abs(value) >= .005)
+    parts = ", ".join(f"{name} {value:+.2f}" for name, value in points.items() if abs(value) >= 0.005)
     return f"Rubric (offline stand-in): {principle} {total(points):.2f} on 1-5 from {parts}."

@@ -30,12 +30,14 @@ def rubric_reply(
     speech = fields["client_speech"]
     responses = [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
     scores = [rubric.rubric_scores(speech, response) for response in responses]
+
     def rated(key):
         reply = {}
         for i, (response, score) in enumerate(zip(responses, scores), 1):
             reply[f"response_{i}_rating"] = rubric.to_rating(score[key])
             reply[f"rationale_{i}"] = rubric.rubric_rationale(speech, response, key)
         return reply
+
     if task in ("rate", "rate_all"):
         return json.dumps(rated(fields["principle"]) if task == "rate" else {key: rated(key) for key in PRINCIPLE_KEYS})
     totals = [score | {"overall": sum(score.values())} for score in scores]
@@ -81,5 +83,7 @@ class RulesModel(FreeModel):
         if not self.rubric:
             return [ChatReply(phrase_reply(request)) for request in requests]
         if any(request.task not in ("rate", "rate_all", "rank", "battle") for request in requests):
-            raise StudyError("model 'rules:rubric': it rates and compares, it can't write and knows no topics; name another model")
+            raise StudyError(
+                "model 'rules:rubric': it rates and compares, it can't write and knows no topics; name another model"
+            )
         return [ChatReply(rubric_reply(request.task, request.fields)) for request in requests]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import typing
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, StageReader, StageWriter
 from ..core.settings import StudyError, load_profile
-from ..core.stages import Cell, Run, Shard, check_layout, stage_settings
+from ..core.stages import Cell, Run, Shard, as_dotted, check_layout, stage_settings
 from ..core.tables import Label, format_cell, html_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
 
 # %% auto #0
-__all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'full_caption', 'open_stage']
+__all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'changed_settings', 'public_value', 'full_caption',
+           'open_stage']
 
 # %% ../../nbs/run/00_chapter.ipynb #e7df6d8d
 def shown_table(frame, caption: str, label: Label | None = None, rows: int = 24) -> str:
@@ -49,9 +51,9 @@ def short_text(value, width: int = 240) -> str:
 class ChapterStage:
     "Read the inputs of a chapter, keep and show its results, sign them."
 
-    def __init__(self, run: Run, name: str, settings, seed: int, part: Shard | Cell | None = None):
+    def __init__(self, run: Run, name: str, settings, seed: int, changed: dict, part: Shard | Cell | None = None):
         self.run, self.name, self.settings, self.seed, self.part = run, name, settings, seed, part
-        self.label, self.facts, self.models = Label(settings.name), {}, {}
+        self.overrides, self.models, self.label = dict(changed), {}, None
         self.readers: dict[str, StageReader] = {}
         self.writer = self.new_writer(part)
         self._begun = False
@@ -59,7 +61,15 @@ class ChapterStage:
     def new_writer(self, part=None) -> StageWriter:
         "Make a writer for the stage, or for a part of it."
         inputs = [] if part is self.part else [*self.writer.inputs]
-        return StageWriter(self.run, self.name, self.settings.name, self.seed, stage_settings(self.settings, self.name), inputs, part=part)
+        return StageWriter(
+            self.run,
+            self.name,
+            self.settings.name,
+            self.seed,
+            stage_settings(self.settings, self.name),
+            inputs,
+            part=part,
+        )
 
     @functools.cached_property
     def gateway(self):
@@ -70,7 +80,12 @@ class ChapterStage:
 # %% ../../nbs/run/00_chapter.ipynb #b69a51aa
 @patch
 def _reader(self: ChapterStage, stage: str) -> StageReader:
-    return self.readers.setdefault(stage, StageReader(self.run, stage))
+    if stage not in self.readers:
+        self.readers[stage] = StageReader(self.run, stage)
+        self.overrides = (
+            self.readers[stage].receipt.get("overrides", {}) | self.overrides
+        )  # of all that results hang on
+    return self.readers[stage]
 
 
 @patch
@@ -111,7 +126,7 @@ def receipt(self: ChapterStage, stage: str) -> dict:
 
 @patch
 def has(self: ChapterStage, stage: str) -> bool:
-    "Tell whether an earlier stage of this run is finished."
+    "Check whether an earlier stage of this run is finished."
     return (self.run.stage(stage) / "receipt.json").is_file()
 
 # %% ../../nbs/run/00_chapter.ipynb #c453a402
@@ -139,10 +154,10 @@ def keep_text(self: ChapterStage, file: str, text: str) -> Path:
 
 @patch
 def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
-    "Keep results as `<name>.parquet` (rows of a kind, by default the name's), `<name>.csv` (other frames) or `<name>.json`."
+    "Keep results as `<name>.parquet` (rows of a kind), `<name>.csv` (other frames) or `<name>.json`."
     self.work.mkdir(parents=True, exist_ok=True)
     for name, value in results.items():
-        if kind or name in SCHEMAS:
+        if kind or (name in SCHEMAS and hasattr(value, "columns")):
             self.writer.rows(kind or name, value, name)
         elif hasattr(value, "to_csv"):
             self.keep_text(f"{name}.csv", value.to_csv(index=False))
@@ -150,19 +165,48 @@ def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
             self.writer.json(name, value)
 
 # %% ../../nbs/run/00_chapter.ipynb #22e76870
+def changed_settings(settings, stage: str) -> dict:  # dotted setting -> value
+    "List the settings of a stage that differ from its profile's; those on which no result hangs are left out."
+    usual, own = (as_dotted(stage_settings(tree, stage)) for tree in (load_profile(settings.name), settings))
+    return {name: value for name, value in own.items() if value != usual.get(name)}
+
+
+def public_value(value):
+    "Shorten what a label must not show: of NAME=PLACE the name, of a path its last part."
+    if isinstance(value, (list, tuple)):
+        return [public_value(own) for own in value]
+    if isinstance(value, str) and "=" in value:
+        return value.partition("=")[0]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+
+
+@patch(as_prop=True)
+def profile(self: ChapterStage) -> str:
+    "The profile's name, with every changed setting that this stage's results hang on."
+    found = {name: json.dumps(public_value(value)) for name, value in sorted(self.overrides.items())}
+    changed = ", ".join(f"{name}={value}" for name, value in found.items())
+    return self.settings.name + (f" with {changed}" if changed else "")
+
+
 @patch
 def made_by(self: ChapterStage, models: typing.Iterable[str | Weights] = (), rater: str = "", n: str = "") -> Label:
     "Say who made the tables and figures that follow; weights are noted in the receipt."
     models = list(models)
-    self.models |= {own.name: {"label": own.label, "revision": own.revision} for own in models if isinstance(own, Weights)}
+    self.models |= {
+        own.name: {"label": own.label, "revision": own.revision} for own in models if isinstance(own, Weights)
+    }
     names = tuple(dict.fromkeys(own.label if isinstance(own, Weights) else own for own in models))
-    self.label = Label(self.settings.name, names, rater, n)
+    self.label = Label(self.profile, names, rater, n)
     return self.label
 
 
 def full_caption(kind: str, number: str, caption: str) -> str:
     "Put kind and number before a caption; mark what the paper does not have."
-    own = " (not in the paper)" if number.startswith("S") and "§" not in caption and "not in the paper" not in caption else ""
+    own = (
+        " (not in the paper)"
+        if number.startswith("S") and "§" not in caption and "not in the paper" not in caption
+        else ""
+    )
     return f"{kind} {number}: {caption}{own}"
 
 
@@ -171,7 +215,7 @@ def table(self: ChapterStage, number: str, slug: str, frame, caption: str, label
     "Write `table_<number>_<slug>` in all forms, and show it."
     from IPython.display import HTML, display
 
-    label, caption = label or self.label, full_caption("Table", number, caption)
+    label, caption = label or self.label or self.made_by(), full_caption("Table", number, caption)
     self.work.mkdir(parents=True, exist_ok=True)
     self.writer.table(number, slug, frame, caption, label)
     display(HTML(shown_table(frame, caption, label, rows)))
@@ -185,7 +229,7 @@ def figure(self: ChapterStage, number: str, slug: str, figure, caption: str, lab
 
     caption = full_caption("Figure", number, caption)
     self.work.mkdir(parents=True, exist_ok=True)
-    self.writer.figure(number, slug, figure, caption, label or self.label)
+    self.writer.figure(number, slug, figure, caption, label or self.label or self.made_by())
     display(Image(shown_figure(figure)), Markdown(f"*{caption}.*"))
     plt.close(figure)
 
@@ -213,7 +257,12 @@ def finish(self: ChapterStage, **facts) -> None:
     self.work.mkdir(parents=True, exist_ok=True)
     asked = "gateway" in vars(self)
     models = (self.gateway.models() if asked else {}) | self.models | facts.pop("models", {})
-    self.writer.facts |= {"models": models, **({"books": self.gateway.books()} if asked else {}), **facts}
+    self.writer.facts |= {
+        "models": models,
+        "overrides": self.overrides,
+        **({"books": self.gateway.books()} if asked else {}),
+        **facts,
+    }
     shown = [sum(1 for _ in (self.work / kind).glob("*.json")) for kind in ("tables", "figures")]
     self.writer.finish()
     print(f"outputs/{self.run.name}/{self.writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed")
@@ -230,4 +279,4 @@ def open_stage(
     "Open the stage of a chapter; refuse unknown settings and a run folder of an older layout."
     settings, where = load_profile(profile, overrides), Run(run or profile)
     check_layout(where)
-    return ChapterStage(where, name, settings, seed, part(settings) if part else None)
+    return ChapterStage(where, name, settings, seed, changed_settings(settings, name), part(settings) if part else None)

@@ -6,21 +6,26 @@
 from __future__ import annotations
 import base64
 import html
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
+
 from ..core.tables import TABLE_STYLE, Label
 from ..core.files import StageReader, read_json
 from ..gateway.cache import run_bill
-from ..core.stages import Run
+from ..core.settings import load_profile
+from ..core.stages import Run, stages_of
 from ..core.paper import paper_values
 
 # %% auto #0
 __all__ = ['INVENTORY', 'Item', 'gather', 'absent', 'headlines', 'provenance', 'run_books', 'asked_name', 'spending_table',
-           'spending_caption', 'overview_page']
+           'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/run/01_report_page.ipynb #ca403972
 @dataclass(frozen=True)
 class Item:
     "Name one table or figure."
+
     kind: str  # table / figure
     number: str  # the paper's; S for supplementary, not in the paper
     title: str  # short
@@ -30,18 +35,22 @@ class Item:
 _EXPERTS = "not measured: needs the annotations of licensed experts"
 
 INVENTORY = (
-    Item("table", "1", "reward models on the test pairs"), Item("table", "2", "win rates against the reference"),
+    Item("table", "1", "reward models on the test pairs"),
+    Item("table", "2", "win rates against the reference"),
     Item("table", "3", "case study, with length constraint", "the best policy won no battle in both orders"),
-    Item("table", "4", "client speeches by topic"), Item("table", "5", "model pool", "the run starts from the released dataset"),
+    Item("table", "4", "client speeches by topic"),
+    Item("table", "5", "model pool", "the run starts from the released dataset"),
     Item("table", "6", "case study, without length constraint", "the best policy won no battle in both orders"),
-    Item("figure", "2", "experts' comparison by principle", _EXPERTS), Item("figure", "3", "experts' absolute scores", _EXPERTS),
-    Item("figure", "4", "online against offline training"), Item("figure", "5", "models of the chosen responses"),
+    Item("figure", "2", "experts' comparison by principle", _EXPERTS),
+    Item("figure", "3", "experts' absolute scores", _EXPERTS),
+    Item("figure", "4", "online against offline training"),
+    Item("figure", "5", "models of the chosen responses"),
     Item("figure", "6", "models of the rejected responses"),
 )
 
 # %% ../../nbs/run/01_report_page.ipynb #9396d275
 def gather(
-    run: Run,  # whose results
+    run: Run,
     stages: tuple[str, ...],  # that are part of the run
 ) -> list[dict]:  # for each result: kind, number, slug, caption, label, path of the html or png; paper's items first
     "List the results that the stages wrote, in the paper's order, supplementary ones last."
@@ -50,9 +59,11 @@ def gather(
         for kind, suffix in (("table", ".html"), ("figure", ".png")):
             for path in sorted((run.stage(stage) / f"{kind}s").glob("*.json")):
                 found.append({"kind": kind, **read_json(path), "path": path.with_suffix(suffix)})
+
     def order(entry):
         number = entry["number"]
         return (number.startswith("S"), entry["kind"] == "figure", int(number.lstrip("S")), entry["slug"])
+
     return sorted(found, key=order)
 
 
@@ -69,29 +80,59 @@ def headlines(
     battles: list[dict],  # rows of Table 2, ours
     experts: list[dict],  # of chapter 11: result, ours, interval or reason, paper
 ):  # frame: what, ours, interval, paper, difference
-    "Put our headline numbers beside the paper's."
+    "Compare our headline numbers with the paper's."
     import pandas as pd
 
     published, rows = paper_values(), []
     table_1 = {row["model"]: row for row in published["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
     for row in reward:
         if row["kind"] == "reward model":
-            rows.append((f"reward model accuracy, %: {row['model']}", row["accuracy %"], row["95% interval"], table_1["accuracy"]))
+            rows.append(
+                (
+                    f"reward model accuracy, %: {row['model']}",
+                    row["accuracy %"],
+                    row["95% interval"],
+                    table_1["accuracy"],
+                )
+            )
             rows += [(f"reward model {key}", row[key], None, table_1[key.lower()]) for key in ("AUC", "ECE", "Brier")]
     for setting, name in (("w/o length constraint", "free"), ("w/ length constraint", "length")):
         for row in (row for row in battles if row["setting"] == setting):
             kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
-            rows.append((f"win rate {setting}, %: {row['model']}", row["Overall"], row["95% interval"], published["table_2"][name]["Llama3-8B" + kind]["overall"]))
-    data = [{"result": what, "ours": ours, "95% interval": interval, "paper (Llama3-8B, GPT-4o)": theirs, "difference": None if ours is None else round(ours - theirs, 1 if "%" in what else 3)}
-            for what, ours, interval, theirs in rows]
-    data += [{"result": row["result"], "ours": row["ours"], "95% interval": row["interval"], "paper (Llama3-8B, GPT-4o)": row["paper"],
-              "difference": round(row["ours"] - row["paper"], 1) if isinstance(row["ours"], float) else None} for row in experts]
+            rows.append(
+                (
+                    f"win rate {setting}, %: {row['model']}",
+                    row["Overall"],
+                    row["95% interval"],
+                    published["table_2"][name]["Llama3-8B" + kind]["overall"],
+                )
+            )
+    data = [
+        {
+            "result": what,
+            "ours": ours,
+            "95% interval": interval,
+            "paper (Llama3-8B, GPT-4o)": theirs,
+            "difference": None if ours is None else round(ours - theirs, 1 if "%" in what else 3),
+        }
+        for what, ours, interval, theirs in rows
+    ]
+    data += [
+        {
+            "result": row["result"],
+            "ours": row["ours"],
+            "95% interval": row["interval"],
+            "paper (Llama3-8B, GPT-4o)": row["paper"],
+            "difference": round(row["ours"] - row["paper"], 1) if isinstance(row["ours"], float) else None,
+        }
+        for row in experts
+    ]
     frame = pd.DataFrame(data, dtype=object)
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/run/01_report_page.ipynb #08b87919
 def provenance(
-    run: Run,  # whose receipts
+    run: Run,
     stages: tuple[str, ...],  # which
 ):  # frame: stage, seconds, calls, answered from the cache, tokens, US dollars, commit
     "Summarise the receipts."
@@ -101,15 +142,34 @@ def provenance(
     for name in stages:
         receipt = StageReader(run, name).receipt
         used = [m for m in receipt.get("models", {}).values() if "calls" in m]
-        rows.append({"stage": name, "seconds": receipt["seconds"], "model calls": sum(m["calls"] for m in used), "from the cache": sum(m["cached"] for m in used),
-                     "tokens out": sum(m["completion_tokens"] for m in used), "US dollars": round(sum(m["usd"] for m in used), 2),
-                     "commit": (receipt["commit"] or "none")[:10] + ("+" if receipt["changed_files"] else ""), "finished": receipt["finished"]})
-    rows.append({"stage": "all", **{key: round(sum(row[key] for row in rows), 2) for key in ("seconds", "model calls", "from the cache", "tokens out", "US dollars")}, "commit": "", "finished": ""})
+        rows.append(
+            {
+                "stage": name,
+                "seconds": receipt["seconds"],
+                "model calls": sum(m["calls"] for m in used),
+                "from the cache": sum(m["cached"] for m in used),
+                "tokens out": sum(m["completion_tokens"] for m in used),
+                "US dollars": round(sum(m["usd"] for m in used), 2),
+                "commit": (receipt["commit"] or "none")[:10] + ("+" if receipt["changed_files"] else ""),
+                "finished": receipt["finished"],
+            }
+        )
+    rows.append(
+        {
+            "stage": "all",
+            **{
+                key: round(sum(row[key] for row in rows), 2)
+                for key in ("seconds", "model calls", "from the cache", "tokens out", "US dollars")
+            },
+            "commit": "",
+            "finished": "",
+        }
+    )
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/run/01_report_page.ipynb #59ec0782
 def run_books(
-    run: Run,  # whose
+    run: Run,
     stages: tuple[str, ...],  # with receipts
 ) -> list[dict]:  # stage, model, calls, tokens and US dollars, in the order of the stages
     "Gather the books of a run."
@@ -132,7 +192,7 @@ def spending_table(
     run: Run,  # whose books
     books: list[dict],  # of run_books
 ):  # frame: stage, model, calls, tokens in and out, US dollars, share of these; the sum last
-    "Say what the run asked and spent, by stage and model."
+    "Summarise what the run asked and spent, by stage and model."
     import pandas as pd
 
     names = ("calls", "prompt_tokens", "completion_tokens", "usd")
@@ -141,8 +201,18 @@ def spending_table(
         key = row["stage"], asked_name(run, row["model"])
         sums[key] = [a + row[name] for a, name in zip(sums.get(key, (0, 0, 0, 0.0)), names)]
     total = [sum(values) for values in zip(*sums.values())] or [0, 0, 0, 0.0]
-    data = [{"stage": stage, "model": model, "calls": calls, "tokens in": read, "tokens out": written, "US dollars": f"{usd:.2f}",
-             "share %": f"{100 * usd / total[3]:.1f}" if total[3] else None} for (stage, model), (calls, read, written, usd) in [*sums.items(), (("all", ""), total)]]
+    data = [
+        {
+            "stage": stage,
+            "model": model,
+            "calls": calls,
+            "tokens in": read,
+            "tokens out": written,
+            "US dollars": f"{usd:.2f}",
+            "share %": f"{100 * usd / total[3]:.1f}" if total[3] else None,
+        }
+        for (stage, model), (calls, read, written, usd) in [*sums.items(), (("all", ""), total)]
+    ]
     return pd.DataFrame(data, dtype=object)
 
 
@@ -165,16 +235,46 @@ def overview_page(
     found: list[dict],  # of gather
     missing: list[tuple[Item, str]],  # of absent
 ) -> str:  # a self-contained HTML page
-    "Put everything on one page; pictures are embedded."
-    parts = [f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>",
-             "<p>Numbers in columns or rows named <i>paper</i> are published values; all others were measured in this run. Responses here are "
-             "research material: drafts for review by a licensed professional, never advice to a client.</p>", *tables]
+    "Write everything on one page; pictures are embedded."
+    parts = [
+        f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>",
+        "<p>Numbers in columns or rows named <i>paper</i> are published values; all others were measured in this run. "
+        "Responses here are "
+        "research material: drafts for review by a licensed professional, never advice to a client.</p>",
+        *tables,
+    ]
     for entry in found:
         if entry["kind"] == "table":
             parts.append(entry["path"].read_text(encoding="utf-8").split("</style>")[1])
         else:
             picture = base64.b64encode(entry["path"].read_bytes()).decode()
-            parts.append(f"<h3>{html.escape(entry['caption'])}</h3><img style='max-width:100%;width:44rem' src='data:image/png;base64,{picture}' alt='{html.escape(entry['caption'])}'>")
-    rows = "".join(f"<li>{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}.</li>" for item, why in missing)
+            parts.append(
+                f"<h3>{html.escape(entry['caption'])}</h3><img style='max-width:100%;width:44rem' "
+                f"src='data:image/png;base64,{picture}' alt='{html.escape(entry['caption'])}'>"
+            )
+    rows = "".join(
+        f"<li>{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}.</li>"
+        for item, why in missing
+    )
     parts.append(f"<h2>Shown in the paper, not in this run</h2><ul>{rows}</ul>")
-    return f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}<body>{''.join(parts)}</body></html>"
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
+    return f"{head}<body>{''.join(parts)}</body></html>"
+
+# %% ../../nbs/run/01_report_page.ipynb #234f6c4c
+def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:
+    "Name the stages that a report of this run is made of; the released dataset needs no responses and no ratings."
+    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
+    return stages_of(load_profile(profile, {"speeches.sources": sources}))["13_report"].needs
+
+
+def copy_shown(run: Run, found: list[dict], own: Path, folder: Path) -> None:
+    "Copy what the report shows into one folder: the report's own tables in `own`, and the stages' results."
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in [*sorted(own.glob("*.html")), *(entry["path"] for entry in found)]:
+        shutil.copy(path, folder)
+
+
+def absent_rows(missing: list[tuple[Item, str]]) -> list[dict]:
+    "Return what is missing as plain rows."
+    return [{"kind": item.kind, "number": item.number, "title": item.title, "reason": why} for item, why in missing]

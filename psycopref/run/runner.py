@@ -16,14 +16,25 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ..core.stages import check_layout, STAGES, Run, Stage, grid_cells, parse_shard, project_root, stage_settings, stages_of
+from psycopref.core.stages import (
+    as_dotted,
+    check_layout,
+    STAGES,
+    Run,
+    Stage,
+    grid_cells,
+    parse_shard,
+    project_root,
+    stage_settings,
+    stages_of,
+)
 from ..core.settings import StudyError, load_profile, suggest
 from ..core.paper import resource_path
 from ..corpus.labelled_text import labelled_files
 
 # %% auto #0
-__all__ = ['LEFT_OUT', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'as_overrides', 'retry',
-           'code_cells', 'notebook_of_modules', 'imported_modules', 'code_of', 'code_hash', 'told', 'own_files',
+__all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'retry', 'code_cells',
+           'notebook_of_modules', 'imported_modules', 'code_of', 'code_hash', 'stage_parameters', 'own_files',
            'stage_rules', 'trace', 'compare', 'seconds']
 
 # %% ../../nbs/run/02_runner.ipynb #b543102f
@@ -34,10 +45,15 @@ def notebook_parameters(
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
-        raise StudyError(f"{path}: is no notebook ({type(error).__name__}); give a path such as nbs/04_pairs.ipynb") from None
+        raise StudyError(
+            f"{path}: is no notebook ({type(error).__name__}); give a path such as nbs/04_pairs.ipynb"
+        ) from None
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
-        raise StudyError(f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one; papermill would ignore what you pass")
+        raise StudyError(
+            f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one; papermill would ignore what "
+            "you pass"
+        )
     found = {}
     for node in ast.parse("".join(tagged[0]["source"])).body:
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
@@ -57,7 +73,9 @@ def check_parameters(
             raise StudyError(f"{Path(path).name}: there is no parameter {name!r}. {suggest(name, known)}")
         kind = type(known[name])
         if known[name] is not None and type(value) is not kind:
-            raise StudyError(f"{Path(path).name}: parameter {name} is {value!r} ({type(value).__name__}), expected {kind.__name__}")
+            raise StudyError(
+                f"{Path(path).name}: parameter {name} is {value!r} ({type(value).__name__}), expected {kind.__name__}"
+            )
         if known[name] is None and not isinstance(value, (str, list, type(None))):
             raise StudyError(f"{Path(path).name}: parameter {name} is {value!r}, expected text, a list or None")
     if "PROFILE" in known:
@@ -108,27 +126,27 @@ def run_notebook(
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
     try:
         with followed_progress():
-            papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), progress_bar=False, log_output=False,
-                                        extra_arguments=["--log-level=ERROR"])
+            papermill.execute_notebook(
+                str(path),
+                str(output),
+                parameters=given,
+                cwd=str(path.parent),
+                progress_bar=False,
+                log_output=False,
+                extra_arguments=["--log-level=ERROR"],
+            )
     except papermill.PapermillExecutionError as error:
         if error.ename == "StudyError":
             raise StudyError(error.evalue) from None
-        raise StudyError(f"{path.name}: cell {error.exec_count} raised {error.ename}: {' '.join(str(error.evalue).split())[:300]}; the traceback is in {output}") from None
+        raise StudyError(
+            f"{path.name}: cell {error.exec_count} raised {error.ename}: {' '.join(str(error.evalue).split())[:300]}; "
+            f"the traceback is in {output}"
+        ) from None
     return output
 
 # %% ../../nbs/run/02_runner.ipynb #2571b563
-def as_overrides(
-    settings: dict,  # of a receipt: section -> value or tree
-) -> dict:  # dotted setting -> value
-    "Write a stage's settings as overrides."
-    found = {}
-    for name, value in settings.items():
-        found |= {f"{name}.{below}": leaf for below, leaf in as_overrides(value).items()} if isinstance(value, dict) else {name: value}
-    return found
-
-
 def retry(
-    run: Run,  # whose
+    run: Run,
     stage: str = "03_ratings",  # a stage with a quarantine
 ) -> Path:  # the executed notebook
     "Forget the replies that were put aside, and run their stage again."
@@ -142,15 +160,21 @@ def retry(
     aside = read_json(place / "quarantine.json")
     if not aside:
         raise StudyError(f"retry: nothing is in the quarantine of {folder}")
+    if not any(entry.get("key") for entry in aside):
+        raise StudyError(
+            f"retry: the quarantine of {folder} has no request keys, expected that of 03_ratings; run {stage} again"
+        )
     if (place / "receipt.json").is_file():
         receipt = read_json(place / "receipt.json")
         profile, seed, settings = receipt["profile"], receipt["seed"], receipt["settings"]
     else:
         profile, seed, settings, _ = read_json(place / "scratch" / "origin.json")
+    usual = as_dotted(json.loads(json.dumps(stage_settings(load_profile(profile), stage))))
+    changed = {name: value for name, value in as_dotted(settings).items() if value != usual.get(name)}
     cache = open_cache(run)
-    cache.forget([entry["key"] for entry in aside if entry["key"]])
+    cache.forget([entry["key"] for entry in aside if entry.get("key")])
     cache.close()
-    given = {"PROFILE": profile, "RUN": run.name, "SEED": seed, "OVERRIDES": as_overrides(settings)}
+    given = {"PROFILE": profile, "RUN": run.name, "SEED": seed, "OVERRIDES": changed}
     return run_notebook(project_root() / "nbs" / f"{stage}.ipynb", given)
 
 # %% ../../nbs/run/02_runner.ipynb #4b57e795
@@ -189,9 +213,8 @@ def imported_modules(
                 found |= {dotted} | {f"{dotted}.{alias.name}" for alias in node.names if "." not in dotted}
     return found
 
-
 # %% ../../nbs/run/02_runner.ipynb #1bd7912e
-LEFT_OUT = ("core.settings", "core.stages")  # their values are told to a stage one by one
+UNHASHED = ("core.settings", "core.stages")  # their values are told to a stage one by one
 
 
 def code_of(
@@ -199,7 +222,7 @@ def code_of(
 ) -> list[Path]:  # notebooks whose change makes its results out of date
     "Collect a chapter and the notebooks of the modules that it imports, to any depth."
     known, todo, found = notebook_of_modules(Path(path).parent), [Path(path)], []
-    left_out = [known.get(name) for name in LEFT_OUT]
+    left_out = [known.get(name) for name in UNHASHED]
     while todo:
         here = todo.pop()
         if here not in found and here not in left_out:
@@ -215,57 +238,82 @@ def code_hash(
     parts = [[str(own.relative_to(Path(path).parent)), code_cells(own)] for own in code_of(path)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-
 # %% ../../nbs/run/02_runner.ipynb #9d1fb687
-def told(
+def stage_parameters(
     stage: Stage,  # which
     profile: str,  # tiny, demo or paper
     run: str,  # name
-    seed: int,  # of the run
+    seed: int,
     overrides: dict,  # all overrides of the run
 ) -> dict:  # the notebook's parameters
-    "Give a stage its parameters, with those overrides that change what it reads."
+    "Return a stage's parameters, with those overrides that change what it reads."
     load_profile(profile, overrides)
     usual = stage_settings(load_profile(profile), stage.name)
-    own = {name: value for name, value in overrides.items() if stage_settings(load_profile(profile, {name: value}), stage.name) != usual}
+    own = {
+        name: value
+        for name, value in overrides.items()
+        if stage_settings(load_profile(profile, {name: value}), stage.name) != usual
+    }
     return {"PROFILE": profile, "RUN": run, "SEED": seed, "OVERRIDES": own}
 
 
 def own_files(
-    profile,  # config.Profile
+    profile,  # core.settings.Profile
     stage: str,  # name of a stage
 ) -> list[str]:  # paths
-    "List the user's own files that a stage reads because its settings name them: NAME=PLACE or PLACE, a file or a folder."
+    "List the user's own files that a stage's settings name: NAME=PLACE or PLACE, a file or a folder."
     pool = profile.responses.pool
     if stage == "12_trial":
-        return [str(resource_path("minimal_pairs.jsonl")), *(str(path) for spec in profile.trial.corpora for path in labelled_files(spec))]
-    named = {"02_responses": [pool] if pool.endswith(".json") else [], "11_experts": profile.agreement.annotations,
-             "09_mixing": [spec.partition("=")[2] or spec for spec in (profile.mixing.general, profile.mixing.reward_bench)]}
+        return [
+            str(resource_path("minimal_pairs.jsonl")),
+            *(str(path) for spec in profile.trial.corpora for path in labelled_files(spec)),
+        ]
+    named = {
+        "02_responses": [pool] if pool.endswith(".json") else [],
+        "11_experts": profile.agreement.annotations,
+        "09_mixing": [spec.partition("=")[2] or spec for spec in (profile.mixing.general, profile.mixing.reward_bench)],
+    }
     return [str(path) for place in named.get(stage, ()) if place for path in _files_at(Path(place))]
 
 
 def _files_at(place: Path) -> list[Path]:
     "The files of a place on this machine."
-    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    return (
+        [place]
+        if place.is_file()
+        else sorted(path for path in place.rglob("*") if path.is_file())
+        if place.is_dir()
+        else []
+    )
 
 
 def stage_rules(
     profile: str,  # tiny, demo or paper
     run: str,  # name
-    seed: int = 0,  # of the run
+    seed: int = 0,
     overrides: dict | None = None,  # dotted settings
-) -> list[dict]:  # for each stage: name, title, notebook, code (hash), needs (receipts), receipt, shards, cells, parameters, settings
+) -> list[
+    dict
+]:  # for each stage: name, title, notebook, code (hash), needs (receipts), receipt, shards, cells, parameters, settings
     "Describe the chain for Snakemake; paths are relative to the project."
     tree, rules = load_profile(profile, overrides), []
     check_layout(Run(run))
     for stage in stages_of(tree).values():
         notebook = project_root() / "nbs" / f"{stage.name}.ipynb"
-        rules.append({"name": stage.name, "title": stage.title, "notebook": f"nbs/{notebook.name}",
-                      "code": code_hash(notebook),
-                      "needs": [f"outputs/{run}/{need}/receipt.json" for need in stage.needs] + own_files(tree, stage.name), "receipt": f"outputs/{run}/{stage.name}/receipt.json", "shards": stage.shards,
-                      "cells": [str(cell) for cell in grid_cells(tree)] if stage.cells else [],
-                      "parameters": json.dumps(told(stage, profile, run, seed, overrides or {})),
-                      "settings": json.dumps(stage_settings(tree, stage.name), sort_keys=True)})
+        rules.append(
+            {
+                "name": stage.name,
+                "title": stage.title,
+                "notebook": f"nbs/{notebook.name}",
+                "code": code_hash(notebook),
+                "needs": [f"outputs/{run}/{need}/receipt.json" for need in stage.needs] + own_files(tree, stage.name),
+                "receipt": f"outputs/{run}/{stage.name}/receipt.json",
+                "shards": stage.shards,
+                "cells": [str(cell) for cell in grid_cells(tree)] if stage.cells else [],
+                "parameters": json.dumps(stage_parameters(stage, profile, run, seed, overrides or {})),
+                "settings": json.dumps(stage_settings(tree, stage.name), sort_keys=True),
+            }
+        )
     return rules
 
 # %% ../../nbs/run/02_runner.ipynb #5c3fff8b
@@ -288,7 +336,10 @@ def trace(
         seen.add(name)
         receipt = StageReader(run, name).receipt
         who = ", ".join(m.get("label", uri) for uri, m in receipt.get("models", {}).items()) or "no model"
-        lines.append(f"{name}: seed {receipt['seed']}, {who}, commit {(receipt['commit'] or 'none')[:10]}, {len(receipt['inputs'])} inputs, {receipt['seconds']} s")
+        lines.append(
+            f"{name}: seed {receipt['seed']}, {who}, commit {(receipt['commit'] or 'none')[:10]}, "
+            f"{len(receipt['inputs'])} inputs, {receipt['seconds']} s"
+        )
         lines += [f"    reads {source} sha256 {digest[:12]}" for source, digest in receipt["inputs"].items()]
         todo += [part for source in receipt["inputs"] for part in Path(source).parts if part in STAGES]
     return lines
@@ -303,17 +354,29 @@ def compare(
 
     hashes = [{p.name: sha256_file(p) for p in sorted(Run(name).tables.glob("*.csv"))} for name in (first, second)]
     if not all(hashes):
-        raise StudyError(f"compare: {[n for n, h in zip((first, second), hashes) if not h][0]} has no tables; run it first")
+        raise StudyError(
+            f"compare: {[n for n, h in zip((first, second), hashes) if not h][0]} has no tables; run it first"
+        )
+
     def verdict(name):
         here, there = (h.get(name) for h in hashes)
-        return "same" if here == there else f"only in {first}" if there is None else f"only in {second}" if here is None else "different"
+        return (
+            "same"
+            if here == there
+            else f"only in {first}"
+            if there is None
+            else f"only in {second}"
+            if here is None
+            else "different"
+        )
+
     return [f"{verdict(name):12} {name}" for name in sorted({*hashes[0], *hashes[1]})]
 
 
 def seconds(
     name: str,  # of a run
 ) -> list[str]:  # one line for each stage, then the sum
-    "Say how long each stage of a run took."
+    "Return how long each stage of a run took."
     from psycopref.core.files import read_json
 
     sources = read_json(Run(name).stage("01_speeches") / "receipt.json")["settings"]["speeches"]["sources"]

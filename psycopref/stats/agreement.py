@@ -30,11 +30,19 @@ def _checked_long(
     "Check ratings in long form."
     absent = [column for column in ("item", "rater", "label") if column not in long.columns]
     if absent or long.empty:
-        raise ValueError(f"raters.{where}: {len(long)} rows without {absent} found, expected rows of item, rater and label; rename the columns or check the filter")
+        raise ValueError(
+            f"agreement.{where}: {len(long)} rows without {absent} found, expected rows of item, rater and label; "
+            "rename "
+            "the columns or check the filter"
+        )
     twice = long.duplicated(["item", "rater"])
     if twice.any():
         item, rater = (long.loc[twice, column].tolist()[0] for column in ("item", "rater"))
-        raise ValueError(f"raters.{where}: rater {rater!r} has labelled item {item!r} twice, expected once; drop or decide between them first")
+        raise ValueError(
+            f"agreement.{where}: rater {rater!r} has labelled item {item!r} twice, expected once; drop or decide "
+            "between "
+            "them first"
+        )
 
 
 def ratings_matrix(
@@ -48,23 +56,39 @@ def ratings_matrix(
 def _value_counts(
     where: str,  # function that asks, for the message
     ratings: np.ndarray,  # labels, (raters, items), NaN or None where missing
-) -> tuple[np.ndarray, np.ndarray]:  # values in order (v,), how often each item with two labels or more got each (items, v); 0 for other items
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # values in order (v,), how often each item with two labels or more got each (items, v); 0 for other items
     "Count the labels of each item."
     import pandas as pd
 
     table = np.asarray(ratings, dtype=object)
     if table.ndim != 2:
-        raise ValueError(f"raters.{where}: ratings of shape {table.shape} found, expected (raters, items); pass one row for each rater")
+        raise ValueError(
+            f"agreement.{where}: ratings of shape {table.shape} found, expected (raters, items); pass one row for each "
+            "rater"
+        )
     given = ~pd.isna(table)
     pairable = given.sum(axis=0) >= 2
     if not pairable.any():
-        raise ValueError(f"raters.{where}: no item with labels of two raters among {table.shape[1]}, expected at least one; let raters share items")
+        raise ValueError(
+            f"agreement.{where}: no item with labels of two raters among {table.shape[1]}, expected at least one; let "
+            "raters share items"
+        )
     given = given & pairable
     values = sorted(set(table[given].tolist()), key=lambda value: (isinstance(value, str), value))
     if len({isinstance(value, str) for value in values}) > 1:
-        raise ValueError(f"raters.{where}: text and numbers found as labels, expected one kind, since '1' never equals 1; convert one rater's labels")
+        raise ValueError(
+            f"agreement.{where}: text and numbers found as labels, expected one kind, since '1' never equals 1; "
+            "convert "
+            "one rater's labels"
+        )
     if len(values) < 2:
-        raise ValueError(f"raters.{where}: all labels are {values[0]!r}, expected at least two different ones, since chance would agree always; report percent agreement")
+        raise ValueError(
+            f"agreement.{where}: all labels are {values[0]!r}, expected at least two different ones, since chance "
+            "would "
+            "agree always; report percent agreement"
+        )
     return np.array(values), np.stack([((table == value) & given).sum(axis=0) for value in values], axis=1)
 
 
@@ -124,10 +148,15 @@ def _leveled(
 ) -> tuple:  # of _value_counts
     "Count labels that fit their level of measurement."
     if level not in LEVELS:
-        raise ValueError(f"raters.{where}: level {level!r} found, expected one of {', '.join(LEVELS)}; correct the name")
+        raise ValueError(
+            f"agreement.{where}: level {level!r} found, expected one of {', '.join(LEVELS)}; correct the name"
+        )
     found = _value_counts(where, ratings)
     if level != "nominal" and isinstance(found[0].tolist()[0], str):
-        raise ValueError(f"raters.{where}: text {found[0].tolist()[0]!r} found as label of level {level}, expected numbers; convert the labels or take 'nominal'")
+        raise ValueError(
+            f"agreement.{where}: text {found[0].tolist()[0]!r} found as label of level {level}, expected numbers; "
+            "convert the labels or take 'nominal'"
+        )
     return found
 
 # %% ../../nbs/stats/03_agreement.ipynb #58502de1
@@ -153,12 +182,16 @@ def alpha_interval(
     seed: int = 0,  # of the resampling
 ) -> tuple[float, float]:  # (low, high)
     "Return an interval for Krippendorff's α, by item or by speech."
-    checked_settings("raters.alpha_interval", samples, coverage)
+    checked_settings("agreement.alpha_interval", samples, coverage)
     values, counts = _leveled("alpha_interval", ratings, level)
     if len(values) > MOST_VALUES:
-        raise ValueError(f"raters.alpha_interval: {len(values)} different labels found, expected at most {MOST_VALUES}; round the labels, or report α alone")
+        raise ValueError(
+            f"agreement.alpha_interval: {len(values)} different labels found, expected at most {MOST_VALUES}; round "
+            "the "
+            "labels, or report α alone"
+        )
     cells = _coincidences(counts).reshape(len(counts), -1)
-    totals = cluster_totals("raters.alpha_interval", cells, clusters)
+    totals = cluster_totals("agreement.alpha_interval", cells, clusters)
     totals, labels = totals[totals.sum(axis=1) > 0], totals.sum()
     occurs = cells.sum(axis=0).reshape(len(values), -1).sum(axis=1)
     drawn = weighted_totals(totals, _invented_cells(occurs, labels / len(totals)), samples, seed)
@@ -190,7 +223,7 @@ def _kappa_interval(
     if v < 2:
         return np.nan, np.nan, np.nan
     cells = np.eye(v * v)[code[: len(a)] * v + code[len(a) :]]
-    totals = cluster_totals("raters.pairwise_agreement", cells, clusters)
+    totals = cluster_totals("agreement.pairwise_agreement", cells, clusters)
     invented = _invented_cells(np.bincount(code, minlength=v), len(a) / len(totals))
     table = weighted_totals(totals, invented, samples, seed).reshape(samples, v, v)
     table = table / table.sum(axis=(1, 2), keepdims=True)
@@ -226,14 +259,23 @@ def pairwise_agreement(
     "Tabulate the agreement of every pair of raters, raters in the order in which they appear."
     import pandas as pd
 
-    checked_settings("raters.pairwise_agreement", samples, coverage)
+    checked_settings("agreement.pairwise_agreement", samples, coverage)
     _checked_long("pairwise_agreement", long)
     if cluster is not None and cluster not in long.columns:
-        raise ValueError(f"raters.pairwise_agreement: column {cluster!r} not found, expected the ids of speeches; join them first")
+        raise ValueError(
+            f"agreement.pairwise_agreement: column {cluster!r} not found, expected the ids of speeches; join them first"
+        )
     parts = {name: part for name, part in long.dropna(subset=["label"]).groupby("rater", sort=False)}
     if len(parts) < 2:
-        raise ValueError(f"raters.pairwise_agreement: raters {list(parts)} found, expected at least two; check the filter")
-    return pd.DataFrame([dict(first=a, second=b, **_pair_row(parts[a], parts[b], cluster, (samples, coverage, seed))) for a, b in itertools.combinations(parts, 2)])
+        raise ValueError(
+            f"agreement.pairwise_agreement: raters {list(parts)} found, expected at least two; check the filter"
+        )
+    return pd.DataFrame(
+        [
+            dict(first=a, second=b, **_pair_row(parts[a], parts[b], cluster, (samples, coverage, seed)))
+            for a, b in itertools.combinations(parts, 2)
+        ]
+    )
 
 # %% ../../nbs/stats/03_agreement.ipynb #72e12f5c
 def rank_correlation(
@@ -245,7 +287,13 @@ def rank_correlation(
 
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"raters.rank_correlation: scores of shapes {a.shape} and {b.shape} or with gaps found, expected finite numbers for the same items; align and drop first")
+        raise ValueError(
+            f"agreement.rank_correlation: scores of shapes {a.shape} and {b.shape} or with gaps found, expected finite "
+            "numbers for the same items; align and drop first"
+        )
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError(f"raters.rank_correlation: {len(a)} items found, or one rater gave all the same score, expected two different scores of each; there is nothing to rank")
+        raise ValueError(
+            f"agreement.rank_correlation: {len(a)} items found, or one rater gave all the same score, expected two "
+            "different scores of each; there is nothing to rank"
+        )
     return dict(spearman=float(spearmanr(a, b).statistic), kendall=float(kendalltau(a, b).statistic), n=len(a))

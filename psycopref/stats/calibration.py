@@ -41,10 +41,16 @@ def _pair_keys(
 
     absent = [column for column in ("ID", "prefID", *columns) if column not in frame.columns]
     if absent:
-        raise ValueError(f"calibration.{where}: {name} lacks {absent}, found {list(frame.columns)[:6]}, expected one row for each pair; pass another frame")
+        raise ValueError(
+            f"calibration.{where}: {name} lacks {absent}, found {list(frame.columns)[:6]}, expected one row for each "
+            "pair; pass another frame"
+        )
     keys = pd.MultiIndex.from_frame(frame[["ID", "prefID"]])
     if keys.has_duplicates:
-        raise ValueError(f"calibration.{where}: {name} has the pair {keys[keys.duplicated()][0]} twice, expected once; pass the rows of one model")
+        raise ValueError(
+            f"calibration.{where}: {name} has the pair {keys[keys.duplicated()][0]} twice, expected once; pass the "
+            "rows of one model"
+        )
     return keys
 
 # %% ../../nbs/stats/01_calibration.ipynb #68019e8d
@@ -56,8 +62,11 @@ def _same_pairs(
     (name, left), (other, right) = keys.items()
     odd = [left.difference(right, sort=False), right.difference(left, sort=False)]
     if len(odd[0]) or len(odd[1]):
-        raise ValueError(f"calibration.{where}: {len(odd[0])} pairs only in {name}, {len(odd[1])} only in {other}, first {[*odd[0], *odd[1]][0]}, "
-                         "expected the same pairs; score both on one file")
+        raise ValueError(
+            f"calibration.{where}: {len(odd[0])} pairs only in {name}, {len(odd[1])} only in {other}, first "
+            f"{[*odd[0], *odd[1]][0]}, "
+            "expected the same pairs; score both on one file"
+        )
     return right.get_indexer(left)
 
 # %% ../../nbs/stats/01_calibration.ipynb #26f23fa4
@@ -87,9 +96,12 @@ def _margins(
     "Check two columns of scores and subtract them."
     first, second, _ = presented_pairs(chosen, rejected)
     with np.errstate(over="ignore"):
-        margin = (first - second)[:len(first) // 2]
+        margin = (first - second)[: len(first) // 2]
     if not np.isfinite(margin).all():
-        raise ValueError(f"calibration: margin {margin[~np.isfinite(margin)][0]} found, expected finite differences; look for an overflow in the model")
+        raise ValueError(
+            f"calibration: margin {margin[~np.isfinite(margin)][0]} found, expected finite differences; look for an "
+            "overflow in the model"
+        )
     return margin
 
 # %% ../../nbs/stats/01_calibration.ipynb #d990e3b5
@@ -98,7 +110,10 @@ def _checked_temperature(
 ) -> float:  # the same
     "Refuse a temperature that divides nothing."
     if not 0 < temperature < np.inf:
-        raise ValueError(f"calibration: temperature {temperature} found, expected a finite number above 0; take it from fit_temperature")
+        raise ValueError(
+            f"calibration: temperature {temperature} found, expected a finite number above 0; take it from "
+            "fit_temperature"
+        )
     return temperature
 
 # %% ../../nbs/stats/01_calibration.ipynb #78743caa
@@ -132,7 +147,10 @@ def fit_temperature(
     from scipy.special import expit
 
     if reason := no_temperature(chosen, rejected):
-        raise ValueError(f"calibration.fit_temperature: {reason}, expected a positive mean margin and at least one wrong pair; use more development pairs")
+        raise ValueError(
+            f"calibration.fit_temperature: {reason}, expected a positive mean margin and at least one wrong pair; use "
+            "more development pairs"
+        )
     margin = _margins(chosen, rejected)
     size = np.abs(margin).max()
     margin = margin[margin != 0] / size
@@ -157,8 +175,14 @@ def _calibration_row(
     zero = np.zeros(len(margin))
     found = pairwise_metrics(margin, zero)
     eces = {f"ECE, {b} bins": pairwise_metrics(margin, zero, b)["ece"] for b in bins}
-    return {"NLL": negative_log_likelihood(margin, zero), "Brier": found["brier"], **eces, "accuracy %": 100 * found["accuracy"], "AUC": found["auc"],
-            "pairs": found["n"]}
+    return {
+        "NLL": negative_log_likelihood(margin, zero),
+        "Brier": found["brier"],
+        **eces,
+        "accuracy %": 100 * found["accuracy"],
+        "AUC": found["auc"],
+        "pairs": found["n"],
+    }
 
 # %% ../../nbs/stats/01_calibration.ipynb #930f0d78
 def _check_split(
@@ -170,11 +194,17 @@ def _check_split(
         _pair_keys("temperature_table", name, scores, *SCORES)
     models = sorted({*dev_scores["model"], *test_scores["model"]})
     if len(models) != 1:
-        raise ValueError(f"calibration.temperature_table: models {models} found, expected the same one in dev_scores and test_scores; filter both by model")
+        raise ValueError(
+            f"calibration.temperature_table: models {models} found, expected the same one in dev_scores and "
+            "test_scores; filter both by model"
+        )
     shared = sorted({*dev_scores["ID"]} & {*test_scores["ID"]})
     if shared:
-        raise ValueError(f"calibration.temperature_table: {len(shared)} speeches are in dev_scores and in test_scores, first {shared[0]!r}, "
-                         "expected none; split by speech")
+        raise ValueError(
+            f"calibration.temperature_table: {len(shared)} speeches are in dev_scores and in test_scores, first "
+            f"{shared[0]!r}, "
+            "expected none; split by speech"
+        )
     return models[0]
 
 # %% ../../nbs/stats/01_calibration.ipynb #dba62ef7
@@ -193,8 +223,14 @@ def temperature_table(
         rows.append({"model": name, "scores": f"no temperature: {reason}"})
     else:
         temperature = fit_temperature(*dev)
-        rows.append({"model": name, "scores": f"divided by T, fitted on {len(dev_scores)} dev pairs", "temperature": temperature,
-                     **_calibration_row(margin / temperature, bins)})
+        rows.append(
+            {
+                "model": name,
+                "scores": f"divided by T, fitted on {len(dev_scores)} dev pairs",
+                "temperature": temperature,
+                **_calibration_row(margin / temperature, bins),
+            }
+        )
     return pd.DataFrame(rows, columns=list(rows[0]))
 
 # %% ../../nbs/stats/01_calibration.ipynb #a5a22467
@@ -234,9 +270,18 @@ def ece_table(
     margin, rows = _margins(*_two_sides(scores)), []
     for b in bins:
         drawn = [_randomised_ece(margin, b, seed) for seed in seeds]
-        rows.append({"model": scores["model"].iloc[0], "bins": b, "mirrored": _mirrored_ece(margin, b), "randomised, mean": float(np.mean(drawn)),
-                     "randomised, lowest": min(drawn), "randomised, highest": max(drawn),
-                     "if calibrated": float(np.mean([_calibrated_ece(margin, b, seed) for seed in seeds])), "orders": len(drawn)})
+        rows.append(
+            {
+                "model": scores["model"].iloc[0],
+                "bins": b,
+                "mirrored": _mirrored_ece(margin, b),
+                "randomised, mean": float(np.mean(drawn)),
+                "randomised, lowest": min(drawn),
+                "randomised, highest": max(drawn),
+                "if calibrated": float(np.mean([_calibrated_ece(margin, b, seed) for seed in seeds])),
+                "orders": len(drawn),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/stats/01_calibration.ipynb #19503b1f
@@ -250,20 +295,36 @@ def topic_groups(
     "Group pairs by the coarse topic of their client speech (Table 4)."
     import pandas as pd
 
-    keys, shorts = _pair_keys("topic_groups", "scores", scores), {slug: node["short"] for slug, node in coarse_topics().items()}
+    keys, shorts = (
+        _pair_keys("topic_groups", "scores", scores),
+        {slug: node["short"] for slug, node in coarse_topics().items()},
+    )
     absent = {"speech_id", "coarse_topic"} - {*speeches.columns}
     if absent or speeches["speech_id"].duplicated().any():
-        raise ValueError(f"calibration.topic_groups: speeches lack {sorted(absent)} or repeat a speech_id, expected each once; pass the rows of stage 05")
+        raise ValueError(
+            f"calibration.topic_groups: speeches lack {sorted(absent)} or repeat a speech_id, expected each once; "
+            "pass the rows of chapter 1"
+        )
     of_speech = speeches.set_index("speech_id")["coarse_topic"].replace({"": UNKNOWN}).fillna(UNKNOWN)
     slugs = scores["ID"].map(of_speech).fillna(UNKNOWN)
     odd = sorted({*slugs} - {*shorts, UNKNOWN})
     if odd:
-        raise ValueError(f"calibration.topic_groups: coarse topic {odd[0]!r} found, expected one of {list(shorts)}; correct the speeches")
+        raise ValueError(
+            f"calibration.topic_groups: coarse topic {odd[0]!r} found, expected one of {list(shorts)}; correct the "
+            "speeches"
+        )
     titles = [*shorts.values(), UNKNOWN]
-    return pd.Series(pd.Categorical(slugs.map(shorts | {UNKNOWN: UNKNOWN}), titles, ordered=True), index=keys, name="topic")
+    return pd.Series(
+        pd.Categorical(slugs.map(shorts | {UNKNOWN: UNKNOWN}), titles, ordered=True), index=keys, name="topic"
+    )
 
 # %% ../../nbs/stats/01_calibration.ipynb #7f2a55c1
-GAP_BANDS = {"below 1": 7, "1 to below 1.5": 11, "1.5 to below 2": 14, "2 and more": 29}  # band -> first sum that is above it; 28 is the largest
+GAP_BANDS = {
+    "below 1": 7,
+    "1 to below 1.5": 11,
+    "1.5 to below 2": 14,
+    "2 and more": 29,
+}  # band -> first sum that is above it; 28 is the largest
 
 
 def gap_groups(
@@ -310,8 +371,19 @@ def _slice_row(
 ) -> dict:  # one row of the table
     "Summarise one slice."
     count = len(set(speeches.tolist()))
-    low, high = bootstrap(np.mean, 100 * right, clusters=speeches, samples=samples, seed=seed) if count > 1 else (np.nan, np.nan)
-    return {"group": group, "pairs": len(right), "speeches": count, "accuracy %": float(100 * right.mean()), "low": low, "high": high}
+    low, high = (
+        bootstrap(np.mean, 100 * right, clusters=speeches, samples=samples, seed=seed)
+        if count > 1
+        else (np.nan, np.nan)
+    )
+    return {
+        "group": group,
+        "pairs": len(right),
+        "speeches": count,
+        "accuracy %": float(100 * right.mean()),
+        "low": low,
+        "high": high,
+    }
 
 # %% ../../nbs/stats/01_calibration.ipynb #e0872bd1
 def slice_table(
@@ -326,10 +398,18 @@ def slice_table(
     keys = _pair_keys("slice_table", "scores", scores, *SCORES)
     own = groups.iloc[_same_pairs("slice_table", scores=keys, groups=groups.index)]
     if own.isna().any():
-        raise ValueError(f"calibration.slice_table: {int(own.isna().sum())} pairs have no group, expected one for each; name the group of the rest")
+        raise ValueError(
+            f"calibration.slice_table: {int(own.isna().sum())} pairs have no group, expected one for each; name the "
+            "group of the rest"
+        )
     right, speeches, own = _right(scores), scores["ID"].to_numpy(), own.astype("category")
     parts = [(str(name), (own == name).to_numpy()) for name in own.cat.categories if (own == name).any()]
-    return pd.DataFrame([_slice_row(name, right[part], speeches[part], samples, seed) for name, part in [*parts, ("all", np.full(len(right), True))]])
+    return pd.DataFrame(
+        [
+            _slice_row(name, right[part], speeches[part], samples, seed)
+            for name, part in [*parts, ("all", np.full(len(right), True))]
+        ]
+    )
 
 # %% ../../nbs/stats/01_calibration.ipynb #ccf771d1
 def _comparison_row(
@@ -342,9 +422,18 @@ def _comparison_row(
 ) -> dict:  # one row of the table
     "Compare one model with the reference."
     difference, low, high = paired_difference(100 * right, 100 * base, speeches, samples=samples, seed=seed)
-    return {"model": name, "pairs": len(right), "accuracy %": 100 * float(right.mean()), "reference accuracy %": 100 * float(base.mean()),
-            "difference, points": difference, "low": low, "high": high,
-            "only model right": int((right > base).sum()), "only reference right": int((base > right).sum()), "McNemar p": mcnemar(right, base)}
+    return {
+        "model": name,
+        "pairs": len(right),
+        "accuracy %": 100 * float(right.mean()),
+        "reference accuracy %": 100 * float(base.mean()),
+        "difference, points": difference,
+        "low": low,
+        "high": high,
+        "only model right": int((right > base).sum()),
+        "only reference right": int((base > right).sum()),
+        "McNemar p": mcnemar(right, base),
+    }
 
 # %% ../../nbs/stats/01_calibration.ipynb #bb8efff7
 def comparison_table(
@@ -357,13 +446,26 @@ def comparison_table(
     import pandas as pd
 
     if reference not in frames or len(frames) < 2:
-        raise ValueError(f"calibration.comparison_table: reference {reference!r} and models {list(frames)} found, expected it among at least two; name one")
+        raise ValueError(
+            f"calibration.comparison_table: reference {reference!r} and models {list(frames)} found, expected it "
+            "among at least two; name one"
+        )
     keys = {name: _pair_keys("comparison_table", name, frame, *SCORES) for name, frame in frames.items()}
     right = {}
     for name, frame in frames.items():
-        right[name] = _right(frame)[_same_pairs("comparison_table", **{f"the scores of {reference}": keys[reference], f"those of {name}": keys[name]})]
+        right[name] = _right(frame)[
+            _same_pairs(
+                "comparison_table", **{f"the scores of {reference}": keys[reference], f"those of {name}": keys[name]}
+            )
+        ]
     speeches = frames[reference]["ID"].to_numpy()
-    return pd.DataFrame([_comparison_row(name, right[name], right[reference], speeches, samples, seed) for name in frames if name != reference])
+    return pd.DataFrame(
+        [
+            _comparison_row(name, right[name], right[reference], speeches, samples, seed)
+            for name in frames
+            if name != reference
+        ]
+    )
 
 # %% ../../nbs/stats/01_calibration.ipynb #47567ea0
 def reliability_table(
@@ -381,7 +483,11 @@ def reliability_table(
     for b in range(bins):
         own = bin_of == b
         several = len(set(speeches[own].tolist())) > 1
-        intervals.append(bootstrap(np.mean, label[own], clusters=speeches[own], samples=samples, seed=seed) if several else (np.nan, np.nan))
+        intervals.append(
+            bootstrap(np.mean, label[own], clusters=speeches[own], samples=samples, seed=seed)
+            if several
+            else (np.nan, np.nan)
+        )
     low, high = np.transpose(intervals)
     return table.assign(frequency_low=low, frequency_high=high)
 
@@ -399,7 +505,16 @@ def _draw_reliability(
     top.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
     top.vlines(x, filled["frequency_low"], filled["frequency_high"], color=colour, linewidth=1.4, alpha=0.55)
     top.plot(x, y, color=colour, linewidth=1.4)
-    top.scatter(x, y, s=26, zorder=3, edgecolors=colour, linewidths=1.4, c=[colour if s else "white" for s in sure], clip_on=False)
+    top.scatter(
+        x,
+        y,
+        s=26,
+        zorder=3,
+        edgecolors=colour,
+        linewidths=1.4,
+        c=[colour if s else "white" for s in sure],
+        clip_on=False,
+    )
     top.set(xlim=(0, 1), ylim=(0, 1))
     bottom.bar((table["low"] + table["high"]) / 2, table["count"], width=0.9 / len(table), color=colour, alpha=0.55)
     bottom.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6))
@@ -426,16 +541,34 @@ def reliability_figure(
     import textwrap
 
     if not 1 <= len(scores_by_name) <= MOST_PANELS:
-        raise ValueError(f"calibration.reliability_figure: {len(scores_by_name)} models found, expected 1 to {MOST_PANELS}; draw the others in another figure")
+        raise ValueError(
+            f"calibration.reliability_figure: {len(scores_by_name)} models found, expected 1 to {MOST_PANELS}; draw "
+            "the others in another figure"
+        )
     tables = {name: reliability_table(scores, bins, samples, seed) for name, scores in scores_by_name.items()}
-    figure, axes = new_figure(0.7 + 2.4 * max(len(tables), 1.5), 4.4, 2, len(tables), squeeze=False, sharex=True, sharey="row",
-                              gridspec_kw={"height_ratios": [3, 1]})
+    figure, axes = new_figure(
+        0.7 + 2.4 * max(len(tables), 1.5),
+        4.4,
+        2,
+        len(tables),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        gridspec_kw={"height_ratios": [3, 1]},
+    )
     for i, (name, table) in enumerate(tables.items()):
         _draw_reliability(axes[0, i], axes[1, i], table, PALETTE[i])
-        axes[0, i].set_title("\n".join(textwrap.wrap(name, 26)) + f"\nECE {_mean_ece(table):.3f}, {table['count'].sum() // 2} pairs", fontsize=9)
+        axes[0, i].set_title(
+            "\n".join(textwrap.wrap(name, 26)) + f"\nECE {_mean_ece(table):.3f}, {table['count'].sum() // 2} pairs",
+            fontsize=9,
+        )
     axes[0, 0].set_ylabel("share that was preferred")
     axes[1, 0].set_ylabel("count")
-    figure.supxlabel(f"predicted probability that a response is preferred, both orders\n{bins} bins; bars: 95% over speeches; dashed: calibrated", fontsize=9)
+    figure.supxlabel(
+        f"predicted probability that a response is preferred, both orders\n{bins} bins; bars: 95% over speeches; "
+        "dashed: calibrated",
+        fontsize=9,
+    )
     return figure
 
 # %% ../../nbs/stats/01_calibration.ipynb #ae756a2a
@@ -448,8 +581,12 @@ def temperature_figure(
 ):  # matplotlib figure
     "Draw reliability before and after temperature scaling."
     _pair_keys("temperature_figure", "scores", scores, *SCORES)
-    scaled = scores.assign(chosen_score=_margins(*_two_sides(scores)) / _checked_temperature(temperature), rejected_score=0.0)
-    return reliability_figure({"scores as given": scores, f"divided by T = {temperature:.3g}": scaled}, bins, samples, seed)
+    scaled = scores.assign(
+        chosen_score=_margins(*_two_sides(scores)) / _checked_temperature(temperature), rejected_score=0.0
+    )
+    return reliability_figure(
+        {"scores as given": scores, f"divided by T = {temperature:.3g}": scaled}, bins, samples, seed
+    )
 
 # %% ../../nbs/stats/01_calibration.ipynb #53079272
 def _draw_slices(
@@ -462,10 +599,27 @@ def _draw_slices(
         colour = PALETTE[6] if row["group"] == "all" else PALETTE[0]
         sure = row["low"] < row["high"]
         if sure:
-            axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.8, alpha=0.6, solid_capstyle="butt")
-        axes.scatter(row["accuracy %"], place, s=34, marker="D" if row["group"] == "all" else "o", zorder=3, linewidths=1.4, edgecolors=colour,
-                     c=colour if sure else "white", clip_on=False)
-        axes.annotate(f"{row['pairs']:,} / {row['speeches']:,}", (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            axes.plot(
+                [row["low"], row["high"]], [place, place], color=colour, linewidth=1.8, alpha=0.6, solid_capstyle="butt"
+            )
+        axes.scatter(
+            row["accuracy %"],
+            place,
+            s=34,
+            marker="D" if row["group"] == "all" else "o",
+            zorder=3,
+            linewidths=1.4,
+            edgecolors=colour,
+            c=colour if sure else "white",
+            clip_on=False,
+        )
+        axes.annotate(
+            f"{row['pairs']:,} / {row['speeches']:,}",
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
     axes.axvline(table["accuracy %"].iloc[-1], color="#888888", linewidth=1, zorder=1)
     axes.axvline(50, color="#888888", linewidth=1, linestyle=":", zorder=1)
     axes.set_yticks(places, table["group"])
@@ -479,14 +633,29 @@ def slices_figure(
 ):  # matplotlib figure
     "Draw accuracy by group, one panel for each grouping."
     if not tables:
-        raise ValueError("calibration.slices_figure: no table found, expected at least one; pass the result of slice_table under a title")
+        raise ValueError(
+            "calibration.slices_figure: no table found, expected at least one; pass the result of slice_table under a "
+            "title"
+        )
     heights = [len(table) + 1 for table in tables.values()]
-    figure, axes = new_figure(6.6, 0.27 * sum(heights) + 0.8, len(tables), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
+    figure, axes = new_figure(
+        6.6,
+        0.27 * sum(heights) + 0.8,
+        len(tables),
+        1,
+        squeeze=False,
+        sharex=True,
+        gridspec_kw={"height_ratios": heights},
+    )
     for place, (title, table) in zip(axes[:, 0], tables.items()):
         _draw_slices(place, table)
         place.set_title(title, loc="left", fontsize=9.5)
-    axes[0, 0].annotate("pairs / speeches", (1.03, 1.0), xycoords="axes fraction", va="bottom", fontsize=8, color="#555555")
+    axes[0, 0].annotate(
+        "pairs / speeches", (1.03, 1.0), xycoords="axes fraction", va="bottom", fontsize=8, color="#555555"
+    )
     lowest = min(float(table[["accuracy %", "low"]].min().min()) for table in tables.values())
     axes[-1, 0].set(xlim=(max(0, min(45, 10 * (lowest // 10))), 100))
-    axes[-1, 0].set_xlabel("accuracy, %\nbars: 95% over speeches (hollow: none); dotted: a coin; solid: all pairs", fontsize=9)
+    axes[-1, 0].set_xlabel(
+        "accuracy, %\nbars: 95% over speeches (hollow: none); dotted: a coin; solid: all pairs", fontsize=9
+    )
     return figure

@@ -16,11 +16,16 @@ __all__ = ['sign_test', 'holm', 'compare_policies']
 def sign_test(
     first: list,  # verdicts of one policy, "win", "loss" or "tie", (n,)
     second: list,  # verdicts of the other on the same battles in the same order, (n,)
-) -> dict:  # better, worse (only the first / only the second wins), tied (both or neither), p (exact, two-sided, in (0, 1])
+) -> (
+    dict
+):  # better, worse (only the first / only the second wins), tied (both or neither), p (exact, two-sided, in (0, 1])
     "Test whether two policies win different speeches equally often."
     ours, theirs = (_won(name, verdicts) for name, verdicts in (("first", first), ("second", second)))
     if len(ours) != len(theirs):
-        raise ValueError(f"comparing.sign_test: {len(ours)} and {len(theirs)} verdicts found, expected the same battles; align them by speech first")
+        raise ValueError(
+            f"intervals.sign_test: {len(ours)} and {len(theirs)} verdicts found, expected the same battles; align "
+            "them by speech first"
+        )
     better, worse = int((ours > theirs).sum()), int((theirs > ours).sum())
     return dict(better=better, worse=worse, tied=len(ours) - better - worse, p=mcnemar(ours, theirs))
 
@@ -31,10 +36,15 @@ def _won(
 ) -> np.ndarray:  # 1 where won, else 0, (n,)
     "Count a win as 1 and everything else as 0."
     words = np.asarray(verdicts, dtype=object)
-    unknown = [(row, word) for row, word in enumerate(words.tolist()) if not (isinstance(word, str) and word in VERDICTS)]
+    unknown = [
+        (row, word) for row, word in enumerate(words.tolist()) if not (isinstance(word, str) and word in VERDICTS)
+    ]
     if unknown:
         row, word = unknown[0]
-        raise ValueError(f"comparing: {name} {word!r} at row {row}, expected 'win', 'loss' or 'tie'; map the judge's answer to the policy's side first")
+        raise ValueError(
+            f"intervals: {name} {word!r} at row {row}, expected 'win', 'loss' or 'tie'; map the judge's answer to the "
+            "policy's side first"
+        )
     return (words == "win").astype(int)
 
 # %% ../../nbs/stats/02_intervals.ipynb #94a08247
@@ -44,7 +54,10 @@ def holm(
     "Adjust p-values for their number (Holm 1979)."
     p = np.asarray(p_values, float)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"comparing.holm: p-values {np.round(p, 4).tolist()} found, expected numbers in [0, 1]; leave out what was not tested")
+        raise ValueError(
+            f"intervals.holm: p-values {np.round(p, 4).tolist()} found, expected numbers in [0, 1]; leave out what "
+            "was not tested"
+        )
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
@@ -63,15 +76,33 @@ def _paired(
     for name, frame in (("first", first), ("second", second)):
         absent = [column for column in ("speech_id", "verdict", by) if column not in frame.columns]
         if absent:
-            raise ValueError(f"comparing.compare_policies: {name} lacks {absent}, expected speech_id, verdict and {by}; join the speeches to the battles first")
+            raise ValueError(
+                f"intervals.compare_policies: {name} lacks {absent}, expected speech_id, verdict and {by}; join the "
+                "speeches to the battles first"
+            )
         if frame["speech_id"].duplicated().any():
-            raise ValueError(f"comparing.compare_policies: {name} has speech {frame.speech_id[frame.speech_id.duplicated()].iloc[0]!r} twice, "
-                             "expected one verdict a speech; filter by policy and setting, and read the battles with paper_verdicts or consistent_verdicts")
-        frames.append(pd.DataFrame({"speech_id": frame["speech_id"].array, "group": frame[by].array, name: _won(name, frame["verdict"])}))
+            raise ValueError(
+                f"intervals.compare_policies: {name} has speech "
+                f"{frame.speech_id[frame.speech_id.duplicated()].iloc[0]!r} twice, "
+                "expected one verdict a speech; filter by policy and setting, and read the battles with "
+                "paper_verdicts or consistent_verdicts"
+            )
+        frames.append(
+            pd.DataFrame(
+                {"speech_id": frame["speech_id"].array, "group": frame[by].array, name: _won(name, frame["verdict"])}
+            )
+        )
     both = frames[0].merge(frames[1].rename(columns={"group": "other"}), on="speech_id")
-    if both.empty or both[["group", "other"]].isna().any(axis=None) or (both["group"].astype(object) != both["other"].astype(object)).any():
-        raise ValueError(f"comparing.compare_policies: {len(both)} shared speeches found, some without {by} or with two, expected shared speeches of one {by} each; "
-                         "take both policies from one run")
+    if (
+        both.empty
+        or both[["group", "other"]].isna().any(axis=None)
+        or (both["group"].astype(object) != both["other"].astype(object)).any()
+    ):
+        raise ValueError(
+            f"intervals.compare_policies: {len(both)} shared speeches found, some without {by} or with two, expected "
+            f"shared speeches of one {by} each; "
+            "take both policies from one run"
+        )
     both.attrs.update(only_first=len(frames[0]) - len(both), only_second=len(frames[1]) - len(both))
     return both.drop(columns="other")
 
@@ -86,8 +117,16 @@ def _difference_row(
     "Compare two policies in one group."
     better_by = (part["first"] - part["second"]).to_numpy()
     low, high = mean_interval(np.column_stack([better_by, np.ones(len(better_by))]), samples, level, seed)
-    return dict(group=group, n=len(part), difference=100 * float(better_by.mean()), low=100 * low, high=100 * high,
-                better=int((better_by > 0).sum()), worse=int((better_by < 0).sum()), p=mcnemar(part["first"], part["second"]))
+    return dict(
+        group=group,
+        n=len(part),
+        difference=100 * float(better_by.mean()),
+        low=100 * low,
+        high=100 * high,
+        better=int((better_by > 0).sum()),
+        worse=int((better_by < 0).sum()),
+        p=mcnemar(part["first"], part["second"]),
+    )
 
 # %% ../../nbs/stats/02_intervals.ipynb #f88994ac
 def compare_policies(
@@ -101,7 +140,7 @@ def compare_policies(
     "Compare two policies on the speeches that both answered, by group and overall."
     import pandas as pd
 
-    checked_settings("comparing.compare_policies", samples, level)
+    checked_settings("intervals.compare_policies", samples, level)
     both = _paired(first, second, by)
     rows = [_difference_row(group, part, samples, level, seed) for group, part in both.groupby("group", observed=True)]
     overall = _difference_row("Overall", both, samples, level, seed)

@@ -35,13 +35,20 @@ def _fit(
         p = 1 / (1 + np.exp(-(theta + phi * bend)))
         left, spread = weights * (won - p), weights * p * (1 - p)
         slope, bent = left.sum(1, keepdims=True), (left * bend).sum(1, keepdims=True) - phi / PRIOR_SD**2
-        a, b, c = spread.sum(1, keepdims=True), (spread * bend).sum(1, keepdims=True), (spread * bend**2).sum(1, keepdims=True) + 1 / PRIOR_SD**2
+        a, b, c = (
+            spread.sum(1, keepdims=True),
+            (spread * bend).sum(1, keepdims=True),
+            (spread * bend**2).sum(1, keepdims=True) + 1 / PRIOR_SD**2,
+        )
         determinant = a * c - b * b
         steps = np.clip([(c * slope - b * bent) / determinant, (a * bent - b * slope) / determinant], -_CAP, _CAP)
         theta, phi = theta + steps[0], phi + steps[1]
         if np.abs(steps).max() < _CLOSE:
             return np.concatenate([theta, phi], axis=1)
-    raise ValueError(f"length_control: no solution after {_STEPS} steps, last {np.abs(steps).max():.2g}, expected fewer; look for extreme lengths or weights")
+    raise ValueError(
+        f"length_control: no solution after {_STEPS} steps, last {np.abs(steps).max():.2g}, expected fewer; look for "
+        "extreme lengths or weights"
+    )
 
 # %% ../../nbs/stats/04_length_control.ipynb #6897ac50
 def _checked(
@@ -51,15 +58,24 @@ def _checked(
     "Check outcomes and lengths, and bend the lengths."
     won, extra = np.asarray(wins, float), np.asarray(extra_words, float)
     if won.ndim != 1 or won.shape != extra.shape or len(won) == 0:
-        raise ValueError(f"length_control.length_controlled: {won.shape} wins and {extra.shape} lengths found, expected one of each for each battle; align them by row")
+        raise ValueError(
+            f"length_control.length_controlled: {won.shape} wins and {extra.shape} lengths found, expected one of "
+            "each for each battle; align them by row"
+        )
     if not (np.isfinite(extra).all() and ((won >= 0) & (won <= 1)).all()):
-        raise ValueError("length_control.length_controlled: a gap, or a win outside [0, 1] found, expected 1 for a win, else 0, and finite lengths; drop or mend those battles first")
+        raise ValueError(
+            "length_control.length_controlled: a gap, or a win outside [0, 1] found, expected 1 for a win, else 0, "
+            "and finite lengths; drop or mend those battles first"
+        )
     if not extra.any():
         return won, extra, extra
     spread = extra.std(ddof=1) if len(extra) > 1 else 0.0
     if spread < 1e-9 * np.abs(extra).max():
-        raise ValueError(f"length_control.length_controlled: extra length {extra[0]:g} found in all of {len(extra)} battles, expected different ones; "
-                         "length and winning cannot be told apart")
+        raise ValueError(
+            f"length_control.length_controlled: extra length {extra[0]:g} found in all of {len(extra)} battles, "
+            "expected different ones; "
+            "length and winning cannot be told apart"
+        )
     return won, extra, np.tanh(extra / spread)
 
 
@@ -72,11 +88,17 @@ def _resampled(
     clusters: np.ndarray,  # id of each row's speech, (n,)
     samples: int,  # number of resamples
     seed: int,  # of the resampling
-) -> tuple[np.ndarray, np.ndarray]:  # θ and φ with all weights 1 (half of it for the invented), (2,), and in each resample, (samples, 2)
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # θ and φ with all weights 1 (half of it for the invented), (2,), and in each resample, (samples, 2)
     "Refit with two invented half speeches at equal length, and then with random weights of speeches."
     ids, speech = np.unique(clusters, return_inverse=True)
     shape = np.append(np.ones(len(ids)), [0.5, 0.5])
-    won, bend, speech = np.append(won, [1.0, 0.0]), np.append(bend, [0.0, 0.0]), np.append(speech, [len(ids), len(ids) + 1])
+    won, bend, speech = (
+        np.append(won, [1.0, 0.0]),
+        np.append(bend, [0.0, 0.0]),
+        np.append(speech, [len(ids), len(ids) + 1]),
+    )
     rows = np.append(np.ones(len(clusters)), np.full(2, len(clusters) / len(ids)))
     draws, fits = np.maximum(np.random.default_rng(seed).standard_gamma(shape, size=(samples, len(shape))), _LEAST), []
     for chunk in np.array_split(draws, max(1, samples * len(won) // 2**22)):
@@ -108,16 +130,30 @@ def length_controlled(
     checked_settings("length_control.length_controlled", samples, level)
     won, extra, bend = _checked(wins, extra_words)
     if clusters is not None and len(clusters) != len(won):
-        raise ValueError(f"length_control.length_controlled: {len(clusters)} clusters for {len(won)} battles found, expected one each; align them by row")
+        raise ValueError(
+            f"length_control.length_controlled: {len(clusters)} clusters for {len(won)} battles found, expected one "
+            "each; align them by row"
+        )
     order = np.lexsort([extra, won]) if clusters is None else np.arange(len(won))
     ids = np.arange(len(won)) if clusters is None else np.asarray(clusters).astype(str)
-    theta, phi = _fit(won, bend, np.ones((1, len(won))))[0] if 0 < won.mean() < 1 else (np.inf * (won.mean() - 0.5), 0.0)
+    theta, phi = (
+        _fit(won, bend, np.ones((1, len(won))))[0] if 0 < won.mean() < 1 else (np.inf * (won.mean() - 0.5), 0.0)
+    )
     centre, draws = _resampled(won[order], bend[order], ids, samples, seed)
     controlled = 100 / (1 + np.exp(-theta))
     low, high = 100 / (1 + np.exp(-_corrected_interval(draws[:, 0], centre[0], level)))
     effect_low, effect_high = _corrected_interval(draws[:, 1], centre[1], level)
-    return dict(raw=100 * float(won.mean()), controlled=float(controlled), low=float(min(low, controlled)), high=float(max(high, controlled)),
-                longer=100 * float((extra > 0).mean()), length_effect=float(phi), effect_low=float(effect_low), effect_high=float(effect_high), n=len(won))
+    return dict(
+        raw=100 * float(won.mean()),
+        controlled=float(controlled),
+        low=float(min(low, controlled)),
+        high=float(max(high, controlled)),
+        longer=100 * float((extra > 0).mean()),
+        length_effect=float(phi),
+        effect_low=float(effect_low),
+        effect_high=float(effect_high),
+        n=len(won),
+    )
 
 # %% ../../nbs/stats/04_length_control.ipynb #4b323331
 _KEYS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
@@ -130,8 +166,15 @@ def _outcome(
     "Read a preference as the model's win."
     if preference is None or preference != preference:
         return np.nan
-    if isinstance(preference, bool) or not isinstance(preference, (int, float)) or not (preference == 0 or 1 <= preference <= 2):
-        raise StudyError(f"{place}: preference {preference!r} found, expected a number from 1 to 2, 0 for an old draw, or null; is the file AlpacaEval's?")
+    if (
+        isinstance(preference, bool)
+        or not isinstance(preference, (int, float))
+        or not (preference == 0 or 1 <= preference <= 2)
+    ):
+        raise StudyError(
+            f"{place}: preference {preference!r} found, expected a number from 1 to 2, 0 for an old draw, or null; is "
+            "the file AlpacaEval's?"
+        )
     return 0.5 if preference == 0 else float(preference) - 1
 
 
@@ -144,9 +187,14 @@ def alpaca_battles(
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: not read as JSON ({error}), expected AlpacaEval's annotations.json; check the path") from None
+        raise StudyError(
+            f"{path}: not read as JSON ({error}), expected AlpacaEval's annotations.json; check the path"
+        ) from None
     if not isinstance(found, list) or not found:
-        raise StudyError(f"{path}: {type(found).__name__} of {len(found) if hasattr(found, '__len__') else 1} found, expected a list of annotations; pass annotations.json, not the leaderboard")
+        raise StudyError(
+            f"{path}: {type(found).__name__} of {len(found) if hasattr(found, '__len__') else 1} found, expected a "
+            "list of annotations; pass annotations.json, not the leaderboard"
+        )
     rows = [_battle_row(f"{path}, annotation {i}", annotation) for i, annotation in enumerate(found)]
     frame = pd.DataFrame(rows)
     battles = frame.dropna(subset=["wins"]).reset_index(drop=True)
@@ -161,13 +209,23 @@ def _battle_row(
     "Read one annotation."
     absent = [key for key in _KEYS if not isinstance(annotation, dict) or key not in annotation]
     if absent:
-        raise StudyError(f"{place}: {absent} not found, expected {', '.join(_KEYS)}; pass annotations.json, not model outputs")
+        raise StudyError(
+            f"{place}: {absent} not found, expected {', '.join(_KEYS)}; pass annotations.json, not model outputs"
+        )
     ours, theirs = annotation["output_2"], annotation["output_1"]
     if not (isinstance(ours, str) and isinstance(theirs, str)):
         raise StudyError(f"{place}: an output is no text, expected two answers; drop that annotation")
     words = len(ours.split())
-    return dict(instruction=annotation["instruction"], policy=annotation["generator_2"], reference=annotation["generator_1"], wins=_outcome(place, annotation["preference"]),
-                words=words, extra_words=words - len(theirs.split()), extra_characters=len(ours) - len(theirs), annotator=annotation.get("annotator", ""))
+    return dict(
+        instruction=annotation["instruction"],
+        policy=annotation["generator_2"],
+        reference=annotation["generator_1"],
+        wins=_outcome(place, annotation["preference"]),
+        words=words,
+        extra_words=words - len(theirs.split()),
+        extra_characters=len(ours) - len(theirs),
+        annotator=annotation.get("annotator", ""),
+    )
 
 # %% ../../nbs/stats/04_length_control.ipynb #7deb2a5b
 def leaderboard(
@@ -182,7 +240,10 @@ def leaderboard(
 
     absent = [name for name in ("policy", "wins", "instruction", "words", length) if name not in battles.columns]
     if absent or battles.empty:
-        raise ValueError(f"length_control.leaderboard: {len(battles)} battles without {absent} found, expected battles as of alpaca_battles; check the file")
+        raise ValueError(
+            f"length_control.leaderboard: {len(battles)} battles without {absent} found, expected battles as of "
+            "alpaca_battles; check the file"
+        )
     rows = []
     for policy, part in battles.groupby("policy", sort=False):
         found = length_controlled(part["wins"], part[length], part["instruction"].to_numpy(), samples, level, seed)

@@ -14,8 +14,8 @@ import numpy as np
 
 # %% ../../nbs/stats/00_scores.ipynb #fadc34a0
 def _missing(
-    array: np.ndarray, # any dtype, (n,)
-) -> np.ndarray: # positions of None, NaN and NA, (m,)
+    array: np.ndarray,  # any dtype, (n,)
+) -> np.ndarray:  # positions of None, NaN and NA, (m,)
     "Find the missing values of a column."
     if array.dtype.kind == "f":
         return np.flatnonzero(np.isnan(array))
@@ -26,57 +26,71 @@ def _missing(
 
 # %% ../../nbs/stats/00_scores.ipynb #eeba3366
 def _columns(
-    where: str, # function that asks, for the message
-    **columns, # name → sequence of n values
-) -> list: # one array (n,) for each column
+    where: str,  # function that asks, for the message
+    **columns,  # name → sequence of n values
+) -> list:  # one array (n,) for each column
     "Check that the columns can be compared row by row."
     arrays = [np.asarray(column) for column in columns.values()]
     for name, array in zip(columns, arrays):
         if array.ndim != 1:
-            raise ValueError(f"metrics.{where}: {name} has shape {array.shape}, expected one dimension; pass one value for each item")
+            raise ValueError(
+                f"scores.{where}: {name} has shape {array.shape}, expected one dimension; pass one value for each item"
+            )
     lengths = {name: len(array) for name, array in zip(columns, arrays)}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"metrics.{where}: lengths differ {lengths}, expected one value for each item in all; align the rows by id first")
+        raise ValueError(
+            f"scores.{where}: lengths differ {lengths}, expected one value for each item in all; align the rows by "
+            "id first"
+        )
     if len(arrays[0]) == 0:
-        raise ValueError(f"metrics.{where}: {', '.join(columns)} found empty, expected at least one item; check the filter before the call")
+        raise ValueError(
+            f"scores.{where}: {', '.join(columns)} found empty, expected at least one item; check the filter before "
+            "the call"
+        )
     for name, array in zip(columns, arrays):
         if len(gaps := _missing(array)):
-            raise ValueError(f"metrics.{where}: {name} has {len(gaps)} missing, first at row {gaps[0]}, "
-                             "expected none; drop and count those items first")
+            raise ValueError(
+                f"scores.{where}: {name} has {len(gaps)} missing, first at row {gaps[0]}, "
+                "expected none; drop and count those items first"
+            )
     return arrays
 
 # %% ../../nbs/stats/00_scores.ipynb #e80b9791
 def _numbers(
-    where: str, # function that asks, for the message
-    **columns, # name → n finite numbers
-) -> list: # one float array (n,) for each column
+    where: str,  # function that asks, for the message
+    **columns,  # name → n finite numbers
+) -> list:  # one float array (n,) for each column
     "Check that the columns hold finite numbers."
     arrays = _columns(where, **columns)
     for name, array in zip(columns, arrays):
         if array.dtype.kind not in "biuf":
-            raise ValueError(f"metrics.{where}: {name} found as {array.dtype}, expected numbers; convert the column first")
+            raise ValueError(
+                f"scores.{where}: {name} found as {array.dtype}, expected numbers; convert the column first"
+            )
         if not np.isfinite(array).all():
             row = np.flatnonzero(~np.isfinite(array))[0]
-            raise ValueError(f"metrics.{where}: {name} is {array[row]} at row {row}, "
-                             "expected finite numbers; look for an overflow in the model")
+            raise ValueError(
+                f"scores.{where}: {name} is {array[row]} at row {row}, "
+                "expected finite numbers; look for an overflow in the model"
+            )
     return [array.astype(float) for array in arrays]
 
 # %% ../../nbs/stats/00_scores.ipynb #0f6056e4
 def preference_probability(
-    chosen_scores: np.ndarray, # reward of the response named first, (n,), any real unit
-    rejected_scores: np.ndarray, # reward of the response named second, (n,), same unit
-) -> np.ndarray: # σ(r1 − r2), (n,), in [0, 1] (§4.1)
+    chosen_scores: np.ndarray,  # reward of the response named first, (n,), any real unit
+    rejected_scores: np.ndarray,  # reward of the response named second, (n,), same unit
+) -> np.ndarray:  # σ(r1 − r2), (n,), in [0, 1] (§4.1)
     "Return the Bradley-Terry probability that the first response is preferred."
     first, second = _numbers("preference_probability", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     return np.exp(-np.logaddexp(0.0, second - first))
 
 # %% ../../nbs/stats/00_scores.ipynb #d6d20447
 def presented_pairs(
-    chosen: np.ndarray, # reward of the chosen response, (n,)
-    rejected: np.ndarray, # reward of the rejected response, (n,)
-    form: str = "mirrored", # "mirrored": both orders; "randomised": one order for each pair, drawn from `seed`
-    seed: int = 0, # used by "randomised" only
-) -> tuple: # (reward of the first, reward of the second, label 1 if the first was chosen), each (2n,) or (n,)
+    chosen: np.ndarray,  # reward of the chosen response, (n,)
+    rejected: np.ndarray,  # reward of the rejected response, (n,)
+    form: str = "mirrored",  # "mirrored": both orders; "randomised": one order for each pair, drawn from `seed`
+    seed: int = 0,  # used by "randomised" only
+) -> tuple:  # (reward of the first, reward of the second, label 1 if the first was chosen), each (2n,) or (n,)
     "Put each pair in an order and label whether the first response was chosen."
     chosen, rejected = _numbers("presented_pairs", chosen=chosen, rejected=rejected)
     if form == "mirrored":
@@ -85,125 +99,150 @@ def presented_pairs(
     if form == "randomised":
         label = np.random.default_rng(seed).integers(0, 2, size=len(chosen))
         return np.where(label == 1, chosen, rejected), np.where(label == 1, rejected, chosen), label
-    raise ValueError(f"metrics.presented_pairs: form {form!r} found, expected 'mirrored' or 'randomised'; correct the name")
+    raise ValueError(
+        f"scores.presented_pairs: form {form!r} found, expected 'mirrored' or 'randomised'; correct the name"
+    )
 
 # %% ../../nbs/stats/00_scores.ipynb #fe2d7096
 def accuracy(
-    chosen: np.ndarray, # reward of the chosen response, (n,)
-    rejected: np.ndarray, # reward of the rejected response, (n,)
-) -> float: # fraction of pairs ranked as labelled, in [0, 1]; ties lose (Table 1)
+    chosen: np.ndarray,  # reward of the chosen response, (n,)
+    rejected: np.ndarray,  # reward of the rejected response, (n,)
+) -> float:  # fraction of pairs ranked as labelled, in [0, 1]; ties lose (Table 1)
     "Return the share of pairs in which the chosen response scores strictly higher."
     chosen, rejected = _numbers("accuracy", chosen=chosen, rejected=rejected)
     return float(np.mean(chosen > rejected))
 
 # %% ../../nbs/stats/00_scores.ipynb #723727f2
 def _binary(
-    where: str, # function that asks, for the message
-    label: np.ndarray, # values to check, (n,)
-    name: str = "label", # name of the column, for the message
-) -> np.ndarray: # the same values, (n,), 0 or 1
+    where: str,  # function that asks, for the message
+    label: np.ndarray,  # values to check, (n,)
+    name: str = "label",  # name of the column, for the message
+) -> np.ndarray:  # the same values, (n,), 0 or 1
     "Check that a column holds only 0 and 1."
     outside = np.flatnonzero(~np.isin(label, (0, 1)))
     if len(outside):
         row = outside[0]
-        raise ValueError(f"metrics.{where}: {name} {label[row]:g} at row {row}, expected 0 or 1; code yes as 1 and no as 0")
+        raise ValueError(
+            f"scores.{where}: {name} {label[row]:g} at row {row}, expected 0 or 1; code yes as 1 and no as 0"
+        )
     return label.astype(int)
 
 # %% ../../nbs/stats/00_scores.ipynb #d923e098
 def roc_auc(
-    score: np.ndarray, # probability or margin, higher for positives, (n,)
-    label: np.ndarray, # 1 if the first response was chosen, else 0, (n,)
-) -> float: # area under the ROC curve, in [0, 1]; ties count half (Table 1)
+    score: np.ndarray,  # probability or margin, higher for positives, (n,)
+    label: np.ndarray,  # 1 if the first response was chosen, else 0, (n,)
+) -> float:  # area under the ROC curve, in [0, 1]; ties count half (Table 1)
     "Return the chance that a positive scores above a negative."
     score, label = _numbers("roc_auc", score=score, label=label)
     label = _binary("roc_auc", label)
     if len(set(label.tolist())) < 2:
-        raise ValueError(f"metrics.roc_auc: all labels are {label[0]}, expected both 0 and 1; present the pairs in both orders")
+        raise ValueError(
+            f"scores.roc_auc: all labels are {label[0]}, expected both 0 and 1; present the pairs in both orders"
+        )
     from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(label, score))
 
 # %% ../../nbs/stats/00_scores.ipynb #bf062cab
 def _forecast(
-    where: str, # function that asks, for the message
-    probability: np.ndarray, # forecast, (n,)
-    label: np.ndarray, # outcome, (n,)
-) -> tuple: # (probability in [0, 1], label 0 or 1), each (n,)
+    where: str,  # function that asks, for the message
+    probability: np.ndarray,  # forecast, (n,)
+    label: np.ndarray,  # outcome, (n,)
+) -> tuple:  # (probability in [0, 1], label 0 or 1), each (n,)
     "Check a column of probabilities against its column of outcomes."
     probability, label = _numbers(where, probability=probability, label=label)
     outside = np.flatnonzero((probability < 0) | (probability > 1))
     if len(outside):
         row = outside[0]
-        raise ValueError(f"metrics.{where}: probability {probability[row]:g} at row {row}, expected [0, 1]; pass σ(margin), not the margin")
+        raise ValueError(
+            f"scores.{where}: probability {probability[row]:g} at row {row}, expected [0, 1]; pass σ(margin), not "
+            "the margin"
+        )
     return probability, _binary(where, label)
 
 # %% ../../nbs/stats/00_scores.ipynb #406e3768
 def brier_score(
-    probability: np.ndarray, # forecast that the first response was chosen, (n,), in [0, 1]
-    label: np.ndarray, # 1 if it was, else 0, (n,)
-) -> float: # mean squared error of the forecast, in [0, 1], lower is better (Table 1)
+    probability: np.ndarray,  # forecast that the first response was chosen, (n,), in [0, 1]
+    label: np.ndarray,  # 1 if it was, else 0, (n,)
+) -> float:  # mean squared error of the forecast, in [0, 1], lower is better (Table 1)
     "Return the mean squared distance between forecast and outcome."
     probability, label = _forecast("brier_score", probability, label)
     from sklearn.metrics import brier_score_loss
+
     return float(brier_score_loss(label, probability, pos_label=1))
 
 # %% ../../nbs/stats/00_scores.ipynb #c53d0254
 def _bin_totals(
-    probability: np.ndarray, # forecast, (n,), in [0, 1]
-    label: np.ndarray, # outcome, (n,), 0 or 1
-    bins: int, # number of equal-width bins
-    where: str, # function that asks, for the message
-) -> tuple: # (edges (bins+1,), count, sum of forecasts, sum of outcomes, each (bins,))
+    probability: np.ndarray,  # forecast, (n,), in [0, 1]
+    label: np.ndarray,  # outcome, (n,), 0 or 1
+    bins: int,  # number of equal-width bins
+    where: str,  # function that asks, for the message
+) -> tuple:  # (edges (bins+1,), count, sum of forecasts, sum of outcomes, each (bins,))
     "Sum forecasts and outcomes in bins of equal width."
     probability, label = _forecast(where, probability, label)
     if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 1:
-        raise ValueError(f"metrics.{where}: bins={bins!r} found, expected a whole number of at least 1; use 5, 10 or 15")
+        raise ValueError(f"scores.{where}: bins={bins!r} found, expected a whole number of at least 1; use 5, 10 or 15")
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.searchsorted(edges[1:-1], probability)
-    totals = [np.bincount(bin_of, weights=weights, minlength=bins) for weights in (np.ones(len(label)), probability, label)]
+    totals = [
+        np.bincount(bin_of, weights=weights, minlength=bins) for weights in (np.ones(len(label)), probability, label)
+    ]
     return edges, *totals
 
 # %% ../../nbs/stats/00_scores.ipynb #c0a0315e
 def expected_calibration_error(
-    probability: np.ndarray, # forecast of the positive class, (n,), in [0, 1]
-    label: np.ndarray, # 1 if the first response was chosen, else 0, (n,)
-    bins: int = 10, # number of equal-width bins (not given in the paper)
-) -> float: # weighted mean gap between frequency and forecast, in [0, 1], lower is better (Table 1)
+    probability: np.ndarray,  # forecast of the positive class, (n,), in [0, 1]
+    label: np.ndarray,  # 1 if the first response was chosen, else 0, (n,)
+    bins: int = 10,  # number of equal-width bins (not given in the paper)
+) -> float:  # weighted mean gap between frequency and forecast, in [0, 1], lower is better (Table 1)
     "Return the expected calibration error over bins of equal width."
     _, count, forecast, outcome = _bin_totals(probability, label, bins, "expected_calibration_error")
     return float(np.abs(outcome - forecast).sum() / count.sum())
 
 # %% ../../nbs/stats/00_scores.ipynb #a0740bd2
 def reliability_bins(
-    probability: np.ndarray, # forecast of the positive class, (n,), in [0, 1]
-    label: np.ndarray, # 1 if the first response was chosen, else 0, (n,)
-    bins: int = 10, # number of equal-width bins
-) -> "pd.DataFrame": # one row for each bin: low, high, mean_probability, frequency, count; NaN where the bin is empty
+    probability: np.ndarray,  # forecast of the positive class, (n,), in [0, 1]
+    label: np.ndarray,  # 1 if the first response was chosen, else 0, (n,)
+    bins: int = 10,  # number of equal-width bins
+) -> "pd.DataFrame":  # one row for each bin: low, high, mean_probability, frequency, count; NaN where the bin is empty
     "Tabulate mean forecast and observed frequency for each bin."
     import pandas as pd
+
     edges, count, forecast, outcome = _bin_totals(probability, label, bins, "reliability_bins")
     filled = np.where(count > 0, count, np.nan)
-    return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], mean_probability=forecast / filled,
-                             frequency=outcome / filled, count=count.astype(int)))
+    return pd.DataFrame(
+        dict(
+            low=edges[:-1],
+            high=edges[1:],
+            mean_probability=forecast / filled,
+            frequency=outcome / filled,
+            count=count.astype(int),
+        )
+    )
 
 # %% ../../nbs/stats/00_scores.ipynb #da002c01
 def pairwise_metrics(
-    chosen: np.ndarray, # reward of the chosen response, (n,)
-    rejected: np.ndarray, # reward of the rejected response, (n,)
-    bins: int = 10, # bins of the ECE
-    form: str = "mirrored", # order of the responses: "mirrored" or "randomised"
-    seed: int = 0, # used by "randomised" only
-) -> dict: # accuracy, auc, ece, brier (fractions in [0, 1]) and n (number of pairs) (Table 1)
+    chosen: np.ndarray,  # reward of the chosen response, (n,)
+    rejected: np.ndarray,  # reward of the rejected response, (n,)
+    bins: int = 10,  # bins of the ECE
+    form: str = "mirrored",  # order of the responses: "mirrored" or "randomised"
+    seed: int = 0,  # used by "randomised" only
+) -> dict:  # accuracy, auc, ece, brier (fractions in [0, 1]) and n (number of pairs) (Table 1)
     "Return the four numbers of Table 1 for one reward model."
     first, second, label = presented_pairs(chosen, rejected, form, seed)
     probability = preference_probability(first, second)
-    return dict(accuracy=accuracy(chosen, rejected), auc=roc_auc(first - second, label),
-                ece=expected_calibration_error(probability, label, bins),
-                brier=brier_score(probability, label), n=len(chosen))
+    return dict(
+        accuracy=accuracy(chosen, rejected),
+        auc=roc_auc(first - second, label),
+        ece=expected_calibration_error(probability, label, bins),
+        brier=brier_score(probability, label),
+        n=len(chosen),
+    )
 
 # %% ../../nbs/stats/00_scores.ipynb #03b41dbb
 def _cluster_index(
-    clusters: np.ndarray, # id of each row's cluster, (n,)
-) -> tuple: # (rows sorted by cluster (n,), where each cluster starts (k,), its number of rows (k,))
+    clusters: np.ndarray,  # id of each row's cluster, (n,)
+) -> tuple:  # (rows sorted by cluster (n,), where each cluster starts (k,), its number of rows (k,))
     "Sort the rows by cluster."
     _, cluster_of = np.unique(clusters, return_inverse=True)
     count = np.bincount(cluster_of)
@@ -211,11 +250,11 @@ def _cluster_index(
 
 # %% ../../nbs/stats/00_scores.ipynb #dd8ec18b
 def _draw_rows(
-    rng: np.random.Generator, # source of chance
-    order: np.ndarray, # rows sorted by cluster, (n,)
-    start: np.ndarray, # where each cluster starts in `order`, (k,)
-    count: np.ndarray, # rows of each cluster, (k,)
-) -> np.ndarray: # rows of k clusters drawn with replacement, (about n,)
+    rng: np.random.Generator,  # source of chance
+    order: np.ndarray,  # rows sorted by cluster, (n,)
+    start: np.ndarray,  # where each cluster starts in `order`, (k,)
+    count: np.ndarray,  # rows of each cluster, (k,)
+) -> np.ndarray:  # rows of k clusters drawn with replacement, (about n,)
     "Draw as many clusters as there are, with replacement, and list their rows."
     drawn = rng.integers(len(start), size=len(start))
     size = count[drawn]
@@ -224,62 +263,76 @@ def _draw_rows(
 
 # %% ../../nbs/stats/00_scores.ipynb #1a0851fd
 def _bootstrap_settings(
-    samples: int, # number of resamples
-    level: float, # coverage
-    columns: tuple, # arrays to resample
-) -> None: # raises on a setting that cannot work
+    samples: int,  # number of resamples
+    level: float,  # coverage
+    columns: tuple,  # arrays to resample
+) -> None:  # raises on a setting that cannot work
     "Check the settings of the bootstrap."
     if not isinstance(samples, (int, np.integer)) or samples < 1:
-        raise ValueError(f"metrics.bootstrap: samples={samples!r} found, expected a whole number of at least 1; use 1000 for a table")
+        raise ValueError(
+            f"scores.bootstrap: samples={samples!r} found, expected a whole number of at least 1; use 1000 for a table"
+        )
     if not 0 < level < 1:
-        raise ValueError(f"metrics.bootstrap: level={level!r} found, expected a number between 0 and 1; write 95% as 0.95")
+        raise ValueError(
+            f"scores.bootstrap: level={level!r} found, expected a number between 0 and 1; write 95% as 0.95"
+        )
     if not columns:
-        raise ValueError("metrics.bootstrap: no column found, expected at least one after the statistic; pass the arrays to resample")
+        raise ValueError(
+            "scores.bootstrap: no column found, expected at least one after the statistic; pass the arrays to resample"
+        )
 
 # %% ../../nbs/stats/00_scores.ipynb #c5bb8656
 def bootstrap(
-    statistic, # function of the resampled columns that returns one number
-    *columns, # arrays of n rows, resampled together
-    clusters: np.ndarray = None, # id of each row's speech, (n,); None: each row for itself
-    samples: int = 1000, # number of resamples
-    level: float = 0.95, # coverage, in (0, 1)
-    seed: int = 0, # seed of the resampling
-) -> tuple: # (low, high), in the unit of the statistic
+    statistic,  # function of the resampled columns that returns one number
+    *columns,  # arrays of n rows, resampled together
+    clusters: np.ndarray = None,  # id of each row's speech, (n,); None: each row for itself
+    samples: int = 1000,  # number of resamples
+    level: float = 0.95,  # coverage, in (0, 1)
+    seed: int = 0,  # seed of the resampling
+) -> tuple:  # (low, high), in the unit of the statistic
     "Return a percentile bootstrap interval by resampling whole clusters."
     _bootstrap_settings(samples, level, columns)
     arrays = _columns("bootstrap", **{f"column_{i}": column for i, column in enumerate(columns)})
-    ids = np.arange(len(arrays[0])) if clusters is None else _columns("bootstrap", column_0=arrays[0], clusters=clusters)[1]
+    ids = (
+        np.arange(len(arrays[0]))
+        if clusters is None
+        else _columns("bootstrap", column_0=arrays[0], clusters=clusters)[1]
+    )
     index = _cluster_index(ids)
     if len(index[1]) < 2:
-        raise ValueError("metrics.bootstrap: 1 cluster found, expected at least 2; report the value without an interval")
+        raise ValueError("scores.bootstrap: 1 cluster found, expected at least 2; report the value without an interval")
     rng = np.random.default_rng(seed)
     resamples = (_draw_rows(rng, *index) for _ in range(samples))
     values = np.array([float(statistic(*(array[rows] for array in arrays))) for rows in resamples])
     if len(gaps := _missing(values)):
-        raise ValueError(f"metrics.bootstrap: {len(gaps)} of {samples} resamples gave NaN, "
-                         "expected a number from each; use a statistic defined on every resample")
+        raise ValueError(
+            f"scores.bootstrap: {len(gaps)} of {samples} resamples gave NaN, "
+            "expected a number from each; use a statistic defined on every resample"
+        )
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 # %% ../../nbs/stats/00_scores.ipynb #6e61f8a1
 def paired_difference(
-    a_values: np.ndarray, # value of model a on each item, (n,), e.g. 1 for a win
-    b_values: np.ndarray, # value of model b on the same items in the same order, (n,)
-    clusters: np.ndarray = None, # id of each item's speech, (n,); None: each item for itself
-    samples: int = 1000, # number of resamples
-    level: float = 0.95, # coverage, in (0, 1)
-    seed: int = 0, # seed of the resampling
-) -> tuple: # (mean of a − b, low, high), in the unit of the values
+    a_values: np.ndarray,  # value of model a on each item, (n,), e.g. 1 for a win
+    b_values: np.ndarray,  # value of model b on the same items in the same order, (n,)
+    clusters: np.ndarray = None,  # id of each item's speech, (n,); None: each item for itself
+    samples: int = 1000,  # number of resamples
+    level: float = 0.95,  # coverage, in (0, 1)
+    seed: int = 0,  # seed of the resampling
+) -> tuple:  # (mean of a − b, low, high), in the unit of the values
     "Return the mean difference of two models on the same items, with its interval."
     a_values, b_values = _numbers("paired_difference", a_values=a_values, b_values=b_values)
     difference = a_values - b_values
-    return float(difference.mean()), *bootstrap(np.mean, difference, clusters=clusters, samples=samples, level=level, seed=seed)
+    return float(difference.mean()), *bootstrap(
+        np.mean, difference, clusters=clusters, samples=samples, level=level, seed=seed
+    )
 
 # %% ../../nbs/stats/00_scores.ipynb #df582648
 def mcnemar(
-    correct_a: np.ndarray, # 1 where model a is right, else 0, (n,)
-    correct_b: np.ndarray, # 1 where model b is right on the same item, else 0, (n,)
-) -> float: # two-sided exact binomial p-value, in (0, 1]; 1 if they never disagree
+    correct_a: np.ndarray,  # 1 where model a is right, else 0, (n,)
+    correct_b: np.ndarray,  # 1 where model b is right on the same item, else 0, (n,)
+) -> float:  # two-sided exact binomial p-value, in (0, 1]; 1 if they never disagree
     "Return McNemar's exact p-value for two models on the same items."
     right_a, right_b = _numbers("mcnemar", correct_a=correct_a, correct_b=correct_b)
     right_a, right_b = _binary("mcnemar", right_a, "correct_a"), _binary("mcnemar", right_b, "correct_b")
@@ -287,6 +340,7 @@ def mcnemar(
     if only_a + only_b == 0:
         return 1.0
     from scipy.stats import binomtest
+
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 # %% ../../nbs/stats/00_scores.ipynb #27ecdb0c
@@ -297,7 +351,9 @@ def checked_settings(
 ) -> None:  # raises on a setting that cannot work
     "Check the settings of an interval."
     if not isinstance(samples, (int, np.integer)) or isinstance(samples, bool) or samples < 1:
-        raise ValueError(f"{where}: samples={samples!r} found, expected a whole number of at least 1; use 1000 for a table")
+        raise ValueError(
+            f"{where}: samples={samples!r} found, expected a whole number of at least 1; use 1000 for a table"
+        )
     if not 0 < level < 1:
         raise ValueError(f"{where}: level={level!r} found, expected a number between 0 and 1; write 95% as 0.95")
 
@@ -328,9 +384,14 @@ def cluster_totals(
         return values
     clusters = np.asarray(clusters)
     if clusters.shape != (len(values),):
-        raise ValueError(f"{where}: clusters of shape {clusters.shape} found, expected one id for each of {len(values)} rows; align them by row")
+        raise ValueError(
+            f"{where}: clusters of shape {clusters.shape} found, expected one id for each of {len(values)} rows; "
+            "align them by row"
+        )
     if clusters.dtype.kind in "fO" and any(name is None or name != name for name in clusters.tolist()):
-        raise ValueError(f"{where}: a row without its cluster found, expected the id of a speech in each; join the speeches again")
+        raise ValueError(
+            f"{where}: a row without its cluster found, expected the id of a speech in each; join the speeches again"
+        )
     ids, speech = np.unique(clusters.astype(str) if clusters.dtype.kind == "O" else clusters, return_inverse=True)
     totals = np.zeros((len(ids), values.shape[1]))
     np.add.at(totals, speech, values)
@@ -352,10 +413,12 @@ def mean_interval(
     if np.array_equal(np.abs(totals[:, 0]), np.full(len(totals), rows)):
         low, high = 2 * _beta_quantiles((totals[:, 0] > 0).sum(), (totals[:, 0] < 0).sum(), tails) - 1
         return float(min(low, value)), float(max(high, value))
+
     def drawn(side: int) -> tuple[float, float]:  # interval of side * value
         total, count = weighted_totals(totals * [side, 1], [[rows, rows], [-rows, rows]], max(samples, FEWEST), seed).T
         low, high = np.quantile(total / count, tails)
         return float(min(low, side * value)), float(max(high, side * value))
+
     if value == 0:  # no side is ahead: both are drawn, and met in the middle
         (low, high), (lower, higher) = drawn(1), drawn(-1)
         return (low - higher) / 2, (high - lower) / 2
@@ -382,52 +445,59 @@ def win_interval(
     seed: int = 0,  # of the resampling
 ) -> tuple[float, float]:  # (low, high) in percent, in [0, 100]
     "Return an interval for a share of rows, by speech, that holds near 0 and 100 and for few speeches."
-    checked_settings("metrics.win_interval", samples, level)
+    checked_settings("scores.win_interval", samples, level)
     wins = np.asarray(wins)
     if wins.ndim != 1 or not np.isin(wins, (0, 1)).all():
-        raise ValueError("metrics.win_interval: wins hold something other than 0 and 1, expected one of them for each row; pass verdict == 'win'")
-    totals = cluster_totals("metrics.win_interval", np.column_stack([2.0 * wins - 1, np.ones(len(wins))]), clusters)
+        raise ValueError(
+            "scores.win_interval: wins hold something other than 0 and 1, expected one of them for each row; pass "
+            "verdict == 'win'"
+        )
+    totals = cluster_totals("scores.win_interval", np.column_stack([2.0 * wins - 1, np.ones(len(wins))]), clusters)
     low, high = mean_interval(totals, samples, level, seed)
     return 50 + 50 * low, 50 + 50 * high
 
 # %% ../../nbs/stats/00_scores.ipynb #d00a567a
-VERDICTS = ("win", "loss", "tie") # from the policy's side
+VERDICTS = ("win", "loss", "tie")  # from the policy's side
 
 # %% ../../nbs/stats/00_scores.ipynb #24adb5e9
 def _verdicts(
-    where: str, # function that asks, for the message
-    **columns, # name → n verdicts
-) -> list: # one array (n,) of "win", "loss", "tie" for each column
+    where: str,  # function that asks, for the message
+    **columns,  # name → n verdicts
+) -> list:  # one array (n,) of "win", "loss", "tie" for each column
     "Check that the columns hold only known verdicts."
     arrays = _columns(where, **columns)
     for name, array in zip(columns, arrays):
-        unknown = [(row, word) for row, word in enumerate(array.tolist()) if not (isinstance(word, str) and word in VERDICTS)]
+        unknown = [
+            (row, word) for row, word in enumerate(array.tolist()) if not (isinstance(word, str) and word in VERDICTS)
+        ]
         if unknown:
             row, word = unknown[0]
-            raise ValueError(f"metrics.{where}: {name} {word!r} at row {row}, "
-                             "expected 'win', 'loss' or 'tie'; map the judge's answer to the policy's side first")
+            raise ValueError(
+                f"scores.{where}: {name} {word!r} at row {row}, "
+                "expected 'win', 'loss' or 'tie'; map the judge's answer to the policy's side first"
+            )
     return arrays
 
 # %% ../../nbs/stats/00_scores.ipynb #b67bc396
 def verdict_counts(
-    verdicts: list, # "win", "loss" or "tie" for the policy, (n,)
-) -> dict: # win, loss, tie (counts) and n (their sum)
+    verdicts: list,  # "win", "loss" or "tie" for the policy, (n,)
+) -> dict:  # win, loss, tie (counts) and n (their sum)
     "Count wins, losses and ties."
     [verdicts] = _verdicts("verdict_counts", verdicts=verdicts)
     return {word: int(np.sum(verdicts == word)) for word in VERDICTS} | dict(n=len(verdicts))
 
 # %% ../../nbs/stats/00_scores.ipynb #deff8ce5
 def win_rate(
-    verdicts: list, # "win", "loss" or "tie" for the policy, (n,)
-) -> float: # wins in percent of all battles, in [0, 100]; ties are no wins (§4.2)
+    verdicts: list,  # "win", "loss" or "tie" for the policy, (n,)
+) -> float:  # wins in percent of all battles, in [0, 100]; ties are no wins (§4.2)
     "Return the percentage of battles that the policy wins."
     [verdicts] = _verdicts("win_rate", verdicts=verdicts)
     return float(100 * np.mean(verdicts == "win"))
 
 # %% ../../nbs/stats/00_scores.ipynb #163fa4f5
 def opposite(
-    verdicts: list, # verdicts from one side, (n,)
-) -> np.ndarray: # the same verdicts from the other side, (n,)
+    verdicts: list,  # verdicts from one side, (n,)
+) -> np.ndarray:  # the same verdicts from the other side, (n,)
     "Tell each verdict from the other side."
     [verdicts] = _verdicts("opposite", verdicts=verdicts)
     other = dict(win="loss", loss="win", tie="tie")
@@ -435,41 +505,43 @@ def opposite(
 
 # %% ../../nbs/stats/00_scores.ipynb #e0eb0ecc
 def swap_consistent(
-    verdict_forward: list, # policy's response shown first, told from the policy's side, (n,)
-    verdict_backward: list, # policy's response shown second, told from the policy's side, (n,)
-) -> np.ndarray: # the verdict on which both orders agree, else "tie", (n,)
+    verdict_forward: list,  # policy's response shown first, told from the policy's side, (n,)
+    verdict_backward: list,  # policy's response shown second, told from the policy's side, (n,)
+) -> np.ndarray:  # the verdict on which both orders agree, else "tie", (n,)
     "Keep a verdict only if it survives swapping the responses."
     forward, backward = _verdicts("swap_consistent", verdict_forward=verdict_forward, verdict_backward=verdict_backward)
     return np.where(forward == backward, forward, "tie").astype(str)
 
 # %% ../../nbs/stats/00_scores.ipynb #35f23bcf
 def flip_rate(
-    verdict_forward: list, # policy's response shown first, told from the policy's side, (n,)
-    verdict_backward: list, # policy's response shown second, told from the policy's side, (n,)
-) -> float: # battles whose verdict changes with the order, in percent, in [0, 100]
+    verdict_forward: list,  # policy's response shown first, told from the policy's side, (n,)
+    verdict_backward: list,  # policy's response shown second, told from the policy's side, (n,)
+) -> float:  # battles whose verdict changes with the order, in percent, in [0, 100]
     "Return the percentage of verdicts that change when the responses are swapped."
     forward, backward = _verdicts("flip_rate", verdict_forward=verdict_forward, verdict_backward=verdict_backward)
     return float(100 * np.mean(forward != backward))
 
 # %% ../../nbs/stats/00_scores.ipynb #d43d41f6
 def _battle_columns(
-    battles: "pd.DataFrame", # one row for each verdict
-    by: str, # column of the groups
-) -> None: # raises on a missing column, value or unknown verdict
+    battles: "pd.DataFrame",  # one row for each verdict
+    by: str,  # column of the groups
+) -> None:  # raises on a missing column, value or unknown verdict
     "Check that the battles can be tabulated."
     absent = [name for name in ("speech_id", "verdict", by) if name not in battles.columns]
     if absent:
-        raise ValueError(f"metrics.win_rate_table: columns {absent} not found, "
-                         f"expected speech_id, verdict and {by}; join the speeches to the battles first")
+        raise ValueError(
+            f"scores.win_rate_table: columns {absent} not found, "
+            f"expected speech_id, verdict and {by}; join the speeches to the battles first"
+        )
     _columns("win_rate_table", **{"speech_id": battles["speech_id"], by: battles[by]})
     _verdicts("win_rate_table", verdict=battles["verdict"])
 
 # %% ../../nbs/stats/00_scores.ipynb #1f1407ca
 def _win_rate_row(
-    group: str, # name of the group
-    battles: "pd.DataFrame", # the group's battles
-    **settings, # samples, level, seed of win_interval
-) -> dict: # group, n, win_rate, low, high (percent); no interval for a single speech
+    group: str,  # name of the group
+    battles: "pd.DataFrame",  # the group's battles
+    **settings,  # samples, level, seed of win_interval
+) -> dict:  # group, n, win_rate, low, high (percent); no interval for a single speech
     "Return one row of the win rate table."
     wins, speeches = (battles["verdict"] == "win").to_numpy(), battles["speech_id"].to_numpy()
     low, high = win_interval(wins, speeches, **settings) if len(set(speeches)) > 1 else (np.nan, np.nan)
@@ -477,66 +549,77 @@ def _win_rate_row(
 
 # %% ../../nbs/stats/00_scores.ipynb #2edc4e72
 def win_rate_table(
-    battles: "pd.DataFrame", # columns speech_id, verdict ("win", "loss", "tie" for the policy) and `by`
-    by: str = "coarse_topic", # column of the groups
-    samples: int = 1000, # number of resamples
-    level: float = 0.95, # coverage of the interval, in (0, 1)
-    seed: int = 0, # seed of the resampling
-) -> "pd.DataFrame": # columns group, n, win_rate, low, high (percent); "Overall" last (Table 2)
+    battles: "pd.DataFrame",  # columns speech_id, verdict ("win", "loss", "tie" for the policy) and `by`
+    by: str = "coarse_topic",  # column of the groups
+    samples: int = 1000,  # number of resamples
+    level: float = 0.95,  # coverage of the interval, in (0, 1)
+    seed: int = 0,  # seed of the resampling
+) -> "pd.DataFrame":  # columns group, n, win_rate, low, high (percent); "Overall" last (Table 2)
     "Tabulate win rates by group, with intervals over speeches."
     import pandas as pd
+
     _battle_columns(battles, by)
     parts = [*battles.groupby(by, observed=True), ("Overall", battles)]
     return pd.DataFrame([_win_rate_row(group, part, samples=samples, level=level, seed=seed) for group, part in parts])
 
 # %% ../../nbs/stats/00_scores.ipynb #4585f844
 def length_ratio(
-    policy_responses: list, # texts of the policy, (n,)
-    reference_responses: list, # texts of the reference model for the same speeches, (n,), not blank
-) -> float: # median of words(policy) / words(reference), 1 = same length
+    policy_responses: list,  # texts of the policy, (n,)
+    reference_responses: list,  # texts of the reference model for the same speeches, (n,), not blank
+) -> float:  # median of words(policy) / words(reference), 1 = same length
     "Return the median ratio of word counts, policy to reference."
-    policy, reference = _columns("length_ratio", policy_responses=policy_responses, reference_responses=reference_responses)
+    policy, reference = _columns(
+        "length_ratio", policy_responses=policy_responses, reference_responses=reference_responses
+    )
     if not all(isinstance(text, str) for text in [*policy.tolist(), *reference.tolist()]):
-        raise ValueError("metrics.length_ratio: a response is not text, expected strings; pass the response column, not token counts")
+        raise ValueError(
+            "scores.length_ratio: a response is not text, expected strings; pass the response column, not token counts"
+        )
     words = np.array([[len(text.split()) for text in texts] for texts in (policy, reference)])
     if not words[1].all():
         row = np.flatnonzero(words[1] == 0)[0]
-        raise ValueError(f"metrics.length_ratio: reference response at row {row} is blank, expected words; repeat or drop that battle")
+        raise ValueError(
+            f"scores.length_ratio: reference response at row {row} is blank, expected words; repeat or drop that battle"
+        )
     return float(np.median(words[0] / words[1]))
 
 # %% ../../nbs/stats/00_scores.ipynb #91f20715
 def _ratings(
-    where: str, # function that asks, for the message
-    a: list, # labels of the first rater, (n,)
-    b: list, # labels of the second rater, (n,)
-) -> list: # both columns as arrays (n,), all text or all numbers
+    where: str,  # function that asks, for the message
+    a: list,  # labels of the first rater, (n,)
+    b: list,  # labels of the second rater, (n,)
+) -> list:  # both columns as arrays (n,), all text or all numbers
     "Check that two raters use the same kind of label."
     arrays = _columns(where, a=a, b=b)
     kinds = {"text" if isinstance(value, str) else "number" for array in arrays for value in array.tolist()}
     if len(kinds) > 1:
-        raise ValueError(f"metrics.{where}: text and numbers found as labels, "
-                         "expected one kind, since '1' never equals 1; convert one rater's column")
+        raise ValueError(
+            f"scores.{where}: text and numbers found as labels, "
+            "expected one kind, since '1' never equals 1; convert one rater's column"
+        )
     return arrays
 
 # %% ../../nbs/stats/00_scores.ipynb #e25a9834
 def percent_agreement(
-    a: list, # labels of the first rater, (n,)
-    b: list, # labels of the second rater for the same items, (n,)
-) -> float: # items with equal labels in percent, in [0, 100] (§3.4)
+    a: list,  # labels of the first rater, (n,)
+    b: list,  # labels of the second rater for the same items, (n,)
+) -> float:  # items with equal labels in percent, in [0, 100] (§3.4)
     "Return the percentage of items on which two raters agree."
     a, b = _ratings("percent_agreement", a, b)
     return float(100 * np.mean(a == b))
 
 # %% ../../nbs/stats/00_scores.ipynb #8dc8bf59
 def cohen_kappa(
-    a: list, # labels of the first rater, (n,)
-    b: list, # labels of the second rater for the same items, (n,)
-) -> float: # chance-corrected agreement, in [−1, 1]; 0 is chance
+    a: list,  # labels of the first rater, (n,)
+    b: list,  # labels of the second rater for the same items, (n,)
+) -> float:  # chance-corrected agreement, in [−1, 1]; 0 is chance
     "Return Cohen's kappa of two raters."
     a, b = _ratings("cohen_kappa", a, b)
     labels = np.unique(np.concatenate([a, b]))
     if len(labels) < 2:
-        raise ValueError(f"metrics.cohen_kappa: both raters use only {labels.tolist()[0]!r}, "
-                         "expected at least two labels; randomise the order or report percent_agreement")
+        raise ValueError(
+            f"scores.cohen_kappa: both raters use only {labels.tolist()[0]!r}, "
+            "expected at least two labels; randomise the order or report percent_agreement"
+        )
     expected = sum(np.mean(a == label) * np.mean(b == label) for label in labels)
     return float((np.mean(a == b) - expected) / (1 - expected))

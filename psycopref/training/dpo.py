@@ -40,7 +40,8 @@ from psycopref.training.texts import (
 from ..models.weights import Weights, find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['dpo_rows', 'write_job', 'clear_checkpoints', 'dpo_config', 'build_trainer', 'run_job', 'train_policy', 'materialise']
+__all__ = ['dpo_rows', 'write_dpo_job', 'clear_checkpoints', 'dpo_config', 'build_dpo_trainer', 'run_dpo_job', 'train_policy',
+           'materialise']
 
 # %% ../../nbs/training/05_dpo.ipynb #170a90f1
 def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
@@ -50,7 +51,9 @@ def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
     def ids(answer):
         return tokenizer(render(tokenizer, messages, answer), add_special_tokens=False).input_ids
 
-    end = common_prefix([ids(word)[::-1] for word in ("one", "two")]) if cut and text.strip() else 0  # what the template writes behind any answer
+    end = (
+        common_prefix([ids(word)[::-1] for word in ("one", "two")]) if cut and text.strip() else 0
+    )  # what the template writes behind any answer
     return ids(text)[: -end or None]
 
 
@@ -59,8 +62,13 @@ def _split(tokenizer, pair) -> dict:
     from psycopref.models.generation import common_prefix
 
     messages = pair_messages(pair)
-    start = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
-    texts = [_ended(tokenizer, messages, getattr(pair, side), bool(getattr(pair, f"{side}_cut", False))) for side in ("chosen", "rejected")]
+    start = tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False
+    ).input_ids
+    texts = [
+        _ended(tokenizer, messages, getattr(pair, side), bool(getattr(pair, f"{side}_cut", False)))
+        for side in ("chosen", "rejected")
+    ]
     n = min(common_prefix([start, text]) for text in texts)
     return {"prompt_ids": start[:n], "chosen_ids": texts[0][n:], "rejected_ids": texts[1][n:]}
 
@@ -70,7 +78,9 @@ def dpo_rows(
     tokenizer,  # of the policy
     max_length: int,  # tokens of prompt plus one response
     needed: bool = True,  # refuse pairs that are all too long; development pairs can be done without
-) -> tuple[list[dict], list[int]]:  # rows with prompt_ids, chosen_ids, rejected_ids, length; prefIDs of pairs that are too long
+) -> tuple[
+    list[dict], list[int]
+]:  # rows with prompt_ids, chosen_ids, rejected_ids, length; prefIDs of pairs that are too long
     "Tokenise pairs for trl's DPOTrainer; list the overlong ones."
     rows, long = [], []
     for pair in pairs.itertuples():
@@ -81,12 +91,16 @@ def dpo_rows(
         else:
             rows.append(row | {"length": sum(sizes.values())})
     if needed and not rows:
-        raise StudyError(f"DPO: found {len(long)} pairs, all longer than max_length {max_length}; expected one to train on; raise dpo.max_length" if long else
-                         "DPO: found no pair, expected one to train on; look at what was dropped")
+        raise StudyError(
+            f"DPO: found {len(long)} pairs, all longer than max_length {max_length}; expected one to train on; raise "
+            "dpo.max_length"
+            if long
+            else "DPO: found no pair, expected one to train on; look at what was dropped"
+        )
     return rows, long
 
 # %% ../../nbs/training/05_dpo.ipynb #b44ef05e
-def write_job(
+def write_dpo_job(
     folder: Path,  # of the job
     start: Weights,  # where the policy starts
     pairs,  # frame of training pairs
@@ -98,16 +112,33 @@ def write_job(
     dev=None,  # frame of pairs for choosing the checkpoint
     nll_weight: float = 0.0,  # of the chosen answers' likelihood
     keep_points: bool = False,  # leave all checkpoints' weights for curves; a goal then gets those of the last step, not of the best
-    schedule: tuple[int, int] | None = None,  # (steps done before, steps in all) where the step size falls across several jobs
-    optimiser: str | Path | None = None,  # a file of moments to go on with, "" to begin; a finished job writes one when this is not None
+    schedule: tuple[int, int]
+    | None = None,  # (steps done before, steps in all) where the step size falls across several jobs
+    optimiser: str
+    | Path
+    | None = None,  # a file of moments to go on with, "" to begin; a finished job writes one when this is not None
     name: str = "DPO",  # shown before the bar
 ) -> None:
     "Write a training down, its pairs as tokens; what another job left in the folder is cleared."
     if optimiser is not None and settings.lora.rank:
-        raise StudyError("dpo_iter.optimiser: moments can't be kept for adapters, which start anew in each iteration; set it to reset, or dpo.lora.rank to 0")
-    job = {"kind": "dpo", "start": dataclasses.asdict(start), "reference": None if reference is None or reference == start else dataclasses.asdict(reference),
-           "settings": dataclasses.asdict(settings), "goal": goal, "dtype": dtype, "seed": seed, "nll_weight": nll_weight, "keep_points": keep_points,
-           "schedule": schedule, "optimiser": None if optimiser is None else str(optimiser), "name": name}
+        raise StudyError(
+            "dpo_iter.optimiser: moments can't be kept for adapters, which start anew in each iteration; set it to "
+            "reset, or dpo.lora.rank to 0"
+        )
+    job = {
+        "kind": "dpo",
+        "start": dataclasses.asdict(start),
+        "reference": None if reference is None or reference == start else dataclasses.asdict(reference),
+        "settings": dataclasses.asdict(settings),
+        "goal": goal,
+        "dtype": dtype,
+        "seed": seed,
+        "nll_weight": nll_weight,
+        "keep_points": keep_points,
+        "schedule": schedule,
+        "optimiser": None if optimiser is None else str(optimiser),
+        "name": name,
+    }
     store_job(folder, job, {"train": pairs, "dev": dev})
     _write_rows(folder, load_tokenizer(start), settings.max_length)
 
@@ -161,11 +192,17 @@ def _continuing_trainer(schedule: tuple[int, int] | None, optimiser: str | None)
                 import torch
 
                 if not Path(optimiser).is_file():
-                    raise StudyError(f"{optimiser}: is gone, expected the moments of the last iteration; delete that iteration's folder, and it is done again")
+                    raise StudyError(
+                        f"{optimiser}: is gone, expected the moments of the last iteration; delete that iteration's "
+                        "folder, and it is done again"
+                    )
                 states, own = torch.load(optimiser, map_location="cpu", weights_only=True, mmap=True), made.state_dict()
                 shapes = [parameter.shape for group in made.param_groups for parameter in group["params"]]
                 if [states[i]["exp_avg"].shape for i in sorted(states)] != shapes:
-                    raise StudyError(f"{optimiser}: holds the moments of another model, expected those of the last iteration; delete its folder, and that iteration is done again")
+                    raise StudyError(
+                        f"{optimiser}: holds the moments of another model, expected those of the last iteration; "
+                        "delete its folder, and that iteration is done again"
+                    )
                 made.load_state_dict(own | {"state": states})
             return made
 
@@ -212,12 +249,38 @@ def dpo_config(
     "Translate our settings for trl's DPOTrainer."
     from trl import DPOConfig
 
-    saved = dict(save_strategy="steps", save_steps=plan["every"], save_total_limit=None if keep_points else 2) if settings.checkpoints else dict(save_strategy="no")
-    best = dict(eval_strategy="steps", eval_steps=plan["every"], load_best_model_at_end=not keep_points, metric_for_best_model="eval_loss", greater_is_better=False) if evaluate and settings.checkpoints else {}
+    saved = (
+        dict(save_strategy="steps", save_steps=plan["every"], save_total_limit=None if keep_points else 2)
+        if settings.checkpoints
+        else dict(save_strategy="no")
+    )
+    best = (
+        dict(
+            eval_strategy="steps",
+            eval_steps=plan["every"],
+            load_best_model_at_end=not keep_points,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+        )
+        if evaluate and settings.checkpoints
+        else {}
+    )
     kind = "robust" if settings.label_smoothing else "sigmoid"  # trl's plain loss does not read label_smoothing
     loss = dict(loss_type=[kind, "sft"], loss_weights=[1.0, nll_weight]) if nll_weight else dict(loss_type=[kind])
-    arguments = common_arguments(settings, folder, seed, plan["pack_size"], max_steps=plan["steps"], beta=settings.beta, label_smoothing=settings.label_smoothing,
-                                 precompute_ref_log_probs=True, bf16=autocast, **saved, **best, **loss)
+    arguments = common_arguments(
+        settings,
+        folder,
+        seed,
+        plan["pack_size"],
+        max_steps=plan["steps"],
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        precompute_ref_log_probs=True,
+        bf16=autocast,
+        **saved,
+        **best,
+        **loss,
+    )
     return one_device(DPOConfig(**arguments))
 
 # %% ../../nbs/training/05_dpo.ipynb #b8dfae42
@@ -225,12 +288,14 @@ def _models(job: dict, settings: DpoSettings) -> tuple:
     "Load a job's policy and reference: (policy, reference or None, whether to compute by autocast)."
     start, reference = restore(Weights, job["start"]), restore(Weights, job["reference"])
     dtype, autocast = training_precision(settings.lora, job["dtype"])
-    own = reference or settings.lora.rank or sharded()  # a plain model is the fastest reference; sharded, trl would load one without packs
+    own = (
+        reference or settings.lora.rank or sharded()
+    )  # a plain model is the fastest reference; sharded, trl would load one without packs
     apart = load_causal_lm(reference or start, dtype) if own else None
     return add_lora(load_causal_lm(start, dtype), settings.lora, seed=job["seed"]), apart, autocast
 
 
-def build_trainer(
+def build_dpo_trainer(
     folder: Path,  # of the job
 ):  # (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)
     "Make the trainer of a job; the reference's log-probabilities are computed or found here."
@@ -239,13 +304,42 @@ def build_trainer(
     (rows, long), (dev, dev_long) = _read_rows(folder, "train"), _read_rows(folder, "dev")
     plan = step_plan(list(rows["length"]), settings, job["seed"])
     silence()
-    model, apart, autocast = _models(job, settings)  # before the configuration: DeepSpeed would take the weights apart while they are read, and packs need them whole
-    config = dpo_config(settings, plan, folder / "checkpoints", job["seed"], dev is not None, autocast, job["nll_weight"], job["keep_points"])
-    trainer = _continuing_trainer(job["schedule"], job["optimiser"])(model=model, ref_model=apart, args=config, train_dataset=rows, eval_dataset=dev if config.eval_strategy != "no" else None,
-                                                                     processing_class=tokenizer, callbacks=[evaluate_last(), *([_slim()] if job["keep_points"] else [])])
+    model, apart, autocast = _models(
+        job, settings
+    )  # before the configuration: DeepSpeed would take the weights apart while they are read, and packs need them whole
+    config = dpo_config(
+        settings,
+        plan,
+        folder / "checkpoints",
+        job["seed"],
+        dev is not None,
+        autocast,
+        job["nll_weight"],
+        job["keep_points"],
+    )
+    trainer = _continuing_trainer(job["schedule"], job["optimiser"])(
+        model=model,
+        ref_model=apart,
+        args=config,
+        train_dataset=rows,
+        eval_dataset=dev if config.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=[evaluate_last(), *([_slim()] if job["keep_points"] else [])],
+    )
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
     check_batch(trainer, settings, "dpo")
-    return trainer, tokenizer, {"pairs": len(rows), "too_long": long, "dev_pairs": 0 if dev is None else len(dev), "dev_too_long": dev_long, "not_packed": trainer.not_packed, **plan}
+    return (
+        trainer,
+        tokenizer,
+        {
+            "pairs": len(rows),
+            "too_long": long,
+            "dev_pairs": 0 if dev is None else len(dev),
+            "dev_too_long": dev_long,
+            "not_packed": trainer.not_packed,
+            **plan,
+        },
+    )
 
 # %% ../../nbs/training/05_dpo.ipynb #7094101c
 def _save_moments(trainer, place: Path) -> None:
@@ -259,7 +353,7 @@ def _save_moments(trainer, place: Path) -> None:
             torch.save(trainer.optimizer.state_dict()["state"], partial)
 
 
-def run_job(
+def run_dpo_job(
     folder: Path,  # of the job
 ) -> dict:  # what happened: log, best step, development loss, what was dropped, seconds of this start
     "Train; go on where an interrupted run was. Every process of a launch calls this."
@@ -267,7 +361,7 @@ def run_job(
     take_device(restore(DpoSettings, job["settings"]).lora)
     if job["optimiser"] is not None and sharded():
         raise StudyError("dpo_iter.optimiser: sharded moments can't be kept here; set it to reset")
-    trainer, tokenizer, facts = build_trainer(folder)
+    trainer, tokenizer, facts = build_dpo_trainer(folder)
     moments.append(time.perf_counter())
     log = train_quietly(trainer, job["name"], last_checkpoint(folder / "checkpoints", facts["steps"]))
     moments.append(time.perf_counter())
@@ -278,9 +372,21 @@ def run_job(
     if job["goal"] is not None:
         with whole_folder(job["goal"], main) as partial:
             save_trained(trainer, tokenizer, partial)
-    seconds = dict(zip(("reference", "train", "save"), (round(b - a, 3) for a, b in itertools.pairwise([*moments, time.perf_counter()]))))
-    result = {**facts, "seconds": seconds, "best_step": step, "dev_loss": loss, "devices": devices(), "points": points if job["keep_points"] else [],
-              "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry]}
+    seconds = dict(
+        zip(
+            ("reference", "train", "save"),
+            (round(b - a, 3) for a, b in itertools.pairwise([*moments, time.perf_counter()])),
+        )
+    )
+    result = {
+        **facts,
+        "seconds": seconds,
+        "best_step": step,
+        "dev_loss": loss,
+        "devices": devices(),
+        "points": points if job["keep_points"] else [],
+        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
+    }
     if main:
         write_json(folder / "result.json", result)
         clear_checkpoints(folder, job["keep_points"])
@@ -295,10 +401,10 @@ def train_policy(
     scratch: Path,  # folder of the job
     dtype: str = "auto",  # auto, bfloat16 or float32
     seed: int = 0,  # of batches and adapters
-    **more,  # reference, dev, nll_weight, keep_points, schedule, optimiser, name: as write_job takes them
-) -> dict:  # of run_job
+    **more,  # reference, dev, nll_weight, keep_points, schedule, optimiser, name: as write_dpo_job takes them
+) -> dict:  # of run_dpo_job
     "Train a policy by DPO and save it as a plain transformers model; a finished job is not done again."
-    write_job(scratch, start, pairs, settings, goal, dtype, seed, **more)
+    write_dpo_job(scratch, start, pairs, settings, goal, dtype, seed, **more)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/05_dpo.ipynb #84cacc6c
@@ -309,7 +415,9 @@ def materialise(
     dtype: str = "auto",  # auto, bfloat16 or float32
 ) -> Path:  # the folder
     "Save a checkpoint as a plain transformers model; one that was made of the same checkpoint is kept."
-    made_of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(checkpoint.glob("*.safetensors"))]
+    made_of = [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(checkpoint.glob("*.safetensors"))
+    ]
     if (folder / "made_of.json").is_file() and read_json(folder / "made_of.json") == made_of:
         return folder
     if not made_of:
@@ -319,7 +427,9 @@ def materialise(
         if (checkpoint / "adapter_config.json").is_file():
             from peft import PeftModel
 
-            save_merged(PeftModel.from_pretrained(load_causal_lm(start, dtype), checkpoint), load_tokenizer(start), partial)
+            save_merged(
+                PeftModel.from_pretrained(load_causal_lm(start, dtype), checkpoint), load_tokenizer(start), partial
+            )
         else:
             partial.mkdir()
             for pattern in ("*.safetensors", "*.json", "*.jinja", "tokenizer*"):

@@ -25,26 +25,31 @@ from .sampling import sample_candidates, score_candidates
 from ..models.weights import Weights, find_weights
 
 # %% auto #0
-__all__ = ['REASONS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'Clock', 'make_pairs',
-           'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune', 'check_strategy', 'iterate']
+__all__ = ['DROP_REASONS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'Clock',
+           'candidate_pairs', 'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune', 'check_strategy',
+           'iterate']
 
 # %% ../../nbs/training/09_iteration.ipynb #a6df8eb5
 def iteration_prompts(
     speech_ids: list[str],  # training speeches
     n: int,  # for one iteration
     iteration: int,  # 0-based
-    seed: int,  # of the run
+    seed: int,
     draw: str = "rounds",  # rounds / fresh
 ) -> list[str]:  # n speech ids, all different
     "Draw an iteration's speeches."
     known = sorted(speech_ids)
     if not 1 <= n <= len(known):
-        raise StudyError(f"dpo_iter.prompts: found {n} for {len(known)} training speeches, expected 1 to {len(known)}; change it")
+        raise StudyError(
+            f"dpo_iter.prompts: found {n} for {len(known)} training speeches, expected 1 to {len(known)}; change it"
+        )
     if draw == "fresh":
         return random.Random(derived_seed(seed, "fresh", iteration)).sample(known, n)
     waiting, turn = [], 0
     for _ in range(iteration + 1):
-        if len(waiting) < n:  # a new round; those that still wait from the last one come first, and not again in this iteration
+        if (
+            len(waiting) < n
+        ):  # a new round; those that still wait from the last one come first, and not again in this iteration
             order, turn = random.Random(derived_seed(seed, "round", turn)).sample(known, len(known)), turn + 1
             rest = set(waiting)
             first = [name for name in order if name not in rest][: n - len(waiting)]
@@ -60,7 +65,12 @@ def _choices(answers: list[str], rewards: list[float], settings: IterSettings) -
     if settings.pair_choice == "best-worst":
         return [(ranks[0], ranks[-1])]
     words = [max(1, len(text.split())) for text in answers]
-    return [(i, j) for place, i in enumerate(ranks) for j in ranks[place + 1 :] if max(words[i], words[j]) <= (1 + settings.length_slack) * min(words[i], words[j])]
+    return [
+        (i, j)
+        for place, i in enumerate(ranks)
+        for j in ranks[place + 1 :]
+        if max(words[i], words[j]) <= (1 + settings.length_slack) * min(words[i], words[j])
+    ]
 
 
 def choose_pair(
@@ -79,7 +89,7 @@ def choose_pair(
     return (i, j) if rewards[i] - rewards[j] > settings.min_gap else "no gap"
 
 # %% ../../nbs/training/09_iteration.ipynb #c68a3d3d
-REASONS = ("no gap", "same text", "empty answer", "no pair of similar length")
+DROP_REASONS = ("no gap", "same text", "empty answer", "no pair of similar length")
 
 
 def online_pairs(
@@ -92,16 +102,41 @@ def online_pairs(
     "Pair the candidates of each speech; drop and count groups that hold nothing to prefer."
     import pandas as pd
 
-    rows, dropped = [], dict.fromkeys(REASONS, 0)
+    rows, dropped = [], dict.fromkeys(DROP_REASONS, 0)
     for name, answers in candidates.items():
         found = choose_pair(answers, rewards[name], settings)
         if isinstance(found, str):
             dropped[found] += 1
             continue
         i, j = found
-        rows.append({"ID": name, "prefID": len(rows), "question": speeches[name], "chosen": answers[i], "rejected": answers[j],
-                     "chosen_reward": rewards[name][i], "rejected_reward": rewards[name][j], "chosen_cut": bool(cut and cut[name][i]), "rejected_cut": bool(cut and cut[name][j])})
-    return pd.DataFrame(rows, columns=["ID", "prefID", "question", "chosen", "rejected", "chosen_reward", "rejected_reward", "chosen_cut", "rejected_cut"]), dropped
+        rows.append(
+            {
+                "ID": name,
+                "prefID": len(rows),
+                "question": speeches[name],
+                "chosen": answers[i],
+                "rejected": answers[j],
+                "chosen_reward": rewards[name][i],
+                "rejected_reward": rewards[name][j],
+                "chosen_cut": bool(cut and cut[name][i]),
+                "rejected_cut": bool(cut and cut[name][j]),
+            }
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "ID",
+            "prefID",
+            "question",
+            "chosen",
+            "rejected",
+            "chosen_reward",
+            "rejected_reward",
+            "chosen_cut",
+            "rejected_cut",
+        ],
+    ), dropped
+
 
 def cut_answers(
     samples: dict,  # speech_id -> samples
@@ -113,6 +148,7 @@ def cut_answers(
 @dataclass(frozen=True)
 class Online:
     "Say what DPO-Iter is done with."
+
     folder: Path  # of all iterations
     base: Weights  # the backbone
     scorer: str  # folder of the reward model
@@ -143,12 +179,19 @@ class Online:
     ) -> Decoding:  # how its candidates are sampled
         "Say how an iteration samples."
         own = self.settings
-        return Decoding(own.max_tokens or self.max_tokens, own.temperature, own.top_k, own.top_p, derived_seed(self.seed, "iteration", number))
+        return Decoding(
+            own.max_tokens or self.max_tokens,
+            own.temperature,
+            own.top_k,
+            own.top_p,
+            derived_seed(self.seed, "iteration", number),
+        )
 
 # %% ../../nbs/training/09_iteration.ipynb #16f3f852
 @dataclass
 class Clock:
     "Note the seconds of each phase; of one that was interrupted, those of its longest start."
+
     place: Path  # a JSON file
 
     def __call__(self, phase: str, work: typing.Callable):
@@ -161,7 +204,7 @@ class Clock:
         return found
 
 # %% ../../nbs/training/09_iteration.ipynb #cccf69d5
-def make_pairs(
+def candidate_pairs(
     online: Online,  # with what
     number: int,  # 1-based iteration
 ):  # (frame of pairs, facts: dropped groups by reason, mean reward of the candidates, groups)
@@ -172,15 +215,36 @@ def make_pairs(
     names = iteration_prompts(list(online.speeches), own.prompts, number - 1, online.seed, own.draw)
     write_json(folder / "prompts.json", names)
     asked, clock = {name: online.speeches[name] for name in names}, Clock(folder / "seconds.json")
-    samples = clock("sample", lambda: sample_candidates(online.policy(number - 1), asked, folder / "candidates", own, online.decoding(number), own.candidates, online.dtype,
-                                                        f"iteration {number}: sampling"))
+    samples = clock(
+        "sample",
+        lambda: sample_candidates(
+            online.policy(number - 1),
+            asked,
+            folder / "candidates",
+            own,
+            online.decoding(number),
+            own.candidates,
+            online.dtype,
+            f"iteration {number}: sampling",
+        ),
+    )
     answers = {name: [sample.text for sample in group] for name, group in samples.items()}
-    rewards = clock("score", lambda: score_candidates(online.scorer, asked, answers, folder / "candidates", online.dtype, f"iteration {number}: scoring"))
+    rewards = clock(
+        "score",
+        lambda: score_candidates(
+            online.scorer, asked, answers, folder / "candidates", online.dtype, f"iteration {number}: scoring"
+        ),
+    )
     pairs, dropped = online_pairs(asked, answers, rewards, own, cut_answers(samples))
     with atomic_path(folder / "pairs.parquet") as partial:
         pairs.to_parquet(partial, index=False)
-    return pairs, {"groups": len(asked), "dropped": dropped, "dropped_share": sum(dropped.values()) / len(asked), "cut_share": float(pairs[["chosen_cut", "rejected_cut"]].to_numpy(float).mean()) if len(pairs) else 0.0,
-                   "mean_reward": float(np.mean([r for group in rewards.values() for r in group]))}
+    return pairs, {
+        "groups": len(asked),
+        "dropped": dropped,
+        "dropped_share": sum(dropped.values()) / len(asked),
+        "cut_share": float(pairs[["chosen_cut", "rejected_cut"]].to_numpy(float).mean()) if len(pairs) else 0.0,
+        "mean_reward": float(np.mean([r for group in rewards.values() for r in group])),
+    }
 
 # %% ../../nbs/training/09_iteration.ipynb #2ffc563e
 def iteration_schedule(
@@ -201,11 +265,30 @@ def learn(
 ) -> dict:  # of the training
     "Train an iteration's policy on its pairs."
     own, folder = online.settings, online.place(number)
-    how = dataclasses.replace(online.dpo, epochs=own.epochs, learning_rate=online.dpo.learning_rate if own.learning_rate is None else own.learning_rate, checkpoints=own.checkpoints + 1 if own.checkpoints else 0)
-    start, reference = (online.policy(number - 1 if choice == "previous" else 0) for choice in (own.init, own.reference))
+    how = dataclasses.replace(
+        online.dpo,
+        epochs=own.epochs,
+        learning_rate=online.dpo.learning_rate if own.learning_rate is None else own.learning_rate,
+        checkpoints=own.checkpoints + 1 if own.checkpoints else 0,
+    )
+    start, reference = (
+        online.policy(number - 1 if choice == "previous" else 0) for choice in (own.init, own.reference)
+    )
     moments = None if own.optimiser == "reset" else "" if number == 1 else online.place(number - 1) / "optimiser.pt"
-    return train_policy(start, pairs, how, folder / "policy", folder / "job", online.dtype, derived_seed(online.seed, "train", number), reference=reference,
-                        nll_weight=own.nll_weight, schedule=iteration_schedule(online, number), optimiser=moments, name=f"DPO-Iter {number}/{own.iterations}")
+    return train_policy(
+        start,
+        pairs,
+        how,
+        folder / "policy",
+        folder / "job",
+        online.dtype,
+        derived_seed(online.seed, "train", number),
+        reference=reference,
+        nll_weight=own.nll_weight,
+        schedule=iteration_schedule(online, number),
+        optimiser=moments,
+        name=f"DPO-Iter {number}/{own.iterations}",
+    )
 
 # %% ../../nbs/training/09_iteration.ipynb #22deb776
 def run_iteration(
@@ -217,14 +300,28 @@ def run_iteration(
     if (folder / "done.json").is_file():
         _tidy(online, number)
         return read_json(folder / "done.json")
-    pairs, facts = make_pairs(online, number)
+    pairs, facts = candidate_pairs(online, number)
     if len(pairs) < online.dpo.batch_size:
-        raise StudyError(f"DPO-Iter {number}: {len(pairs)} of {facts['groups']} groups gave a pair, expected at least a batch of {online.dpo.batch_size} "
-                         f"(dropped: {', '.join(f'{n} {reason}' for reason, n in facts['dropped'].items() if n) or 'none'}); raise dpo_iter.prompts, or lower dpo.batch_size")
+        raise StudyError(
+            f"DPO-Iter {number}: {len(pairs)} of {facts['groups']} groups gave a pair, expected at least a batch of "
+            f"{online.dpo.batch_size} "
+            f"(dropped: {', '.join(f'{n} {reason}' for reason, n in facts['dropped'].items() if n) or 'none'}); raise "
+            "dpo_iter.prompts, or lower dpo.batch_size"
+        )
     training = learn(online, number, pairs)
-    made = [folder / "prompts.json", folder / "pairs.parquet", *sorted((folder / "candidates").glob("*.json")), *sorted((folder / "policy").glob("*.safetensors"))]
-    done = {"iteration": number, **facts, **{key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")},
-            "seconds": read_json(folder / "seconds.json") | training["seconds"], "files": {str(path.relative_to(folder)): sha256_file(path) for path in made}}
+    made = [
+        folder / "prompts.json",
+        folder / "pairs.parquet",
+        *sorted((folder / "candidates").glob("*.json")),
+        *sorted((folder / "policy").glob("*.safetensors")),
+    ]
+    done = {
+        "iteration": number,
+        **facts,
+        **{key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")},
+        "seconds": read_json(folder / "seconds.json") | training["seconds"],
+        "files": {str(path.relative_to(folder)): sha256_file(path) for path in made},
+    }
     if (folder / "job" / "optimiser.pt").is_file():
         os.replace(folder / "job" / "optimiser.pt", folder / "optimiser.pt")
     write_json(folder / "done.json", done)
@@ -247,7 +344,10 @@ def best_point(
     "Choose a point by its development reward or its judged win rate."
     key = {"reward": "reward", "win-rate": "judged"}[select]
     if any(point[key] is None for point in points):
-        raise StudyError("select: found points that were not judged, expected verdicts where win-rate chooses; set watch.judged to true, or select by reward")
+        raise StudyError(
+            "select: found points that were not judged, expected verdicts where win-rate chooses; set watch.judged to "
+            "true, or select by reward"
+        )
     return max(range(len(points)), key=lambda i: (points[i][key], -i))
 
 
@@ -272,23 +372,44 @@ def check_strategy(
 ) -> None:
     "Refuse a way to spread a training that loses what it learnt; stages ask before they begin."
     if accelerate_strategy() == "ZeRO-3" and settings.init == "previous" and not dpo.lora.rank:
-        raise StudyError("dpo_iter: DeepSpeed hands weights over in 16 bits, in which the small steps of an iteration are lost before the next one starts; expected DDP or FSDP2; set PSYCOPREF_ACCELERATE to "
-                         "psycopref/resources/accelerate/fsdp2.yaml")
+        raise StudyError(
+            "dpo_iter: DeepSpeed hands weights over in 16 bits, in which the small steps of an iteration are lost "
+            "before the next one starts; expected DDP or FSDP2; set PSYCOPREF_ACCELERATE to "
+            "psycopref/resources/accelerate/fsdp2.yaml"
+        )
 
 
 def iterate(
     online: Online,  # with what
-    look: typing.Callable[..., dict],  # called with: finds the policy, its name, pairs trained on, and facts by name -> a point
+    look: typing.Callable[
+        ..., dict
+    ],  # called with: finds the policy, its name, pairs trained on, and facts by name -> a point
 ) -> dict:  # iterations' receipts, points (first the backbone's), the best iteration, which policies are kept
     "Do all iterations; go on where an interrupted run was."
     if online.settings.keep_last is not None and online.settings.keep_last < 1:
-        raise StudyError(f"dpo_iter.keep_last: found {online.settings.keep_last}, expected at least 1, because the next iteration starts from the last; None keeps all")
+        raise StudyError(
+            f"dpo_iter.keep_last: found {online.settings.keep_last}, expected at least 1, because the next iteration "
+            "starts from the last; None keeps all"
+        )
     check_strategy(online.settings, online.dpo)
     points, done, seen = [look(lambda: online.base, "base", 0)], [], 0
     for number in range(1, online.settings.iterations + 1):
         done.append(run_iteration(online, number))
         seen += done[-1]["steps"] * online.dpo.batch_size
-        points.append(look(functools.partial(online.policy, number), f"iteration-{number}", seen, curve="DPO-Iter", dropped_share=done[-1]["dropped_share"]))
+        points.append(
+            look(
+                functools.partial(online.policy, number),
+                f"iteration-{number}",
+                seen,
+                curve="DPO-Iter",
+                dropped_share=done[-1]["dropped_share"],
+            )
+        )
         best = 1 + best_point(points[1:], online.settings.select)
         prune(online, number, best)
-    return {"iterations": done, "points": points, "best": best, "kept": [n for n in range(1, len(points)) if (online.place(n) / "policy").is_dir()]}
+    return {
+        "iterations": done,
+        "points": points,
+        "best": best,
+        "kept": [n for n in range(1, len(points)) if (online.place(n) / "policy").is_dir()],
+    }

@@ -27,7 +27,7 @@ from ..core.stages import project_root
 from ..models.weights import release
 
 # %% auto #0
-__all__ = ['KINDS', 'pair_columns', 'store_job', 'load_job', 'restore', 'do_job', 'launch_command', 'launch_plan',
+__all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'load_job', 'restore', 'do_job', 'launch_command', 'launch_plan',
            'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder']
 
 # %% ../../nbs/training/02_jobs.ipynb #2be54194
@@ -68,7 +68,9 @@ def load_job(
     if not (Path(folder) / "job.json").is_file():
         raise StudyError(f"{folder}: has no job.json; expected the folder of a training")
     job = read_json(Path(folder) / "job.json")
-    return job | {"goal": None if job["goal"] is None else Path(job["goal"])}, {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in job["pairs"]}
+    return job | {"goal": None if job["goal"] is None else Path(job["goal"])}, {
+        name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in job["pairs"]
+    }
 
 
 def restore(
@@ -79,11 +81,22 @@ def restore(
     if tree is None:
         return None
     hints = typing.get_type_hints(kind)
-    return kind(**{name: restore(hints[name], value) if dataclasses.is_dataclass(hints[name]) else tuple(value) if isinstance(value, list) else value
-                   for name, value in tree.items()})
+    return kind(
+        **{
+            name: restore(hints[name], value)
+            if dataclasses.is_dataclass(hints[name])
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in tree.items()
+        }
+    )
 
 # %% ../../nbs/training/02_jobs.ipynb #171b5510
-KINDS = {"reward": "psycopref.training.reward_model:run_job", "dpo": "psycopref.training.dpo:run_job"}  # kind -> who does it
+JOB_KINDS = {
+    "reward": "psycopref.training.reward_model:run_reward_job",
+    "dpo": "psycopref.training.dpo:run_dpo_job",
+}  # kind -> who does it
 
 
 def do_job(
@@ -91,9 +104,12 @@ def do_job(
 ) -> dict:  # its result
     "Do a job in this process; `psycopref train FOLDER` calls this in each process of a launch."
     job, _ = load_job(folder)
-    if job.get("kind") not in KINDS:
-        raise StudyError(f"{folder}: is a job of kind {job.get('kind')!r}, expected one of {', '.join(KINDS)}; it was written by another version")
-    module, _, name = KINDS[job["kind"]].partition(":")
+    if job.get("kind") not in JOB_KINDS:
+        raise StudyError(
+            f"{folder}: is a job of kind {job.get('kind')!r}, expected one of {', '.join(JOB_KINDS)}; it was written "
+            "by another version"
+        )
+    module, _, name = JOB_KINDS[job["kind"]].partition(":")
     with at_work(folder):
         return getattr(importlib.import_module(module), name)(Path(folder))
 
@@ -104,9 +120,33 @@ def launch_command(
     config: str = "",  # a configuration file of accelerate
 ) -> list[str]:  # a command line
     "Say how accelerate starts a job."
-    how = ["--config_file", config] if config else [*(["--multi_gpu"] if processes > 1 else []), "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]  # without GPUs: processes on CPUs
+    how = (
+        ["--config_file", config]
+        if config
+        else [
+            *(["--multi_gpu"] if processes > 1 else []),
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--num_machines",
+            "1",
+        ]
+    )  # without GPUs: processes on CPUs
     beside = {name: str(Path(sys.executable).with_name(name)) for name in ("accelerate", "psycopref")}
-    return [beside["accelerate"], "launch", *how, "--num_processes", str(processes), "--main_process_port", "0", "--no_python", beside["psycopref"], "train", str(folder)]
+    return [
+        beside["accelerate"],
+        "launch",
+        *how,
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+        "--no_python",
+        beside["psycopref"],
+        "train",
+        str(folder),
+    ]
 
 
 def launch_plan(
@@ -116,7 +156,9 @@ def launch_plan(
     import torch
 
     gpus = max(1, torch.cuda.device_count())
-    return int(os.environ.get("PSYCOPREF_PROCESSES") or max(n for n in range(1, gpus + 1) if batch_size % n == 0)), os.environ.get("PSYCOPREF_ACCELERATE", "")
+    return int(
+        os.environ.get("PSYCOPREF_PROCESSES") or max(n for n in range(1, gpus + 1) if batch_size % n == 0)
+    ), os.environ.get("PSYCOPREF_ACCELERATE", "")
 
 
 def accelerate_strategy() -> str:  # DDP, FSDP2 or ZeRO-3
@@ -127,9 +169,14 @@ def accelerate_strategy() -> str:  # DDP, FSDP2 or ZeRO-3
     if not named:
         return "DDP"
     try:
-        kind = yaml.safe_load((project_root() / Path(named).expanduser()).read_text(encoding="utf-8"))["distributed_type"]
+        kind = yaml.safe_load((project_root() / Path(named).expanduser()).read_text(encoding="utf-8"))[
+            "distributed_type"
+        ]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise StudyError(f"PSYCOPREF_ACCELERATE: {named!r} can't be read ({type(error).__name__}), expected a configuration of accelerate such as psycopref/resources/accelerate/fsdp2.yaml") from None
+        raise StudyError(
+            f"PSYCOPREF_ACCELERATE: {named!r} can't be read ({type(error).__name__}), expected a configuration of "
+            "accelerate such as psycopref/resources/accelerate/fsdp2.yaml"
+        ) from None
     return {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO-3"}.get(kind, "DDP")
 
 # %% ../../nbs/training/02_jobs.ipynb #2af18675
@@ -142,7 +189,10 @@ def locked(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"psycopref: {folder.name} is still being trained by a process of an earlier start; waiting for it", file=sys.stderr)
+            print(
+                f"psycopref: {folder.name} is still being trained by a process of an earlier start; waiting for it",
+                file=sys.stderr,
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         with open(Path(folder) / "workers", "a") as workers:
             fcntl.flock(workers, fcntl.LOCK_EX)
@@ -195,8 +245,15 @@ def _end(process: subprocess.Popen, seconds: float = 20) -> None:
 def _launch(folder: Path, processes: int, config: str, lock: int) -> None:
     "Start a job in several processes and wait for them; whatever ends us in order ends them."
     with _followed() as environment, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        process = subprocess.Popen(launch_command(folder, processes, config), cwd=project_root(), env=environment, stdout=subprocess.DEVNULL, stderr=said, pass_fds=[lock],
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            launch_command(folder, processes, config),
+            cwd=project_root(),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            pass_fds=[lock],
+            start_new_session=True,
+        )
         try:
             code = process.wait()
         except BaseException:

@@ -24,6 +24,7 @@ __all__ = ['Pack', 'lay_out', 'packed_attention', 'unwrap', 'enable_packing', 'P
 @dataclass(frozen=True)
 class Pack:
     "Lay groups of answers behind one another, prompts once, without padding."
+
     input_ids: typing.Any  # (1, width)
     position_ids: typing.Any  # (1, width)
     keys: typing.Any  # (sum of key_lengths,) columns that segments look at, segment after segment
@@ -35,13 +36,19 @@ class Pack:
 
     def to(self, device, non_blocking: bool = False) -> Pack:
         "Move the tensors, as accelerate's loaders do with a batch."
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("input_ids", "position_ids", "keys", "places", "starts")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("input_ids", "position_ids", "keys", "places", "starts")
+        }
         return replace(self, **moved)
 
 # %% ../../nbs/training/00_packing.ipynb #c7fba907
 def lay_out(
     groups: list[list[list[int]]],  # groups of token lists; those of a group start alike
-    kept: int | list[list[int]] = 1,  # states wanted of each text: its last n, or the number of last ones for each text of each group
+    kept: int
+    | list[
+        list[int]
+    ] = 1,  # states wanted of each text: its last n, or the number of last ones for each text of each group
 ) -> Pack:  # rows are the texts, group after group; a text with fewer states than the longest repeats its last one
     "Share the prompts of groups of texts."
     import torch
@@ -58,11 +65,19 @@ def lay_out(
             keys += columns
             queries.append(len(text) - first)
             lengths.append(len(text))
-            places.append(columns[-(wanted if isinstance(wanted, int) else wanted[branch]):])
+            places.append(columns[-(wanted if isinstance(wanted, int) else wanted[branch]) :])
     most = max(map(len, places))
     filled = [own + own[-1:] * (most - len(own)) for own in places]
     starts = [[0, *itertools.accumulate(own)] for own in (queries, lengths)]
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(keys), torch.tensor(filled), torch.tensor(starts, dtype=torch.int32), tuple(queries), tuple(lengths))
+    return Pack(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.tensor(keys),
+        torch.tensor(filled),
+        torch.tensor(starts, dtype=torch.int32),
+        tuple(queries),
+        tuple(lengths),
+    )
 
 # %% ../../nbs/training/00_packing.ipynb #69bcfd7c
 def _repeat_heads(states, heads: int):
@@ -88,7 +103,11 @@ def _segment_bias(queries: int, keys: int, window: int | None, repeats: int, dty
 
     mask = _segment_mask(queries, keys, window, device)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril() if mask is None else mask
-    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~seen, float("-inf")).repeat(repeats, 1)[None]
+    return (
+        torch.zeros(queries, keys, dtype=dtype, device=device)
+        .masked_fill(~seen, float("-inf"))
+        .repeat(repeats, 1)[None]
+    )
 
 
 def _by_products(query, key, value, scaling: float, window: int | None):
@@ -110,7 +129,9 @@ def _capped_attention(query, key, value, mask, scaling: float, cap: float):
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 # %% ../../nbs/training/00_packing.ipynb #e7ac4b1e
-_MOST_SCORES = 2**25  # of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
+_MOST_SCORES = (
+    2**25
+)  # of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
 
 
 def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
@@ -118,13 +139,20 @@ def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    heads, found, products = query.shape[1], [], query.device.type == "cpu" and query.dtype == torch.bfloat16 and cap is None
+    heads, found, products = (
+        query.shape[1],
+        [],
+        query.device.type == "cpu" and query.dtype == torch.bfloat16 and cap is None,
+    )
     gathered = [states.index_select(2, pack.keys).split(pack.key_lengths, 2) for states in (key, value)]
     for own, k, v in zip(query.split(pack.query_lengths, 2), *gathered):
         if products and heads * own.shape[2] * k.shape[2] <= _MOST_SCORES:
             found.append(_by_products(own, k, v, scaling, window))
             continue
-        mask, (k, v) = _segment_mask(own.shape[2], k.shape[2], window, own.device), (_repeat_heads(states, heads) for states in (k, v))
+        mask, (k, v) = (
+            _segment_mask(own.shape[2], k.shape[2], window, own.device),
+            (_repeat_heads(states, heads) for states in (k, v)),
+        )
         if cap is not None:
             found.append(_capped_attention(own, k, v, mask, scaling, cap))
         else:
@@ -136,16 +164,38 @@ def _by_kernel(query, key, value, pack: Pack, scaling, window):
     "Attend in one variable-length kernel, whose causal mask is lower-right."
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [query[0].transpose(0, 1), *(states[0].transpose(0, 1).index_select(0, pack.keys) for states in (key, value))]
+    flat = [
+        query[0].transpose(0, 1),
+        *(states[0].transpose(0, 1).index_select(0, pack.keys) for states in (key, value)),
+    ]
     seen = (-1 if window is None else window - 1, 0)
-    return varlen_attn(*flat, *pack.starts, max(pack.query_lengths), max(pack.key_lengths), scale=scaling, window_size=seen,
-                       enable_gqa=query.shape[1] != key.shape[1])[None]
+    return varlen_attn(
+        *flat,
+        *pack.starts,
+        max(pack.query_lengths),
+        max(pack.key_lengths),
+        scale=scaling,
+        window_size=seen,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )[None]
 
 # %% ../../nbs/training/00_packing.ipynb #5caa1c4d
 _NAME = "psycopref_segments"
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, sliding_window=None, softcap=None, **others):
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    pack=None,
+    sliding_window=None,
+    softcap=None,
+    **others,
+):
     "Attend within a pack; the attention function that transformers calls in each layer. Shapes: (1, heads, width, size) in, (1, width, heads, size) out."
     import torch
 
@@ -175,12 +225,25 @@ def _packing_forward(backbone):
 
     @functools.wraps(plain_forward)
     def forward(self, *args, pack: Pack | None = None, **keywords):
-        self.config._attn_implementation = plain_attention if pack is None else _NAME  # stays until the next call: checkpointing computes layers again
+        self.config._attn_implementation = (
+            plain_attention if pack is None else _NAME
+        )  # stays until the next call: checkpointing computes layers again
         if pack is None:
             return plain_forward(self, *args, **keywords)
-        own = {name: value for name, value in keywords.items() if name not in ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values")}
+        own = {
+            name: value
+            for name, value in keywords.items()
+            if name not in ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values")
+        }
         unused = pack.keys.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is handed on as it is
-        outputs = plain_forward(self, input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unused, pack=pack, **{**own, "use_cache": False})
+        outputs = plain_forward(
+            self,
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            attention_mask=unused,
+            pack=pack,
+            **{**own, "use_cache": False},
+        )
         states = outputs.last_hidden_state[0]
         outputs.last_hidden_state = states.index_select(0, pack.places.flatten()).view(*pack.places.shape, -1)
         return outputs
@@ -193,12 +256,20 @@ def _probe(model, backbone, kernel: str, autocast: bool) -> float:
     import torch
 
     size = model.config.get_text_config().vocab_size
-    tokens = [[(7 * i + 3) % size for i in own] for own in (range(9), [*range(6), 40, 41], range(20, 27), [*range(20, 25), 11, 12, 13, 14])]
+    tokens = [
+        [(7 * i + 3) % size for i in own]
+        for own in (range(9), [*range(6), 40, 41], range(20, 27), [*range(20, 25), 11, 12, 13, 14])
+    ]
     pack = replace(lay_out([tokens[:2], tokens[2:]], kept=3), kernel=kernel).to(model.device)
     training = backbone.training
     with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
         backbone.eval()
-        alone = torch.cat([backbone(input_ids=torch.tensor([own], device=model.device), use_cache=False).last_hidden_state[:, -3:] for own in tokens])
+        alone = torch.cat(
+            [
+                backbone(input_ids=torch.tensor([own], device=model.device), use_cache=False).last_hidden_state[:, -3:]
+                for own in tokens
+            ]
+        )
         packed = backbone(pack=pack).last_hidden_state
         backbone.train(training)
     return float((packed.float() - alone.float()).norm() / alone.float().norm())
@@ -215,7 +286,8 @@ def _kernels(model, half: bool) -> list[str]:
 def enable_packing(
     model,  # transformers model with a decoder backbone, bare or in peft
     autocast: bool = False,  # whether it will be computed in bfloat16 by autocast
-    tolerance: float | None = None,  # greatest relative difference of states; None: 1e-3 in float32, 0.05 in half precision
+    tolerance: float
+    | None = None,  # greatest relative difference of states; None: 1e-3 in float32, 0.05 in half precision
 ) -> str:  # empty where the model takes packs now, else why it does not
     "Teach a model's backbone to take packs, and prove that it gives the same states."
     import torch
@@ -237,11 +309,20 @@ def enable_packing(
     for kernel in _kernels(model, half):
         try:
             off = _probe(model, backbone, kernel, autocast)
-        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # whatever a foreign model says to a pack
+        except (
+            NotImplementedError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+        ) as error:  # whatever a foreign model says to a pack
             reason = str(error).splitlines()[0][:200]
             continue
         if off <= limit:
-            backbone.pack_kernel, backbone.config._attn_implementation = kernel, before  # a copy made from this configuration is a plain one
+            backbone.pack_kernel, backbone.config._attn_implementation = (
+                kernel,
+                before,
+            )  # a copy made from this configuration is a plain one
             return ""
         reason = f"its states differ by {off:.2g}, more than {limit:g}"
     del backbone.forward
@@ -266,14 +347,22 @@ class PackingCollator:
         batch = dict(self.collator(examples))
         rows = [row[:n] for row, n in zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist())]
         half = len(rows) // 2
-        kept = [1 + int(n) for n in batch["completion_mask"].sum(1)] if self.answers else [1] * len(rows)  # the last prompt token foretells the first of the answer
-        pack = lay_out([[rows[i], rows[half + i]] for i in range(half)], [[kept[i], kept[half + i]] for i in range(half)])
+        kept = (
+            [1 + int(n) for n in batch["completion_mask"].sum(1)] if self.answers else [1] * len(rows)
+        )  # the last prompt token foretells the first of the answer
+        pack = lay_out(
+            [[rows[i], rows[half + i]] for i in range(half)], [[kept[i], kept[half + i]] for i in range(half)]
+        )
         back = [*range(0, len(rows), 2), *range(1, len(rows), 2)]  # groups have pairs side by side, trl has halves
         batch["pack"] = replace(pack, places=pack.places[back], kernel=self.kernel)
-        columns = torch.tensor([[min(len(row) - n + i, len(row) - 1) for i in range(max(kept))] for row, n in zip(rows, kept)])
+        columns = torch.tensor(
+            [[min(len(row) - n + i, len(row) - 1) for i in range(max(kept))] for row, n in zip(rows, kept)]
+        )
         batch["input_ids"] = batch["input_ids"].gather(1, columns)
         if self.answers:
-            batch["completion_mask"] = batch["completion_mask"].gather(1, columns) * (torch.arange(max(kept)) < torch.tensor(kept)[:, None])
+            batch["completion_mask"] = batch["completion_mask"].gather(1, columns) * (
+                torch.arange(max(kept)) < torch.tensor(kept)[:, None]
+            )
         return batch
 
 # %% ../../nbs/training/00_packing.ipynb #ec4a6308
@@ -295,7 +384,10 @@ class EvenSampler:
 
     def __init__(self, lengths: list[int], batch_size: int, pack_size: int, seed: int):
         if len(lengths) < batch_size:
-            raise StudyError(f"found {len(lengths)} pairs to train on, expected at least one batch of {batch_size}; lower the batch size")
+            raise StudyError(
+                f"found {len(lengths)} pairs to train on, expected at least one batch of {batch_size}; lower the "
+                "batch size"
+            )
         self.lengths, self.batch_size, self.pack_size, self.seed, self.epoch = lengths, batch_size, pack_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -320,8 +412,11 @@ def _packing_reason(models: list, autocast: bool) -> str:
     "Enable packing in all models, or say why not."
     reasons = [reason for model in models if (reason := enable_packing(model, autocast))]
     if reasons:
-        warnings.warn(f"psycopref: {type(unwrap(models[0])).__name__} does not take packed pairs ({reasons[0]}); "
-                      "it is trained the plain way, prompts computed twice", stacklevel=4)
+        warnings.warn(
+            f"psycopref: {type(unwrap(models[0])).__name__} does not take packed pairs ({reasons[0]}); "
+            "it is trained the plain way, prompts computed twice",
+            stacklevel=4,
+        )
     return reasons[0] if reasons else ""
 
 
@@ -330,20 +425,29 @@ class _EvenPacks:
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "length"})  # else the column is taken away before it is read
+        self._signature_columns = list(
+            {*self._signature_columns, "length"}
+        )  # else the column is taken away before it is read
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         kept = {name: parameter.dtype for name, parameter in (model or self.model).named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in (model or self.model).named_parameters():
-            parameter.data = parameter.data.to(kept[name])  # peft makes float32 of the adapters that it loads, and so another training
+            parameter.data = parameter.data.to(
+                kept[name]
+            )  # peft makes float32 of the adapters that it loads, and so another training
 
     def _get_train_sampler(self, train_dataset=None):
         rows, args = train_dataset if train_dataset is not None else self.train_dataset, self.args
         if args.train_sampling_strategy != "batch_rebalance" or "length" not in rows.column_names:
             return super()._get_train_sampler(train_dataset)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._even = EvenSampler(list(rows["length"]), batch_size, args.per_device_train_batch_size, args.data_seed if args.data_seed is not None else args.seed)
+        self._even = EvenSampler(
+            list(rows["length"]),
+            batch_size,
+            args.per_device_train_batch_size,
+            args.data_seed if args.data_seed is not None else args.seed,
+        )
         return self._even
 
     def _tell_epoch(self):
@@ -367,7 +471,9 @@ def reward_trainer():  # a subclass of trl.RewardTrainer
     class PackedRewardTrainer(_EvenPacks, RewardTrainer):
         def __init__(self, *args, **keywords):
             super().__init__(*args, **keywords)
-            self.not_packed = _packing_reason([self.model], bool(self.args.bf16))  # empty, or why the plain way is taken
+            self.not_packed = _packing_reason(
+                [self.model], bool(self.args.bf16)
+            )  # empty, or why the plain way is taken
             if not self.not_packed:
                 self.data_collator = PackingCollator(self.data_collator, unwrap(self.model).base_model.pack_kernel)
             self._tell_epoch()
@@ -382,14 +488,23 @@ def dpo_trainer():  # a subclass of trl.DPOTrainer
     class PackedDPOTrainer(_EvenPacks, DPOTrainer):
         def __init__(self, model, ref_model=None, args=None, **keywords):
             if isinstance(model, str):
-                raise StudyError(f"dpo_trainer: found the name {model!r}, expected a loaded model; load it, or use trl's own DPOTrainer")
-            self.not_packed = _packing_reason([m for m in (model, ref_model) if m is not None], bool(args and args.bf16))  # before trl asks for the reference
+                raise StudyError(
+                    f"dpo_trainer: found the name {model!r}, expected a loaded model; load it, or use trl's own "
+                    "DPOTrainer"
+                )
+            self.not_packed = _packing_reason(
+                [m for m in (model, ref_model) if m is not None], bool(args and args.bf16)
+            )  # before trl asks for the reference
             self.pack_kernel = None if self.not_packed else unwrap(model).base_model.pack_kernel
             super().__init__(model, ref_model, args, **keywords)
             self._tell_epoch()
 
         def _prepare_dataset(self, dataset, *arguments, **keywords):
-            return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *arguments, **keywords)
+            return (
+                dataset
+                if "prompt_ids" in dataset.column_names
+                else super()._prepare_dataset(dataset, *arguments, **keywords)
+            )
 
         @property
         def data_collator(self):

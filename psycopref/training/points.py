@@ -39,6 +39,7 @@ def watched_speeches(
 @dataclass(frozen=True)
 class Watcher:
     "Look at the policies of one backbone."
+
     folder: Path  # of all points
     base: Weights  # the backbone
     scorer: str  # folder of the reward model
@@ -60,8 +61,12 @@ class Watcher:
     def reference(self):
         "The reference model's answers to the watched speeches: frame of kind answers."
         own = self.profile.evaluation
-        found = answer(self.gateway, own.reference, self.speeches, "reference", own, derived_seed(self.seed, "reference"))
-        check_coverage(len(found), len(self.speeches), own.coverage, "06_policy, answers of the reference to development speeches")
+        found = answer(
+            self.gateway, own.reference, self.speeches, "reference", own, derived_seed(self.seed, "reference")
+        )
+        check_coverage(
+            len(found), len(self.speeches), own.coverage, "06_policy, answers of the reference to development speeches"
+        )
         return found
 
 # %% ../../nbs/training/08_points.ipynb #8eb3964f
@@ -69,8 +74,17 @@ def _measure_kl(self, policy: Weights, answers: dict) -> dict:
     "Nats from the base, for each answer; both models stand in memory together."
     if policy == self.base:
         return {name: [0.0] * len(own) for name, own in answers.items()}
-    tokenizer, models = load_tokenizer(policy), [load_causal_lm(weights, self.profile.dtype) for weights in (policy, self.base)]
-    found = kl_to_base(*models, tokenizer, [prompt_messages(self.texts[name]) for name in answers], [[s.text for s in own] for own in answers.values()], name="KL to base")
+    tokenizer, models = (
+        load_tokenizer(policy),
+        [load_causal_lm(weights, self.profile.dtype) for weights in (policy, self.base)],
+    )
+    found = kl_to_base(
+        *models,
+        tokenizer,
+        [prompt_messages(self.texts[name]) for name in answers],
+        [[s.text for s in own] for own in answers.values()],
+        name="KL to base",
+    )
     del models
     release()
     return dict(zip(answers, found))
@@ -82,8 +96,16 @@ def _judge(self, name: str, answers: dict, reference) -> dict | None:
 
     if not self.profile.watch.judged:
         return None
-    said = pd.DataFrame([{"speech_id": key, "policy": name, "setting": "free", "response": sample.text} for key, own in answers.items() for sample in own])
-    battles, _ = battle(self.gateway, self.profile.evaluation.judge, self.speeches, said, reference, "reference", seed=self.seed)
+    said = pd.DataFrame(
+        [
+            {"speech_id": key, "policy": name, "setting": "free", "response": sample.text}
+            for key, own in answers.items()
+            for sample in own
+        ]
+    )
+    battles, _ = battle(
+        self.gateway, self.profile.evaluation.judge, self.speeches, said, reference, "reference", seed=self.seed
+    )
     return {key: (own.verdict == "win").astype(int).tolist() for key, own in battles.groupby("speech_id", sort=False)}
 
 
@@ -104,11 +126,45 @@ def _look(
         return read_json(folder / "point.json")
     policy, reference = find(), self.reference()
     texts = {key: self.texts[key] for key in reference.speech_id}  # a reference may refuse some
-    answers = sample_candidates(policy, texts, folder, self.profile.dpo_iter, self.decoding, own.answers, self.profile.dtype, f"{name}: answering")
-    rewards = score_candidates(self.scorer, texts, {key: [s.text for s in group] for key, group in answers.items()}, folder, self.profile.dtype, f"{name}: scoring")
-    theirs = score_candidates(self.scorer, texts, {row.speech_id: [row.response] for row in reference.itertuples()}, self.folder / "reference", self.profile.dtype, "reference: scoring")
-    point = summarise(pairs, answers, rewards, theirs, self.measure_kl(policy, answers), self.judge(name, answers, reference), samples=self.profile.evaluation.bootstrap, name=name,
-                      curve=curve, split=str(self.speeches.split.iloc[0]), **more)
+    answers = sample_candidates(
+        policy,
+        texts,
+        folder,
+        self.profile.dpo_iter,
+        self.decoding,
+        own.answers,
+        self.profile.dtype,
+        f"{name}: answering",
+    )
+    rewards = score_candidates(
+        self.scorer,
+        texts,
+        {key: [s.text for s in group] for key, group in answers.items()},
+        folder,
+        self.profile.dtype,
+        f"{name}: scoring",
+    )
+    theirs = score_candidates(
+        self.scorer,
+        texts,
+        {row.speech_id: [row.response] for row in reference.itertuples()},
+        self.folder / "reference",
+        self.profile.dtype,
+        "reference: scoring",
+    )
+    point = summarise(
+        pairs,
+        answers,
+        rewards,
+        theirs,
+        self.measure_kl(policy, answers),
+        self.judge(name, answers, reference),
+        samples=self.profile.evaluation.bootstrap,
+        name=name,
+        curve=curve,
+        split=str(self.speeches.split.iloc[0]),
+        **more,
+    )
     write_json(folder / "point.json", point)
     self.draw()
     return point
@@ -118,7 +174,10 @@ def _curves(self) -> dict[str, list[dict]]:
     "What was seen so far: curve -> points along the pairs trained on, the base model first."
     points = sorted((read_json(path) for path in self.folder.glob("*/point.json")), key=lambda point: point["pairs"])
     base = [point for point in points if not point["curve"]]
-    return {name: base + [point for point in points if point["curve"] == name] for name in sorted({point["curve"] for point in points} - {""})} or {"base": base}
+    return {
+        name: base + [point for point in points if point["curve"] == name]
+        for name in sorted({point["curve"] for point in points} - {""})
+    } or {"base": base}
 
 
 def _draw(self) -> None:

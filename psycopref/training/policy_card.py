@@ -32,7 +32,7 @@ from psycopref.training.reward_card import (
     push_folder,
     python_literal,
 )
-from ..corpus.sources import HUB, RELEASED
+from ..corpus.sources import HUB, RELEASED_DATASET
 from .texts import prompt_messages, training_precision
 from ..models.weights import Weights, pick_dtype
 
@@ -43,10 +43,15 @@ __all__ = ['NOTICE', 'OTHER_HABITS', 'LORA_RANKS', 'MEASURES', 'SELECTED', 'GIVE
            'policy_header', 'policy_deviations', 'policy_card', 'hand_over', 'push_policy']
 
 # %% ../../nbs/training/11_policy_card.ipynb #e29d639a
-NOTICE = ("This model is not a therapist and no crisis service. It must not be used unsupervised with people in crisis or with anybody who seeks help. "
-          "A qualified person must review every word of it before it reaches a client. It does not recognise danger. It gives no medical advice: nothing of it "
-          "decides about diagnosis, medication or treatment. In an emergency call the local emergency services: 112 in the European Union, 911 in the "
-          "USA and Canada, 999 in the United Kingdom.")
+NOTICE = (
+    "This model is not a therapist and no crisis service. It must not be used unsupervised with people in crisis or "
+    "with anybody who seeks help. "
+    "A qualified person must review every word of it before it reaches a client. It does not recognise danger. It "
+    "gives no medical advice: nothing of it "
+    "decides about diagnosis, medication or treatment. In an emergency call the local emergency services: 112 in the "
+    "European Union, 911 in the "
+    "USA and Canada, 999 in the United Kingdom."
+)
 
 
 def write_notice(
@@ -58,8 +63,25 @@ def write_notice(
     return Path(folder) / "NOTICE.md"
 
 # %% ../../nbs/training/11_policy_card.ipynb #ae287921
-OTHER_HABITS = ("_from_model_config", "max_length", "min_length", "min_new_tokens", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
-                "num_beams", "penalty_alpha", "temperature", "top_k", "top_p", "top_h", "do_sample")  # of a base, that would change what was measured
+OTHER_HABITS = (
+    "_from_model_config",
+    "max_length",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "penalty_alpha",
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "do_sample",
+)  # of a base, that would change what was measured
 
 
 def generation_defaults(
@@ -73,8 +95,18 @@ def generation_defaults(
     base = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     kept = {name: value for name, value in base.items() if name not in OTHER_HABITS}
     ends = _ends(folder, kept)
-    sampling = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p} if decoding.temperature > 0 else {}
-    found = kept | {"eos_token_id": ends[0] if len(ends) == 1 else ends, "do_sample": decoding.temperature > 0, **sampling, "max_new_tokens": decoding.max_tokens, "notice": NOTICE}
+    sampling = (
+        {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
+        if decoding.temperature > 0
+        else {}
+    )
+    found = kept | {
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "do_sample": decoding.temperature > 0,
+        **sampling,
+        "max_new_tokens": decoding.max_tokens,
+        "notice": NOTICE,
+    }
     write_json(folder / "generation_config.json", found)
     return found
 
@@ -85,9 +117,14 @@ def _ends(folder: Path, defaults: dict) -> list[int]:
 
     named = defaults.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
     named = named if isinstance(named, list) else [named]
-    ends = [end for end in dict.fromkeys([*named, AutoTokenizer.from_pretrained(folder).eos_token_id]) if end is not None]
+    ends = [
+        end for end in dict.fromkeys([*named, AutoTokenizer.from_pretrained(folder).eos_token_id]) if end is not None
+    ]
     if not ends:
-        raise StudyError(f"{folder}: neither generation_config.json, config.json nor the tokenizer names an end token, expected one; without it an answer never ends, so name one there")
+        raise StudyError(
+            f"{folder}: neither generation_config.json, config.json nor the tokenizer names an end token, expected "
+            "one; without it an answer never ends, so name one there"
+        )
     return ends
 
 # %% ../../nbs/training/11_policy_card.ipynb #c6445909
@@ -114,11 +151,17 @@ def save_adapter(
         trained.save_pretrained(place)
         (place / "README.md").unlink(missing_ok=True)  # peft's own is an empty form
     else:
-        raise StudyError(f"{place}: the model has no adapters, expected a peft model that is not merged yet; save the adapters before save_merged")
+        raise StudyError(
+            f"{place}: the model has no adapters, expected a peft model that is not merged yet; save the adapters "
+            "before save_merged"
+        )
     tokenizer.save_pretrained(place)
     write_notice(place)
     commit = base.revision if hub_base(base) else None
-    write_json(place / "adapter_config.json", read_json(place / "adapter_config.json") | {"base_model_name_or_path": base.location, "revision": commit})
+    write_json(
+        place / "adapter_config.json",
+        read_json(place / "adapter_config.json") | {"base_model_name_or_path": base.location, "revision": commit},
+    )
     return place
 
 # %% ../../nbs/training/11_policy_card.ipynb #274179d4
@@ -126,7 +169,10 @@ def _copy_adapter(checkpoint: Path, place: Path) -> None:
     "Take the adapters out of a checkpoint."
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (checkpoint / name).is_file():
-            raise StudyError(f"{checkpoint}: holds no {name}, expected a checkpoint of a training with adapters; one of all weights has none to save apart")
+            raise StudyError(
+                f"{checkpoint}: holds no {name}, expected a checkpoint of a training with adapters; one of all "
+                "weights has none to save apart"
+            )
         shutil.copyfile(checkpoint / name, place / name)
 
 # %% ../../nbs/training/11_policy_card.ipynb #ff05fea1
@@ -152,24 +198,65 @@ def serve_lines(
 ) -> str:  # shell
     "Write the commands that serve a policy on this machine."
     place, listen = str(location), ("--host", "127.0.0.1", "--port", "8000")
-    lines = [f"# {NOTICE}", "# vLLM, the whole model:", _shell("vllm", "serve", place, *listen),
-             "# or transformers, the whole model:", _shell("transformers", "serve", place, *listen)]
+    lines = [
+        f"# {NOTICE}",
+        "# vLLM, the whole model:",
+        _shell("vllm", "serve", place, *listen),
+        "# or transformers, the whole model:",
+        _shell("transformers", "serve", place, *listen),
+    ]
     if base is None:
         return "\n".join(lines) + "\n"
     local = place
     lines += ["# or vLLM, the base with the adapters apart:"]
     if on_hub(place):
         local = place.partition("/")[2]
-        lines += [_shell("hf", "download", place, "--include", "adapter/*", "--include", "*.json", "--include", "*.jinja", "--local-dir", local)]
+        lines += [
+            _shell(
+                "hf",
+                "download",
+                place,
+                "--include",
+                "adapter/*",
+                "--include",
+                "*.json",
+                "--include",
+                "*.jinja",
+                "--local-dir",
+                local,
+            )
+        ]
     commit = ("--revision", base.revision) if hub_base(base) else ()
-    held = ("--max-lora-rank", str(next((held for held in LORA_RANKS if held >= rank), rank))) if rank > LORA_RANKS[0] else ()
-    lines += [_shell("vllm", "serve", base.location, *commit, "--enable-lora", "--lora-modules", f"{place}={local}/adapter", *held, "--tokenizer", local, "--generation-config", local, *listen)]
+    held = (
+        ("--max-lora-rank", str(next((held for held in LORA_RANKS if held >= rank), rank)))
+        if rank > LORA_RANKS[0]
+        else ()
+    )
+    lines += [
+        _shell(
+            "vllm",
+            "serve",
+            base.location,
+            *commit,
+            "--enable-lora",
+            "--lora-modules",
+            f"{place}={local}/adapter",
+            *held,
+            "--tokenizer",
+            local,
+            "--generation-config",
+            local,
+            *listen,
+        )
+    ]
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/training/11_policy_card.ipynb #177da8a1
 def _request(decoding: Decoding) -> dict:
     "What a server is told about sampling."
-    return {"max_tokens": decoding.max_tokens, "temperature": decoding.temperature} | ({"top_p": decoding.top_p} if decoding.temperature else {})
+    return {"max_tokens": decoding.max_tokens, "temperature": decoding.temperature} | (
+        {"top_p": decoding.top_p} if decoding.temperature else {}
+    )
 
 
 def curl_line(
@@ -179,7 +266,18 @@ def curl_line(
 ) -> str:  # shell
     "Write the command that asks a served policy."
     body = {"model": str(location), "messages": prompt_messages(speech), **_request(decoding)}
-    return _shell("curl", "-s", "http://127.0.0.1:8000/v1/chat/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False)) + "\n"
+    return (
+        _shell(
+            "curl",
+            "-s",
+            "http://127.0.0.1:8000/v1/chat/completions",
+            "-H",
+            "Content-Type: application/json",
+            "-d",
+            json.dumps(body, ensure_ascii=False),
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/training/11_policy_card.ipynb #1660d605
 def ask_lines(
@@ -211,12 +309,17 @@ answer = policy(messages)[0]["generated_text"][-1]["content"]
 @dataclass(frozen=True)
 class PolicyFacts:
     "Gather what is known of a trained policy."
+
     weights: Weights  # the backbone
     run: str  # name of the run
     profile: str  # tiny, demo or paper
     kind: typing.Literal["dpo", "dpo-iter"]  # offline, or on its own answers
-    receipts: dict[str, dict]  # receipts of 01_speeches, 04_pairs and, unless the dataset is the released one, 03_ratings
-    trainings: typing.Sequence[dict]  # one for dpo, one for each iteration of dpo-iter: pairs, steps, too_long; where they have them pack_size, left_out, best_step, dev_loss, dropped, log
+    receipts: dict[
+        str, dict
+    ]  # receipts of 01_speeches, 04_pairs and, unless the dataset is the released one, 03_ratings
+    trainings: typing.Sequence[
+        dict
+    ]  # one for dpo, one for each iteration of dpo-iter: pairs, steps, too_long; where they have them pack_size, left_out, best_step, dev_loss, dropped, log
     settings: DpoSettings  # how it was trained
     decoding: Decoding  # how it was measured
     point: dict  # development numbers of the chosen weights (`training.watching`): see MEASURES; what was not measured is missing or None
@@ -237,7 +340,12 @@ class PolicyFacts:
         *keys: str,  # way to the fact in its receipt
     ):  # the fact
         "Look a fact up in a receipt."
-        return _look(self.receipts.get(stage), keys, f"the receipt of {stage}", f"one as {stage} writes it now; run {stage} again")
+        return _look(
+            self.receipts.get(stage),
+            keys,
+            f"the receipt of {stage}",
+            f"one as {stage} writes it now; run {stage} again",
+        )
 
 # %% ../../nbs/training/11_policy_card.ipynb #8a064189
 def _look(found, keys: typing.Sequence[str], where: str, expected: str):
@@ -259,7 +367,10 @@ def precision_words(
     return f"weights kept in {name}, computed with in {'bfloat16' if autocast else name}"
 
 # %% ../../nbs/training/11_policy_card.ipynb #0b727e4f
-PolicyFacts.released = property(lambda self: is_released(self.fact("01_speeches", "settings", "speeches", "sources")), doc="Whether the pairs are those that the authors released.")
+PolicyFacts.released = property(
+    lambda self: is_released(self.fact("01_speeches", "settings", "speeches", "sources")),
+    doc="Whether the pairs are those that the authors released.",
+)
 PolicyFacts.rater = property(lambda self: self.fact("04_pairs", "rater"), doc="Who preferred.")
 PolicyFacts.name = property(lambda self: f"{self.run}-{self.weights.slug}-{self.kind}", doc="A name for the model.")
 PolicyFacts.online = property(lambda self: self.kind == "dpo-iter", doc="Whether it learned from its own answers.")
@@ -272,16 +383,26 @@ def check_facts(
     found = len(facts.trainings)
     if facts.online:
         if facts.iter_settings is None:
-            raise StudyError("policy card: found no iter_settings, expected those of DPO-Iter; pass the profile's dpo_iter")
+            raise StudyError(
+                "policy card: found no iter_settings, expected those of DPO-Iter; pass the profile's dpo_iter"
+            )
         if facts.chosen not in range(1, found + 1):
-            raise StudyError(f"policy card: iteration {facts.chosen} was chosen out of {found} trainings, expected a number from 1 to {found}; pass all that were trained, in order")
+            raise StudyError(
+                f"policy card: iteration {facts.chosen} was chosen out of {found} trainings, expected a number from 1 "
+                f"to {found}; pass all that were trained, in order"
+            )
     elif found != 1:
-        raise StudyError(f"policy card: offline DPO has {found} trainings, expected one; pass the one that made these weights")
+        raise StudyError(
+            f"policy card: offline DPO has {found} trainings, expected one; pass the one that made these weights"
+        )
     for number, training in enumerate(facts.trainings, 1):
         for key in ("pairs", "steps", "too_long"):
             _look(training, [key], f"training {number}", "what `training.dpo` returns; train again")
     if facts.point.get("reward") is None:
-        raise StudyError("policy card: the development numbers hold no reward, expected a point of `training.watching`; watch the chosen weights first")
+        raise StudyError(
+            "policy card: the development numbers hold no reward, expected a point of `training.watching`; watch the "
+            "chosen weights first"
+        )
 
 # %% ../../nbs/training/11_policy_card.ipynb #ae83aadb
 def quoted(
@@ -289,13 +410,19 @@ def quoted(
 ):  # the same, with harmless texts
     "Take line breaks and the beginnings of markup out of every text."
     if isinstance(value, str):
-        return re.sub(r"[\[\]`*<>]", lambda mark: {"[": "(", "]": ")", "<": "‹", ">": "›"}.get(mark[0], "'"), " ".join(value.split()))
+        return re.sub(
+            r"[\[\]`*<>]",
+            lambda mark: {"[": "(", "]": ")", "<": "‹", ">": "›"}.get(mark[0], "'"),
+            " ".join(value.split()),
+        )
     if isinstance(value, dict):
         return {quoted(key) if isinstance(key, str) else key: quoted(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(quoted(item) for item in value)
     if is_dataclass(value):
-        return replace(value, **{one.name: quoted(getattr(value, one.name)) for one in fields(value) if one.name != "location"})
+        return replace(
+            value, **{one.name: quoted(getattr(value, one.name)) for one in fields(value) if one.name != "location"}
+        )
     return value
 
 # %% ../../nbs/training/11_policy_card.ipynb #90ff7c4e
@@ -307,46 +434,89 @@ def policy_header(
 
     licence = hub_licence(base_licence(facts.weights), [one["licence"] for one in facts.fact("01_speeches", "origins")])
     more = {"license_name": "terms-of-base-model-and-data"} if licence == "other" else {}
-    return ModelCardData(language="en", license=licence, **more, library_name="transformers", pipeline_tag="text-generation", tags=["dpo", "trl", "preference", *(["dpo-iter"] if facts.online else []), "psycopref"],
-                         base_model=hub_base(facts.weights), datasets=[RELEASED.page.removeprefix(f"{HUB}/")] if facts.released else None, model_name=facts.name).to_yaml()
+    return ModelCardData(
+        language="en",
+        license=licence,
+        **more,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo", "trl", "preference", *(["dpo-iter"] if facts.online else []), "psycopref"],
+        base_model=hub_base(facts.weights),
+        datasets=[RELEASED_DATASET.page.removeprefix(f"{HUB}/")] if facts.released else None,
+        model_name=facts.name,
+    ).to_yaml()
 
 # %% ../../nbs/training/11_policy_card.ipynb #da4bb4a8
 def _policy_data(facts: PolicyFacts) -> str:
     "Say where the pairs come from, and who preferred."
     dev, audit = facts.fact("01_speeches", "settings", "speeches", "dev_fraction"), facts.fact("01_speeches", "audit")
     sources = ", ".join(f"[{one['source']}]({one['page']})" for one in facts.fact("01_speeches", "origins"))
-    rated = f"those that the authors released, rated by {facts.rater}" if facts.released else (
-        f"rated by {facts.rater} on seven principles, {facts.fact('03_ratings', 'settings', 'ratings', 'mode')} by {facts.fact('03_ratings', 'settings', 'ratings', 'mode')}; "
-        f"{100 * facts.fact('03_ratings', 'coverage'):.1f}% of the ratings came out valid")
-    own = f"\n- DPO-Iter trained on answers of its own; {facts.scorer} chose among them. That reward model was trained on the pairs named above" if facts.online else ""
-    scored = "" if facts.online else f"\n- scored on development speeches by {facts.scorer}, which was trained on the same pairs"
-    judged = f"\n- judged on development speeches by {facts.judge}, against {facts.reference}" if facts.judge else "\n- no judge was asked on development speeches"
+    rated = (
+        f"those that the authors released, rated by {facts.rater}"
+        if facts.released
+        else (
+            f"rated by {facts.rater} on seven principles, {facts.fact('03_ratings', 'settings', 'ratings', 'mode')} "
+            f"by {facts.fact('03_ratings', 'settings', 'ratings', 'mode')}; "
+            f"{100 * facts.fact('03_ratings', 'coverage'):.1f}% of the ratings came out valid"
+        )
+    )
+    own = (
+        f"\n- DPO-Iter trained on answers of its own; {facts.scorer} chose among them. That reward model was trained "
+        "on the pairs named above"
+        if facts.online
+        else ""
+    )
+    scored = (
+        ""
+        if facts.online
+        else f"\n- scored on development speeches by {facts.scorer}, which was trained on the same pairs"
+    )
+    judged = (
+        f"\n- judged on development speeches by {facts.judge}, against {facts.reference}"
+        if facts.judge
+        else "\n- no judge was asked on development speeches"
+    )
     hashed = f"{facts.fact('04_pairs', 'outputs', 'train.parquet')[:12]}…"
     return f"""## Data, raters and scorers
 
-Client speeches from {sources}. {audit['test speeches']} speeches are held out for testing, and took no part here; of the other {audit['other speeches']}, {100 * dev:g}% serve to watch and to choose.
+Client speeches from {sources}. {audit["test speeches"]} speeches are held out for testing, and took no part here; of the other {audit["other speeches"]}, {100 * dev:g}% serve to watch and to choose.
 
 - preference pairs: {rated}; sha256 of the training pairs `{hashed}`{own}{scored}{judged}
-- made by {made_by(facts.receipts['04_pairs'])}"""
+- made by {made_by(facts.receipts["04_pairs"])}"""
 
 # %% ../../nbs/training/11_policy_card.ipynb #eee12333
 def _trained(facts: PolicyFacts) -> dict[str, str]:
     "Say what both kinds of training have in common."
     settings, lora, online = facts.settings, facts.settings.lora, facts.iter_settings if facts.online else None
     nll = online.nll_weight if online else 0.0
-    loss = f"DPO, β = {settings.beta:g}" + (f", label smoothing {settings.label_smoothing:g}" if settings.label_smoothing else "")
+    loss = f"DPO, β = {settings.beta:g}" + (
+        f", label smoothing {settings.label_smoothing:g}" if settings.label_smoothing else ""
+    )
     loss += f", plus {nll:g} × the negative log-likelihood of the chosen answer" if nll else ", no likelihood term"
     layers = "all layers" if lora.last_layers is None else f"last {lora.last_layers} layers"
     where = "merged into the weights" + (", and apart in `adapter/`" if facts.adapter else "")
     rate = (online.learning_rate if online else None) or settings.learning_rate
-    return {"loss": loss, "trained": f"adapters of rank {lora.rank} (alpha {lora.alpha}, {layers}), {where}" if lora.rank else "every weight", "precision": facts.precision,
-            "learning rate": f"{rate:g}, warm-up over {100 * settings.warmup_ratio:g}% of the steps", "batch": f"{settings.batch_size} pairs in a step"}
+    return {
+        "loss": loss,
+        "trained": f"adapters of rank {lora.rank} (alpha {lora.alpha}, {layers}), {where}"
+        if lora.rank
+        else "every weight",
+        "precision": facts.precision,
+        "learning rate": f"{rate:g}, warm-up over {100 * settings.warmup_ratio:g}% of the steps",
+        "batch": f"{settings.batch_size} pairs in a step",
+    }
 
 
 def _left(training: dict, limit: int) -> str:
     "Say what a training left out."
-    parts = [f"{len(training['too_long'])} pairs longer than {limit} tokens"] + [f"{count} for {reason}" for reason, count in (training.get("dropped") or {}).items()]
-    return ", ".join(parts) + (f"; {training['left_out']} others sit out each epoch, since every step takes a whole batch" if training.get("left_out") else "")
+    parts = [f"{len(training['too_long'])} pairs longer than {limit} tokens"] + [
+        f"{count} for {reason}" for reason, count in (training.get("dropped") or {}).items()
+    ]
+    return ", ".join(parts) + (
+        f"; {training['left_out']} others sit out each epoch, since every step takes a whole batch"
+        if training.get("left_out")
+        else ""
+    )
 
 # %% ../../nbs/training/11_policy_card.ipynb #67307e49
 def _offline(facts: PolicyFacts) -> dict[str, str]:
@@ -355,8 +525,15 @@ def _offline(facts: PolicyFacts) -> dict[str, str]:
     losses = [entry["loss"] for entry in training.get("log", []) if "loss" in entry]
     step = facts.point.get("step") or training.get("best_step")
     kept = f"step {step} of {training['steps']}" if step else f"the last of {training['steps']} steps"
-    lines = {"reference": "the base model", "pairs": f"{training['pairs']}, in {settings.epochs:g} epochs, {training['steps']} steps", "dropped": _left(training, settings.max_length), "kept": kept}
-    return lines | ({"training loss": f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last"} if losses else {})
+    lines = {
+        "reference": "the base model",
+        "pairs": f"{training['pairs']}, in {settings.epochs:g} epochs, {training['steps']} steps",
+        "dropped": _left(training, settings.max_length),
+        "kept": kept,
+    }
+    return lines | (
+        {"training loss": f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last"} if losses else {}
+    )
 
 # %% ../../nbs/training/11_policy_card.ipynb #66b16309
 def _iterations(facts: PolicyFacts) -> dict[str, str]:
@@ -364,14 +541,32 @@ def _iterations(facts: PolicyFacts) -> dict[str, str]:
     own, done = facts.iter_settings, facts.trainings[: facts.chosen]
     places = {"previous": "the policy of the iteration before", "base": "the base model"}
     top_k = f"the {own.top_k} likeliest tokens" if own.top_k else "all tokens"
-    pairs = "highest against lowest reward" if own.pair_choice == "best-worst" else f"the widest gap among answers whose lengths differ by at most {100 * own.length_slack:g}%"
-    lost = {reason: sum((one.get("dropped") or {}).get(reason, 0) for one in done) for reason in dict.fromkeys(reason for one in done for reason in one.get("dropped") or {})}
-    return {"iterations": f"{len(facts.trainings)} were trained, this is number {facts.chosen}", "starts from": places[own.init], "reference": places[own.reference],
-            "prompts": f"{own.prompts} client speeches in an iteration, {'no speech again before all were used' if own.draw == 'rounds' else 'drawn anew each time'}",
-            "candidates": f"{own.candidates} for each, at temperature {own.temperature:g} from {top_k}, top-p {own.top_p:g}, sampled by {own.engine}",
-            "pairs": f"{pairs}, gap above {own.min_gap:g}: {', '.join(str(one['pairs']) for one in done)} in the iterations up to this one", "epochs": f"{own.epochs:g} in an iteration, {sum(one['steps'] for one in done)} steps in all",
-            "optimiser": f"{'new in each iteration' if own.optimiser == 'reset' else 'kept across iterations'}; learning rate scheduled {'in each' if own.schedule == 'each' else 'across all'}",
-            "dropped": _left({"too_long": [long for one in done for long in one["too_long"]], "dropped": lost}, facts.settings.max_length)}
+    pairs = (
+        "highest against lowest reward"
+        if own.pair_choice == "best-worst"
+        else f"the widest gap among answers whose lengths differ by at most {100 * own.length_slack:g}%"
+    )
+    lost = {
+        reason: sum((one.get("dropped") or {}).get(reason, 0) for one in done)
+        for reason in dict.fromkeys(reason for one in done for reason in one.get("dropped") or {})
+    }
+    return {
+        "iterations": f"{len(facts.trainings)} were trained, this is number {facts.chosen}",
+        "starts from": places[own.init],
+        "reference": places[own.reference],
+        "prompts": f"{own.prompts} client speeches in an iteration, "
+        f"{'no speech again before all were used' if own.draw == 'rounds' else 'drawn anew each time'}",
+        "candidates": f"{own.candidates} for each, at temperature {own.temperature:g} from {top_k}, top-p "
+        f"{own.top_p:g}, sampled by {own.engine}",
+        "pairs": f"{pairs}, gap above {own.min_gap:g}: {', '.join(str(one['pairs']) for one in done)} in the "
+        "iterations up to this one",
+        "epochs": f"{own.epochs:g} in an iteration, {sum(one['steps'] for one in done)} steps in all",
+        "optimiser": f"{'new in each iteration' if own.optimiser == 'reset' else 'kept across iterations'}; learning "
+        f"rate scheduled {'in each' if own.schedule == 'each' else 'across all'}",
+        "dropped": _left(
+            {"too_long": [long for one in done for long in one["too_long"]], "dropped": lost}, facts.settings.max_length
+        ),
+    }
 
 
 def _policy_training(facts: PolicyFacts) -> str:
@@ -380,9 +575,22 @@ def _policy_training(facts: PolicyFacts) -> str:
     return "## Training\n\n" + "\n".join(f"- {name}: {what}" for name, what in lines.items())
 
 # %% ../../nbs/training/11_policy_card.ipynb #b9c7d29e
-MEASURES = {"reward": "mean reward", "proxy": "proxy win rate, %", "judged": "judged win rate, %", "kl": "KL to the base, nats per answer", "words": "words per answer",
-            "tokens": "tokens per answer", "cut_share": "share of answers cut at the limit", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}  # of a point; with _low and _high where it has an interval
-SELECTED = {"loss": "least DPO loss on development pairs", "reward": "highest mean reward on development speeches", "win-rate": "highest judged win rate on development speeches"}
+MEASURES = {
+    "reward": "mean reward",
+    "proxy": "proxy win rate, %",
+    "judged": "judged win rate, %",
+    "kl": "KL to the base, nats per answer",
+    "words": "words per answer",
+    "tokens": "tokens per answer",
+    "cut_share": "share of answers cut at the limit",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+}  # of a point; with _low and _high where it has an interval
+SELECTED = {
+    "loss": "least DPO loss on development pairs",
+    "reward": "highest mean reward on development speeches",
+    "win-rate": "highest judged win rate on development speeches",
+}
 
 
 def _development(facts: PolicyFacts) -> str:
@@ -393,22 +601,38 @@ def _development(facts: PolicyFacts) -> str:
     for name, label in MEASURES.items():
         if facts.point.get(name) is not None or base.get(name) is not None:
             low, high = facts.point.get(f"{name}_low"), facts.point.get(f"{name}_high")
-            rows.append([label, base.get(name), facts.point.get(name), None if low is None or high is None else f"{low:.3g} to {high:.3g}"])
+            rows.append(
+                [
+                    label,
+                    base.get(name),
+                    facts.point.get(name),
+                    None if low is None or high is None else f"{low:.3g} to {high:.3g}",
+                ]
+            )
     table = markdown_table(pd.DataFrame(rows, columns=["measure", "base", "this policy", "95% interval"], dtype=object))
     how = SELECTED[facts.iter_settings.select if facts.online else facts.settings.select]
-    decoding, asked = facts.decoding, f"{facts.point['answers']} answers to {facts.point['speeches']} development speeches, " if facts.point.get("answers") and facts.point.get("speeches") else ""
+    decoding, asked = (
+        facts.decoding,
+        f"{facts.point['answers']} answers to {facts.point['speeches']} development speeches, "
+        if facts.point.get("answers") and facts.point.get("speeches")
+        else "",
+    )
     return f"""## Development numbers, and how it was chosen
 
 {table}
 
-A dash means not measured. {asked}{'s' if asked else 'S'}ampled at temperature {decoding.temperature:g}, top-k {decoding.top_k}, top-p {decoding.top_p:g}, at most {decoding.max_tokens} tokens. Intervals resample client speeches. The proxy
+A dash means not measured. {asked}{"s" if asked else "S"}ampled at temperature {decoding.temperature:g}, top-k {decoding.top_k}, top-p {decoding.top_p:g}, at most {decoding.max_tokens} tokens. Intervals resample client speeches. The proxy
 win rate is the share of answers that {facts.scorer} scores above the reference's; a proxy that climbs where the judge does not is being gamed.
 
-Chosen for the {how}, among the {'iterations' if facts.online else 'checkpoints'} of one run; never on test speeches. Numbers on the speeches that one chose by are too good: read those of the test speeches in the study's report."""
+Chosen for the {how}, among the {"iterations" if facts.online else "checkpoints"} of one run; never on test speeches. Numbers on the speeches that one chose by are too good: read those of the test speeches in the study's report."""
 
 # %% ../../nbs/training/11_policy_card.ipynb #7d31b304
 GIVEN = {"beta": "β", "learning_rate": "learning rate", "batch_size": "pairs in a step"}  # of DpoSettings, in §4.2
-GIVEN_ONLINE = {"iterations": "iterations", "prompts": "prompts in an iteration", "candidates": "candidates for each prompt"}  # of IterSettings, in §4.2
+GIVEN_ONLINE = {
+    "iterations": "iterations",
+    "prompts": "prompts in an iteration",
+    "candidates": "candidates for each prompt",
+}  # of IterSettings, in §4.2
 
 
 def policy_deviations(
@@ -416,15 +640,45 @@ def policy_deviations(
 ) -> list[str]:  # sentences
     "List what differs from the paper."
     found, online = [], facts.iter_settings if facts.online else None
-    settings = replace(facts.settings, learning_rate=online.learning_rate) if online and online.learning_rate else facts.settings
+    settings = (
+        replace(facts.settings, learning_rate=online.learning_rate)
+        if online and online.learning_rate
+        else facts.settings
+    )
     compared = [(GIVEN, settings, DpoSettings())] + ([(GIVEN_ONLINE, online, IterSettings())] if online else [])
     for names, ours, paper in compared:
-        found += [f"{label}: {getattr(ours, name):g} here, {getattr(paper, name):g} in the paper." for name, label in names.items() if getattr(ours, name) != getattr(paper, name)]
+        found += [
+            f"{label}: {getattr(ours, name):g} here, {getattr(paper, name):g} in the paper."
+            for name, label in names.items()
+            if getattr(ours, name) != getattr(paper, name)
+        ]
     found += ["Adapters were trained; the paper trains every weight."] if settings.lora.rank else []
-    found += [f"The backbone is {facts.weights.label}; the paper's are {' and '.join(name.partition('/')[2] for name in PAPER.backbones)}."] if facts.weights.name.partition("@")[0] not in PAPER.backbones else []
-    found += [f"The preferences are those of {facts.rater}; the paper's are GPT-4o's."] if "gpt-4o" not in facts.rater.lower() else []
-    found += [f"Where an iteration starts ({online.init}) and what holds it ({online.reference}) is not in the paper; nor are temperature, top-k and top-p."] if online else []
-    found += [f"A likelihood term of weight {online.nll_weight:g} was added; the paper writes plain DPO."] if online and online.nll_weight else []
+    found += (
+        [
+            f"The backbone is {facts.weights.label}; the paper's are "
+            f"{' and '.join(name.partition('/')[2] for name in PAPER.backbones)}."
+        ]
+        if facts.weights.name.partition("@")[0] not in PAPER.backbones
+        else []
+    )
+    found += (
+        [f"The preferences are those of {facts.rater}; the paper's are GPT-4o's."]
+        if "gpt-4o" not in facts.rater.lower()
+        else []
+    )
+    found += (
+        [
+            f"Where an iteration starts ({online.init}) and what holds it ({online.reference}) is not in the paper; "
+            "nor are temperature, top-k and top-p."
+        ]
+        if online
+        else []
+    )
+    found += (
+        [f"A likelihood term of weight {online.nll_weight:g} was added; the paper writes plain DPO."]
+        if online and online.nll_weight
+        else []
+    )
     return [*found, *facts.deviations]
 
 # %% ../../nbs/training/11_policy_card.ipynb #c7f142bf
@@ -436,7 +690,7 @@ def _policy_use(facts: PolicyFacts) -> str:
 The prompt is part of the policy, word by word; it was trained without a system message, and one makes another policy of it.
 
 ```python
-template = {python_literal(prompt_text('responding'))}
+template = {python_literal(prompt_text("responding"))}
 prompt = template.replace("{{client_speech}}", "{example}")
 ```
 
@@ -493,8 +747,24 @@ A policy trained from {facts.weights.label} (revision {facts.weights.revision[:1
 *Preference Learning Unlocks LLMs' Psycho-Counseling Skills* (§4.2). Every number here is this run's own, except those that a deviation gives as the paper's.
 
 {Label(facts.profile, (facts.weights.label,), facts.rater, f"{pairs} training pairs")}."""
-    differing = "## Deviations from the paper\n\n" + ("\n".join(f"- {one}" for one in policy_deviations(facts)) or "None that we know of.")
-    return "\n\n".join([opening, _policy_data(facts), _policy_training(facts), _development(facts), differing, _policy_use(facts), POLICY_PURPOSE, licence_section(facts)]) + "\n"
+    differing = "## Deviations from the paper\n\n" + (
+        "\n".join(f"- {one}" for one in policy_deviations(facts)) or "None that we know of."
+    )
+    return (
+        "\n\n".join(
+            [
+                opening,
+                _policy_data(facts),
+                _policy_training(facts),
+                _development(facts),
+                differing,
+                _policy_use(facts),
+                POLICY_PURPOSE,
+                licence_section(facts),
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/training/11_policy_card.ipynb #cbb322af
 def _adapter_base(folder: Path) -> str | None:
@@ -509,7 +779,9 @@ def hand_over(
 ) -> Path:  # README.md
     "Write card, notice and defaults beside a policy's weights."
     folder = Path(folder)
-    fits = _adapter_base(folder) == facts.weights.location and (hub_base(facts.weights) is not None or not on_hub(facts.location))
+    fits = _adapter_base(folder) == facts.weights.location and (
+        hub_base(facts.weights) is not None or not on_hub(facts.location)
+    )
     text = policy_card(replace(facts, adapter=fits))
     generation_defaults(folder, facts.decoding)
     write_notice(folder)
@@ -525,10 +797,15 @@ def _checked_policy(folder: Path, repo: str) -> None:
     "Refuse a folder that is no policy with notice, defaults and a card for this repository."
     missing = [pattern for pattern in POLICY_NEEDED if not any(folder.glob(pattern))]
     if missing:
-        raise StudyError(f"{folder}: holds no {', '.join(missing)}, expected a policy that was handed over; run 06_policy first")
+        raise StudyError(
+            f"{folder}: holds no {', '.join(missing)}, expected a policy that was handed over; run 06_policy first"
+        )
     card = (folder / "README.md").read_text(encoding="utf-8")
     if use_lines(repo) not in card or NOTICE not in card:
-        raise StudyError(f"{folder / 'README.md'}: does not tell how to load {repo!r} under our notice; write the card with that location first")
+        raise StudyError(
+            f"{folder / 'README.md'}: does not tell how to load {repo!r} under our notice; write the card with that "
+            "location first"
+        )
 
 
 def _kept_here(folder: Path) -> list[str]:

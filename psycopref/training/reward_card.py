@@ -15,13 +15,13 @@ from ..core.tables import Label, markdown_table
 from ..core.settings import RewardSettings, StudyError
 from ..core.stages import is_released
 from ..core.prompts import prompt_text
-from ..corpus.sources import HUB, RELEASED, UNKNOWN_LICENCE
+from ..corpus.sources import HUB, RELEASED_DATASET, UNKNOWN_LICENCE
 from ..models.weights import Weights, pick_dtype
 
 # %% auto #0
-__all__ = ['COLUMNS', 'BASE_LICENCES', 'UNKNOWN', 'METRICS', 'SCALE', 'PURPOSE', 'NEEDED', 'LEFT_OUT', 'ANSWER_SECONDS',
-           'five_lines', 'HandOver', 'base_licence', 'hub_licence', 'licence_section', 'card_header', 'card_notice',
-           'made_by', 'python_literal', 'reward_card', 'check_repo', 'push_folder', 'push_reward_model']
+__all__ = ['TABLE_1_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'METRICS', 'SCALE', 'PURPOSE', 'NEEDED', 'LEFT_OUT',
+           'ANSWER_SECONDS', 'five_lines', 'HandOver', 'base_licence', 'hub_licence', 'licence_section', 'card_header',
+           'card_notice', 'made_by', 'python_literal', 'reward_card', 'check_repo', 'push_folder', 'push_reward_model']
 
 # %% ../../nbs/training/10_reward_card.ipynb #922f339c
 def five_lines(
@@ -40,19 +40,31 @@ score = model(**inputs).logits.item()
 """
 
 # %% ../../nbs/training/10_reward_card.ipynb #b7508b7e
-COLUMNS = ("model", "kind", "accuracy %", "95% interval", "AUC", "ECE", "Brier", "pairs")  # of Table 1, in the card's order
+TABLE_1_COLUMNS = (
+    "model",
+    "kind",
+    "accuracy %",
+    "95% interval",
+    "AUC",
+    "ECE",
+    "Brier",
+    "pairs",
+)  # of Table 1, in the card's order
 
 
 @dataclass(frozen=True)
 class HandOver:
     "Gather what is known of a trained reward model."
+
     weights: Weights  # the backbone
     run: str  # name of the run
     profile: str  # tiny, demo or paper
-    receipts: dict[str, dict]  # receipts of 01_speeches, 04_pairs and, unless the dataset is the released one, 03_ratings
+    receipts: dict[
+        str, dict
+    ]  # receipts of 01_speeches, 04_pairs and, unless the dataset is the released one, 03_ratings
     training: dict  # as the trainer returns it: pairs, too_long, steps, best_step, dev_loss, pack_size, log; where it has them dev_too_long, left_out
     settings: RewardSettings  # how it was trained
-    rows: typing.Sequence[dict]  # Table 1 of this run, with COLUMNS
+    rows: typing.Sequence[dict]  # Table 1 of this run, with TABLE_1_COLUMNS
     own: str  # this model's name in the column `model`
     location: str  # where a reader finds it: the hub id that it will have, or a folder
     temperature: float | None = None  # fitted on development pairs; None = none was
@@ -68,7 +80,10 @@ class HandOver:
         found = self.receipts.get(stage)
         for key in keys:
             if not isinstance(found, dict) or key not in found:
-                raise StudyError(f"reward card: the receipt of {stage} has no {' / '.join(keys)}, expected one as {stage} writes it now; run {stage} again")
+                raise StudyError(
+                    f"reward card: the receipt of {stage} has no {' / '.join(keys)}, expected one as {stage} writes "
+                    f"it now; run {stage} again"
+                )
             found = found[key]
         return found
 
@@ -77,7 +92,10 @@ def _row(self) -> dict:
     "This model's row of Table 1."
     found = [row for row in self.rows if row["model"] == self.own]
     if len(found) != 1:
-        raise StudyError(f"reward card: Table 1 has {len(found)} rows named {self.own!r}, expected one of {[row['model'] for row in self.rows]}; give this model's name as it stands there")
+        raise StudyError(
+            f"reward card: Table 1 has {len(found)} rows named {self.own!r}, expected one of "
+            f"{[row['model'] for row in self.rows]}; give this model's name as it stands there"
+        )
     return found[0]
 
 
@@ -91,16 +109,18 @@ HandOver.rater = property(lambda self: self.fact("04_pairs", "rater"), doc="Who 
 HandOver.name = property(lambda self: f"{self.run}-{self.weights.slug}-reward", doc="A name for the model.")
 
 # %% ../../nbs/training/10_reward_card.ipynb #86f7e44a
-BASE_LICENCES = {"smollm2-135m": "apache-2.0", "random-tiny": "mit", "meta-llama/Llama-3.2-3B-Instruct": "llama3.2",
-                 "meta-llama/Llama-3.1-8B-Instruct": "llama3.1"}  # by the name of the weights, as the hub writes them
-UNKNOWN = "unknown"  # the hub's word
+BASE_LICENCES = {
+    "smollm2-135m": "apache-2.0",
+    "random-tiny": "mit",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama3.2",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3.1",
+}  # by the name of the weights, as the hub writes them
+UNKNOWN_FACT = "unknown"  # the hub's word
 
 
-def base_licence(
-    weights: Weights,  # the backbone
-) -> str:  # an identifier of the hub
+def base_licence(weights: Weights) -> str:  # an identifier of the hub
     "Name a backbone's licence."
-    return BASE_LICENCES.get(weights.name.partition("@")[0], UNKNOWN)
+    return BASE_LICENCES.get(weights.name.partition("@")[0], UNKNOWN_FACT)
 
 
 def hub_licence(
@@ -109,8 +129,8 @@ def hub_licence(
 ) -> str:  # an identifier of the hub
     "Choose the one licence that the header can name."
     data = list(data)
-    if base == UNKNOWN or UNKNOWN_LICENCE in data:
-        return UNKNOWN
+    if base == UNKNOWN_FACT or UNKNOWN_LICENCE in data:
+        return UNKNOWN_FACT
     return base if all(licence.partition(",")[0] == "MIT" for licence in data) else "other"
 
 # %% ../../nbs/training/10_reward_card.ipynb #a900d672
@@ -120,29 +140,47 @@ def licence_section(
     "Say which terms apply."
     base = base_licence(facts.weights)
     writers = "; ".join(sorted({one["label"] for one in facts.fact("04_pairs", "models").values()}))
-    texts = "\n".join(f"- {one['source']}: {one['licence']} ({one['page']})" for one in facts.fact("01_speeches", "origins"))
+    texts = "\n".join(
+        f"- {one['source']}: {one['licence']} ({one['page']})" for one in facts.fact("01_speeches", "origins")
+    )
     return f"""## Licence
 
-- base model, {facts.weights.label}: {'not known to us: read the terms of its makers before you use it' if base == UNKNOWN else base}
+- base model, {facts.weights.label}: {"not known to us: read the terms of its makers before you use it" if base == UNKNOWN_FACT else base}
 {texts}
 - responses in the pairs: written by {writers}; the terms of their makers apply
 
 These weights were made from all of it. No licence of our own is put on top, and which uses the terms together allow is for you to find out."""
 
 # %% ../../nbs/training/10_reward_card.ipynb #6820a235
-METRICS = {"accuracy %": ("accuracy", "accuracy, %"), "AUC": ("roc_auc", "AUC"), "ECE": ("expected_calibration_error", "ECE"),
-           "Brier": ("brier_score", "Brier score")}  # column -> the hub's word, and a reader's
+METRICS = {
+    "accuracy %": ("accuracy", "accuracy, %"),
+    "AUC": ("roc_auc", "AUC"),
+    "ECE": ("expected_calibration_error", "ECE"),
+    "Brier": ("brier_score", "Brier score"),
+}  # column -> the hub's word, and a reader's
 
 
 def _results(facts: HandOver) -> list:
     "Word a row of Table 1 as the hub's evaluation results."
     from huggingface_hub import EvalResult
 
-    released = RELEASED.page.removeprefix(f"{HUB}/")
-    where = {"dataset_type": released if facts.released else "psycopref-pairs", "dataset_name": f"test pairs of run {facts.run}, rated by {facts.rater}",
-             "dataset_split": "test", "task_type": "text-classification", "task_name": "choice of the preferred response"}
-    measured = {column: facts.row[column] for column in METRICS if facts.row[column] is not None and facts.row[column] == facts.row[column]}
-    return [EvalResult(**where, metric_type=METRICS[column][0], metric_name=METRICS[column][1], metric_value=float(value)) for column, value in measured.items()]
+    released = RELEASED_DATASET.page.removeprefix(f"{HUB}/")
+    where = {
+        "dataset_type": released if facts.released else "psycopref-pairs",
+        "dataset_name": f"test pairs of run {facts.run}, rated by {facts.rater}",
+        "dataset_split": "test",
+        "task_type": "text-classification",
+        "task_name": "choice of the preferred response",
+    }
+    measured = {
+        column: facts.row[column]
+        for column in METRICS
+        if facts.row[column] is not None and facts.row[column] == facts.row[column]
+    }
+    return [
+        EvalResult(**where, metric_type=METRICS[column][0], metric_name=METRICS[column][1], metric_value=float(value))
+        for column, value in measured.items()
+    ]
 
 
 def card_header(
@@ -154,13 +192,24 @@ def card_header(
     weights = facts.weights
     licence = hub_licence(base_licence(weights), [one["licence"] for one in facts.fact("01_speeches", "origins")])
     more = {"license_name": "terms-of-base-model-and-data"} if licence == "other" else {}
-    return ModelCardData(language="en", license=licence, **more, library_name="transformers", pipeline_tag="text-classification",
-                         tags=["reward-model", "preference-learning", "psycopref"], base_model=None if Path(weights.location).is_dir() else weights.location,
-                         datasets=[RELEASED.page.removeprefix(f"{HUB}/")] if facts.released else None, model_name=facts.name, eval_results=_results(facts)).to_yaml()
+    return ModelCardData(
+        language="en",
+        license=licence,
+        **more,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["reward-model", "preference-learning", "psycopref"],
+        base_model=None if Path(weights.location).is_dir() else weights.location,
+        datasets=[RELEASED_DATASET.page.removeprefix(f"{HUB}/")] if facts.released else None,
+        model_name=facts.name,
+        eval_results=_results(facts),
+    ).to_yaml()
 
 # %% ../../nbs/training/10_reward_card.ipynb #2b05753a
-SCALE = {"tiny": "Profile `tiny` proves that the chain runs; its numbers mean nothing.",
-         "demo": "Profile `demo` is the study at the size of a laptop; its numbers are not the paper's."}
+SCALE = {
+    "tiny": "Profile `tiny` proves that the chain runs; its numbers mean nothing.",
+    "demo": "Profile `demo` is the study at the size of a laptop; its numbers are not the paper's.",
+}
 
 
 def card_notice(
@@ -168,7 +217,9 @@ def card_notice(
 ) -> str:  # quoted lines
     "Say what stands behind the preferences, and at what scale."
     if "stand-in" in facts.rater:
-        rater = f"The preferences are those of the {facts.rater.replace(' (stand-in)', '')}: a stand-in, no clinical judge."
+        rater = (
+            f"The preferences are those of the {facts.rater.replace(' (stand-in)', '')}: a stand-in, no clinical judge."
+        )
     else:
         rater = f"The preferences are those of {facts.rater}. No clinician has checked them for this model."
     return "\n>\n".join(f"> **{line}**" for line in (rater, SCALE.get(facts.profile)) if line)
@@ -176,24 +227,34 @@ def card_notice(
 # %% ../../nbs/training/10_reward_card.ipynb #b961f01b
 def _data(facts: HandOver) -> str:
     "Say where the pairs come from."
-    speeches, counts, pairs = facts.fact("01_speeches", "settings", "speeches"), facts.fact("01_speeches", "audit"), facts.receipts["04_pairs"]
+    speeches, counts, pairs = (
+        facts.fact("01_speeches", "settings", "speeches"),
+        facts.fact("01_speeches", "audit"),
+        facts.receipts["04_pairs"],
+    )
     sources = ", ".join(f"[{one['source']}]({one['page']})" for one in facts.fact("01_speeches", "origins"))
     if facts.released:
         rated = f"Pairs and ratings are those that the authors released, rated by {facts.rater}."
     else:
         share, aside = facts.fact("03_ratings", "coverage"), facts.fact("03_ratings", "put_aside")
-        rated = (f"Rated by {facts.rater} on seven principles ({facts.fact('03_ratings', 'settings', 'ratings', 'mode')} by {facts.fact('03_ratings', 'settings', 'ratings', 'mode')}); "
-                 f"{100 * share:.1f}% of the ratings came out valid, {aside} were put aside. Two responses make a pair where the sums of their seven ratings "
-                 f"differ by at least {facts.fact('04_pairs', 'settings', 'pairs', 'min_gap_sum')}.")
-    hashes = ", ".join(f"`{name}` {facts.fact('04_pairs', 'outputs', name)[:12]}…" for name in ("train.parquet", "test.parquet"))
+        rated = (
+            f"Rated by {facts.rater} on seven principles ({facts.fact('03_ratings', 'settings', 'ratings', 'mode')} "
+            f"by {facts.fact('03_ratings', 'settings', 'ratings', 'mode')}); "
+            f"{100 * share:.1f}% of the ratings came out valid, {aside} were put aside. Two responses make a pair "
+            "where the sums of their seven ratings "
+            f"differ by at least {facts.fact('04_pairs', 'settings', 'pairs', 'min_gap_sum')}."
+        )
+    hashes = ", ".join(
+        f"`{name}` {facts.fact('04_pairs', 'outputs', name)[:12]}…" for name in ("train.parquet", "test.parquet")
+    )
     return f"""## Data
 
-Client speeches from {sources}; each stands in one part only, with all its pairs. {counts['test speeches']} speeches were held out for testing; of the other
-{counts['other speeches']}, {100 * speeches['dev_fraction']:g}% serve to choose the checkpoint. {counts['test speeches with a near-duplicate outside']} test speeches have a near-duplicate outside the test set.
+Client speeches from {sources}; each stands in one part only, with all its pairs. {counts["test speeches"]} speeches were held out for testing; of the other
+{counts["other speeches"]}, {100 * speeches["dev_fraction"]:g}% serve to choose the checkpoint. {counts["test speeches with a near-duplicate outside"]} test speeches have a near-duplicate outside the test set.
 
 {rated}
 
-- {facts.training['pairs']} pairs were trained on, {facts.row['pairs']} tested on
+- {facts.training["pairs"]} pairs were trained on, {facts.row["pairs"]} tested on
 - sha256 of the pairs: {hashes}
 - made by {made_by(pairs)}"""
 
@@ -203,7 +264,12 @@ def made_by(
 ) -> str:  # for the card
     "Name the code that signed a receipt."
     commit = f"commit {receipt['commit'][:12]}" if receipt.get("commit") else "an unknown commit"
-    return ", ".join([f"{commit}{' with changes of its own' if receipt.get('changed_files') else ''}", *(f"{name} {version}" for name, version in receipt.get("versions", {}).items())])
+    return ", ".join(
+        [
+            f"{commit}{' with changes of its own' if receipt.get('changed_files') else ''}",
+            *(f"{name} {version}" for name, version in receipt.get("versions", {}).items()),
+        ]
+    )
 
 # %% ../../nbs/training/10_reward_card.ipynb #bbd1ba8a
 def _lora(settings: RewardSettings) -> str:
@@ -225,13 +291,30 @@ def _training(facts: HandOver) -> str:
     "Say how it was trained."
     settings, training = facts.settings, facts.training
     long, losses = training["too_long"], [entry["loss"] for entry in training["log"] if "loss" in entry]
-    dropped = f"{len(long)} pairs longer than {settings.max_length} tokens" + (f" (prefID {', '.join(map(str, long[:10]))}{', …' if len(long) > 10 else ''})" if long else "")
+    dropped = f"{len(long)} pairs longer than {settings.max_length} tokens" + (
+        f" (prefID {', '.join(map(str, long[:10]))}{', …' if len(long) > 10 else ''})" if long else ""
+    )
     dropped += f", and {len(training['dev_too_long'])} such development pairs" if training.get("dev_too_long") else ""
-    dropped += f"; {training['left_out']} others sit out each epoch, since every step takes a whole batch" if training.get("left_out") else ""
-    lines = {"loss": "Bradley-Terry, −log σ(r(chosen) − r(rejected))" + (", with the ratings' mean gap as margin" if settings.margin else "")
-                     + (f", plus {settings.center_coefficient:g} × (r(chosen) + r(rejected))²" if settings.center_coefficient else ""),
-             "trained": _lora(settings), "epochs": f"{settings.epochs}, {training['steps']} steps of {settings.batch_size} pairs, {training['pack_size']} in a forward pass",
-             "learning rate": f"{settings.learning_rate:g}, warm-up over {100 * settings.warmup_ratio:g}% of the steps", "dropped": dropped, "kept": _kept(training)}
+    dropped += (
+        f"; {training['left_out']} others sit out each epoch, since every step takes a whole batch"
+        if training.get("left_out")
+        else ""
+    )
+    lines = {
+        "loss": "Bradley-Terry, −log σ(r(chosen) − r(rejected))"
+        + (", with the ratings' mean gap as margin" if settings.margin else "")
+        + (
+            f", plus {settings.center_coefficient:g} × (r(chosen) + r(rejected))²"
+            if settings.center_coefficient
+            else ""
+        ),
+        "trained": _lora(settings),
+        "epochs": f"{settings.epochs}, {training['steps']} steps of {settings.batch_size} pairs, "
+        f"{training['pack_size']} in a forward pass",
+        "learning rate": f"{settings.learning_rate:g}, warm-up over {100 * settings.warmup_ratio:g}% of the steps",
+        "dropped": dropped,
+        "kept": _kept(training),
+    }
     lines |= {"training loss": f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last"} if losses else {}
     return "## Training\n\n" + "\n".join(f"- {name}: {what}" for name, what in lines.items())
 
@@ -241,13 +324,21 @@ def _measured(facts: HandOver) -> str:
     import pandas as pd
 
     rows = [facts.row, *(row for row in facts.rows if row is not facts.row)]
-    table = markdown_table(pd.DataFrame([[row[column] for column in COLUMNS] for row in rows], columns=list(COLUMNS), dtype=object))
+    table = markdown_table(
+        pd.DataFrame(
+            [[row[column] for column in TABLE_1_COLUMNS] for row in rows], columns=list(TABLE_1_COLUMNS), dtype=object
+        )
+    )
     eces = ", ".join(f"{value:.3f} with {bins} bins" for bins, value in facts.ece_by_bins.items())
     if facts.temperature is None:
         scale = "No temperature was fitted: take the probabilities for what the table says of them."
     else:
-        scale = (f"The temperature that fits the development pairs best is {facts.temperature:.3g}: divide the difference by it before σ. "
-                 f"{'Above' if facts.temperature > 1 else 'Below'} 1 means that the model is {'too' if facts.temperature > 1 else 'less'} sure{'' if facts.temperature > 1 else ' than it could be'}.")
+        scale = (
+            f"The temperature that fits the development pairs best is {facts.temperature:.3g}: divide the difference "
+            "by it before σ. "
+            f"{'Above' if facts.temperature > 1 else 'Below'} 1 means that the model is "
+            f"{'too' if facts.temperature > 1 else 'less'} sure{'' if facts.temperature > 1 else ' than it could be'}."
+        )
     return f"""## Results
 
 On the test pairs, this model first. Intervals resample client speeches; ECE has {facts.settings.ece_bins[0]} bins. A dash means not measured.
@@ -256,7 +347,7 @@ On the test pairs, this model first. Intervals resample client speeches; ECE has
 
 ## Calibration
 
-Only differences of two scores under the same prompt mean something: σ(r₁ − r₂) is the probability that the first response is preferred. {f'ECE: {eces}. ' if eces else ''}{scale}"""
+Only differences of two scores under the same prompt mean something: σ(r₁ − r₂) is the probability that the first response is preferred. {f"ECE: {eces}. " if eces else ""}{scale}"""
 
 # %% ../../nbs/training/10_reward_card.ipynb #98d5c23b
 def python_literal(
@@ -275,7 +366,7 @@ def _use(facts: HandOver) -> str:
     return f"""## Use
 
 ```python
-template = {python_literal(prompt_text('responding'))}
+template = {python_literal(prompt_text("responding"))}
 prompt = template.replace("{{client_speech}}", "I count the stairs at night and cannot stop.")
 response = "What is it like for you to count them?"
 ```
@@ -283,7 +374,7 @@ response = "What is it like for you to count them?"
 ```python
 {five_lines(facts.location)}```
 
-In float32 this is the study's own score. The table was computed in {computed}{'' if computed == 'float32' else ', so scores there differ a little'}.
+In float32 this is the study's own score. The table was computed in {computed}{"" if computed == "float32" else ", so scores there differ a little"}.
 
 **trl** takes `model` and `tokenizer` from above as they are; the dataset has a column `prompt` of messages, `[{{"role": "user", "content": prompt}}]`:
 
@@ -319,7 +410,12 @@ def reward_card(
     facts: HandOver,  # what is known
 ) -> str:  # README.md of the model's folder
     "Write the model card from receipts and measurements."
-    label = Label(facts.profile, (facts.weights.label,), facts.rater, f"{facts.training['pairs']} training pairs, {facts.row['pairs']} test pairs")
+    label = Label(
+        facts.profile,
+        (facts.weights.label,),
+        facts.rater,
+        f"{facts.training['pairs']} training pairs, {facts.row['pairs']} test pairs",
+    )
     opening = f"""---
 {card_header(facts).strip()}
 ---
@@ -331,7 +427,12 @@ A Bradley-Terry reward model on {facts.weights.label} (revision {facts.weights.r
 the response one number. Made by run `{facts.run}` of psycopref, after *Preference Learning Unlocks LLMs' Psycho-Counseling Skills* (§4.1).
 
 {label}."""
-    return "\n\n".join([opening, _data(facts), _training(facts), _measured(facts), _use(facts), PURPOSE, licence_section(facts)]) + "\n"
+    return (
+        "\n\n".join(
+            [opening, _data(facts), _training(facts), _measured(facts), _use(facts), PURPOSE, licence_section(facts)]
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/training/10_reward_card.ipynb #c89e669d
 NEEDED = ("README.md", "config.json", "tokenizer_config.json", "*.safetensors")
@@ -343,9 +444,13 @@ def _checked_folder(folder: Path, repo: str) -> None:
     "Refuse a folder that is no reward model with a card for this repository."
     missing = [pattern for pattern in NEEDED if not any(folder.glob(pattern))]
     if missing:
-        raise StudyError(f"{folder}: holds no {', '.join(missing)}, expected a reward model with its card; run 05_reward first")
+        raise StudyError(
+            f"{folder}: holds no {', '.join(missing)}, expected a reward model with its card; run 05_reward first"
+        )
     if five_lines(repo) not in (folder / "README.md").read_text(encoding="utf-8"):
-        raise StudyError(f"{folder / 'README.md'}: does not tell how to load {repo!r}; write the card with that location first")
+        raise StudyError(
+            f"{folder / 'README.md'}: does not tell how to load {repo!r}; write the card with that location first"
+        )
 
 
 def check_repo(
@@ -362,9 +467,14 @@ def check_repo(
     except HFValidationError:
         malformed = True
     if malformed:
-        raise StudyError(f"hub repository {repo!r}: the name is malformed, expected owner/name of letters, digits and single - _ . between them; mend it")
+        raise StudyError(
+            f"hub repository {repo!r}: the name is malformed, expected owner/name of letters, digits and single - _ . "
+            "between them; mend it"
+        )
     if get_token() is None:
-        raise StudyError(f"hub repository {repo!r}: found no token, expected one that may write; run `hf auth login` or set HF_TOKEN")
+        raise StudyError(
+            f"hub repository {repo!r}: found no token, expected one that may write; run `hf auth login` or set HF_TOKEN"
+        )
 
 # %% ../../nbs/training/10_reward_card.ipynb #5c91b39e
 def _open_repo(api, repo: str, private: bool) -> None:
@@ -377,7 +487,10 @@ def _open_repo(api, repo: str, private: bool) -> None:
         api.create_repo(repo, private=private, exist_ok=True)
     else:
         if private and not found.private:
-            raise StudyError(f"hub repository {repo!r}: exists and is public, expected a private one; make it private in its settings, or name another")
+            raise StudyError(
+                f"hub repository {repo!r}: exists and is public, expected a private one; make it private in its "
+                "settings, or name another"
+            )
 
 
 def _hub_error(repo: str, error: Exception) -> StudyError:
@@ -387,7 +500,10 @@ def _hub_error(repo: str, error: Exception) -> StudyError:
     answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     why = " ".join(str(error).split())[:160] or "no reason given"
     if answer is not None and answer.status_code in (401, 403):
-        found, mend = f"the hub refused the token ({answer.status_code})", "give one that may write there: run `hf auth login` or set HF_TOKEN"
+        found, mend = (
+            f"the hub refused the token ({answer.status_code})",
+            "give one that may write there: run `hf auth login` or set HF_TOKEN",
+        )
     elif answer is not None:
         found, mend = f"the hub refused ({answer.status_code}: {why})", "mend that and push again"
     elif isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
@@ -412,8 +528,15 @@ def push_folder(
     api = HfApi(endpoint=endpoint)
     try:
         _open_repo(api, repo, private)
-        return api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=list(left_out), commit_message=message).commit_url
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the hub's client raises these: network, disk, a header it can't read, a broken upload
+        return api.upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=list(left_out), commit_message=message
+        ).commit_url
+    except (
+        HTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the hub's client raises these: network, disk, a header it can't read, a broken upload
         raise _hub_error(repo, error) from None
 
 

@@ -38,8 +38,8 @@ from psycopref.training.texts import (
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
 
 # %% auto #0
-__all__ = ['rating_gaps', 'loss_margins', 'write_job', 'read_job', 'reward_config', 'build_trainer', 'run_job',
-           'train_reward_model', 'reward_curve_figure']
+__all__ = ['rating_gaps', 'loss_margins', 'write_reward_job', 'read_job', 'reward_config', 'build_reward_trainer',
+           'run_reward_job', 'train_reward_model', 'reward_curve_figure']
 
 # %% ../../nbs/training/04_reward_model.ipynb #76e31b60
 def rating_gaps(
@@ -51,9 +51,14 @@ def rating_gaps(
     sides = {side: [f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")}
     if not set(sides["chosen"] + sides["rejected"]) <= set(pairs.columns):
         if "gap" not in pairs:
-            raise StudyError("reward.margin: the pairs have neither ratings nor a column gap, expected one of them; set reward.margin to false")
+            raise StudyError(
+                "reward.margin: the pairs have neither ratings nor a column gap, expected one of them; set "
+                "reward.margin to false"
+            )
         return [float(gap) for gap in pairs.gap]
-    gaps = (pairs[sides["chosen"]].to_numpy(float).sum(1) - pairs[sides["rejected"]].to_numpy(float).sum(1)) / len(PRINCIPLE_KEYS)
+    gaps = (pairs[sides["chosen"]].to_numpy(float).sum(1) - pairs[sides["rejected"]].to_numpy(float).sum(1)) / len(
+        PRINCIPLE_KEYS
+    )
     if "gap" in pairs:  # a mix: counselling pairs have ratings, general ones a gap
         gaps = np.where(np.isnan(gaps), pairs.gap.to_numpy(float), gaps)
     return gaps.tolist()
@@ -65,22 +70,31 @@ def loss_margins(
     "Take the gaps as margins; refuse pairs without one."
     gaps = rating_gaps(pairs)
     if lost := sum(gap != gap for gap in gaps):
-        raise StudyError(f"reward.margin: {lost} of {len(gaps)} pairs have no gap, expected one for each; set reward.margin to false")
+        raise StudyError(
+            f"reward.margin: {lost} of {len(gaps)} pairs have no gap, expected one for each; set reward.margin to false"
+        )
     return gaps
 
 # %% ../../nbs/training/04_reward_model.ipynb #7f93cb5f
-def write_job(
+def write_reward_job(
     folder: Path,  # of the job
-    weights: Weights,  # the backbone
+    weights: Weights,
     train,  # frame of training pairs
     dev,  # frame of development pairs, or None
     settings: RewardSettings,  # how
     goal: Path,  # where the finished model goes
     dtype: str,  # auto, bfloat16 or float32
-    seed: int,  # of the run
+    seed: int,
 ) -> None:
     "Write a training down; what another job left in the folder is cleared."
-    job = {"kind": "reward", "weights": dataclasses.asdict(weights), "settings": dataclasses.asdict(settings), "goal": goal, "dtype": dtype, "seed": seed}
+    job = {
+        "kind": "reward",
+        "weights": dataclasses.asdict(weights),
+        "settings": dataclasses.asdict(settings),
+        "goal": goal,
+        "dtype": dtype,
+        "seed": seed,
+    }
     store_job(folder, job, {"train": train, "dev": dev})
 
 
@@ -89,27 +103,56 @@ def read_job(
 ) -> tuple:  # (Weights, training pairs, development pairs or None, RewardSettings, goal, dtype, seed)
     "Read a training."
     job, frames = load_job(folder)
-    return restore(Weights, job["weights"]), frames["train"], frames.get("dev"), restore(RewardSettings, job["settings"]), job["goal"], job["dtype"], job["seed"]
+    return (
+        restore(Weights, job["weights"]),
+        frames["train"],
+        frames.get("dev"),
+        restore(RewardSettings, job["settings"]),
+        job["goal"],
+        job["dtype"],
+        job["seed"],
+    )
 
 # %% ../../nbs/training/04_reward_model.ipynb #8401d90f
 def reward_config(
     settings: RewardSettings,  # how
     plan: dict,  # of step_plan
     folder: Path,  # for checkpoints
-    seed: int,  # of the run
+    seed: int,
     evaluate: bool,  # whether there are development pairs
     autocast: bool = False,  # compute in bfloat16 above float32 weights
 ):  # trl.RewardConfig
     "Translate our settings for trl's RewardTrainer."
     from trl import RewardConfig
 
-    best = dict(eval_strategy="steps", eval_steps=plan["every"], load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if evaluate else {}
-    arguments = common_arguments(settings, folder, seed, plan["pack_size"], max_steps=plan["steps"], save_strategy="steps", save_steps=plan["every"], save_total_limit=2,
-                                 center_rewards_coefficient=settings.center_coefficient or None, bf16=autocast, **best)
+    best = (
+        dict(
+            eval_strategy="steps",
+            eval_steps=plan["every"],
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+        )
+        if evaluate
+        else {}
+    )
+    arguments = common_arguments(
+        settings,
+        folder,
+        seed,
+        plan["pack_size"],
+        max_steps=plan["steps"],
+        save_strategy="steps",
+        save_steps=plan["every"],
+        save_total_limit=2,
+        center_rewards_coefficient=settings.center_coefficient or None,
+        bf16=autocast,
+        **best,
+    )
     return one_device(RewardConfig(**arguments))
 
 # %% ../../nbs/training/04_reward_model.ipynb #ea2aeae0
-def build_trainer(
+def build_reward_trainer(
     folder: Path,  # of the job
 ):  # (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)
     "Make the trainer of a job."
@@ -118,15 +161,40 @@ def build_trainer(
     weights, train, dev, settings, _, dtype, seed = read_job(folder)
     tokenizer, (load_dtype, autocast) = load_tokenizer(weights), training_precision(settings.lora, dtype)
     rows, long = pair_rows(train, tokenizer, settings.max_length, loss_margins(train) if settings.margin else None)
-    dev_rows, dev_long = ([], []) if dev is None else pair_rows(dev, tokenizer, settings.max_length, loss_margins(dev) if settings.margin else None, needed=False)
+    dev_rows, dev_long = (
+        ([], [])
+        if dev is None
+        else pair_rows(
+            dev, tokenizer, settings.max_length, loss_margins(dev) if settings.margin else None, needed=False
+        )
+    )
     plan = step_plan([row["length"] for row in rows], settings, seed)
-    model = load_reward_model(weights.location, tokenizer, load_dtype, new_head=derived_seed(seed, "head"), **pinned(weights))
+    model = load_reward_model(
+        weights.location, tokenizer, load_dtype, new_head=derived_seed(seed, "head"), **pinned(weights)
+    )
     model = add_lora(model, settings.lora, head=True, seed=derived_seed(seed, "adapters"))
     silence()
-    trainer = reward_trainer()(model=model, args=reward_config(settings, plan, folder / "checkpoints", seed, bool(dev_rows), autocast), processing_class=tokenizer,
-                               train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(dev_rows) if dev_rows else None, callbacks=[evaluate_last()])
+    trainer = reward_trainer()(
+        model=model,
+        args=reward_config(settings, plan, folder / "checkpoints", seed, bool(dev_rows), autocast),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(dev_rows) if dev_rows else None,
+        callbacks=[evaluate_last()],
+    )
     check_batch(trainer, settings, "reward")
-    return trainer, tokenizer, {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev_rows), "dev_too_long": dev_long, "not_packed": trainer.not_packed, **plan}
+    return (
+        trainer,
+        tokenizer,
+        {
+            "pairs": len(rows),
+            "too_long": long,
+            "dev_pairs": len(dev_rows),
+            "dev_too_long": dev_long,
+            "not_packed": trainer.not_packed,
+            **plan,
+        },
+    )
 
 # %% ../../nbs/training/04_reward_model.ipynb #22a2d33b
 def _save(trainer, tokenizer, goal: Path) -> None:
@@ -138,17 +206,25 @@ def _save(trainer, tokenizer, goal: Path) -> None:
             name_for_older(partial)  # other people's tools pin transformers 4
 
 # %% ../../nbs/training/04_reward_model.ipynb #6fd1e11c
-def run_job(
+def run_reward_job(
     folder: Path,  # of the job
 ) -> dict:  # what happened: log, best step, development loss, what was dropped
     "Train; go on where an interrupted run was. Every process of a launch calls this."
     weights, _, _, settings, goal, _, _ = read_job(folder)
     take_device(settings.lora)
-    trainer, tokenizer, facts = build_trainer(folder)
-    log = train_quietly(trainer, f"reward model {weights.slug}", last_checkpoint(folder / "checkpoints", facts["steps"]))
+    trainer, tokenizer, facts = build_reward_trainer(folder)
+    log = train_quietly(
+        trainer, f"reward model {weights.slug}", last_checkpoint(folder / "checkpoints", facts["steps"])
+    )
     step, loss = best_checkpoint(trainer.state)
     _save(trainer, tokenizer, goal)
-    result = {**facts, "best_step": step, "dev_loss": loss, "devices": devices(), "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry]}
+    result = {
+        **facts,
+        "best_step": step,
+        "dev_loss": loss,
+        "devices": devices(),
+        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
+    }
     if trainer.is_world_process_zero():
         write_json(folder / "result.json", result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -156,33 +232,47 @@ def run_job(
 
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
 def train_reward_model(
-    weights: Weights,  # the backbone
+    weights: Weights,
     train,  # frame of training pairs
     settings: RewardSettings,  # how
     goal: Path,  # where the finished model goes
     scratch: Path,  # folder of the job
     dtype: str = "auto",  # auto, bfloat16 or float32
-    seed: int = 0,  # of the run
+    seed: int = 0,
     dev=None,  # frame of development pairs, to choose the checkpoint by
-) -> dict:  # of run_job
+) -> dict:  # of run_reward_job
     "Train a Bradley-Terry reward model and save it as a plain transformers model; a finished job is not done again."
-    write_job(scratch, weights, train, dev, settings, goal, dtype, seed)
+    write_reward_job(scratch, weights, train, dev, settings, goal, dtype, seed)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/04_reward_model.ipynb #21c186c7
 def reward_curve_figure(
-    trainings: dict[str, dict],  # name -> what run_job returned
+    trainings: dict[str, dict],  # name -> what run_reward_job returned
 ):  # matplotlib figure
     "Draw training and development loss; a ring marks the checkpoint that was kept."
     from psycopref.core.tables import PALETTE
 
     figure, axes = new_figure(6.2, 3.6)
     for place, (name, found) in enumerate(trainings.items()):
-        for key, title, style in (("loss", "training batches", dict(linewidth=1, alpha=0.6)), ("eval_loss", "development pairs", dict(marker="o", linewidth=1.8))):
+        for key, title, style in (
+            ("loss", "training batches", dict(linewidth=1, alpha=0.6)),
+            ("eval_loss", "development pairs", dict(marker="o", linewidth=1.8)),
+        ):
             own = [entry for entry in found["log"] if key in entry]
-            axes.plot([e["step"] for e in own], [e[key] for e in own], color=PALETTE[place], label=f"{name}, {title}", **style)
+            axes.plot(
+                [e["step"] for e in own], [e[key] for e in own], color=PALETTE[place], label=f"{name}, {title}", **style
+            )
         if found["dev_loss"] is not None:
-            axes.plot(found["best_step"], found["dev_loss"], marker="o", markersize=12, fillstyle="none", color=PALETTE[place], linestyle="none", label=f"{name}, kept")
+            axes.plot(
+                found["best_step"],
+                found["dev_loss"],
+                marker="o",
+                markersize=12,
+                fillstyle="none",
+                color=PALETTE[place],
+                linestyle="none",
+                label=f"{name}, kept",
+            )
     axes.axhline(math.log(2), color="#888888", linestyle=":", linewidth=1, label="ln 2, knowing nothing")
     axes.set(xlabel="optimiser step", ylabel="Bradley-Terry loss, nats", ylim=(0, None))
     axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)

@@ -49,11 +49,11 @@ from psycopref.models.weights import (
 )
 
 # %% auto #0
-__all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'GRACE', 'START_SECONDS', 'IN_FLIGHT', 'ATTEMPTS', 'WAIT_SECONDS', 'CALL_SECONDS',
-           'ENGINES', 'model_length', 'prompt_seeds', 'serve_command', 'listed_models', 'served_name', 'watch',
-           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint',
-           'speech_blocks', 'read_block', 'write_block', 'Block', 'plan_blocks', 'sample_candidates', 'read_rewards',
-           'score_candidates']
+__all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT', 'ATTEMPTS', 'WAIT_SECONDS',
+           'SAMPLE_SECONDS', 'ENGINES', 'model_length', 'prompt_seeds', 'serve_command', 'listed_models', 'served_name',
+           'watch', 'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity',
+           'fingerprint', 'speech_blocks', 'read_block', 'write_block', 'SampleBlock', 'plan_blocks',
+           'sample_candidates', 'read_rewards', 'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -65,7 +65,9 @@ def _open_local(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     model, tokenizer = load_causal_lm(policy, dtype), load_tokenizer(policy)
 
     def sample(prompts, decoding, n=1, name=""):
-        return generate(model, tokenizer, [render_chat(tokenizer, messages) for messages in prompts], decoding, n, name=name)
+        return generate(
+            model, tokenizer, [render_chat(tokenizer, messages) for messages in prompts], decoding, n, name=name
+        )
 
     try:
         yield sample
@@ -102,8 +104,13 @@ def prompt_seeds(
 
 def _sampling_params(vllm, decoding: Decoding, n: int, prompts: int) -> list:
     "Word our decoding for vLLM, for each prompt."
-    same = {"n": n if decoding.temperature else 1, "temperature": decoding.temperature, "top_k": decoding.top_k or -1,
-            "top_p": decoding.top_p, "max_tokens": decoding.max_tokens}
+    same = {
+        "n": n if decoding.temperature else 1,
+        "temperature": decoding.temperature,
+        "top_k": decoding.top_k or -1,
+        "top_p": decoding.top_p,
+        "max_tokens": decoding.max_tokens,
+    }
     return [vllm.SamplingParams(seed=seed, **same) for seed in prompt_seeds(decoding, prompts)]
 
 
@@ -111,8 +118,14 @@ def _vllm_samples(outputs, n: int) -> list[list[Sample]]:
     "Read what vLLM returned; its token ids hold the end token, ours don't."
     found = []
     for request in outputs:
-        own = [Sample(one.text.strip(), "length" if one.finish_reason == "length" else "stop", len(one.token_ids) - (one.finish_reason != "length"))
-               for one in sorted(request.outputs, key=lambda one: one.index)]
+        own = [
+            Sample(
+                one.text.strip(),
+                "length" if one.finish_reason == "length" else "stop",
+                len(one.token_ids) - (one.finish_reason != "length"),
+            )
+            for one in sorted(request.outputs, key=lambda one: one.index)
+        ]
         found.append(own * (n // len(own)))  # the likeliest answer is computed once
     return found
 
@@ -122,7 +135,10 @@ def _import_vllm():
     try:
         import vllm
     except ImportError as error:
-        raise StudyError(f"engine 'vllm': vllm can't be imported here ({' '.join(str(error).split())[:120]}); install it (pip install vllm, on a machine with a GPU), or set dpo_iter.engine to local or server") from None
+        raise StudyError(
+            f"engine 'vllm': vllm can't be imported here ({' '.join(str(error).split())[:120]}); install it (pip "
+            "install vllm, on a machine with a GPU), or set dpo_iter.engine to local or server"
+        ) from None
     return vllm
 
 
@@ -130,11 +146,20 @@ def _start_vllm(policy: Weights, dtype: str, length: int):
     "Start an engine, with nothing taken from the model's own defaults of sampling."
     vllm, own = _import_vllm(), pinned(policy)
     try:
-        return vllm.LLM(model=policy.location, dtype=_type_name(dtype), max_model_len=length, generation_config="vllm",
-                        **own, **({"tokenizer_revision": own["revision"]} if own else {}))
+        return vllm.LLM(
+            model=policy.location,
+            dtype=_type_name(dtype),
+            max_model_len=length,
+            generation_config="vllm",
+            **own,
+            **({"tokenizer_revision": own["revision"]} if own else {}),
+        )
     except (RuntimeError, ValueError, OSError) as error:
         release()
-        raise StudyError(f"engine 'vllm': could not start with {policy.location} ({' '.join(str(error).split())[:300]}); free the GPU, or set dpo_iter.engine to local") from error
+        raise StudyError(
+            f"engine 'vllm': could not start with {policy.location} ({' '.join(str(error).split())[:300]}); free the "
+            "GPU, or set dpo_iter.engine to local"
+        ) from error
 
 # %% ../../nbs/training/06_sampling.ipynb #6426da5c
 def _end_vllm(engine, ours: bool) -> None:
@@ -161,7 +186,9 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
         ids = [tokenizer(render_chat(tokenizer, messages), add_special_tokens=False).input_ids for messages in prompts]
         _check_length(max(map(len, ids), default=0), decoding, length)
         asked = [{"prompt_token_ids": own} for own in ids]
-        return _vllm_samples(engine.generate(asked, _sampling_params(_import_vllm(), decoding, n, len(ids)), use_tqdm=False), n)
+        return _vllm_samples(
+            engine.generate(asked, _sampling_params(_import_vllm(), decoding, n, len(ids)), use_tqdm=False), n
+        )
 
     try:
         yield sample
@@ -174,7 +201,10 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
 def _check_length(longest: int, decoding: Decoding, length: int) -> None:
     "Refuse a prompt that leaves no room for its answer."
     if longest + decoding.max_tokens > length:
-        raise StudyError(f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out")
+        raise StudyError(
+            f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer "
+            f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
+        )
 
 # %% ../../nbs/training/06_sampling.ipynb #bc6cc2e0
 SERVE = "vllm serve {model} --port {port} --host 127.0.0.1 --served-model-name policy --dtype {dtype} --max-model-len {length} --generation-config vllm"
@@ -190,13 +220,22 @@ def serve_command(
     if own and not ("{model}" in own and "{port}" in own):
         raise StudyError(f"PSYCOPREF_SERVE is {own!r}, expected a command with {{model}} and {{port}} in it")
     text = own or SERVE + " --revision {revision} --tokenizer-revision {revision}" * bool(pinned(policy))
-    known = {"model": lambda: policy.location, "port": lambda: port, "dtype": lambda: _type_name(dtype), "length": lambda: model_length(policy), "revision": lambda: policy.revision}
+    known = {
+        "model": lambda: policy.location,
+        "port": lambda: port,
+        "dtype": lambda: _type_name(dtype),
+        "length": lambda: model_length(policy),
+        "revision": lambda: policy.revision,
+    }
     words = shlex.split(text)
     for name, value in known.items():
         if f"{{{name}}}" in text:
             words = [word.replace(f"{{{name}}}", str(value())) for word in words]
     if shutil.which(words[0]) is None:
-        raise StudyError(f"engine 'server': the command {words[0]!r} is not found; install vllm, set PSYCOPREF_SERVE to another command, or dpo_iter.engine to local")
+        raise StudyError(
+            f"engine 'server': the command {words[0]!r} is not found; install vllm, set PSYCOPREF_SERVE to another "
+            "command, or dpo_iter.engine to local"
+        )
     return words
 
 # %% ../../nbs/training/06_sampling.ipynb #7275e5d1
@@ -206,10 +245,16 @@ def listed_models(
     "Ask a server what it serves; raises OSError, ValueError or HTTPException where it doesn't say."
     key = server_key(url)
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []))
+    opener = urllib.request.build_opener(
+        *([urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else [])
+    )
     with opener.open(request, timeout=10) as answer:
         found = json.load(answer)
-    if not isinstance(found, dict) or not isinstance(found.get("data"), list) or not all(isinstance(card, dict) and "id" in card for card in found["data"]):
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("data"), list)
+        or not all(isinstance(card, dict) and "id" in card for card in found["data"])
+    ):
         raise ValueError("expected a list of models")
     return found["data"]
 
@@ -230,10 +275,17 @@ def served_name(
     "Find the policy among what a server serves."
     for card in cards:
         root = card.get("root")
-        if _same_place(card["id"], policy.location) or _same_place(root, policy.location) or (started and root in (None, card["id"])):
+        if (
+            _same_place(card["id"], policy.location)
+            or _same_place(root, policy.location)
+            or (started and root in (None, card["id"]))
+        ):
             return card["id"]
     found = ", ".join(f"{card['id']} ({card.get('root')})" for card in cards) or "nothing"
-    raise StudyError(f"engine 'server': {url} serves {found[:200]}, expected {policy.location}; start it with that model, or unset PSYCOPREF_SERVER_URL")
+    raise StudyError(
+        f"engine 'server': {url} serves {found[:200]}, expected {policy.location}; start it with that model, or unset "
+        "PSYCOPREF_SERVER_URL"
+    )
 
 # %% ../../nbs/training/06_sampling.ipynb #0e3410aa
 GRACE = 20.0  # seconds that a server has to end by itself
@@ -243,7 +295,10 @@ def watch() -> None:
     "Run the command of sys.argv until it ends, or until standard input does; then end all its processes."
     os.setsid()
     signal.signal(signal.SIGTERM, lambda *_: None)  # we are of the group too; the server does not inherit a handler
-    server, held = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL), threading.Thread(target=sys.stdin.buffer.read, daemon=True)
+    server, held = (
+        subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL),
+        threading.Thread(target=sys.stdin.buffer.read, daemon=True),
+    )
     held.start()
     while server.poll() is None and held.is_alive():
         time.sleep(0.1)
@@ -282,6 +337,7 @@ def free_port() -> int:  # a port that was free a moment ago
 @dataclass
 class Server:
     "Know a server, and whether it is still alive."
+
     url: str  # such as http://127.0.0.1:8000/v1
     model: str = ""  # the name to ask for
     process: subprocess.Popen | None = None  # the watching process; None for a server that was there before
@@ -290,11 +346,15 @@ class Server:
     def check(self) -> None:
         "Refuse to go on with a server that has ended."
         if self.process is not None and self.process.poll() is not None:
-            raise StudyError(f"engine 'server': the server has ended; its last words: {self.last_words()} (all of them: {self.log})")
+            raise StudyError(
+                f"engine 'server': the server has ended; its last words: {self.last_words()} (all of them: {self.log})"
+            )
 
     def last_words(self) -> str:
         "Return the end of the log in one line."
-        lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         return " | ".join(lines[-6:])[-900:] or "none"
 
 # %% ../../nbs/training/06_sampling.ipynb #a37d843e
@@ -314,7 +374,10 @@ def _wait_until_served(server: Server, policy: Weights, seconds: float) -> str:
             continue
         server.check()  # another process may have taken the port
         return served_name(server.url, cards, policy, started=True)
-    raise StudyError(f"engine 'server': no answer at {server.url}/models in {seconds:g} s ({why[:120]}); its last words: {server.last_words()} (all of them: {server.log})")
+    raise StudyError(
+        f"engine 'server': no answer at {server.url}/models in {seconds:g} s ({why[:120]}); its last words: "
+        f"{server.last_words()} (all of them: {server.log})"
+    )
 
 # %% ../../nbs/training/06_sampling.ipynb #4c062b0f
 @contextlib.contextmanager
@@ -339,11 +402,19 @@ def _found(policy: Weights, url: str) -> Server:
     try:
         cards = listed_models(url)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise StudyError(f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({type(error).__name__} {str(error)[:120]}); start a server, and name it as in http://127.0.0.1:8000/v1") from None
+        raise StudyError(
+            f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({type(error).__name__} "
+            f"{str(error)[:120]}); start a server, and name it as in http://127.0.0.1:8000/v1"
+        ) from None
     return Server(url, served_name(url, cards, policy, started=False))
 
 # %% ../../nbs/training/06_sampling.ipynb #7b74802d
-IN_FLIGHT, ATTEMPTS, WAIT_SECONDS, CALL_SECONDS = 64, 6, 1.0, 1800.0  # calls at once, tries of a call, the first pause, the longest answer
+SAMPLES_IN_FLIGHT, ATTEMPTS, WAIT_SECONDS, SAMPLE_SECONDS = (
+    64,
+    6,
+    1.0,
+    1800.0,
+)  # calls at once, tries of a call, the first pause, the longest answer
 
 
 def server_body(
@@ -355,7 +426,12 @@ def server_body(
 ) -> dict:  # the JSON of the call
     "Word a call for n candidates."
     body = client.chat_arguments(ChatRequest(tuple(messages), decoding))
-    body |= {"n": n if decoding.temperature else 1, "top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    body |= {
+        "n": n if decoding.temperature else 1,
+        "top_k": decoding.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
     return body | ({"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {})
 
 # %% ../../nbs/training/06_sampling.ipynb #18164310
@@ -370,10 +446,14 @@ def read_choices(
     try:
         choices = reader.validate_json(body)["choices"]
     except pydantic.ValidationError as error:
-        return Failure(f"no chat completion: {error.errors(include_url=False, include_input=False)[0]['msg']}"[:200], kind="broken")
+        return Failure(
+            f"no chat completion: {error.errors(include_url=False, include_input=False)[0]['msg']}"[:200], kind="broken"
+        )
     odd = [choice.get("finish_reason") for choice in choices if choice.get("finish_reason") not in ("stop", "length")]
     if len(choices) != n or odd:
-        return Failure(f"found {len(choices)} candidates, expected {n}{f'; one ended with {odd[0]}' if odd else ''}", kind="broken")
+        return Failure(
+            f"found {len(choices)} candidates, expected {n}{f'; one ended with {odd[0]}' if odd else ''}", kind="broken"
+        )
     return [((choice["message"].get("content") or "").strip(), choice["finish_reason"]) for choice in choices]
 
 # %% ../../nbs/training/06_sampling.ipynb #5d8b4de0
@@ -401,12 +481,17 @@ async def _ask(server: Server, client: OpenAIModel, body: dict, reader) -> list[
             break
         await asyncio.sleep(min(found.after or WAIT_SECONDS * 2**attempt, 60.0))
         server.check()
-    raise StudyError(f"engine 'server': {server.url} gave no candidates after {attempt + 1} attempts ({found.reason}); look at the server and run again, whole blocks are kept")
+    raise StudyError(
+        f"engine 'server': {server.url} gave no candidates after {attempt + 1} attempts ({found.reason}); look at the "
+        "server and run again, whole blocks are kept"
+    )
 
 # %% ../../nbs/training/06_sampling.ipynb #f2ad3d84
-async def _ask_all(server: Server, client: OpenAIModel, bodies: list[dict]) -> typing.AsyncIterator[tuple[int, list[tuple[str, str]]]]:
+async def _ask_all(
+    server: Server, client: OpenAIModel, bodies: list[dict]
+) -> typing.AsyncIterator[tuple[int, list[tuple[str, str]]]]:
     "Ask for all prompts, some at a time, and give each answer as it comes."
-    client.opened, turn, reader = client.open_client(), asyncio.Semaphore(IN_FLIGHT), completion_reader()
+    client.opened, turn, reader = client.open_client(), asyncio.Semaphore(SAMPLES_IN_FLIGHT), completion_reader()
 
     async def one(place, body):
         async with turn:
@@ -425,7 +510,11 @@ async def _ask_all(server: Server, client: OpenAIModel, bodies: list[dict]) -> t
 # %% ../../nbs/training/06_sampling.ipynb #031b7b89
 def _server_sample(tokenizer, text: str, reason: str, decoding: Decoding) -> Sample:
     "Count the tokens of a candidate."
-    return Sample(text, reason, decoding.max_tokens if reason == "length" else len(tokenizer(text, add_special_tokens=False).input_ids))
+    return Sample(
+        text,
+        reason,
+        decoding.max_tokens if reason == "length" else len(tokenizer(text, add_special_tokens=False).input_ids),
+    )
 
 
 @contextlib.contextmanager
@@ -434,13 +523,13 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     url, tokenizer = os.environ.get("PSYCOPREF_SERVER_URL", "").rstrip("/"), load_tokenizer(policy)
     dated = "date_string" in (tokenizer.chat_template or "")
     with contextlib.nullcontext(_found(policy, url)) if url else _started(policy, dtype) as server:
-        client = OpenAIModel(f"policy@{server.url}", timeout=CALL_SECONDS)
+        client = OpenAIModel(f"policy@{server.url}", timeout=SAMPLE_SECONDS)
         client.model = server.model
 
         def sample(prompts, decoding, n=1, name=""):
             own = [replace(decoding, seed=seed) for seed in prompt_seeds(decoding, len(prompts))]
             bodies = [server_body(client, messages, how, n, dated) for messages, how in zip(prompts, own)]
-            found, answers = [None] * len(prompts), run_ahead(_ask_all(server, client, bodies), IN_FLIGHT)
+            found, answers = [None] * len(prompts), run_ahead(_ask_all(server, client, bodies), SAMPLES_IN_FLIGHT)
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
                 group = [_server_sample(tokenizer, text, reason, decoding) for text, reason in choices]
                 found[place] = group * (n // len(group))
@@ -456,7 +545,9 @@ def open_sampler(
     engine: str,  # local, vllm or server
     policy: Weights,  # who answers
     dtype: str = "auto",  # auto, bfloat16 or float32
-) -> typing.ContextManager[Sampler]:  # of sample(prompts as messages, decoding, n=1, name="") -> n samples for each prompt
+) -> typing.ContextManager[
+    Sampler
+]:  # of sample(prompts as messages, decoding, n=1, name="") -> n samples for each prompt
     "Open an engine; all its memory is handed back at the end."
     if engine not in ENGINES:
         raise StudyError(f"engine {engine!r}: is not known. {suggest(engine, ENGINES)}")
@@ -464,7 +555,14 @@ def open_sampler(
     return ENGINES[engine](policy, dtype)
 
 # %% ../../nbs/training/06_sampling.ipynb #579977d6
-_BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model")
+_BESIDE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
 
 
 def weights_identity(
@@ -518,12 +616,21 @@ def write_block(
     samples: dict,  # speech_id -> samples
 ) -> None:
     "Write a block, whole or not at all."
-    write_json(path, {"made_of": made_of, "samples": {name: [[s.text, s.finish_reason, s.n_tokens] for s in group] for name, group in samples.items()}})
+    write_json(
+        path,
+        {
+            "made_of": made_of,
+            "samples": {
+                name: [[s.text, s.finish_reason, s.n_tokens] for s in group] for name, group in samples.items()
+            },
+        },
+    )
 
 # %% ../../nbs/training/06_sampling.ipynb #41a29c83
 @dataclass(frozen=True)
-class Block:
+class SampleBlock:
     "Plan one block."
+
     path: Path  # its file
     names: list[str]  # its speech ids
     prompts: list[list[dict]]  # their messages
@@ -539,13 +646,16 @@ def plan_blocks(
     decoding: Decoding,  # how to sample
     n: int,  # candidates for each speech
     dtype: str,  # auto, bfloat16 or float32
-) -> list[Block]:  # in order
+) -> list[SampleBlock]:  # in order
     "Say what each block will be made of."
     found = []
     for place, names in enumerate(speech_blocks(speeches, settings.block)):
-        prompts, how = [prompt_messages(speeches[name]) for name in names], replace(decoding, seed=derived_seed(decoding.seed, "block", place))
+        prompts, how = (
+            [prompt_messages(speeches[name]) for name in names],
+            replace(decoding, seed=derived_seed(decoding.seed, "block", place)),
+        )
         made_of = fingerprint(identity, settings.engine, dtype, asdict(how), n, names, prompts)
-        found.append(Block(Path(folder) / f"block-{place:04d}.json", names, prompts, how, made_of))
+        found.append(SampleBlock(Path(folder) / f"block-{place:04d}.json", names, prompts, how, made_of))
     return found
 
 # %% ../../nbs/training/06_sampling.ipynb #daa2a8eb
@@ -621,6 +731,9 @@ def score_candidates(
         release()
     odd = [own for own, rewards in found.items() if not all(map(math.isfinite, rewards))]
     if odd:
-        raise StudyError(f"reward model {scorer!r}: found a reward that is no number for {odd[0]!r}{f' and {len(odd) - 1} others' if odd[1:] else ''}, expected finite rewards; try dtype float32")
+        raise StudyError(
+            f"reward model {scorer!r}: found a reward that is no number for "
+            f"{odd[0]!r}{f' and {len(odd) - 1} others' if odd[1:] else ''}, expected finite rewards; try dtype float32"
+        )
     write_json(Path(folder) / "rewards.json", {"made_of": made_of, "rewards": found})
     return found

@@ -24,6 +24,7 @@ __all__ = ['SCORERS', 'Scorer', 'find_scorer', 'load_reward_model', 'load_scorer
 @dataclass(frozen=True)
 class Scorer:
     "Say where a reward model is and how its reward is read."
+
     location: str  # folder or hub id
     head: str = "score"  # score = a sequence-classification head; first-logit = logit of token 0 after the conversation
     billions: float = 0.0  # parameters, to spread large models over several GPUs; 0 = fits one
@@ -76,7 +77,10 @@ def _float_head(model, location: str) -> None:
 def _refuse_missing(location: str, lost) -> None:
     "Refuse a checkpoint that lacks weights, which transformers would make at random."
     if lost := sorted(lost):
-        raise StudyError(f"reward model {location!r}: found no {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''} in it, so its rewards would be random; expected a trained reward model")
+        raise StudyError(
+            f"reward model {location!r}: found no {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''} in "
+            "it, so its rewards would be random; expected a trained reward model"
+        )
 
 
 @contextlib.contextmanager
@@ -87,11 +91,24 @@ def _clear_errors(location: str):
     try:
         yield
     except SafetensorError as error:
-        raise StudyError(f"reward model {location!r}: the weights can't be read ({error}); they are truncated, make or download them again") from None
-    except (OSError, ValueError, RuntimeError) as error:  # no such model, no model of this kind, another shape of score.weight
+        raise StudyError(
+            f"reward model {location!r}: the weights can't be read ({error}); they are truncated, make or download "
+            "them again"
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # no such model, no model of this kind, another shape of score.weight
         said = " ".join(str(error).split())
-        shape = "a score.weight of another shape; " if "score.weight" in said or "size mismatch" in said or "mismatched" in said else ""
-        raise StudyError(f"reward model {location!r}: found {shape}{said[:240]}, expected a model with one label") from None
+        shape = (
+            "a score.weight of another shape; "
+            if "score.weight" in said or "size mismatch" in said or "mismatched" in said
+            else ""
+        )
+        raise StudyError(
+            f"reward model {location!r}: found {shape}{said[:240]}, expected a model with one label"
+        ) from None
 
 # %% ../../nbs/training/03_scoring.ipynb #855fc251
 def load_reward_model(
@@ -107,9 +124,13 @@ def load_reward_model(
 
     with torch.random.fork_rng(devices=[]), quiet_transformers(), _clear_errors(location):
         torch.manual_seed(new_head or 0)
-        model, found = AutoModelForSequenceClassification.from_pretrained(location, num_labels=1, dtype=pick_dtype(dtype), output_loading_info=True, **keywords)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            location, num_labels=1, dtype=pick_dtype(dtype), output_loading_info=True, **keywords
+        )
     if not hasattr(model, "score"):
-        raise StudyError(f"reward model {location!r}: a {type(model).__name__} has no head named score; expected a decoder with one")
+        raise StudyError(
+            f"reward model {location!r}: a {type(model).__name__} has no head named score; expected a decoder with one"
+        )
     _refuse_missing(location, [name for name in found["missing_keys"] if new_head is None or name != "score.weight"])
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _float_head(model, location)
@@ -132,7 +153,9 @@ def load_scorer(
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), _clear_errors(weights.location):
-        model, found = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), output_loading_info=True, **keywords)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            weights.location, dtype=pick_dtype(dtype), output_loading_info=True, **keywords
+        )
     _refuse_missing(weights.location, found["missing_keys"])
     return (model if spread else model.to(pick_device())).eval(), tokenizer, weights
 
@@ -172,7 +195,9 @@ def _packed(model, ids: list, tokens: int, name: str) -> list[list[float]]:
         own = [ids[i] for i in batch]
         flat = [text for group in own for text in group]
         pack = lay_out(own).to(model.device)
-        scores = _rewards(model, flat, input_ids=torch.tensor([text[-1:] for text in flat], device=model.device), pack=pack).tolist()
+        scores = _rewards(
+            model, flat, input_ids=torch.tensor([text[-1:] for text in flat], device=model.device), pack=pack
+        ).tolist()
         for i in batch:
             found[i], scores = scores[: len(ids[i])], scores[len(ids[i]) :]
     return found
@@ -185,7 +210,9 @@ def _padded(model, tokenizer, ids: list, tokens: int, name: str) -> list[list[fl
     for batch in progress(batches, name, unit="batch") if name else batches:
         own = [flat[j][1] for j in batch]
         inputs = tokenizer.pad({"input_ids": own}, return_tensors="pt", padding_side="right").to(model.device)
-        for j, score in zip(batch, _rewards(model, own, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).tolist()):
+        for j, score in zip(
+            batch, _rewards(model, own, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).tolist()
+        ):
             scores[j] = score
     given = iter(scores)
     return [[next(given) for _ in group] for group in ids]
@@ -203,9 +230,14 @@ def score_groups(
 
     ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in group] for group in groups]
     if not all(group and all(group) for group in ids):
-        raise StudyError(f"{name or 'scoring'}: found an empty group or an empty text, expected rendered exchanges; look at the pairs")
+        raise StudyError(
+            f"{name or 'scoring'}: found an empty group or an empty text, expected rendered exchanges; look at the "
+            "pairs"
+        )
     with torch.inference_mode():
-        return _padded(model, tokenizer, ids, tokens, name) if enable_packing(model) else _packed(model, ids, tokens, name)
+        return (
+            _padded(model, tokenizer, ids, tokens, name) if enable_packing(model) else _packed(model, ids, tokens, name)
+        )
 
 
 def score_pairs(
@@ -215,6 +247,9 @@ def score_pairs(
     name: str = "scoring",  # shown before the progress bar
 ) -> tuple[list[float], list[float]]:  # rewards of the chosen and of the rejected responses
     "Score both answers of each pair."
-    groups = [[render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)] for pair in pairs.itertuples()]
+    groups = [
+        [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
+        for pair in pairs.itertuples()
+    ]
     scores = score_groups(model, tokenizer, groups, name=name)
     return [own[0] for own in scores], [own[1] for own in scores]

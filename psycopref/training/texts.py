@@ -35,7 +35,9 @@ def pair_messages(
 ) -> list[dict]:  # the conversation before the answers
     "Return a pair's own conversation, or the counselling prompt with its question."
     own = getattr(pair, "messages", None)
-    return prompt_messages(pair.question) if own is None or isinstance(own, float) else [dict(message) for message in own]
+    return (
+        prompt_messages(pair.question) if own is None or isinstance(own, float) else [dict(message) for message in own]
+    )
 
 
 def render(
@@ -69,12 +71,17 @@ def pair_rows(
     rows, long = [], []
     for place, pair in enumerate(pairs.itertuples()):
         messages = pair_messages(pair)
-        ids = [tokenizer(render(tokenizer, messages, text), add_special_tokens=False).input_ids for text in (pair.chosen, pair.rejected)]
+        ids = [
+            tokenizer(render(tokenizer, messages, text), add_special_tokens=False).input_ids
+            for text in (pair.chosen, pair.rejected)
+        ]
         if max(map(len, ids)) > max_length:
             long.append(int(pair.prefID))
             continue
         margin = {} if margins is None else {"margin": float(margins[place])}
-        rows.append({"chosen_ids": ids[0], "rejected_ids": ids[1], "length": sum(map(len, ids)) - common_prefix(ids), **margin})
+        rows.append(
+            {"chosen_ids": ids[0], "rejected_ids": ids[1], "length": sum(map(len, ids)) - common_prefix(ids), **margin}
+        )
     if needed and not rows:
         raise StudyError(f"training: all {len(long)} pairs are longer than max_length {max_length}; raise it")
     return rows, long
@@ -93,7 +100,10 @@ def accumulation_steps(
     "Split the global batch, or refuse: another batch size is another experiment."
     each = micro_batch_size * processes
     if batch_size % each:
-        raise StudyError(f"batch_size {batch_size} is no multiple of {processes} device(s) × {micro_batch_size} pairs in a pass; change one of them")
+        raise StudyError(
+            f"batch_size {batch_size} is no multiple of {processes} device(s) × {micro_batch_size} pairs in a pass; "
+            "change one of them"
+        )
     return batch_size // each
 
 # %% ../../nbs/training/01_texts.ipynb #2f1b501b
@@ -112,7 +122,10 @@ def pack_size(
         for epoch in range(-int(-epochs // 1)):
             sampler.set_epoch(epoch)
             order = list(sampler)
-            heaviest = max(heaviest, *(sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)))
+            heaviest = max(
+                heaviest,
+                *(sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)),
+            )
         if heaviest <= tokens or size == 1:
             return size
 
@@ -120,12 +133,17 @@ def pack_size(
 def step_plan(
     lengths: list[int],  # computed tokens of each training pair
     settings,  # RewardSettings or DpoSettings
-    seed: int,  # of the run
+    seed: int,
 ) -> dict:  # pairs in a pass and in a step, steps, steps between checkpoints, pairs that sit out an epoch
     "Plan the steps of a training."
     size = pack_size(lengths, settings.batch_size, settings.pack_tokens, settings.epochs, seed, devices())
     steps = max(1, int(settings.epochs * (len(lengths) // settings.batch_size)))
-    return {"pack_size": size, "steps": steps, "every": max(1, math.ceil(steps / max(1, settings.checkpoints))), "left_out": len(lengths) % settings.batch_size}
+    return {
+        "pack_size": size,
+        "steps": steps,
+        "every": max(1, math.ceil(steps / max(1, settings.checkpoints))),
+        "left_out": len(lengths) % settings.batch_size,
+    }
 
 
 def check_batch(
@@ -135,9 +153,14 @@ def check_batch(
 ) -> None:
     "Refuse a trainer whose steps are not of the asked size."
     batch_size = settings.batch_size
-    whole = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    whole = (
+        trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    )
     if whole != batch_size:
-        raise StudyError(f"{section}.batch_size: found steps of {whole} pairs over {trainer.args.world_size} processes, expected {batch_size}; start the job with accelerate launch")
+        raise StudyError(
+            f"{section}.batch_size: found steps of {whole} pairs over {trainer.args.world_size} processes, expected "
+            f"{batch_size}; start the job with accelerate launch"
+        )
 
 # %% ../../nbs/training/01_texts.ipynb #95fe43b4
 def training_precision(
@@ -171,8 +194,15 @@ def add_lora(
     if lora.last_layers is not None:
         n = model.config.get_text_config().num_hidden_layers
         layers = list(range(max(0, n - lora.last_layers), n))
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(_LINEAR.get(model.config.model_type, _LLAMA_LIKE)), layers_to_transform=layers,
-                        modules_to_save=["score"] if head else None, task_type="SEQ_CLS" if head else "CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=list(_LINEAR.get(model.config.model_type, _LLAMA_LIKE)),
+        layers_to_transform=layers,
+        modules_to_save=["score"] if head else None,
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -215,7 +245,10 @@ def take_device(
     import torch
 
     if lora.rank and sharded():
-        raise StudyError("lora.rank: adapters under FSDP or DeepSpeed can't be merged here; train them with plain data parallelism, or set the rank to 0")
+        raise StudyError(
+            "lora.rank: adapters under FSDP or DeepSpeed can't be merged here; train them with plain data "
+            "parallelism, or set the rank to 0"
+        )
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
@@ -226,14 +259,22 @@ def _older_config(config: dict) -> dict:
     if "rope_theta" not in rope:
         return config
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {**config, "rope_theta": rope["rope_theta"], "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling}
+    return {
+        **config,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
+    }
 
 
 def _older_tokenizer(config: dict) -> dict:
     "Use the older words for a tokenizer's class, inputs and special tokens."
     older = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        older = {"model_input_names": ["input_ids", "attention_mask"], **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+        older = {
+            "model_input_names": ["input_ids", "attention_mask"],
+            **config,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
     if isinstance(older.get("extra_special_tokens"), list):
         older["additional_special_tokens"] = older.pop("extra_special_tokens")
     return older
@@ -246,7 +287,9 @@ def name_for_older(
     files, changed = {"config.json": _older_config, "tokenizer_config.json": _older_tokenizer}, []
     for path in (Path(folder) / name for name in files):
         if not path.is_file():
-            raise StudyError(f"{path}: no such file; expected a folder with a model and its tokenizer, as save_pretrained writes it")
+            raise StudyError(
+                f"{path}: no such file; expected a folder with a model and its tokenizer, as save_pretrained writes it"
+            )
     for name, older in files.items():
         path = Path(folder) / name
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -260,7 +303,7 @@ def name_for_older(
 def common_arguments(
     settings,  # RewardSettings or DpoSettings
     folder,  # where checkpoints go
-    seed: int,  # of the run
+    seed: int,
     micro_batch_size: int,  # pairs in one forward pass on one device
     **more,  # passed to the trainer's configuration
 ) -> dict:  # keyword arguments of trl's RewardConfig and DPOConfig
@@ -268,14 +311,30 @@ def common_arguments(
     import torch
 
     gpu = torch.cuda.is_available()
-    own = dict(output_dir=str(folder), seed=seed, data_seed=seed, learning_rate=settings.learning_rate, warmup_steps=settings.warmup_ratio,
-               per_device_train_batch_size=micro_batch_size, per_device_eval_batch_size=micro_batch_size,
-               gradient_accumulation_steps=accumulation_steps(settings.batch_size, micro_batch_size, devices()),
-               train_sampling_strategy="batch_rebalance", max_length=settings.max_length, bf16=False, use_cpu=not gpu, gradient_checkpointing=gpu,
-               report_to=settings.report_to, disable_tqdm=True, logging_steps=1, dataloader_pin_memory=False)
+    own = dict(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_ratio,
+        per_device_train_batch_size=micro_batch_size,
+        per_device_eval_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(settings.batch_size, micro_batch_size, devices()),
+        train_sampling_strategy="batch_rebalance",
+        max_length=settings.max_length,
+        bf16=False,
+        use_cpu=not gpu,
+        gradient_checkpointing=gpu,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
     if sharded():  # else each GPU sums whole gradients, in bfloat16
         own["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    alone = {"per_device_eval_batch_size": 1} if devices() > 1 else {}  # so that no pair is repeated to fill a batch, and the loss is the mean over all
+    alone = (
+        {"per_device_eval_batch_size": 1} if devices() > 1 else {}
+    )  # so that no pair is repeated to fill a batch, and the loss is the mean over all
     return own | alone | more
 
 # %% ../../nbs/training/01_texts.ipynb #11543826
@@ -328,18 +387,24 @@ def best_checkpoint(
     state,  # the trainer's TrainerState
 ) -> tuple[int, float | None]:  # step of the weights that were kept; their development loss
     "Say which step was kept."
-    step = int(Path(state.best_model_checkpoint).name.split("-")[-1]) if state.best_model_checkpoint else state.global_step
+    step = (
+        int(Path(state.best_model_checkpoint).name.split("-")[-1]) if state.best_model_checkpoint else state.global_step
+    )
     return step, float(state.best_metric) if state.best_model_checkpoint else None
 
 
 def last_checkpoint(
     folder: Path,  # of a trainer
-    steps: int | None = None,  # of the whole training: where it ended is no place to go on, for a trainer would take a step more
+    steps: int
+    | None = None,  # of the whole training: where it ended is no place to go on, for a trainer would take a step more
 ) -> Path | None:  # the newest whole checkpoint
     "Find where to go on; take half-written checkpoints away."
     for number, path in reversed(numbered(folder)):
         try:
-            if number >= (steps or math.inf) or not [*path.glob("optimizer*"), *path.glob("global_step*")]:  # without moments nobody goes on
+            if number >= (steps or math.inf) or not [
+                *path.glob("optimizer*"),
+                *path.glob("global_step*"),
+            ]:  # without moments nobody goes on
                 raise ValueError
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return path
