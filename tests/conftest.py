@@ -22,7 +22,13 @@ def own_project(tmp_path, shared_cache, monkeypatch):
     monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path))
     monkeypatch.setenv("PSYCOPREF_CACHE", shared_cache)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))  # plans do not depend on the user's tokenizers
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "PSYCOPREF_SERVER_KEY", "PSYCOPREF_PROMPTS", "PSYCOPREF_PROGRESS"):
+    for name in (
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "PSYCOPREF_SERVER_KEY",
+        "PSYCOPREF_PROMPTS",
+        "PSYCOPREF_PROGRESS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

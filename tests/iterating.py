@@ -29,12 +29,29 @@ def work(scorer, folder):
     from psycopref.models.weights import find_weights
 
     tiny, profile = find_weights("random-tiny"), load_profile("tiny", SETTINGS)
-    rows = [{"speech_id": name, "speech": f"I count the {name} stairs again and again.", "split": "dev" if i < 4 else "train"} for i, name in enumerate(PLACES)]
+    rows = [
+        {
+            "speech_id": name,
+            "speech": f"I count the {name} stairs again and again.",
+            "split": "dev" if i < 4 else "train",
+        }
+        for i, name in enumerate(PLACES)
+    ]
     speeches = pd.DataFrame(rows)
     train = speeches[speeches.split == "train"]
     gateway = Gateway(ReplyCache(folder / "replies.sqlite"))
     watcher = Watcher(folder / "points", tiny, scorer, watched_speeches(speeches, None, 0), profile, 0, gateway)
-    online = Online(folder / "iter", tiny, scorer, dict(zip(train.speech_id, train.speech)), profile.dpo, profile.dpo_iter, profile.evaluation.max_tokens, "float32", 0)
+    online = Online(
+        folder / "iter",
+        tiny,
+        scorer,
+        dict(zip(train.speech_id, train.speech)),
+        profile.dpo,
+        profile.dpo_iter,
+        profile.evaluation.max_tokens,
+        "float32",
+        0,
+    )
     write_json(folder / "result.json", iterate(online, watcher.look))
 
 

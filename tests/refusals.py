@@ -13,9 +13,9 @@ def one_line(action) -> str:
     return str(error.value)
 
 
-def value_error(call, pattern: str, room: str | tuple[str, ...]) -> None:
-    """Check the ValueError of a pure function: one line that begins with the room and says what was expected and what to do."""
+def value_error(call, pattern: str, module: str | tuple[str, ...]) -> None:
+    """Check the ValueError of a pure function: one line that begins with the module and says what was expected and what to do."""
     with pytest.raises(ValueError, match=pattern) as refused:
         call()
     message = str(refused.value)
-    assert message.startswith(room) and "expected" in message and ";" in message and "\n" not in message
+    assert message.startswith(module) and "expected" in message and ";" in message and "\n" not in message

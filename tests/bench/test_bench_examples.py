@@ -2,7 +2,7 @@
 
 import bench
 
-globals().update({name: value for name, value in vars(bench).items() if not name.startswith('__')})
+globals().update({name: value for name, value in vars(bench).items() if not name.startswith("__")})
 
 
 def test_examples():
@@ -13,8 +13,14 @@ def test_examples():
     from unittest.mock import patch
 
     with patch.dict(os.environ, PSYCOPREF_ROOT=tempfile.mkdtemp()):  # the example writes elsewhere
-        found = side_by_side("example", "sleeping", "naps/s", lambda: time.sleep(0.01) or 1, lambda: time.sleep(0.03) or 1, rounds=2)
-        assert found["ratio"] > 1 and found["unit"] == "naps/s" and (project_root() / "outputs/bench/example.json").is_file()
+        found = side_by_side(
+            "example", "sleeping", "naps/s", lambda: time.sleep(0.01) or 1, lambda: time.sleep(0.03) or 1, rounds=2
+        )
+        assert (
+            found["ratio"] > 1
+            and found["unit"] == "naps/s"
+            and (project_root() / "outputs/bench/example.json").is_file()
+        )
     few = mixed_speeches(300)
     assert len(few) == 300 and few == mixed_speeches(300) and sum(text.startswith("Hello, thanks") for text in few) > 10
     round(sum(map(len, few)) / 300)

@@ -2,28 +2,30 @@
 
 import bench_generation
 
-globals().update({name: value for name, value in vars(bench_generation).items() if not name.startswith('__')})
+globals().update({name: value for name, value in vars(bench_generation).items() if not name.startswith("__")})
 
 
 def test_examples():
     work = make_work("random-tiny", 3, Decoding(5, 0.8, 0, 0.95), n=2)
     assert len(work.prompts) == 3 and all(work.ids())
-    assert 0 < ours(work) <= 30 and 0 < transformers_generate(work, 2) <= 30 and 0 < transformers_generate(work, 64) <= 30
+    assert (
+        0 < ours(work) <= 30 and 0 < transformers_generate(work, 2) <= 30 and 0 < transformers_generate(work, 64) <= 30
+    )
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 
     class Five(BaseHTTPRequestHandler):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = json.dumps({"tokens_predicted": asked["n_predict"], "stop_type": "limit" if asked["seed"] else "eos"}).encode()
+            reply = json.dumps(
+                {"tokens_predicted": asked["n_predict"], "stop_type": "limit" if asked["seed"] else "eos"}
+            ).encode()
             self.send_response(200)
             self.end_headers()
             self.wfile.write(reply)
 
         def log_message(self, *arguments):
             pass
-
 
     stub = ThreadingHTTPServer(("127.0.0.1", 0), Five)
     threading.Thread(target=stub.serve_forever, daemon=True).start()

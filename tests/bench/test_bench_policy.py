@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from dataclasses import replace
 
 import pandas as pd
@@ -13,15 +14,48 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from psycopref.core.files import StageWriter
-from bench_policy import (Side, Way, Work, adapted_losses, cpu_figure, iteration_phases, made_pairs, phases_bench, phases_figure, policy_flops, policy_run,
-                                    random_policy, reference_gap, same_work, try_ways, our_way)
+from bench_policy import (
+    Side,
+    Way,
+    Work,
+    adapted_losses,
+    cpu_figure,
+    iteration_phases,
+    made_pairs,
+    phases_bench,
+    phases_figure,
+    policy_flops,
+    policy_run,
+    random_policy,
+    reference_gap,
+    same_work,
+    try_ways,
+    our_way,
+)
 from bench_reward import LENGTHS, twin
 from psycopref.core.settings import DpoSettings, LoraSettings, StudyError
 from psycopref.core.stages import Run
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 
-SETTINGS = DpoSettings(batch_size=8, epochs=1.0, checkpoints=0, max_length=1024, learning_rate=1e-3, warmup_ratio=0.0, lora=LoraSettings(rank=4, alpha=8), pack_tokens=1000)
-SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=1024)
+SETTINGS = DpoSettings(
+    batch_size=8,
+    epochs=1.0,
+    checkpoints=0,
+    max_length=1024,
+    learning_rate=1e-3,
+    warmup_ratio=0.0,
+    lora=LoraSettings(rank=4, alpha=8),
+    pack_tokens=1000,
+)
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=1024,
+)
 WAYS = (Way("ours", 4, "batch_rebalance"), Way("trl", 2, "group_by_length"), Way("stock"))
 
 
@@ -53,7 +87,10 @@ def gradients(side):
 
 def test_all_sides_start_from_the_same_adapters_and_leave_the_same_gradients(work):
     sides = [Side(work, way) for way in WAYS]
-    starts = [{name: weight for name, weight in side.trainer.model.named_parameters() if weight.requires_grad} for side in sides]
+    starts = [
+        {name: weight for name, weight in side.trainer.model.named_parameters() if weight.requires_grad}
+        for side in sides
+    ]
     for name, weight in starts[0].items():
         assert all(torch.equal(weight, own[name]) for own in starts), name
     first, *others = (gradients(side) for side in sides)
@@ -81,10 +118,16 @@ def test_another_reference_is_refused(work, tokenizer):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.side)
 def test_a_call_trains_all_pairs_and_can_be_repeated(work, way):
     side = Side(work, way)
-    before = {name: weight.detach().clone() for name, weight in side.trainer.model.named_parameters() if weight.requires_grad}
+    before = {
+        name: weight.detach().clone() for name, weight in side.trainer.model.named_parameters() if weight.requires_grad
+    }
     for _ in range(2):
         assert side() == 8 and side.trainer.state.global_step == 1
-    assert any(not torch.equal(weight, before[name]) for name, weight in side.trainer.model.named_parameters() if name in before)
+    assert any(
+        not torch.equal(weight, before[name])
+        for name, weight in side.trainer.model.named_parameters()
+        if name in before
+    )
     assert (side.reference_seconds > 0) == (way.side != "stock")
 
 
@@ -99,7 +142,11 @@ def test_a_side_that_leaves_steps_out_is_refused(work):
 def test_the_reference_is_computed_anew_in_each_measurement(work, monkeypatch):
     side, seen = Side(work, WAYS[0]), []
     compute = side.trainer.compute_ref_log_probs
-    monkeypatch.setattr(side.trainer, "compute_ref_log_probs", lambda model, batch: seen.append((model, len(batch["completion_mask"]))) or compute(model, batch))
+    monkeypatch.setattr(
+        side.trainer,
+        "compute_ref_log_probs",
+        lambda model, batch: seen.append((model, len(batch["completion_mask"]))) or compute(model, batch),
+    )
     side(), side()
     assert [rows for _, rows in seen] == [8, 8] * 2, "two packs of four pairs, twice"
     assert all(model is side.reference for model, _ in seen) and side.trainer.ref_model is None
@@ -118,12 +165,25 @@ def test_a_way_out_of_memory_loses(work):
 
 def test_full_training_shares_weights_and_optimiser(tokenizer):
     model = random_policy(SHAPE, tokenizer, "float32")
-    work = Work(lambda: twin(model), tokenizer, made_pairs(tokenizer, 4, LENGTHS["demo"]), replace(SETTINGS, batch_size=4, lora=LoraSettings()), checkpointing=True)
+    work = Work(
+        lambda: twin(model),
+        tokenizer,
+        made_pairs(tokenizer, 4, LENGTHS["demo"]),
+        replace(SETTINGS, batch_size=4, lora=LoraSettings()),
+        checkpointing=True,
+    )
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    sides, before = [Side(work, way, optimiser) for way in (our_way(work), Way("trl", 2, "batch_rebalance"))], model.lm_head.weight.clone()
+    sides, before = (
+        [Side(work, way, optimiser) for way in (our_way(work), Way("trl", 2, "batch_rebalance"))],
+        model.lm_head.weight.clone(),
+    )
     assert same_work(sides)["reference gap"] < 1e-5
     for side in sides:
-        assert side.trainer.model.lm_head.weight is model.lm_head.weight and side() == 4 and side.trainer.args.gradient_checkpointing
+        assert (
+            side.trainer.model.lm_head.weight is model.lm_head.weight
+            and side() == 4
+            and side.trainer.args.gradient_checkpointing
+        )
         assert not torch.equal(before, model.lm_head.weight)
         before = model.lm_head.weight.clone()
 
@@ -141,8 +201,12 @@ def test_operations_are_those_torch_counts(tokenizer):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.randint(3, 900, (rows, width)), use_cache=False).logits.sum().backward()
     everything = policy_flops(model.config, [{"prompt_ids": [], "chosen_ids": [*range(width)], "rejected_ids": [1000]}])
-    masked = 4 / 3 * 3 * 2 * 4 * 4 * 16 * (width * width - width * (width + 1) // 2)  # torch counts what the mask hides; 2 layers, 4 heads of 16
-    other = policy_flops(model.config, [{"prompt_ids": [], "chosen_ids": [0], "rejected_ids": [1000]}]) / 2  # the other text has one token
+    masked = (
+        4 / 3 * 3 * 2 * 4 * 4 * 16 * (width * width - width * (width + 1) // 2)
+    )  # torch counts what the mask hides; 2 layers, 4 heads of 16
+    other = (
+        policy_flops(model.config, [{"prompt_ids": [], "chosen_ids": [0], "rejected_ids": [1000]}]) / 2
+    )  # the other text has one token
     assert (everything - other + masked) * 3 / 4 == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -150,7 +214,9 @@ def test_a_child_is_not_charged_with_the_memory_of_its_parent():
     code = "from bench_policy import peak_mb; print(peak_mb())"
     ballast = bytearray(os.urandom(1000) * 600_000)
     assert len(ballast) == 600_000_000
-    found = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    found = float(done.stdout)
     assert found < 600
 
 
@@ -192,12 +258,24 @@ def test_bars_stack_up_to_the_total(root):
 
 
 def test_the_figure_draws_what_was_found():
-    trained = [{"label": "demo's lengths", "seconds": {"ours": 1.0, "trl": 2.0, "stock": 4.5}, "ratio": {"trl": 2.0, "stock": 4.4}}]
+    trained = [
+        {
+            "label": "demo's lengths",
+            "seconds": {"ours": 1.0, "trl": 2.0, "stock": 4.5},
+            "ratio": {"trl": 2.0, "stock": 4.4},
+        }
+    ]
     sides = {side: {"loaded_mb": 700.0} for side in ("ours", "trl", "stock")}
-    remembered = [{"label": "demo's lengths", "peak_mb": {"ours": 1000.0, "trl": 1500.0, "stock": 2500.0}, "sides": sides}]
+    remembered = [
+        {"label": "demo's lengths", "peak_mb": {"ours": 1000.0, "trl": 1500.0, "stock": 2500.0}, "sides": sides}
+    ]
     times, memory = cpu_figure(trained, remembered).axes
-    assert [bar.get_height() for bar in times.patches] == [1.0, 2.0, 4.5] and [bar.get_height() for bar in memory.patches] == [1000, 1500, 2500]
-    assert any("4.4×" in text.get_text() for text in times.texts) and any("2.5×" in text.get_text() for text in memory.texts)
+    assert [bar.get_height() for bar in times.patches] == [1.0, 2.0, 4.5] and [
+        bar.get_height() for bar in memory.patches
+    ] == [1000, 1500, 2500]
+    assert any("4.4×" in text.get_text() for text in times.texts) and any(
+        "2.5×" in text.get_text() for text in memory.texts
+    )
 
 
 def test_pairs_that_are_too_long_are_refused(tokenizer):

@@ -7,11 +7,30 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_reward import LENGTHS, Epoch, Way, made_rows, make_trainer, model_flops, random_reward_model, try_ways, twin, useful_work
+from bench_reward import (
+    LENGTHS,
+    Epoch,
+    Way,
+    made_rows,
+    make_trainer,
+    model_flops,
+    random_reward_model,
+    try_ways,
+    twin,
+    useful_work,
+)
 from psycopref.training.packing import enable_packing, lay_out
 from psycopref.models.weights import find_weights, load_tokenizer
 
-SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=1024)
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=1024,
+)
 TEXTS = [[*range(3, 43), *range(100, 130)], [*range(3, 43), *range(200, 255)]]
 
 
@@ -27,7 +46,11 @@ def counted(module, **inputs):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("shape", [SHAPE, SHAPE | dict(num_key_value_heads=4, intermediate_size=96), SHAPE | dict(hidden_size=128)], ids=["grouped", "plain heads", "narrow heads"])
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPE, SHAPE | dict(num_key_value_heads=4, intermediate_size=96), SHAPE | dict(hidden_size=128)],
+    ids=["grouped", "plain heads", "narrow heads"],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_operations_of_a_padded_pass_are_those_torch_counts(shape, checkpointing, tokenizer):
     model, (rows, width) = random_reward_model(shape, tokenizer, "float32").train(), (3, 70)
@@ -45,7 +68,9 @@ def test_operations_of_a_pack_are_those_torch_counts(tokenizer):
     model = random_reward_model(SHAPE, tokenizer, "float32")
     assert enable_packing(model) == ""
     pack = lay_out([TEXTS])
-    expected = model_flops(model.config, pack.input_ids.numel(), sum(q * k for q, k in zip(pack.query_lengths, pack.key_lengths)))
+    expected = model_flops(
+        model.config, pack.input_ids.numel(), sum(q * k for q, k in zip(pack.query_lengths, pack.key_lengths))
+    )
     assert expected == pytest.approx(counted(model.model, pack=pack), rel=0.01)
 
 
@@ -58,8 +83,13 @@ def test_useful_work_is_what_a_pack_computes(pairs):
     groups = [[shared + first, shared + second] for shared, first, second in pairs]
     pack = lay_out(groups)
     tokens, attended = useful_work([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in groups])
-    looked = sum(keys - queries + i + 1 for queries, keys in zip(pack.query_lengths, pack.key_lengths) for i in range(queries))
-    again = sum(len(own[0]) == len(shared) or own[1][: len(own[0])] == own[0] or own[0][: len(own[1])] == own[1] for (shared, _, _), own in zip(pairs, groups))
+    looked = sum(
+        keys - queries + i + 1 for queries, keys in zip(pack.query_lengths, pack.key_lengths) for i in range(queries)
+    )
+    again = sum(
+        len(own[0]) == len(shared) or own[1][: len(own[0])] == own[0] or own[0][: len(own[1])] == own[1]
+        for (shared, _, _), own in zip(pairs, groups)
+    )
     assert 0 <= pack.input_ids.numel() - tokens <= again, "a text that begins the other one costs a token"
     assert 0 <= looked - attended <= 24 * again
 
@@ -78,7 +108,16 @@ def test_both_sides_leave_the_same_gradients_on_the_same_parameters(tokenizer):
 
 
 def test_a_side_that_is_given_fewer_pairs_is_refused(tokenizer, monkeypatch):
-    walk = Epoch(make_trainer(random_reward_model(SHAPE, tokenizer, "float32"), tokenizer, made_rows(tokenizer, 4, LENGTHS["demo"]), Way(pairs=2)), Way(pairs=2), 4.0)
+    walk = Epoch(
+        make_trainer(
+            random_reward_model(SHAPE, tokenizer, "float32"),
+            tokenizer,
+            made_rows(tokenizer, 4, LENGTHS["demo"]),
+            Way(pairs=2),
+        ),
+        Way(pairs=2),
+        4.0,
+    )
     loader = walk.trainer.get_train_dataloader
     monkeypatch.setattr(walk.trainer, "get_train_dataloader", lambda: list(loader())[:1])
     with pytest.raises(RuntimeError, match="2 of 4 pairs"):

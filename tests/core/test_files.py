@@ -53,7 +53,9 @@ def write_stage(value=1, name="01_speeches", run=RUN):
 
 
 def run_code(code: str, **keywords):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, **keywords)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, **keywords
+    )
 
 
 # ---- interruptions ----
@@ -168,7 +170,9 @@ def interrupted(seed=0, settings=None, inputs=()):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("first, second", [((0, {"epochs": 1}), (0, {"epochs": 2})), ((0, {}), (1, {}))], ids=["settings", "seed"])
+@pytest.mark.parametrize(
+    "first, second", [((0, {"epochs": 1}), (0, {"epochs": 2})), ((0, {}), (1, {}))], ids=["settings", "seed"]
+)
 def test_nothing_of_an_interrupted_run_with_other_settings_is_signed(first, second):
     interrupted(*first)
     with StageWriter(RUN, "05_reward", "tiny", *second) as stage:
@@ -207,9 +211,13 @@ def test_a_second_run_replaces_the_first_whole():
     with StageWriter(RUN, "01_speeches", "tiny", 1, {}) as stage:
         stage.json("second", 2)
     reader = StageReader(RUN, "01_speeches")
-    assert reader.json("second") == 2 and reader.receipt["seed"] == 1 and not (reader.run.stage("01_speeches") / "first.json").exists()
+    assert (
+        reader.json("second") == 2
+        and reader.receipt["seed"] == 1
+        and not (reader.run.stage("01_speeches") / "first.json").exists()
+    )
     one_line(lambda: reader.json("first"))
-    assert [p.name for p in RUN.outputs.iterdir() if p.name.startswith("05")] == ["01_speeches"]
+    assert [p.name for p in RUN.outputs.iterdir() if p.name.startswith("01")] == ["01_speeches"]
 
 
 # ---- a full disk ----
@@ -220,7 +228,10 @@ def full(*arguments, **keywords):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    old_json, old_rows = write_json(tmp_path / "a.json", {"n": 1}), write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]))
+    old_json, old_rows = (
+        write_json(tmp_path / "a.json", {"n": 1}),
+        write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()])),
+    )
     before = sha256_file(old_json), sha256_file(old_rows)
     real = Path.write_text
 
@@ -230,7 +241,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    for action in (lambda: write_json(old_json, {"n": 2}), lambda: write_rows(old_rows, "scores", pd.DataFrame([score(ID="b")]))):
+    for action in (
+        lambda: write_json(old_json, {"n": 2}),
+        lambda: write_rows(old_rows, "scores", pd.DataFrame([score(ID="b")])),
+    ):
         assert "disk is full" in one_line(action)
     assert (sha256_file(old_json), sha256_file(old_rows)) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.parquet"]
@@ -256,6 +270,7 @@ def test_a_disk_that_fills_in_a_table_or_a_figure_is_one_line(monkeypatch):
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     monkeypatch.setattr(type(figure), "savefig", full)
     for act in (lambda s: s.table("4", "t", frame, "T", LABEL), lambda s: s.figure("4", "f", figure, "F", LABEL)):
+
         def stage(act=act):
             with StageWriter(RUN, "01_speeches", "tiny", 0, {}) as writer:
                 act(writer)
@@ -271,7 +286,15 @@ def test_every_kind_of_bad_file_is_one_line(tmp_path):
     write_stage()
     folder = RUN.stage("01_speeches")
     good = (folder / "scores.parquet").read_bytes()
-    bad_rows = [b"", b"PAR1", good[:-1], good[: len(good) // 2], good[:100] + b"\0" * (len(good) - 100), b"PAR1" + b"x" * 64 + b"PAR1", b"a,b\n1,2\n"]
+    bad_rows = [
+        b"",
+        b"PAR1",
+        good[:-1],
+        good[: len(good) // 2],
+        good[:100] + b"\0" * (len(good) - 100),
+        b"PAR1" + b"x" * 64 + b"PAR1",
+        b"a,b\n1,2\n",
+    ]
     for i, content in enumerate(bad_rows):
         (path := tmp_path / f"{i}.parquet").write_bytes(content)
         assert path.name in one_line(lambda: read_rows(path, "scores"))
@@ -318,12 +341,16 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     {"prefID": None}, {"prefID": "3"}, {"prefID": 1.5}, {"prefID": 2**70}, {"ID": 3}, {"ID": None}, {"ID": b"\xff"},
     {"chosen_score": float("nan")}, {"chosen_score": "high"}, {"extra": 1}])  # fmt: skip
 def test_rows_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, changed):
-    assert "a.parquet" in one_line(lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score(**changed)])))
+    assert "a.parquet" in one_line(
+        lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score(**changed)]))
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_column_is_refused_and_named(tmp_path):
-    assert "rejected_score" in one_line(lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]).drop(columns="rejected_score")))
+    assert "rejected_score" in one_line(
+        lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]).drop(columns="rejected_score"))
+    )
 
 
 # ---- receipts ----
@@ -336,8 +363,17 @@ def test_a_receipt_tells_inputs_outputs_and_settings(tmp_path):
         signed = sha256_file(path)
     receipt = StageReader(RUN, "02_responses").receipt
     assert receipt["inputs"] == {"source.json": sha256_file(source)} and receipt["outputs"] == {"value.json": signed}
-    assert (receipt["stage"], receipt["run"], receipt["profile"], receipt["seed"]) == ("02_responses", "example", "demo", 5)
-    assert receipt["settings"] == {"responses": {"pool": "demo"}} and receipt["calls"] == 3 and receipt["versions"]["pandas"] == pd.__version__
+    assert (receipt["stage"], receipt["run"], receipt["profile"], receipt["seed"]) == (
+        "02_responses",
+        "example",
+        "demo",
+        5,
+    )
+    assert (
+        receipt["settings"] == {"responses": {"pool": "demo"}}
+        and receipt["calls"] == 3
+        and receipt["versions"]["pandas"] == pd.__version__
+    )
 
 
 # ---- rows ----
@@ -406,7 +442,7 @@ class Cells(HTMLParser):
             self.cells[-1] += data
 
 
-cell_text = st.text(st.sampled_from(list('&%$#_{}~^\\—±≥·<>"\'|a1 ;é')), min_size=1, max_size=20)
+cell_text = st.text(st.sampled_from(list("&%$#_{}~^\\—±≥·<>\"'|a1 ;é")), min_size=1, max_size=20)
 
 
 @few
@@ -434,7 +470,9 @@ def test_markdown_rows_keep_their_columns(text, rows):
     assert len(lines) == rows + 2
     for line in lines[2:]:
         cells = re.split(r"(?<!\\)\|", line.strip("\n"))
-        assert cells[0] == cells[-1] == "" and [re.sub(r"\\([|*])", r"\1", c.strip()).replace("&lt;", "<") for c in cells[1:-1]] == [text, "line<br>line"]
+        assert cells[0] == cells[-1] == "" and [
+            re.sub(r"\\([|*])", r"\1", c.strip()).replace("&lt;", "<") for c in cells[1:-1]
+        ] == [text, "line<br>line"]
 
 
 def test_a_table_stands_in_five_forms_and_every_form_names_its_makers():
@@ -442,14 +480,24 @@ def test_a_table_stands_in_five_forms_and_every_form_names_its_makers():
     with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
         stage.table("1", "reward", frame, NASTY, LABEL)
     files = {p.suffix: p for p in RUN.tables.iterdir()}
-    assert set(files) == {".csv", ".md", ".tex", ".html", ".json"} and {p.stem for p in files.values()} == {"table_1_reward"}
+    assert set(files) == {".csv", ".md", ".tex", ".html", ".json"} and {p.stem for p in files.values()} == {
+        "table_1_reward"
+    }
     signed = {p.name: sha256_file(p) for p in (RUN.stage("05_reward") / "tables").iterdir()}
     assert signed == {p.name: sha256_file(p) for p in files.values()}, "the copy for the reader is the signed one"
     with open(files[".csv"], newline="", encoding="utf-8") as handle:
         assert list(csv.reader(handle)) == [[NASTY, "accuracy", "n"], [NASTY, "0.8125", "3"], ["", "", "4"]]
-    assert json.loads(files[".json"].read_text()) == {"number": "1", "slug": "reward", "caption": NASTY, "label": str(LABEL)}
+    assert json.loads(files[".json"].read_text()) == {
+        "number": "1",
+        "slug": "reward",
+        "caption": NASTY,
+        "label": str(LABEL),
+    }
     tex, page, md = (files[s].read_text(encoding="utf-8") for s in (".tex", ".html", ".md"))
-    assert tex.splitlines()[6].split(" & ")[-2:] == ["0.812", r"3 \\"] and r"a\&b \%\$\#\_\{\}\textasciitilde{}\textasciicircum{}" in tex
+    assert (
+        tex.splitlines()[6].split(" & ")[-2:] == ["0.812", r"3 \\"]
+        and r"a\&b \%\$\#\_\{\}\textasciitilde{}\textasciicircum{}" in tex
+    )
     caption = tex.split(r"\caption{")[1].split("}\n\\end{table")[0]
     assert read_tex(caption) == f"{NASTY}. {LABEL}"
     assert html.escape(NASTY) in page and "<i>" not in page and "&amp;amp;" in page
@@ -484,7 +532,9 @@ def test_two_equal_figures_have_equal_bytes(monkeypatch):
         first, second = ((Run(n).figures / f"fig_4_curve.{suffix}").read_bytes() for n in ("first", "second"))
         assert first == second and len(first) > 50
     receipts = [StageReader(Run(n), "08_ablations").receipt["outputs"] for n in ("first", "second")]
-    assert receipts[0] == receipts[1] and set(receipts[0]) == {f"figures/fig_4_curve.{s}" for s in ("json", "pdf", "png")}
+    assert receipts[0] == receipts[1] and set(receipts[0]) == {
+        f"figures/fig_4_curve.{s}" for s in ("json", "pdf", "png")
+    }
 
 
 def test_a_figure_carries_its_label():

@@ -32,13 +32,15 @@ few = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 
 prose = st.text(max_size=40).filter(lambda t: "{" not in t and "}" not in t)
 ratings = st.lists(st.integers(1, 5), min_size=1, max_size=6)
-wrappers = st.sampled_from(["{}", "```json\n{}\n```", "```\n{}\n```", "Here it is:\n{}\nI hope this helps.", "\ufeff{}", "**{}**"])
+wrappers = st.sampled_from(
+    ["{}", "```json\n{}\n```", "```\n{}\n```", "Here it is:\n{}\nI hope this helps.", "\ufeff{}", "**{}**"]
+)
 not_a_rating = st.one_of(
     st.integers().filter(lambda v: not 1 <= v <= 5), st.floats(allow_nan=False), st.booleans(), st.none(), st.text(max_size=5),
     st.lists(st.integers(1, 5), max_size=2), st.sampled_from(["3", "5/5", 3.0, "three", 1.0, {}, {"rating": 3}]))  # fmt: skip
 
 
-def reply_of(values, rationale="because {it} said \"so\""):
+def reply_of(values, rationale='because {it} said "so"'):
     keys = {}
     for i, value in enumerate(values, 1):
         keys |= {f"response_{i}_rating": value, f"rationale_{i}": rationale}
@@ -113,9 +115,14 @@ def test_a_model_that_repeats_itself_is_refused(text):
 @given(st.integers(1, 6))
 def test_the_rating_schema_asks_for_what_the_parser_reads(n):
     schema = rating_schema(n)
-    assert set(schema["required"]) == set(schema["properties"]) == set(reply_of([1] * n)) and schema["additionalProperties"] is False
+    assert (
+        set(schema["required"]) == set(schema["properties"]) == set(reply_of([1] * n))
+        and schema["additionalProperties"] is False
+    )
     for key, rule in schema["properties"].items():
-        assert rule == ({"type": "integer", "minimum": 1, "maximum": 5} if key.endswith("rating") else {"type": "string"})
+        assert rule == (
+            {"type": "integer", "minimum": 1, "maximum": 5} if key.endswith("rating") else {"type": "string"}
+        )
 
 
 # ---- all principles in one reply ----
@@ -130,7 +137,9 @@ def test_all_principles_are_read_out_of_fences_and_prose_in_any_order(values, wr
     found = parse_all_ratings(before + wrapper.replace("{}", json.dumps(body, indent=indent)))
     assert list(found) == list(PRINCIPLE_KEYS)
     for key in PRINCIPLE_KEYS:
-        assert found[key] == parse_ratings(json.dumps(reply_of(values[key]))), "one principle is read alike in both forms"
+        assert found[key] == parse_ratings(json.dumps(reply_of(values[key]))), (
+            "one principle is read alike in both forms"
+        )
 
 
 MISSING = object()
@@ -150,7 +159,13 @@ def test_a_bad_rating_takes_its_own_principle_only(values, bad, place, wrong):
 
 
 @few
-@given(all_values, st.sampled_from(PRINCIPLE_KEYS), st.one_of(st.just(MISSING), st.none(), st.integers(), st.booleans(), st.text(max_size=5), st.lists(st.integers(1, 5))))
+@given(
+    all_values,
+    st.sampled_from(PRINCIPLE_KEYS),
+    st.one_of(
+        st.just(MISSING), st.none(), st.integers(), st.booleans(), st.text(max_size=5), st.lists(st.integers(1, 5))
+    ),
+)
 def test_a_principle_that_is_no_object_is_refused_alone(values, bad, wrong):
     reply = {key: reply_of(values[key]) for key in PRINCIPLE_KEYS} | {bad: wrong}
     if wrong is MISSING:
@@ -178,9 +193,15 @@ def test_the_form_of_one_principle_is_no_reply_on_all():
 @pytest.mark.parametrize("n", [1, 4, 6])
 def test_the_schema_of_all_principles_holds_the_papers_keys_under_each(n):
     schema = rating_all_schema(n)
-    assert schema["required"] == list(PRINCIPLE_KEYS) == list(schema["properties"]) and schema["additionalProperties"] is False
+    assert (
+        schema["required"] == list(PRINCIPLE_KEYS) == list(schema["properties"])
+        and schema["additionalProperties"] is False
+    )
     assert all(part == rating_schema(n) for part in schema["properties"].values())
-    filled = {key: {k: 3 if rule["type"] == "integer" else "" for k, rule in part["properties"].items()} for key, part in schema["properties"].items()}
+    filled = {
+        key: {k: 3 if rule["type"] == "integer" else "" for k, rule in part["properties"].items()}
+        for key, part in schema["properties"].items()
+    }
     assert parse_all_ratings(json.dumps(filled), n) == dict.fromkeys(PRINCIPLE_KEYS, [(3, "")] * n)
 
 
@@ -213,7 +234,26 @@ def test_a_choice_is_read(template, number):
     assert parse_choice(template.replace("{}", str(number))) == number
 
 
-@pytest.mark.parametrize("text", ["", "neither", "both", "0", "3", "12", "21", "1.5", "2.0", "10", "0.1", "1 or 2", "Response 1 beats response 2", "first", "v1.2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "neither",
+        "both",
+        "0",
+        "3",
+        "12",
+        "21",
+        "1.5",
+        "2.0",
+        "10",
+        "0.1",
+        "1 or 2",
+        "Response 1 beats response 2",
+        "first",
+        "v1.2",
+    ],
+)
 def test_a_text_without_one_choice_is_refused(text):
     with pytest.raises(BadReply):
         parse_choice(text)
@@ -248,7 +288,13 @@ def test_every_prompt_carries_the_words_as_they_are(speech, responses):
     rate, rate_all = (rating_prompt(key, speech, responses) for key in ("safety", None))
     for i, response in enumerate(responses, 1):
         assert f"Response {i}: {response}" in rate and f"Response {i}: {response}" in rate_all
-    for text in (rate, rate_all, responding_prompt(speech), responding_prompt(speech, 40), comparison_prompt("battle", speech, *responses[:2])):
+    for text in (
+        rate,
+        rate_all,
+        responding_prompt(speech),
+        responding_prompt(speech, 40),
+        comparison_prompt("battle", speech, *responses[:2]),
+    ):
         assert f"Client: {speech}" in text
     first, second = (comparison_prompt("ranker", speech, *pair) for pair in (responses[:2], responses[1::-1]))
     assert f"Response 1: {responses[0]}" in first and f"Response 1: {responses[1]}" in second
@@ -276,7 +322,9 @@ def test_a_prompt_for_all_principles_names_every_principle_and_every_key_of_the_
 def test_a_users_prompt_for_all_principles_replaces_ours(tmp_path, monkeypatch):
     (tmp_path / "rating_all.txt").write_text("{principles}|{client_speech}|{response_1}|{response_2}")
     monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path))
-    assert rating_prompt(None, "hello", ["a", "b"]).endswith("|hello|a|b") and "Principle:" in rating_prompt("safety", "hello", list("wxyz"))
+    assert rating_prompt(None, "hello", ["a", "b"]).endswith("|hello|a|b") and "Principle:" in rating_prompt(
+        "safety", "hello", list("wxyz")
+    )
     with pytest.raises(StudyError, match="response_3") as error:
         rating_prompt(None, "hello", list("abc"))
     assert "\n" not in str(error.value)
@@ -291,7 +339,10 @@ def test_a_battle_prompt_names_every_principle_and_key():
 
 
 def test_a_users_folder_replaces_the_files_it_has_and_no_other(tmp_path, monkeypatch):
-    ours = {name: prompt_text(name) for name in ("responding", "rating", "rating_all", "ranker", "battle", "principles.json")}
+    ours = {
+        name: prompt_text(name)
+        for name in ("responding", "rating", "rating_all", "ranker", "battle", "principles.json")
+    }
     (tmp_path / "responding.txt").write_text("Réponds: {client_speech}\n", encoding="utf-8")
     monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path))
     assert responding_prompt("hello {x}") == "Réponds: hello {x}"

@@ -78,7 +78,9 @@ def test_every_leaf_takes_another_value_of_its_type_and_only_that_leaf_changes()
         else:
             new = (other[typing.get_args(kind)[0]],) if typing.get_origin(kind) is tuple else other[kind]
         changed = load_profile(profile, {dotted: new})
-        assert {d for (d, now, _), (_, old, _) in zip(leaves(changed), leaves(PROFILES[profile])) if now != old} == {dotted}
+        assert {d for (d, now, _), (_, old, _) in zip(leaves(changed), leaves(PROFILES[profile])) if now != old} == {
+            dotted
+        }
         assert value_at(changed, dotted) == new
 
 
@@ -178,7 +180,11 @@ def test_every_stage_reads_parts_of_the_profile_as_plain_data(profile):
         for dotted, value in found.items():
             node = value_at(PROFILES[profile], dotted)
             whole = dataclasses.asdict(node) if dataclasses.is_dataclass(node) else node
-            assert value == ({k: v for k, v in whole.items() if f"{dotted}.{k}" not in BEHAVIOUR} if isinstance(whole, dict) else whole)
+            assert value == (
+                {k: v for k, v in whole.items() if f"{dotted}.{k}" not in BEHAVIOUR}
+                if isinstance(whole, dict)
+                else whole
+            )
         as_overrides = {name: "wandb" if name.endswith("report_to") else 2 for name in BEHAVIOUR}
         assert stage_settings(load_profile(profile, as_overrides), name) == found, "how a run behaves redoes nothing"
 
@@ -198,7 +204,9 @@ def test_every_setting_is_read_by_some_stage():
 
 
 @few
-@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans(), st.none(), st.lists(st.integers())))
+@given(
+    st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans(), st.none(), st.lists(st.integers()))
+)
 def test_check_type_returns_the_kind_or_refuses(value):
     for kind in (int, float, str, bool, int | None, tuple[int, ...], tuple[str, ...]):
         try:
@@ -228,15 +236,33 @@ def test_seeds_do_not_depend_on_what_was_drawn_before(calls, shuffler):
 
 
 def test_seeds_differ_where_names_differ_and_parts_never_run_together():
-    parts = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("b", "a"), ("1",), (1,), ("",), ("a", ""), ("", "a"), ('a", "b',)]  # the last looks like two
+    parts = [
+        (),
+        ("a",),
+        ("b",),
+        ("a", "b"),
+        ("ab",),
+        ("b", "a"),
+        ("1",),
+        (1,),
+        ("",),
+        ("a", ""),
+        ("", "a"),
+        ('a", "b',),
+    ]  # the last looks like two
     assert len({derived_seed(seed, *p) for seed in range(20) for p in parts}) == 20 * len(parts)
 
 
 def test_seeds_are_the_same_in_another_process():
     code = "from psycopref.core.stages import derived_seed; print(derived_seed(7, 'members', 'psycho8k-1', 3))"
     for salt in ("0", "12345"):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={"PYTHONHASHSEED": salt, "PATH": ""})
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": salt, "PATH": ""},
+        )
         assert int(done.stdout) == derived_seed(7, "members", "psycho8k-1", 3)
 
 

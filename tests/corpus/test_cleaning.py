@@ -24,6 +24,7 @@ GERMAN = "Seit mein Bruder ausgezogen ist, liege ich wach und horche. Ich weiss 
 @pytest.fixture
 def alarm():
     """End a test that would never end."""
+
     def ring(*_):
         raise AssertionError("still cleaning after 20 s")
 
@@ -41,19 +42,28 @@ def exactly(length: int) -> str:
 
 # ---- any text ----
 
+
 def garbled(layers) -> str:
     """Read UTF-8 as another encoding, again and again."""
     text, codecs = layers
     return functools.reduce(lambda t, codec: t.encode("utf-8").decode(codec, "replace"), codecs, text)
 
 
-mojibake = st.tuples(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.lists(st.sampled_from(["cp1252", "latin-1", "cp1251", "mac_roman"]), max_size=3)).map(garbled)
+mojibake = st.tuples(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.lists(st.sampled_from(["cp1252", "latin-1", "cp1251", "mac_roman"]), max_size=3),
+).map(garbled)
 pieces = st.lists(st.sampled_from(
     ["<p>", "</p", "</p>", "<br/>", "<!--", "-->", "<", ">", "<b ", "<script>", "</script>", "style>", "&", "&amp;", "&amp", "amp;", "&lt;", "&lt", "gt;", "&#39;", "&#38;",
      "&#x26;", "#39;", ";", "&nbsp;", "&shy;", "&#55357;", "&#128;", "&#0;", "&NotEqualTilde;", "&acirc;&euro;&trade;", "â€™", "Ã©", "Ã", "Â", "\x92", "\ufffd", "＜", "b＞",
      "＆", "ﬁ", "\u0301", "\ud83d", "\ude00", "😀", "\u200d", "\u200e", "\u202e", "\u2066", "\u200b", "\ufeff", "\x00", "\x1b[", "31m", "\x7f", "\x85", "\u2028", "\u00a0",
      "\t", "\r\n", " ", "a", "b", "é", "2 < 3 > 1", "I <3 you", "\U000e0061", "İ", "ß"]), max_size=16).map("".join)  # fmt: skip
-anything = st.one_of(st.text(max_size=60), st.text(st.characters(categories=["Cs", "Cc", "Cf", "Zs", "Sm", "Po", "Ll"]), max_size=40), mojibake, pieces)
+anything = st.one_of(
+    st.text(max_size=60),
+    st.text(st.characters(categories=["Cs", "Cc", "Cf", "Zs", "Sm", "Po", "Ll"]), max_size=40),
+    mojibake,
+    pieces,
+)
 
 
 @few
@@ -67,10 +77,14 @@ def test_cleaning_settles_on_one_line_of_plain_text(text):
     assert {unicodedata.category(c) for c in once}.isdisjoint({"Cc", "Cs", "Zl", "Zp"})
     assert all(c == " " for c in once if unicodedata.category(c) == "Zs"), "one kind of blank"
     once.encode("utf-8")
-    assert not re.search("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", once), "no invisible or bidirectional mark"
+    assert not re.search("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", once), (
+        "no invisible or bidirectional mark"
+    )
 
 
-@pytest.mark.parametrize("mark", ["\u200e", "\u200f", *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u061c"], ids=ascii)
+@pytest.mark.parametrize(
+    "mark", ["\u200e", "\u200f", *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u061c"], ids=ascii
+)
 def test_every_bidirectional_mark_goes(mark):
     assert clean(f"{mark}I said {mark} so{mark}") == "I said so"
 
@@ -102,7 +116,10 @@ def test_ascii_without_markup_is_left_alone(text):
 
 
 def test_our_own_speeches_are_clean_and_usable():
-    speeches = [json.loads(line)["speech"] for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
+    speeches = [
+        json.loads(line)["speech"]
+        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [judge(speech) for speech in speeches] == [(speech, None) for speech in speeches]
 
 
@@ -115,16 +132,40 @@ def test_text_read_in_a_wrong_encoding_comes_back(text):
 
 # ---- markup ----
 
-words = st.lists(st.sampled_from(["I", "am", "tired,", "why?", "2 + 2", "don't", "März", "R&amp;B", "&lt; 3"]), min_size=1, max_size=4).map(" ".join)
-tags = st.sampled_from([tag for tag in cleaning._TAGS.split() if tag not in ("br", "hr", "img", "input", "link", "meta", "html", "head", "body", "template")])
-attributes = st.sampled_from(["", " class='x y'", ' title="a b"', " href=http://x.de/a?b=1&c=2", " disabled", '\ndata-x="1"\n'])
-markup = st.recursive(words, lambda inner: st.builds(lambda tag, how, kids: f"<{tag}{how}>{' '.join(kids)}</{tag}>", tags, attributes, st.lists(inner, min_size=1, max_size=3)), max_leaves=8)
+words = st.lists(
+    st.sampled_from(["I", "am", "tired,", "why?", "2 + 2", "don't", "März", "R&amp;B", "&lt; 3"]),
+    min_size=1,
+    max_size=4,
+).map(" ".join)
+tags = st.sampled_from(
+    [
+        tag
+        for tag in cleaning._TAGS.split()
+        if tag not in ("br", "hr", "img", "input", "link", "meta", "html", "head", "body", "template")
+    ]
+)
+attributes = st.sampled_from(
+    ["", " class='x y'", ' title="a b"', " href=http://x.de/a?b=1&c=2", " disabled", '\ndata-x="1"\n']
+)
+markup = st.recursive(
+    words,
+    lambda inner: st.builds(
+        lambda tag, how, kids: f"<{tag}{how}>{' '.join(kids)}</{tag}>",
+        tags,
+        attributes,
+        st.lists(inner, min_size=1, max_size=3),
+    ),
+    max_leaves=8,
+)
 void = st.sampled_from(["<br>", "<br/>", "<HR />", "<img src='a.png' alt='b'>", "<!-- a <b> c -->", "<!DOCTYPE html>", "<script>if (a < b) { alert('<p>') }</script>",
                         "<STYLE type='text/css'>\np > b { color: red }\n</STYLE >"])  # fmt: skip
 
 
 def test_words_between_two_scripts_stay():
-    assert clean("a <script>x</script> b <style>y</style> c <!-- d --> e <!-- f --> g <script>z</script> h") == "a b c e g h"
+    assert (
+        clean("a <script>x</script> b <style>y</style> c <!-- d --> e <!-- f --> g <script>z</script> h")
+        == "a b c e g h"
+    )
 
 
 @few
@@ -140,7 +181,9 @@ def test_what_is_no_tag_of_html_stays(text):
     assert clean(text) == text
 
 
-@pytest.mark.parametrize("text", ["I told <a friend> about it", "<i am tired>", "a <b and c> d", "my <main problem> is sleep"])
+@pytest.mark.parametrize(
+    "text", ["I told <a friend> about it", "<i am tired>", "a <b and c> d", "my <main problem> is sleep"]
+)
 def test_words_in_angles_are_no_tag(text):
     assert clean(text) == text
 
@@ -150,23 +193,74 @@ def test_an_angle_inside_an_attribute_ends_no_tag():
     assert clean(page) == BeautifulSoup(page, "html.parser").get_text() == "I am tired."
 
 
-@pytest.mark.parametrize("tag", ["big", "button", "noscript", "kbd", "time", "textarea", "caption", "details", "summary", "picture", "object", "acronym", "dfn", "samp", "var"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "big",
+        "button",
+        "noscript",
+        "kbd",
+        "time",
+        "textarea",
+        "caption",
+        "details",
+        "summary",
+        "picture",
+        "object",
+        "acronym",
+        "dfn",
+        "samp",
+        "var",
+    ],
+)
 def test_every_tag_of_html_is_stripped(tag):
     assert clean(f"I <{tag}>am</{tag}> tired.") == "I am tired."
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 40])
 def test_markup_goes_however_often_it_was_escaped(depth):
-    escaped = "I said &" + "amp;" * depth + "lt;b&" + "amp;" * depth + "gt;no&" + "amp;" * depth + "lt;/b&" + "amp;" * depth + "gt;."
+    escaped = (
+        "I said &"
+        + "amp;" * depth
+        + "lt;b&"
+        + "amp;" * depth
+        + "gt;no&"
+        + "amp;" * depth
+        + "lt;/b&"
+        + "amp;" * depth
+        + "gt;."
+    )
     assert clean(escaped) == "I said no ."
 
 
-@pytest.mark.parametrize("entity, shown", [("&amp;", "&"), ("&#38;", "&"), ("&#x27;", "'"), ("&quot;", '"'), ("&eacute;", "é"), ("&hellip;", "…"), ("&nbsp;", " "), ("&#8217;", "'"), ("&#55357;", "\ufffd")])
+@pytest.mark.parametrize(
+    "entity, shown",
+    [
+        ("&amp;", "&"),
+        ("&#38;", "&"),
+        ("&#x27;", "'"),
+        ("&quot;", '"'),
+        ("&eacute;", "é"),
+        ("&hellip;", "…"),
+        ("&nbsp;", " "),
+        ("&#8217;", "'"),
+        ("&#55357;", "\ufffd"),
+    ],
+)
 def test_entities_are_read(entity, shown):
     assert clean(f"so {entity} so") == " ".join(f"so {shown} so".split())
 
 
-@pytest.mark.parametrize("text", ["outgoing &shy people", "work &times I forget", "fear &notable grief", "the car &pounds of debt", "see x.org/?a=1&copy=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "outgoing &shy people",
+        "work &times I forget",
+        "fear &notable grief",
+        "the car &pounds of debt",
+        "see x.org/?a=1&copy=2",
+    ],
+)
 def test_an_ampersand_before_a_word_is_no_entity(text):
     assert clean(text) == text
 
@@ -226,11 +320,15 @@ def test_a_text_is_used_or_has_one_reason(text):
     assert reason is None or reason in REASONS
     assert cleaned == clean(text)
     letters = re.search(r"[^\W\d_]{2}", cleaned)
-    first = [name for name, hit in zip(REASONS, (not cleaned, not letters, len(cleaned) < 100, len(cleaned) > 1000)) if hit]
+    first = [
+        name for name, hit in zip(REASONS, (not cleaned, not letters, len(cleaned) < 100, len(cleaned) > 1000)) if hit
+    ]
     assert (reason == first[0]) if first else reason in (None, "not English")
 
 
-@pytest.mark.parametrize("length, reason", [(99, "too short"), (100, None), (101, None), (999, None), (1000, None), (1001, "too long")])
+@pytest.mark.parametrize(
+    "length, reason", [(99, "too short"), (100, None), (101, None), (999, None), (1000, None), (1001, "too long")]
+)
 def test_both_limits_are_in_the_range(length, reason):
     text = exactly(length)
     assert len(clean(text)) == length and judge(text) == (text, reason)
@@ -273,7 +371,9 @@ def test_the_longest_cell_that_is_looked_at_is_judged_as_any():
 
 
 def test_languages_are_told():
-    told = {"en": ENGLISH, "de": GERMAN, "fr": "Depuis que mon frère a déménagé, je ne dors plus et j'écoute la maison.", "es": "Desde que mi hermano se mudó no duermo bien y escucho la casa.",
+    told = {"en": ENGLISH, "de": GERMAN, "fr": "Depuis que mon frère a déménagé, je ne dors plus et j'écoute la "
+                                               "maison.", "es": "Desde que mi hermano se mudó no duermo bien y "
+                                                                "escucho la casa.",
             "ru": "С тех пор как брат уехал, я плохо сплю и слушаю дом."}  # fmt: skip
     assert {language(text.strip()): text for text in told.values()} == told
 
@@ -285,4 +385,6 @@ def test_published_questions_are_usable_or_have_a_plain_reason(counsel_chat):
     judged = [judge(text) for text in questions]
     assert {reason for _, reason in judged} == {None, "empty", "too short", "too long"}, "none is in another language"
     assert sum(reason is None for _, reason in judged) > 550
-    assert [text for text, reason in judged if reason is None and re.search(r"&\w+;|</?(p|br|b|i|a)\b|[\x00-\x1f]|â€", text)] == []
+    assert [
+        text for text, reason in judged if reason is None and re.search(r"&\w+;|</?(p|br|b|i|a)\b|[\x00-\x1f]|â€", text)
+    ] == []

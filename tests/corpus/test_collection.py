@@ -17,9 +17,9 @@ from psycopref.core.stages import Run
 from psycopref.core.paper import coarse_of
 from psycopref.corpus.duplicates import same_text
 from psycopref.corpus.collection import (
-    FATES,
+    ROW_FATES,
     KEPT,
-    audit,
+    audit_split,
     collect,
     collect_released,
     drop_table,
@@ -37,11 +37,23 @@ from psycopref.corpus.collection import (
 from refusals import one_line
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-TOPICS = ["Anxiety", "Stress", "Legal & Regulatory", "Grief and Loss", "Children & Adolescents", "Alzheimer's", "Career Counseling"]
-LINES = ["I count the stairs at night and they never end, whatever I do about it.", "My sister sold the piano without asking any of us.",
-         "Since the move I eat alone in a kitchen that smells of paint.", "The exam is in nine days and I have not opened one book.",
-         "He says nothing at dinner and then slams the garage door.", "Every Sunday my stomach turns when I iron my work shirt.",
-         "Our baby cries and I stand in the hall and can't move.", "I quit smoking twice this spring and hid it both times."]  # fmt: skip
+TOPICS = [
+    "Anxiety",
+    "Stress",
+    "Legal & Regulatory",
+    "Grief and Loss",
+    "Children & Adolescents",
+    "Alzheimer's",
+    "Career Counseling",
+]
+LINES = ["I count the stairs at night and they never end, whatever I do about it.", "My sister sold the piano without "
+                                                                                    "asking any of us.",
+         "Since the move I eat alone in a kitchen that smells of paint.", "The exam is in nine days and I have not "
+                                                                          "opened one book.",
+         "He says nothing at dinner and then slams the garage door.", "Every Sunday my stomach turns when I iron my "
+                                                                      "work shirt.",
+         "Our baby cries and I stand in the hall and can't move.", "I quit smoking twice this spring and hid it both "
+                                                                   "times."]  # fmt: skip
 
 
 def chat_csv(path, rows, header=("questionID", "questionText", "topics")) -> str:
@@ -77,7 +89,9 @@ def demo():
 
 # ---- every row is kept or counted ----
 
-kinds = st.sampled_from(["good", "good", "good", "twin", "loud twin", "near twin", "short", "long", "empty", "blank", "emoji", "german"])
+kinds = st.sampled_from(
+    ["good", "good", "good", "twin", "loud twin", "near twin", "short", "long", "empty", "blank", "emoji", "german"]
+)
 
 
 def rows_from(drawn):
@@ -85,7 +99,8 @@ def rows_from(drawn):
     texts = {"short": lambda n: f"too short {n}", "long": lambda n: f"{n} " + "word " * 250, "empty": lambda n: "", "blank": lambda n: " <p>\u00a0</p> ",
              "twin": lambda n: long_text(0), "loud twin": lambda n: long_text(0).upper() + "!!", "good": long_text, "emoji": lambda n: "😀" * 120,
              "near twin": lambda n: f"Hello, {n} here. {long_text(0)}",
-             "german": lambda n: "Seit dem Umzug esse ich allein in einer Küche, die nach Farbe riecht, und ich weiss nicht, wem ich das sagen könnte."}  # fmt: skip
+             "german": lambda n: "Seit dem Umzug esse ich allein in einer Küche, die nach Farbe riecht, und ich weiss "
+                                 "nicht, wem ich das sagen könnte."}  # fmt: skip
     return [(f"q{n}", texts[kind](n), TOPICS[n % len(TOPICS)]) for n, kind in enumerate(drawn)]
 
 
@@ -96,9 +111,11 @@ def test_every_row_is_kept_or_counted_and_the_order_of_rows_changes_no_text(tmp_
     folder, rows = tmp_path_factory.mktemp("source"), rows_from(drawn)
     found, kept = gathered(chat_csv(folder / "a.csv", rows))
     tally = drop_table(found["frame"], found["repeats"]).iloc[0]
-    assert tally.source == "counsel-chat" and tally["rows"] == len(rows) == tally[list(FATES)].sum()
+    assert tally.source == "counsel-chat" and tally["rows"] == len(rows) == tally[list(ROW_FATES)].sum()
     assert tally.kept == len(kept) and tally["empty"] == sum(k in ("empty", "blank") for k in drawn)
-    assert (tally["too short"], tally["too long"], tally["no words"], tally["not English"]) == tuple(map(drawn.count, ("short", "long", "emoji", "german")))
+    assert (tally["too short"], tally["too long"], tally["no words"], tally["not English"]) == tuple(
+        map(drawn.count, ("short", "long", "emoji", "german"))
+    )
     assert kept.speech.map(same_text).is_unique and kept.speech_id.is_unique
     shuffled = chance.sample(rows, len(rows))
     other, kept_too = gathered(chat_csv(folder / "b.csv", shuffled))
@@ -107,13 +124,23 @@ def test_every_row_is_kept_or_counted_and_the_order_of_rows_changes_no_text(tmp_
 
 
 def test_a_repeated_question_is_counted(tmp_path):
-    rows = [("q0", long_text(0), "Stress"), ("q0", long_text(0), "Stress"), ("q1", long_text(1), "Stress"), ("q0", long_text(0), "Stress")]
+    rows = [
+        ("q0", long_text(0), "Stress"),
+        ("q0", long_text(0), "Stress"),
+        ("q1", long_text(1), "Stress"),
+        ("q0", long_text(0), "Stress"),
+    ]
     found, kept = gathered(chat_csv(tmp_path / "a.csv", rows))
     tally = drop_table(found["frame"], found["repeats"]).iloc[0]
-    assert (tally["rows"], tally.repeated, tally.kept) == (4, 2, 2) and kept.speech_id.tolist() == ["counsel-chat-0", "counsel-chat-2"]
+    assert (tally["rows"], tally.repeated, tally.kept) == (4, 2, 2) and kept.speech_id.tolist() == [
+        "counsel-chat-0",
+        "counsel-chat-2",
+    ]
 
 
-@pytest.mark.parametrize("length, kept", [(99, False), (100, True), (101, True), (999, True), (1000, True), (1001, False)])
+@pytest.mark.parametrize(
+    "length, kept", [(99, False), (100, True), (101, True), (999, True), (1000, True), (1001, False)]
+)
 def test_the_limits_of_length_are_part_of_the_range(tmp_path, length, kept):
     text = (f"{long_text(5)} " * 20)[: length - 1] + "!"
     found = gathered(chat_csv(tmp_path / "a.csv", [("q0", long_text(0), "Stress"), ("q1", text, "Stress")]))[1]
@@ -121,10 +148,18 @@ def test_the_limits_of_length_are_part_of_the_range(tmp_path, length, kept):
 
 
 def test_ids_name_the_row_of_the_source(tmp_path):
-    rows = [("q0", "short", "Stress"), ("q1", long_text(1), "Stress"), ("q1", long_text(1), "Stress"), ("q2", long_text(2), "Anxiety, Stress")]
+    rows = [
+        ("q0", "short", "Stress"),
+        ("q1", long_text(1), "Stress"),
+        ("q1", long_text(1), "Stress"),
+        ("q2", long_text(2), "Anxiety, Stress"),
+    ]
     spec = chat_csv(tmp_path / "a.csv", rows)
     found = gathered(spec)[1]
-    assert found.speech_id.tolist() == ["counsel-chat-1", "counsel-chat-3"] and found.topic.tolist() == ["stress", "anxiety"]
+    assert found.speech_id.tolist() == ["counsel-chat-1", "counsel-chat-3"] and found.topic.tolist() == [
+        "stress",
+        "anxiety",
+    ]
     longer = gathered(chat_csv(tmp_path / "a.csv", [*rows, ("q9", long_text(9), "Stress")]))[1]
     assert longer.iloc[:2].speech_id.tolist() == found.speech_id.tolist(), "rows that come later change no id"
 
@@ -132,13 +167,18 @@ def test_ids_name_the_row_of_the_source(tmp_path):
 def test_the_first_source_keeps_a_duplicate_across_sources(tmp_path):
     both = [long_text(1), long_text(2)]
     first = chat_csv(tmp_path / "a.csv", [("x", both[0], "Stress"), ("y", long_text(3), "Stress")])
-    second = "amod-counsel=" + jsonl(tmp_path / "b.json", [{"Context": f"Hi all. {t}" if t == both[0] else t, "Response": "r"} for t in both for _ in range(2)])
+    second = "amod-counsel=" + jsonl(
+        tmp_path / "b.json",
+        [{"Context": f"Hi all. {t}" if t == both[0] else t, "Response": "r"} for t in both for _ in range(2)],
+    )
     for specs, owner in (([first, second], "counsel-chat"), ([second, first], "amod-counsel")):
         found, kept = gathered(*specs)
         assert kept[kept.speech.str.endswith(both[0])].source.tolist() == [owner]
         table = drop_table(found["frame"], found["repeats"]).set_index("source")
         assert table["near-duplicate"].to_dict() == {specs[0].split("=")[0]: 0, specs[1].split("=")[0]: 1, "all": 1}
-        assert [m["source"] for m in found["clusters"][0]["members"]].count(owner) == 1 and found["clusters"][0]["members"][0]["kept"]
+        assert [m["source"] for m in found["clusters"][0]["members"]].count(owner) == 1 and found["clusters"][0][
+            "members"
+        ][0]["kept"]
 
 
 def test_one_source_twice_is_refused(tmp_path):
@@ -155,7 +195,9 @@ def test_what_is_masked_is_in_no_output(tmp_path):
     found, kept = gathered(spec)
     everything = kept.to_json() + json.dumps(found["clusters"]) + found["masked"].to_json() + found["frame"].to_json()
     for secret in ("Rosalind", "Okonkwo", "rosa.o", "0147"):
-        assert secret not in "".join(found["frame"].speech[found["frame"].reason == KEPT]) + json.dumps(found["clusters"]), secret
+        assert secret not in "".join(found["frame"].speech[found["frame"].reason == KEPT]) + json.dumps(
+            found["clusters"]
+        ), secret
     assert "[name]" in everything and found["masked"].loc[0, ["email", "phone"]].tolist() == [2, 2]
 
 
@@ -186,7 +228,12 @@ def test_a_bad_table_is_one_line_that_names_the_file(tmp_path, fault):
 
 
 def test_strange_cells_are_counted_drops(tmp_path):
-    strange = {"a cell of 50 MB": "word " * 10_000_000, "emoji": "😀" * 200, "right to left": "منذ أن غادر أخي المنزل لم أعد أنام جيدا في الليل " * 4, "markup": "<p> </p>" * 20}
+    strange = {
+        "a cell of 50 MB": "word " * 10_000_000,
+        "emoji": "😀" * 200,
+        "right to left": "منذ أن غادر أخي المنزل لم أعد أنام جيدا في الليل " * 4,
+        "markup": "<p> </p>" * 20,
+    }
     rows = [("q0", long_text(0), "Stress"), *((name, text, "Stress") for name, text in strange.items())]
     found, kept = gathered(chat_csv(tmp_path / "a.csv", rows))
     assert found["frame"].reason.tolist() == [KEPT, "too long", "no words", "not English", "empty"]
@@ -202,7 +249,11 @@ def test_a_missing_file_is_one_line(tmp_path):
 def frame_of(sizes):
     """A frame with as many speeches of each topic as asked."""
     topics = sorted(coarse_of())
-    rows = [{"speech_id": f"s-{topic}-{n}", "topic": topics[topic], "speech": f"{topics[topic]} {n}"} for topic, size in enumerate(sizes) for n in range(size)]
+    rows = [
+        {"speech_id": f"s-{topic}-{n}", "topic": topics[topic], "speech": f"{topics[topic]} {n}"}
+        for topic, size in enumerate(sizes)
+        for n in range(size)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -213,28 +264,43 @@ def test_the_split_has_the_asked_share_in_every_coarse_topic():
     rest = split[split.split != "test"]
     assert abs((rest.split == "dev").mean() - 0.1) < 4 * (0.09 / len(rest)) ** 0.5
     table = split_table(split, 3291 / 26483)
-    inside = [float(a) <= share <= float(b) for share, (a, b) in zip(table["test %"], (t.split(" to ") for t in table["by chance %"]))]
+    inside = [
+        float(a) <= share <= float(b)
+        for share, (a, b) in zip(table["test %"], (t.split(" to ") for t in table["by chance %"]))
+    ]
     assert sum(inside) >= len(table) - 2 and table.speeches.iloc[-1] == table.speeches.iloc[:-1].sum() == 26460
 
 
 @few
-@given(st.lists(st.text(alphabet="abc xyz", min_size=3), min_size=1, max_size=20), st.lists(st.text(max_size=20), max_size=20), st.integers(0, 4), st.randoms())
+@given(
+    st.lists(st.text(alphabet="abc xyz", min_size=3), min_size=1, max_size=20),
+    st.lists(st.text(max_size=20), max_size=20),
+    st.integers(0, 4),
+    st.randoms(),
+)
 def test_adding_removing_or_reordering_rows_moves_no_speech(texts, more, seed, chance):
     def parts(speeches):
         return {speech: split_of(speech, 0.3, 0.2, seed) for speech in speeches}
+
     before, after = parts(texts), parts(chance.sample([*texts, *more], len(texts) + len(more)))
     assert all(after[speech] == part for speech, part in before.items())
-    assert all(split_of(speech.upper() + "!", 0.3, 0.2, seed) == part for speech, part in before.items()), "the same words are on the same side"
+    assert all(split_of(speech.upper() + "!", 0.3, 0.2, seed) == part for speech, part in before.items()), (
+        "the same words are on the same side"
+    )
 
 
 def test_a_larger_fraction_keeps_what_was_held_out(demo):
     small, large = (set(split_speeches(demo, f, 0.1, 0).query("split == 'test'").speech_id) for f in (0.1, 0.3))
     assert small < large
-    assert set(split_speeches(demo, 0.25, 0.1, 1).query("split == 'test'").speech_id) != set(split_speeches(demo, 0.25, 0.1, 0).query("split == 'test'").speech_id)
+    assert set(split_speeches(demo, 0.25, 0.1, 1).query("split == 'test'").speech_id) != set(
+        split_speeches(demo, 0.25, 0.1, 0).query("split == 'test'").speech_id
+    )
 
 
 def test_a_split_without_a_part_is_one_line(demo):
-    assert "test" in one_line(lambda: split_speeches(demo, 0.0, 0.1, 0)) and "dev" in one_line(lambda: split_speeches(demo, 0.2, 0.0, 0))
+    assert "test" in one_line(lambda: split_speeches(demo, 0.0, 0.1, 0)) and "dev" in one_line(
+        lambda: split_speeches(demo, 0.2, 0.0, 0)
+    )
 
 
 @few
@@ -247,10 +313,16 @@ def test_a_limit_takes_evenly_from_topics_and_keeps_the_order(sizes, limit, seed
     assert places == sorted(places)
     counts = kept.topic.value_counts().reindex(frame.topic.unique(), fill_value=0)
     full = counts < frame.topic.value_counts().reindex(counts.index)
-    assert counts.empty or not full.any() or counts[full].min() >= counts.max() - 1, "no topic is passed over while another gets two more"
-    shuffled = limit_speeches(frame.iloc[chance.sample(range(len(frame)), len(frame))].reset_index(drop=True), limit, seed)
+    assert counts.empty or not full.any() or counts[full].min() >= counts.max() - 1, (
+        "no topic is passed over while another gets two more"
+    )
+    shuffled = limit_speeches(
+        frame.iloc[chance.sample(range(len(frame)), len(frame))].reset_index(drop=True), limit, seed
+    )
     assert set(shuffled.speech_id) == set(kept.speech_id)
-    assert set(limit_speeches(frame, max(0, limit - 1), seed).speech_id) <= set(kept.speech_id), "a smaller limit keeps a part of a larger one"
+    assert set(limit_speeches(frame, max(0, limit - 1), seed).speech_id) <= set(kept.speech_id), (
+        "a smaller limit keeps a part of a larger one"
+    )
 
 
 # ---- the audit ----
@@ -260,9 +332,11 @@ def test_the_audit_finds_and_removes_what_deduplication_missed(demo):
     split = split_speeches(demo, 0.25, 0.1, 0)
     test = split[split.split == "test"].iloc[0]
     planted = test.to_frame().T.assign(speech_id="planted-0", speech="Well then. " + test.speech, split="train")
-    frame, found = audit(pd.concat([split, planted], ignore_index=True), None, None, DEMO.speeches, 0)
+    frame, found = audit_split(pd.concat([split, planted], ignore_index=True), None, None, DEMO.speeches, 0)
     assert found["dropped by the audit"] == 1 and found["test speeches with a near-duplicate outside"] == 0
-    assert "planted-0" not in frame.speech_id.tolist() and len(frame) == len(split), "the test speech stays, its twin in training goes"
+    assert "planted-0" not in frame.speech_id.tolist() and len(frame) == len(split), (
+        "the test speech stays, its twin in training goes"
+    )
 
 
 def test_the_audit_says_how_many_there_would_have_been(tmp_path):
@@ -271,7 +345,7 @@ def test_the_audit_says_how_many_there_would_have_been(tmp_path):
     found, kept = gathered(chat_csv(tmp_path / "a.csv", rows))
     assert len(kept) == 40 and len(found["clusters"]) == 40
     split = split_speeches(kept.reset_index(drop=True), 0.25, 0.1, 0)
-    counts = audit(split, found["candidates"], found["pairs"], DEMO.speeches, 0)[1]
+    counts = audit_split(split, found["candidates"], found["pairs"], DEMO.speeches, 0)[1]
     sides = {t: (split_of(t, 0.25, 0, 0), split_of(f"Hello there. {t}", 0.25, 0, 0)) for t in texts}
     assert counts["would have had one without near-deduplication"] == sum(a != b for a, b in sides.values()) > 0
     assert counts["test speeches with a near-duplicate outside"] == 0 == counts["dropped by the audit"]
@@ -284,7 +358,8 @@ def released_folder(folder, n=30):
     """Write a dataset in the released form: 21 columns, two parts, several pairs for a training question."""
     (folder / "data").mkdir(parents=True)
     for part, first in (("train", 0), ("test", n)):
-        rows = [{"ID": f"psycho8k-{i}", "prefID": k, "question": f" {long_text(i)}", "chosen": f"I hear you, {i}.", "rejected": f"Move on, {i}.", "chosen_model": "gpt-4o",
+        rows = [{"ID": f"psycho8k-{i}", "prefID": k, "question": f" {long_text(i)}", "chosen": "I hear you, "
+                                                                                               f"{i}.", "rejected": f"Move on, {i}.", "chosen_model": "gpt-4o",
                  "rejected_model": f"model-{k}", **{f"{side}_{key}_rating": rating for side, rating in (("chosen", 5), ("rejected", 3)) for key in PRINCIPLE_KEYS}}
                 for i in range(first, first + n // (1 if part == "train" else 3)) for k in range(2 if part == "train" else 1)]  # fmt: skip
         pd.DataFrame(rows)[list(SCHEMAS["pairs"])].to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
@@ -307,7 +382,9 @@ def test_released_texts_are_masked_only_on_demand(tmp_path):
     pairs.to_parquet(path)
     assert "help@example.org" in collect_released(f"released={folder}", DEMO.speeches)[1]["train"].chosen[0]
     masked = collect_released(f"released={folder}", dataclasses.replace(DEMO.speeches, mask="all"))
-    assert masked[1]["train"].chosen[0] == "I hear you. Write to [email]." and masked[1]["test"].ID.equals(collect_released(f"released={folder}", DEMO.speeches)[1]["test"].ID)
+    assert masked[1]["train"].chosen[0] == "I hear you. Write to [email]." and masked[1]["test"].ID.equals(
+        collect_released(f"released={folder}", DEMO.speeches)[1]["test"].ID
+    )
 
 
 # ---- the real table ----
@@ -320,7 +397,7 @@ def test_counsel_chat_is_read_whole(counsel_chat):
     csv.field_size_limit(limit)
     found, kept = gathered(f"counsel-chat={counsel_chat}")
     tally = drop_table(found["frame"], found["repeats"]).iloc[0]
-    assert tally["rows"] == len(table) == tally[list(FATES)].sum() and tally.kept == len(kept) > 500
+    assert tally["rows"] == len(table) == tally[list(ROW_FATES)].sum() and tally.kept == len(kept) > 500
     assert tally["rows"] - tally.repeated == len({row["questionID"] for row in table})
     assert kept.topic.isin(list(coarse_of())).all() and (kept.topic_by == "gold").mean() > 0.98
     assert kept.speech_id.is_unique and not kept.speech.str.contains(r"</?[a-z]+>|&\w+;|\n|@\w", regex=True).any()
@@ -329,10 +406,14 @@ def test_counsel_chat_is_read_whole(counsel_chat):
 
 def test_counsel_chat_copied_into_amod_is_found_again(counsel_chat, tmp_path):
     questions = pd.read_csv(counsel_chat).drop_duplicates("questionID").questionText.dropna().tolist()
-    copy = "amod-counsel=" + jsonl(tmp_path / "combined_dataset.json", [{"Context": f"  {q.strip()} ", "Response": "r"} for q in questions])
+    copy = "amod-counsel=" + jsonl(
+        tmp_path / "combined_dataset.json", [{"Context": f"  {q.strip()} ", "Response": "r"} for q in questions]
+    )
     found, kept = gathered(f"counsel-chat={counsel_chat}", copy)
     table = drop_table(found["frame"], found["repeats"]).set_index("source")
-    assert table.kept["amod-counsel"] == 0 and table.duplicate["amod-counsel"] == table.kept["counsel-chat"] == len(kept)
+    assert table.kept["amod-counsel"] == 0 and table.duplicate["amod-counsel"] == table.kept["counsel-chat"] == len(
+        kept
+    )
 
 
 # ---- the shipped corpus, and the way into a stage ----
@@ -343,7 +424,9 @@ def test_the_demo_corpus_is_usable_whole(demo):
 
 
 def test_speeches_fit_their_schema_and_the_table_counts_them(demo):
-    frame = split_speeches(demo.assign(coarse_topic=demo.topic.map(coarse_of())), 0.25, 0.1, 0)[list(SCHEMAS["speeches"])]
+    frame = split_speeches(demo.assign(coarse_topic=demo.topic.map(coarse_of())), 0.25, 0.1, 0)[
+        list(SCHEMAS["speeches"])
+    ]
     with StageWriter(Run("example"), "01_speeches", "tiny", 0, {}) as stage:
         stage.rows("speeches", frame)
     assert StageReader(Run("example"), "01_speeches").rows("speeches").equals(frame)
@@ -356,4 +439,9 @@ def test_speeches_fit_their_schema_and_the_table_counts_them(demo):
 def test_a_source_that_is_read_says_what_it_read(tmp_path):
     opened = open_sources([chat_csv(tmp_path / "a.csv", [("q0", long_text(0), "Stress")])])[0]
     frame, repeats = read_source(opened)
-    assert repeats == 0 and frame.scraped.all() and opened.origin["files"][0]["file"] == "a.csv" and opened.origin["licence"] == "MIT"
+    assert (
+        repeats == 0
+        and frame.scraped.all()
+        and opened.origin["files"][0]["file"] == "a.csv"
+        and opened.origin["licence"] == "MIT"
+    )

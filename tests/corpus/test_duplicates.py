@@ -39,7 +39,24 @@ from psycopref.corpus.duplicates import (
 )
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-ODD = ["", " ", "!!!", "...", "hm", "Hm!", "a b", "😀", "😀😀😀😀😀😀", "😭 😭", "لا أستطيع النوم منذ أسابيع", "לא ישנתי כל הלילה", "\ud800", "\x00\x00", "ß SS", "İ"]
+ODD = [
+    "",
+    " ",
+    "!!!",
+    "...",
+    "hm",
+    "Hm!",
+    "a b",
+    "😀",
+    "😀😀😀😀😀😀",
+    "😭 😭",
+    "لا أستطيع النوم منذ أسابيع",
+    "לא ישנתי כל הלילה",
+    "\ud800",
+    "\x00\x00",
+    "ß SS",
+    "İ",
+]
 some_text = st.one_of(st.text(max_size=60), st.sampled_from(ODD), st.text(alphabet="ab c.", max_size=30))
 
 
@@ -48,8 +65,11 @@ def corpora(draw):
     """A few originals of any kind, each with edited copies, in any order."""
     originals = draw(st.lists(some_text, max_size=8))
     dice = random.Random(draw(st.integers(0, 2**16)))
-    copies = [edited(draw(st.sampled_from(originals)), draw(st.sampled_from(EDITS)), dice.randrange) for _ in range(draw(st.integers(0, 10)))
-              if originals and min(map(len, originals)) > 1]
+    copies = [
+        edited(draw(st.sampled_from(originals)), draw(st.sampled_from(EDITS)), dice.randrange)
+        for _ in range(draw(st.integers(0, 10)))
+        if originals and min(map(len, originals)) > 1
+    ]
     return draw(st.permutations(originals + copies))
 
 
@@ -82,7 +102,10 @@ def made():
 
 @pytest.fixture(scope="module")
 def demo():
-    return [json.loads(line)["speech"] for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["speech"]
+        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def posts(text, n, seed=0):
@@ -166,7 +189,9 @@ def test_few_pairs_at_the_very_threshold_are_missed():
     base = ["".join(row) for row in letters[draw.integers(0, 36, (3000, 123))]]
     left = [key + "".join(row) for key, row in zip(base, letters[draw.integers(0, 18, (3000, 26))])]
     right = [key + "".join(row) for key, row in zip(base, letters[draw.integers(18, 36, (3000, 25))])]
-    assert (jaccard(left + right, range(3000), range(3000, 6000)) == 0.7).sum() > 2990  # but where a text repeats itself
+    assert (
+        jaccard(left + right, range(3000), range(3000, 6000)) == 0.7
+    ).sum() > 2990  # but where a text repeats itself
     found = near_pairs(left + right, 0.7)
     assert set(zip(found.i, found.j)) <= {(row, row + 3000) for row in range(3000)}
     assert len(found) >= 2990 - 3 and miss_probability(0.7) * 3000 < 0.3
@@ -240,7 +265,13 @@ def test_crowds_hang_together_as_all_their_pairs_would(demo, block, monkeypatch)
 
 
 @few
-@given(st.integers(2, 9).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 4), min_size=n, max_size=n), st.sets(st.tuples(*[st.integers(0, n - 1)] * 2)))))
+@given(
+    st.integers(2, 9).flatmap(
+        lambda n: st.tuples(
+            st.lists(st.integers(0, 4), min_size=n, max_size=n), st.sets(st.tuples(*[st.integers(0, n - 1)] * 2))
+        )
+    )
+)
 def test_within_one_bucket_no_connection_is_missed(case):
     """Groups known before and any relation of nearness: the links must connect what the relation connects."""
     groups, near = case
@@ -256,7 +287,9 @@ def test_within_one_bucket_no_connection_is_missed(case):
     known = [(a, b) for a in members for b in members if groups[(a - 1) // 3] == groups[(b - 1) // 3]]
 
     def whole(pairs):
-        return partition(clusters(members[-1] + 1, pd.DataFrame([*known, *pairs], columns=["i", "j"])), range(members[-1] + 1))
+        return partition(
+            clusters(members[-1] + 1, pd.DataFrame([*known, *pairs], columns=["i", "j"])), range(members[-1] + 1)
+        )
 
     assert whole(links[:2].T.astype(int).tolist()) == whole(list(near))
 
@@ -295,7 +328,11 @@ def test_exact_join_compares_few(made):
 
 
 @few
-@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)), st.permutations(range(n)))))
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)), st.permutations(range(n)))
+    )
+)
 def test_clusters_do_not_depend_on_order(case):
     n, edges, order = case
     frame = pd.DataFrame(edges, columns=["i", "j"], dtype=int)
@@ -334,8 +371,13 @@ def test_a_crowd_keeps_the_same_text_in_any_order(demo):
 
 def test_mistakes_are_one_line():
     frame = pd.DataFrame({"i": [0], "j": [5]})
-    for action in (lambda: clusters(3, frame), lambda: clusters(3, frame - 1), lambda: keep_one([0], []), lambda: leakage(pd.DataFrame({"a": [1]}), frame),
-                   lambda: cluster_report(pd.DataFrame({"speech": ["a"]}), [0], [True])):
+    for action in (
+        lambda: clusters(3, frame),
+        lambda: clusters(3, frame - 1),
+        lambda: keep_one([0], []),
+        lambda: leakage(pd.DataFrame({"a": [1]}), frame),
+        lambda: cluster_report(pd.DataFrame({"speech": ["a"]}), [0], [True]),
+    ):
         with pytest.raises(StudyError) as error:
             action()
         assert "\n" not in str(error.value)
@@ -347,8 +389,14 @@ def test_mistakes_are_one_line():
 @pytest.fixture(scope="module")
 def table(made):
     texts, _ = made
-    frame = pd.DataFrame({"speech_id": [f"s-{row}" for row in range(len(texts))], "source": "s", "speech": texts,
-                          "split": ["test" if row % 5 == 0 else "train" for row in range(len(texts))]})
+    frame = pd.DataFrame(
+        {
+            "speech_id": [f"s-{row}" for row in range(len(texts))],
+            "source": "s",
+            "speech": texts,
+            "split": ["test" if row % 5 == 0 else "train" for row in range(len(texts))],
+        }
+    )
     pairs = near_pairs(texts)
     labels = clusters(len(texts), pairs)
     return frame, pairs, labels, keep_one(labels, list(map(canonical_key, texts)))
@@ -359,7 +407,9 @@ def test_leakage_before_and_after(table):
     before = leakage(frame, pairs)
     test, train = (frame.speech[frame.split == split].tolist() for split in ("test", "train"))
     truth = brute_force(test, train, 0.7)
-    assert before["rows"] == 80 and before["pairs"] == len(truth) and before["leaked"] == len({i for i, _ in truth}) > 10
+    assert (
+        before["rows"] == 80 and before["pairs"] == len(truth) and before["leaked"] == len({i for i, _ in truth}) > 10
+    )
     assert before["linked"] >= before["leaked"] and before["share"] == before["linked"] / 80
     left = frame[kept]
     after = leakage(left, near_pairs(left.speech))
@@ -369,7 +419,13 @@ def test_leakage_before_and_after(table):
 
 def test_rows_linked_through_a_third_are_counted():
     frame = pd.DataFrame({"split": ["train", "dev", "test", "test"]})
-    assert leakage(frame, pd.DataFrame({"i": [0, 1], "j": [1, 2]})) == {"rows": 2, "pairs": 0, "leaked": 0, "linked": 1, "share": 0.5}
+    assert leakage(frame, pd.DataFrame({"i": [0, 1], "j": [1, 2]})) == {
+        "rows": 2,
+        "pairs": 0,
+        "leaked": 0,
+        "linked": 1,
+        "share": 0.5,
+    }
 
 
 def test_cluster_report_shows_each_removed_row(table):
@@ -378,7 +434,9 @@ def test_cluster_report_shows_each_removed_row(table):
     sizes = np.bincount(labels)
     assert [cluster["size"] for cluster in report] == sorted(sizes[sizes > 1], reverse=True)
     members = [member for cluster in report for member in cluster["members"]]
-    assert {m["speech_id"] for m in members if not m["kept"]} == set(frame.speech_id[~kept]) and len(members) == sum(sizes[sizes > 1])
+    assert {m["speech_id"] for m in members if not m["kept"]} == set(frame.speech_id[~kept]) and len(members) == sum(
+        sizes[sizes > 1]
+    )
     for cluster in report:
         first, *others = cluster["members"]
         assert first["kept"] and first["similarity"] == 1 and not any(m["kept"] for m in others)
@@ -402,7 +460,11 @@ def test_synthetic_speeches_look_like_speeches():
     assert len(copies) == 300 and (origin[origin[copies]] == -1).all()
     assert (jaccard(texts, copies, origin[copies]) >= 0.7).mean() > 0.97
     assert synthetic_speeches(3000, 0.1, seed=2)[0] == texts
-    assert synthetic_speeches(0)[0] == [] and len(synthetic_speeches(1)[0]) == 1 and (synthetic_speeches(5, 1.0)[1] == -1).all()
+    assert (
+        synthetic_speeches(0)[0] == []
+        and len(synthetic_speeches(1)[0]) == 1
+        and (synthetic_speeches(5, 1.0)[1] == -1).all()
+    )
 
 
 def test_benches_report_both_libraries_and_honest_memory(made):
@@ -413,5 +475,9 @@ def test_benches_report_both_libraries_and_honest_memory(made):
         assert row["wrong"] == 0 and row["recall"] == 1 and row["pairs"] <= row["compared"]
         assert 0 < row["ready_mb"] <= row["peak_mb"] and row["seconds"] > 0
     (row,) = growth([200], seed=1)
-    assert row["n"] == 200 and row["pairs"] == len(near_pairs(synthetic_speeches(200, seed=1)[0])) and row["ready_mb"] < 300
+    assert (
+        row["n"] == 200
+        and row["pairs"] == len(near_pairs(synthetic_speeches(200, seed=1)[0]))
+        and row["ready_mb"] < 300
+    )
     del big

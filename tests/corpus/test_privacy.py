@@ -14,7 +14,7 @@ from psycopref.core.settings import StudyError
 from psycopref.core.paper import resource_path
 from psycopref.corpus.privacy import (
     KEPT_WORDS,
-    KINDS,
+    PERSONAL_KINDS,
     MOSTLY_NAMES,
     MOSTLY_WORDS,
     PLACEHOLDER,
@@ -35,10 +35,63 @@ from psycopref.corpus.privacy import (
     split_words,
 )
 
-PIECES = ["Anna", "Mark", "my husband Mark", "my name is ", "Will", "Hope's", "Dr. ", "Qrxil", "O'Brien", "van Dijk", "K.", "ANNA", "anna@mail.example.org",
-          "@anna_k", "u/quiet_owl", "https://a.example/", "www.x.example", "bit.ly/x", "212-555-0187", "call 555-0142", "+44 7700 900123", "42 Elm Street",
-          "12 Mark Street, Springfield, IL 62704", "PO Box 12", "[name]", "[email]", "[phone", "name]", "[", "]", " ", " ", " ", ". ", ".", ", ", "\n", "-",
-          "'s", "’s", " and ", " said ", "(", ")", "@", "/", "24/7", "1-10", "worst.The", "my sister priya", "é", "𝓐", "\u0301", "ß", "İ"]
+PIECES = [
+    "Anna",
+    "Mark",
+    "my husband Mark",
+    "my name is ",
+    "Will",
+    "Hope's",
+    "Dr. ",
+    "Qrxil",
+    "O'Brien",
+    "van Dijk",
+    "K.",
+    "ANNA",
+    "anna@mail.example.org",
+    "@anna_k",
+    "u/quiet_owl",
+    "https://a.example/",
+    "www.x.example",
+    "bit.ly/x",
+    "212-555-0187",
+    "call 555-0142",
+    "+44 7700 900123",
+    "42 Elm Street",
+    "12 Mark Street, Springfield, IL 62704",
+    "PO Box 12",
+    "[name]",
+    "[email]",
+    "[phone",
+    "name]",
+    "[",
+    "]",
+    " ",
+    " ",
+    " ",
+    ". ",
+    ".",
+    ", ",
+    "\n",
+    "-",
+    "'s",
+    "’s",
+    " and ",
+    " said ",
+    "(",
+    ")",
+    "@",
+    "/",
+    "24/7",
+    "1-10",
+    "worst.The",
+    "my sister priya",
+    "é",
+    "𝓐",
+    "\u0301",
+    "ß",
+    "İ",
+]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=14).map("".join)
 
 
@@ -50,7 +103,7 @@ def words(text):
 @given(texts)
 def test_masking_twice_is_masking_once(text):
     masked, _ = mask_text(text)
-    assert mask_text(masked) == (masked, dict.fromkeys(KINDS, 0))
+    assert mask_text(masked) == (masked, dict.fromkeys(PERSONAL_KINDS, 0))
 
 
 @settings(deadline=None, max_examples=100)
@@ -58,11 +111,15 @@ def test_masking_twice_is_masking_once(text):
 def test_only_hits_change_and_counts_are_placeholders(text):
     masked, found = mask_found(text)
     kept = PLACEHOLDER.split(masked)
-    assert re.fullmatch("(.*)".join(map(re.escape, kept)), text, re.DOTALL), "text outside the hits stands unchanged and in order"
-    assert len(text) - sum(len(hit) for hit, _ in found) == len(masked) - sum(len(PLACEHOLDERS[kind]) for _, kind in found)
+    assert re.fullmatch("(.*)".join(map(re.escape, kept)), text, re.DOTALL), (
+        "text outside the hits stands unchanged and in order"
+    )
+    assert len(text) - sum(len(hit) for hit, _ in found) == len(masked) - sum(
+        len(PLACEHOLDERS[kind]) for _, kind in found
+    )
     added = Counter(PLACEHOLDER.findall(masked)) - Counter(PLACEHOLDER.findall(text))
     assert added == Counter(PLACEHOLDERS[kind] for _, kind in found)
-    assert mask_text(text) == (masked, {kind: sum(k == kind for _, k in found) for kind in KINDS})
+    assert mask_text(text) == (masked, {kind: sum(k == kind for _, k in found) for kind in PERSONAL_KINDS})
 
 
 @settings(deadline=None, max_examples=60)
@@ -73,7 +130,7 @@ def test_words_lie_in_the_text(text):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12), st.sampled_from(KINDS)), max_size=8))
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12), st.sampled_from(PERSONAL_KINDS)), max_size=8))
 def test_resolved_spans_do_not_touch(hits):
     spans = _resolve([(start, start + size, kind) for start, size, kind in hits], "x" * 50)
     assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])) and bool(spans) == bool(hits)
@@ -90,8 +147,8 @@ def test_many_texts_keep_their_order_and_number(capsys):
     many = ["Call Priya.", "", "Will I sleep?", "Priya and Anna", "a@b.example.com"] * 3
     masked, counts = mask_texts(many, name="test")
     assert masked == [mask_text(text)[0] for text in many] and masked[1] == ""
-    assert counts == {**dict.fromkeys(KINDS, 0), "person": 9, "email": 3}
-    assert mask_texts([]) == ([], dict.fromkeys(KINDS, 0))
+    assert counts == {**dict.fromkeys(PERSONAL_KINDS, 0), "person": 9, "email": 3}
+    assert mask_texts([]) == ([], dict.fromkeys(PERSONAL_KINDS, 0))
 
 
 def test_two_processes_mask_as_one_does():
@@ -99,50 +156,59 @@ def test_two_processes_mask_as_one_does():
     assert mask_texts(many, workers=2) == mask_texts(many)
 
 
-@pytest.mark.parametrize("text, masked", [
-    ("My husband Mark left.", "My husband [name] left."),
-    ("I miss Anna's laugh; Anna was 9.", "I miss [name]'s laugh; [name] was 9."),
-    ("Siobhan O’Rourke-Lee and J. were there", "[name] and J. were there"),
-    ("I'm Zoë.", "I'm [name]."),
-    ("My name is Qrxil and Qrxil is odd", "My name is [name] and [name] is odd"),
-    ("Mr. Zzyzx and Mrs. Young came", "Mr. [name] and Mrs. [name] came"),
-    ("her name is Paris", "her name is [name]"),
-    ("My wife told Abcdef everything", "My wife told [name] everything"),
-    ("my brother josh hit me", "my brother [name] hit me"),
-    ("I wrote to j.d+x@mail.example.co.uk.", "I wrote to [email]."),
-    ("write anna@mail.example.com.She reads it", "write [email].She reads it"),
-    ("(212) 555-0187 or +44 7700 900123 or 0412 345 678", "[phone] or [phone] or [phone]"),
-    ("the line (800-555-0199) is busy", "the line ([phone]) is busy"),
-    ("text me at 555-0142", "text me at [phone]"),
-    ("see https://a.example/b?c=1#d, or www.x.example.", "see [url], or [url]."),
-    ("see example.com/me and t.me/anna", "see [url] and [url]"),
-    ("it is on @mina_92 and u/quiet_owl_7", "it is on [handle] and [handle]"),
-    ("at 42 Elm Street, Apt 3B since May", "at [address] since May"),
-    ("to 225 King Street West, Toronto, ON M5V 1J2 today", "to [address] today"),
-    ("to 14 Banksia Street, Fitzroy VIC 3065 today", "to [address] today"),
-    ("he is at 12 High Street,\n Leeds, LS1 4AB", "he is at [address]"),
-    ("12 Martin Luther King Drive is home", "[address] is home"),
-    ("https://x.example/@anna", "[url]"),
-])
+@pytest.mark.parametrize(
+    "text, masked",
+    [
+        ("My husband Mark left.", "My husband [name] left."),
+        ("I miss Anna's laugh; Anna was 9.", "I miss [name]'s laugh; [name] was 9."),
+        ("Siobhan O’Rourke-Lee and J. were there", "[name] and J. were there"),
+        ("I'm Zoë.", "I'm [name]."),
+        ("My name is Qrxil and Qrxil is odd", "My name is [name] and [name] is odd"),
+        ("Mr. Zzyzx and Mrs. Young came", "Mr. [name] and Mrs. [name] came"),
+        ("her name is Paris", "her name is [name]"),
+        ("My wife told Abcdef everything", "My wife told [name] everything"),
+        ("my brother josh hit me", "my brother [name] hit me"),
+        ("I wrote to j.d+x@mail.example.co.uk.", "I wrote to [email]."),
+        ("write anna@mail.example.com.She reads it", "write [email].She reads it"),
+        ("(212) 555-0187 or +44 7700 900123 or 0412 345 678", "[phone] or [phone] or [phone]"),
+        ("the line (800-555-0199) is busy", "the line ([phone]) is busy"),
+        ("text me at 555-0142", "text me at [phone]"),
+        ("see https://a.example/b?c=1#d, or www.x.example.", "see [url], or [url]."),
+        ("see example.com/me and t.me/anna", "see [url] and [url]"),
+        ("it is on @mina_92 and u/quiet_owl_7", "it is on [handle] and [handle]"),
+        ("at 42 Elm Street, Apt 3B since May", "at [address] since May"),
+        ("to 225 King Street West, Toronto, ON M5V 1J2 today", "to [address] today"),
+        ("to 14 Banksia Street, Fitzroy VIC 3065 today", "to [address] today"),
+        ("he is at 12 High Street,\n Leeds, LS1 4AB", "he is at [address]"),
+        ("12 Martin Luther King Drive is home", "[address] is home"),
+        ("https://x.example/@anna", "[url]"),
+    ],
+)
 def test_planted(text, masked):
     assert mask_text(text)[0] == masked
 
 
-@pytest.mark.parametrize("text", [
-    "Will I ever be well? May I ask? Mark my words, Hope dies last. Grace is rare. Rose petals. Bill after bill.",
-    "We moved from Jordan to Austin in April. Christian values, Angel numbers, Summer rain.",
-    "Zoloft, Prozac, Xanax and Lexapro; CBT for ADHD; Google and Facebook; Monday to Sunday; Christmas in France.",
-    "I asked God, Mom and Dad. Catholic, English and German. The doctor said no, my Dad said yes.",
-    "24/7, 2 years ago, 911, I weigh 130, at 10:30 a.m., 1-10, e.g. 5'4, 1,250,000, 2010-2012, 1 2 3 4 5 6 7 8 9 10.",
-    "It was the worst.The end.everything hurts, like.it or not.my life. So.I left. home.my/his",
-    "I was @ work, @home and @ 5pm. He/she and and/or. r/Anxiety helps.",
-    "I was 5 when I drove 300 miles on my way, 2 doctors at the Dr. office. The Baker Act.",
-    "I hope mark and will grow; my husband will stay; my friend may come; my dad said so.",
-    "San Diego, St. Louis, New Jersey, Saint Paul Street, Trinity College",
-    "", " ", "[name] and [email] and [phone]",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Will I ever be well? May I ask? Mark my words, Hope dies last. Grace is rare. Rose petals. Bill after bill.",
+        "We moved from Jordan to Austin in April. Christian values, Angel numbers, Summer rain.",
+        "Zoloft, Prozac, Xanax and Lexapro; CBT for ADHD; Google and Facebook; Monday to Sunday; Christmas in France.",
+        "I asked God, Mom and Dad. Catholic, English and German. The doctor said no, my Dad said yes.",
+        "24/7, 2 years ago, 911, I weigh 130, at 10:30 a.m., 1-10, e.g. 5'4, 1,250,000, 2010-2012, 1 2 3 4 5 6 7 8 9 "
+        "10.",
+        "It was the worst.The end.everything hurts, like.it or not.my life. So.I left. home.my/his",
+        "I was @ work, @home and @ 5pm. He/she and and/or. r/Anxiety helps.",
+        "I was 5 when I drove 300 miles on my way, 2 doctors at the Dr. office. The Baker Act.",
+        "I hope mark and will grow; my husband will stay; my friend may come; my dad said so.",
+        "San Diego, St. Louis, New Jersey, Saint Paul Street, Trinity College",
+        "",
+        " ",
+        "[name] and [email] and [phone]",
+    ],
+)
 def test_traps_stay(text):
-    assert mask_text(text) == (text, dict.fromkeys(KINDS, 0))
+    assert mask_text(text) == (text, dict.fromkeys(PERSONAL_KINDS, 0))
 
 
 def test_a_modal_stays_though_its_name_was_found():
@@ -155,8 +221,20 @@ def test_an_address_is_found_where_it_stands():
     assert find_addresses("height: 1.5; and on a way, Texas. OOOPQ8Y6Zr Dr8 pl2 AbC") == []
 
 
-@pytest.mark.parametrize("text, expected", [("a.example.com", True), ("clinic.org.uk", True), ("x.ly/3", True), ("me.so", False), ("it.is", False),
-                                            ("now.me", False), ("him.he/she", False), ("p.m", False), ("http://me.so", True)])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a.example.com", True),
+        ("clinic.org.uk", True),
+        ("x.ly/3", True),
+        ("me.so", False),
+        ("it.is", False),
+        ("now.me", False),
+        ("him.he/she", False),
+        ("p.m", False),
+        ("http://me.so", True),
+    ],
+)
 def test_web_addresses(text, expected):
     assert is_web_address(text) is expected
 
@@ -181,11 +259,16 @@ def test_a_pipeline_works_beside_the_lexicon(tmp_path):
     pipeline.to_disk(tmp_path / "plain")
     with pytest.raises(StudyError, match="no label PERSON"):
         load_pipeline(str(tmp_path / "plain"))
-    pipeline.add_pipe("entity_ruler").add_patterns([{"label": "PERSON", "pattern": "Vrul"}, {"label": "GPE", "pattern": "Anatolia"}])
+    pipeline.add_pipe("entity_ruler").add_patterns(
+        [{"label": "PERSON", "pattern": "Vrul"}, {"label": "GPE", "pattern": "Anatolia"}]
+    )
     pipeline.to_disk(tmp_path / "people")
     text = "Vrul met Anna in Anatolia"
     assert mask_text(text)[0] == "Vrul met [name] in Anatolia"
-    assert mask_text(text, names=str(tmp_path / "people")) == ("[name] met [name] in Anatolia", {**dict.fromkeys(KINDS, 0), "person": 2})
+    assert mask_text(text, names=str(tmp_path / "people")) == (
+        "[name] met [name] in Anatolia",
+        {**dict.fromkeys(PERSONAL_KINDS, 0), "person": 2},
+    )
     assert mask_text("[name] met [name]", names=str(tmp_path / "people"))[1]["person"] == 0
 
 
@@ -198,7 +281,12 @@ import psycopref.corpus.privacy as privacy
 print([m for m in ("presidio_analyzer", "spacy", "faker", "pandas", "torch", "pyap", "tldextract") if m in sys.modules])
 print(privacy.mask_text("Anna: a@b.example.com, clinic.co.uk/x, 212-555-0187")[0])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
     assert done.stdout.splitlines() == ["[]", "[name]: [email], [url], [phone]"], done.stdout + done.stderr
 
 
@@ -212,8 +300,8 @@ def test_cases_are_sound():
     for case in cases:
         assert case.keys() == {"text", "spans", "held_out"}
         for words_, kind in case["spans"]:
-            assert kind in KINDS and words_ in case["text"]
-    assert {kind for case in cases for _, kind in case["spans"]} == set(KINDS)
+            assert kind in PERSONAL_KINDS and words_ in case["text"]
+    assert {kind for case in cases for _, kind in case["spans"]} == set(PERSONAL_KINDS)
     assert sum(case["held_out"] for case in cases) == len(cases) // 4
     assert 0.4 < sum(not case["spans"] for case in cases) / len(cases) < 0.6
     assert json.loads(resource_path("privacy_cases.jsonl").read_text(encoding="utf-8").splitlines()[0]) == cases[0]
@@ -228,4 +316,6 @@ def test_quality_counts():
     cases = [{"text": "Anna slept at 42 Elm Street.", "spans": [["Anna", "person"], ["Elm Street", "address"]]}]
     table = masking_quality(cases).set_index("kind")
     assert table.loc["person"].tolist() == [1, 1, 1, 1.0, 1.0] and table.loc["address"].tolist() == [1, 1, 0, 0.0, 0.0]
-    assert table.loc["all", ["planted", "masked", "right"]].tolist() == [2, 2, 1] and table.loc["email"].isna().sum() == 2
+    assert (
+        table.loc["all", ["planted", "masked", "right"]].tolist() == [2, 2, 1] and table.loc["email"].isna().sum() == 2
+    )

@@ -20,7 +20,7 @@ from psycopref.corpus import sources
 from psycopref.core.files import SCHEMAS, sha256_file
 from psycopref.corpus.fetching import url_place
 from psycopref.corpus.sources import (
-    RELEASED,
+    RELEASED_DATASET,
     SOURCES,
     RawSpeech,
     Source,
@@ -50,32 +50,85 @@ def texts(spec):
 
 # ---- each source as published ----
 
-CHAT_HEAD = ("questionID", "questionTitle", "questionText", "questionUrl", "topics", "therapistName", "therapistUrl", "answerText", "upvotes")
-CHAT_2020 = ("", "questionID", "questionTitle", "questionText", "questionLink", "topic", "therapistInfo", "therapistURL", "answerText", "upvotes", "views", "split")
+CHAT_HEAD = (
+    "questionID",
+    "questionTitle",
+    "questionText",
+    "questionUrl",
+    "topics",
+    "therapistName",
+    "therapistUrl",
+    "answerText",
+    "upvotes",
+)
+CHAT_2020 = (
+    "",
+    "questionID",
+    "questionTitle",
+    "questionText",
+    "questionLink",
+    "topic",
+    "therapistInfo",
+    "therapistURL",
+    "answerText",
+    "upvotes",
+    "views",
+    "split",
+)
 
 
 def chat_row(key, text, topics):
-    return (key, "Title", text, "https://example.org", topics, "Someone", "https://example.org", "<p>I hear you,\nand more.</p>", "1")
+    return (
+        key,
+        "Title",
+        text,
+        "https://example.org",
+        topics,
+        "Someone",
+        "https://example.org",
+        "<p>I hear you,\nand more.</p>",
+        "1",
+    )
 
 
 def test_counsel_chat_in_both_forms(tmp_path):
-    rows = [chat_row("a1", 'I said "no".\nThen, I left.', "Family Conflict,Stress"), chat_row("a1", 'I said "no".\nThen, I left.', "Family Conflict,Stress"), chat_row("b2", "", "")]
+    rows = [
+        chat_row("a1", 'I said "no".\nThen, I left.', "Family Conflict,Stress"),
+        chat_row("a1", 'I said "no".\nThen, I left.', "Family Conflict,Stress"),
+        chat_row("b2", "", ""),
+    ]
     new = as_csv(tmp_path / "counselchat-data.csv", CHAT_HEAD, *rows)
     found = open_source(f"counsel-chat={new}").read()
-    assert found.speeches == (RawSpeech(0, 'I said "no".\nThen, I left.', ("Family Conflict", "Stress")), RawSpeech(2, ""))
+    assert found.speeches == (
+        RawSpeech(0, 'I said "no".\nThen, I left.', ("Family Conflict", "Stress")),
+        RawSpeech(2, ""),
+    )
     assert (found.rows, found.repeats, found.unreadable) == (3, 1, 0)
     old = [("0", "0", "T", "I am sad.", "l", "grief-and-loss", "i", "u", "a", "1", "2", "train"), ("1", "0", "T", "I am sad.", "l", "grief-and-loss", "i", "u", "b", "1", "2", "train"),
            ("2", "1", "T", "I am tired.", "l", "depression", "i", "u", "c", "1", "2", "val")]  # fmt: skip
     as_csv(tmp_path / "old" / "20200325_counsel_chat.csv", CHAT_2020, *old)
     found = open_source(f"counsel-chat={tmp_path / 'old'}").read()
-    assert found.speeches == (RawSpeech(0, "I am sad.", ("grief-and-loss",)), RawSpeech(2, "I am tired.", ("depression",))) and found.repeats == 1
+    assert (
+        found.speeches == (RawSpeech(0, "I am sad.", ("grief-and-loss",)), RawSpeech(2, "I am tired.", ("depression",)))
+        and found.repeats == 1
+    )
     as_csv(tmp_path / "clone" / "data" / "20200325_counsel_chat.csv", CHAT_2020, *old)
     as_csv(tmp_path / "clone" / "data" / "counselchat-data.csv", CHAT_HEAD, *rows)
-    assert open_source(f"counsel-chat={tmp_path / 'clone'}").paths == (tmp_path / "clone/data/counselchat-data.csv",), "one form, not both"
+    assert open_source(f"counsel-chat={tmp_path / 'clone'}").paths == (tmp_path / "clone/data/counselchat-data.csv",), (
+        "one form, not both"
+    )
 
 
 def test_a_key_that_returns_with_another_text_is_a_speech(tmp_path):
-    path = as_csv(tmp_path / "a.csv", CHAT_HEAD, chat_row("a", "one", ""), chat_row("a", "two", ""), chat_row("a", "one", ""), chat_row("", "one", ""), chat_row("", "one", ""))
+    path = as_csv(
+        tmp_path / "a.csv",
+        CHAT_HEAD,
+        chat_row("a", "one", ""),
+        chat_row("a", "two", ""),
+        chat_row("a", "one", ""),
+        chat_row("", "one", ""),
+        chat_row("", "one", ""),
+    )
     found = open_source(f"counsel-chat={path}").read()
     assert [s.row for s in found.speeches] == [0, 1, 3, 4] and found.repeats == 1 and found.rows == 5
 
@@ -85,15 +138,26 @@ def test_the_published_counsel_chat_is_read_whole():
         pytest.skip("counsel-chat's CSV is not here")
     frame = pd.read_csv(REAL, dtype=str, keep_default_na=False)
     found = open_source(f"counsel-chat={REAL}").read()
-    assert found.rows == len(frame) == 1482 and found.repeats == len(frame) - frame.questionID.nunique() and found.unreadable == 0
+    assert (
+        found.rows == len(frame) == 1482
+        and found.repeats == len(frame) - frame.questionID.nunique()
+        and found.unreadable == 0
+    )
     first = frame[~frame.questionID.duplicated()]
     assert [s.row for s in found.speeches] == first.index.tolist()
-    assert [re.sub(r"\r\n?", "\n", s.text) for s in found.speeches] == first.questionText.str.replace("\r\n?", "\n", regex=True).tolist()
-    assert [", ".join(s.topics) for s in found.speeches] == [", ".join(t.strip() for t in topics.split(",") if t.strip()) for topics in first.topics]
+    assert [re.sub(r"\r\n?", "\n", s.text) for s in found.speeches] == first.questionText.str.replace(
+        "\r\n?", "\n", regex=True
+    ).tolist()
+    assert [", ".join(s.topics) for s in found.speeches] == [
+        ", ".join(t.strip() for t in topics.split(",") if t.strip()) for topics in first.topics
+    ]
 
 
 def test_psycho8k_as_json_and_as_two_files_of_lines(tmp_path):
-    rows = [{"instruction": "If you are a counselor, please answer.", "input": f"Speech {n}.", "output": "Answer."} for n in range(3)]
+    rows = [
+        {"instruction": "If you are a counselor, please answer.", "input": f"Speech {n}.", "output": "Answer."}
+        for n in range(3)
+    ]
     path = tmp_path / "Alexander_Street_shareGPT_2.0.json"
     path.write_text(json.dumps(rows, indent=2))
     assert texts(f"psycho8k={path}") == texts(f"psycho8k={tmp_path}") == {n: f"Speech {n}." for n in range(3)}
@@ -111,8 +175,17 @@ def test_psycho8k_as_json_and_as_two_files_of_lines(tmp_path):
 
 def test_therapist_qa_with_its_byte_order_mark(tmp_path):
     head = ("Id_Number", "Patient Question", "Distorted part", "Dominant Distortion", "Secondary Distortion (Optional)")
-    path = as_csv(tmp_path / "Annotated_data.csv", head, ("4500", "I am late, again.", "", "No Distortion", ""), ("4501", "", "x", "Labeling", ""), encoding="utf-8-sig")
-    assert path.read_bytes().startswith(b"\xef\xbb\xbf") and texts(f"therapistQA={path}") == {0: "I am late, again.", 1: ""}
+    path = as_csv(
+        tmp_path / "Annotated_data.csv",
+        head,
+        ("4500", "I am late, again.", "", "No Distortion", ""),
+        ("4501", "", "x", "Labeling", ""),
+        encoding="utf-8-sig",
+    )
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf") and texts(f"therapistQA={path}") == {
+        0: "I am late, again.",
+        1: "",
+    }
     as_csv(tmp_path / "Therapist_responses.csv", ("Answer", "Question", "Id_Number"), ("A.", "Q.", "1"))
     assert texts(f"therapistQA={tmp_path}") == {0: "Q."}
     assert "kaggle" in one_line(lambda: open_source("therapistQA")) and not is_local("therapistQA")
@@ -120,24 +193,40 @@ def test_therapist_qa_with_its_byte_order_mark(tmp_path):
 
 def test_amod_counsel_counts_the_rows_that_repeat_a_context(tmp_path):
     contexts = ["I am sad.", "I am sad.", "I am tired.", "I am sad.", ""]
-    (tmp_path / "combined_dataset.json").write_text("".join(json.dumps({"Context": c, "Response": f"R{n}"}) + "\n" for n, c in enumerate(contexts)))
+    (tmp_path / "combined_dataset.json").write_text(
+        "".join(json.dumps({"Context": c, "Response": f"R{n}"}) + "\n" for n, c in enumerate(contexts))
+    )
     found = open_source(f"amod-counsel={tmp_path}").read()
-    assert {s.row: s.text for s in found.speeches} == {0: "I am sad.", 2: "I am tired.", 4: ""} and found.repeats == 2 and found.rows == 5
+    assert (
+        {s.row: s.text for s in found.speeches} == {0: "I am sad.", 2: "I am tired.", 4: ""}
+        and found.repeats == 2
+        and found.rows == 5
+    )
 
 
 def test_mental_chat_16k_counts_its_rows_over_both_files(tmp_path):
     for name, said in (("Synthetic_Data_10K", "made"), ("Interview_Data_6K", "heard")):
-        as_csv(tmp_path / f"{name}.csv", ("instruction", "input", "output"), *(("You are a helpful assistant.", f"{said} {n}", "ok") for n in range(2)))
+        as_csv(
+            tmp_path / f"{name}.csv",
+            ("instruction", "input", "output"),
+            *(("You are a helpful assistant.", f"{said} {n}", "ok") for n in range(2)),
+        )
     expected = {0: "heard 0", 1: "heard 1", 2: "made 0", 3: "made 1"}
-    assert texts(f"mentalChat16k={tmp_path}") == texts(f"mentalChat16k={tmp_path / 'Synthetic_Data_10K.csv'}") == expected
+    assert (
+        texts(f"mentalChat16k={tmp_path}") == texts(f"mentalChat16k={tmp_path / 'Synthetic_Data_10K.csv'}") == expected
+    )
     (tmp_path / "Interview_Data_6K.csv").unlink()
     for spec in (tmp_path, tmp_path / "Synthetic_Data_10K.csv"):
-        assert "Interview" in one_line(lambda: open_source(f"mentalChat16k={spec}")), "half of it would have other row numbers"
+        assert "Interview" in one_line(lambda: open_source(f"mentalChat16k={spec}")), (
+            "half of it would have other row numbers"
+        )
 
 
 @pytest.mark.parametrize("column", ["question", "Question", "query", "input", "text", "post1"])
 def test_mental_agora_under_any_likely_column(tmp_path, column):
-    pd.DataFrame({"author": [7, 8], column: ["I am sad.", None], "response": "ok"}).to_parquet(tmp_path / "train.parquet")
+    pd.DataFrame({"author": [7, 8], column: ["I am sad.", None], "response": "ok"}).to_parquet(
+        tmp_path / "train.parquet"
+    )
     found = open_source(f"mentalAgora={tmp_path}").read()
     assert [s.text for s in found.speeches] == ["I am sad.", ""] and found.unreadable == 1
     pd.DataFrame({column: ["I am old."], "response": "ok"}).to_parquet(tmp_path / "test.parquet")
@@ -145,16 +234,33 @@ def test_mental_agora_under_any_likely_column(tmp_path, column):
 
 
 def test_phi2_mental_yields_the_question_only(tmp_path):
-    shown = ["### Human: I am sad. ### Assistant: Why?", "Question: I am tired.\nAnswer: Rest.", "no mark at all", "[INST] I am cold. [/INST] Dress."]
+    shown = [
+        "### Human: I am sad. ### Assistant: Why?",
+        "Question: I am tired.\nAnswer: Rest.",
+        "no mark at all",
+        "[INST] I am cold. [/INST] Dress.",
+    ]
     found = open_source(f"phi2Mental={as_csv(tmp_path / 'phi2-data.csv', ('text',), *([t] for t in shown))}").read()
-    assert [s.text for s in found.speeches] == ["I am sad.", "I am tired.", "", "I am cold."] and found.unreadable == 1 and found.rows == 4
+    assert (
+        [s.text for s in found.speeches] == ["I am sad.", "I am tired.", "", "I am cold."]
+        and found.unreadable == 1
+        and found.rows == 4
+    )
 
 
-plain = st.lists(st.sampled_from(["I", "can't", "sleep.", "Why?", "was", "late,", "2", "é", "again"]), min_size=1, max_size=9).map(" ".join)
+plain = st.lists(
+    st.sampled_from(["I", "can't", "sleep.", "Why?", "was", "late,", "2", "é", "again"]), min_size=1, max_size=9
+).map(" ".join)
 
 
 @few
-@given(plain, plain, st.sampled_from(sources.TURN_MARKS), st.sampled_from(["", "### ", "**", "<"]), st.sampled_from([" ", "\n", "\n\n"]))
+@given(
+    plain,
+    plain,
+    st.sampled_from(sources.TURN_MARKS),
+    st.sampled_from(["", "### ", "**", "<"]),
+    st.sampled_from([" ", "\n", "\n\n"]),
+)
 def test_the_answer_never_gets_into_the_question(question, answer, marks, before, between):
     after = {"**": "**", "<": ">"}.get(before, "")
     text = f"{before}{marks[0]}{after}: {question}{between}{before}{marks[1]}{after}: {answer}"
@@ -164,17 +270,41 @@ def test_the_answer_never_gets_into_the_question(question, answer, marks, before
 def test_the_demo_corpus_is_shipped():
     opened = open_source("demo")
     found = opened.read()
-    assert found.rows == len(found.speeches) == 336 and all(s.topics and s.text for s in found.speeches) and is_local("demo")
-    assert opened.origin["files"][0]["from"] == "package:demo_speeches.jsonl" and opened.origin["licence"].startswith("MIT")
+    assert (
+        found.rows == len(found.speeches) == 336
+        and all(s.topics and s.text for s in found.speeches)
+        and is_local("demo")
+    )
+    assert opened.origin["files"][0]["from"] == "package:demo_speeches.jsonl" and opened.origin["licence"].startswith(
+        "MIT"
+    )
 
 
 def test_every_source_is_declared_in_full():
-    assert list(SOURCES) == ["demo", "counsel-chat", "psycho8k", "therapistQA", "amod-counsel", "mentalChat16k", "mentalAgora", "phi2Mental"]
-    for source in [*SOURCES.values(), RELEASED]:
-        assert source.licence and source.page.startswith("https://") and source.speech and source.scraped == (source.name != "demo")
-        assert all(home.startswith(("package:", "https://", "hf://datasets/")) and "," not in home for home in source.homes)
+    assert list(SOURCES) == [
+        "demo",
+        "counsel-chat",
+        "psycho8k",
+        "therapistQA",
+        "amod-counsel",
+        "mentalChat16k",
+        "mentalAgora",
+        "phi2Mental",
+    ]
+    for source in [*SOURCES.values(), RELEASED_DATASET]:
+        assert (
+            source.licence
+            and source.page.startswith("https://")
+            and source.speech
+            and source.scraped == (source.name != "demo")
+        )
+        assert all(
+            home.startswith(("package:", "https://", "hf://datasets/")) and "," not in home for home in source.homes
+        )
         names = [home.rsplit("/", 1)[1] for home in source.homes if home.endswith((".csv", ".json", ".parquet"))]
-        assert not names or pick_files(source, names[::-1], "home") == names, "a folder that holds its files is read in the same order"
+        assert not names or pick_files(source, names[::-1], "home") == names, (
+            "a folder that holds its files is read in the same order"
+        )
 
 
 # ---- nothing lost ----
@@ -193,14 +323,34 @@ def test_a_table_is_the_same_in_every_form(tmp_path_factory, rows, kind):
         pd.DataFrame(table).to_parquet(path)
     else:
         objects = [dict(zip(table, row)) for row in rows]
-        path.write_text(json.dumps(objects) if kind == "json" else "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects), encoding="utf-8")
+        path.write_text(
+            json.dumps(objects)
+            if kind == "json"
+            else "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects),
+            encoding="utf-8",
+        )
     assert read_columns(path) == table
     found = open_source(f"amod-counsel={path}").read()
-    assert found.rows == len(rows) and [s.text for s in found.speeches] == [a for n, (a, _) in enumerate(rows) if not a.strip() or a not in [b for b, _ in rows[:n]]]
+    assert found.rows == len(rows) and [s.text for s in found.speeches] == [
+        a for n, (a, _) in enumerate(rows) if not a.strip() or a not in [b for b, _ in rows[:n]]
+    ]
 
 
 @few
-@given(st.lists(st.one_of(st.text(max_size=5), st.integers(), st.none(), st.booleans(), st.lists(st.integers(), max_size=2), st.dictionaries(st.just("a"), st.integers())), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=5),
+            st.integers(),
+            st.none(),
+            st.booleans(),
+            st.lists(st.integers(), max_size=2),
+            st.dictionaries(st.just("a"), st.integers()),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_a_cell_that_is_no_text_is_counted(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("json") / "a.json"
     path.write_text(json.dumps([{"input": value} for value in values]))
@@ -208,19 +358,31 @@ def test_a_cell_that_is_no_text_is_counted(tmp_path_factory, values):
         assert "expected text" in one_line(lambda: open_source(f"psycho8k={path}").read())
         return
     found = open_source(f"psycho8k={path}").read()
-    assert len(found.speeches) == len(values) and found.unreadable == sum(not isinstance(value, str) for value in values)
-    assert all(s.text == (value if isinstance(value, str) else "") or "\ufffd" in s.text for s, value in zip(found.speeches, values))
+    assert len(found.speeches) == len(values) and found.unreadable == sum(
+        not isinstance(value, str) for value in values
+    )
+    assert all(
+        s.text == (value if isinstance(value, str) else "") or "\ufffd" in s.text
+        for s, value in zip(found.speeches, values)
+    )
 
 
 def test_a_cell_of_fifty_million_characters_passes_and_the_limit_is_restored(tmp_path):
     before = csv.field_size_limit()
     path = as_csv(tmp_path / "a.csv", ("Context", "Response"), ("x" * 50_000_000, "y"))
-    assert len(open_source(f"amod-counsel={path}").read().speeches[0].text) == 50_000_000 and csv.field_size_limit() == before
+    assert (
+        len(open_source(f"amod-counsel={path}").read().speeches[0].text) == 50_000_000
+        and csv.field_size_limit() == before
+    )
 
 
 @pytest.mark.parametrize("strange", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])
 def test_a_line_ends_only_where_lines_end(tmp_path, strange):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"Context": f"a{strange}b"}, ensure_ascii=False) + '\r\n\r\n{"Context": "c"}\r\n', encoding="utf-8", newline="")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"Context": f"a{strange}b"}, ensure_ascii=False) + '\r\n\r\n{"Context": "c"}\r\n',
+        encoding="utf-8",
+        newline="",
+    )
     (tmp_path / "a.csv").write_text(f'Context,Response\r\n"a{strange}b",x\r\n\r\nc,y\r\n', encoding="utf-8", newline="")
     for path in tmp_path.iterdir():
         assert list(texts(f"amod-counsel={path}").values()) == [f"a{strange}b", "c"]
@@ -239,7 +401,9 @@ BAD = {
     "quote.csv": (b'Context,Response\n"a,b\nc,d\n', "unexpected end of data"), "after.csv": (b'Context,Response\n"a"b,c\n', "line 2"), "twice.csv": (b"Context,Context\na,b\n", "more than once"),
     "nul.csv": (b"Context,Response\na,b\nc\0,d\n", "line 3: holds a NUL"), "latin.csv": ("Context,Response\ncaf\xe9,b\n".encode("latin-1"), "UTF-8 (byte 20)"),
     "wide.csv": ("Context,Response\na,b\n".encode("utf-16"), "UTF-16, expected UTF-8"), "line.jsonl": (b'{"Context": "a"}\n\n{"Context": \n', "line 3"),
-    "list.json": (b'[{"Context": "a"},\n {"Context" "b"}]', "line 2"), "objects.json": (b'[{"Context": "a"}, 3]', "item 2: found int"), "lines.jsonl": (b'{"Context": "a"}\n["b"]\n', "line 2: found list"),
+    "list.json": (b'[{"Context": "a"},\n {"Context" "b"}]', "line 2"), "objects.json": (b'[{"Context": "a"}, '
+                                                                                        b'3]', "item 2: found "
+                                                                                               "int"), "lines.jsonl": (b'{"Context": "a"}\n["b"]\n', "line 2: found list"),
     "pretty.json": (b'{\n "Context": ["a"]\n}', "line 1"), "none.json": (b"[]", "no rows"), "deep.json": (b"[" * 200_000, "line 1"), "digits.json": (b'[{"Context": ' + b"1" * 5000 + b"}]", "line 1"),
     "numbers.jsonl": (b'{"Context": 1}\n{"Context": 2}\n', "holds int, expected text"), "nulls.jsonl": (b'{"Context": null}\n', "expected text"),
     "no.parquet": (b"nothing of the kind", "PAR1"), "cut.parquet": (b"PAR1" + b"\x15" * 40, "parquet"),
@@ -263,7 +427,15 @@ def test_missing_places_are_one_line(tmp_path):
     assert "a.csv" in one_line(lambda: open_source(f"amod-counsel={tmp_path / 'two'}"))
     assert "no such file" in one_line(lambda: open_source(f"amod-counsel={tmp_path / 'absent'}"))
     assert "Did you mean amod-counsel" in one_line(lambda: open_source("amod-counsell"))
-    for spec in ("", "=a.csv", "demo=", "demo= ", "psycho8k=hf://datasets/only", "psycho8k=https:///x", "psycho8k=https://[::1/x"):
+    for spec in (
+        "",
+        "=a.csv",
+        "demo=",
+        "demo= ",
+        "psycho8k=hf://datasets/only",
+        "psycho8k=https:///x",
+        "psycho8k=https://[::1/x",
+    ):
         one_line(lambda: open_source(spec))
     for path in ("absent", "two/absent.csv"):
         assert not is_local(f"amod-counsel={tmp_path / path}")
@@ -280,7 +452,9 @@ def test_a_file_without_permission_is_one_line(tmp_path):
 
 def test_importing_stays_light():
     code = "import sys, psycopref.corpus.sources; print([m for m in ('pandas', 'pyarrow', 'httpx', 'huggingface_hub', 'torch', 'filelock') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 # ---- files of the web and of the hub ----
@@ -292,7 +466,11 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_source_of_the_web_is_read_and_known(own_cache):
-    with serve(lambda handler, n: ranged(handler, BODY, '"one"') if handler.path.endswith("a.csv") else send(handler, b"sorry", 404)) as (address, seen):
+    with serve(
+        lambda handler, n: (
+            ranged(handler, BODY, '"one"') if handler.path.endswith("a.csv") else send(handler, b"sorry", 404)
+        )
+    ) as (address, seen):
         spec = f"amod-counsel={address}/data/a.csv"
         assert not is_local(spec)
         opened = open_source(spec)
@@ -301,7 +479,11 @@ def test_a_source_of_the_web_is_read_and_known(own_cache):
     assert "404" in message and message.endswith("and give amod-counsel=/path/to/it")
     assert opened.read().rows == 4000 and is_local(spec) and opened.origin["source"] == "amod-counsel"
     (origin,) = opened.origin["files"]
-    assert origin["etag"] == '"one"' and origin["sha256"] == sha256_file(opened.paths[0]) and origin["from"] == f"{address}/data/a.csv"
+    assert (
+        origin["etag"] == '"one"'
+        and origin["sha256"] == sha256_file(opened.paths[0])
+        and origin["from"] == f"{address}/data/a.csv"
+    )
     opened.paths[0].write_bytes(BODY[:-1])
     assert "has changed" in one_line(lambda: open_source(spec))
     opened.paths[0].unlink()
@@ -311,12 +493,22 @@ def test_a_source_of_the_web_is_read_and_known(own_cache):
 def test_the_pinned_hash_of_a_home_is_held(own_cache):
     right = hashlib.sha256(BODY).hexdigest()
     with serve(lambda handler, n: ranged(handler, BODY, '"one"')) as (address, seen):
+
         def pinned(name, value):
-            return {"p": Source("p", "MIT", "https://example.org", ("Context",), (f"{address}/{name}.csv",), sha256=(value,))}
+            return {
+                "p": Source(
+                    "p", "MIT", "https://example.org", ("Context",), (f"{address}/{name}.csv",), sha256=(value,)
+                )
+            }
 
         assert open_source("p", pinned("a", right)).read().rows == 4000
-        assert "another file" in one_line(lambda: open_source("p", pinned("b", "0" * 64))) and not url_place(f"{address}/b.csv").exists()
-        assert "pinned" in one_line(lambda: open_source("p", pinned("a", "0" * 64))), "a file that was fetched before the pin"
+        assert (
+            "another file" in one_line(lambda: open_source("p", pinned("b", "0" * 64)))
+            and not url_place(f"{address}/b.csv").exists()
+        )
+        assert "pinned" in one_line(lambda: open_source("p", pinned("a", "0" * 64))), (
+            "a file that was fetched before the pin"
+        )
         open_source(f"p={address}/a.csv", pinned("c", "0" * 64))
 
 
@@ -336,9 +528,19 @@ for spec in sys.argv[1:]:
 def test_a_source_of_the_hub_is_read_at_its_commit(tmp_path):
     one, all_of_it = "amod-counsel=hf://datasets/any/set@main/train.csv", "amod-counsel=hf://datasets/any/set"
     with serve(Hub()) as (address, seen):
-        first, listed, other, gated = in_child(IN_CHILD, tmp_path, address, one, all_of_it, "phi2Mental=hf://datasets/any/set@main/data/more.csv", "amod-counsel=hf://datasets/any/gated")
+        first, listed, other, gated = in_child(
+            IN_CHILD,
+            tmp_path,
+            address,
+            one,
+            all_of_it,
+            "phi2Mental=hf://datasets/any/set@main/data/more.csv",
+            "amod-counsel=hf://datasets/any/gated",
+        )
     assert not first["local"] and first["now"] and first["rows"] == listed["rows"] == 4000
-    assert [entry["file"] for entry in listed["files"]] == ["train.csv"] and listed["files"][0]["commit"] == COMMIT, "the layout chooses from the list"
+    assert [entry["file"] for entry in listed["files"]] == ["train.csv"] and listed["files"][0]["commit"] == COMMIT, (
+        "the layout chooses from the list"
+    )
     assert "has no column" in other["error"] and gated["error"].endswith("give amod-counsel=/path/to/it")
     offline = in_child(IN_CHILD, tmp_path, "http://127.0.0.1:9", one, all_of_it, "mentalChat16k", offline="1")
     assert [result.get("rows") for result in offline] == [4000, 4000, None] and "HF_HUB_OFFLINE" in offline[2]["error"]
@@ -363,7 +565,11 @@ TEST = [pair("therapistQA-4356", 9, " I am late. ")]
 
 
 def test_the_released_dataset_is_opened_and_reduced_to_its_speeches(tmp_path):
-    train = [pair(prefID=0, chosen=" Tell me more."), pair(prefID=1), pair("mental-chat-7", 2, "I am tired.", rejected=" ")]
+    train = [
+        pair(prefID=0, chosen=" Tell me more."),
+        pair(prefID=1),
+        pair("mental-chat-7", 2, "I am tired.", rejected=" "),
+    ]
     released(tmp_path / "r" / "data", train, TEST)
     for where in ("r", "r/data", "r/data/test-00000-of-00001.parquet"):
         found = open_released(f"released={tmp_path / where}")
@@ -372,16 +578,31 @@ def test_the_released_dataset_is_opened_and_reduced_to_its_speeches(tmp_path):
         assert list(found.speeches) == ["speech_id", "source", "speech", "part"]
         assert [path.name for path in found.paths] == ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"]
         assert [sha256_file(path) for path in found.paths] == [file["sha256"] for file in found.origin["files"]]
-    assert found.parts["train"].to_dict("records") == train and found.parts["test"].question.tolist() == [" I am late. "]
-    assert all(list(frame) == list(SCHEMAS["pairs"]) for frame in found.parts.values()) and found.origin["blank_responses"] == 1
-    assert found.origin["licence"] == "CC-BY-NC-4.0" and [f["file"][:4] for f in found.origin["files"]] == ["trai", "test"]
+    assert found.parts["train"].to_dict("records") == train and found.parts["test"].question.tolist() == [
+        " I am late. "
+    ]
+    assert (
+        all(list(frame) == list(SCHEMAS["pairs"]) for frame in found.parts.values())
+        and found.origin["blank_responses"] == 1
+    )
+    assert found.origin["licence"] == "CC-BY-NC-4.0" and [f["file"][:4] for f in found.origin["files"]] == [
+        "trai",
+        "test",
+    ]
     assert is_local(f"released={tmp_path / 'r'}")
 
 
 def test_columns_in_another_order_or_of_another_width_are_the_same(tmp_path):
-    frame = pd.DataFrame([pair()])[list(SCHEMAS["pairs"])[::-1]].assign(extra=1).astype({"prefID": "int32", "chosen_model": "category", "chosen_safety_rating": "int8"})
+    frame = (
+        pd.DataFrame([pair()])[list(SCHEMAS["pairs"])[::-1]]
+        .assign(extra=1)
+        .astype({"prefID": "int32", "chosen_model": "category", "chosen_safety_rating": "int8"})
+    )
     found = open_released(released(tmp_path, frame, TEST)).parts["train"]
-    assert found.to_dict("records") == [pair()] and (found.dtypes[[n for n, k in SCHEMAS["pairs"].items() if k == "int"]] == "int64").all()
+    assert (
+        found.to_dict("records") == [pair()]
+        and (found.dtypes[[n for n, k in SCHEMAS["pairs"].items() if k == "int"]] == "int64").all()
+    )
 
 
 FAULTS = {
@@ -402,7 +623,9 @@ def test_a_wrong_released_file_is_one_line(tmp_path, fault):
 
 
 def test_the_same_question_with_other_blanks_is_one_question(tmp_path):
-    assert len(open_released(released(tmp_path, [pair(), pair(prefID=1, question=" I am tired.\n")], TEST)).speeches) == 2
+    assert (
+        len(open_released(released(tmp_path, [pair(), pair(prefID=1, question=" I am tired.\n")], TEST)).speeches) == 2
+    )
 
 
 def test_a_missing_or_broken_part_is_one_line(tmp_path):

@@ -63,7 +63,9 @@ def talk(slug: str, number: int) -> str:
 
 def frame_of(counts: dict[str, int], by: str = "gold") -> pd.DataFrame:
     """As many speeches of each topic as asked."""
-    rows = [{"speech": talk(slug, n), "topic": slug, "topic_by": by} for slug, size in counts.items() for n in range(size)]
+    rows = [
+        {"speech": talk(slug, n), "topic": slug, "topic_by": by} for slug, size in counts.items() for n in range(size)
+    ]
     return pd.DataFrame(rows, columns=["speech", "topic", "topic_by"])
 
 
@@ -101,7 +103,16 @@ def spy(monkeypatch):
 @pytest.mark.parametrize("slug", SLUGS)
 def test_a_topic_is_known_however_it_is_written(slug):
     title = slug.replace("-", " ").title()
-    for written in (slug, slug.upper(), title, title.replace(" And ", " & "), slug.replace("-", "_"), slug.replace("-", " / "), f" {title}! ", slug.replace("-", "\u2011")):
+    for written in (
+        slug,
+        slug.upper(),
+        title,
+        title.replace(" And ", " & "),
+        slug.replace("-", "_"),
+        slug.replace("-", " / "),
+        f" {title}! ",
+        slug.replace("-", "\u2011"),
+    ):
         assert topic_slug(written) == slug, written
     assert topic_slug(slug + "x") is None and topic_slug("x-" + slug) is None
 
@@ -128,7 +139,9 @@ def test_both_published_spellings_of_counsel_chat_are_known(counsel_chat):
     titles = {title.strip() for cell in listed for title in cell.split(",") if title.strip()}
     assert len(titles) > 30 and None not in map(topic_slug, titles)
     for title in titles:  # the older form writes the title as a slug
-        assert topic_slug(re.sub(r"[^a-z]+", "-", title.lower().replace("'", "").replace("&", "")).strip("-")) == topic_slug(title)
+        assert topic_slug(
+            re.sub(r"[^a-z]+", "-", title.lower().replace("'", "").replace("&", "")).strip("-")
+        ) == topic_slug(title)
 
 
 # ---- descriptions ----
@@ -183,14 +196,21 @@ TRAIN = frame_of({"sleep-improvement": 6, "anxiety": 3, "workplace-relationships
 
 @pytest.mark.parametrize("method", ["minilm", "tfidf", "zero-shot"])
 def test_probabilities_are_rows_of_one_in_the_order_of_the_table(method):
-    asked = [talk(slug, 99) for slug in ("workplace-relationships", "anxiety", "sleep-improvement")] + ["", "completely other words"]
+    asked = [talk(slug, 99) for slug in ("workplace-relationships", "anxiety", "sleep-improvement")] + [
+        "",
+        "completely other words",
+    ]
     found = topic_probabilities(method, TRAIN.speech.tolist(), TRAIN.topic.tolist(), asked)
     assert found.shape == (5, 42) and found.min() >= 0 and np.abs(found.sum(1) - 1).max() < 1e-6
     unseen = [i for i, slug in enumerate(SLUGS) if slug not in set(TRAIN.topic)]
     if method == "zero-shot":
         assert (found > 0).all()
     else:
-        assert [SLUGS[best] for best in found.argmax(1)[:3]] == ["workplace-relationships", "anxiety", "sleep-improvement"] and (found[:, unseen] == 0).all()
+        assert [SLUGS[best] for best in found.argmax(1)[:3]] == [
+            "workplace-relationships",
+            "anxiety",
+            "sleep-improvement",
+        ] and (found[:, unseen] == 0).all()
     assert topic_probabilities(method, TRAIN.speech.tolist(), TRAIN.topic.tolist(), []).shape == (0, 42)
 
 
@@ -205,7 +225,9 @@ def test_zero_shot_learns_nothing_and_knows_every_description():
 @pytest.mark.parametrize("method", ["minilm", "tfidf"])
 def test_a_rare_topic_weighs_as_much_as_a_frequent_one(method):
     many = frame_of({"anxiety": 60, "aging": 2})
-    found = topic_probabilities(method, many.speech.tolist(), many.topic.tolist(), ["", talk("aging", 99), talk("anxiety", 99)])
+    found = topic_probabilities(
+        method, many.speech.tolist(), many.topic.tolist(), ["", talk("aging", 99), talk("anxiety", 99)]
+    )
     rare = found[:, SLUGS.index("aging")]
     assert rare[1] > 0.5 > rare[2]
     assert method == "tfidf" or 0.2 < rare[0] < 0.8, "with nothing to go by, both are as likely"
@@ -222,7 +244,11 @@ def test_an_unknown_method_is_one_line_that_names_the_known():
 def test_our_speeches_help_where_they_are_not_part_of_the_run():
     ours = [row["speech"] for row in DEMO]
     gold, slugs, more, more_topics = training_rows(TRAIN)
-    assert (gold, slugs) == (TRAIN.speech.tolist(), TRAIN.topic.tolist()) and more == ours and set(more_topics) == set(SLUGS)
+    assert (
+        (gold, slugs) == (TRAIN.speech.tolist(), TRAIN.topic.tolist())
+        and more == ours
+        and set(more_topics) == set(SLUGS)
+    )
     own = pd.DataFrame({"speech": ours[:50], "topic": more_topics[:50], "topic_by": "gold"})
     gold, _, more, _ = training_rows(own)
     assert gold == ours[:50] and more == ours[50:]
@@ -231,13 +257,26 @@ def test_our_speeches_help_where_they_are_not_part_of_the_run():
 
 def test_more_rows_never_hold_a_gold_speech(spy):
     frame = frame_of({"anxiety": 30, "stress": 30})
-    more = [("a speech of another source", "aging"), (frame.speech[0], "golf-is-never-read"), (frame.speech[31], "stress")]
+    more = [
+        ("a speech of another source", "aging"),
+        (frame.speech[0], "golf-is-never-read"),
+        (frame.speech[31], "stress"),
+    ]
     gold, _, others, other_topics = training_rows(frame, more)
-    assert others[0] == more[0][0] and not set(others) & set(gold) and other_topics[0] == "aging" and len(others) == 1 + len(DEMO)
+    assert (
+        others[0] == more[0][0]
+        and not set(others) & set(gold)
+        and other_topics[0] == "aging"
+        and len(others) == 1 + len(DEMO)
+    )
     table = compare_methods(frame, ["spy"], 0.0, more=more)
     assert table["gold speeches"].tolist() == [60]
     for learnt, labels, asked in spy.calls:
-        assert learnt.count(more[0][0]) == 1 and labels[learnt.index(more[0][0])] == "aging" and not set(asked) - set(frame.speech)
+        assert (
+            learnt.count(more[0][0]) == 1
+            and labels[learnt.index(more[0][0])] == "aging"
+            and not set(asked) - set(frame.speech)
+        )
         assert not set(learnt) & set(asked), "a speech was learnt and then scored"
 
 
@@ -256,14 +295,23 @@ def test_every_gold_speech_is_scored_once_by_a_head_that_has_not_seen_it(sizes, 
     topic_of = dict(zip(frame.speech, frame.topic)) | dict(zip(ours, ["stress", "aging"]))
     assert sorted(text for _, _, asked in spy.calls for text in asked) == sorted(frame.speech) and len(spy.calls) == 5
     for learnt, labels, asked in spy.calls:
-        assert sorted(learnt) == sorted(set(frame.speech) - set(asked)) + ours and [topic_of[text] for text in learnt] == labels
-    assert found.shape == (len(frame), 42) and (found[:, [SLUGS.index("stress"), SLUGS.index("anxiety")]] == 0.5).all() and np.allclose(found.sum(1), 1)
+        assert (
+            sorted(learnt) == sorted(set(frame.speech) - set(asked)) + ours
+            and [topic_of[text] for text in learnt] == labels
+        )
+    assert (
+        found.shape == (len(frame), 42)
+        and (found[:, [SLUGS.index("stress"), SLUGS.index("anxiety")]] == 0.5).all()
+        and np.allclose(found.sum(1), 1)
+    )
 
 
 def test_rows_of_the_answer_belong_to_their_speeches(monkeypatch):
     frame = frame_of({"anxiety": 7, "aging": 6, "career": 5}).sample(frac=1, random_state=3)
     known = dict(zip(frame.speech, frame.topic))
-    monkeypatch.setitem(METHODS, "knows", lambda train, labels, texts: (probabilities_of([known[text] for text in texts]), SLUGS))
+    monkeypatch.setitem(
+        METHODS, "knows", lambda train, labels, texts: (probabilities_of([known[text] for text in texts]), SLUGS)
+    )
     found = cross_validate("knows", frame.speech.tolist(), frame.topic.tolist(), [], [])
     assert [SLUGS[best] for best in found.argmax(1)] == frame.topic.tolist()
 
@@ -276,7 +324,11 @@ def test_methods_share_the_folds_of_a_seed(monkeypatch):
     folds = {name: [asked for _, _, asked in seen.calls] for name, seen in spies.items()}
     assert folds["one"] == folds["two"] and len(folds["one"]) == 5
     for asked in folds["one"]:
-        assert {topics.topic_slug(re.match(r"I talk about (\S+)", text)[1]) for text in asked} == {"anxiety", "aging", "career"}, "each part has every topic"
+        assert {topics.topic_slug(re.match(r"I talk about (\S+)", text)[1]) for text in asked} == {
+            "anxiety",
+            "aging",
+            "career",
+        }, "each part has every topic"
     compare_methods(frame, ["one"], 0.0, seed=5)
     assert [asked for _, _, asked in spies["one"].calls[5:]] != folds["one"]
 
@@ -296,7 +348,9 @@ def test_a_head_that_learns_is_better_than_chance(method):
 
 # ---- scores ----
 
-tables = st.tuples(st.integers(2, 60), st.integers(1, 8), st.integers(0, 99)).map(lambda t: (np.random.default_rng(t[2]), *t[:2]))
+tables = st.tuples(st.integers(2, 60), st.integers(1, 8), st.integers(0, 99)).map(
+    lambda t: (np.random.default_rng(t[2]), *t[:2])
+)
 
 
 def drawn(chance, n, topics_of_gold):
@@ -317,9 +371,13 @@ def test_scores_are_those_of_scikit_learn(table):
     coarse = [{**coarse_of(), "nothing": "nothing"}[slug] for slug in said]
     scored = score_topics(gold, found, 0.1, samples=2)
     assert scored["accuracy %"] == pytest.approx(100 * accuracy_score(gold, said))
-    assert scored["macro-F1"] == pytest.approx(100 * f1_score(gold, said, labels=sorted(set(gold)), average="macro", zero_division=0))
+    assert scored["macro-F1"] == pytest.approx(
+        100 * f1_score(gold, said, labels=sorted(set(gold)), average="macro", zero_division=0)
+    )
     coarse_gold = [coarse_of()[slug] for slug in gold]
-    assert scored["coarse macro-F1"] == pytest.approx(100 * f1_score(coarse_gold, coarse, labels=sorted(set(coarse_gold)), average="macro", zero_division=0))
+    assert scored["coarse macro-F1"] == pytest.approx(
+        100 * f1_score(coarse_gold, coarse, labels=sorted(set(coarse_gold)), average="macro", zero_division=0)
+    )
     by_hand = []
     for slug in set(gold):
         hits = sum(a == b == slug for a, b in zip(gold, said))
@@ -379,7 +437,12 @@ def test_an_unreadable_reply_is_never_kept():
 def test_with_few_gold_rows_nothing_is_measured_and_the_table_says_so(spy, method):
     frame = pd.concat([frame_of({"anxiety": 25, "stress": 24}), frame_of({"career": 80}, by="none given")])
     [row] = compare_methods(frame, [method], 0.1).to_dict("records")
-    assert row["method"] == method and row["gold speeches"] == 49 and "fewer than 50" in row["note"] and set(row) == {"method", "gold speeches", "note"}
+    assert (
+        row["method"] == method
+        and row["gold speeches"] == 49
+        and "fewer than 50" in row["note"]
+        and set(row) == {"method", "gold speeches", "note"}
+    )
     assert spy.calls == []
     assert compare_methods(frame.iloc[:0], ["spy"], 0.1)["gold speeches"].tolist() == [0]
     measured = compare_methods(frame_of({"anxiety": 25, "stress": 25}), ["spy"], 0.1)
@@ -428,7 +491,11 @@ def test_the_question_holds_every_topic_the_speech_and_a_schema(server, gateway)
         assert f"- {slug}: {what}" in content
     assert content.endswith(speech) and content.count("- anxiety: ") == 1
     schema = body["response_format"]["json_schema"]["schema"]
-    assert schema["properties"]["topic"]["enum"] == SLUGS and schema["required"] == ["topic"] and schema["additionalProperties"] is False
+    assert (
+        schema["properties"]["topic"]["enum"] == SLUGS
+        and schema["required"] == ["topic"]
+        and schema["additionalProperties"] is False
+    )
     assert body["temperature"] == 0 and body["max_completion_tokens"] >= 24
     assert np.array_equal(found, probabilities_of(["stress"]))
 
@@ -455,7 +522,11 @@ def test_labels_stand_with_their_speeches_and_what_cannot_be_read_is_a_row_of_ze
 
     def behave(text, attempt):
         slug = re.search(r"I talk about (\S+)", text)[1]
-        return error(500) if slug == "career" else completion("I won't say." if text.endswith(" 1") else f'It is {{"topic": "{slug}"}}.')
+        return (
+            error(500)
+            if slug == "career"
+            else completion("I won't say." if text.endswith(" 1") else f'It is {{"topic": "{slug}"}}.')
+        )
 
     server.behave = behave
     found = label_by_model(gateway, server.uri, frame.speech.tolist())
@@ -465,10 +536,16 @@ def test_labels_stand_with_their_speeches_and_what_cannot_be_read_is_a_row_of_ze
 
 def test_a_model_is_compared_on_every_gold_row_and_its_unreadable_replies_are_counted(server, gateway, spy):  # noqa: F811
     frame = frame_of({"anxiety": 30, "stress": 30})
-    server.behave = lambda text, attempt: completion("no idea" if text.endswith((" 7", " 8")) else '{"topic": "stress"}')
+    server.behave = lambda text, attempt: completion(
+        "no idea" if text.endswith((" 7", " 8")) else '{"topic": "stress"}'
+    )
     table = compare_methods(frame, [server.uri, "spy"], 0.5, gateway).set_index("method")
     assert table.note.tolist() == ["4 replies unreadable", ""]
-    assert table["accuracy %"].iloc[0] == round(100 * 28 / 60, 1) and table["kept %"].iloc[0] == round(100 * 56 / 60, 1) and table["accuracy of the kept %"].iloc[0] == 50.0
+    assert (
+        table["accuracy %"].iloc[0] == round(100 * 28 / 60, 1)
+        and table["kept %"].iloc[0] == round(100 * 56 / 60, 1)
+        and table["accuracy of the kept %"].iloc[0] == 50.0
+    )
     assert len(server.log) == 60, "each speech is asked once, by no fold"
 
 
@@ -528,7 +605,11 @@ def test_gold_stays_and_every_other_row_is_filled(method):
     found = assign_topics(MIXED, method, 0.05)
     gold = MIXED.topic_by == "gold"
     assert MIXED.equals(before), "the given frame is not changed"
-    assert found[gold][["speech", "topic", "topic_by"]].equals(MIXED[gold]) and found.speech.equals(MIXED.speech) and found.index.equals(MIXED.index)
+    assert (
+        found[gold][["speech", "topic", "topic_by"]].equals(MIXED[gold])
+        and found.speech.equals(MIXED.speech)
+        and found.index.equals(MIXED.index)
+    )
     assert set(found.topic_by[~gold]) <= {"classifier", LOW} and found.topic.isin(SLUGS).all()
     assert (found.coarse_topic == found.topic.map(coarse_of())).all()
     said = found[found.topic_by == "classifier"]
@@ -546,25 +627,41 @@ def test_without_any_gold_row_our_speeches_teach(spy):
     found = assign_topics(open_rows, "spy", 0.1, more=[("a speech", "aging")])
     assert found.topic.tolist() == ["anxiety"] * 3 and found.topic_by.tolist() == ["classifier"] * 3
     [(learnt, labels, asked)] = spy.calls
-    assert learnt == ["a speech", *(row["speech"] for row in DEMO)] and labels[0] == "aging" and asked == open_rows.speech.tolist()
+    assert (
+        learnt == ["a speech", *(row["speech"] for row in DEMO)]
+        and labels[0] == "aging"
+        and asked == open_rows.speech.tolist()
+    )
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.7, 1.0])
 def test_below_the_threshold_a_speech_goes_to_others(monkeypatch, threshold):
     certainty = {talk("aging", n): n / 10 for n in range(1, 11)}
     frame = pd.DataFrame({"speech": list(certainty), "topic": "others", "topic_by": "none given"})
-    monkeypatch.setitem(METHODS, "sure", lambda train, labels, texts: (np.array([[certainty[text], 0.0] for text in texts]), ["aging", "career"]))
+    monkeypatch.setitem(
+        METHODS,
+        "sure",
+        lambda train, labels, texts: (np.array([[certainty[text], 0.0] for text in texts]), ["aging", "career"]),
+    )
     found = assign_topics(frame, "sure", threshold)
     for row, sure in zip(found.itertuples(), certainty.values()):
-        assert (row.topic, row.topic_by, row.coarse_topic) == (("aging", "classifier", coarse_of()["aging"]) if sure >= threshold else ("others", LOW, coarse_of()["others"]))
+        assert (row.topic, row.topic_by, row.coarse_topic) == (
+            ("aging", "classifier", coarse_of()["aging"])
+            if sure >= threshold
+            else ("others", LOW, coarse_of()["others"])
+        )
 
 
 def test_a_model_assigns_and_what_it_does_not_say_goes_to_others(server, gateway):  # noqa: F811
-    server.behave = lambda text, attempt: completion('{"topic": "golf"}' if text.endswith("0 again") else '{"topic": "Career Counseling"}')
+    server.behave = lambda text, attempt: completion(
+        '{"topic": "golf"}' if text.endswith("0 again") else '{"topic": "Career Counseling"}'
+    )
     for threshold in (0.0, 0.9):
         found = assign_topics(MIXED, server.uri, threshold, gateway)
         rest = found[found.topic_by != "gold"]
-        assert len(rest) == 12 and rest.topic.tolist() == ["others" if text.endswith("0 again") else "career" for text in rest.speech]
+        assert len(rest) == 12 and rest.topic.tolist() == [
+            "others" if text.endswith("0 again") else "career" for text in rest.speech
+        ]
         assert rest.topic_by.tolist() == [LOW if text.endswith("0 again") else "classifier" for text in rest.speech]
     assert len(server.log) == 12, "gold rows are not asked about"
 
@@ -582,7 +679,10 @@ def test_any_index_and_more_columns_are_kept(spy):
     frame.index = ["twin"] * len(frame)
     found = assign_topics(frame, "spy", 0.5)
     assert found.speech_id.tolist() == frame.speech_id.tolist() and found.index.tolist() == frame.index.tolist()
-    assert found.topic[found.topic_by != "gold"].tolist() == ["anxiety"] * 12 and found.topic[found.topic_by == "gold"].tolist() == MIXED.topic[:21].tolist()
+    assert (
+        found.topic[found.topic_by != "gold"].tolist() == ["anxiety"] * 12
+        and found.topic[found.topic_by == "gold"].tolist() == MIXED.topic[:21].tolist()
+    )
 
 
 def test_assigning_twice_is_assigning_once():
@@ -591,5 +691,11 @@ def test_assigning_twice_is_assigning_once():
 
 
 def test_our_own_speeches_are_given_back_as_they_are():
-    frame = pd.DataFrame({"speech": [row["speech"] for row in DEMO], "topic": [topic_slug(row["topic"]) for row in DEMO], "topic_by": "gold"})
+    frame = pd.DataFrame(
+        {
+            "speech": [row["speech"] for row in DEMO],
+            "topic": [topic_slug(row["topic"]) for row in DEMO],
+            "topic_by": "gold",
+        }
+    )
     assert assign_topics(frame, "minilm", 0.5).topic.tolist() == frame.topic.tolist()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refusals import one_line
 
 from psycopref.evaluation.annotations import (
-    ASKED,
+    TASK_QUESTIONS,
     VALUES,
     annotation_files,
     completeness,
@@ -43,8 +43,18 @@ def planted(n=12, task="compare", seed=0, texts=()):
         won = chance.random() < 0.5
         sides = [f"{texts[i % len(texts)] if texts else 'A long evening.'} {i} {WORD}", f"Another, {i}."]
         speech_id, setting = f"s{i // 2}", ("free", "length")[i % 2]
-        rows.append({"speech_id": speech_id, "setting": setting, "stratum": "a", "client_speech": f"Speech {i};\n\"quoted\", é", "name_a": "ours + DPO",
-                     "response_a": sides[0 if won else 1], "name_b": "reference" if task == "compare" else "", "response_b": sides[1 if won else 0] if task == "compare" else ""})
+        rows.append(
+            {
+                "speech_id": speech_id,
+                "setting": setting,
+                "stratum": "a",
+                "client_speech": f'Speech {i};\n"quoted", é',
+                "name_a": "ours + DPO",
+                "response_a": sides[0 if won else 1],
+                "name_b": "reference" if task == "compare" else "",
+                "response_b": sides[1 if won else 0] if task == "compare" else "",
+            }
+        )
         truth[speech_id, setting] = "win" if won else "loss"
     return *make_kit(pd.DataFrame(rows), task, "A kit", seed), truth
 
@@ -57,31 +67,71 @@ def seeing(item, turn=False):
 
 
 def page(kit, answers, annotator="Ada"):
-    return {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "annotator": annotator, "started": "", "saved": "", "answers": answers}
+    return {
+        "format": "psycopref-annotations",
+        "version": 1,
+        "kit_id": kit["kit_id"],
+        "annotator": annotator,
+        "started": "",
+        "saved": "",
+        "answers": answers,
+    }
 
 
 def studio(kit, answers, person=3):
     "What Label Studio exports after our configuration: the alias of a choice where it has one, a rating as a number."
-    controls = {node.get("name"): node for node in ElementTree.fromstring(label_studio_config(kit)).iter() if node.get("toName")}
+    controls = {
+        node.get("name"): node for node in ElementTree.fromstring(label_studio_config(kit)).iter() if node.get("toName")
+    }
     tasks = []
     for number, task in enumerate(label_studio_tasks(kit), 100):
         result = []
         for key, value in answers.get(task["data"]["item_id"], {}).items():
             control = controls[key]
             words = {child.get("alias"): child.get("alias") or child.get("value") for child in control}
-            said = {"Choices": lambda: {"choices": [words[str(value)]]}, "Rating": lambda: {"rating": value}, "TextArea": lambda: {"text": [value]}}[control.tag]()
-            result.append({"id": f"r{key}", "from_name": key, "to_name": control.get("toName"), "type": control.tag.lower(), "value": said, "origin": "manual"})
-        done = {"id": number + 900, "completed_by": person, "result": result, "was_cancelled": False, "ground_truth": False}
+            said = {
+                "Choices": lambda: {"choices": [words[str(value)]]},
+                "Rating": lambda: {"rating": value},
+                "TextArea": lambda: {"text": [value]},
+            }[control.tag]()
+            result.append(
+                {
+                    "id": f"r{key}",
+                    "from_name": key,
+                    "to_name": control.get("toName"),
+                    "type": control.tag.lower(),
+                    "value": said,
+                    "origin": "manual",
+                }
+            )
+        done = {
+            "id": number + 900,
+            "completed_by": person,
+            "result": result,
+            "was_cancelled": False,
+            "ground_truth": False,
+        }
         tasks.append({"id": number, **task, "project": 1, "annotations": [done], "predictions": []})
     return tasks
 
 
 def minimal(kit, answers, person=3):
     "The same as JSON-MIN."
+
     def flat(value):
         return value["choices"][0] if "choices" in value else value["text"][0] if "text" in value else [value]
-    return [{"id": task["id"], **task["data"], "annotator": person, "annotation_id": 7, "lead_time": 3.5,
-             **{part["from_name"]: flat(part["value"]) for part in task["annotations"][0]["result"]}} for task in studio(kit, answers)]
+
+    return [
+        {
+            "id": task["id"],
+            **task["data"],
+            "annotator": person,
+            "annotation_id": 7,
+            "lead_time": 3.5,
+            **{part["from_name"]: flat(part["value"]) for part in task["annotations"][0]["result"]},
+        }
+        for task in studio(kit, answers)
+    ]
 
 
 def table(kit, answers, delimiter=","):
@@ -98,13 +148,28 @@ def table(kit, answers, delimiter=","):
 
 def save(folder, form, kit, answers, annotator="Ada"):
     "Write answers in a form; the path."
-    path = Path(folder) / (f"{form}.json" if form in ("page", "studio", "minimal") else f"annotations_{kit['kit_id']}_{annotator}.{'tsv' if form == 'tabs' else 'csv'}")
+    path = Path(folder) / (
+        f"{form}.json"
+        if form in ("page", "studio", "minimal")
+        else f"annotations_{kit['kit_id']}_{annotator}.{'tsv' if form == 'tabs' else 'csv'}"
+    )
     if path.suffix == ".json":
-        path.write_text(json.dumps({"page": page, "studio": studio, "minimal": minimal}[form](kit, answers, *([annotator] if form == "page" else []))), encoding="utf-8")
+        path.write_text(
+            json.dumps(
+                {"page": page, "studio": studio, "minimal": minimal}[form](
+                    kit, answers, *([annotator] if form == "page" else [])
+                )
+            ),
+            encoding="utf-8",
+        )
     else:
         delimiter = {"semicolons": ";", "cp1252": ";", "tabs": "\t", "utf-16": "\t"}.get(form, ",")
         text = table(kit, answers, delimiter)
-        path.write_bytes(text.encode({"semicolons": "utf-8-sig", "utf-16": "utf-16", "cp1252": "cp1252"}.get(form, "utf-8"), errors="replace"))
+        path.write_bytes(
+            text.encode(
+                {"semicolons": "utf-8-sig", "utf-16": "utf-16", "cp1252": "cp1252"}.get(form, "utf-8"), errors="replace"
+            )
+        )
     return path
 
 
@@ -125,31 +190,60 @@ def test_scores_come_back_with_their_answers(tmp_path, form):
     kit, key, truth = planted(task="score")
     answers = {item["item_id"]: seeing(item) for item in kit["items"]}
     turned = unshuffle(read_annotations(save(tmp_path, form, kit, answers), kit), key)
-    assert [row.rating for row in turned.itertuples()] == [5 if truth[row.speech_id, row.setting] == "win" else 2 for row in turned.itertuples()]
+    assert [row.rating for row in turned.itertuples()] == [
+        5 if truth[row.speech_id, row.setting] == "win" else 2 for row in turned.itertuples()
+    ]
 
 
 @bounded
 @given(st.data(), st.sampled_from(FORMS), st.sampled_from(["compare", "score"]))
 def test_any_answers_survive_any_form(tmp_path_factory, data, form, task):
-    texts = data.draw(st.lists(st.text(alphabet=st.characters(codec="cp1252", exclude_characters="\x00"), min_size=1, max_size=30), min_size=1, max_size=3))
+    texts = data.draw(
+        st.lists(
+            st.text(alphabet=st.characters(codec="cp1252", exclude_characters="\x00"), min_size=1, max_size=30),
+            min_size=1,
+            max_size=3,
+        )
+    )
     kit, key, _ = planted(data.draw(st.integers(1, 6)), task, data.draw(st.integers(0, 5)), texts)
-    answers = {item["item_id"]: {name: data.draw(st.sampled_from(VALUES[task])) for name in ASKED[task]} for item in kit["items"]}
+    answers = {
+        item["item_id"]: {name: data.draw(st.sampled_from(VALUES[task])) for name in TASK_QUESTIONS[task]}
+        for item in kit["items"]
+    }
     if task == "compare":
-        answers = {item: said | {"overall": said["overall"] or 1} for item, said in answers.items()}  # overall has no third choice there
+        answers = {
+            item: said | {"overall": said["overall"] or 1} for item, said in answers.items()
+        }  # overall has no third choice there
     frame = read_annotations(save(tmp_path_factory.mktemp("any"), form, kit, answers), kit)
-    assert {(row.item_id, row.principle): row.value for row in frame.itertuples()} == {(item, name): value for item, said in answers.items() for name, value in said.items()}
+    assert {(row.item_id, row.principle): row.value for row in frame.itertuples()} == {
+        (item, name): value for item, said in answers.items() for name, value in said.items()
+    }
 
 
 @bounded
 @given(st.integers(1, 12), st.integers(0, 20), st.data())
 def test_swapping_sides_flips_every_verdict(n, seed, data):
     kit, key, _ = planted(n, seed=seed)
-    rows = [("Ada", kit["kit_id"], item["item_id"], name, data.draw(st.sampled_from((0, 1, 2)))) for item in kit["items"] for name in ("empathy", "overall")]
+    rows = [
+        ("Ada", kit["kit_id"], item["item_id"], name, data.draw(st.sampled_from((0, 1, 2))))
+        for item in kit["items"]
+        for name in ("empathy", "overall")
+    ]
     frame = pd.DataFrame(rows, columns=["annotator", "kit_id", "item_id", "principle", "value"])
-    turned, swapped = unshuffle(frame, key), unshuffle(frame, key.rename(columns={"first": "second", "second": "first"}))
+    turned, swapped = (
+        unshuffle(frame, key),
+        unshuffle(frame, key.rename(columns={"first": "second", "second": "first"})),
+    )
     other = unshuffle(frame.assign(value=frame.value.map({0: 0, 1: 2, 2: 1})), key)
-    assert swapped.verdict.tolist() == other.verdict.tolist() == [{"win": "loss", "loss": "win", "tie": "tie"}[verdict] for verdict in turned.verdict]
-    assert turned.verdict.value_counts().sum() == len(frame) and (turned.verdict == "tie").tolist() == (frame.value == 0).tolist()
+    assert (
+        swapped.verdict.tolist()
+        == other.verdict.tolist()
+        == [{"win": "loss", "loss": "win", "tie": "tie"}[verdict] for verdict in turned.verdict]
+    )
+    assert (
+        turned.verdict.value_counts().sum() == len(frame)
+        and (turned.verdict == "tie").tolist() == (frame.value == 0).tolist()
+    )
     shuffled = unshuffle(frame, key.sample(frac=1, random_state=seed)).equals(turned)
     assert shuffled
 
@@ -166,7 +260,10 @@ def test_sorting_a_table_changes_nothing(tmp_path):
 
 def test_what_excel_does_to_numbers_is_read(tmp_path):
     kit, _, _ = planted(2)
-    answers = {kit["items"][0]["item_id"]: dict.fromkeys(BATTLE_KEYS, "1.0"), kit["items"][1]["item_id"]: dict.fromkeys(BATTLE_KEYS, " 2,0 ")}
+    answers = {
+        kit["items"][0]["item_id"]: dict.fromkeys(BATTLE_KEYS, "1.0"),
+        kit["items"][1]["item_id"]: dict.fromkeys(BATTLE_KEYS, " 2,0 "),
+    }
     assert read_annotations(save(tmp_path, "semicolons", kit, answers), kit).value.tolist() == [1] * 8 + [2] * 8
 
 
@@ -177,18 +274,32 @@ def test_an_unfinished_file_says_which_items(tmp_path):
     for form in FORMS[:1] + FORMS[3:]:
         path = save(tmp_path, form, kit, answers)
         message = one_line(lambda: read_annotations(path, kit))
-        assert "2 of 12 items are unfinished: 4, 7" in message and "item 4 lacks" in message and "Ada" in message and path.name in message
+        assert (
+            "2 of 12 items are unfinished: 4, 7" in message
+            and "item 4 lacks" in message
+            and "Ada" in message
+            and path.name in message
+        )
         partial = read_annotations(path, kit, partial=True)
         assert len(partial) == 10 * 8 + 7
-    assert completeness(partial, kit).to_dict("records") == [{"annotator": "Ada", "items": 12, "finished": 10, "unfinished": "4, 7"}]
+    assert completeness(partial, kit).to_dict("records") == [
+        {"annotator": "Ada", "items": 12, "finished": 10, "unfinished": "4, 7"}
+    ]
     skipped = studio(kit, {item["item_id"]: seeing(item) for item in kit["items"]})
     skipped[3]["annotations"][0]["was_cancelled"] = True
     (tmp_path / "skipped.json").write_text(json.dumps(skipped))
-    assert left_out(read_sheets(tmp_path / "skipped.json")[0]) == [kit["items"][3]["item_id"]] and len(read_annotations(tmp_path / "skipped.json", kit)) == 11 * 8
-    skipped[3]["annotations"].append(skipped[3]["annotations"][0] | {"was_cancelled": False})  # skipped at first, then answered
+    assert (
+        left_out(read_sheets(tmp_path / "skipped.json")[0]) == [kit["items"][3]["item_id"]]
+        and len(read_annotations(tmp_path / "skipped.json", kit)) == 11 * 8
+    )
+    skipped[3]["annotations"].append(
+        skipped[3]["annotations"][0] | {"was_cancelled": False}
+    )  # skipped at first, then answered
     (tmp_path / "skipped.json").write_text(json.dumps(skipped))
     assert len(read_annotations(tmp_path / "skipped.json", kit)) == 12 * 8
-    (tmp_path / "half.json").write_text(json.dumps(studio(kit, answers)[:2] + studio(kit, {item["item_id"]: seeing(item) for item in kit["items"]})[4:]))
+    (tmp_path / "half.json").write_text(
+        json.dumps(studio(kit, answers)[:2] + studio(kit, {item["item_id"]: seeing(item) for item in kit["items"]})[4:])
+    )
     assert "2 of 12 items are unfinished: 3, 4" in one_line(lambda: read_annotations(tmp_path / "half.json", kit))
 
 
@@ -245,7 +356,12 @@ def test_every_fault_is_named_in_one_line(tmp_path):
 def test_one_label_studio_file_holds_several_annotators(tmp_path):
     kit, key, _ = planted()
     answers = {item["item_id"]: seeing(item) for item in kit["items"]}
-    both, others = studio(kit, answers, 3), studio(kit, {item["item_id"]: seeing(item, True) for item in kit["items"]}, {"id": 5, "email": "ben@example.org"})
+    both, others = (
+        studio(kit, answers, 3),
+        studio(
+            kit, {item["item_id"]: seeing(item, True) for item in kit["items"]}, {"id": 5, "email": "ben@example.org"}
+        ),
+    )
     for task, other in zip(both, others):
         task["annotations"] += other["annotations"]
     (tmp_path / "export.json").write_text(json.dumps(both))
@@ -260,7 +376,11 @@ def test_a_run_takes_each_annotator_once_and_nothing_simulated(tmp_path):
     kits, answers = [kit, scores], {item["item_id"]: seeing(item) for item in kit["items"]}
     rated = {item["item_id"]: seeing(item) for item in scores["items"]}
     (tmp_path / "deep").mkdir()
-    for name, document in {"a": page(kit, answers), "deep/b": page(scores, rated, "ada "), "c": page(kit, answers, "Ben")}.items():
+    for name, document in {
+        "a": page(kit, answers),
+        "deep/b": page(scores, rated, "ada "),
+        "c": page(kit, answers, "Ben"),
+    }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
     files = annotation_files([str(tmp_path), str(tmp_path / "a.json")])
     assert [path.name for path in files] == ["a.json", "c.json", "b.json"]
@@ -317,7 +437,10 @@ def test_what_was_simulated_has_a_name_that_says_so(tmp_path):
 
 def test_a_key_of_another_kit_is_refused():
     kit, key, _ = planted()
-    frame = pd.DataFrame([("Ada", kit["kit_id"], item["item_id"], "overall", 1) for item in kit["items"]], columns=["annotator", "kit_id", "item_id", "principle", "value"])
+    frame = pd.DataFrame(
+        [("Ada", kit["kit_id"], item["item_id"], "overall", 1) for item in kit["items"]],
+        columns=["annotator", "kit_id", "item_id", "principle", "value"],
+    )
     assert "not in the key" in one_line(lambda: unshuffle(frame, key.assign(kit="other")))
     assert "not in the key" in one_line(lambda: unshuffle(frame, key.iloc[1:]))
 
@@ -325,10 +448,18 @@ def test_a_key_of_another_kit_is_refused():
 def test_simulated_annotators_see_the_kit_alone_and_say_what_they_are(tmp_path):
     kit, key, _ = planted(4)
     one, same, other = simulate(kit, 1, 0), simulate(kit, 1, 0), simulate(kit, 2, 0)
-    assert one == same and one["answers"] != other["answers"] and one["simulated"] and (one["annotator"], other["annotator"]) == ("simulated 1", "simulated 2")
+    assert (
+        one == same
+        and one["answers"] != other["answers"]
+        and one["simulated"]
+        and (one["annotator"], other["annotator"]) == ("simulated 1", "simulated 2")
+    )
     path = tmp_path / "simulated.json"
     path.write_text(json.dumps(one))
     frame = unshuffle(read_annotations(path, kit), key)
-    assert set(frame.annotator) == {"simulated 1"} and set(frame[frame.principle == "overall"].verdict) <= {"win", "loss"}
+    assert set(frame.annotator) == {"simulated 1"} and set(frame[frame.principle == "overall"].verdict) <= {
+        "win",
+        "loss",
+    }
     reversed_items = kit | {"items": kit["items"][::-1]}
     assert simulate(reversed_items, 1, 0)["answers"] == one["answers"]

@@ -45,9 +45,16 @@ seeds = st.integers(0, 2**31)
 def drawn(seed: int, pairs: int = 120, dimensions: int = 4, noise: float = 1.0):
     """Features of chosen and rejected responses, and speeches of two pairs each."""
     chance = np.random.default_rng(seed)
-    truth, features = chance.normal(size=dimensions), chance.normal(size=(2, pairs, dimensions)) * np.linspace(0.5, 2, dimensions)
+    truth, features = (
+        chance.normal(size=dimensions),
+        chance.normal(size=(2, pairs, dimensions)) * np.linspace(0.5, 2, dimensions),
+    )
     first = (features[0] - features[1]) @ truth + noise * chance.logistic(size=pairs) > 0
-    return np.where(first[:, None], *features), np.where(first[:, None], *features[::-1]), [f"s{n // 2:03}" for n in range(pairs)]
+    return (
+        np.where(first[:, None], *features),
+        np.where(first[:, None], *features[::-1]),
+        [f"s{n // 2:03}" for n in range(pairs)],
+    )
 
 
 def pairs_of(chosen, rejected, questions=None, name="s", each=1) -> pd.DataFrame:
@@ -56,9 +63,23 @@ def pairs_of(chosen, rejected, questions=None, name="s", each=1) -> pd.DataFrame
                          "chosen": list(chosen), "rejected": list(rejected)})  # fmt: skip
 
 
-GOOD, BAD = ("what do you feel now", "it sounds heavy to carry this", "tell me more about your nights", "you found words for it"), ("stop it", "you must sleep more", "just get over it now", "eat well")
-TRAIN = pairs_of([f"{GOOD[i % 4]} friend{i % 5}" for i in range(24)], [f"{BAD[(i + i // 4) % 4]} friend{i % 3}" for i in range(24)], each=2)
-TEST = pairs_of(["it sounds heavy friend9", "what do you feel friend8"], ["you must stop it friend8", "just get over it"], name="t")
+GOOD, BAD = (
+    (
+        "what do you feel now",
+        "it sounds heavy to carry this",
+        "tell me more about your nights",
+        "you found words for it",
+    ),
+    ("stop it", "you must sleep more", "just get over it now", "eat well"),
+)
+TRAIN = pairs_of(
+    [f"{GOOD[i % 4]} friend{i % 5}" for i in range(24)],
+    [f"{BAD[(i + i // 4) % 4]} friend{i % 3}" for i in range(24)],
+    each=2,
+)
+TEST = pairs_of(
+    ["it sounds heavy friend9", "what do you feel friend8"], ["you must stop it friend8", "just get over it"], name="t"
+)
 
 
 # ---- the likelihood ----
@@ -74,11 +95,19 @@ def test_the_fit_maximises_the_pairwise_likelihood(seed, strength, standardise, 
     chosen, rejected, groups = drawn(seed)
     scale = np.concatenate([chosen, rejected]).std(axis=0) if standardise else np.ones(4)
     difference = (chosen - rejected) / scale
-    reference = optimize.minimize(penalised, np.zeros(4), (difference, strength), method="BFGS", options={"gtol": 1e-8}).x / scale
+    reference = (
+        optimize.minimize(penalised, np.zeros(4), (difference, strength), method="BFGS", options={"gtol": 1e-8}).x
+        / scale
+    )
     given_as = sparse.csr_matrix if thin and not standardise else np.asarray
     model = fit_bradley_terry(given_as(chosen), given_as(rejected), groups, standardise, [strength])
     assert np.abs(model.weights - reference).max() < 1e-5
-    assert model.facts["strength"] == strength and model.facts["dimensions"] == 4 and model.facts["pairs"] == 120 and model.facts["speeches"] == 60
+    assert (
+        model.facts["strength"] == strength
+        and model.facts["dimensions"] == 4
+        and model.facts["pairs"] == 120
+        and model.facts["speeches"] == 60
+    )
 
 
 def test_the_fit_is_what_gradient_descent_on_the_reward_loss_finds():
@@ -95,7 +124,10 @@ def test_the_fit_is_what_gradient_descent_on_the_reward_loss_finds():
         return found
 
     descent.step(loss)
-    assert np.abs(fit_bradley_terry(chosen, rejected, groups, strengths=[1e8]).weights - weights.detach().numpy()).max() < 1e-3
+    assert (
+        np.abs(fit_bradley_terry(chosen, rejected, groups, strengths=[1e8]).weights - weights.detach().numpy()).max()
+        < 1e-3
+    )
 
 
 def test_a_fit_in_standard_units_scores_raw_features():
@@ -108,8 +140,12 @@ def test_a_fit_in_standard_units_scores_raw_features():
 def test_a_constant_feature_weighs_nothing_and_breaks_nothing():
     chosen, rejected, groups = drawn(1)
     constant = np.full((120, 1), 0.1, np.float32)
-    with_it = fit_bradley_terry(np.hstack([chosen, constant]), np.hstack([rejected, constant]), groups, standardise=True)
-    assert with_it.weights[-1] == 0 and np.allclose(with_it.weights[:-1], fit_bradley_terry(chosen, rejected, groups, standardise=True).weights)
+    with_it = fit_bradley_terry(
+        np.hstack([chosen, constant]), np.hstack([rejected, constant]), groups, standardise=True
+    )
+    assert with_it.weights[-1] == 0 and np.allclose(
+        with_it.weights[:-1], fit_bradley_terry(chosen, rejected, groups, standardise=True).weights
+    )
 
 
 @fewer
@@ -141,10 +177,19 @@ def test_a_response_has_the_same_score_in_any_company(seed, n, kind, thin):
 def test_the_strength_is_the_one_that_a_full_search_finds(noise):
     chosen, rejected, groups = drawn(3, 100, 12, noise)
     difference, strengths = chosen - rejected, STRENGTHS[4::2]
-    search = GridSearchCV(LogisticRegression(fit_intercept=False, tol=1e-8, max_iter=5000), {"C": [c / 2 for c in strengths]}, cv=GroupKFold(5), scoring="neg_log_loss")
+    search = GridSearchCV(
+        LogisticRegression(fit_intercept=False, tol=1e-8, max_iter=5000),
+        {"C": [c / 2 for c in strengths]},
+        cv=GroupKFold(5),
+        scoring="neg_log_loss",
+    )
     search.fit(np.vstack([difference, -difference]), np.repeat([1, 0], 100), groups=groups + groups)
     facts = fit_bradley_terry(chosen, rejected, groups, strengths=strengths).facts
-    assert facts["strength"] == 2 * search.best_params_["C"] and not facts["at_edge"] and len(facts["losses"]) < len(strengths)
+    assert (
+        facts["strength"] == 2 * search.best_params_["C"]
+        and not facts["at_edge"]
+        and len(facts["losses"]) < len(strengths)
+    )
     for (strength, loss), expected in zip(facts["losses"].items(), -search.cv_results_["mean_test_score"]):
         assert abs(loss - expected) < 2e-4, strength  # folds hold 20 pairs each, so both means are alike
 
@@ -153,13 +198,20 @@ def test_no_speech_is_on_both_sides_of_a_fold():
     """Each speech has a feature of its own: where it was not fitted, nothing is known of its pairs."""
     features = np.repeat(np.eye(10), 2, axis=0)
     rows = np.vstack([features, np.zeros((1, 10))])
-    assert held_out_losses(rows, np.repeat(np.arange(10), 2), [0.1, 1.0, 10.0]) == [pytest.approx(np.log(2), abs=1e-5)] * 3
+    assert (
+        held_out_losses(rows, np.repeat(np.arange(10), 2), [0.1, 1.0, 10.0]) == [pytest.approx(np.log(2), abs=1e-5)] * 3
+    )
 
 
 def test_a_best_at_the_edge_is_said():
     features = drawn(3, 100, 12, noise=5.0)
-    assert fit_bradley_terry(*features, strengths=[1e-6, 1e-5]).facts["at_edge"] and fit_bradley_terry(*features, strengths=[100.0, 1.0, 1e4]).facts["at_edge"]
-    assert not fit_bradley_terry(*features, strengths=[1e-6, 100.0, 0.03, 1e4]).facts["at_edge"], "strengths are sorted first"
+    assert (
+        fit_bradley_terry(*features, strengths=[1e-6, 1e-5]).facts["at_edge"]
+        and fit_bradley_terry(*features, strengths=[100.0, 1.0, 1e4]).facts["at_edge"]
+    )
+    assert not fit_bradley_terry(*features, strengths=[1e-6, 100.0, 0.03, 1e4]).facts["at_edge"], (
+        "strengths are sorted first"
+    )
     assert not fit_bradley_terry(*features, strengths=[1.0]).facts["at_edge"], "one strength is no choice"
 
 
@@ -181,7 +233,11 @@ def test_a_fit_that_does_not_end_is_one_line(monkeypatch):
 
 
 def decided(model, dev):
-    return accuracy(model["test"].chosen_score, model["test"].rejected_score) == 1.0 and list(model) == ["dev", "test"] and len(model["dev"]) == len(dev)
+    return (
+        accuracy(model["test"].chosen_score, model["test"].rejected_score) == 1.0
+        and list(model) == ["dev", "test"]
+        and len(model["dev"]) == len(dev)
+    )
 
 
 @pytest.mark.parametrize("dev", [TRAIN.head(0), pairs_of(["what"], ["stop"], name="d")], ids=["no dev", "dev"])
@@ -191,7 +247,11 @@ def test_a_word_that_decides_is_found(dev):
     warm = pairs_of([f"warm w{i} x{i % 3}" for i in range(20)], [f"cold v{i} x{i % 2}" for i in range(20)])
     test = pairs_of(["x0 warm unseen"], ["x1 cold unseen"], name="t")
     frames, facts = tfidf_scores(warm, {"test": test})
-    assert facts["speak_for"][0] == "warm" and facts["speak_against"][0] == "cold" and json.loads(json.dumps(facts)) == facts
+    assert (
+        facts["speak_for"][0] == "warm"
+        and facts["speak_against"][0] == "cold"
+        and json.loads(json.dumps(facts)) == facts
+    )
     assert (frames["test"].chosen_score > frames["test"].rejected_score).all()
 
 
@@ -204,7 +264,9 @@ def test_length_decides_either_way(longer):
     assert decided(frames, dev) and (facts["weight"] > 0) is longer and facts["dimensions"] == 1
     [row] = frames["test"].itertuples()
     words = [test[side].str.split().str.len().iloc[0] for side in ("chosen", "rejected")]
-    assert row.chosen_score - row.rejected_score == pytest.approx(facts["weight"] * (np.log1p(words[0]) - np.log1p(words[1])))
+    assert row.chosen_score - row.rejected_score == pytest.approx(
+        facts["weight"] * (np.log1p(words[0]) - np.log1p(words[1]))
+    )
 
 
 def test_length_has_a_calibrated_probability():
@@ -217,7 +279,10 @@ def test_length_has_a_calibrated_probability():
     train, test = pairs.head(1500), pairs.tail(1500)
     frames, facts = length_bradley_terry(train, {"test": test})
     assert abs(facts["weight"] - 1.5) < 0.25
-    raw, fitted = length_scores(test), (frames["test"].chosen_score.to_numpy(), frames["test"].rejected_score.to_numpy())
+    raw, fitted = (
+        length_scores(test),
+        (frames["test"].chosen_score.to_numpy(), frames["test"].rejected_score.to_numpy()),
+    )
 
     def error(chosen, rejected):
         first, second, label = presented_pairs(np.array(chosen), np.array(rejected))
@@ -232,18 +297,28 @@ def test_length_is_counted_in_words():
 
 def test_nothing_of_the_test_pairs_reaches_the_fit():
     alone, facts = tfidf_scores(TRAIN, {"test": TEST}, overlap=True)
-    strange = TEST.assign(ID=["u0", "u1"], chosen="quartz quartz friend0", rejected="what do you feel", question="quartz")
+    strange = TEST.assign(
+        ID=["u0", "u1"], chosen="quartz quartz friend0", rejected="what do you feel", question="quartz"
+    )
     together, same = tfidf_scores(TRAIN, {"other": strange, "test": TEST}, overlap=True)
     assert together["test"].equals(alone["test"]) and same == facts
     names = tfidf_features(TRAIN, overlap=True)[1]
-    assert not {"quartz", "friend9", "friend8"} & set(names) and {"what", "what do", "friend0"} < set(names) and len(names) == facts["dimensions"]
+    assert (
+        not {"quartz", "friend9", "friend8"} & set(names)
+        and {"what", "what do", "friend0"} < set(names)
+        and len(names) == facts["dimensions"]
+    )
     unseen = tfidf_scores(TRAIN, {"test": TEST.assign(chosen=TEST.chosen + " quartz", question="I quartz")})[0]["test"]
-    assert np.array_equal(unseen.chosen_score, tfidf_scores(TRAIN, {"test": TEST})[0]["test"].chosen_score), "an unseen word counts nothing"
+    assert np.array_equal(unseen.chosen_score, tfidf_scores(TRAIN, {"test": TEST})[0]["test"].chosen_score), (
+        "an unseen word counts nothing"
+    )
 
 
 def test_a_response_in_many_pairs_counts_once_in_the_vocabulary():
     repeated = pd.concat([TRAIN, TRAIN.head(1), TRAIN.head(1)], ignore_index=True)
-    first, second = (tfidf_features(frame)[0](["?"], ["what do you feel friend0"]).toarray() for frame in (TRAIN, repeated))
+    first, second = (
+        tfidf_features(frame)[0](["?"], ["what do you feel friend0"]).toarray() for frame in (TRAIN, repeated)
+    )
     assert np.array_equal(first, second)
 
 
@@ -255,14 +330,26 @@ def test_a_question_mark_is_a_word():
 
 def test_overlap_is_the_cosine_with_the_question():
     features, names = tfidf_features(TRAIN, overlap=True)
-    found = features(["what do you feel", "eat well", "quartz"], ["what do you feel", "what do you feel", "what do you feel"]).toarray()[:, -1]
-    assert names[-1].startswith("(overlap") and found == pytest.approx([1.0, 0.0, 0.0]) and features(["a"], ["b"]).shape[1] == len(names)
-    echo = pairs_of([f"night {i} you count" for i in range(12)], [f"dance {i} you sing" for i in range(12)], [f"I count night {i}" if i % 2 else f"I sing dance {i}" for i in range(12)])
+    found = features(
+        ["what do you feel", "eat well", "quartz"], ["what do you feel", "what do you feel", "what do you feel"]
+    ).toarray()[:, -1]
+    assert (
+        names[-1].startswith("(overlap")
+        and found == pytest.approx([1.0, 0.0, 0.0])
+        and features(["a"], ["b"]).shape[1] == len(names)
+    )
+    echo = pairs_of(
+        [f"night {i} you count" for i in range(12)],
+        [f"dance {i} you sing" for i in range(12)],
+        [f"I count night {i}" if i % 2 else f"I sing dance {i}" for i in range(12)],
+    )
     echo.loc[::2, ["chosen", "rejected"]] = echo.loc[::2, ["rejected", "chosen"]].to_numpy()
     test = pairs_of(["you count", "you sing"], ["you sing", "you count"], ["I count", "I sing"], name="t")
     frames, _ = tfidf_scores(echo, {"test": test}, overlap=True)
     blind, _ = tfidf_scores(echo, {"test": test})
-    assert (frames["test"].chosen_score > frames["test"].rejected_score).all() and set(frames["test"].model) == {"tfidf-overlap"}
+    assert (frames["test"].chosen_score > frames["test"].rejected_score).all() and set(frames["test"].model) == {
+        "tfidf-overlap"
+    }
     assert not (blind["test"].chosen_score > blind["test"].rejected_score).all(), "without the question nobody can tell"
 
 
@@ -287,7 +374,9 @@ def words_as_vectors(calls):
 
     def embed(texts, weights=None, dtype="auto"):
         calls.append((list(texts), weights, dtype))
-        found = np.array([[1 + text.count(word) for word in ("you", "it", "feel", "must", "sleep")] for text in texts], np.float32)
+        found = np.array(
+            [[1 + text.count(word) for word in ("you", "it", "feel", "must", "sleep")] for text in texts], np.float32
+        )
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
     return embed
@@ -304,8 +393,14 @@ def test_embeddings_of_the_response_and_its_meeting_with_the_question(monkeypatc
     frames, facts = minilm_scores(TRAIN, {"test": TEST}, encoder, "float32")
     said, asked = (words_as_vectors([])(TRAIN[column]) for column in ("chosen", "question"))
     assert np.array_equal(seen[0][0], np.hstack([said, asked * said])) and seen[0][3] is True
-    assert facts["dimensions"] == 10 and set(frames["test"].model) == {"encoder"} and all((w, d) == (encoder, "float32") for _, w, d in calls)
-    assert sorted(map(tuple, (texts for texts, _, _ in calls))) == sorted(tuple(frame[c]) for frame in (TRAIN, TEST) for c in ("question", "chosen", "question", "rejected"))
+    assert (
+        facts["dimensions"] == 10
+        and set(frames["test"].model) == {"encoder"}
+        and all((w, d) == (encoder, "float32") for _, w, d in calls)
+    )
+    assert sorted(map(tuple, (texts for texts, _, _ in calls))) == sorted(
+        tuple(frame[c]) for frame in (TRAIN, TEST) for c in ("question", "chosen", "question", "rejected")
+    )
     assert set(minilm_scores(TRAIN, {"test": TEST})[0]["test"].model) == {"minilm"}
 
 
@@ -317,7 +412,12 @@ def test_the_same_pairs_give_the_same_bits(monkeypatch):
 
 
 def test_features_of_ones_own():
-    frames, model = bradley_terry_scores("vowels", TRAIN, {"test": TEST}, lambda questions, responses: np.array([[text.count("e")] for text in responses]))
+    frames, model = bradley_terry_scores(
+        "vowels",
+        TRAIN,
+        {"test": TEST},
+        lambda questions, responses: np.array([[text.count("e")] for text in responses]),
+    )
     assert np.array_equal(frames["test"].chosen_score, TEST.chosen.str.count("e") * model.weights[0])
 
 
@@ -327,13 +427,20 @@ def test_features_of_ones_own():
 def test_scores_fit_their_schema_whatever_the_index(tmp_path):
     pairs = TEST.set_axis([7, 3])
     frame = score_frame(pairs, "length", *length_scores(pairs))
-    assert frame.index.tolist() == [0, 1] and frame.prefID.tolist() == TEST.prefID.tolist() and frame.chosen_score.tolist() == [4.0, 5.0]
+    assert (
+        frame.index.tolist() == [0, 1]
+        and frame.prefID.tolist() == TEST.prefID.tolist()
+        and frame.chosen_score.tolist() == [4.0, 5.0]
+    )
     frames, _ = tfidf_scores(TRAIN, {"empty": TEST.head(0), "test": pairs})
     back = read_rows(write_rows(tmp_path / "scores.parquet", "scores", [frame, *frames.values()]), "scores")
     assert back.ID.tolist() == ["t0", "t1"] * 2 and pairwise_metrics(back.chosen_score, back.rejected_score)["n"] == 4
 
 
-@pytest.mark.parametrize("scores, told", [([1.0], "shape (1,)"), ([[1.0], [2.0]], "shape (2, 1)"), ([1.0, np.nan], "pair 1"), ([np.inf, 1.0], "pair 0")])
+@pytest.mark.parametrize(
+    "scores, told",
+    [([1.0], "shape (1,)"), ([[1.0], [2.0]], "shape (2, 1)"), ([1.0, np.nan], "pair 1"), ([np.inf, 1.0], "pair 0")],
+)
 def test_scores_that_do_not_fit_the_pairs_are_one_line(scores, told):
     for both in ((scores, [0.0, 0.0]), ([0.0, 0.0], scores)):
         message = one_line(lambda: score_frame(TEST, "mine", *both))
@@ -342,4 +449,6 @@ def test_scores_that_do_not_fit_the_pairs_are_one_line(scores, told):
 
 def test_the_modules_stay_light():
     code = "import sys, psycopref.evaluation.baselines, psycopref.feedback.choosing; print([m for m in ('torch', 'pandas', 'sklearn', 'scipy', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -59,13 +59,19 @@ def put(path, found, columns=None):
     """Write a table in the form that its ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(found, columns=columns)
-    {".parquet": frame.to_parquet, ".csv": lambda p: frame.to_csv(p, index=False), ".jsonl": lambda p: frame.to_json(p, orient="records", lines=True)}[path.suffix](path)
+    {
+        ".parquet": frame.to_parquet,
+        ".csv": lambda p: frame.to_csv(p, index=False),
+        ".jsonl": lambda p: frame.to_json(p, orient="records", lines=True),
+    }[path.suffix](path)
     return path
 
 
 def scored(pairs, right, **settings):
     """Score pairs of which `right` says whether they are won; the losses are ties."""
-    return score_reward_bench(pairs, np.asarray(right, float), np.zeros(len(pairs)), **{"samples": 20, **settings}).set_index("name")
+    return score_reward_bench(
+        pairs, np.asarray(right, float), np.zeros(len(pairs)), **{"samples": 20, **settings}
+    ).set_index("name")
 
 
 @pytest.fixture
@@ -78,7 +84,9 @@ def pairs(tmp_path):
 
 def test_importing_stays_light():
     code = "import sys, psycopref.evaluation.reward_bench; print([m for m in ('pandas', 'pyarrow', 'torch', 'transformers', 'httpx') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
@@ -88,7 +96,9 @@ def test_a_published_table_is_read_in_every_form(tmp_path, ending):
     assert found.prefID.tolist() == list(range(46)) and found.ID.is_unique and found.ID[3] == "alpacaeval-length-1"
     for pair, raw in zip(found.to_dict("records"), rows(), strict=True):
         assert pair["messages"] == [{"role": "user", "content": raw["prompt"]}] and pair["question"] == raw["prompt"]
-        assert [pair[name] for name in ("chosen", "rejected", "subset")] == [raw[name] for name in ("chosen", "rejected", "subset")]
+        assert [pair[name] for name in ("chosen", "rejected", "subset")] == [
+            raw[name] for name in ("chosen", "rejected", "subset")
+        ]
 
 
 def test_of_a_folder_the_filtered_part_is_read(tmp_path):
@@ -99,12 +109,19 @@ def test_of_a_folder_the_filtered_part_is_read(tmp_path):
 
 def test_the_older_sets_take_their_subset_from_the_name_of_the_file(tmp_path):
     for name in [*PRIOR_PAIRS, "pku_safer"]:
-        put(tmp_path / "older" / "data" / f"{name}-00000-of-00001.parquet", [row("reddit", 7, prompt=turns("Hi", "Hello!", "Why?"))])
+        put(
+            tmp_path / "older" / "data" / f"{name}-00000-of-00001.parquet",
+            [row("reddit", 7, prompt=turns("Hi", "Hello!", "Why?"))],
+        )
     bench = put(tmp_path / "bench.csv", rows(each=1))
     found = read_reward_bench(bench, tmp_path / "older")
     assert found.subset.tolist() == [*CORE, *PRIOR_PAIRS] and found.prefID.tolist() == list(range(27))
     last = found.iloc[-1]
-    assert last.ID == "summarize-7" and last.question == "Why?" and [turn["role"] for turn in last.messages] == ["user", "assistant", "user"]
+    assert (
+        last.ID == "summarize-7"
+        and last.question == "Why?"
+        and [turn["role"] for turn in last.messages] == ["user", "assistant", "user"]
+    )
 
 
 HUB_CODE = """
@@ -124,7 +141,11 @@ def test_the_hub_is_asked_for_the_filtered_part(tmp_path):
     hub.files = {f"data/{name}-00000-of-00001.parquet": path.read_bytes() for name, path in files.items()}
     with serve(hub) as (address, seen):
         [found] = in_child(HUB_CODE, tmp_path, address, "hf://datasets/any/set")
-    assert found == ["hep-go-1"] and not any("raw" in request["path"] for request in seen) and any(COMMIT in request["path"] for request in seen)
+    assert (
+        found == ["hep-go-1"]
+        and not any("raw" in request["path"] for request in seen)
+        and any(COMMIT in request["path"] for request in seen)
+    )
     for names in ([], ["reward-bench"]):
         [offline] = in_child(HUB_CODE, tmp_path, "http://127.0.0.1:9", *names, offline="1")
         assert "allenai/reward-bench" in offline and "HF_HUB_OFFLINE" in offline and offline.endswith("/path/to/it")
@@ -152,8 +173,12 @@ def test_a_wrong_cell_is_one_line_with_its_row(tmp_path, part):
 
 def test_missing_columns_and_wrong_places_are_one_line(tmp_path):
     for name in ("prompt", "chosen", "rejected", "subset", "id"):
-        assert f"['{name}'] are missing" in one_line(lambda: read_reward_bench(put(tmp_path / "a.csv", rows(), [n for n in HEAD if n != name])))
-    assert len(read_reward_bench(put(tmp_path / "a.csv", rows(), [n for n in HEAD if not n.endswith("_model")]))) == 46, "the models' names are not needed"
+        assert f"['{name}'] are missing" in one_line(
+            lambda: read_reward_bench(put(tmp_path / "a.csv", rows(), [n for n in HEAD if n != name]))
+        )
+    assert (
+        len(read_reward_bench(put(tmp_path / "a.csv", rows(), [n for n in HEAD if not n.endswith("_model")]))) == 46
+    ), "the models' names are not needed"
     assert "no such file" in one_line(lambda: read_reward_bench(tmp_path / "nowhere"))
     put(tmp_path / "part" / "shp-00000-of-00001.parquet", [row()])
     assert "anthropic_hhh" in one_line(lambda: read_reward_bench(tmp_path / "part")), "of the older sets all or none"
@@ -163,9 +188,16 @@ def test_missing_columns_and_wrong_places_are_one_line(tmp_path):
 
 
 def test_the_constants_are_those_of_the_card():
-    assert len(set(CORE)) == 23 and [sum(PUBLISHED[subset] for subset in weights) for weights in SECTIONS.values()] == [358, 456, 740, 1431]
+    assert len(set(CORE)) == 23 and [sum(PUBLISHED[subset] for subset in weights) for weights in SECTIONS.values()] == [
+        358,
+        456,
+        740,
+        1431,
+    ]
     reasoning = SECTIONS["Reasoning"]
-    assert reasoning["math-prm"] == sum(reasoning.values()) - reasoning["math-prm"] == 984 and PUBLISHED["math-prm"] == 447
+    assert (
+        reasoning["math-prm"] == sum(reasoning.values()) - reasoning["math-prm"] == 984 and PUBLISHED["math-prm"] == 447
+    )
     assert SECTION_WEIGHT == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 1, PRIOR: 0.5}
 
 
@@ -173,15 +205,24 @@ def test_a_tie_loses_and_the_least_margin_wins(pairs):
     n = len(pairs)
     same = score_reward_bench(pairs, np.full(n, 0.1), np.full(n, 0.1), samples=10)
     assert (same.accuracy == 0).all() and (same.high == 0).all()
-    assert (score_reward_bench(pairs, np.nextafter(np.full(n, 0.1), 1), np.full(n, 0.1), samples=10).accuracy == 1).all()
+    assert (
+        score_reward_bench(pairs, np.nextafter(np.full(n, 0.1), 1), np.full(n, 0.1), samples=10).accuracy == 1
+    ).all()
     assert (score_reward_bench(pairs, np.full(n, -1e300), np.full(n, 1e300), samples=10).accuracy == 0).all()
 
 
 def test_every_level_is_there_with_its_number(pairs):
     table = score_reward_bench(pairs, pairs.prefID % 2, np.zeros(46), samples=50)
-    assert table.level.tolist() == ["overall", "micro", *["section"] * 4, *["subset"] * 23] and table.name[6:].tolist() == CORE
+    assert (
+        table.level.tolist() == ["overall", "micro", *["section"] * 4, *["subset"] * 23]
+        and table.name[6:].tolist() == CORE
+    )
     assert table.n.tolist() == [46, 46, 10, 12, 10, 14, *[2] * 23] and np.allclose(table.accuracy, 0.5)
-    assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all() and table.note[1] == "46 pairs, 2985 are published"
+    assert (
+        (table.low <= table.accuracy).all()
+        and (table.accuracy <= table.high).all()
+        and table.note[1] == "46 pairs, 2985 are published"
+    )
 
 
 @pytest.mark.parametrize("gone", ["hep-rust", "donotanswer"])
@@ -189,14 +230,23 @@ def test_an_incomplete_section_is_empty_with_a_reason(pairs, gone):
     table = scored(part := pairs[pairs.subset != gone], np.ones(len(part)))
     section = next(name for name, weights in SECTIONS.items() if gone in weights)
     assert np.isnan(table.accuracy[[section, "overall"]]).all() and np.isnan(table.low["overall"])
-    assert table.note[section] == f"lacks 1 of {len(SECTIONS[section])} subsets: {gone}" and table.note["overall"] == f"lacks 1 of 23 subsets: {gone}"
-    assert gone not in table.index and (table.accuracy.drop([section, "overall"]) == 1).all() and table.n["micro accuracy"] == 44
+    assert (
+        table.note[section] == f"lacks 1 of {len(SECTIONS[section])} subsets: {gone}"
+        and table.note["overall"] == f"lacks 1 of 23 subsets: {gone}"
+    )
+    assert (
+        gone not in table.index
+        and (table.accuracy.drop([section, "overall"]) == 1).all()
+        and table.n["micro accuracy"] == 44
+    )
 
 
 def test_a_missing_section_is_empty_with_a_reason(pairs):
     part = pairs[pairs.subset.isin(list(SECTIONS["Safety"]))]
     table = scored(part, np.ones(len(part)))
-    assert table.accuracy[["Safety", "micro accuracy"]].tolist() == [1, 1] and table.note["Chat"] == "no pair in the file"
+    assert (
+        table.accuracy[["Safety", "micro accuracy"]].tolist() == [1, 1] and table.note["Chat"] == "no pair in the file"
+    )
     assert np.isnan(table.accuracy[["overall", "Chat", "Chat Hard", "Reasoning"]]).all() and len(table) == 6 + 5
 
 
@@ -204,12 +254,24 @@ def test_the_older_sets_count_half_and_only_together(tmp_path):
     everything = read_reward_bench(put(tmp_path / "all.jsonl", rows([*CORE, *PRIOR_PAIRS])))
     old = everything.subset.isin(list(PRIOR_PAIRS))
     table = scored(everything, ~old)
-    assert table.accuracy["overall"] == pytest.approx(4 / 4.5) and table.accuracy[["Prior Sets", "micro accuracy"]].tolist() == [0, 1]
-    assert table.n["overall"] == 54 and table.n["micro accuracy"] == 46 and table.note["overall"].endswith("with Prior Sets at half weight")
+    assert table.accuracy["overall"] == pytest.approx(4 / 4.5) and table.accuracy[
+        ["Prior Sets", "micro accuracy"]
+    ].tolist() == [0, 1]
+    assert (
+        table.n["overall"] == 54
+        and table.n["micro accuracy"] == 46
+        and table.note["overall"].endswith("with Prior Sets at half weight")
+    )
     most = everything[everything.subset != "shp"]
     table = scored(most, ~old[most.index])
-    assert table.accuracy["overall"] == 1 and np.isnan(table.accuracy["Prior Sets"]) and table.note["Prior Sets"] == "lacks 1 of 4 subsets: shp"
-    assert np.isnan(scored(everything[old], np.ones(8)).accuracy["overall"]), "the older sets alone give no overall score"
+    assert (
+        table.accuracy["overall"] == 1
+        and np.isnan(table.accuracy["Prior Sets"])
+        and table.note["Prior Sets"] == "lacks 1 of 4 subsets: shp"
+    )
+    assert np.isnan(scored(everything[old], np.ones(8)).accuracy["overall"]), (
+        "the older sets alone give no overall score"
+    )
 
 
 def test_wrong_scores_are_refused(pairs):
@@ -226,24 +288,40 @@ def test_the_table_is_the_plain_sum(data):
     sizes = {subset: data.draw(st.integers(1, 4)) for subset in [*CORE, *PRIOR_PAIRS]}
     found = pd.DataFrame([{"subset": s, "messages": turns(f"{s} {i}")} for s, n in sizes.items() for i in range(n)])
     right = np.array(data.draw(st.lists(st.booleans(), min_size=len(found), max_size=len(found))))
-    table, mean = scored(found, right, samples=2).accuracy, {s: right[(found.subset == s).to_numpy()].mean() for s in sizes}
-    section = {name: sum(n * mean[s] for s, n in weights.items()) / sum(weights.values()) for name, weights in SECTIONS.items()}
+    table, mean = (
+        scored(found, right, samples=2).accuracy,
+        {s: right[(found.subset == s).to_numpy()].mean() for s in sizes},
+    )
+    section = {
+        name: sum(n * mean[s] for s, n in weights.items()) / sum(weights.values()) for name, weights in SECTIONS.items()
+    }
     section[PRIOR] = np.mean([mean[s] for s in PRIOR_PAIRS])
     overall = (sum(section[name] for name in SECTIONS) + 0.5 * section[PRIOR]) / 4.5
-    expected = {**mean, **section, "overall": overall, "micro accuracy": right[found.subset.isin(CORE).to_numpy()].mean()}
-    assert table.to_dict() == pytest.approx(expected, abs=1e-12) and sum(overall_shares(True).values()) == pytest.approx(1)
+    expected = {
+        **mean,
+        **section,
+        "overall": overall,
+        "micro accuracy": right[found.subset.isin(CORE).to_numpy()].mean(),
+    }
+    assert table.to_dict() == pytest.approx(expected, abs=1e-12) and sum(
+        overall_shares(True).values()
+    ) == pytest.approx(1)
 
 
 # ---- intervals ----
 
 
 def invented(sizes, prompt="{} {}"):
-    return pd.DataFrame([{"subset": s, "messages": turns(prompt.format(s, i))} for s, n in sizes.items() for i in range(n)])
+    return pd.DataFrame(
+        [{"subset": s, "messages": turns(prompt.format(s, i))} for s, n in sizes.items() for i in range(n)]
+    )
 
 
 def test_the_interval_of_a_subset_is_the_bootstrap_of_its_pairs():
     pairs, right = invented({"shp": 60}), np.arange(60) % 3 == 0
-    assert scored(pairs, right, samples=300).loc["shp", ["low", "high"]].tolist() == pytest.approx(bootstrap(np.mean, right.astype(float), samples=300), abs=1e-12)
+    assert scored(pairs, right, samples=300).loc["shp", ["low", "high"]].tolist() == pytest.approx(
+        bootstrap(np.mean, right.astype(float), samples=300), abs=1e-12
+    )
 
 
 def test_the_interval_of_a_section_has_the_width_of_the_benchmark_s_design():
@@ -323,7 +401,9 @@ def test_sections_are_those_of_the_package(seed, easy):
     results = [1 if a > b else 0 for a, b in zip(chosen, rejected)]  # as its command counts
     grouped = {s: float(np.mean([r for r, subset in zip(results, pairs.subset) if subset == s])) for s in CORE}
     expected = score(theirs.EXAMPLE_COUNTS, theirs.SUBSET_MAPPING, grouped)
-    assert table[list(expected)].to_dict() == pytest.approx(expected, abs=1e-12) and table["micro accuracy"] == pytest.approx(sum(results) / len(results))
+    assert table[list(expected)].to_dict() == pytest.approx(expected, abs=1e-12) and table[
+        "micro accuracy"
+    ] == pytest.approx(sum(results) / len(results))
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
@@ -332,13 +412,22 @@ def test_sections_are_those_of_the_package(seed, easy):
 def test_the_overall_score_is_that_of_the_leaderboard(seed, old):
     folder = reference()
     theirs = module(folder / "rewardbench" / "constants.py")
-    average = function(folder / "analysis" / "get_benchmark_results.py", "get_average_over_rewardbench", np=np, pd=pd, SUBSET_MAPPING=theirs.SUBSET_MAPPING, EXAMPLE_COUNTS=theirs.EXAMPLE_COUNTS)
+    average = function(
+        folder / "analysis" / "get_benchmark_results.py",
+        "get_average_over_rewardbench",
+        np=np,
+        pd=pd,
+        SUBSET_MAPPING=theirs.SUBSET_MAPPING,
+        EXAMPLE_COUNTS=theirs.EXAMPLE_COUNTS,
+    )
     rng = np.random.default_rng(seed)
     pairs = invented({subset: int(rng.integers(1, 6)) for subset in [*CORE, *(PRIOR_PAIRS if old else ())]})
     right = rng.random(len(pairs)) < 0.6
     mean = pd.Series(right).groupby(pairs.subset).mean()
     results = pd.DataFrame([{"model": "m", "model_type": "any", **{s: mean[s] for s in CORE}}])
-    expected = average(results, pd.DataFrame([{"model": "m", **{s: mean.get(s, np.nan) for s in PRIOR_PAIRS}}]))["average"][0]
+    expected = average(results, pd.DataFrame([{"model": "m", **{s: mean.get(s, np.nan) for s in PRIOR_PAIRS}}]))[
+        "average"
+    ][0]
     assert scored(pairs, right, samples=2).accuracy["overall"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -358,7 +447,14 @@ def reward_model(tmp_path_factory, shared_cache):
     os.environ.setdefault("PSYCOPREF_CACHE", str(shared_cache))
     tokenizer = load_tokenizer(find_weights("random-tiny"))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -388,9 +484,18 @@ def test_older_names_change_nothing_here(reward_model, tmp_path):
     """What is written for an older transformers is understood by this one, and once is enough."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config, tokenizer = (json.loads((reward_model / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
-    assert config["rope_theta"] == 500000 and config["rope_scaling"]["factor"] == 32 and "rope_theta" not in config["rope_scaling"]
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+    config, tokenizer = (
+        json.loads((reward_model / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
+    assert (
+        config["rope_theta"] == 500000
+        and config["rope_scaling"]["factor"] == 32
+        and "rope_theta" not in config["rope_scaling"]
+    )
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["model_input_names"] == [
+        "input_ids",
+        "attention_mask",
+    ]
     assert tokenizer["additional_special_tokens"] == ["<|im_start|>"]
     assert name_for_older(reward_model) == []
     assert AutoConfig.from_pretrained(reward_model).rope_parameters == config["rope_parameters"]
@@ -412,14 +517,23 @@ def test_their_texts_and_pipeline_give_our_scores(reward_model, tmp_path, monkey
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     prepared = [prepare(dict(one), tokenizer) for one in found]
     texts = [[one["text_chosen"], one["text_rejected"]] for one in prepared]
-    assert texts == [[render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)] for pair in pairs.itertuples()]
+    assert texts == [
+        [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
+        for pair in pairs.itertuples()
+    ]
 
     to = BatchEncoding.to
-    monkeypatch.setattr(BatchEncoding, "to", lambda self, device: to(self, "cpu" if device == "cuda" else device))  # it names its device
+    monkeypatch.setattr(
+        BatchEncoding, "to", lambda self, device: to(self, "cpu" if device == "cuda" else device)
+    )  # it names its device
     tokenizer.padding_side = "left"  # as its command sets it
     model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
-    pipeline = module(folder / "rewardbench" / "models" / "pipeline.py").RewardBenchPipeline("text-classification", model, tokenizer)
-    theirs = np.array([pipeline([pair[side] for pair in texts], truncation=False).float().flatten().tolist() for side in (0, 1)]).T
+    pipeline = module(folder / "rewardbench" / "models" / "pipeline.py").RewardBenchPipeline(
+        "text-classification", model, tokenizer
+    )
+    theirs = np.array(
+        [pipeline([pair[side] for pair in texts], truncation=False).float().flatten().tolist() for side in (0, 1)]
+    ).T
     ours = our_scores(reward_model, pairs)
     assert ours.shape == theirs.shape == (46, 2) and ours.std() > 0.1 and np.allclose(ours, theirs, atol=2e-4, rtol=0)
 
@@ -441,13 +555,41 @@ def test_their_command_gives_our_table(reward_model, tmp_path):
         pytest.skip("set REWARDBENCH_PYTHON to the interpreter of an environment with rewardbench")
     table = put(tmp_path / "allenai" / "reward-bench" / "data" / "filtered-00000-of-00001.parquet", spoken())
     (tmp_path / "model").symlink_to(reward_model)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.environ.get("REWARDBENCH_SOURCE", "")}
-    command = [python, "-c", COMMAND, "--model", "model", "--not_quantized", "--torch_dtype", "float32", "--output_dir", "out/", "--save_all"]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": os.environ.get("REWARDBENCH_SOURCE", ""),
+    }
+    command = [
+        python,
+        "-c",
+        COMMAND,
+        "--model",
+        "model",
+        "--not_quantized",
+        "--torch_dtype",
+        "float32",
+        "--output_dir",
+        "out/",
+        "--save_all",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     pairs = read_reward_bench(table)
     ours = our_scores(reward_model, pairs)
-    theirs = np.array([[np.ravel(one[side])[0] for side in ("chosen", "rejected")] for one in map(json.loads, (tmp_path / "out" / "model_all.jsonl").read_text().splitlines())])
+    theirs = np.array(
+        [
+            [np.ravel(one[side])[0] for side in ("chosen", "rejected")]
+            for one in map(json.loads, (tmp_path / "out" / "model_all.jsonl").read_text().splitlines())
+        ]
+    )
     assert np.allclose(ours, theirs, atol=2e-4, rtol=0)
-    result, accuracy = json.loads((tmp_path / "out" / "model.json").read_text()), score_reward_bench(pairs, *ours.T, samples=2).set_index("name").accuracy
-    assert result["accuracy"] == pytest.approx(accuracy["micro accuracy"]) and result["extra_results"] == pytest.approx(accuracy[CORE].to_dict())
+    result, accuracy = (
+        json.loads((tmp_path / "out" / "model.json").read_text()),
+        score_reward_bench(pairs, *ours.T, samples=2).set_index("name").accuracy,
+    )
+    assert result["accuracy"] == pytest.approx(accuracy["micro accuracy"]) and result["extra_results"] == pytest.approx(
+        accuracy[CORE].to_dict()
+    )

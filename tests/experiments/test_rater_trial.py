@@ -1,4 +1,4 @@
-"""The trial of the rubric: measures equal their references, groups are drawn whole, planted labels are found, and what was not measured stays empty."""
+"""The rubric on trial: measures equal references, groups are drawn whole, planted labels are found."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from psycopref.core.settings import StudyError
 from psycopref.core.stages import stage_settings
 from psycopref.corpus.labelled_text import (
     ALL_SCORES,
-    COLUMNS,
+    LABEL_COLUMNS,
     COMPARISONS,
     MI_QUALITY,
     TITLES,
@@ -44,15 +44,15 @@ def test_weighted_measures_equal_the_references_on_repeated_rows(rows):
     assert found[0] == pytest.approx(roc_auc(score[where], label[where]), abs=1e-9)
     if len(set(score[where])) > 1:
         assert found[1] == pytest.approx(spearmanr(score[where], label[where])[0], abs=1e-9)
-    assert trial.right_of(score - 2, label)(times) == pytest.approx(np.mean(score[where] > 2))
+    assert trial.pair_accuracy_of(score - 2, label)(times) == pytest.approx(np.mean(score[where] > 2))
 
 
-def test_intervals_equal_those_of_the_metrics_room():
+def test_intervals_equal_those_of_stats():
     rng = np.random.default_rng(1)
     groups, label = np.repeat(np.arange(40), 3), rng.integers(0, 2, 120).astype(float)
     score = label + rng.normal(size=120)
     measure = trial.auc_of(score, label)
-    ours = trial.interval(np.array([measure(weight) for weight in trial.draw_weights(groups, 200, 7)]))
+    ours = trial.percentile_interval(np.array([measure(weight) for weight in trial.draw_weights(groups, 200, 7)]))
     assert ours == pytest.approx(bootstrap(roc_auc, score, label, clusters=groups, samples=200, seed=7), abs=1e-9)
 
 
@@ -68,10 +68,17 @@ def test_groups_are_drawn_whole(groups):
 def test_rows_of_few_groups_have_wider_intervals():
     rng = np.random.default_rng(2)
     session = rng.normal(size=20)
-    frame = pd.DataFrame({name: np.repeat(session, 20) + 0.1 * rng.normal(size=400) for name in ALL_SCORES}).assign(words=rng.integers(3, 30, 400), label=np.repeat(rng.integers(0, 2, 20), 20))
-    whole, each = (trial.compare(PLANTED, frame.assign(group=group), "binary", 200, 0)[0] for group in (np.repeat(np.arange(20), 20).astype(str), np.arange(400).astype(str)))
+    frame = pd.DataFrame({name: np.repeat(session, 20) + 0.1 * rng.normal(size=400) for name in ALL_SCORES}).assign(
+        words=rng.integers(3, 30, 400), label=np.repeat(rng.integers(0, 2, 20), 20)
+    )
+    whole, each = (
+        trial.compare_with_length(PLANTED, frame.assign(group=group), "binary", 200, 0)[0]
+        for group in (np.repeat(np.arange(20), 20).astype(str), np.arange(400).astype(str))
+    )
     width = [one["interval"][1] - one["interval"][0] for one in (whole, each)]
-    assert whole["value"] == each["value"] and width[0] > 2 * width[1] and (whole["groups"], each["groups"]) == (20, 400)
+    assert (
+        whole["value"] == each["value"] and width[0] > 2 * width[1] and (whole["groups"], each["groups"]) == (20, 400)
+    )
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -84,54 +91,90 @@ def test_shares_have_wilsons_interval(case):
 
 def scored(n=240, seed=0):
     rng = np.random.default_rng(seed)
-    return pd.DataFrame({name: rng.normal(size=n) for name in ALL_SCORES}).assign(words=rng.integers(3, 40, n).astype(float), group=[str(i // 4) for i in range(n)])
+    return pd.DataFrame({name: rng.normal(size=n) for name in ALL_SCORES}).assign(
+        words=rng.integers(3, 40, n).astype(float), group=[str(i // 4) for i in range(n)]
+    )
 
 
 def test_planted_labels_are_found_and_length_is_not_mistaken_for_them():
     frame = scored()
-    good = trial.compare(PLANTED, frame.assign(label=(frame.exploration > 0).astype(float)), "binary", 200, 0)[0]
+    good = trial.compare_with_length(
+        PLANTED, frame.assign(label=(frame.exploration > 0).astype(float)), "binary", 200, 0
+    )[0]
     assert good["value"] == 1 and good["length"] < 0.6 and trial._reading(good) == "above length"
-    long = trial.compare(PLANTED, frame.assign(label=(frame.words > 20).astype(float)), "binary", 200, 0)[0]
+    long = trial.compare_with_length(PLANTED, frame.assign(label=(frame.words > 20).astype(float)), "binary", 200, 0)[0]
     assert long["baseline"] == "longer" and long["length"] == 1 and trial._reading(long) == "below length"
-    short = trial.compare(PLANTED, frame.assign(label=(frame.words < 20).astype(float)), "binary", 200, 0)[0]
+    short = trial.compare_with_length(PLANTED, frame.assign(label=(frame.words < 20).astype(float)), "binary", 200, 0)[
+        0
+    ]
     assert short["baseline"] == "shorter" and short["length"] == 1
     both = frame.assign(exploration=frame.words, label=(frame.words > 20).astype(float))
-    alike = trial.compare(PLANTED, both, "binary", 200, 0)[0]
-    assert alike["difference"] == 0 and alike["difference interval"] == (0, 0) and trial._reading(alike) == "not told from length"
+    alike = trial.compare_with_length(PLANTED, both, "binary", 200, 0)[0]
+    assert (
+        alike["difference"] == 0
+        and alike["difference interval"] == (0, 0)
+        and trial._reading(alike) == "not told from length"
+    )
 
 
 def test_lower_is_higher_turned_around():
     frame = scored().assign(label=np.tile([0.0, 1.0], 120))
     lower = Comparison("esconv", "suggestion, not another strategy", ("autonomy",), "planted", expected="lower")
     higher = Comparison("esconv", "suggestion, not another strategy", ("autonomy",), "planted")
-    (down,), (up,) = (trial.compare(c, frame, "binary", 50, 0) for c in (lower, higher))
+    (down,), (up,) = (trial.compare_with_length(c, frame, "binary", 50, 0) for c in (lower, higher))
     assert down["value"] == pytest.approx(1 - up["value"]) and down["length"] == up["length"]
 
 
 def test_one_group_has_a_value_and_no_interval():
-    [one] = trial.compare(PLANTED, scored(8).assign(group="a", label=[0, 1] * 4), "binary", 50, 0)
-    assert 0 <= one["value"] <= 1 and one["interval"] is one["difference interval"] is None and trial._reading(one) == "too few groups for an interval"
+    [one] = trial.compare_with_length(PLANTED, scored(8).assign(group="a", label=[0, 1] * 4), "binary", 50, 0)
+    assert (
+        0 <= one["value"] <= 1
+        and one["interval"] is one["difference interval"] is None
+        and trial._reading(one) == "too few groups for an interval"
+    )
     rare = scored(60).assign(group=[str(i) for i in range(60)], label=[1.0] + [0.0] * 59)
-    assert trial.compare(PLANTED, rare, "binary", 100, 0)[0]["interval"] is None
+    assert trial.compare_with_length(PLANTED, rare, "binary", 100, 0)[0]["interval"] is None
 
 
 def labelled(rows, name="annomi", dropped=None):
-    return Labelled(pd.DataFrame([dict(zip(COLUMNS, row)) for row in rows], columns=list(COLUMNS)), dropped or {}, {"source": name}, ())
+    return Labelled(
+        pd.DataFrame([dict(zip(LABEL_COLUMNS, row)) for row in rows], columns=list(LABEL_COLUMNS)),
+        dropped or {},
+        {"source": name},
+        (),
+    )
 
 
 def test_a_session_is_one_observation(monkeypatch):
-    monkeypatch.setattr(trial, "rubric_scores", lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(len(response))))
-    rows = [("annomi", f"{s}-{i}", str(s), "I drink.", "x" * (1 + i + 3 * (s % 2)), "", MI_QUALITY, "binary", float(s % 2)) for s in range(12) for i in range(3)]
-    found = {(c.unit, c.construct): (kind, results) for c, kind, results, _ in trial.corpus_results(labelled(rows), 100, 0)}
+    monkeypatch.setattr(
+        trial, "rubric_scores", lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(len(response)))
+    )
+    rows = [
+        ("annomi", f"{s}-{i}", str(s), "I drink.", "x" * (1 + i + 3 * (s % 2)), "", MI_QUALITY, "binary", float(s % 2))
+        for s in range(12)
+        for i in range(3)
+    ]
+    found = {
+        (c.unit, c.construct): (kind, results) for c, kind, results, _ in trial.corpus_results(labelled(rows), 100, 0)
+    }
     single, whole = found["response", MI_QUALITY][1], found["group", MI_QUALITY][1]
-    assert [one["score"] for one in whole] == list(ALL_SCORES) and {one["n"] for one in single} == {36} and {one["n"] for one in whole} == {12}
+    assert (
+        [one["score"] for one in whole] == list(ALL_SCORES)
+        and {one["n"] for one in single} == {36}
+        and {one["n"] for one in whole} == {12}
+    )
     assert {one["value"] for one in whole} == {1.0}
 
 
-def test_pairs_are_told_from_the_preferred_side(monkeypatch):
-    monkeypatch.setattr(trial, "rubric_scores", lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(response.count("!"))))
+def test_pairs_are_read_from_the_preferred_side(monkeypatch):
+    monkeypatch.setattr(
+        trial, "rubric_scores", lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(response.count("!")))
+    )
     texts = [("Yes! Go on", "No"), ("No", "Yes!"), ("Same", "Thing"), ("Oh! Well! So", "Hm!")] * 3
-    rows = [("counsel-chat", str(i), str(i // 2), "I worry.", better, UPVOTES, "pair", 1.0, worse) for i, (better, worse) in enumerate(texts)]
+    rows = [
+        ("counsel-chat", str(i), str(i // 2), "I worry.", better, UPVOTES, "pair", 1.0, worse)
+        for i, (better, worse) in enumerate(texts)
+    ]
     rows = [(*row[:5], row[8], *row[5:8]) for row in rows]
     [(comparison, kind, results, reason)] = trial.corpus_results(labelled(rows, "counsel-chat"), 100, 0)
     assert kind == "pair" and reason is None and {one["value"] for one in results} == {0.5}
@@ -140,9 +183,17 @@ def test_pairs_are_told_from_the_preferred_side(monkeypatch):
 
 def test_texts_are_scored_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(trial, "rubric_scores", lambda said, response: asked.append((said, response)) or dict.fromkeys(PRINCIPLE_KEYS, 3.0))
+    monkeypatch.setattr(
+        trial,
+        "rubric_scores",
+        lambda said, response: asked.append((said, response)) or dict.fromkeys(PRINCIPLE_KEYS, 3.0),
+    )
     found = trial.score_texts(["a", "a", "b", "a"], ["x y", "x y", "x y", "z"])
-    assert asked == [("a", "x y"), ("b", "x y"), ("a", "z")] and found.words.tolist() == [2, 2, 2, 1] and set(found["mean"]) == {3.0}
+    assert (
+        asked == [("a", "x y"), ("b", "x y"), ("a", "z")]
+        and found.words.tolist() == [2, 2, 2, 1]
+        and set(found["mean"]) == {3.0}
+    )
 
 
 def test_what_was_not_measured_is_empty_and_says_why():
@@ -150,15 +201,27 @@ def test_what_was_not_measured_is_empty_and_says_why():
     assert len(table) == len(COMPARISONS) and set(table.corpus) == set(TITLES.values())
     filled = [name for name in table.columns if table[name].notna().any()]
     assert filled == ["corpus", "construct", "compared with", "reading"] and set(table.reading) == {trial.NOT_NAMED}
-    nothing = trial.corpus_table(trial.corpus_results(labelled([], "counsel-chat", {"pairs of answers with as many upvotes": 3}), 50, 0))
+    nothing = trial.corpus_table(
+        trial.corpus_results(labelled([], "counsel-chat", {"pairs of answers with as many upvotes": 3}), 50, 0)
+    )
     [reading] = nothing.reading[nothing.corpus == "counsel-chat"]
     assert "nothing to compare" in reading and "3 pairs of answers" in reading and nothing.rubric.isna().all()
-    alike = labelled([("annomi", f"1-{i}", "1", "I drink.", f"So {i}.", "", MI_QUALITY, "binary", 1.0) for i in range(4)])
+    alike = labelled(
+        [("annomi", f"1-{i}", "1", "I drink.", f"So {i}.", "", MI_QUALITY, "binary", 1.0) for i in range(4)]
+    )
     readings = {reason for c, _, results, reason in trial.corpus_results(alike, 50, 0) if c.construct == MI_QUALITY}
     assert readings == {"not measured: all labels are alike"}
 
 
-PAIR = {"id": "a", "principle": "exploration", "construct": "open-closed", "client": "I can't sleep.", "better": "What goes through your mind?", "worse": "Do you lie awake?", "set": "develop"}
+PAIR = {
+    "id": "a",
+    "principle": "exploration",
+    "construct": "open-closed",
+    "client": "I can't sleep.",
+    "better": "What goes through your mind?",
+    "worse": "Do you lie awake?",
+    "set": "develop",
+}
 
 
 def write(path, *rows):
@@ -166,8 +229,17 @@ def write(path, *rows):
     return path
 
 
-@pytest.mark.parametrize(("change", "told"), [({"principle": "wit"}, "unknown principle"), ({"set": "test"}, "unknown set"), ({"worse": PAIR["better"]}, "two answers alike"),
-                                              ({"id": "a"}, "there before"), ({"client": ""}, "empty field"), ({"better": 3}, "empty field")])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"principle": "wit"}, "unknown principle"),
+        ({"set": "test"}, "unknown set"),
+        ({"worse": PAIR["better"]}, "two answers alike"),
+        ({"id": "a"}, "there before"),
+        ({"client": ""}, "empty field"),
+        ({"better": 3}, "empty field"),
+    ],
+)
 def test_wrong_minimal_pairs_are_one_line(tmp_path, change, told):
     with pytest.raises(StudyError, match=told) as error:
         trial.read_minimal_pairs(write(tmp_path / "pairs.jsonl", PAIR, {**PAIR, "id": "b", **change}))
@@ -175,7 +247,11 @@ def test_wrong_minimal_pairs_are_one_line(tmp_path, change, told):
 
 
 def test_minimal_pairs_need_their_fields_and_a_file(tmp_path):
-    for path, told in ((write(tmp_path / "few.jsonl", {"id": "a"}), "missing"), (tmp_path / "none.jsonl", "cannot be read"), (write(tmp_path / "empty.jsonl"), "is empty")):
+    for path, told in (
+        (write(tmp_path / "few.jsonl", {"id": "a"}), "missing"),
+        (tmp_path / "none.jsonl", "cannot be read"),
+        (write(tmp_path / "empty.jsonl"), "is empty"),
+    ):
         with pytest.raises(StudyError, match=told):
             trial.read_minimal_pairs(path)
 
@@ -188,26 +264,53 @@ def test_the_packages_minimal_pairs_can_be_judged():
 
 def test_the_minimal_table_counts_wins_ties_and_lengths(monkeypatch):
     scores = {"good": 4.0, "bad": 2.0, "fine words here": 3.0, "other fine words": 3.0}
-    monkeypatch.setattr(trial, "rubric_scores", lambda said, response: {key: scores[response] if key == "empathy" else 3.0 for key in PRINCIPLE_KEYS})
+    monkeypatch.setattr(
+        trial,
+        "rubric_scores",
+        lambda said, response: {key: scores[response] if key == "empathy" else 3.0 for key in PRINCIPLE_KEYS},
+    )
     sides = [("good", "bad"), ("bad", "good"), ("fine words here", "other fine words"), ("good", "fine words here")]
-    pairs = pd.DataFrame([{"id": str(i), "principle": principle, "construct": f"c{i % 2}", "client": "x", "better": better, "worse": worse, "set": name}
-                          for i, (principle, name, (better, worse)) in enumerate((p, s, side) for p in ("empathy", "safety") for s in trial.SETS for side in sides)])
-    judged = trial.judge_pairs(pairs)
+    pairs = pd.DataFrame(
+        [
+            {
+                "id": str(i),
+                "principle": principle,
+                "construct": f"c{i % 2}",
+                "client": "x",
+                "better": better,
+                "worse": worse,
+                "set": name,
+            }
+            for i, (principle, name, (better, worse)) in enumerate(
+                (p, s, side) for p in ("empathy", "safety") for s in trial.SETS for side in sides
+            )
+        ]
+    )
+    judged = trial.score_minimal_pairs(pairs)
     table = trial.minimal_table(judged).set_index(["set", "principle"])
     assert table.loc[("held-out", "empathy")].tolist() == [4, 50.0, "15.0 to 85.0", 25.0, 50.0, 0.0, 25.0]
-    assert table.loc[("held-out", "safety"), "ties %"] == 100 and table.loc[("develop", "all, each on its own"), "n"] == 8
+    assert (
+        table.loc[("held-out", "safety"), "ties %"] == 100 and table.loc[("develop", "all, each on its own"), "n"] == 8
+    )
     assert trial.minimal_table(judged, "construct").n.sum() == len(pairs)
 
 
 def test_swapping_the_sides_turns_every_pair(monkeypatch):
     pairs = trial.read_minimal_pairs().groupby("principle").head(3)
-    forward, backward = (trial.judge_pairs(frame) for frame in (pairs, pairs.rename(columns={"better": "worse", "worse": "better"})))
+    forward, backward = (
+        trial.score_minimal_pairs(frame)
+        for frame in (pairs, pairs.rename(columns={"better": "worse", "worse": "better"}))
+    )
     for column in ("own", "mean", "words"):
         assert (forward[column] == -backward[column]).all()
 
 
 def test_corpora_are_opened_before_anything_is_scored(tmp_path):
-    for specs, told in ((("annomi=/a", "annomi=/b"), "more than once"), (("anomi=/a",), "not declared"), ((f"esconv={tmp_path}/none.json",), "no such file")):
+    for specs, told in (
+        (("annomi=/a", "annomi=/b"), "more than once"),
+        (("anomi=/a",), "not declared"),
+        ((f"esconv={tmp_path}/none.json",), "no such file"),
+    ):
         with pytest.raises(StudyError, match=told) as error:
             trial.open_corpora(specs)
         assert "\n" not in str(error.value)
@@ -224,12 +327,83 @@ def test_the_published_counsel_chat_file_gives_an_honest_row(counsel_chat):
 def test_the_figure_draws_what_there_is(with_corpora):
     import matplotlib.pyplot as plt
 
-    made = pd.DataFrame({"set": ["held-out"] * 3, "principle": ["empathy", "safety", "safety"], "own": [1, 0, 1], "mean": [1, 1, 0], "words": [1, -1, 0]})
+    made = pd.DataFrame(
+        {
+            "set": ["held-out"] * 3,
+            "principle": ["empathy", "safety", "safety"],
+            "own": [1, 0, 1],
+            "mean": [1, 1, 0],
+            "words": [1, -1, 0],
+        }
+    )
     frame = scored(40).assign(label=np.tile([0.0, 1.0], 20))
-    results = [(PLANTED, "binary", trial.compare(PLANTED, frame, "binary", 50, 0), None), (COMPARISONS[-1], None, [], "not measured")] if with_corpora else []
+    results = (
+        [
+            (PLANTED, "binary", trial.compare_with_length(PLANTED, frame, "binary", 50, 0), None),
+            (COMPARISONS[-1], None, [], "not measured"),
+        ]
+        if with_corpora
+        else []
+    )
     figure = trial.trial_figure(trial.minimal_table(made), results)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Minimal pairs", *(["Labelled text"] if with_corpora else [])]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Minimal pairs",
+        *(["Labelled text"] if with_corpora else []),
+    ]
     plt.close(figure)
+
+
+def test_weak_principles_are_those_that_length_or_chance_explains():
+    def judged(right, longer, n=40):
+        half = ["held-out"] * n + ["develop"] * n
+        return pd.DataFrame(
+            {
+                "set": half,
+                "principle": "empathy",
+                "own": [1.0] * right + [-1.0] * (2 * n - right),
+                "mean": 1.0,
+                "words": [1.0] * longer + [-1.0] * (2 * n - longer),
+            }
+        )
+
+    assert trial.weak_principles(trial.minimal_table(judged(38, 20))) == []
+    assert trial.weak_principles(trial.minimal_table(judged(22, 20))) == ["empathy"], "chance"
+    assert (
+        trial.weak_principles(trial.minimal_table(judged(38, 38)))
+        == ["empathy"]
+        == trial.weak_principles(trial.minimal_table(judged(38, 2)))
+    ), "length, longer or shorter"
+    strong, weak = (trial.minimal_sentences(trial.minimal_table(judged(right, 20))) for right in (38, 22))
+    assert (
+        "On the 40 held-out pairs" in strong[0]
+        and "in 95.0%" in strong[0]
+        and "Every principle" in strong[3]
+        and "no evidence" in weak[3]
+    )
+
+
+def test_labelled_text_is_reported_only_where_it_was_measured():
+    frame = scored()
+    found = [
+        trial.compare_with_length(PLANTED, frame.assign(label=label.astype(float)), "binary", 100, 0)
+        for label in (frame.exploration > 0, frame.words > 20)
+    ]
+    sentences = trial.corpus_sentences([(PLANTED, "binary", one, None) for one in found])
+    assert sentences[0].startswith("2 comparisons") and "above length: 1; below length: 1" in sentences[0]
+    assert [trial.corpus_sentences(results) for results in ([], [(PLANTED, None, [], "all labels are alike")])] == [
+        ["Not measured: no labelled corpus is named in `trial.corpora`."],
+        ["Not measured: the corpora hold nothing to compare."],
+    ]
+
+
+def test_a_receipt_names_what_was_read(counsel_chat):
+    corpora = trial.open_corpora((f"counsel-chat={counsel_chat}",))
+    facts = trial.corpora_facts(corpora)["counsel-chat"]
+    assert (facts["labels"], facts["source"]) == (0, "counsel-chat") and facts["dropped"] == corpora[0].dropped
+    assert [path.name for path in trial.trial_inputs(corpora)] == [
+        "minimal_pairs.jsonl",
+        "counselchat-data.csv",
+    ] and trial.trial_size(range(3), corpora) == "3 minimal pairs"
 
 
 def test_the_stage_reads_its_own_settings():

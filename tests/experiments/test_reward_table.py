@@ -38,7 +38,8 @@ PUBLISHED = {row["model"]: row for row in paper_values()["table_1"]}
 def some_pairs(n, file="s", each=2):
     """Pairs of which `each` share a client speech."""
     answers = ("What do you feel then?", "I see.", "That sounds like a lot to carry. What would help you now?")
-    return pd.DataFrame([{"ID": f"{file}-{i // each}", "prefID": i, "question": f"I count the stairs, {i} of them.", "chosen": answers[i % 3], "rejected": answers[(i + 1 + i % 2) % 3]}
+    return pd.DataFrame([{"ID": f"{file}-{i // each}", "prefID": i, "question": f"I count the stairs, {i} of "
+                                                                                "them.", "chosen": answers[i % 3], "rejected": answers[(i + 1 + i % 2) % 3]}
                          for i in range(n)])  # fmt: skip
 
 
@@ -59,7 +60,10 @@ class Scorer:
 
     def __call__(self):
         self.asked += 1
-        return {test: score_frame(pairs, "any", *(np.add(side, self.shift) for side in length_scores(pairs))) for test, pairs in self.tests.items()}
+        return {
+            test: score_frame(pairs, "any", *(np.add(side, self.shift) for side in length_scores(pairs)))
+            for test, pairs in self.tests.items()
+        }
 
 
 def test_a_scorer_is_asked_once_and_its_files_are_rows_of_scores(tmp_path):
@@ -69,7 +73,11 @@ def test_a_scorer_is_asked_once_and_its_files_are_rows_of_scores(tmp_path):
     assert scorer.asked == 1 and sorted(path.suffix for path in tmp_path.iterdir()) == [".parquet"] * 2
     for test, pairs in TESTS.items():
         pd.testing.assert_frame_equal(first[test], again[test])
-        assert list(first[test].columns) == list(SCHEMAS["scores"]) and list(first[test].prefID) == list(pairs.prefID) and list(first[test].ID) == list(pairs.ID)
+        assert (
+            list(first[test].columns) == list(SCHEMAS["scores"])
+            and list(first[test].prefID) == list(pairs.prefID)
+            and list(first[test].ID) == list(pairs.ID)
+        )
         assert set(first[test].model) == {"Bradley-Terry on words (TF-IDF)"}, "the name that tables show"
         [path] = tmp_path.glob(f"*.{test}.parquet")
         pd.testing.assert_frame_equal(read_rows(path, "scores"), first[test])
@@ -131,7 +139,10 @@ def test_names_that_make_one_file_name_do_not_share_scores(tmp_path):
     """Two folders of reward models, say `my model` and `My-Model`."""
     kept_scores(tmp_path, "my model", TESTS, Scorer())
     other = kept_scores(tmp_path, "My-Model", TESTS, Scorer(shift=5.0))
-    assert set(other["test"].model) == {"My-Model"} and other["test"].chosen_score[0] == length_scores(TESTS["test"])[0][0] + 5
+    assert (
+        set(other["test"].model) == {"My-Model"}
+        and other["test"].chosen_score[0] == length_scores(TESTS["test"])[0][0] + 5
+    )
 
 
 def test_kept_scores_of_other_pairs_are_not_read(tmp_path):
@@ -141,8 +152,18 @@ def test_kept_scores_of_other_pairs_are_not_read(tmp_path):
 
 
 def test_a_score_that_is_no_number_never_reaches_a_file(tmp_path):
-    wrong = {test: pairs[["ID", "prefID"]].assign(model="m", chosen_score=float("nan"), rejected_score=0.0) for test, pairs in TESTS.items()}
-    said = one_line(lambda: kept_scores(tmp_path, "length", TESTS, lambda: {t: score_frame(TESTS[t], "m", f.chosen_score, f.rejected_score) for t, f in wrong.items()}))
+    wrong = {
+        test: pairs[["ID", "prefID"]].assign(model="m", chosen_score=float("nan"), rejected_score=0.0)
+        for test, pairs in TESTS.items()
+    }
+    said = one_line(
+        lambda: kept_scores(
+            tmp_path,
+            "length",
+            TESTS,
+            lambda: {t: score_frame(TESTS[t], "m", f.chosen_score, f.rejected_score) for t, f in wrong.items()},
+        )
+    )
     assert "nan" in said and list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +183,9 @@ def test_a_reward_models_scores_keep_their_sides_and_pairs(tmp_path):
     found = kept_scores(tmp_path, "untrained", TESTS, lambda: model_scores("untrained", model, tokenizer, TESTS))
     for test, pairs in TESTS.items():
         chosen, rejected = score_pairs(model, tokenizer, pairs, name="")
-        assert found[test].chosen_score.tolist() == pytest.approx(chosen, abs=1e-6) and found[test].rejected_score.tolist() == pytest.approx(rejected, abs=1e-6)
+        assert found[test].chosen_score.tolist() == pytest.approx(chosen, abs=1e-6) and found[
+            test
+        ].rejected_score.tolist() == pytest.approx(rejected, abs=1e-6)
         assert abs(found[test].chosen_score - found[test].rejected_score).min() > 1e-4, "the sides differ"
 
 
@@ -176,8 +199,12 @@ def test_a_row_by_hand():
     assert (row["model"], row["kind"], row["pairs"], row["accuracy %"]) == ("mine", "reward model", 3, 33.3)
     assert row["AUC"] == pytest.approx(4.5 / 9)  # 1 beats -1 and 0 and ties 1; -1 ties -1; 0 beats -1 and ties 0
     assert row["Brier"] == pytest.approx(((1 - high) ** 2 + high**2 + 0.25) / 3)
-    assert row["ECE"] == pytest.approx(4 / 6 * (high - 0.5))  # both bins off by as much; the tie is forecast as half and is half
-    assert score_row("mine", "baseline", scores_of([2.0, 0.0, 1.0], [1.0, 1.0, 1.0]), calibrated=False, samples=20) == row | {"kind": "baseline", "ECE": None, "Brier": None}
+    assert row["ECE"] == pytest.approx(
+        4 / 6 * (high - 0.5)
+    )  # both bins off by as much; the tie is forecast as half and is half
+    assert score_row(
+        "mine", "baseline", scores_of([2.0, 0.0, 1.0], [1.0, 1.0, 1.0]), calibrated=False, samples=20
+    ) == row | {"kind": "baseline", "ECE": None, "Brier": None}
 
 
 @few
@@ -204,7 +231,10 @@ def test_the_interval_is_that_of_speeches_and_missing_for_one():
         low, high = map(float, row["95% interval"].split(" to "))
         return high - low
 
-    clustered, loose = score_row("m", "k", frame, samples=300), score_row("m", "k", frame.assign(ID=[str(i) for i in range(120)]), samples=300)
+    clustered, loose = (
+        score_row("m", "k", frame, samples=300),
+        score_row("m", "k", frame.assign(ID=[str(i) for i in range(120)]), samples=300),
+    )
     low, high = bootstrap(np.mean, right.astype(float), clusters=frame.ID.to_numpy(), samples=300)
     assert clustered["95% interval"] == f"{100 * low:.1f} to {100 * high:.1f}" and width(clustered) > 1.5 * width(loose)
     assert low <= clustered["accuracy %"] / 100 <= high
@@ -237,22 +267,37 @@ def test_the_papers_numbers_stand_in_the_papers_columns_only(rows):
     for _, shown in theirs.iterrows():
         assert shown["95% interval"] == "not run here" and shown["kind"].startswith("paper: ")
         assert all(shown[column] is None for column in OURS if column != "95% interval" and column in frame)
-        assert {column: shown[column] for column in PAPER} == {column: PUBLISHED[shown["model"]][key] for column, key in PAPER.items()}
+        assert {column: shown[column] for column in PAPER} == {
+            column: PUBLISHED[shown["model"]][key] for column, key in PAPER.items()
+        }
     for _, shown in ours.iterrows():
         name = shown["model"].removesuffix("-HF")
         expected = {column: PUBLISHED[name][key] if name in PUBLISHED else None for column, key in PAPER.items()}
         assert {column: shown.get(column) for column in PAPER} == expected
     ran = {row["model"].removesuffix("-HF") for row in rows}
-    assert list(theirs["model"]) == [name for name in PUBLISHED if name not in ran], "each of the paper's once: beside ours, or below"
+    assert list(theirs["model"]) == [name for name in PUBLISHED if name not in ran], (
+        "each of the paper's once: beside ours, or below"
+    )
 
 
 def test_a_ranker_of_the_paper_stands_beside_its_number():
     summary = {"accuracy": 0.8, "low": 0.7, "high": 0.9, "unreadable": 0.02, "pairs": 84}
     frame = table_1([ranker_row("gemma-2-9b-it, asked", summary)])
-    assert frame["accuracy %"][0] == 80.0 and frame["paper accuracy %"][0] == 81.5 and "gemma-2-9b-it" not in list(frame["model"][1:])
+    assert (
+        frame["accuracy %"][0] == 80.0
+        and frame["paper accuracy %"][0] == 81.5
+        and "gemma-2-9b-it" not in list(frame["model"][1:])
+    )
 
 
-@pytest.mark.parametrize("name", ["untrained head on gemma-2-9b-it", "Bradley-Terry on Llama-3.1-70B-Instruct", "gemma-2-9b-it-SimPO, asked (0% unreadable)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "untrained head on gemma-2-9b-it",
+        "Bradley-Terry on Llama-3.1-70B-Instruct",
+        "gemma-2-9b-it-SimPO, asked (0% unreadable)",
+    ],
+)
 def test_a_model_made_from_one_of_the_papers_is_another_model(name):
     row = score_row(name, "reward model", scores_of([1.0, 0.0], [0.0, 1.0]), samples=5)
     frame = table_1([row])
@@ -265,29 +310,59 @@ SHORTS = {slug: node["short"] for slug, node in coarse_topics().items()}
 
 
 @settings(few, max_examples=25)
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 7), st.lists(st.integers(1, 5), min_size=14, max_size=14), st.integers(1, 12), st.integers(1, 12)), min_size=2, max_size=15))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(-3, 3),
+            st.integers(0, 7),
+            st.lists(st.integers(1, 5), min_size=14, max_size=14),
+            st.integers(1, 12),
+            st.integers(1, 12),
+        ),
+        min_size=2,
+        max_size=15,
+    )
+)
 def test_slices_sum_to_all_and_all_is_the_row_of_table_1(drawn):
     slugs = list(SHORTS)
     pairs = pd.DataFrame([
         {"ID": f"s-{i // 2}", "prefID": i, "chosen": "word " * c, "rejected": "word " * r}
         | {f"{side}_{key}_rating": ratings[7 * (side == "rejected") + k] for side in ("chosen", "rejected") for k, key in enumerate(PRINCIPLE_KEYS)}
         for i, (_, _, ratings, c, r) in enumerate(drawn)])  # fmt: skip
-    speeches = pd.DataFrame([{"speech_id": f"s-{i // 2}", "coarse_topic": slugs[topic % len(slugs)]} for i, (_, topic, *_) in enumerate(drawn) if i % 2 == 0])
+    speeches = pd.DataFrame(
+        [
+            {"speech_id": f"s-{i // 2}", "coarse_topic": slugs[topic % len(slugs)]}
+            for i, (_, topic, *_) in enumerate(drawn)
+            if i % 2 == 0
+        ]
+    )
     scores = score_frame(pairs, "m", [float(margin) for margin, *_ in drawn], np.zeros(len(drawn)))
     tables = slice_tables(scores, pairs, speeches, samples=20)
-    assert list(tables) == ["coarse topic of the client speech", "gap of the mean ratings", "words of the chosen answer"]
+    assert list(tables) == [
+        "coarse topic of the client speech",
+        "gap of the mean ratings",
+        "words of the chosen answer",
+    ]
     row = score_row("m", "reward model", scores, samples=20)
     for table in tables.values():
         parts, whole = table[:-1], table.iloc[-1]
         assert whole["group"] == "all" and parts["pairs"].sum() == whole["pairs"] == len(pairs)
-        assert (parts["accuracy %"] * parts["pairs"]).sum() / len(pairs) == pytest.approx(whole["accuracy %"]) and round(whole["accuracy %"], 1) == row["accuracy %"]
+        assert (parts["accuracy %"] * parts["pairs"]).sum() / len(pairs) == pytest.approx(
+            whole["accuracy %"]
+        ) and round(whole["accuracy %"], 1) == row["accuracy %"]
     topics = tables["coarse topic of the client speech"]
     assert topics["speeches"][:-1].sum() == topics["speeches"].iloc[-1] == len(speeches), "a speech has one topic"
-    named = {"coarse topic of the client speech": [*SHORTS.values()], "gap of the mean ratings": [*GAP_BANDS], "words of the chosen answer": [*LENGTH_BANDS]}
+    named = {
+        "coarse topic of the client speech": [*SHORTS.values()],
+        "gap of the mean ratings": [*GAP_BANDS],
+        "words of the chosen answer": [*LENGTH_BANDS],
+    }
     for title, groups in named.items():
         assert set(tables[title]["group"][:-1]) <= set(groups), "cut by what the title says"
 
     stacked = one_table(tables, "slice")
     assert list(stacked.columns) == ["slice", *topics.columns] and len(stacked) == sum(map(len, tables.values()))
     for title, table in tables.items():
-        pd.testing.assert_frame_equal(stacked[stacked["slice"] == title].drop(columns="slice").reset_index(drop=True), table, check_dtype=False)
+        pd.testing.assert_frame_equal(
+            stacked[stacked["slice"] == title].drop(columns="slice").reset_index(drop=True), table, check_dtype=False
+        )

@@ -26,7 +26,7 @@ from psycopref.run.estimates import plan_sizes, prompt_tokens, reply_tokens, res
 from psycopref.run.plan import plan_stages, rating_plan
 from psycopref.feedback.rating import (
     MODES,
-    agreement_row,
+    mode_agreement_row,
     check_coverage,
     first_speeches,
     mode_agreement,
@@ -56,8 +56,10 @@ from refusals import one_line
 from test_gateway import completion, error, server  # noqa: F401 (a fixture)
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-SPEECHES = pd.DataFrame({"speech_id": ["a", "b", "c"], "speech": ["Nobody at work has talked to me since I asked for fewer shifts.",
-                                                                 "I count the stairs and start over when I lose count.", "My sister moved out in March."]})  # fmt: skip
+SPEECHES = pd.DataFrame({"speech_id": ["a", "b", "c"], "speech": ["Nobody at work has talked to me since I asked for "
+                                                                  "fewer shifts.",
+                                                                 "I count the stairs and start over when I lose "
+                                                                 "count.", "My sister moved out in March."]})  # fmt: skip
 
 
 @pytest.fixture
@@ -83,7 +85,9 @@ def test_members_do_not_depend_on_the_other_speeches(names, seed, each, chance):
     assert [name for name, _ in whole] == [name for name in names for _ in range(each)]
     part = chance.sample(names, max(1, len(names) // 2))
     own = {name: [m for n, m in whole if n == name] for name in names}
-    assert assign_members([*part, "one more"], TINY_POOL, each, seed)[: each * len(part)] == [(name, m) for name in part for m in own[name]]
+    assert assign_members([*part, "one more"], TINY_POOL, each, seed)[: each * len(part)] == [
+        (name, m) for name in part for m in own[name]
+    ]
     assert all(len({m.name for m in members}) == each for members in own.values()), "nobody answers twice"
 
 
@@ -110,7 +114,9 @@ def test_every_member_of_every_pool_can_be_asked():
     for member in {*PAPER_POOL, *DEMO_POOL, *TINY_POOL}:
         messages = member.messages("I {count} the stairs.")
         turns = [m["role"] for m in messages if m["role"] != "system"]
-        assert turns == ["user", "assistant"] * len(member.examples) + ["user"] and "system" not in [m["role"] for m in messages[1:]]
+        assert turns == ["user", "assistant"] * len(member.examples) + ["user"] and "system" not in [
+            m["role"] for m in messages[1:]
+        ]
         assert "I {count} the stairs." in messages[-1]["content"] and all(m["content"].strip() for m in messages)
         assert member.model.startswith(("openai:", "local:", "rules:"))
         if member.model.startswith(("openai:", "rules:")):
@@ -123,8 +129,14 @@ def test_every_member_of_every_pool_can_be_asked():
 def test_every_assigned_member_has_one_row_in_order(gateway):
     assigned = assign_members(SPEECHES.speech_id, TINY_POOL, 4, 0)
     frame, failures = respond(gateway, SPEECHES, assigned, 64, 0)
-    assert not failures and list(zip(frame.speech_id, frame.model)) == [(name, member.name) for name, member in assigned]
-    assert set(frame.columns) == set(SCHEMAS["responses"]) and frame.response.str.len().gt(0).all() and frame.request_key.is_unique
+    assert not failures and list(zip(frame.speech_id, frame.model)) == [
+        (name, member.name) for name, member in assigned
+    ]
+    assert (
+        set(frame.columns) == set(SCHEMAS["responses"])
+        and frame.response.str.len().gt(0).all()
+        and frame.request_key.is_unique
+    )
     with StageWriter(Run("example"), "02_responses", "tiny", 0, {}) as stage:
         stage.rows("responses", frame)
     assert len(StageReader(Run("example"), "02_responses").rows("responses")) == 12
@@ -157,12 +169,18 @@ def test_failures_are_listed_and_the_others_kept(gateway, monkeypatch):
     assigned = assign_members(SPEECHES.speech_id, pool, 4, 0)
     frame, failures = respond(gateway, SPEECHES, assigned, 64, 0)
     assert failures == [{"speech_id": "b", "model": "silent", "reason": "no text", "raw": "raw reply"}]
-    assert list(zip(frame.speech_id, frame.model)) == [(n, m.name) for n, m in assigned if (n, m.name) != ("b", "silent")]
+    assert list(zip(frame.speech_id, frame.model)) == [
+        (n, m.name) for n, m in assigned if (n, m.name) != ("b", "silent")
+    ]
     assert frame.groupby("speech_id").size().to_dict() == {"a": 4, "b": 3, "c": 4}
     heard = frame[frame.model == "silent"]
     assert heard.finish_reason.eq("length").all() and heard.n_tokens.eq(5).all()
     table = pool_table(pool, frame).set_index("member")
-    assert table.loc["silent", "responses"] == 2 and table.loc["silent", "cut off %"] == 100.0 and table.loc["phrases-0", "cut off %"] == 0.0
+    assert (
+        table.loc["silent", "responses"] == 2
+        and table.loc["silent", "cut off %"] == 100.0
+        and table.loc["phrases-0", "cut off %"] == 0.0
+    )
 
 
 def test_a_pool_that_never_answers_leaves_an_empty_frame_and_its_reasons(gateway, monkeypatch):
@@ -177,11 +195,16 @@ def test_each_member_is_asked_with_its_own_decoding(gateway, monkeypatch):
     monkeypatch.setattr(responses, "chat_model", lambda uri: model)
     pool = (Member("cool", "-", "x:1", 0.2, 5, "P1"), Member("warm", "-", "x:1", 1.0, 0, "P2"))
     respond(gateway, SPEECHES, assign_members(SPEECHES.speech_id, pool, 2, 0), 31, 9)
-    seen = {(r.messages[0]["content"], r.decoding.temperature, r.decoding.top_k, r.decoding.max_tokens, r.decoding.seed) for r in model.requests}
+    seen = {
+        (r.messages[0]["content"], r.decoding.temperature, r.decoding.top_k, r.decoding.max_tokens, r.decoding.seed)
+        for r in model.requests
+    }
     assert seen == {("P1", 0.2, 5, 31, 9), ("P2", 1.0, 0, 31, 9)} and all(r.task == "respond" for r in model.requests)
 
 
-SEVEN = pd.DataFrame([{"speech_id": f"s{n}", "speech": f"I have called my brother {'and again ' * (n % 4)}{n} times."} for n in range(7)])
+SEVEN = pd.DataFrame(
+    [{"speech_id": f"s{n}", "speech": f"I have called my brother {'and again ' * (n % 4)}{n} times."} for n in range(7)]
+)
 QUIRKS = (Member("cool", "tiny", "local:random-tiny", 0.5, 0, "P1"), Member("warm", "tiny", "local:random-tiny", 1.0, 5, "P2", (("Hello.", "Yes?"),)),
           Member("mute", "tiny", "local:random-tiny", 1.0, 0, "P3", system=False), *TINY_POOL[:3])  # fmt: skip
 
@@ -200,12 +223,18 @@ def single_thread():
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
 def test_canned_responses_are_the_same_in_any_blocks(tmp_path, gateway, block):
     assigned = assign_members(SEVEN.speech_id, TINY_POOL, 4, 0)
-    assert respond(Gateway(ReplyCache(tmp_path / "own.sqlite")), SEVEN, assigned, 64, 0, block)[0].equals(respond(gateway, SEVEN, assigned, 64, 0)[0])
+    assert respond(Gateway(ReplyCache(tmp_path / "own.sqlite")), SEVEN, assigned, 64, 0, block)[0].equals(
+        respond(gateway, SEVEN, assigned, 64, 0)[0]
+    )
 
 
 def test_shards_and_an_interrupted_run_give_the_words_of_one_whole_run(tmp_path, monkeypatch, single_thread):
     """Sampled words hang on what is asked together, so on the block, and on nothing else."""
-    monkeypatch.setattr(responses, "chat_model", lambda uri: chat_model(uri, **({"dtype": "float32"} if uri.startswith("local:") else {})))
+    monkeypatch.setattr(
+        responses,
+        "chat_model",
+        lambda uri: chat_model(uri, **({"dtype": "float32"} if uri.startswith("local:") else {})),
+    )
 
     def answered_by(speeches, block, name):
         gateway = Gateway(ReplyCache(tmp_path / f"{name}.sqlite"))
@@ -217,19 +246,37 @@ def test_shards_and_an_interrupted_run_give_the_words_of_one_whole_run(tmp_path,
     assert len(whole) == 28 and {"cool", "warm", "mute"} < set(whole.model)
     shards = [answered_by(shard_speeches(SEVEN, 2, Shard(i, 3)), 2, f"shard {i}")[0] for i in (1, 2, 3)]
     order = {name: n for n, name in enumerate(SEVEN.speech_id)}
-    assert pd.concat(shards).sort_values("speech_id", key=lambda names: names.map(order), kind="stable", ignore_index=True).equals(whole)
+    assert (
+        pd.concat(shards)
+        .sort_values("speech_id", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+        .equals(whole)
+    )
     gateway.cache.forget(list(whole.request_key[::3]))
     assert answered_by(SEVEN, 2, "whole")[0].equals(whole)
 
 
 def test_the_quirks_of_a_member_reach_the_call():
-    mute = Member("mute", "-", "openai:m@http://127.0.0.1:9/v1", persona="Be warm.", examples=(("Hello.", "Yes?"),), system=False, thinking=4096)
+    mute = Member(
+        "mute",
+        "-",
+        "openai:m@http://127.0.0.1:9/v1",
+        persona="Be warm.",
+        examples=(("Hello.", "Yes?"),),
+        system=False,
+        thinking=4096,
+    )
     asked = mute.request("I can't sleep.", 300, 5)
     how = OpenAIModel("m@http://127.0.0.1:9/v1").chat_arguments(asked)
-    assert [message["role"] for message in how["messages"]] == ["user", "assistant", "user"] and how["messages"][0]["content"] == "Be warm.\n\nHello."
+    assert [message["role"] for message in how["messages"]] == ["user", "assistant", "user"] and how["messages"][0][
+        "content"
+    ] == "Be warm.\n\nHello."
     assert how["messages"][-1]["content"] == "I can't sleep." and how["max_completion_tokens"] == 4396
     plain = Member("plain", "-", "rules:phrases", persona="Be warm.", system=False).messages("I can't sleep.")
-    assert [message["role"] for message in plain] == ["user"] and plain[0]["content"].startswith("Be warm.\n\n") and plain[0]["content"].count("I can't sleep.") == 1
+    assert (
+        [message["role"] for message in plain] == ["user"]
+        and plain[0]["content"].startswith("Be warm.\n\n")
+        and plain[0]["content"].count("I can't sleep.") == 1
+    )
     loud = Member("loud", "-", "rules:phrases", persona="Be warm.").request("I can't sleep.", 300, 5)
     assert loud.messages[0] == {"role": "system", "content": "Be warm."} and loud.decoding.max_tokens == 300
 
@@ -241,13 +288,21 @@ def test_the_quirks_of_a_member_reach_the_call():
 @given(st.integers(1, 40), st.sampled_from(sorted(MODES)), st.sets(st.integers(0, 27)))
 def test_ratings_are_the_same_in_any_blocks(tmp_path_factory, block, mode, lost):
     gateway = Gateway(ReplyCache(tmp_path_factory.getbasetemp() / "any blocks.sqlite"))
-    shown = pd.DataFrame([{"speech_id": f"s{n}", "model": f"m{i}", "response": PHRASES[(n + i) % len(PHRASES)].format(word="work")} for n in range(7) for i in range(4)]).drop(index=list(lost))
+    shown = pd.DataFrame(
+        [
+            {"speech_id": f"s{n}", "model": f"m{i}", "response": PHRASES[(n + i) % len(PHRASES)].format(word="work")}
+            for n in range(7)
+            for i in range(4)
+        ]
+    ).drop(index=list(lost))
     whole, aside = rate(gateway, "rules:rubric", SEVEN, shown, seed=3, mode=mode)
     parts = list(rate_blocks(gateway, "rules:rubric", SEVEN, shown, seed=3, mode=mode, block=block))
     assert len(parts) == -(-7 // block) and [entry for _, own in parts for entry in own] == aside
     frames = [frame for frame, _ in parts if len(frame)]
     assert pd.concat(frames, ignore_index=True).equals(whole) if frames else whole.empty
-    assert all(set(frame.speech_id) <= set(SEVEN.speech_id[n * block : (n + 1) * block]) for n, (frame, _) in enumerate(parts))
+    assert all(
+        set(frame.speech_id) <= set(SEVEN.speech_id[n * block : (n + 1) * block]) for n, (frame, _) in enumerate(parts)
+    )
     gateway.cache.close()
 
 
@@ -255,33 +310,56 @@ def test_ratings_are_the_same_in_any_blocks(tmp_path_factory, block, mode, lost)
 @given(st.lists(st.integers(0, 21), max_size=6))
 def test_rows_written_frame_by_frame_are_the_rows_of_one_frame(tmp_path_factory, cuts):
     folder = tmp_path_factory.getbasetemp()
-    whole = pd.DataFrame([{"speech_id": f"s{n}", "model": "m é\u2028", "principle": "safety", "rating": n % 5 + 1, "rationale": "x" * n, "rater": "r", "position": 1} for n in range(21)])
+    whole = pd.DataFrame(
+        [
+            {
+                "speech_id": f"s{n}",
+                "model": "m é\u2028",
+                "principle": "safety",
+                "rating": n % 5 + 1,
+                "rationale": "x" * n,
+                "rater": "r",
+                "position": 1,
+            }
+            for n in range(21)
+        ]
+    )
     edges = [0, *sorted(cuts), 21]
     write_rows(folder / "parts.parquet", "ratings", (whole[a:b] for a, b in zip(edges, edges[1:])))
     write_rows(folder / "one.parquet", "ratings", whole)
     parts, one = (read_rows(folder / f"{name}.parquet", "ratings") for name in ("parts", "one"))
-    assert parts.equals(one) and parts.to_dict("records") == whole.to_dict("records") and parts.dtypes.equals(one.dtypes)
+    assert (
+        parts.equals(one) and parts.to_dict("records") == whole.to_dict("records") and parts.dtypes.equals(one.dtypes)
+    )
 
 
 def test_a_frame_that_does_not_fit_leaves_the_rows_as_they_were(tmp_path):
-    good = pd.DataFrame([{"speech_id": "a", "speech": "I count the stairs."}]).assign(source="demo", topic="anxiety", coarse_topic="c", topic_by="gold", split="train")
+    good = pd.DataFrame([{"speech_id": "a", "speech": "I count the stairs."}]).assign(
+        source="demo", topic="anxiety", coarse_topic="c", topic_by="gold", split="train"
+    )
     path = write_rows(tmp_path / "speeches.parquet", "speeches", good)
     before = path.read_bytes()
     for bad in (good.assign(speech=None), good.assign(age=3)):
         assert "speeches.parquet" in one_line(lambda: write_rows(path, "speeches", iter([good, good, bad])))
     with pytest.raises(ZeroDivisionError):
         write_rows(path, "speeches", (good.assign(speech_id=str(1 // n)) for n in (1, 0)))
-    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir() if "speeches" in entry.name] == ["speeches.parquet"]
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir() if "speeches" in entry.name] == [
+        "speeches.parquet"
+    ]
 
 
 @few
 @given(st.integers(1, 6), st.integers(0, 2**31), st.text(max_size=5))
 def test_an_order_is_a_permutation_that_its_names_settle(n, seed, name):
-    assert sorted(shown_order(n, seed, name)) == list(range(n)) and shown_order(n, seed, name) == shown_order(n, seed, name)
+    assert sorted(shown_order(n, seed, name)) == list(range(n)) and shown_order(n, seed, name) == shown_order(
+        n, seed, name
+    )
 
 
 def test_every_response_gets_every_place_equally_often():
-    places = Counter((i, place) for n in range(1200) for place, i in enumerate(shown_order(4, 0, f"demo-{n}", "empathy")))
+    places = Counter(
+        (i, place) for n in range(1200) for place, i in enumerate(shown_order(4, 0, f"demo-{n}", "empathy"))
+    )
     assert len(places) == 16 and all(abs(count - 300) < 5 * (1200 * 0.25 * 0.75) ** 0.5 for count in places.values())
 
 
@@ -293,9 +371,14 @@ def test_ratings_do_not_depend_on_the_places_or_the_order_of_rows(tmp_path_facto
     order = chance.sample(range(len(shown)), len(shown))
     found, aside = rate(gateway, "rules:rubric", SPEECHES, shown.iloc[order].reset_index(drop=True), seed=seed)
     assert not aside and len(found) == len(shown) * 7 and set(found.rater) == {"rules:rubric"}
-    speech, response = dict(zip(SPEECHES.speech_id, SPEECHES.speech)), {(r.speech_id, r.model): r.response for r in shown.itertuples()}
+    speech, response = (
+        dict(zip(SPEECHES.speech_id, SPEECHES.speech)),
+        {(r.speech_id, r.model): r.response for r in shown.itertuples()},
+    )
     for row in found.itertuples():
-        assert row.rating == to_rating(rubric_scores(speech[row.speech_id], response[row.speech_id, row.model])[row.principle])
+        assert row.rating == to_rating(
+            rubric_scores(speech[row.speech_id], response[row.speech_id, row.model])[row.principle]
+        )
         assert row.rationale.startswith(f"Rubric (offline stand-in): {row.principle}")
     assert found.groupby(["speech_id", "principle"]).position.apply(lambda p: sorted(p) == [1, 2, 3, 4]).all()
     assert not found.duplicated(["speech_id", "model", "principle"]).any()
@@ -331,9 +414,13 @@ def test_the_position_says_where_a_response_was_shown(gateway, monkeypatch):
 
 
 BROKEN = {
-    "prose": "I would rather not.", "cut off": '{"response_1_rating": 3, "rationa', "three": '{"response_1_rating": 3, "response_2_rating": 3, "response_3_rating": 3}',
+    "prose": "I would rather not.", "cut off": '{"response_1_rating": 3, "rationa', "three": '{"response_1_rating": '
+                                                                                             '3, "response_2_rating": '
+                                                                                             '3, "response_3_rating": '
+                                                                                             '3}',
     "six": '{"response_1_rating": 6, "response_2_rating": 3, "response_3_rating": 3, "response_4_rating": 3}',
-    "half": '{"response_1_rating": 2.5, "response_2_rating": 3, "response_3_rating": 3, "response_4_rating": 3}', "empty": "", "failed": None,
+    "half": '{"response_1_rating": 2.5, "response_2_rating": 3, "response_3_rating": 3, "response_4_rating": '
+            '3}', "empty": "", "failed": None,
 }  # fmt: skip
 
 
@@ -349,9 +436,13 @@ def test_a_broken_reply_is_put_aside_with_what_it_said(gateway, monkeypatch, fau
     monkeypatch.setattr(ratings, "chat_model", lambda uri: Scripted("x:rater", answer))
     found, aside = rate(gateway, "x:rater", SPEECHES, answered())
     assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [("a", "empathy"), ("c", "safety")]
-    assert all(entry["raw"] == ("raw reply" if BROKEN[fault] is None else BROKEN[fault]) and entry["reason"] for entry in aside)
+    assert all(
+        entry["raw"] == ("raw reply" if BROKEN[fault] is None else BROKEN[fault]) and entry["reason"] for entry in aside
+    )
     json.dumps(aside)
-    assert len(found) == (3 * 7 - 2) * 4 and not {("a", "empathy"), ("c", "safety")} & set(zip(found.speech_id, found.principle))
+    assert len(found) == (3 * 7 - 2) * 4 and not {("a", "empathy"), ("c", "safety")} & set(
+        zip(found.speech_id, found.principle)
+    )
 
 
 def test_a_rater_that_always_fails_leaves_an_empty_frame(gateway, monkeypatch):
@@ -364,14 +455,20 @@ def test_a_speech_without_all_its_responses_is_not_passed_over_in_silence(gatewa
     shown = answered().drop(index=5)  # one of b's four
     found, aside = rate(gateway, "rules:rubric", SPEECHES, shown)
     assert set(found.speech_id) == {"a", "c"}
-    assert {entry["speech_id"] for entry in aside} == {"b"}, "every response is rated or listed, or the coverage counts it as done"
+    assert {entry["speech_id"] for entry in aside} == {"b"}, (
+        "every response is rated or listed, or the coverage counts it as done"
+    )
 
 
 def test_a_rating_request_asks_for_what_the_parser_needs():
     request = rating_request("safety", "I can't sleep.", list("wxyz"), 99)
     assert (request.task, request.decoding.max_tokens, request.decoding.temperature) == ("rate", 99, 0.0)
-    assert set(request.schema["required"]) == {f"{k}_{i}{s}" for i in range(1, 5) for k, s in (("response", "_rating"), ("rationale", ""))}
-    assert {k: v for k, v in request.fields.items() if k.startswith("response")} == {f"response_{i}": c for i, c in enumerate("wxyz", 1)}
+    assert set(request.schema["required"]) == {
+        f"{k}_{i}{s}" for i in range(1, 5) for k, s in (("response", "_rating"), ("rationale", ""))
+    }
+    assert {k: v for k, v in request.fields.items() if k.startswith("response")} == {
+        f"response_{i}": c for i, c in enumerate("wxyz", 1)
+    }
     assert len({rating_request(key, "I can't sleep.", list("wxyz")).key("m") for key in PRINCIPLE_KEYS}) == 7
 
 
@@ -380,6 +477,7 @@ def test_a_rating_request_asks_for_what_the_parser_needs():
 
 def planted(judge):
     """A rater that rates each response by `judge(principle, text, place)` and answers in the form it was asked for."""
+
     def one(key, request):
         texts = [request.fields[f"response_{i}"] for i in range(1, 5)]
         pairs = [(f"response_{i}_rating", judge(key, text, i)) for i, text in enumerate(texts, 1)]
@@ -398,8 +496,12 @@ def test_a_rating_stays_with_its_response_when_the_inputs_are_swapped(gateway, m
     taste = {f"text {i}": i for i in range(1, 5)}
     rater = planted(lambda key, text, place: (taste[text] + PRINCIPLE_KEYS.index(key)) % 5 + 1)
     monkeypatch.setattr(ratings, "chat_model", lambda uri: rater)
-    many = pd.DataFrame({"speech_id": [f"s{n}" for n in range(24)], "speech": [f"I have called {n} times." for n in range(24)]})
-    shown = pd.DataFrame([{"speech_id": name, "model": f"m{i}", "response": f"text {i}"} for name in many.speech_id for i in range(1, 5)])
+    many = pd.DataFrame(
+        {"speech_id": [f"s{n}" for n in range(24)], "speech": [f"I have called {n} times." for n in range(24)]}
+    )
+    shown = pd.DataFrame(
+        [{"speech_id": name, "model": f"m{i}", "response": f"text {i}"} for name in many.speech_id for i in range(1, 5)]
+    )
     swapped = shown.assign(response=shown.response.map({"text 1": "text 4", "text 4": "text 1"}).fillna(shown.response))
     for frame in (shown, swapped):
         text = {(r.speech_id, r.model): r.response for r in frame.itertuples()}
@@ -407,7 +509,10 @@ def test_a_rating_stays_with_its_response_when_the_inputs_are_swapped(gateway, m
         assert not aside and len(found) == 24 * 4 * 7
         for row in found.itertuples():
             own = text[row.speech_id, row.model]
-            assert row.rating == (taste[own] + PRINCIPLE_KEYS.index(row.principle)) % 5 + 1 and row.rationale == f"{row.principle}: {own}"
+            assert (
+                row.rating == (taste[own] + PRINCIPLE_KEYS.index(row.principle)) % 5 + 1
+                and row.rationale == f"{row.principle}: {own}"
+            )
         assert found.groupby("model").position.nunique().eq(4).all(), "every place was tried"
     assert len(rater.requests) == 2 * 24 * len(MODES[mode])
 
@@ -419,40 +524,61 @@ def test_one_call_shows_one_order_to_all_principles_and_notes_it(gateway, monkey
     found, _ = rate(gateway, "x:rater", SPEECHES, shown, seed=3, mode="speech")
     assert (found.rating == found.position).all(), "this rater rates places"
     assert found.groupby(["speech_id", "model"]).position.nunique().eq(1).all()
-    assert all(shown_order(4, 3, name) == [int(m[1]) for m in own.sort_values("position").model] for name, own in found[found.principle == "safety"].groupby("speech_id"))
+    assert all(
+        shown_order(4, 3, name) == [int(m[1]) for m in own.sort_values("position").model]
+        for name, own in found[found.principle == "safety"].groupby("speech_id")
+    )
     text = {(r.speech_id, r.model): r.response for r in shown.itertuples()}
     asked = {r.fields["client_speech"]: r for r in rater.requests}
     speech = dict(zip(SPEECHES.speech_id, SPEECHES.speech))
     assert len(rater.requests) == 3 and {r.task for r in rater.requests} == {"rate_all"}
     for row in found.itertuples():
-        assert f"Response {row.position}: {text[row.speech_id, row.model]}" in asked[speech[row.speech_id]].messages[0]["content"]
+        assert (
+            f"Response {row.position}: {text[row.speech_id, row.model]}"
+            in asked[speech[row.speech_id]].messages[0]["content"]
+        )
 
 
 @settings(few, max_examples=6)
 @given(st.integers(0, 2**31))
 def test_the_rubric_says_the_same_in_both_modes(tmp_path_factory, seed):
     gateway = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite"))
-    (one, _), (every, aside) = (rate(gateway, "rules:rubric", SPEECHES, answered(), seed=seed, mode=mode) for mode in MODES)
-    assert not aside and one.drop(columns="position").equals(every.drop(columns="position")), "rows, their order and all but the place"
+    (one, _), (every, aside) = (
+        rate(gateway, "rules:rubric", SPEECHES, answered(), seed=seed, mode=mode) for mode in MODES
+    )
+    assert not aside and one.drop(columns="position").equals(every.drop(columns="position")), (
+        "rows, their order and all but the place"
+    )
     assert list(one.columns) == list(every.columns) == list(SCHEMAS["ratings"]) and one.dtypes.equals(every.dtypes)
     assert gateway.counts["rules:rubric"]["calls"] + gateway.counts["rules:rubric"]["cached"] == 21 + 3
     agreed = mode_agreement(one, every)
-    assert (agreed["exact %"] == 100).all() and agreed["same preference %"].iloc[-1] == 100 and agreed.pairs.iloc[-1] == 18
+    assert (
+        (agreed["exact %"] == 100).all() and agreed["same preference %"].iloc[-1] == 100 and agreed.pairs.iloc[-1] == 18
+    )
     gateway.cache.db.close()
 
 
 def test_the_rubric_knows_its_tasks_and_no_others(gateway):
     every = rating_request(None, SPEECHES.speech[0], list("wxyz"))
     [reply] = gateway.ask(chat_model("rules:rubric"), [every])
-    singles = {key: json.loads(rubric_reply("rate", rating_request(key, SPEECHES.speech[0], list("wxyz")).fields)) for key in PRINCIPLE_KEYS}
+    singles = {
+        key: json.loads(rubric_reply("rate", rating_request(key, SPEECHES.speech[0], list("wxyz")).fields))
+        for key in PRINCIPLE_KEYS
+    }
     assert json.loads(reply.text) == singles
     for task in ("respond", "topic", "rate_every", ""):
-        assert "rules:rubric" in one_line(lambda: gateway.ask(chat_model("rules:rubric"), [ChatRequest(every.messages, task=task, fields=every.fields)]))
+        assert "rules:rubric" in one_line(
+            lambda: gateway.ask(
+                chat_model("rules:rubric"), [ChatRequest(every.messages, task=task, fields=every.fields)]
+            )
+        )
 
 
 @pytest.mark.parametrize("fault", [*BROKEN, "text", "missing"])
 def test_one_bad_principle_among_seven_is_put_aside_alone(gateway, monkeypatch, fault):
-    parts = {"text": '{"response_1_rating": "3", "response_2_rating": 3, "response_3_rating": 3, "response_4_rating": 3}'} | BROKEN
+    parts = {
+        "text": '{"response_1_rating": "3", "response_2_rating": 3, "response_3_rating": 3, "response_4_rating": 3}'
+    } | BROKEN
 
     def answer(request):
         reply = json.loads(rubric_reply("rate_all", request.fields))
@@ -469,7 +595,11 @@ def test_one_bad_principle_among_seven_is_put_aside_alone(gateway, monkeypatch, 
     monkeypatch.setattr(ratings, "chat_model", lambda uri: Scripted("x:rater", answer))
     found, aside = rate(gateway, "x:rater", SPEECHES, answered(), mode="speech")
     [entry] = aside
-    assert (entry["speech_id"], entry["principle"]) == ("b", "autonomy") and entry["reason"].startswith("autonomy: ") and json.loads(entry["raw"])["empathy"]
+    assert (
+        (entry["speech_id"], entry["principle"]) == ("b", "autonomy")
+        and entry["reason"].startswith("autonomy: ")
+        and json.loads(entry["raw"])["empathy"]
+    )
     assert len(found) == (3 * 7 - 1) * 4 and ("b", "autonomy") not in set(zip(found.speech_id, found.principle))
     whole, _ = rate(gateway, "rules:rubric", SPEECHES, answered(), mode="speech")
     rest = whole[(whole.speech_id != "b") | (whole.principle != "autonomy")].reset_index(drop=True)
@@ -479,19 +609,27 @@ def test_one_bad_principle_among_seven_is_put_aside_alone(gateway, monkeypatch, 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_reply_without_any_principle_puts_all_seven_aside(gateway, monkeypatch, fault):
     def answer(request):
-        return BROKEN[fault] if request.fields["client_speech"] == SPEECHES.speech[0] else rubric_reply("rate_all", request.fields)
+        return (
+            BROKEN[fault]
+            if request.fields["client_speech"] == SPEECHES.speech[0]
+            else rubric_reply("rate_all", request.fields)
+        )
 
     monkeypatch.setattr(ratings, "chat_model", lambda uri: Scripted("x:rater", answer))
     found, aside = rate(gateway, "x:rater", SPEECHES, answered(), mode="speech")
     assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [("a", key) for key in PRINCIPLE_KEYS]
-    assert all(entry["raw"] == ("raw reply" if BROKEN[fault] is None else BROKEN[fault]) and entry["reason"] for entry in aside)
+    assert all(
+        entry["raw"] == ("raw reply" if BROKEN[fault] is None else BROKEN[fault]) and entry["reason"] for entry in aside
+    )
     assert len(found) == 2 * 7 * 4
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_put_aside_counts_the_same_in_both_modes(gateway, mode):
     found, aside = rate(gateway, "rules:rubric", SPEECHES, answered().drop(index=5), mode=mode)
-    assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [("b", key) for key in PRINCIPLE_KEYS] and len(found) == 2 * 7 * 4
+    assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [
+        ("b", key) for key in PRINCIPLE_KEYS
+    ] and len(found) == 2 * 7 * 4
 
 
 @pytest.mark.parametrize("wrong", ["speach", "", "both", "Speech", None])
@@ -530,8 +668,14 @@ def test_the_plan_counts_the_calls_and_tokens_of_the_mode(mode, calls):
     [row] = [row for row in plan_stages(profile, 26_483) if row.stage == "03_ratings"]
     request = rating_request(MODES[mode][0], "x" * sizes.characters, ["x" * 4 * response_tokens(1024)] * 4)
     kind = request.task
-    assert row.calls == calls and row.input_tokens == calls * prompt_tokens(sizes.characters, 350)[kind] and row.output_tokens == calls * reply_tokens()[kind]
-    assert row.input_tokens / calls == pytest.approx(len(request.messages[0]["content"]) / 4, rel=0.03), "the mean over the principles"
+    assert (
+        row.calls == calls
+        and row.input_tokens == calls * prompt_tokens(sizes.characters, 350)[kind]
+        and row.output_tokens == calls * reply_tokens()[kind]
+    )
+    assert row.input_tokens / calls == pytest.approx(len(request.messages[0]["content"]) / 4, rel=0.03), (
+        "the mean over the principles"
+    )
     assert row.usd == pytest.approx((row.input_tokens * 2.5 + row.output_tokens * 10) / 1e6)
 
 
@@ -540,9 +684,16 @@ def test_the_plan_adds_a_comparison_in_the_other_mode():
         profile = load_profile("paper", {"ratings.mode": mode, "ratings.compare_mode_speeches": 500})
         own, second = [row for row in plan_stages(profile, 1000) if row.stage == "03_ratings"]
         assert own.calls == 1000 * len(MODES[mode]) and second.calls == 500 * each and other in second.work
-        alone = [row for row in plan_stages(load_profile("paper", {"ratings.mode": other}), 1000) if row.stage == "03_ratings"]
+        alone = [
+            row
+            for row in plan_stages(load_profile("paper", {"ratings.mode": other}), 1000)
+            if row.stage == "03_ratings"
+        ]
         assert second.input_tokens * 2 == alone[0].input_tokens and second.usd == pytest.approx(alone[0].usd / 2)
-        assert [row.calls for row in plan_stages(profile, 100) if row.stage == "03_ratings"] == [100 * len(MODES[mode]), 100 * each], "there are no more"
+        assert [row.calls for row in plan_stages(profile, 100) if row.stage == "03_ratings"] == [
+            100 * len(MODES[mode]),
+            100 * each,
+        ], "there are no more"
 
 
 def test_the_plan_holds_a_reply_to_its_longest():
@@ -555,34 +706,71 @@ def test_the_plan_holds_a_reply_to_its_longest():
 
 
 def rated(rows) -> pd.DataFrame:
-    return pd.DataFrame([{"speech_id": s, "model": m, "principle": key, "rating": rating} for s, m, values in rows for key, rating in zip(PRINCIPLE_KEYS, values)])
+    return pd.DataFrame(
+        [
+            {"speech_id": s, "model": m, "principle": key, "rating": rating}
+            for s, m, values in rows
+            for key, rating in zip(PRINCIPLE_KEYS, values)
+        ]
+    )
 
 
 def test_agreement_equals_values_computed_by_hand():
-    first = rated([("a", "x", [5] * 7), ("a", "y", [4] * 7), ("a", "z", [3, 3, 3, 3, 3, 3, 2]), ("b", "x", [1] * 7), ("b", "y", [2] * 7)])
-    second = rated([("b", "y", [3] * 7), ("a", "z", [3] * 7), ("a", "x", [4] * 7), ("a", "y", [4] * 7), ("b", "x", [1] * 7)])
+    first = rated(
+        [
+            ("a", "x", [5] * 7),
+            ("a", "y", [4] * 7),
+            ("a", "z", [3, 3, 3, 3, 3, 3, 2]),
+            ("b", "x", [1] * 7),
+            ("b", "y", [2] * 7),
+        ]
+    )
+    second = rated(
+        [("b", "y", [3] * 7), ("a", "z", [3] * 7), ("a", "x", [4] * 7), ("a", "y", [4] * 7), ("b", "x", [1] * 7)]
+    )
     table = mode_agreement(first, second).set_index("principle")
     assert list(table.index) == [*PRINCIPLE_KEYS, "sum of seven"]
     # empathy: 5 4 3 1 2 against 4 4 3 1 3; gaps -1 0 0 0 1: exact 3 of 5, mean 0; variances 2 and 1.2, means equal: 1 - 0.4 / 3.2
-    assert table.loc["empathy", ["n", "exact %", "within one %", "mean difference", "kappa"]].tolist() == [5, 60.0, 100.0, 0.0, 0.875]
+    assert table.loc["empathy", ["n", "exact %", "within one %", "mean difference", "kappa"]].tolist() == [
+        5,
+        60.0,
+        100.0,
+        0.0,
+        0.875,
+    ]
     # staging: 5 4 2 1 2 against 4 4 3 1 3; gaps -1 0 1 0 1: exact 2 of 5, mean 0.2; variances 2.16 and 1.2: 1 - 0.6 / 3.4
-    assert table.loc["staging", ["n", "exact %", "within one %", "mean difference", "kappa"]].tolist() == [5, 40.0, 100.0, 0.2, 0.824]
+    assert table.loc["staging", ["n", "exact %", "within one %", "mean difference", "kappa"]].tolist() == [
+        5,
+        40.0,
+        100.0,
+        0.2,
+        0.824,
+    ]
     # sums: 35 28 20 7 14 against 28 28 21 7 21. Pairs: a 35-28 > against =, 35-20 > against 28-21 >, 28-20 > against 28-21 >; b < against <
     own = table.loc["sum of seven"]
     assert own[["n", "exact %", "within one %", "mean difference"]].tolist() == [5, 40.0, 60.0, 0.2]
     assert own[["pairs", "same preference %", "preferred in a mode", "same of these %"]].tolist() == [4, 75.0, 4, 75.0]
     assert table.pairs.iloc[:7].isna().all()
     back = mode_agreement(second, first).set_index("principle")
-    assert (back["mean difference"] == -table["mean difference"]).all() and (back["same preference %"].iloc[-1], back.kappa.iloc[0]) == (75.0, 0.875)
+    assert (back["mean difference"] == -table["mean difference"]).all() and (
+        back["same preference %"].iloc[-1],
+        back.kappa.iloc[0],
+    ) == (75.0, 0.875)
 
 
 @few
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=2, max_size=40).filter(lambda pairs: len({v for pair in pairs for v in pair}) > 1))
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=2, max_size=40).filter(
+        lambda pairs: len({v for pair in pairs for v in pair}) > 1
+    )
+)
 def test_kappa_is_scikit_learns(pairs):
     from sklearn.metrics import cohen_kappa_score
 
     first, second = np.array(pairs).T
-    assert agreement_row("x", first, second)["kappa"] == pytest.approx(cohen_kappa_score(first, second, weights="quadratic", labels=range(1, 6)), abs=6e-4)
+    assert mode_agreement_row("x", first, second)["kappa"] == pytest.approx(
+        cohen_kappa_score(first, second, weights="quadratic", labels=range(1, 6)), abs=6e-4
+    )
 
 
 @pytest.mark.parametrize("first, second, same", [([21, 14], [21, 14], 100.0), ([21, 15], [20, 15], 100.0), ([21, 14], [20, 14], 0.0),
@@ -604,7 +792,11 @@ def test_only_what_both_modes_rated_is_compared():
 
 
 def test_a_negative_number_of_speeches_is_refused():
-    assert len(first_speeches(SPEECHES, 0)) == 0 and first_speeches(SPEECHES, 2).speech_id.tolist() == ["a", "b"] and len(first_speeches(SPEECHES, 9)) == 3
+    assert (
+        len(first_speeches(SPEECHES, 0)) == 0
+        and first_speeches(SPEECHES, 2).speech_id.tolist() == ["a", "b"]
+        and len(first_speeches(SPEECHES, 9)) == 3
+    )
     assert "compare_mode_speeches" in one_line(lambda: first_speeches(SPEECHES, -1))
 
 
@@ -612,23 +804,36 @@ def test_a_negative_number_of_speeches_is_refused():
 
 
 def run_stage(overrides, shard=None) -> Path:
-    """Run the run cells of `feedback.rating` on three speeches, or on a shard of them."""
+    """Run the run cells of chapter 3 on three speeches, or on a shard of them."""
     run = Run("example")
     with StageWriter(run, "01_speeches", "tiny", 0, {}) as stage:
-        stage.rows("speeches", SPEECHES.assign(source="demo", topic="anxiety", coarse_topic="core-mental-health-issues", topic_by="gold", split="train"))
-    with StageWriter(run, "02_responses", "tiny", 0, {}, facts={"models": {"rules:phrases": {"label": "canned"}}}) as stage:
+        stage.rows(
+            "speeches",
+            SPEECHES.assign(
+                source="demo", topic="anxiety", coarse_topic="core-mental-health-issues", topic_by="gold", split="train"
+            ),
+        )
+    with StageWriter(
+        run, "02_responses", "tiny", 0, {}, facts={"models": {"rules:phrases": {"label": "canned"}}}
+    ) as stage:
         stage.rows("responses", answered().assign(finish_reason="stop", n_tokens=9, request_key="k"))
     cells = json.loads((Path(__file__).parents[2] / "nbs" / "03_ratings.ipynb").read_text())["cells"]
-    names = vars(ratings) | {"PROFILE": "tiny", "RUN": "example", "SEED": 0, "OVERRIDES": overrides, "SHARD": shard}
-    for source in ("".join(cell["source"]) for cell in cells):
-        if source.startswith("#| run"):
-            exec(source, names)
-    names["gateway"].cache.close()  # as the end of the process would
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names = {}
+    for source in [sources[0], *(source for source in sources if source.startswith("#| run"))]:
+        names |= {"PROFILE": "tiny", "RUN": "example", "SEED": 0, "OVERRIDES": overrides, "SHARD": shard}
+        exec(source, names)
+    names["stage"].gateway.cache.close()  # as the end of the process would
     return run.stage("03_ratings") if shard is None else run.stage("03_ratings.shards") / str(parse_shard(shard))
 
 
 def files_of(*folders) -> dict:
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): (path.read_bytes(), path.stat().st_mtime_ns)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -642,12 +847,17 @@ def test_a_shard_of_the_stage_writes_beside_it_and_the_whole_then_asks_nobody(mo
     for shard, names in (("1/2", ["a", "b"]), ("2/2", ["c"])):
         own = run_stage(overrides, shard)
         assert own.parent.name == "03_ratings.shards" and read_json(own / "receipt.json")["coverage"] == 1.0
-        assert pd.read_parquet(own / "ratings.parquet").equals(rows[rows.speech_id.isin(names)].reset_index(drop=True)), "its share of the rows, as they are in the whole"
+        assert pd.read_parquet(own / "ratings.parquet").equals(
+            rows[rows.speech_id.isin(names)].reset_index(drop=True)
+        ), "its share of the rows, as they are in the whole"
         assert not list(own.glob("tables/*S14*")), "what compares the whole is left to the whole"
     assert files_of(run.tables, folder) == before, "a shard touches neither the stage nor the tables of the run"
     assert "fewer shards" in one_line(lambda: run_stage(overrides, "3/3"))
     whole = run_stage({**overrides, "ratings.compare_mode_speeches": 0})
-    assert StageReader(run, "03_ratings").rows("ratings").equals(rows) and read_json(whole / "receipt.json")["models"]["rules:rubric"]["calls"] == 0
+    assert (
+        StageReader(run, "03_ratings").rows("ratings").equals(rows)
+        and read_json(whole / "receipt.json")["models"]["rules:rubric"]["calls"] == 0
+    )
     [booked] = read_json(whole / "receipt.json")["books"]
     assert booked["calls"] == 3 * len(MODES[mode]), "what the shards asked is in the books of the whole"
 
@@ -658,13 +868,26 @@ def test_the_stage_compares_the_modes_where_it_is_asked_to(mode, other):
     receipt, found = read_json(folder / "receipt.json"), StageReader(Run("example"), "03_ratings").rows("ratings")
     assert len(found) == 84 and receipt["coverage"] == 1.0 and receipt["settings"]["ratings"]["mode"] == mode
     assert (receipt["compared_speeches"], receipt["compared_put_aside"]) == (2, 0)
-    assert receipt["models"]["rules:rubric"]["calls"] + receipt["models"]["rules:rubric"]["cached"] == 3 * len(MODES[mode]) + 2 * len(MODES[other])
-    table, said = pd.read_csv(folder / "tables/table_S14_mode_agreement.csv"), read_json(folder / "tables/table_S14_mode_agreement.json")
-    assert table.n.tolist() == [8] * 8 and (table["exact %"] == 100).all() and f"{other} minus {mode}" in said["caption"] and "2 speeches" in said["label"]
+    assert receipt["models"]["rules:rubric"]["calls"] + receipt["models"]["rules:rubric"]["cached"] == 3 * len(
+        MODES[mode]
+    ) + 2 * len(MODES[other])
+    table, said = (
+        pd.read_csv(folder / "tables/table_S14_mode_agreement.csv"),
+        read_json(folder / "tables/table_S14_mode_agreement.json"),
+    )
+    assert (
+        table.n.tolist() == [8] * 8
+        and (table["exact %"] == 100).all()
+        and f"{other} minus {mode}" in said["caption"]
+        and "2 speeches" in said["label"]
+    )
 
 
 def test_the_stage_compares_nothing_by_itself():
-    assert all(profile.ratings.mode == "principle" and profile.ratings.compare_mode_speeches == 0 for profile in PROFILES.values()), "the paper's"
+    assert all(
+        profile.ratings.mode == "principle" and profile.ratings.compare_mode_speeches == 0
+        for profile in PROFILES.values()
+    ), "the paper's"
     folder = run_stage({})
     assert not list(folder.glob("tables/*S14*")) and "compared_speeches" not in read_json(folder / "receipt.json")
 
@@ -672,13 +895,17 @@ def test_the_stage_compares_nothing_by_itself():
 # ---- coverage ----
 
 
-@pytest.mark.parametrize("done, asked, least", [(97, 100, 0.98), (0, 100, 0.01), (0, 0, 0.98), (99, 100, 1.0), (9799, 10000, 0.98)])
+@pytest.mark.parametrize(
+    "done, asked, least", [(97, 100, 0.98), (0, 100, 0.01), (0, 0, 0.98), (99, 100, 1.0), (9799, 10000, 0.98)]
+)
 def test_too_many_gaps_are_refused(done, asked, least):
     message = one_line(lambda: check_coverage(done, asked, least, "03_ratings"))
     assert message.startswith("03_ratings: ") and f"{done} of {asked}" in message
 
 
-@pytest.mark.parametrize("done, asked, least", [(98, 100, 0.98), (100, 100, 1.0), (1, 1, 1.0), (0, 5, 0.0), (49, 50, 0.98)])
+@pytest.mark.parametrize(
+    "done, asked, least", [(98, 100, 0.98), (100, 100, 1.0), (1, 1, 1.0), (0, 5, 0.0), (49, 50, 0.98)]
+)
 def test_enough_answers_pass(done, asked, least):
     assert check_coverage(done, asked, least, "03_ratings") == pytest.approx(done / asked)
 
@@ -703,11 +930,15 @@ def test_a_server_is_asked_for_the_model_that_it_serves(server, tmp_path):  # no
     assigned = assign_members(speeches.speech_id, pool, 2, 0)
     gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"))
     for served, left in (("third", "2 models"), ("first", "1 models")):
-        server.behave = lambda text, attempt: completion("fine") if server.bodies[-1]["model"] == f"owner/{served}" else error(404)
+        server.behave = lambda text, attempt: (
+            completion("fine") if server.bodies[-1]["model"] == f"owner/{served}" else error(404)
+        )
         message = one_line(lambda: respond(gateway, speeches, assigned, 64, 0))
         assert left in message and f"owner/{served}" not in message and "owner/second" in message
     asked = len([body for body in server.bodies if body["model"] != "owner/second"])
     server.behave = lambda text, attempt: completion("fine")
     responses, failures = respond(gateway, speeches, assigned, 64, 0)
     assert len(responses) == 12 and not failures
-    assert len([body for body in server.bodies if body["model"] != "owner/second"]) == asked, "what was answered is not asked again"
+    assert len([body for body in server.bodies if body["model"] != "owner/second"]) == asked, (
+        "what was answered is not asked again"
+    )

@@ -79,7 +79,10 @@ def sizes(server, before=0) -> list[int]:
 def counted(server, requests) -> tuple[collections.Counter, collections.Counter]:
     """Count how often each request was asked and was answered."""
     keys = {message_key(list(request.messages)) for request in requests}
-    return tuple(collections.Counter(e["key"] for e in server.log() if e["event"] == event and e["key"] in keys) for event in ("asked", "answered"))
+    return tuple(
+        collections.Counter(e["key"] for e in server.log() if e["event"] == event and e["key"] in keys)
+        for event in ("asked", "answered")
+    )
 
 
 def answered_once(server, requests) -> bool:
@@ -100,11 +103,16 @@ def test_each_answer_finds_its_question_and_a_direct_call_finds_it_too(server, g
     schema = {"type": "object", "properties": {"rating": {"type": "integer"}, "rationale": {"type": "string"}}}
     asked = new_questions(server, 30) + new_questions(server, 5, schema=schema, decoding=Decoding(max_tokens=50))
     replies = gateway.ask(open_batch(server), asked)
-    direct = Gateway(ReplyCache(gateway.cache.path.with_name("direct.sqlite"))).ask(chat_model(server.uri("any")), asked)
+    direct = Gateway(ReplyCache(gateway.cache.path.with_name("direct.sqlite"))).ask(
+        chat_model(server.uri("any")), asked
+    )
     assert replies == direct and len({reply.text for reply in replies}) > 30
     seen = len(ordered(server))
     later = again(gateway)
-    assert later.ask(chat_model(server.uri("any")), asked[::-1]) == replies[::-1] and later.counts[server.uri("any")]["calls"] == 0
+    assert (
+        later.ask(chat_model(server.uri("any")), asked[::-1]) == replies[::-1]
+        and later.counts[server.uri("any")]["calls"] == 0
+    )
     other = Gateway(ReplyCache(gateway.cache.path.with_name("direct.sqlite")))
     assert other.ask(open_batch(server), asked) == direct and len(ordered(server)) == seen, "and the other way round"
 
@@ -115,7 +123,9 @@ def test_a_block_is_cut_into_batches_and_blocks_come_in_order(server, gateway, m
     blocks = list(gateway.stream(open_batch(server), [asked[:10], asked[10:11], asked[9:]]))
     assert sorted(sizes(server, before)) == [1, 2, 4, 4, 4] and answered_once(server, asked)
     monkeypatch.delenv("PSYCOPREF_BATCH_REQUESTS")
-    assert [*blocks[0], *blocks[2][1:]] == Gateway(ReplyCache(gateway.cache.path.with_name("direct.sqlite"))).ask(chat_model(server.uri("any")), asked)
+    assert [*blocks[0], *blocks[2][1:]] == Gateway(ReplyCache(gateway.cache.path.with_name("direct.sqlite"))).ask(
+        chat_model(server.uri("any")), asked
+    )
 
 
 @few
@@ -123,8 +133,12 @@ def test_a_block_is_cut_into_batches_and_blocks_come_in_order(server, gateway, m
 def test_pieces_are_small_enough_in_order_and_no_smaller_than_needed(lines, most_lines, most_bytes):
     pieces = cut(lines, most_lines, most_bytes)
     assert [i for piece in pieces for i in piece] == list(range(len(lines))) and all(pieces)
-    assert all(len(piece) <= most_lines and (sum(lines[i] for i in piece) <= most_bytes or len(piece) == 1) for piece in pieces)
-    assert all(len(a) == most_lines or sum(lines[i] for i in a) + lines[b[0]] > most_bytes for a, b in zip(pieces, pieces[1:]))
+    assert all(
+        len(piece) <= most_lines and (sum(lines[i] for i in piece) <= most_bytes or len(piece) == 1) for piece in pieces
+    )
+    assert all(
+        len(a) == most_lines or sum(lines[i] for i in a) + lines[b[0]] > most_bytes for a, b in zip(pieces, pieces[1:])
+    )
 
 
 @few
@@ -151,7 +165,10 @@ def test_a_line_of_any_form_is_an_answer_a_failure_or_nothing(line):
 
 
 def test_a_large_file_goes_up_from_the_disk_and_comes_back_whole(server, gateway):
-    asked = [ChatRequest(({"role": "user", "content": f"{n} {i} " + "é" * 20_000},)) for i, n in enumerate(new_questions(server, 40))]
+    asked = [
+        ChatRequest(({"role": "user", "content": f"{n} {i} " + "é" * 20_000},))
+        for i, n in enumerate(new_questions(server, 40))
+    ]
     assert all(isinstance(reply, ChatReply) for reply in gateway.ask(open_batch(server), asked))
 
 
@@ -169,7 +186,11 @@ def test_failed_lines_are_ordered_again_and_only_they(server, gateway):
 def test_what_expired_is_ordered_again(server, gateway):
     before, asked = len(ordered(server)), new_questions(server, 20)
     assert all(isinstance(reply, ChatReply) for reply in gateway.ask(open_batch(server, "expired"), asked))
-    assert sizes(server, before) == [20, 10] and ordered(server)[before]["status"] == "expired" and answered_once(server, asked)
+    assert (
+        sizes(server, before) == [20, 10]
+        and ordered(server)[before]["status"] == "expired"
+        and answered_once(server, asked)
+    )
 
 
 def test_a_line_without_sense_fails_alone_and_is_not_asked_twice(server, gateway):
@@ -201,8 +222,12 @@ class Canned:
 
     def __init__(self, status="completed", output=b"", errors=b""):
         self.contents = {"output": output, "errors": errors}
-        self.batch = SimpleNamespace(id="batch_1", status=status, created_at=None, output_file_id="output", error_file_id="errors", errors=None)
-        self.files = SimpleNamespace(create=self.create_file, with_streaming_response=SimpleNamespace(content=self.content))
+        self.batch = SimpleNamespace(
+            id="batch_1", status=status, created_at=None, output_file_id="output", error_file_id="errors", errors=None
+        )
+        self.files = SimpleNamespace(
+            create=self.create_file, with_streaming_response=SimpleNamespace(content=self.content)
+        )
         self.batches = SimpleNamespace(create=self.create)
 
     async def create_file(self, **arguments):
@@ -240,15 +265,26 @@ def answer_canned(requests, **canned):
 
 
 def good_line(request, text="fine"):
-    body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
-    line = {"custom_id": request.key("openai:any@http://127.0.0.1:9/v1"), "response": {"status_code": 200, "body": body}, "error": None}
+    body = {
+        "choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    }
+    line = {
+        "custom_id": request.key("openai:any@http://127.0.0.1:9/v1"),
+        "response": {"status_code": 200, "body": body},
+        "error": None,
+    }
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def test_a_question_that_is_in_no_file_may_be_on_the_bill_unless_time_was_up():
     asked = [ask(1), ask(2), ask(3)]
     output = good_line(asked[2], "three\u2028lines") + b"{half a line\n" + good_line(ask("of somebody else"))
-    for status, kind, unsure in (("completed", "broken", True), ("expired", "refused", False), ("cancelled", "refused", False)):
+    for status, kind, unsure in (
+        ("completed", "broken", True),
+        ("expired", "refused", False),
+        ("cancelled", "refused", False),
+    ):
         first, second, third = answer_canned(asked, status=status, output=output)
         assert third.text == "three\u2028lines" and first == second and (first.kind, first.unsure) == (kind, unsure)
 
@@ -259,8 +295,13 @@ def test_files_that_are_gone_are_questions_without_an_answer():
 
 
 def test_an_answer_goes_before_an_error_and_the_same_question_is_one_line():
-    wrong = json.dumps({"custom_id": ask(1).key("openai:any@http://127.0.0.1:9/v1"), "response": {"status_code": 500, "body": {}}}).encode()
-    assert [reply.text for reply in answer_canned([ask(1), ask(1)], output=good_line(ask(1)), errors=wrong)] == ["fine", "fine"]
+    wrong = json.dumps(
+        {"custom_id": ask(1).key("openai:any@http://127.0.0.1:9/v1"), "response": {"status_code": 500, "body": {}}}
+    ).encode()
+    assert [reply.text for reply in answer_canned([ask(1), ask(1)], output=good_line(ask(1)), errors=wrong)] == [
+        "fine",
+        "fine",
+    ]
 
 
 # ---- what goes wrong with a batch ----
@@ -269,7 +310,9 @@ def test_an_answer_goes_before_an_error_and_the_same_question_is_one_line():
 def test_a_full_queue_is_tried_again_and_then_said_in_one_line(server, gateway):
     before, asked = len(ordered(server)), new_questions(server, 3)
     replies = gateway.ask(open_batch(server, "rejected", max_retries=1), asked)
-    assert [(reply.kind, "\n" in reply.reason) for reply in replies] == [("refused", False)] * 3 and "token_limit_exceeded" in replies[0].reason
+    assert [(reply.kind, "\n" in reply.reason) for reply in replies] == [
+        ("refused", False)
+    ] * 3 and "token_limit_exceeded" in replies[0].reason
     assert len(ordered(server)) == before + 2 and not counted(server, asked)[0]
 
 
@@ -278,7 +321,11 @@ def test_batches_that_fill_the_queue_wait_for_each_other(server, gateway, monkey
     before, asked = len(ordered(server)), new_questions(server, 10)
     replies = gateway.ask(open_batch(server, "crowded", max_retries=0), asked)
     assert all(isinstance(reply, ChatReply) for reply in replies), "without a second attempt of the gateway's"
-    assert any(batch["status"] == "failed" for batch in ordered(server)[before:]) and sizes(server, before) == [2] * 5 and answered_once(server, asked)
+    assert (
+        any(batch["status"] == "failed" for batch in ordered(server)[before:])
+        and sizes(server, before) == [2] * 5
+        and answered_once(server, asked)
+    )
 
 
 def test_a_batch_that_is_wrong_is_one_line_and_not_remembered(server, gateway, monkeypatch):
@@ -302,7 +349,11 @@ def test_a_server_without_batches_is_one_line(server, gateway):
 
 
 def test_a_server_that_is_away_while_a_batch_is_under_way_loses_nothing(tmp_path, gateway):
-    kept, asked, found = {"state": tmp_path / "state.sqlite", "log": tmp_path / "calls.jsonl"}, [ask(n) for n in range(10)], []
+    kept, asked, found = (
+        {"state": tmp_path / "state.sqlite", "log": tmp_path / "calls.jsonl"},
+        [ask(n) for n in range(10)],
+        [],
+    )
     with start_server(tmp_path, batch_seconds=60, **kept) as server:
         model = open_batch(server)
         thread = threading.Thread(target=lambda: found.extend(gateway.ask(model, asked)))
@@ -364,7 +415,12 @@ def test_without_the_money_nothing_is_uploaded(openai_server, gateway):
 
 
 def test_an_interrupted_wait_is_booked_when_it_is_read_and_not_before(openai_server, gateway, monkeypatch):
-    before, asked, waiting, wait = len(ordered(openai_server)), new_questions(openai_server, 10), threading.Event(), BatchModel.wait
+    before, asked, waiting, wait = (
+        len(ordered(openai_server)),
+        new_questions(openai_server, 10),
+        threading.Event(),
+        BatchModel.wait,
+    )
 
     async def forever(self, batch, until):
         waiting.set()
@@ -386,13 +442,21 @@ def test_an_interrupted_wait_is_booked_when_it_is_read_and_not_before(openai_ser
     monkeypatch.setattr(BatchModel, "wait", wait)
     later = again(gateway, budget_usd=100.0)
     replies = later.ask(model := chat_model("batch:gpt-4o-mini", **QUICK), asked)
-    assert sizes(openai_server, before) == [10] and later.cache.spent() == pytest.approx(sum(map(model.cost, replies))) and answered_once(openai_server, asked)
+    assert (
+        sizes(openai_server, before) == [10]
+        and later.cache.spent() == pytest.approx(sum(map(model.cost, replies)))
+        and answered_once(openai_server, asked)
+    )
 
 
 def test_the_key_is_nowhere_but_in_the_header(openai_server, gateway, tmp_path, capfd):
-    replies = Gateway(gateway.cache, 100.0).ask(chat_model("batch:gpt-4o-mini", **QUICK), new_questions(openai_server, 3))
+    replies = Gateway(gateway.cache, 100.0).ask(
+        chat_model("batch:gpt-4o-mini", **QUICK), new_questions(openai_server, 3)
+    )
     seen = repr(replies) + "".join(capfd.readouterr())
-    assert KEY not in seen and not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY not in seen and not any(
+        KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    )
     assert not any(KEY in json.dumps(batch) for batch in ordered(openai_server))
 
 
@@ -456,7 +520,20 @@ def kill_at(point, nth, model, path, asked, **environment):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("point, nth", [("noted", 1), ("created", 1), ("ordered", 1), ("waiting", 1), ("read", 1), ("dropped", 1), ("kept", 1), ("created", 2), ("read", 2)])
+@pytest.mark.parametrize(
+    "point, nth",
+    [
+        ("noted", 1),
+        ("created", 1),
+        ("ordered", 1),
+        ("waiting", 1),
+        ("read", 1),
+        ("dropped", 1),
+        ("kept", 1),
+        ("created", 2),
+        ("read", 2),
+    ],
+)
 def test_whenever_it_is_killed_nothing_is_ordered_twice(server, tmp_path, point, nth):
     before, asked, path = len(ordered(server)), new_questions(server, 12), tmp_path / "replies.sqlite"
     kill_at(point, nth, open_batch(server, "flaky"), path, asked)
@@ -478,8 +555,12 @@ def test_orders_under_way_are_found_whatever_is_asked_beside_them(server, tmp_pa
 def test_one_that_waited_for_the_queue_is_found_too(server, tmp_path, monkeypatch):
     before, asked, path = len(ordered(server)), new_questions(server, 6), tmp_path / "replies.sqlite"
     monkeypatch.setenv("PSYCOPREF_BATCH_REQUESTS", "2")
-    kill_at("created", 4, open_batch(server, "crowded"), path, asked)  # three orders, two find the queue full, one of them is ordered again
-    assert all(isinstance(reply, ChatReply) for reply in Gateway(ReplyCache(path)).ask(open_batch(server, "crowded"), asked))
+    kill_at(
+        "created", 4, open_batch(server, "crowded"), path, asked
+    )  # three orders, two find the queue full, one of them is ordered again
+    assert all(
+        isinstance(reply, ChatReply) for reply in Gateway(ReplyCache(path)).ask(open_batch(server, "crowded"), asked)
+    )
     assert sizes(server, before) == [2, 2, 2] and answered_once(server, asked)
 
 
@@ -488,7 +569,9 @@ def test_a_server_of_our_own_that_forgot_its_batches_is_asked_anew(tmp_path, gat
     with start_server(tmp_path, batch_seconds=60) as server:
         kill_at("ordered", 1, open_batch(server), gateway.cache.path, asked)
     with start_server(tmp_path, batch_seconds=0.1, port=server.port) as server:
-        assert all(isinstance(reply, ChatReply) for reply in gateway.ask(open_batch(server), asked)) and sizes(server) == [4]
+        assert all(isinstance(reply, ChatReply) for reply in gateway.ask(open_batch(server), asked)) and sizes(
+            server
+        ) == [4]
 
 
 # ---- asked again on purpose ----
@@ -526,7 +609,10 @@ def test_live_fetches_first_what_nobody_read_and_then_orders_everything_again(se
 def test_replay_orders_nothing(server, gateway):
     before = len(ordered(server))
     replayed = Gateway(gateway.cache, calls="replay")
-    assert "PSYCOPREF_CALLS=record" in one_line(lambda: replayed.ask(open_batch(server), new_questions(server, 3))) and len(ordered(server)) == before
+    assert (
+        "PSYCOPREF_CALLS=record" in one_line(lambda: replayed.ask(open_batch(server), new_questions(server, 3)))
+        and len(ordered(server)) == before
+    )
 
 
 # ---- settings ----
@@ -545,4 +631,9 @@ def test_a_model_without_a_price_or_a_key_is_one_line(gateway):
 
 def test_importing_it_stays_light():
     code = "import sys, psycopref.gateway.batches; print(sorted({'openai', 'httpx2', 'aiohttp', 'pandas', 'torch', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        ).stdout.strip()
+        == "[]"
+    )

@@ -94,7 +94,9 @@ def test_what_the_consumer_has_seen_is_on_the_disk(tmp_path):
     with child(READER, path) as reader:
         for replies, block in zip(gateway.stream(model, iter(blocks)), blocks):
             assert all(isinstance(reply, ChatReply) for reply in replies)
-            assert told(reader, json.dumps([request.key(model.identity) for request in block])) == "7", "seen by us, but by no other process"
+            assert told(reader, json.dumps([request.key(model.identity) for request in block])) == "7", (
+                "seen by us, but by no other process"
+            )
 
 
 # ---- SIGKILL ----
@@ -124,7 +126,10 @@ for line in sys.stdin:  # each line: fork a process that runs the stream and is 
 
 def test_a_killed_stream_asks_for_nothing_that_was_kept(tmp_path):
     path, asked = tmp_path / "replies.sqlite", [ask(f"question {n}") for n in range(400)]
-    with start_server(tmp_path, latency=0.06, seconds=120) as server, child(ZYGOTE, server.uri("m"), path, NO_PROXY="127.0.0.1") as zygote:
+    with (
+        start_server(tmp_path, latency=0.06, seconds=120) as server,
+        child(ZYGOTE, server.uri("m"), path, NO_PROXY="127.0.0.1") as zygote,
+    ):
         model = chat_model(server.uri("m"), timeout=20)
         names = {request.key(model.identity): message_key(list(request.messages)) for request in asked}
         kept = []
@@ -141,7 +146,9 @@ def test_a_killed_stream_asks_for_nothing_that_was_kept(tmp_path):
         replies = gateway.ask(model, asked)
         log = [entry for entry in server.log() if entry["event"] == "asked"]
         for moment, there in kept:
-            assert not there & {entry["key"] for entry in log if entry["t"] > moment}, "a kept reply was asked for again"
+            assert not there & {entry["key"] for entry in log if entry["t"] > moment}, (
+                "a kept reply was asked for again"
+            )
         assert 20 < len(kept[0][1]) < len(kept[-1][1]) < 400, "the kills came in the midst"
         twice = sum(Counter(entry["key"] for entry in log).values()) - 400
         assert 0 <= twice <= 5 * 2 * 8 and set(Counter(entry["key"] for entry in log)) == set(names.values())
@@ -157,7 +164,9 @@ def test_a_killed_stream_asks_for_nothing_that_was_kept(tmp_path):
 
 def test_ten_thousand_replies_are_looked_up_correctly(tmp_path):
     cache = ReplyCache(tmp_path / "replies.sqlite")
-    whole = {f"{n:064x}": ChatReply(f"reply {n} é\u2028", "length" if n % 7 else "stop", n, 2 * n) for n in range(10_000)}
+    whole = {
+        f"{n:064x}": ChatReply(f"reply {n} é\u2028", "length" if n % 7 else "stop", n, 2 * n) for n in range(10_000)
+    }
     cache.put(whole)
     chance = random.Random(0)
     for size in (1, 499, 500, 501, 3000):
@@ -201,7 +210,9 @@ def test_two_threads_do_not_share_a_transaction(tmp_path):
         yield "b", None  # refused: a reply is not null
 
     failed = []
-    first = threading.Thread(target=lambda: failed.append(one_line(lambda: cache._write(("INSERT INTO replies VALUES (?, ?)", rows())))))
+    first = threading.Thread(
+        target=lambda: failed.append(one_line(lambda: cache._write(("INSERT INTO replies VALUES (?, ?)", rows()))))
+    )
     first.start()
     assert begun.wait(10)
     cache.keep_jobs({"question": "name"})
@@ -236,7 +247,9 @@ def test_shards_write_files_of_their_own_and_read_what_was_before():
     for cache in (first, second):
         cache.close()
     assert set(open_cache(run).get(list("abcde"))) == set("abcde") and caches(run) == ["replies.sqlite"]
-    assert [path.name for path in (run.outputs / "cache").iterdir() if path.suffix in (".lock", ".working")] == ["replies.lock"]
+    assert [path.name for path in (run.outputs / "cache").iterdir() if path.suffix in (".lock", ".working")] == [
+        "replies.lock"
+    ]
 
 
 @pytest.mark.parametrize("crash", ["replies-03_ratings-1-of-1.sqlite", "replies-03_ratings-1-of-1.lock"])
@@ -258,8 +271,20 @@ def test_a_crash_after_copying_a_shard_counts_nothing_twice(monkeypatch, crash):
         open_cache(run)
     for _ in range(2):
         whole = open_cache(run, "03_ratings")
-        assert whole.bill() == [{"stage": "03_ratings", "model": "priced", "calls": 8, "prompt_tokens": 24, "completion_tokens": 32, "usd": 2.0}]
-        assert whole.jobs(["a name"]) == {"a name": "batch_1"} and len(whole.get([ask(str(n)).key("priced") for n in range(8)])) == 8
+        assert whole.bill() == [
+            {
+                "stage": "03_ratings",
+                "model": "priced",
+                "calls": 8,
+                "prompt_tokens": 24,
+                "completion_tokens": 32,
+                "usd": 2.0,
+            }
+        ]
+        assert (
+            whole.jobs(["a name"]) == {"a name": "batch_1"}
+            and len(whole.get([ask(str(n)).key("priced") for n in range(8)])) == 8
+        )
         whole.close()
 
 
@@ -359,7 +384,11 @@ def test_shards_never_spend_more_than_the_cap_together(n):
     before.cache.close()
     taken = 2.0 + spend_all(run, cap, "03_ratings", n, names)
     assert cap - n < taken <= cap, "each keeps less than one call's most"
-    taken += spend_all(run, cap, "03_ratings", n, names) + spend_all(run, cap, "03_ratings", n + 1, names) + spend_all(run, cap, "02_responses", n, names)
+    taken += (
+        spend_all(run, cap, "03_ratings", n, names)
+        + spend_all(run, cap, "03_ratings", n + 1, names)
+        + spend_all(run, cap, "02_responses", n, names)
+    )
     assert taken <= cap, "starting again gives nobody a new share, nor do other shards or another stage"
     whole = open_gateway(run, cap, "03_ratings")
     assert whole.spent == pytest.approx(taken) and whole.cache.spent() == pytest.approx(taken)
@@ -373,8 +402,26 @@ def test_the_books_of_a_stage_span_its_shards_and_runs():
     for i in (1, 2):
         gateway = open_gateway(run, 100.0, "03_ratings", Shard(i, 2))
         gateway.ask(Priced(), [ask(f"{i} {n}") for n in range(5)])
-        assert gateway.books() == [{"stage": "03_ratings", "model": "priced", "calls": 5, "prompt_tokens": 15, "completion_tokens": 20, "usd": 1.25}]
+        assert gateway.books() == [
+            {
+                "stage": "03_ratings",
+                "model": "priced",
+                "calls": 5,
+                "prompt_tokens": 15,
+                "completion_tokens": 20,
+                "usd": 1.25,
+            }
+        ]
         gateway.cache.close()
     whole, model = open_gateway(run, 100.0, "03_ratings"), Priced()
     whole.ask(model, [ask(f"{i} {n}") for i in (1, 2) for n in range(5)])
-    assert not model.asked and whole.books() == [{"stage": "03_ratings", "model": "priced", "calls": 10, "prompt_tokens": 30, "completion_tokens": 40, "usd": 2.5}]
+    assert not model.asked and whole.books() == [
+        {
+            "stage": "03_ratings",
+            "model": "priced",
+            "calls": 10,
+            "prompt_tokens": 30,
+            "completion_tokens": 40,
+            "usd": 2.5,
+        }
+    ]

@@ -34,29 +34,46 @@ def schema_form(schema):
 
 
 def client_of(server, **options):
-    return openai.OpenAI(base_url=server.base_url, api_key="sk-planted-0123456789", max_retries=0, http_client=openai.DefaultHttpxClient(trust_env=False), **options)
+    return openai.OpenAI(
+        base_url=server.base_url,
+        api_key="sk-planted-0123456789",
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    with start_server(tmp_path_factory.mktemp("server"), latency=0, batch_seconds=0.1) as server, client_of(server) as client:
+    with (
+        start_server(tmp_path_factory.mktemp("server"), latency=0, batch_seconds=0.1) as server,
+        client_of(server) as client,
+    ):
         yield server, client
 
 
 # ---- chat completions ----
 
 
-@pytest.mark.parametrize("schema, read", [(rating_schema(), parse_ratings), (rating_all_schema(), parse_all_ratings), (battle_schema(), parse_battle)])
+@pytest.mark.parametrize(
+    "schema, read",
+    [(rating_schema(), parse_ratings), (rating_all_schema(), parse_all_ratings), (battle_schema(), parse_battle)],
+)
 def test_a_reply_obeys_its_schema(running, schema, read):
     done = running[1].chat.completions.create(model="any", messages=question(), response_format=schema_form(schema))
     found = read(done.choices[0].message.content)
     assert json.loads(done.choices[0].message.content).keys() == schema["properties"].keys()
     assert set(found) == set(PRINCIPLE_KEYS) if read is parse_all_ratings else found
-    assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens > 20 and done.choices[0].finish_reason == "stop"
+    assert (
+        done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens > 20
+        and done.choices[0].finish_reason == "stop"
+    )
 
 
 def test_all_ratings_occur_and_follow_the_question():
-    bodies = [{"model": "any", "messages": question(n), "response_format": schema_form(rating_schema())} for n in range(200)]
+    bodies = [
+        {"model": "any", "messages": question(n), "response_format": schema_form(rating_schema())} for n in range(200)
+    ]
     texts = [completion(body)[1]["choices"][0]["message"]["content"] for body in bodies]
     counts = [sum(rating == wanted for text in texts for rating, _ in parse_ratings(text)) for wanted in range(1, 6)]
     assert sum(counts) == 800 and min(counts) > 100 and len(set(texts)) > 190
@@ -65,20 +82,39 @@ def test_all_ratings_occur_and_follow_the_question():
 
 def test_a_question_has_one_answer_on_any_server(running, tmp_path):
     with start_server(tmp_path, latency=0) as other, client_of(other) as second:
-        first, again, elsewhere = (client.chat.completions.create(model="any", messages=question()).choices for client in (running[1], running[1], second))
+        first, again, elsewhere = (
+            client.chat.completions.create(model="any", messages=question()).choices
+            for client in (running[1], running[1], second)
+        )
     assert first == again == elsewhere and len(first[0].message.content.split()) == 40
     assert first != running[1].chat.completions.create(model="any", messages=question(1)).choices
 
 
-@pytest.mark.parametrize("changed", [{"stream": True}, {"messages": []}, {"response_format": schema_form({"type": "object", "properties": {"a": {"anyOf": []}}})}, {"messages": [{"role": "user"}]}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"stream": True},
+        {"messages": []},
+        {"response_format": schema_form({"type": "object", "properties": {"a": {"anyOf": []}}})},
+        {"messages": [{"role": "user"}]},
+    ],
+)
 def test_what_it_does_not_speak_is_refused(running, changed):
     with pytest.raises(openai.BadRequestError):
         running[1].chat.completions.create(**{"model": "any", "messages": question()} | changed)
 
 
 async def flood(server, n):
-    async with openai.AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0, http_client=openai.DefaultAsyncHttpxClient(trust_env=False)) as client:
-        return await asyncio.gather(*(client.chat.completions.create(model="any", messages=question(i)) for i in range(n)), return_exceptions=True)
+    async with openai.AsyncOpenAI(
+        base_url=server.base_url,
+        api_key="none",
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    ) as client:
+        return await asyncio.gather(
+            *(client.chat.completions.create(model="any", messages=question(i)) for i in range(n)),
+            return_exceptions=True,
+        )
 
 
 def test_calls_above_the_limit_are_refused_and_said_when_to_return(tmp_path):
@@ -86,8 +122,16 @@ def test_calls_above_the_limit_are_refused_and_said_when_to_return(tmp_path):
         replies = asyncio.run(flood(server, 20))
         refused = [reply for reply in replies if isinstance(reply, openai.RateLimitError)]
         stats = server.stats()
-        assert (len(refused), stats["refused"], stats["answered"], stats["asked"], stats["most_in_flight"]) == (15, 15, 5, 5, 5)
-        assert {error.response.headers["retry-after-ms"] for error in refused} == {"50"} and stats["in_flight"] == 0 < stats["cpu_seconds"]
+        assert (len(refused), stats["refused"], stats["answered"], stats["asked"], stats["most_in_flight"]) == (
+            15,
+            15,
+            5,
+            5,
+            5,
+        )
+        assert {error.response.headers["retry-after-ms"] for error in refused} == {"50"} and stats[
+            "in_flight"
+        ] == 0 < stats["cpu_seconds"]
         assert len(server.log()) == 10
 
 
@@ -95,7 +139,9 @@ def test_with_slots_the_others_wait_their_turn(tmp_path):
     with start_server(tmp_path, latency=0.05, slots=2) as server:
         assert not any(isinstance(reply, Exception) for reply in asyncio.run(flood(server, 8)))
         events = server.log()
-    assert events[-1]["t"] - events[0]["t"] > 3.8 * 0.05  # eight calls, two at a time, are four latencies; they may take longer
+    assert (
+        events[-1]["t"] - events[0]["t"] > 3.8 * 0.05
+    )  # eight calls, two at a time, are four latencies; they may take longer
 
 
 def test_the_log_names_what_was_asked_and_answered_and_no_key(tmp_path):
@@ -103,8 +149,12 @@ def test_the_log_names_what_was_asked_and_answered_and_no_key(tmp_path):
         for n in (0, 1, 0):
             client.chat.completions.create(model="any", messages=question(n))
         events = server.log()
-        assert [(e["event"], e["key"]) for e in events] == [(event, message_key(question(n))) for n in (0, 1, 0) for event in ("asked", "answered")]
-        assert [e["t"] for e in events] == sorted(e["t"] for e in events) and all(e.keys() == {"event", "key", "t"} for e in events)
+        assert [(e["event"], e["key"]) for e in events] == [
+            (event, message_key(question(n))) for n in (0, 1, 0) for event in ("asked", "answered")
+        ]
+        assert [e["t"] for e in events] == sorted(e["t"] for e in events) and all(
+            e.keys() == {"event", "key", "t"} for e in events
+        )
         assert server.stop() == 0 and server.log() == events
     assert not any("planted" in path.read_text() for path in tmp_path.iterdir())
 
@@ -112,7 +162,12 @@ def test_the_log_names_what_was_asked_and_answered_and_no_key(tmp_path):
 def test_a_client_that_went_away_was_asked_but_not_answered(tmp_path):
     with start_server(tmp_path, latency=0.5) as server:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.base_url}/chat/completions", json={"model": "any", "messages": question()}, timeout=httpx.Timeout(10, read=0.1), trust_env=False)
+            httpx.post(
+                f"{server.base_url}/chat/completions",
+                json={"model": "any", "messages": question()},
+                timeout=httpx.Timeout(10, read=0.1),
+                trust_env=False,
+            )
         until(lambda: server.stats()["dropped"])
         assert [e["event"] for e in server.log()] == ["asked"] and server.stats()["answered"] == 0
 
@@ -147,7 +202,13 @@ with chat_server.start_server(sys.argv[1], seconds=60) as server:
 def test_it_stops_when_the_time_is_up_and_when_its_parent_is_gone(tmp_path):
     with start_server(tmp_path, seconds=0.1) as server:
         assert server.process.wait(10) == 0
-    parent = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path)], cwd=Path(__file__).parents[1] / "servers", capture_output=True, text=True, timeout=30)
+    parent = subprocess.run(
+        [sys.executable, "-c", ORPHAN, str(tmp_path)],
+        cwd=Path(__file__).parents[1] / "servers",
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert parent.returncode == -signal.SIGKILL
     port = int(parent.stdout)
 
@@ -170,14 +231,25 @@ def test_one_that_can_not_start_says_why(tmp_path):
 
 
 def batch_lines(texts, model="any", **changed):
-    return [{"custom_id": f"call-{n}", "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, "messages": question(n)}} | changed for n in texts]
+    return [
+        {
+            "custom_id": f"call-{n}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": model, "messages": question(n)},
+        }
+        | changed
+        for n in texts
+    ]
 
 
 def send(client, lines, metadata=None):
     content = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines).encode()
     file = client.files.create(file=("lines.jsonl", content), purpose="batch")
     assert client.files.content(file.id).content == content and client.files.retrieve(file.id).bytes == len(content)
-    return client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata=metadata)
+    return client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata=metadata
+    )
 
 
 def finish(client, batch):
@@ -199,17 +271,31 @@ def test_a_batch_is_answered_as_calls_are(running):
     sent = send(client, lines, {"run": "demo", "part": "1"})
     batch = finish(client, sent)
     output = rows(client, batch.output_file_id)
-    assert (sent.status, batch.status) == ("validating", "completed") and sent.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at
+    assert (sent.status, batch.status) == (
+        "validating",
+        "completed",
+    ) and sent.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at
     assert batch.metadata == {"run": "demo", "part": "1"} and batch.error_file_id is None and batch.model == "any"
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (50, 50, 0)
     ids = [row["custom_id"] for row in output]
     assert ids != [line["custom_id"] for line in lines] and sorted(ids) == sorted(line["custom_id"] for line in lines)
-    assert all(row["error"] is None and row["response"]["status_code"] == 200 and row["response"]["request_id"] for row in output)
+    assert all(
+        row["error"] is None and row["response"]["status_code"] == 200 and row["response"]["request_id"]
+        for row in output
+    )
     one = next(row for row in output if row["custom_id"] == "call-107")["response"]["body"]
-    assert one["choices"] == json.loads(client.chat.completions.with_raw_response.create(model="any", messages=question(107)).text)["choices"]
+    assert (
+        one["choices"]
+        == json.loads(client.chat.completions.with_raw_response.create(model="any", messages=question(107)).text)[
+            "choices"
+        ]
+    )
     events = server.log()
     for line in lines[8:]:
-        assert [e["event"] for e in events if e["key"] == message_key(line["body"]["messages"])] == ["asked", "answered"]
+        assert [e["event"] for e in events if e["key"] == message_key(line["body"]["messages"])] == [
+            "asked",
+            "answered",
+        ]
 
 
 def test_a_flaky_batch_is_whole_at_the_second_attempt(running):
@@ -217,10 +303,18 @@ def test_a_flaky_batch_is_whole_at_the_second_attempt(running):
     lines = batch_lines(range(200, 230), "flaky")
     batch, output, errors = asked_and_answered(client, lines)
     assert (batch.status, len(output), len(errors), batch.request_counts.failed) == ("completed", 20, 10, 10)
-    assert all(row["error"] is None and row["response"]["status_code"] == 500 and row["response"]["body"]["error"] for row in errors)
+    assert all(
+        row["error"] is None and row["response"]["status_code"] == 500 and row["response"]["body"]["error"]
+        for row in errors
+    )
     again = {row["custom_id"] for row in errors}
     batch, output, errors = asked_and_answered(client, [line for line in lines if line["custom_id"] in again])
-    assert (batch.status, {row["custom_id"] for row in output}, errors, batch.error_file_id) == ("completed", again, [], None)
+    assert (batch.status, {row["custom_id"] for row in output}, errors, batch.error_file_id) == (
+        "completed",
+        again,
+        [],
+        None,
+    )
     answered = [e["key"] for e in server.log() if e["event"] == "answered"]
     assert all(answered.count(message_key(line["body"]["messages"])) == 1 for line in lines)
 
@@ -228,7 +322,9 @@ def test_a_flaky_batch_is_whole_at_the_second_attempt(running):
 def test_an_expired_batch_leaves_half_of_its_lines(running):
     lines = batch_lines(range(300, 320), "expired")
     batch, output, errors = asked_and_answered(running[1], lines)
-    assert (batch.status, len(output), len(errors)) == ("expired", 10, 10) and batch.expired_at and not batch.completed_at
+    assert (
+        (batch.status, len(output), len(errors)) == ("expired", 10, 10) and batch.expired_at and not batch.completed_at
+    )
     assert all(row["response"] is None and row["error"]["code"] == "batch_expired" for row in errors)
     batch, output, errors = asked_and_answered(running[1], lines)
     assert (batch.status, len(output), len(errors)) == ("completed", 20, 0)
@@ -237,11 +333,19 @@ def test_an_expired_batch_leaves_half_of_its_lines(running):
 def test_a_rejected_batch_answers_nothing(running):
     batch, output, errors = asked_and_answered(running[1], batch_lines(range(400, 405), "rejected"))
     assert (batch.status, output, errors, batch.errors.object) == ("failed", [], [], "list") and batch.failed_at
-    assert batch.errors.data[0].code == "token_limit_exceeded" and not {message_key(question(n)) for n in range(400, 405)} & {e["key"] for e in running[0].log()}
+    assert batch.errors.data[0].code == "token_limit_exceeded" and not {
+        message_key(question(n)) for n in range(400, 405)
+    } & {e["key"] for e in running[0].log()}
 
 
 def test_a_file_that_is_wrong_fails_with_its_lines(running):
-    lines = batch_lines([500]) + ["{not json\n", *batch_lines([500]), *batch_lines([501], url="/v1/embeddings"), *batch_lines([502], "other"), *batch_lines([503], body=None)]
+    lines = batch_lines([500]) + [
+        "{not json\n",
+        *batch_lines([500]),
+        *batch_lines([501], url="/v1/embeddings"),
+        *batch_lines([502], "other"),
+        *batch_lines([503], body=None),
+    ]
     batch, output, errors = asked_and_answered(running[1], lines)
     assert (batch.status, output, errors) == ("failed", [], [])
     assert [(e.code, e.line) for e in batch.errors.data] == [("invalid_json_line", 2), ("duplicate_custom_id", 3), ("url_mismatch", 4), ("model_mismatch", 5),
@@ -260,7 +364,11 @@ def test_the_limits_of_a_batch_hold():
 def test_a_line_that_can_not_be_answered_is_put_into_the_error_file(running):
     lines = batch_lines([520]) + batch_lines([521], body={"model": "any", "messages": [{"role": "user"}]})
     batch, output, errors = asked_and_answered(running[1], lines)
-    assert (batch.status, [row["custom_id"] for row in output], [row["response"]["status_code"] for row in errors]) == ("completed", ["call-520"], [400])
+    assert (batch.status, [row["custom_id"] for row in output], [row["response"]["status_code"] for row in errors]) == (
+        "completed",
+        ["call-520"],
+        [400],
+    )
 
 
 def test_batches_are_listed_newest_first_page_by_page(running):
@@ -281,7 +389,11 @@ def test_a_cancelled_batch_keeps_what_was_answered(tmp_path):
         assert client.batches.cancel(batch.id).status == "cancelling"
         batch = finish(client, batch)
         errors = rows(client, batch.error_file_id)
-        assert (batch.status, len(rows(client, batch.output_file_id)), [row["error"]["code"] for row in errors]) == ("cancelled", 5, 5 * ["batch_cancelled"])
+        assert (batch.status, len(rows(client, batch.output_file_id)), [row["error"]["code"] for row in errors]) == (
+            "cancelled",
+            5,
+            5 * ["batch_cancelled"],
+        )
         with pytest.raises(openai.ConflictError):
             client.batches.cancel(batch.id)
 
@@ -293,7 +405,10 @@ def test_files_and_batches_outlive_the_server_where_a_state_is_kept(tmp_path):
         assert server.stop() == 0
     with start_server(tmp_path, batch_seconds=0.1, **kept) as server, client_of(server) as client:
         batch = finish(client, batch)
-        assert batch.status == "completed" and (len(rows(client, batch.output_file_id)), len(rows(client, batch.error_file_id))) == (4, 2)
+        assert batch.status == "completed" and (
+            len(rows(client, batch.output_file_id)),
+            len(rows(client, batch.error_file_id)),
+        ) == (4, 2)
         assert [sum(e["event"] == event for e in server.log()) for event in ("asked", "answered")] == [6, 4]
 
 

@@ -46,7 +46,14 @@ def completion(text="fine", finish_reason="stop", usage=(5, 2), **changed):
     """One good body; `changed` replaces its parts."""
     counts = usage and {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
-    return 200, {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": counts} | changed
+    return 200, {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+        "usage": counts,
+    } | changed
 
 
 def error(status, message="no"):
@@ -130,12 +137,31 @@ def again(gateway, budget_usd=0.0) -> Gateway:
 
 
 def test_an_answer_with_its_counts(server, gateway):
-    [reply] = gateway.ask(server.model(), [ask("Hello", decoding=Decoding(7, 0.5, top_k=3, top_p=0.9, seed=4), schema={"type": "object"})])
+    [reply] = gateway.ask(
+        server.model(), [ask("Hello", decoding=Decoding(7, 0.5, top_k=3, top_p=0.9, seed=4), schema={"type": "object"})]
+    )
     assert reply == ChatReply("re: Hello", "stop", 5, 2)
-    assert gateway.models() == {server.uri: {"label": "some/model", "calls": 1, "cached": 0, "failed": 0, "retries": 0, "prompt_tokens": 5, "completion_tokens": 2, "usd": 0.0}}
+    assert gateway.models() == {
+        server.uri: {
+            "label": "some/model",
+            "calls": 1,
+            "cached": 0,
+            "failed": 0,
+            "retries": 0,
+            "prompt_tokens": 5,
+            "completion_tokens": 2,
+            "usd": 0.0,
+        }
+    }
     [sent] = server.bodies
     assert (sent["model"], sent["messages"]) == ("some/model", [{"role": "user", "content": "Hello"}])
-    assert (sent["max_completion_tokens"], sent["temperature"], sent["top_p"], sent["seed"], sent["top_k"]) == (7, 0.5, 0.9, 4, 3)
+    assert (sent["max_completion_tokens"], sent["temperature"], sent["top_p"], sent["seed"], sent["top_k"]) == (
+        7,
+        0.5,
+        0.9,
+        4,
+        3,
+    )
     assert sent["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
@@ -161,7 +187,9 @@ def test_length_is_kept_and_any_other_end_is_a_stop(server, gateway):
     assert [r.finish_reason for r in replies] == ["length", "stop", "stop"]
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}], ids=["none", "empty", "nulls"])
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}], ids=["none", "empty", "nulls"]
+)
 def test_an_answer_without_usage_is_kept(server, gateway, usage):
     status, body = completion()
     server.behave = lambda text, attempt: (status, body | {"usage": usage})
@@ -193,7 +221,11 @@ def test_one_bad_answer_is_a_failure_and_the_run_goes_on(server, gateway, fault)
     assert gateway.counts[server.uri]["failed"] == 1 and gateway.counts[server.uri]["calls"] == 3
     server.behave = lambda text, attempt: completion("mended")
     later = again(gateway)
-    assert [r.text for r in later.ask(server.model(), [ask("a"), ask("bad"), ask("b")])] == ["re: a", "mended", "re: b"], "a failure is not kept"
+    assert [r.text for r in later.ask(server.model(), [ask("a"), ask("bad"), ask("b")])] == [
+        "re: a",
+        "mended",
+        "re: b",
+    ], "a failure is not kept"
     assert later.counts[server.uri]["calls"] == 1 and later.counts[server.uri]["cached"] == 2
 
 
@@ -308,11 +340,19 @@ texts = st.text(max_size=20)
 def test_keys_tell_questions_apart(first, second, short, long):
     keys = {ask(t, decoding=Decoding(n)).key(i) for t in {first, second} for n in {short, long} for i in ("a", "b")}
     assert len(keys) == len({first, second}) * len({short, long}) * 2
-    assert ask(first).key("a") == ChatRequest(({"content": first, "role": "user"},)).key("a"), "the order of keys says nothing"
+    assert ask(first).key("a") == ChatRequest(({"content": first, "role": "user"},)).key("a"), (
+        "the order of keys says nothing"
+    )
 
 
 @few
-@given(st.dictionaries(texts, st.builds(ChatReply, texts, st.sampled_from(["stop", "length"]), st.integers(0, 9), st.integers(0, 9)), max_size=5))
+@given(
+    st.dictionaries(
+        texts,
+        st.builds(ChatReply, texts, st.sampled_from(["stop", "length"]), st.integers(0, 9), st.integers(0, 9)),
+        max_size=5,
+    )
+)
 def test_the_cache_gives_back_what_was_put(tmp_path_factory, replies):
     path = tmp_path_factory.mktemp("cache") / "replies.sqlite"
     cache = ReplyCache(path)
@@ -330,7 +370,11 @@ def test_the_cache_finds_more_keys_than_sqlite_takes_at_once(tmp_path):
     assert cache.get(list(many)) == many and cache.get([]) == {}
 
 
-@pytest.mark.parametrize("content", [b"not a database, but long enough to look at" * 20, b"SQLite format 3\x00" + b"\xff" * 4096], ids=["text", "header"])
+@pytest.mark.parametrize(
+    "content",
+    [b"not a database, but long enough to look at" * 20, b"SQLite format 3\x00" + b"\xff" * 4096],
+    ids=["text", "header"],
+)
 def test_a_file_that_is_no_cache_is_one_line(tmp_path, content):
     (tmp_path / "replies.sqlite").write_bytes(content)
     assert "replies.sqlite" in one_line(lambda: ReplyCache(tmp_path / "replies.sqlite").get(["a"]))
@@ -380,7 +424,9 @@ def test_what_was_finished_before_an_error_is_kept(server, gateway):
     assert server.log == [str(n) for n in range(13)], "nothing is sent after the error"
     server.behave = lambda text, attempt: completion(f"re: {text}")
     later = again(gateway)
-    assert [r.text for r in later.ask(server.model(), [ask(str(n)) for n in range(40)])] == [f"re: {n}" for n in range(40)]
+    assert [r.text for r in later.ask(server.model(), [ask(str(n)) for n in range(40)])] == [
+        f"re: {n}" for n in range(40)
+    ]
     assert sorted(server.log) == sorted([*map(str, range(40)), "12"]), "only the refused call was asked again"
 
 
@@ -401,7 +447,9 @@ def test_what_was_finished_is_kept_when_the_provider_breaks(gateway):
     assert Breaking.seen == [*"01234", *"45678"]
 
 
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread only")
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread only"
+)
 def test_ctrl_c_stops_asking_and_keeps_what_came(gateway):
     class Slow(FreeModel):
         uri = identity = label = "slow"
@@ -431,7 +479,10 @@ def test_ctrl_c_stops_asking_and_keeps_what_came(gateway):
 
 # ---- budget ----
 
-PRICE = {"input": 1e4, "output": 1e6}  # US dollars for a million tokens: a cent for each byte asked, a dollar for each token answered
+PRICE = {
+    "input": 1e4,
+    "output": 1e6,
+}  # US dollars for a million tokens: a cent for each byte asked, a dollar for each token answered
 
 
 def priced(server, **options):
@@ -451,7 +502,9 @@ def test_hundreds_of_calls_in_flight_never_pass_the_cap(server, tmp_path):
     server.behave = lambda text, attempt: completion(f"re: {text}", usage=(len(text), 2))
     model = priced(server)
     model.concurrency = 300
-    message = one_line(lambda: gateway.ask(model, [ask(f"{n:03}", decoding=Decoding(max_tokens=2)) for n in range(400)]))
+    message = one_line(
+        lambda: gateway.ask(model, [ask(f"{n:03}", decoding=Decoding(max_tokens=2)) for n in range(400)])
+    )
     assert "40.30" in message and bill(server) <= cap and gateway.spent <= cap
     assert gateway.purse.reserved == pytest.approx(0, abs=1e-9)
 
@@ -494,13 +547,19 @@ def test_what_is_cheaper_than_feared_leaves_room(server, tmp_path):
     model = priced(server)
     model.concurrency = 1
     replies = gateway.ask(model, [ask(chr(65 + n), decoding=Decoding(max_tokens=10)) for n in range(20)])
-    assert len(replies) == 20 and gateway.spent == pytest.approx(20.2) and gateway.counts[server.uri]["usd"] == pytest.approx(20.2)
+    assert (
+        len(replies) == 20
+        and gateway.spent == pytest.approx(20.2)
+        and gateway.counts[server.uri]["usd"] == pytest.approx(20.2)
+    )
 
 
 @pytest.mark.parametrize("finish_reason, content", [("length", None), ("content_filter", "half"), ("stop", "")])
 def test_an_answer_without_text_costs_what_it_cost(server, tmp_path, finish_reason, content):
     gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 10.0)
-    server.behave = lambda text, attempt: completion(content, finish_reason, usage=(1, 2))  # the tokens went into thoughts
+    server.behave = lambda text, attempt: completion(
+        content, finish_reason, usage=(1, 2)
+    )  # the tokens went into thoughts
     model = priced(server)
     model.concurrency = 1
     one_line(lambda: gateway.ask(model, [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(20)]))
@@ -510,7 +569,9 @@ def test_an_answer_without_text_costs_what_it_cost(server, tmp_path, finish_reas
 def test_a_paid_answer_without_counts_is_taken_at_its_most(server, tmp_path):
     gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 10.0)
     server.behave = lambda text, attempt: completion(usage=None)
-    one_line(lambda: gateway.ask(priced(server), [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(20)]))
+    one_line(
+        lambda: gateway.ask(priced(server), [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(20)])
+    )
     assert len(server.log) == 4, "nobody said what was spent, so it may have been all that was reserved"
 
 
@@ -523,7 +584,9 @@ def test_the_stages_of_a_run_share_one_budget(server):
     one_line(lambda: second.ask(priced(server), [ask(letter, decoding=Decoding(max_tokens=2)) for letter in "DEFG"]))
     assert bill(server) <= 10.0, "each stage spent as if it were the first"
     other = open_gateway(Run("another"), 10.0)
-    assert other.spent == 0 and isinstance(other.ask(priced(server), [ask("H", decoding=Decoding(max_tokens=2))])[0], ChatReply)
+    assert other.spent == 0 and isinstance(
+        other.ask(priced(server), [ask("H", decoding=Decoding(max_tokens=2))])[0], ChatReply
+    )
 
 
 def test_a_free_model_needs_no_budget(server, gateway):
@@ -535,7 +598,9 @@ def test_cached_replies_cost_nothing(server, tmp_path):
     gateway.ask(priced(server), [ask(decoding=Decoding(max_tokens=2))])
     assert gateway.spent > 0
     later = again(gateway, 0.0)
-    assert isinstance(later.ask(priced(server), [ask(decoding=Decoding(max_tokens=2))])[0], ChatReply) and later.spent == 0
+    assert (
+        isinstance(later.ask(priced(server), [ask(decoding=Decoding(max_tokens=2))])[0], ChatReply) and later.spent == 0
+    )
 
 
 @few
@@ -560,7 +625,12 @@ def files_below(folder) -> bytes:
 
 def test_the_key_of_a_server_goes_there_and_nowhere_else(server, gateway, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
-    kinds = {"good": completion("fine"), "server": error(500), "filtered": completion("x", "content_filter"), "request": error(400)}
+    kinds = {
+        "good": completion("fine"),
+        "server": error(500),
+        "filtered": completion("x", "content_filter"),
+        "request": error(400),
+    }
     server.behave = lambda text, attempt: kinds[text]
     replies = gateway.ask(server.model(), [ask(kind) for kind in kinds])
     assert server.headers[0]["authorization"] == f"Bearer {KEY}", "the key was planted where it is read"
@@ -581,7 +651,12 @@ def test_the_key_of_openai_is_kept_out_of_files_and_errors(server, gateway, tmp_
     monkeypatch.setenv("OPENAI_BASE_URL", server.uri.partition("@")[2])  # where the client takes OpenAI to be
     model = chat_model("openai:gpt-4o-mini", max_retries=0, timeout=5)
     paid = Gateway(gateway.cache, 100.0)
-    kinds = {"good": completion("fine"), "server": error(500), "filtered": completion("x", "content_filter"), "request": error(400)}
+    kinds = {
+        "good": completion("fine"),
+        "server": error(500),
+        "filtered": completion("x", "content_filter"),
+        "request": error(400),
+    }
     server.behave = lambda text, attempt: kinds[text]
     replies = paid.ask(model, [ask(kind) for kind in kinds])
     assert server.headers[0]["authorization"] == f"Bearer {KEY}", "the key was planted where it is read"
@@ -592,7 +667,9 @@ def test_the_key_of_openai_is_kept_out_of_files_and_errors(server, gateway, tmp_
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])
-def test_a_server_that_repeats_the_key_in_its_error_does_not_get_it_written(server, gateway, tmp_path, monkeypatch, status):
+def test_a_server_that_repeats_the_key_in_its_error_does_not_get_it_written(
+    server, gateway, tmp_path, monkeypatch, status
+):
     monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
     server.behave = lambda text, attempt: error(status, f"Incorrect API key provided: {KEY}")
     try:
@@ -609,7 +686,21 @@ def test_no_key_is_one_line(gateway):
 # ---- names ----
 
 
-@pytest.mark.parametrize("uri", ["", ":", "gpt-4o", "openai:", "opnai:gpt-4o", "rules:", "rules:rubik", "openai:gpt-17", "local:", "local:./nowhere"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        ":",
+        "gpt-4o",
+        "openai:",
+        "opnai:gpt-4o",
+        "rules:",
+        "rules:rubik",
+        "openai:gpt-17",
+        "local:",
+        "local:./nowhere",
+    ],
+)
 def test_a_bad_uri_is_one_line(uri):
     one_line(lambda: chat_model(uri))
 
@@ -622,7 +713,10 @@ def test_a_local_model_answers_each_in_its_place_and_once(gateway, monkeypatch):
     model = chat_model("local:random-tiny", dtype="float32")
     asked = [ask("word " * (n % 5 + 1) + str(n), decoding=Decoding(max_tokens=4)) for n in range(7)]
     replies = gateway.ask(model, asked)
-    alone = [Gateway(ReplyCache(gateway.cache.path.with_name(f"{n}.sqlite"))).ask(model, [request])[0] for n, request in enumerate(asked)]
+    alone = [
+        Gateway(ReplyCache(gateway.cache.path.with_name(f"{n}.sqlite"))).ask(model, [request])[0]
+        for n, request in enumerate(asked)
+    ]
     assert replies == alone and all(0 <= r.completion_tokens <= 4 < r.prompt_tokens for r in replies)
     monkeypatch.setattr(model, "answer", None)
     assert again(gateway).ask(model, asked) == replies
@@ -645,7 +739,12 @@ def test_replay_answers_from_the_cache_and_asks_nobody(server, gateway):
     replayed = Gateway(ReplyCache(gateway.cache.path), calls="replay")
     assert replayed.ask(chat_model(server.uri), asked[::-1]) == recorded[::-1] and len(server.log) == seen
     message = one_line(lambda: replayed.ask(chat_model(server.uri), [*asked, ask("question 5"), ask("question 6")]))
-    assert "2 of 7" in message and "question 5" in message and "PSYCOPREF_CALLS=record" in message and len(server.log) == seen
+    assert (
+        "2 of 7" in message
+        and "question 5" in message
+        and "PSYCOPREF_CALLS=record" in message
+        and len(server.log) == seen
+    )
     assert replayed.ask(chat_model(server.uri), asked) == recorded, "a refusal spoils nothing"
 
 
@@ -654,7 +753,9 @@ def test_live_asks_again_and_keeps_the_newer_answer(server, gateway):
     server.behave = lambda text, attempt: completion(f"answer {attempt}")
     assert gateway.ask(model, [ask("Hello")])[0].text == "answer 0"
     live = Gateway(ReplyCache(gateway.cache.path), calls="live")
-    assert live.ask(chat_model(server.uri), [ask("Hello"), ask("Hello")])[0].text == "answer 1" and len(server.log) == 2, "asked again, but once"
+    assert (
+        live.ask(chat_model(server.uri), [ask("Hello"), ask("Hello")])[0].text == "answer 1" and len(server.log) == 2
+    ), "asked again, but once"
     assert Gateway(ReplyCache(gateway.cache.path)).ask(chat_model(server.uri), [ask("Hello")])[0].text == "answer 1"
 
 
@@ -729,7 +830,9 @@ def test_limits_a_minute_are_kept_to(server, gateway, monkeypatch):
     monkeypatch.setenv("PSYCOPREF_RPM", "500")
     monkeypatch.setenv("PSYCOPREF_TPM", "90")
     gateway.ask(server.model(), [ask("x" * 80, decoding=Decoding(30)), ask("y" * 80, decoding=Decoding(1000))])
-    assert sorted(asked) == [(90, 50), (90, 90), (500, 1), (500, 1)], "20 tokens of the question and the longest answer; never more than a minute gives"
+    assert sorted(asked) == [(90, 50), (90, 90), (500, 1), (500, 1)], (
+        "20 tokens of the question and the longest answer; never more than a minute gives"
+    )
     for bad in ("0", "-3", "many", "1.5"):
         monkeypatch.setenv("PSYCOPREF_RPM", bad)
         assert "PSYCOPREF_RPM" in one_line(lambda: gateway.ask(server.model(), [ask(f"z{bad}")]))
@@ -753,7 +856,12 @@ class Chancy(FreeModel):
         self.log += texts
         await asyncio.sleep(self.wait(texts[0]))
         self.done += texts
-        return [Failure("reset", kind="broken", unsure=True) if self.log.count(text) <= self.faults(text) else ChatReply(f"re: {text}", "stop", 2, 3) for text in texts]
+        return [
+            Failure("reset", kind="broken", unsure=True)
+            if self.log.count(text) <= self.faults(text)
+            else ChatReply(f"re: {text}", "stop", 2, 3)
+            for text in texts
+        ]
 
     def most(self, request):
         return self.price
@@ -774,23 +882,54 @@ def no_thread_left():
 
 
 @settings(few, max_examples=40)
-@given(st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=8), st.integers(1, 9), st.sampled_from([1, 3, 64, None]), st.integers(0, 3), st.integers(0, 10**6))
+@given(
+    st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=8),
+    st.integers(1, 9),
+    st.sampled_from([1, 3, 64, None]),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
 def test_a_stream_gives_what_asking_one_by_one_gives(tmp_path_factory, numbers, concurrency, look, ahead, seed):
     chance = random.Random(seed)
-    faulty, slow = {f"q{n}": chance.choice([0, 0, 0, 1, 2]) for n in range(31)}, {f"q{n}": chance.choice([0, 0, 0.001, 0.004]) for n in range(31)}
+    faulty, slow = (
+        {f"q{n}": chance.choice([0, 0, 0, 1, 2]) for n in range(31)},
+        {f"q{n}": chance.choice([0, 0, 0.001, 0.004]) for n in range(31)},
+    )
     model = Chancy(faulty.get, slow.get, concurrency=concurrency, look=look, ahead=ahead, price=1.0, worth=0.5)
     gateway = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite"), 1e6, stage="s")
     before = threads()
     with patch("psycopref.gateway.limits.pause", lambda *arguments: 0.0):
         found = list(gateway.stream(model, ((ask(f"q{n}") for n in block) for block in numbers)))
-    assert [[reply.text for reply in replies] for replies in found] == [[f"re: q{n}" for n in block] for block in numbers]
+    assert [[reply.text for reply in replies] for replies in found] == [
+        [f"re: q{n}" for n in block] for block in numbers
+    ]
     unique = {f"q{n}" for block in numbers for n in block}
-    assert Counter(model.log) == {text: faulty[text] + 1 for text in unique}, "each is sent once, and once more for each fault"
+    assert Counter(model.log) == {text: faulty[text] + 1 for text in unique}, (
+        "each is sent once, and once more for each fault"
+    )
     count, lost = gateway.counts["chancy"], sum(faulty[text] for text in unique)
-    assert (count["calls"], count["cached"], count["retries"], count["failed"]) == (len(unique), sum(map(len, numbers)) - len(unique), lost, 0)
-    books = [dict(stage="s", model="chancy", calls=len(unique) + lost, prompt_tokens=2 * len(unique), completion_tokens=3 * len(unique), usd=0.5 * len(unique) + lost)]
-    assert gateway.cache.bill() == (books if unique else []) and gateway.spent == count["usd"] == 0.5 * len(unique) + lost
-    replayed = Gateway(gateway.cache, calls="replay").stream(Chancy(look=look), ([ask(f"q{n}") for n in block] for block in numbers))
+    assert (count["calls"], count["cached"], count["retries"], count["failed"]) == (
+        len(unique),
+        sum(map(len, numbers)) - len(unique),
+        lost,
+        0,
+    )
+    books = [
+        dict(
+            stage="s",
+            model="chancy",
+            calls=len(unique) + lost,
+            prompt_tokens=2 * len(unique),
+            completion_tokens=3 * len(unique),
+            usd=0.5 * len(unique) + lost,
+        )
+    ]
+    assert (
+        gateway.cache.bill() == (books if unique else []) and gateway.spent == count["usd"] == 0.5 * len(unique) + lost
+    )
+    replayed = Gateway(gateway.cache, calls="replay").stream(
+        Chancy(look=look), ([ask(f"q{n}") for n in block] for block in numbers)
+    )
     assert list(replayed) == found and threads() <= before
     gateway.cache.close()
 
@@ -876,13 +1015,23 @@ def test_after_an_error_of_the_source_nothing_more_is_sent(gateway, no_thread_le
     model = Waiting(concurrency=4)
     with pytest.raises(Mishap):
         list(gateway.stream(model, source()))
-    assert len(model.log) == 4 and len(gateway.cache.get([ask(str(n)).key("chancy") for n in range(8)])) == 4, "what was in flight is kept"
+    assert len(model.log) == 4 and len(gateway.cache.get([ask(str(n)).key("chancy") for n in range(8)])) == 4, (
+        "what was in flight is kept"
+    )
 
 
 def test_a_call_that_fails_is_not_repeated_for_each_time_it_stands_in_a_block(gateway):
     model = Chancy(faults=lambda text: 99 if text == "bad" else 0, attempts=1, look=1, concurrency=1)
     replies = gateway.ask(model, [ask(text) for text in ("bad", "a", "b", "c", "bad", "d", "bad")])
-    assert [isinstance(reply, Failure) for reply in replies] == [True, False, False, False, True, False, True] and sorted(model.log) == ["a", "b", "bad", "c", "d"]
+    assert [isinstance(reply, Failure) for reply in replies] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ] and sorted(model.log) == ["a", "b", "bad", "c", "d"]
 
 
 def test_one_stream_at_a_time(gateway, no_thread_left):
@@ -895,7 +1044,10 @@ def test_one_stream_at_a_time(gateway, no_thread_left):
 
 
 @few
-@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=14), min_size=1, max_size=4), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=14), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
 def test_a_model_that_answers_in_groups_gets_the_same_groups_whatever_is_known(tmp_path_factory, numbers, chance):
     class Grouped(Chancy):
         look, whole, concurrency = None, True, 2
@@ -906,21 +1058,33 @@ def test_a_model_that_answers_in_groups_gets_the_same_groups_whatever_is_known(t
             return [order[i : i + 3] for i in range(0, len(order), 3)]
 
         async def answer(self, requests):
-            self.answered = [*getattr(self, "answered", ()), tuple(request.messages[0]["content"] for request in requests)]
+            self.answered = [
+                *getattr(self, "answered", ()),
+                tuple(request.messages[0]["content"] for request in requests),
+            ]
             return await super().answer(requests)
 
     blocks = [[ask("x" * n) for n in block] for block in numbers]
     unique = [list(dict.fromkeys("x" * n for n in block)) for block in numbers]
-    expected = {tuple(block[i] for i in group) for block in unique for group in Grouped().groups([ask(text) for text in block])}
-    gateway, known = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite")), {n: chance.random() < 0.5 for n in range(1, 41)}
+    expected = {
+        tuple(block[i] for i in group) for block in unique for group in Grouped().groups([ask(text) for text in block])
+    }
+    gateway, known = (
+        Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite")),
+        {n: chance.random() < 0.5 for n in range(1, 41)},
+    )
     gateway.cache.put({ask("x" * n).key("chancy"): ChatReply(f"kept {n}") for n in known if known[n]})
     model = Grouped()
     found = list(gateway.stream(model, iter(blocks)))
     assert model.groups_seen == unique, "a whole block, each request once, known or not"
     assert set(getattr(model, "answered", ())) <= expected, "a group is answered as a whole"
     missing = {"x" * n for block in numbers for n in block if not known[n]}
-    assert missing <= set(model.log) and all(missing & set(group) for group in getattr(model, "answered", ())), "and only where something is missing"
-    assert all(isinstance(reply, ChatReply) for replies in found for reply in replies) and [len(replies) for replies in found] == list(map(len, numbers))
+    assert missing <= set(model.log) and all(missing & set(group) for group in getattr(model, "answered", ())), (
+        "and only where something is missing"
+    )
+    assert all(isinstance(reply, ChatReply) for replies in found for reply in replies) and [
+        len(replies) for replies in found
+    ] == list(map(len, numbers))
     gateway.cache.close()
 
 
@@ -934,17 +1098,30 @@ def test_a_model_that_looks_at_blocks_sees_what_is_missing_of_a_whole_one(gatewa
 
     model = Looking()
     gateway.ask(Chancy(), [ask(str(n)) for n in range(0, 200, 2)])
-    found = list(gateway.stream(model, iter([[ask(str(n)) for n in range(200)], [ask(str(n)) for n in range(100, 300)]])))
-    assert model.groups_seen == [100, 100] and sorted(model.log) == sorted(str(n) for n in range(300) if n % 2 or n >= 200)
-    assert [[reply.text for reply in replies] for replies in found] == [[f"re: {n}" for n in range(200)], [f"re: {n}" for n in range(100, 300)]]
+    found = list(
+        gateway.stream(model, iter([[ask(str(n)) for n in range(200)], [ask(str(n)) for n in range(100, 300)]]))
+    )
+    assert model.groups_seen == [100, 100] and sorted(model.log) == sorted(
+        str(n) for n in range(300) if n % 2 or n >= 200
+    )
+    assert [[reply.text for reply in replies] for replies in found] == [
+        [f"re: {n}" for n in range(200)],
+        [f"re: {n}" for n in range(100, 300)],
+    ]
 
 
 def test_a_stream_on_a_full_disk_ends_in_one_line(gateway, no_thread_left):
     gateway.cache.db.execute("PRAGMA max_page_count = 12")
     seen = []
-    message = one_line(lambda: seen.extend(gateway.stream(Chancy(concurrency=8), ([ask(f"{b} {n} {'x' * 200}") for n in range(30)] for b in range(50)))))
+    message = one_line(
+        lambda: seen.extend(
+            gateway.stream(Chancy(concurrency=8), ([ask(f"{b} {n} {'x' * 200}") for n in range(30)] for b in range(50)))
+        )
+    )
     assert "replies.sqlite" in message and "full" in message and len(seen) < 10
-    kept = again(gateway).cache.get([ask(f"{b} {n} {'x' * 200}").key("chancy") for b in range(len(seen)) for n in range(30)])
+    kept = again(gateway).cache.get(
+        [ask(f"{b} {n} {'x' * 200}").key("chancy") for b in range(len(seen)) for n in range(30)]
+    )
     assert len(kept) == 30 * len(seen), "what was seen is kept"
 
 
@@ -975,7 +1152,11 @@ def test_what_was_in_flight_is_booked_at_its_most(tmp_path, how, no_thread_left)
     stream = gateway.stream(model, iter([[ask(f"1{n}") for n in range(10)], [ask(f"2{n}") for n in range(4)]]))
     before = signal.signal(signal.SIGINT, signal.default_int_handler) if how == "Ctrl-C" else None
     try:
-        with contextlib.nullcontext() if how == "close" else pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else Mishap):
+        with (
+            contextlib.nullcontext()
+            if how == "close"
+            else pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else Mishap)
+        ):
             seen += next(stream)
             while how == "close" and len(model.log) < 14:
                 time.sleep(0.005)
@@ -986,8 +1167,23 @@ def test_what_was_in_flight_is_booked_at_its_most(tmp_path, how, no_thread_left)
         if before is not None:
             signal.signal(signal.SIGINT, before)
     [row] = gateway.cache.bill()
-    assert len(model.log) == 14 and len(seen) == 10 and row == {"stage": "s", "model": "chancy", "calls": 14, "prompt_tokens": 20, "completion_tokens": 30, "usd": 10 * 0.5 + 4 * 2.0}
-    assert gateway.spent == gateway.counts["chancy"]["usd"] == row["usd"] and gateway.purse.reserved == 0 == gateway.purse.flying
+    assert (
+        len(model.log) == 14
+        and len(seen) == 10
+        and row
+        == {
+            "stage": "s",
+            "model": "chancy",
+            "calls": 14,
+            "prompt_tokens": 20,
+            "completion_tokens": 30,
+            "usd": 10 * 0.5 + 4 * 2.0,
+        }
+    )
+    assert (
+        gateway.spent == gateway.counts["chancy"]["usd"] == row["usd"]
+        and gateway.purse.reserved == 0 == gateway.purse.flying
+    )
     assert again(gateway).cache.spent() == row["usd"], "and it is on the disk"
 
 
@@ -1005,5 +1201,7 @@ next(reader)
 time.sleep(0.3)  # until it has read as far ahead as it may
 raise SystemExit(7)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "replies.sqlite")], timeout=30, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "replies.sqlite")], timeout=30, capture_output=True, text=True
+    )
     assert done.returncode == 7 and not done.stderr

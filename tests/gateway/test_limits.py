@@ -65,7 +65,9 @@ class Crowd:
     def check(self):
         """What holds whenever nobody moves."""
         waiting = [turn for turn in self.pace.queue if not turn.done()]
-        assert self.pace.flying == len(self.inside) and (not waiting or self.pace.flying >= self.pace.limit), "somebody was forgotten"
+        assert self.pace.flying == len(self.inside) and (not waiting or self.pace.flying >= self.pace.limit), (
+            "somebody was forgotten"
+        )
         assert self.came == sorted(self.came), "first come, first served"
         assert 1 <= self.pace.limit <= self.pace.most
 
@@ -92,7 +94,9 @@ def test_a_pace_forgets_nobody_and_lets_nobody_slip_in(most, start, actions):
                 crowd.doors[i].set()
             await breathe()
             crowd.check()
-            assert crowd.inside or all(task.done() for task in crowd.tasks), "nobody is inside and somebody waits for ever"
+            assert crowd.inside or all(task.done() for task in crowd.tasks), (
+                "nobody is inside and somebody waits for ever"
+            )
         assert pace.flying == 0 and not pace.queue
         await asyncio.gather(*crowd.tasks, return_exceptions=True)
 
@@ -193,21 +197,33 @@ cents = st.integers(0, 400)
 
 
 @some
-@given(st.integers(0, 1000), st.integers(0, 300), st.lists(st.tuples(cents, st.integers(0, 100), st.booleans()), min_size=1, max_size=25), st.randoms(use_true_random=False))
+@given(
+    st.integers(0, 1000),
+    st.integers(0, 300),
+    st.lists(st.tuples(cents, st.integers(0, 100), st.booleans()), min_size=1, max_size=25),
+    st.randoms(use_true_random=False),
+)
 def test_a_purse_is_never_overdrawn_and_nobody_waits_for_ever(budget, spent, calls, chance):
     """Cents, so that sums are exact; a call costs a share of its most, some give up while they wait."""
+
     async def play():
         purse, inside, refused = Purse(budget, spent), {}, []
 
         def check():
-            assert purse.reserved >= 0 and purse.flying == len(inside) and (not inside or purse.reserved == sum(calls[i][0] for i in inside))
+            assert (
+                purse.reserved >= 0
+                and purse.flying == len(inside)
+                and (not inside or purse.reserved == sum(calls[i][0] for i in inside))
+            )
             assert purse.spent + purse.reserved <= max(budget, spent)
 
         async def call(i):
             try:
                 await purse.reserve(calls[i][0], "a shop")
             except StudyError:
-                assert not inside and purse.spent + calls[i][0] > budget, "refused though it would fit once the others are over"
+                assert not inside and purse.spent + calls[i][0] > budget, (
+                    "refused though it would fit once the others are over"
+                )
                 refused.append(i)
                 return
             inside[i] = asyncio.Event()

@@ -37,12 +37,16 @@ def ask(text="Hello", **keywords):
 
 def said(text="fine", usage=(5, 2), **changed) -> bytes:
     counts = usage and {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
-    return json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": counts} | changed).encode()
+    return json.dumps(
+        {"choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": counts} | changed
+    ).encode()
 
 
 def answer(body: bytes = b"", status: int = 200, length: int | None = None, **headers) -> bytes:
     """One HTTP answer; `length` is what it promises."""
-    lines = {"Content-Type": "application/json", "Content-Length": len(body) if length is None else length} | {k.replace("_", "-"): v for k, v in headers.items()}
+    lines = {"Content-Type": "application/json", "Content-Length": len(body) if length is None else length} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
     return (f"HTTP/1.1 {status} x\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n").encode() + body
 
 
@@ -174,9 +178,14 @@ def open_model(server, attempts=2, timeout=5.0, concurrency=None):
 
 # ---- what breaks on its way ----
 
-CHUNKS = b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n10\r\n" + said()[:16] + b"\r\n"
+CHUNKS = (
+    b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n10\r\n"
+    + said()[:16]
+    + b"\r\n"
+)
 BROKEN = {  # how, and what of it must be shown
-    "reset before an answer": (Cut(b""), ""), "closed before an answer": (Closed(b""), ""), "reset in the headers": (Cut(answer(said())[:20]), ""),
+    "reset before an answer": (Cut(b""), ""), "closed before an answer": (Closed(b""), ""), "reset in the "
+                                                                                            "headers": (Cut(answer(said())[:20]), ""),
     "reset in mid-body": (Cut(answer(said()[:30], length=500)), ""), "closed in mid-body": (Closed(answer(said()[:30], length=500)), ""),
     "chunks cut": (Closed(CHUNKS), ""), "no HTTP": (Closed(b"SSH-2.0-OpenSSH\r\n\r\n"), ""),
     "truncated JSON": (answer(said("half a sentence")[:75]), "half a sent"), "no choices": (answer(said(choices=[])), "prompt_tokens"),
@@ -188,20 +197,44 @@ BROKEN = {  # how, and what of it must be shown
 @pytest.mark.parametrize("fault", BROKEN)
 def test_what_breaks_on_its_way_is_tried_again(server, gateway, pauses, fault):
     how, shown = BROKEN[fault]
-    server.behave = lambda text, attempt: how if text == "bad" or (text == "once" and attempt == 0) else answer(said(f"re: {text}"))
+    server.behave = lambda text, attempt: (
+        how if text == "bad" or (text == "once" and attempt == 0) else answer(said(f"re: {text}"))
+    )
     once, bad, good = gateway.ask(open_model(server, concurrency=1), [ask("once"), ask("bad"), ask("good")])
-    assert (once.text, good.text) == ("re: once", "re: good") and sorted(server.log) == ["bad", "bad", "good", "once", "once"]
+    assert (once.text, good.text) == ("re: once", "re: good") and sorted(server.log) == [
+        "bad",
+        "bad",
+        "good",
+        "once",
+        "once",
+    ]
     assert isinstance(bad, Failure) and 5 < len(bad.reason) <= 260 and "\n" not in bad.reason and shown in bad.raw
-    assert gateway.counts[server.uri]["retries"] == 2 and gateway.counts[server.uri]["failed"] == 1 and pauses == [(1, None)] * 2
+    assert (
+        gateway.counts[server.uri]["retries"] == 2
+        and gateway.counts[server.uri]["failed"] == 1
+        and pauses == [(1, None)] * 2
+    )
     later = Gateway(ReplyCache(gateway.cache.path))
-    assert [isinstance(reply, Failure) for reply in later.ask(open_model(server), [ask("once"), ask("bad")])] == [False, True], "a failure is not kept"
+    assert [isinstance(reply, Failure) for reply in later.ask(open_model(server), [ask("once"), ask("bad")])] == [
+        False,
+        True,
+    ], "a failure is not kept"
 
 
-@pytest.mark.parametrize("how", [Silent, Dribbled(answer(said("word " * 2000)))], ids=["never answers", "a byte now and then"])
+@pytest.mark.parametrize(
+    "how", [Silent, Dribbled(answer(said("word " * 2000)))], ids=["never answers", "a byte now and then"]
+)
 def test_the_deadline_covers_the_whole_call(server, gateway, pauses, how):
-    server.behave = lambda text, attempt: how if text == "bad" or (text == "once" and attempt == 0) else answer(said(f"re: {text}"))
+    server.behave = lambda text, attempt: (
+        how if text == "bad" or (text == "once" and attempt == 0) else answer(said(f"re: {text}"))
+    )
     once, bad = gateway.ask(open_model(server, timeout=0.4), [ask("once"), ask("bad")])
-    assert once.text == "re: once" and isinstance(bad, Failure) and bad.reason == "Timeout: no answer in 0.4 s" and bad.unsure
+    assert (
+        once.text == "re: once"
+        and isinstance(bad, Failure)
+        and bad.reason == "Timeout: no answer in 0.4 s"
+        and bad.unsure
+    )
     assert sorted(server.log) == ["bad", "bad", "once", "once"]
 
 
@@ -210,7 +243,9 @@ def test_a_long_reply_arrives_whole(server, gateway):
     assert len(text.encode()) > 4_000_000
     server.behave = lambda question, attempt: answer(said(text))
     assert gateway.ask(open_model(server), [ask()])[0].text == text
-    assert Gateway(ReplyCache(gateway.cache.path), calls="replay").ask(open_model(server), [ask()])[0].text == text and server.log == ["Hello"]
+    assert Gateway(ReplyCache(gateway.cache.path), calls="replay").ask(open_model(server), [ask()])[
+        0
+    ].text == text and server.log == ["Hello"]
 
 
 def test_length_is_kept(server, gateway):
@@ -238,23 +273,41 @@ REFUSED = {  # (status, headers) -> seconds asked for
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_is_tried_again_after_what_it_asks_for(server, gateway, pauses, case):
     status, headers, expected = REFUSED[case]
-    server.behave = lambda text, attempt: error(status, "try\nlater", **headers()) if attempt < 2 else answer(said(f"re: {text}"))
+    server.behave = lambda text, attempt: (
+        error(status, "try\nlater", **headers()) if attempt < 2 else answer(said(f"re: {text}"))
+    )
     assert gateway.ask(open_model(server, attempts=3), [ask("a")])[0].text == "re: a" and server.log == ["a"] * 3
     assert [attempt for attempt, _ in pauses] == [1, 2]
     assert all(after is None if expected is None else expected[0] <= after <= expected[1] for _, after in pauses)
     server.behave = lambda text, attempt: error(status, "try\nlater", **headers())
     [failure] = gateway.ask(open_model(server, attempts=3), [ask("b")])
-    assert server.log == ["a"] * 3 + ["b"] * 3 and str(status) in failure.reason and "try later" in failure.reason and "\n" not in failure.reason
+    assert (
+        server.log == ["a"] * 3 + ["b"] * 3
+        and str(status) in failure.reason
+        and "try later" in failure.reason
+        and "\n" not in failure.reason
+    )
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_call_that_is_wrong_is_not_tried_again(server, gateway, pauses, status):
     server.behave = lambda text, attempt: error(status, "too many tokens") if text == "bad" else answer(said())
     bad, good = gateway.ask(open_model(server, attempts=5), [ask("bad"), ask("good")])
-    assert server.log.count("bad") == 1 and not pauses and not bad.again and "too many tokens" in bad.reason and good.text == "fine"
+    assert (
+        server.log.count("bad") == 1
+        and not pauses
+        and not bad.again
+        and "too many tokens" in bad.reason
+        and good.text == "fine"
+    )
 
 
-STOPS = {"401": (401, None, "key"), "403": (403, None, "access"), "404": (404, None, "model's name"), "an empty account": (429, "insufficient_quota", "empty")}
+STOPS = {
+    "401": (401, None, "key"),
+    "403": (403, None, "access"),
+    "404": (404, None, "model's name"),
+    "an empty account": (429, "insufficient_quota", "empty"),
+}
 
 
 @pytest.mark.parametrize("case", STOPS)
@@ -301,7 +354,9 @@ def test_a_dead_server_stops_the_run_and_keeps_what_was_finished(server, gateway
     message = one_line(lambda: gateway.ask(open_model(server, concurrency=4), asked))
     assert "in a row" in message and "some/model" in message and "Connection" in message
     kept = gateway.cache.get([request.key(open_model(server).identity) for request in asked])
-    assert 55 <= len(kept) <= 61 and set(reply.text for reply in kept.values()) <= {f"re: {text}" for text in server.log}
+    assert 55 <= len(kept) <= 61 and set(reply.text for reply in kept.values()) <= {
+        f"re: {text}" for text in server.log
+    }
     assert gateway.counts[server.uri]["calls"] < 300, "of two thousand"
 
 
@@ -327,7 +382,10 @@ def test_a_server_that_lies_about_its_counts_is_paid_at_the_most(server, tmp_pat
 
 # ---- money ----
 
-PRICE = {"input": 1e4, "output": 1e6}  # US dollars for a million tokens: a cent for each byte asked, a dollar for each token answered
+PRICE = {
+    "input": 1e4,
+    "output": 1e6,
+}  # US dollars for a million tokens: a cent for each byte asked, a dollar for each token answered
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -346,7 +404,9 @@ def test_whatever_breaks_the_server_s_bill_stays_below_the_cap(server, tmp_path,
             all_there.set()
         await all_there.wait()
         await asyncio.sleep(chance.random() * 0.05)
-        kind = chance.choice(["good"] * 6 + ["dear", "no counts", "reset", "mid-body", "cut", "page", "429", "500", "400", "filter"])
+        kind = chance.choice(
+            ["good"] * 6 + ["dear", "no counts", "reset", "mid-body", "cut", "page", "429", "500", "400", "filter"]
+        )
         if kind == "dear":
             charged.append(1.08 + 2)
             return answer(said(usage=(108, 2)))
@@ -367,9 +427,18 @@ def test_whatever_breaks_the_server_s_bill_stays_below_the_cap(server, tmp_path,
     with contextlib.suppress(StudyError):
         gateway.ask(model, asked)
         raise AssertionError("the cap was never reached")
-    assert sum(charged) <= gateway.spent + 1e-6 and gateway.spent <= cap + 1e-6 and sum(charged) > 0.6 * cap and server.most == 200
+    assert (
+        sum(charged) <= gateway.spent + 1e-6
+        and gateway.spent <= cap + 1e-6
+        and sum(charged) > 0.6 * cap
+        and server.most == 200
+    )
     [row], count = gateway.cache.bill(), gateway.counts[server.uri]
-    assert row["usd"] == pytest.approx(gateway.spent) and row["usd"] == pytest.approx(count["usd"]) and gateway.purse.reserved == 0 == gateway.purse.flying
+    assert (
+        row["usd"] == pytest.approx(gateway.spent)
+        and row["usd"] == pytest.approx(count["usd"])
+        and gateway.purse.reserved == 0 == gateway.purse.flying
+    )
     assert (row["prompt_tokens"], row["completion_tokens"]) == (count["prompt_tokens"], count["completion_tokens"])
     assert row["calls"] == len(server.log), "every call that was sent is in the books"
 
@@ -400,14 +469,28 @@ def files_below(folder) -> bytes:
 
 
 def test_each_key_goes_to_its_own_place(server, gateway, monkeypatch):
-    keys = {name: f"sk-{name}-0123456789" for name in ("PSYCOPREF_KEY_LOCALHOST", "PSYCOPREF_SERVER_KEY", "OPENAI_API_KEY", "PSYCOPREF_KEY_API_EXAMPLE_ORG")}
+    keys = {
+        name: f"sk-{name}-0123456789"
+        for name in (
+            "PSYCOPREF_KEY_LOCALHOST",
+            "PSYCOPREF_SERVER_KEY",
+            "OPENAI_API_KEY",
+            "PSYCOPREF_KEY_API_EXAMPLE_ORG",
+        )
+    }
     for name, key in keys.items():
         monkeypatch.setenv(name, key)
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")  # where the client takes OpenAI to be
     paid = Gateway(gateway.cache, 100.0)
-    for uri, name in ((server.uri, "PSYCOPREF_SERVER_KEY"), (server.uri.replace("127.0.0.1", "localhost"), "PSYCOPREF_KEY_LOCALHOST"), ("openai:gpt-4o-mini", "OPENAI_API_KEY")):
+    for uri, name in (
+        (server.uri, "PSYCOPREF_SERVER_KEY"),
+        (server.uri.replace("127.0.0.1", "localhost"), "PSYCOPREF_KEY_LOCALHOST"),
+        ("openai:gpt-4o-mini", "OPENAI_API_KEY"),
+    ):
         assert isinstance(paid.ask(chat_model(uri, max_retries=0, timeout=5), [ask()])[0], ChatReply)
-        assert [word for word in keys.values() if word in repr(server.headers[-1])] == [keys[name]] and server.headers[-1]["authorization"] == f"Bearer {keys[name]}"
+        assert [word for word in keys.values() if word in repr(server.headers[-1])] == [keys[name]] and server.headers[
+            -1
+        ]["authorization"] == f"Bearer {keys[name]}"
         assert not [word for word in keys.values() if word in repr(server.bodies[-1])]
 
 
@@ -415,7 +498,9 @@ def test_a_redirect_takes_no_key_to_another_place(server, gateway, monkeypatch):
     monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
     other = RawServer()
     try:
-        server.behave = lambda text, attempt: answer(b"", 307, Location=f"http://127.0.0.1:{other.port}/v1/chat/completions")
+        server.behave = lambda text, attempt: answer(
+            b"", 307, Location=f"http://127.0.0.1:{other.port}/v1/chat/completions"
+        )
         gateway.ask(open_model(server, attempts=1), [ask()])
         assert KEY in repr(server.headers) and KEY not in repr(other.headers)
     finally:
@@ -426,7 +511,9 @@ ECHOES = {  # a server that says the key wherever it can
     "401": lambda: error(401, f"Incorrect key {KEY}"), "quota": lambda: error(429, f"{KEY} is broke", "insufficient_quota"), "400": lambda: error(400, f"bad {KEY}"),
     "429": lambda: error(429, f"slow {KEY}", Retry_After="1"), "500": lambda: error(500, f"oops {KEY}"), "page": lambda: answer(f"<html>Bearer {KEY}".encode()),
     "at the edge": lambda: answer(b"<" + b"x" * 3990 + KEY.encode()), "no choices": lambda: answer(said(choices=[], note=KEY)), "filter": lambda: answer(said("", note=KEY)),
-    "reset": lambda: Cut(answer(KEY.encode(), length=500)), "status line": lambda: Closed(f"HTTP/1.1 200 x\r\nContent-Length: {KEY}\r\n\r\n".encode()),
+    "reset": lambda: Cut(answer(KEY.encode(), length=500)), "status line": lambda: Closed("HTTP/1.1 200 "
+                                                                                          "x\r\nContent-Length: "
+                                                                                          f"{KEY}\r\n\r\n".encode()),
     "no HTTP": lambda: Closed(f"{KEY}\r\n\r\n".encode()), "silent": lambda: Silent, "good": lambda: answer(said(f"My key is {KEY}, said the server.")),
 }  # fmt: skip
 
@@ -444,10 +531,16 @@ def test_a_key_is_nowhere_afterwards(server, gateway, tmp_path, monkeypatch, cap
         except StudyError as refusal:
             seen += traceback.format_exception(refusal)
         seen.append(repr(model))
-    assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers) and len(server.headers) >= len(ECHOES), "the key was planted where it is read"
+    assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers) and len(
+        server.headers
+    ) >= len(ECHOES), "the key was planted where it is read"
     seen += [repr(gateway), json.dumps(gateway.models()), repr(gateway.cache.bill()), *capfd.readouterr()]
     text = "\n".join(seen)
-    assert KEY[:12] not in text and "[key]" in text and "openai" in {record.name.partition(".")[0] for record in caplog.records}
+    assert (
+        KEY[:12] not in text
+        and "[key]" in text
+        and "openai" in {record.name.partition(".")[0] for record in caplog.records}
+    )
     assert KEY not in "\n".join(record.getMessage() for record in caplog.records)
     assert KEY.encode() not in files_below(tmp_path) and b"said the server" in files_below(tmp_path)
 

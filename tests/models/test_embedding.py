@@ -22,7 +22,13 @@ from psycopref.models.weights import find_weights
 from refusals import one_line
 
 few = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-slow = settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slow = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz'.,?"
 
 
@@ -32,12 +38,29 @@ def make_encoder(folder: Path, seed=0, positions=256, lower=True) -> str:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), *LETTERS.upper()[:26]]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *LETTERS,
+        *("##" + c for c in LETTERS),
+        *LETTERS.upper()[:26],
+    ]
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=lower).save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=positions, initializer_range=0.4)
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=positions,
+            initializer_range=0.4,
+        )
         BertModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -80,7 +103,10 @@ def naive(texts, weights, max_tokens=256):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(weights.location), AutoModel.from_pretrained(weights.location, dtype=torch.float32).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(weights.location),
+        AutoModel.from_pretrained(weights.location, dtype=torch.float32).eval(),
+    )
     found = []
     for text in texts:
         inputs = tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")
@@ -92,7 +118,16 @@ def naive(texts, weights, max_tokens=256):
     return np.array(found)
 
 
-TEXTS = ["i am so tired", "", "no", "😀 é \x00", "why? " * 7, "a" * 300, "i can't sleep, and i do not know why. " * 6, *("b c " * n for n in range(5, 60, 11))]
+TEXTS = [
+    "i am so tired",
+    "",
+    "no",
+    "😀 é \x00",
+    "why? " * 7,
+    "a" * 300,
+    "i can't sleep, and i do not know why. " * 6,
+    *("b c " * n for n in range(5, 60, 11)),
+]
 
 # ---- the vectors ----
 
@@ -129,7 +164,9 @@ def test_the_same_bits_with_whole_batches_and_with_remnants(tiny):
 def test_what_is_beyond_the_last_token_is_not_read(tiny, max_tokens):
     long = "i can not sleep and " * 20
     found = encode([long, long + "more", "i"], tiny, max_tokens, "float32")
-    assert np.array_equal(found[0], found[1]) and np.abs(found - naive([long, long, "i"], tiny, max_tokens)).max() < 1e-3
+    assert (
+        np.array_equal(found[0], found[1]) and np.abs(found - naive([long, long, "i"], tiny, max_tokens)).max() < 1e-3
+    )
     other = encode([long], tiny, max_tokens + 1, "float32")
     assert not np.array_equal(other[0], found[0]), "one token more is read"
 
@@ -139,7 +176,11 @@ def test_bfloat16_is_near(tiny):
 
 
 @few
-@given(st.lists(st.integers(0, 300), max_size=60), st.sampled_from([1, 16, 40, 100, 256, 300]), st.sampled_from([1, 64, BATCH_TOKENS]))
+@given(
+    st.lists(st.integers(0, 300), max_size=60),
+    st.sampled_from([1, 16, 40, 100, 256, 300]),
+    st.sampled_from([1, 64, BATCH_TOKENS]),
+)
 def test_batches_hold_every_text_once_in_a_shape_that_only_its_length_decides(lengths, longest, batch_tokens):
     lengths = [max(1, min(n, longest)) for n in lengths]
     batches = shaped_batches(lengths, longest, batch_tokens)
@@ -147,7 +188,9 @@ def test_batches_hold_every_text_once_in_a_shape_that_only_its_length_decides(le
     for padded, rows, members in batches:
         assert 1 <= len(members) <= rows == max(1, batch_tokens // padded)
         for i in members:
-            assert lengths[i] <= padded <= min(longest, lengths[i] + STEP - 1) and (padded % STEP == 0 or padded == longest)
+            assert lengths[i] <= padded <= min(longest, lengths[i] + STEP - 1) and (
+                padded % STEP == 0 or padded == longest
+            )
     assert len({padded for padded, _, _ in batches}) <= -(-longest // STEP)
 
 
@@ -165,7 +208,11 @@ def test_a_text_is_computed_once(tiny, computed):
 
 def test_repeated_texts_are_computed_once(tiny, computed):
     found = embed(["i", "no", "i", "i", "no"], tiny, dtype="float32")
-    assert sorted(computed) == ["i", "no"] and np.array_equal(found, found[[0, 1, 0, 0, 1]]) and not np.array_equal(found[0], found[1])
+    assert (
+        sorted(computed) == ["i", "no"]
+        and np.array_equal(found, found[[0, 1, 0, 0, 1]])
+        and not np.array_equal(found[0], found[1])
+    )
 
 
 def test_more_texts_than_sqlite_takes_at_once(tiny, computed):
@@ -185,9 +232,17 @@ def test_the_cache_changes_no_bit(tiny, computed):
 
 def test_what_shapes_a_vector_keeps_vectors_apart(tiny, computed):
     long = ["i can not sleep and " * 5]
-    full, short, half = embed(long, tiny, dtype="float32"), embed(long, tiny, 8, "float32"), embed(long, tiny, dtype="bfloat16")
+    full, short, half = (
+        embed(long, tiny, dtype="float32"),
+        embed(long, tiny, 8, "float32"),
+        embed(long, tiny, dtype="bfloat16"),
+    )
     assert computed == long * 3 and not np.array_equal(full, short) and not np.array_equal(full, half)
-    for found, keywords in ((full, {"dtype": "float32"}), (short, {"max_tokens": 8, "dtype": "float32"}), (half, {"dtype": "bfloat16"})):
+    for found, keywords in (
+        (full, {"dtype": "float32"}),
+        (short, {"max_tokens": 8, "dtype": "float32"}),
+        (half, {"dtype": "bfloat16"}),
+    ):
         assert np.array_equal(embed(long, tiny, **keywords), found)
     assert len(computed) == 3
 
@@ -203,7 +258,12 @@ def test_other_weights_have_other_vectors_even_in_the_same_folder(tmp_path, comp
     first = embed(["i"], find_weights(make_encoder(tmp_path / "bert", seed=1)), dtype="float32")
     second = embed(["i"], find_weights(make_encoder(tmp_path / "bert", seed=2)), dtype="float32")
     assert computed == ["i", "i"] and np.abs(first - second).max() > 0.01 and len(cache_files()) == 2
-    assert np.array_equal(embed(["i"], find_weights(make_encoder(tmp_path / "elsewhere" / "bert", seed=1)), dtype="float32"), first) and len(computed) == 2, "the place does not matter"
+    assert (
+        np.array_equal(
+            embed(["i"], find_weights(make_encoder(tmp_path / "elsewhere" / "bert", seed=1)), dtype="float32"), first
+        )
+        and len(computed) == 2
+    ), "the place does not matter"
 
 
 def test_another_tokenizer_has_other_vectors(tmp_path):
@@ -289,7 +349,10 @@ def test_two_processes_write_at_once(tiny, computed):
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(2), context.Queue()
     both = [["i", *TEXTS], ["a", *TEXTS[::-1]]]
-    running = [context.Process(target=embed_in_a_process, args=(tiny.location, texts, barrier, answers), daemon=True) for texts in both]
+    running = [
+        context.Process(target=embed_in_a_process, args=(tiny.location, texts, barrier, answers), daemon=True)
+        for texts in both
+    ]
     for process in running:
         process.start()
     told = dict((first, (vectors, same)) for first, vectors, same in (answers.get(timeout=180) for _ in both))
@@ -309,10 +372,16 @@ def test_no_texts(tiny, computed):
     assert computed == []
 
 
-@pytest.mark.parametrize("text", ["", " ", "😀", "你好", "\x00", "[CLS] [SEP] [PAD]", "e\u0301", "\u202e", "i\n\n\ti"], ids=ascii)
+@pytest.mark.parametrize(
+    "text", ["", " ", "😀", "你好", "\x00", "[CLS] [SEP] [PAD]", "e\u0301", "\u202e", "i\n\n\ti"], ids=ascii
+)
 def test_any_text_has_a_vector(tiny, text):
     [found] = embed([text], tiny, dtype="float32")
-    assert np.isfinite(found).all() and abs(np.linalg.norm(found) - 1) < 1e-3 and np.abs(found - naive([text], tiny)[0]).max() < 1e-3
+    assert (
+        np.isfinite(found).all()
+        and abs(np.linalg.norm(found) - 1) < 1e-3
+        and np.abs(found - naive([text], tiny)[0]).max() < 1e-3
+    )
     assert np.array_equal(embed([text], tiny, dtype="float32")[0], found)
 
 
@@ -322,7 +391,9 @@ def test_a_lone_surrogate_has_a_vector(tiny):
 
 def test_a_tuple_and_an_array_are_lists_of_texts(tiny):
     expected = embed(["i", "no"], tiny, dtype="float32")
-    assert np.array_equal(embed(("i", "no"), tiny, dtype="float32"), expected) and np.array_equal(embed(np.array(["i", "no"]), tiny, dtype="float32"), expected)
+    assert np.array_equal(embed(("i", "no"), tiny, dtype="float32"), expected) and np.array_equal(
+        embed(np.array(["i", "no"]), tiny, dtype="float32"), expected
+    )
 
 
 def test_a_column_of_a_sorted_frame_gives_each_text_its_own_vector(tiny):
@@ -330,7 +401,9 @@ def test_a_column_of_a_sorted_frame_gives_each_text_its_own_vector(tiny):
 
     column = pd.Series(["no", "i am so tired", "why"]).sort_values()
     assert column.index.tolist() != [0, 1, 2]
-    assert np.array_equal(embed(column, tiny, dtype="float32"), encode(list(column), tiny, dtype="float32").astype(np.float32))
+    assert np.array_equal(
+        embed(column, tiny, dtype="float32"), encode(list(column), tiny, dtype="float32").astype(np.float32)
+    )
 
 
 def test_minilm_is_the_encoder_where_none_is_named(tiny, monkeypatch):
@@ -357,4 +430,7 @@ def test_more_tokens_than_the_model_has_positions_are_one_line(tmp_path):
 
 def test_importing_stays_light():
     code = "import sys, psycopref.models.embedding, psycopref.corpus.cleaning, psycopref.corpus.topics; print(sorted(m for m in ('torch', 'transformers', 'pandas', 'numpy', 'sklearn', 'scipy', 'ftfy', 'py3langid') if m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ).stdout.strip()
+        == "[]"
+    )

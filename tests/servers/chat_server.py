@@ -25,7 +25,11 @@ from pathlib import Path
 
 from aiohttp import web
 
-BATCH_LINES, BATCH_BYTES, UPLOAD_BYTES = 50_000, 200 * 1024**2, 512 * 1024**2  # the most that a batch, a batch's file and any file may hold
+BATCH_LINES, BATCH_BYTES, UPLOAD_BYTES = (
+    50_000,
+    200 * 1024**2,
+    512 * 1024**2,
+)  # the most that a batch, a batch's file and any file may hold
 FAULTS = {
     "flaky": "a third of the lines new to the server end with status 500; asked again, they are answered",
     "expired": "half of the lines new to the server are left when the time is up; asked again, they are answered",
@@ -34,7 +38,9 @@ FAULTS = {
 }
 ENDED = ("failed", "completed", "expired", "cancelled")
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # what a body of another form leads to
-WORDS = "the client is heard and the reply stays with what was said before it asks for more in a calm and open way".split()
+WORDS = (
+    "the client is heard and the reply stays with what was said before it asks for more in a calm and open way".split()
+)
 
 
 # ---- what is answered ----
@@ -88,7 +94,14 @@ def completion(body: dict, seed: int = 0, tokens: int = 40) -> tuple[str, dict]:
 
 def no(status: int, message: str, code: str | None = None, **headers) -> web.Response:
     """Refuse as OpenAI does."""
-    body = {"error": {"message": message, "type": "invalid_request_error" if status < 429 else "requests", "param": None, "code": code}}
+    body = {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error" if status < 429 else "requests",
+            "param": None,
+            "code": code,
+        }
+    }
     return web.json_response(body, status=status, headers=headers)
 
 
@@ -117,7 +130,9 @@ class Store:
     def __init__(self, path=None):
         self.db = sqlite3.connect(path or ":memory:", isolation_level=None)
         self.db.execute("PRAGMA synchronous = OFF")
-        self.db.execute("CREATE TABLE IF NOT EXISTS files (n INTEGER PRIMARY KEY, id TEXT UNIQUE, facts TEXT, content BLOB)")
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS files (n INTEGER PRIMARY KEY, id TEXT UNIQUE, facts TEXT, content BLOB)"
+        )
         self.db.execute("CREATE TABLE IF NOT EXISTS batches (n INTEGER PRIMARY KEY, id TEXT UNIQUE, facts TEXT)")
         self.db.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY)")
 
@@ -128,7 +143,9 @@ class Store:
     def add_file(self, content: bytes, name: str, purpose: str) -> dict:
         facts = {"id": self.new_id("files"), "object": "file", "bytes": len(content), "created_at": int(time.time()),
                  "filename": name, "purpose": purpose, "status": "processed"}  # fmt: skip
-        self.db.execute("INSERT INTO files (id, facts, content) VALUES (?, ?, ?)", (facts["id"], json.dumps(facts), content))
+        self.db.execute(
+            "INSERT INTO files (id, facts, content) VALUES (?, ?, ?)", (facts["id"], json.dumps(facts), content)
+        )
         return facts
 
     def file(self, name: str) -> tuple[dict, bytes] | None:
@@ -136,7 +153,10 @@ class Store:
         return row and (json.loads(row[0]), row[1])
 
     def put_batch(self, batch: dict) -> dict:
-        self.db.execute("INSERT INTO batches (id, facts) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts", (batch["id"], json.dumps(batch)))
+        self.db.execute(
+            "INSERT INTO batches (id, facts) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts",
+            (batch["id"], json.dumps(batch)),
+        )
         return batch
 
     def batches(self) -> list[dict]:
@@ -162,7 +182,9 @@ def line_problem(line: bytes, endpoint: str, ids: set, model: str | None) -> tup
     """Read a line of a batch: (what it asks, None), or (None, (code, parameter, message))."""
     try:
         asked = json.loads(line)
-        missing = [name for name in ("custom_id", "method", "url", "body") if not asked.get(name)] or [name for name in ("model", "messages") if not asked["body"].get(name)]
+        missing = [name for name in ("custom_id", "method", "url", "body") if not asked.get(name)] or [
+            name for name in ("model", "messages") if not asked["body"].get(name)
+        ]
     except (ValueError, AttributeError):
         return None, ("invalid_json_line", None, "This line is no JSON object.")
     if missing:
@@ -170,14 +192,23 @@ def line_problem(line: bytes, endpoint: str, ids: set, model: str | None) -> tup
     if asked["custom_id"] in ids:
         return None, ("duplicate_custom_id", "custom_id", f"The custom_id '{asked['custom_id']}' is used before.")
     if (asked["method"], asked["url"]) != ("POST", endpoint):
-        return None, ("url_mismatch", "url", f"The line asks {asked['method']} {asked['url']}, the batch is for POST {endpoint}.")
+        return None, (
+            "url_mismatch",
+            "url",
+            f"The line asks {asked['method']} {asked['url']}, the batch is for POST {endpoint}.",
+        )
     if model not in (None, asked["body"]["model"]):
-        return None, ("model_mismatch", "body.model", f"The line asks {asked['body']['model']}, the batch began with {model}.")
+        return None, (
+            "model_mismatch",
+            "body.model",
+            f"The line asks {asked['body']['model']}, the batch began with {model}.",
+        )
     return asked, None
 
 
 async def read_lines(content: bytes, endpoint: str) -> tuple[list[dict], list[dict]]:
     """Read a batch's file: what is asked, and the problems; other calls are answered meanwhile."""
+
     def problem(code, message, line=None, param=None):
         return {"code": code, "message": message, "line": line, "param": param}
 
@@ -185,7 +216,13 @@ async def read_lines(content: bytes, endpoint: str) -> tuple[list[dict], list[di
     if lines == [b""]:
         return [], [problem("empty_file", "The file holds no request.")]
     if len(lines) > BATCH_LINES or len(content) > BATCH_BYTES:
-        return [], [problem("too_many_tasks", f"The file holds {len(lines)} requests in {len(content)} bytes, a batch takes {BATCH_LINES} in {BATCH_BYTES}.")]
+        return [], [
+            problem(
+                "too_many_tasks",
+                f"The file holds {len(lines)} requests in {len(content)} bytes, a batch takes {BATCH_LINES} in "
+                f"{BATCH_BYTES}.",
+            )
+        ]
     asked, problems, ids, model = [], [], set(), None
     for number, line in enumerate(lines, 1):
         found, wrong = line_problem(line, endpoint, ids, model)
@@ -218,7 +255,9 @@ class Batches:
                 self.start(batch["id"])
 
     def step(self, name: str, status: str, **changed) -> dict:
-        return self.store.put_batch(self.store.batch(name) | {"status": status, f"{status}_at": int(time.time())} | changed)
+        return self.store.put_batch(
+            self.store.batch(name) | {"status": status, f"{status}_at": int(time.time())} | changed
+        )
 
     async def work(self, name: str) -> None:
         """Lead a batch from validating to its end; a client may cancel it at each pause."""
@@ -226,9 +265,18 @@ class Batches:
         await asyncio.sleep(whole * 0.2)
         lines, problems = await read_lines(self.store.file(batch["input_file_id"])[1], batch["endpoint"])
         model = lines[0]["body"]["model"] if lines else None
-        crowded = model == "crowded" and any((b["model"], b["status"]) in ((model, "in_progress"), (model, "finalizing")) for b in self.store.batches())
+        crowded = model == "crowded" and any(
+            (b["model"], b["status"]) in ((model, "in_progress"), (model, "finalizing")) for b in self.store.batches()
+        )
         if model == "rejected" or crowded:
-            problems = [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached for this model.", "line": None, "param": None}]
+            problems = [
+                {
+                    "code": "token_limit_exceeded",
+                    "message": "Enqueued token limit reached for this model.",
+                    "line": None,
+                    "param": None,
+                }
+            ]
         if self.store.batch(name)["status"] == "cancelling":
             return self.step(name, "cancelled") and None
         if problems:
@@ -247,24 +295,55 @@ class Batches:
         ids = {kind: self.store.add_file("".join(rows).encode(), f"{name}_{kind}.jsonl", "batch_output")["id"] if rows else None
                for kind, rows in (("output", good), ("error", bad))}  # fmt: skip
         status = "cancelled" if cancelled else "expired" if bad and model == "expired" else "completed"
-        self.step(name, status, output_file_id=ids["output"], error_file_id=ids["error"], request_counts=counts | {"completed": len(good), "failed": len(bad)})
+        self.step(
+            name,
+            status,
+            output_file_id=ids["output"],
+            error_file_id=ids["error"],
+            request_counts=counts | {"completed": len(good), "failed": len(bad)},
+        )
 
     async def answer(self, lines: list[dict], fault: str) -> tuple[list[str], list[str]]:
         """Answer a batch's lines in an order of the server's own: the output file's rows and the error file's rows."""
         keys = [message_key(line["body"]["messages"]) for line in lines]
         new = self.store.unseen(keys) if fault in FAULTS else set(keys)
         fresh = [i for i, key in enumerate(keys) if key in new]
-        lost = set(fresh[:: {"flaky": 3, "expired": 2, "cancelled": 2}[fault]]) if fault in ("flaky", "expired", "cancelled") else set()
+        lost = (
+            set(fresh[:: {"flaky": 3, "expired": 2, "cancelled": 2}[fault]])
+            if fault in ("flaky", "expired", "cancelled")
+            else set()
+        )
         good, bad = [], []
-        for done, i in enumerate(random.Random(f"{self.options.seed} {len(lines)}").sample(range(len(lines)), len(lines))):
+        for done, i in enumerate(
+            random.Random(f"{self.options.seed} {len(lines)}").sample(range(len(lines)), len(lines))
+        ):
             response, error = None, None
             if i not in lost:
                 response = self.one(keys[i], lines[i]["body"])
             elif fault == "flaky":
-                response = self.reply(500, keys[i], {"error": {"message": "The server had an error.", "type": "server_error", "param": None, "code": None}})
+                response = self.reply(
+                    500,
+                    keys[i],
+                    {
+                        "error": {
+                            "message": "The server had an error.",
+                            "type": "server_error",
+                            "param": None,
+                            "code": None,
+                        }
+                    },
+                )
             else:
-                error = {"code": f"batch_{fault}", "message": f"The batch was {fault} before this request was answered."}
-            row = {"id": f"batch_req_{keys[i][:24]}", "custom_id": lines[i]["custom_id"], "response": response, "error": error}
+                error = {
+                    "code": f"batch_{fault}",
+                    "message": f"The batch was {fault} before this request was answered.",
+                }
+            row = {
+                "id": f"batch_req_{keys[i][:24]}",
+                "custom_id": lines[i]["custom_id"],
+                "response": response,
+                "error": error,
+            }
             (good if response and response["status_code"] == 200 else bad).append(json.dumps(row) + "\n")
             if done % 200 == 199:
                 await asyncio.sleep(0)
@@ -275,7 +354,18 @@ class Batches:
         try:
             done = completion(body, self.options.seed, self.options.tokens)[1]
         except UNREADABLE as error:
-            return self.reply(400, key, {"error": {"message": f"{type(error).__name__} {error}", "type": "invalid_request_error", "param": None, "code": None}})
+            return self.reply(
+                400,
+                key,
+                {
+                    "error": {
+                        "message": f"{type(error).__name__} {error}",
+                        "type": "invalid_request_error",
+                        "param": None,
+                        "code": None,
+                    }
+                },
+            )
         self.log.note("answered", key)
         self.answered += 1
         return self.reply(200, key, done)
@@ -299,7 +389,11 @@ class Batches:
 
     async def content(self, request):
         found = self.store.file(request.match_info["id"])
-        return web.Response(body=found[1], content_type="application/octet-stream") if found else no(404, f"No such File object: {request.match_info['id']}")
+        return (
+            web.Response(body=found[1], content_type="application/octet-stream")
+            if found
+            else no(404, f"No such File object: {request.match_info['id']}")
+        )
 
     async def create(self, request):
         asked = await request.json()
@@ -307,11 +401,28 @@ class Batches:
         if asked.get("endpoint") != "/v1/chat/completions" or asked.get("completion_window") != "24h":
             return no(400, "Expected the endpoint /v1/chat/completions and the completion_window 24h.", "invalid_value")
         if not found or found[0]["purpose"] != "batch":
-            return no(400, f"Invalid input_file_id {asked.get('input_file_id')!r}: expected a file with the purpose batch.", "invalid_value")
+            return no(
+                400,
+                f"Invalid input_file_id {asked.get('input_file_id')!r}: expected a file with the purpose batch.",
+                "invalid_value",
+            )
         metadata = asked.get("metadata") or {}
-        if len(metadata) > 16 or any(not isinstance(v, str) or len(k) > 64 or len(v) > 512 for k, v in metadata.items()):
-            return no(400, "Expected at most 16 pairs of metadata, keys of 64 and texts of 512 characters.", "invalid_value")
-        now, empty = int(time.time()), ("model", "errors", "output_file_id", "error_file_id", *(f"{s}_at" for s in ("in_progress", "finalizing", "cancelling", *ENDED)))
+        if len(metadata) > 16 or any(
+            not isinstance(v, str) or len(k) > 64 or len(v) > 512 for k, v in metadata.items()
+        ):
+            return no(
+                400, "Expected at most 16 pairs of metadata, keys of 64 and texts of 512 characters.", "invalid_value"
+            )
+        now, empty = (
+            int(time.time()),
+            (
+                "model",
+                "errors",
+                "output_file_id",
+                "error_file_id",
+                *(f"{s}_at" for s in ("in_progress", "finalizing", "cancelling", *ENDED)),
+            ),
+        )
         batch = {"id": self.store.new_id("batches"), "object": "batch", "endpoint": asked["endpoint"], "input_file_id": asked["input_file_id"],
                  "completion_window": "24h", "status": "validating", "created_at": now, "expires_at": now + 86_400,
                  "request_counts": {"total": 0, "completed": 0, "failed": 0}, "metadata": asked.get("metadata"), **dict.fromkeys(empty)}  # fmt: skip
@@ -327,7 +438,11 @@ class Batches:
         batches, after, limit = self.store.batches(), request.query.get("after"), int(request.query.get("limit", 20))
         ids = [batch["id"] for batch in batches]
         if not 1 <= limit <= 100 or after not in (None, *ids):
-            return no(400, f"Expected a limit from 1 to 100 and after a batch's id, found {limit} and {after!r}.", "invalid_value")
+            return no(
+                400,
+                f"Expected a limit from 1 to 100 and after a batch's id, found {limit} and {after!r}.",
+                "invalid_value",
+            )
         rest = batches[ids.index(after) + 1 if after else 0 :]
         shown = rest[:limit]
         return web.json_response({"object": "list", "data": shown, "has_more": len(rest) > limit,
@@ -350,7 +465,10 @@ class ChatServer:
 
     def __init__(self, options):
         self.options, self.log = options, EventLog(options.log)
-        self.batches, self.turn = Batches(options, self.log), asyncio.Semaphore(options.slots) if options.slots else contextlib.nullcontext()
+        self.batches, self.turn = (
+            Batches(options, self.log),
+            asyncio.Semaphore(options.slots) if options.slots else contextlib.nullcontext(),
+        )
         self.asked = self.answered = self.refused = self.dropped = self.flying = self.most = 0
         self.ended = False
 
@@ -381,7 +499,9 @@ class ChatServer:
             return no(400, f"The request can't be read: {type(error).__name__} {error}")
         finally:
             self.flying -= 1
-        response = web.Response(body=json.dumps(done).encode(), content_type="application/json", headers={"x-request-id": f"req_{key[:24]}"})
+        response = web.Response(
+            body=json.dumps(done).encode(), content_type="application/json", headers={"x-request-id": f"req_{key[:24]}"}
+        )
         try:
             await response.prepare(request)
             await response.write_eof()
@@ -498,7 +618,10 @@ def end_process(process: subprocess.Popen) -> int:
 def start_server(tmp_path, **options):
     """Run a server while the block lasts; options are those of the command line, such as latency or refuse_above."""
     folder = Path(tmp_path)
-    log = Path(options.pop("log", None) or next(p for n in itertools.count() if not (p := folder / f"chat_server_{n}.jsonl").exists()))
+    log = Path(
+        options.pop("log", None)
+        or next(p for n in itertools.count() if not (p := folder / f"chat_server_{n}.jsonl").exists())
+    )
     named = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     with open(log.with_suffix(".err"), "ab") as errors:
         process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--log", str(log), *named], stdout=subprocess.PIPE,

@@ -33,7 +33,7 @@ def open_loopback(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fetching, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(fetching, "FETCH_WAIT_SECONDS", 0.0)
     return tmp_path / "cache"
 
 
@@ -67,7 +67,10 @@ def serve(answer):
 def send(handler, body, status=200, cut=None, **headers):
     """Send an answer; with `cut`, promise all and send so many bytes."""
     handler.send_response(status)
-    for name, value in {"Content-Length": str(len(body)), **{k.replace("_", "-"): v for k, v in headers.items()}}.items():
+    for name, value in {
+        "Content-Length": str(len(body)),
+        **{k.replace("_", "-"): v for k, v in headers.items()},
+    }.items():
         handler.send_header(name, value)
     handler.end_headers()
     if handler.command == "GET":
@@ -92,7 +95,10 @@ class Hub:
         self.files, self.commit = {"train.csv": BODY, "data/more.csv": BODY, "README.md": b"# words"}, COMMIT
 
     def __call__(self, handler, n):
-        whole = re.fullmatch(r"/(api/)?datasets/([\w.-]+/[\w.-]+)(?:/(?:revision|resolve)/([^/]+))?(?:/(.+))?", handler.path.partition("?")[0])
+        whole = re.fullmatch(
+            r"/(api/)?datasets/([\w.-]+/[\w.-]+)(?:/(?:revision|resolve)/([^/]+))?(?:/(.+))?",
+            handler.path.partition("?")[0],
+        )
         listing, repo, revision, path = whole.groups()
         if repo == "any/gated":
             return send(handler, b"no", 403, X_Error_Code="GatedRepo")
@@ -101,12 +107,26 @@ class Hub:
         if revision not in (None, "main", self.commit, COMMIT):
             return send(handler, b"no", 404, X_Error_Code="RevisionNotFound", X_Repo_Commit=self.commit)
         if listing:
-            body = {"id": repo, "sha": self.commit, "siblings": [{"rfilename": name} for name in self.files], "private": False, "gated": False, "downloads": 0, "tags": []}
+            body = {
+                "id": repo,
+                "sha": self.commit,
+                "siblings": [{"rfilename": name} for name in self.files],
+                "private": False,
+                "gated": False,
+                "downloads": 0,
+                "tags": [],
+            }
             return send(handler, json.dumps(body).encode(), Content_Type="application/json")
         if path not in self.files:
             return send(handler, b"no", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
         commit = COMMIT if revision == COMMIT else self.commit
-        return send(handler, self.files[path], ETag=f'"{len(self.files[path])}-{commit[:4]}"', X_Repo_Commit=commit, Content_Type="text/plain")
+        return send(
+            handler,
+            self.files[path],
+            ETag=f'"{len(self.files[path])}-{commit[:4]}"',
+            X_Repo_Commit=commit,
+            Content_Type="text/plain",
+        )
 
 
 def in_child(code, tmp_path, endpoint, *addresses, offline="0"):
@@ -114,6 +134,13 @@ def in_child(code, tmp_path, endpoint, *addresses, offline="0"):
     keep = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
     environment = {**keep, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline, "PSYCOPREF_CACHE": str(tmp_path / "cache"),
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *addresses], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *addresses],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

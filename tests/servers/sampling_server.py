@@ -46,7 +46,9 @@ class SamplingServer:
 
     async def models(self, request):
         root = "/models/last-iteration" if self.options.fault == "root" else self.options.model
-        return web.json_response({"object": "list", "data": [{"id": self.options.name, "object": "model", "root": root}]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": self.options.name, "object": "model", "root": root}]}
+        )
 
     async def chat(self, request):
         body = await request.json()
@@ -57,21 +59,43 @@ class SamplingServer:
         if body["model"] != self.options.name:
             return web.json_response({"error": {"message": "no such model", "code": 404}}, status=404)
         if fault == "long":
-            return web.json_response({"error": {"message": "This model's maximum context length is 8 tokens.", "code": 400}}, status=400)
+            return web.json_response(
+                {"error": {"message": "This model's maximum context length is 8 tokens.", "code": 400}}, status=400
+            )
         if fault == "busy" and first:
-            return web.json_response({"error": {"message": "busy", "code": 503}}, status=503, headers={"retry-after-ms": "10"})
+            return web.json_response(
+                {"error": {"message": "busy", "code": 503}}, status=503, headers={"retry-after-ms": "10"}
+            )
         if fault == "die" and self.answered >= self.options.after:
             os._exit(9)
         self.answered += 1
         said = [candidate(body["messages"], body["seed"], place) for place in range(body["n"] - (fault == "short"))]
-        choices = [{"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": why} for i, (text, why) in enumerate(said)]
-        text = json.dumps({"object": "chat.completion", "choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": 9 * len(said)}})
-        return web.Response(text=text[: len(text) // 2] if fault == "cut" and first else text, content_type="application/json")
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": why}
+            for i, (text, why) in enumerate(said)
+        ]
+        text = json.dumps(
+            {
+                "object": "chat.completion",
+                "choices": choices,
+                "usage": {"prompt_tokens": 9, "completion_tokens": 9 * len(said)},
+            }
+        )
+        return web.Response(
+            text=text[: len(text) // 2] if fault == "cut" and first else text, content_type="application/json"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind, default in (("model", str, None), ("port", int, None), ("name", str, "policy"), ("log", str, ""), ("after", int, 0), ("fault", str, "")):
+    for name, kind, default in (
+        ("model", str, None),
+        ("port", int, None),
+        ("name", str, "policy"),
+        ("log", str, ""),
+        ("after", int, 0),
+        ("fault", str, ""),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=default)
     options = parser.parse_args()
     assert options.fault in ("", *FAULTS), options.fault
@@ -86,7 +110,14 @@ def main() -> None:
         time.sleep(120)
     application = web.Application()
     application.add_routes([web.get("/v1/models", server.models), web.post("/v1/chat/completions", server.chat)])
-    web.run_app(application, host="127.0.0.1", port=options.port, print=None, access_log=None, handle_signals=options.fault != "deaf")
+    web.run_app(
+        application,
+        host="127.0.0.1",
+        port=options.port,
+        print=None,
+        access_log=None,
+        handle_signals=options.fault != "deaf",
+    )
 
 
 if __name__ == "__main__":

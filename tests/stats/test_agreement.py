@@ -1,6 +1,5 @@
 """Raters: equality with the package krippendorff, scikit-learn and scipy, raters that may be permuted, and intervals that cover."""
 
-
 import krippendorff
 import numpy as np
 import pandas as pd
@@ -58,7 +57,9 @@ def two_raters(n, rng, share=0.5, right=0.93):
 @given(gappy(), st.sampled_from(LEVELS))
 def test_alpha_equals_the_package(ratings, level):
     # only labels that meet another count; the package's value domain would also hold those of lonely items, which changes nothing
-    assert krippendorff_alpha(ratings, level) == pytest.approx(krippendorff.alpha(ratings, level_of_measurement=level), abs=TIGHT)
+    assert krippendorff_alpha(ratings, level) == pytest.approx(
+        krippendorff.alpha(ratings, level_of_measurement=level), abs=TIGHT
+    )
 
 
 @few
@@ -69,7 +70,9 @@ def test_permuting_raters_or_items_changes_nothing(ratings, level, random):
     random.shuffle(columns)
     mixed = ratings[rows][:, columns]
     assert krippendorff_alpha(mixed, level) == pytest.approx(krippendorff_alpha(ratings, level), abs=TIGHT)
-    assert alpha_interval(mixed, level, samples=50) == pytest.approx(alpha_interval(ratings, level, samples=50), abs=1e-6)
+    assert alpha_interval(mixed, level, samples=50) == pytest.approx(
+        alpha_interval(ratings, level, samples=50), abs=1e-6
+    )
 
 
 @few
@@ -78,7 +81,9 @@ def test_alpha_is_blind_to_what_its_level_is_blind_to(ratings):
     renamed = np.select([ratings == v for v in (1, 2, 3, 5)], [3.0, 1.0, 5.0, 2.0], np.nan)
     assert krippendorff_alpha(renamed) == pytest.approx(krippendorff_alpha(ratings), abs=TIGHT)
     assert krippendorff_alpha(ratings**3, "ordinal") == pytest.approx(krippendorff_alpha(ratings, "ordinal"), abs=TIGHT)
-    assert krippendorff_alpha(10 - 2 * ratings, "interval") == pytest.approx(krippendorff_alpha(ratings, "interval"), abs=TIGHT)
+    assert krippendorff_alpha(10 - 2 * ratings, "interval") == pytest.approx(
+        krippendorff_alpha(ratings, "interval"), abs=TIGHT
+    )
 
 
 @few
@@ -98,8 +103,12 @@ def test_two_complete_raters_are_nearly_kappa():
 def test_text_labels_are_nominal():
     ratings = [["win", "loss", "win", None], ["win", "tie", "win", "loss"], ["loss", "loss", None, "loss"]]
     codes = {"win": 0.0, "loss": 1.0, "tie": 2.0, None: np.nan}
-    assert krippendorff_alpha(ratings) == pytest.approx(krippendorff.alpha([[codes[v] for v in row] for row in ratings], level_of_measurement="nominal"), abs=TIGHT)
-    assert krippendorff_alpha(ratings_matrix(long_form(ratings).dropna())) == pytest.approx(krippendorff_alpha(ratings), abs=TIGHT)
+    assert krippendorff_alpha(ratings) == pytest.approx(
+        krippendorff.alpha([[codes[v] for v in row] for row in ratings], level_of_measurement="nominal"), abs=TIGHT
+    )
+    assert krippendorff_alpha(ratings_matrix(long_form(ratings).dropna())) == pytest.approx(
+        krippendorff_alpha(ratings), abs=TIGHT
+    )
 
 
 @few
@@ -117,7 +126,10 @@ def test_the_interval_holds_alpha_and_has_a_width(ratings, level):
 def test_pairs_equal_sklearn_and_may_be_permuted(items):
     ratings = list(zip(*items))
     table = pairwise_agreement(long_form(ratings), samples=50)
-    assert table[["first", "second"]].values.tolist() == [["a", "b"], ["a", "c"], ["b", "c"]] and (table.n == len(items)).all()
+    assert (
+        table[["first", "second"]].values.tolist() == [["a", "b"], ["a", "c"], ["b", "c"]]
+        and (table.n == len(items)).all()
+    )
     for row in table.itertuples():
         a, b = (ratings["abc".index(name)] for name in (row.first, row.second))
         assert row.agreement == pytest.approx(100 * np.mean([x == y for x, y in zip(a, b)]), abs=TIGHT)
@@ -125,18 +137,27 @@ def test_pairs_equal_sklearn_and_may_be_permuted(items):
         if len({*a, *b}) == 1:
             assert np.isnan([row.kappa, row.kappa_low, row.kappa_high]).all()
         else:
-            assert row.kappa == pytest.approx(cohen_kappa_score(a, b), abs=TIGHT) and row.kappa_low <= row.kappa <= row.kappa_high
-    swapped = pairwise_agreement(long_form(ratings[::-1], "cba"), samples=50)  # the same raters, named in the other order
+            assert (
+                row.kappa == pytest.approx(cohen_kappa_score(a, b), abs=TIGHT)
+                and row.kappa_low <= row.kappa <= row.kappa_high
+            )
+    swapped = pairwise_agreement(
+        long_form(ratings[::-1], "cba"), samples=50
+    )  # the same raters, named in the other order
     swapped = swapped.assign(first=swapped.second, second=swapped["first"]).iloc[::-1].reset_index(drop=True)
     numbers = ["n", "agreement", "low", "high", "kappa"]
-    pd.testing.assert_frame_equal(swapped[["first", "second", *numbers]], table[["first", "second", *numbers]], rtol=1e-9)
+    pd.testing.assert_frame_equal(
+        swapped[["first", "second", *numbers]], table[["first", "second", *numbers]], rtol=1e-9
+    )
     shuffled = long_form(ratings).sample(frac=1, random_state=2)
     shuffled = shuffled.sort_values("rater", kind="stable")  # items in disorder, raters in the order of the table
     pd.testing.assert_frame_equal(pairwise_agreement(shuffled, samples=50), table, rtol=1e-9)
 
 
 def test_only_shared_items_are_compared_and_none_is_told():
-    long = pd.DataFrame([(0, "a", 1), (1, "a", 2), (1, "b", 2), (2, "b", 1), (3, "c", 1)], columns=["item", "rater", "label"])
+    long = pd.DataFrame(
+        [(0, "a", 1), (1, "a", 2), (1, "b", 2), (2, "b", 1), (3, "c", 1)], columns=["item", "rater", "label"]
+    )
     table = pairwise_agreement(long).set_index(["first", "second"])
     assert table.n.tolist() == [1, 0, 0] and table.loc[("a", "b"), "agreement"] == 100
     assert table.loc[("a", "c")].drop("n").isna().all()
@@ -149,9 +170,13 @@ def test_agreement_has_the_interval_of_a_share_by_speech():
     speeches = np.repeat(np.arange(20), 3)
     row = pairwise_agreement(long_form([a, b], speeches=speeches), cluster="speech_id").iloc[0]
     assert (row.low, row.high) == pytest.approx(win_interval(a == b, speeches), abs=TIGHT)
-    copies = pairwise_agreement(long_form(np.tile([a, b], 4), speeches=np.tile(np.arange(60), 4)), cluster="speech_id").iloc[0]
+    copies = pairwise_agreement(
+        long_form(np.tile([a, b], 4), speeches=np.tile(np.arange(60), 4)), cluster="speech_id"
+    ).iloc[0]
     once = pairwise_agreement(long_form([a, b])).iloc[0]
-    assert copies[["low", "high", "kappa_low", "kappa_high"]].tolist() == pytest.approx(once[["low", "high", "kappa_low", "kappa_high"]].tolist(), abs=1e-6)
+    assert copies[["low", "high", "kappa_low", "kappa_high"]].tolist() == pytest.approx(
+        once[["low", "high", "kappa_low", "kappa_high"]].tolist(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(("n", "share", "lowest"), [(20, 0.5, 0.85), (79, 0.5, 0.91), (200, 0.9, 0.91)])
@@ -187,9 +212,13 @@ def test_rank_correlation_is_scipys_and_symmetric(items):
     a, b = map(list, zip(*items))
     assume(len(set(a)) > 1 and len(set(b)) > 1)
     found = rank_correlation(a, b)
-    assert found["spearman"] == pytest.approx(spearmanr(a, b).statistic, abs=TIGHT) and found["kendall"] == pytest.approx(kendalltau(a, b).statistic, abs=TIGHT)
+    assert found["spearman"] == pytest.approx(spearmanr(a, b).statistic, abs=TIGHT) and found[
+        "kendall"
+    ] == pytest.approx(kendalltau(a, b).statistic, abs=TIGHT)
     turned = rank_correlation(b, [-x for x in a])
-    assert turned["spearman"] == pytest.approx(-found["spearman"], abs=TIGHT) and turned["kendall"] == pytest.approx(-found["kendall"], abs=TIGHT)
+    assert turned["spearman"] == pytest.approx(-found["spearman"], abs=TIGHT) and turned["kendall"] == pytest.approx(
+        -found["kendall"], abs=TIGHT
+    )
     assert found["n"] == len(items)
 
 
@@ -221,4 +250,4 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_are_one_line_and_say_what_was_expected(name):
-    value_error(*REFUSED[name], "raters")
+    value_error(*REFUSED[name], "agreement")

@@ -64,7 +64,13 @@ def frame(margin, name="m", file="test", pairs_each=2):
     """Scores of one model; consecutive pairs share a speech."""
     n = len(margin)
     return pd.DataFrame(
-        dict(ID=[f"{file}-{i // pairs_each}" for i in range(n)], prefID=range(n), model=name, chosen_score=np.asarray(margin, float), rejected_score=0.0)
+        dict(
+            ID=[f"{file}-{i // pairs_each}" for i in range(n)],
+            prefID=range(n),
+            model=name,
+            chosen_score=np.asarray(margin, float),
+            rejected_score=0.0,
+        )
     )
 
 
@@ -80,17 +86,25 @@ def theirs(metric, probability, label):
 @given(forecasts, BINS)
 def test_ece_equals_torchmetrics_off_the_edges(data, bins):
     """Both compare the mean forecast of the positive class with its frequency; torchmetrics' "confidence" is no max(p, 1 - p)."""
-    assert expected_calibration_error(*data, bins=bins) == pytest.approx(theirs(BinaryCalibrationError(bins, "l1"), *data), abs=TIGHT)
+    assert expected_calibration_error(*data, bins=bins) == pytest.approx(
+        theirs(BinaryCalibrationError(bins, "l1"), *data), abs=TIGHT
+    )
 
 
 def test_ece_differs_from_torchmetrics_on_the_edges_only():
     """Our bins are (low, high], as scikit-learn's; torchmetrics' are [low, high), with a bin of its own for exactly 1 (its issue 3510)."""
     probability, label = np.array([0.5, 0.7]), np.array([1, 0])
-    assert expected_calibration_error(probability, label, 2) == pytest.approx(0.5 / 2 + 0.7 / 2, abs=TIGHT)  # 0.5 is below
-    assert theirs(BinaryCalibrationError(2, "l1"), probability, label) == pytest.approx(0.2 / 2, abs=TIGHT)  # 0.5 is above, and cancels
+    assert expected_calibration_error(probability, label, 2) == pytest.approx(
+        0.5 / 2 + 0.7 / 2, abs=TIGHT
+    )  # 0.5 is below
+    assert theirs(BinaryCalibrationError(2, "l1"), probability, label) == pytest.approx(
+        0.2 / 2, abs=TIGHT
+    )  # 0.5 is above, and cancels
     probability, label = np.array([0.95, 1.0]), np.array([1, 0])
     assert expected_calibration_error(probability, label, 10) == pytest.approx(0.95 / 2, abs=TIGHT)  # one bin
-    assert theirs(BinaryCalibrationError(10, "l1"), probability, label) == pytest.approx(0.05 / 2 + 1 / 2, abs=TIGHT)  # two
+    assert theirs(BinaryCalibrationError(10, "l1"), probability, label) == pytest.approx(
+        0.05 / 2 + 1 / 2, abs=TIGHT
+    )  # two
     assert theirs(BinaryCalibrationError(10, "l1"), probability - 1e-9, label) == pytest.approx(0.95 / 2, abs=1e-8)
 
 
@@ -103,9 +117,13 @@ def test_the_numbers_of_table_1_equal_torchmetrics(margin, bins, form):
     probability = preference_probability(first, second)
     ours = pairwise_metrics(margin, np.zeros(len(margin)), bins, form, seed=1)
     assert ours["ece"] == pytest.approx(theirs(BinaryCalibrationError(bins, "l1"), probability, label), abs=TIGHT)
-    assert ours["accuracy"] == pytest.approx(theirs(BinaryAccuracy(), probability, label), abs=1e-6)  # single precision there
+    assert ours["accuracy"] == pytest.approx(
+        theirs(BinaryAccuracy(), probability, label), abs=1e-6
+    )  # single precision there
     assert roc_auc(probability, label) == pytest.approx(theirs(BinaryAUROC(), probability, label), abs=1e-6)
-    assert brier_score(probability, label) == pytest.approx(theirs(MeanSquaredError(), probability, label.astype(float)), abs=1e-6)
+    assert brier_score(probability, label) == pytest.approx(
+        theirs(MeanSquaredError(), probability, label.astype(float)), abs=1e-6
+    )
 
 
 def test_a_tie_is_wrong_here_and_half_right_in_torchmetrics():
@@ -149,7 +167,7 @@ def test_temperature_is_the_inverse_slope_of_a_logistic_regression(margin):
 @few
 @given(mixed, st.integers(-300, 300), st.integers(0, 5))
 def test_temperature_has_the_unit_of_the_scores_and_ignores_ties(margin, exponent, ties):
-    scale = 2.0 ** exponent
+    scale = 2.0**exponent
     padded = np.concatenate([margin, np.zeros(ties)])
     best = fit_temperature(margin, np.zeros(len(margin)))
     assert fit_temperature(scale * padded, np.zeros(len(padded))) == pytest.approx(scale * best, rel=1e-9)
@@ -185,7 +203,9 @@ def test_extreme_margins_have_a_temperature_without_overflow():
         for small in (1e-3, 1e-8):
             margin = np.array([1.0, 1.0, -small])
             best = fit_temperature(margin, np.zeros(3))
-            assert 0 < best < 1 and negative_log_likelihood(margin, np.zeros(3), best) < negative_log_likelihood(margin, np.zeros(3), 2 * best)
+            assert 0 < best < 1 and negative_log_likelihood(margin, np.zeros(3), best) < negative_log_likelihood(
+                margin, np.zeros(3), 2 * best
+            )
         for margin in ([1e300, 1e300, -1e300], [1e-300, 1e-300, -1e-300]):
             assert fit_temperature(margin, np.zeros(3)) == pytest.approx(abs(margin[0]) / np.log(2), rel=1e-12)
 
@@ -201,15 +221,21 @@ def test_temperature_table_fits_on_dev_and_measures_on_test():
     assert table.temperature.tolist() == [1.0, best] and best != fit_temperature(test.chosen_score, test.rejected_score)
     for row, scale in zip(table.to_dict("records"), (1, best)):
         found = pairwise_metrics(test.chosen_score / scale, test.rejected_score)
-        assert (row["Brier"], row["AUC"], row["accuracy %"] / 100) == pytest.approx((found["brier"], found["auc"], found["accuracy"]), abs=TIGHT)
+        assert (row["Brier"], row["AUC"], row["accuracy %"] / 100) == pytest.approx(
+            (found["brier"], found["auc"], found["accuracy"]), abs=TIGHT
+        )
         assert row["NLL"] == pytest.approx(np.mean(np.log1p(np.exp(-test.chosen_score / scale))), abs=TIGHT)
         for bins in (5, 10, 15):
-            assert row[f"ECE, {bins} bins"] == pytest.approx(pairwise_metrics(test.chosen_score / scale, test.rejected_score, bins)["ece"], abs=TIGHT)
+            assert row[f"ECE, {bins} bins"] == pytest.approx(
+                pairwise_metrics(test.chosen_score / scale, test.rejected_score, bins)["ece"], abs=TIGHT
+            )
     assert table.AUC[0] == table.AUC[1] and table["accuracy %"][0] == table["accuracy %"][1]
     assert table.NLL[1] < table.NLL[0] and table["ECE, 10 bins"][1] < table["ECE, 10 bins"][0]
 
 
-@pytest.mark.parametrize("margin, word", [([1, 2, 3], "ranked wrongly"), ([-1, -2, -3], "coin"), ([0, 0, 0], "as good as another")])
+@pytest.mark.parametrize(
+    "margin, word", [([1, 2, 3], "ranked wrongly"), ([-1, -2, -3], "coin"), ([0, 0, 0], "as good as another")]
+)
 def test_a_table_without_a_temperature_says_so_and_keeps_its_columns(margin, word):
     test = noisy(6, 50, 2, "test")
     table = temperature_table(frame(margin, "loud", "dev"), test)
@@ -228,12 +254,19 @@ def test_ece_table_agrees_with_metrics_and_its_mean_over_all_orders_is_no_smalle
     row = ece_table(scores, (bins,), range(4)).iloc[0]
     first, second, label = zip(*(presented_pairs(margin, zero, "randomised", seed) for seed in range(4)))
     drawn = [expected_calibration_error(preference_probability(f, s), y, bins) for f, s, y in zip(first, second, label)]
-    assert row[["randomised, mean", "randomised, lowest", "randomised, highest"]].tolist() == pytest.approx([np.mean(drawn), min(drawn), max(drawn)], abs=TIGHT)
-    both = expected_calibration_error(preference_probability(*presented_pairs(margin, zero)[:2]), presented_pairs(margin, zero)[2], bins)
+    assert row[["randomised, mean", "randomised, lowest", "randomised, highest"]].tolist() == pytest.approx(
+        [np.mean(drawn), min(drawn), max(drawn)], abs=TIGHT
+    )
+    both = expected_calibration_error(
+        preference_probability(*presented_pairs(margin, zero)[:2]), presented_pairs(margin, zero)[2], bins
+    )
     assert row["mirrored"] == pytest.approx(both, abs=TIGHT) and row["orders"] == 4 and 0 <= row["if calibrated"] <= 1
     if len(margin) <= 7:
         p = preference_probability(margin, zero)
-        every = [expected_calibration_error(np.where(np.array(o) == 1, p, 1 - p), o, bins) for o in itertools.product([0, 1], repeat=len(margin))]
+        every = [
+            expected_calibration_error(np.where(np.array(o) == 1, p, 1 - p), o, bins)
+            for o in itertools.product([0, 1], repeat=len(margin))
+        ]
         assert np.mean(every) >= both - TIGHT
 
 
@@ -299,7 +332,9 @@ def test_gap_bands_are_those_of_exact_fractions_for_every_sum():
         return [1 + total // 7 + (i < total % 7) for i in range(7)]
 
     rows = [(rated(max(total, 0)), rated(max(-total, 0))) for total in range(-28, 29)]
-    assert [sum(c) - sum(r) for c, r in rows] == list(range(-28, 29)) and {x for row in rows for side in row for x in side} == {1, 2, 3, 4, 5}
+    assert [sum(c) - sum(r) for c, r in rows] == list(range(-28, 29)) and {
+        x for row in rows for side in row for x in side
+    } == {1, 2, 3, 4, 5}
     edges, bands = [Fraction(1), Fraction(3, 2), Fraction(2)], list(GAP_BANDS)
     expected = [bands[sum(Fraction(total, 7) >= edge for edge in edges)] for total in range(-28, 29)]
     assert gap_groups(pairs_frame(rows)).tolist() == expected
@@ -308,8 +343,18 @@ def test_gap_bands_are_those_of_exact_fractions_for_every_sum():
 @few
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=20))
 def test_length_bands_mirror_when_the_sides_are_swapped(counts):
-    pairs = pd.DataFrame(dict(ID="s", prefID=range(len(counts)), chosen=["w " * c for c, _ in counts], rejected=["w\n" * r for _, r in counts]))
-    forward, backward = length_groups(pairs), length_groups(pairs.rename(columns=dict(chosen="rejected", rejected="chosen")))
+    pairs = pd.DataFrame(
+        dict(
+            ID="s",
+            prefID=range(len(counts)),
+            chosen=["w " * c for c, _ in counts],
+            rejected=["w\n" * r for _, r in counts],
+        )
+    )
+    forward, backward = (
+        length_groups(pairs),
+        length_groups(pairs.rename(columns=dict(chosen="rejected", rejected="chosen"))),
+    )
     mirror = dict(zip(LENGTH_BANDS, LENGTH_BANDS[::-1]))
     assert [mirror[band] for band in forward] == backward.tolist()
     assert [band == "within 20%" for band in forward] == [max(c, r) * 5 <= min(c, r) * 6 for c, r in counts]
@@ -321,14 +366,21 @@ def test_topics_are_named_in_the_papers_order_and_may_be_unknown():
     scores = frame(np.ones(11), pairs_each=1)
     groups = topic_groups(scores, speeches)
     assert groups.tolist() == [node["short"] for node in coarse_topics().values()][::-1] + ["unknown"] * 3
-    assert slice_table(scores, groups, 5).group.tolist() == [*(node["short"] for node in coarse_topics().values()), "unknown", "all"]
+    assert slice_table(scores, groups, 5).group.tolist() == [
+        *(node["short"] for node in coarse_topics().values()),
+        "unknown",
+        "all",
+    ]
 
 
 # ---- models side by side ----
 
 
 @few
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=3, max_size=30), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=3, max_size=30),
+    st.randoms(use_true_random=False),
+)
 def test_comparison_is_antisymmetric_and_independent_of_the_order_of_rows(rows, random):
     a, b = frame([x for x, _ in rows], "a"), frame([y for _, y in rows], "b")
     forward = comparison_table(dict(a=a, b=b.iloc[random.sample(range(len(rows)), len(rows))]), "b", samples=40).iloc[0]
@@ -362,7 +414,10 @@ def test_reliability_is_point_symmetric_and_swapping_the_sides_turns_frequencies
 @given(margins)
 def test_swapping_the_sides_mirrors_slices(margin):
     assume((margin != 0).all())
-    forward, backward = frame(margin), frame(margin).rename(columns=dict(chosen_score="rejected_score", rejected_score="chosen_score"))
+    forward, backward = (
+        frame(margin),
+        frame(margin).rename(columns=dict(chosen_score="rejected_score", rejected_score="chosen_score")),
+    )
     groups = pd.Series(np.arange(len(margin)) % 2, index=pd.MultiIndex.from_frame(forward[["ID", "prefID"]]))
     one, other = slice_table(forward, groups, 20), slice_table(backward, groups, 20)
     np.testing.assert_allclose(one["accuracy %"], 100 - other["accuracy %"], atol=1e-9)
@@ -388,7 +443,9 @@ def test_reliability_figure_shows_the_table(close_figures):
         filled = table[table["count"] > 0]
         np.testing.assert_allclose(figure.axes[i].lines[1].get_ydata(), filled["frequency"])
         assert [bar.get_height() for bar in figure.axes[2 + i].patches] == table["count"].tolist()
-        assert f"{pairwise_metrics(scores.chosen_score, scores.rejected_score)['ece']:.3f}" in figure.axes[i].get_title()
+        assert (
+            f"{pairwise_metrics(scores.chosen_score, scores.rejected_score)['ece']:.3f}" in figure.axes[i].get_title()
+        )
 
 
 def test_temperature_figure_divides_the_margins(close_figures):
@@ -401,7 +458,10 @@ def test_temperature_figure_divides_the_margins(close_figures):
 def test_slices_figure_shows_every_group_and_marks_missing_intervals(close_figures):
     scores = frame([1, 1, -1, 1, 1, -1, 1, 1], pairs_each=1)
     names = ["lonely", *["mixed"] * 5, *["all right"] * 2]
-    groups = pd.Series(pd.Categorical(names, ["lonely", "mixed", "all right"]), index=pd.MultiIndex.from_frame(scores[["ID", "prefID"]]))
+    groups = pd.Series(
+        pd.Categorical(names, ["lonely", "mixed", "all right"]),
+        index=pd.MultiIndex.from_frame(scores[["ID", "prefID"]]),
+    )
     figure = slices_figure({"one": slice_table(scores, groups, 50), "two": slice_table(scores, groups, 50)})
     axes = figure.axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["lonely", "mixed", "all right", "all"]
@@ -440,8 +500,14 @@ REFUSED = {
     "a group too many": (lambda: slice_table(good[1:], by_pair), "1 only in groups"),
     "an empty group": (lambda: slice_table(good, by_pair.where(by_pair == "a")), "2 pairs have no group"),
     "NaN in a slice": (lambda: slice_table(good.assign(chosen_score=NAN), by_pair), "missing"),
-    "shifted prefIDs": (lambda: comparison_table(dict(a=good, b=good.assign(prefID=good.prefID + 1)), "a"), "only in those of b"),
-    "speeches exchanged": (lambda: comparison_table(dict(a=good, b=good.assign(ID=good.ID[::-1].tolist())), "a"), "4 pairs only in the scores of a"),
+    "shifted prefIDs": (
+        lambda: comparison_table(dict(a=good, b=good.assign(prefID=good.prefID + 1)), "a"),
+        "only in those of b",
+    ),
+    "speeches exchanged": (
+        lambda: comparison_table(dict(a=good, b=good.assign(ID=good.ID[::-1].tolist())), "a"),
+        "4 pairs only in the scores of a",
+    ),
     "train against test": (lambda: comparison_table(dict(a=good, b=other_file), "a"), "score both on one file"),
     "dropped pair": (lambda: comparison_table(dict(a=good, b=good[:-1]), "a"), "1 pairs only in the scores of a"),
     "repeated pair": (lambda: comparison_table(dict(a=good, b=good.iloc[[0, 1, 2, 2]]), "a"), "twice"),
@@ -465,7 +531,12 @@ def test_faults_are_refused_in_one_line(name):
     with pytest.raises(ValueError, match=pattern) as refused:
         call()
     message = str(refused.value)
-    assert message.startswith(("calibration", "metrics.")) and "expected" in message and ";" in message and "\n" not in message
+    assert (
+        message.startswith(("calibration", "scores."))
+        and "expected" in message
+        and ";" in message
+        and "\n" not in message
+    )
 
 
 def test_import_stays_light():

@@ -1,6 +1,5 @@
 """Comparing: equality with scipy's Beta, binomial and Holm's paper, sides that mirror, order that does not matter, and intervals that cover."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +16,9 @@ from psycopref.stats.scores import bootstrap, cluster_totals, mcnemar, mean_inte
 TIGHT = 1e-9  # points; the same sums in another order
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 words = st.lists(st.sampled_from(["win", "loss", "tie"]), min_size=1, max_size=30)
-pairs = st.lists(st.tuples(st.sampled_from(["win", "loss", "tie"]), st.sampled_from(["win", "loss", "tie"])), min_size=1, max_size=30)
+pairs = st.lists(
+    st.tuples(st.sampled_from(["win", "loss", "tie"]), st.sampled_from(["win", "loss", "tie"])), min_size=1, max_size=30
+)
 rows = st.lists(st.tuples(st.integers(0, 1), st.sampled_from("abcdefgh")), min_size=1, max_size=40)
 p_values = st.lists(st.floats(0, 1), max_size=12)
 
@@ -76,7 +77,9 @@ def test_copies_of_verdicts_add_no_knowledge():
 
 def test_weights_follow_the_beta_distribution_of_rubin():
     won, battles = weighted_totals([[1, 1]] * 7 + [[0, 1]] * 3, np.empty((0, 2)), 40_000, seed=3).T
-    np.testing.assert_allclose(np.quantile(won / battles, [0.05, 0.5, 0.95]), beta.ppf([0.05, 0.5, 0.95], 7, 3), atol=0.01)
+    np.testing.assert_allclose(
+        np.quantile(won / battles, [0.05, 0.5, 0.95]), beta.ppf([0.05, 0.5, 0.95], 7, 3), atol=0.01
+    )
     assert battles.mean() == pytest.approx(10, rel=0.02)
 
 
@@ -125,7 +128,12 @@ def test_the_interval_over_both_orders_covers(n, rate, correlation):
 
 
 def test_rows_taken_as_independent_would_not_cover():
-    flat = coverage(lambda kinds: win_interval(np.repeat([1, 0], [2 * kinds[0] + kinds[1], 2 * kinds[2] + kinds[1]])), [0.4, 0.2, 0.4], 50, 20)
+    flat = coverage(
+        lambda kinds: win_interval(np.repeat([1, 0], [2 * kinds[0] + kinds[1], 2 * kinds[2] + kinds[1]])),
+        [0.4, 0.2, 0.4],
+        50,
+        20,
+    )
     assert flat < 91
 
 
@@ -137,7 +145,9 @@ def test_the_interval_of_a_paired_difference_covers(n, better, worse):
         return compare_policies(*frames(verdicts.tolist(), "x"), samples=400)[["low", "high"]].to_numpy()[-1]
 
     # the frame is slow, the helper behind it is not: check that they are one, then enumerate with the helper
-    quick = lambda kinds: 100 * np.array(mean_interval(np.repeat([[1.0, 1], [0, 1], [-1, 1]], kinds, axis=0), 400, 0.95, 0))
+    quick = lambda kinds: (
+        100 * np.array(mean_interval(np.repeat([[1.0, 1], [0, 1], [-1, 1]], kinds, axis=0), 400, 0.95, 0))
+    )
     some = np.array([n // 2, n - n // 2 - 1, 1])
     np.testing.assert_allclose(interval(some), quick(some), atol=TIGHT)
     assert coverage(quick, [better, 1 - better - worse, worse], 100 * (better - worse), n) > 91
@@ -218,7 +228,9 @@ def test_comparison_adds_up_and_mirrors(both):
     assert groups.p_holm.tolist() == holm(groups.p)
     other = compare_policies(second, first, samples=100)
     apart = (table.difference != 0).to_numpy()
-    np.testing.assert_allclose(other.loc[apart, ["difference", "low", "high"]], -table.loc[apart, ["difference", "high", "low"]], atol=TIGHT)
+    np.testing.assert_allclose(
+        other.loc[apart, ["difference", "low", "high"]], -table.loc[apart, ["difference", "high", "low"]], atol=TIGHT
+    )
     assert other.p.tolist() == table.p.tolist() and other.better.tolist() == table.worse.tolist()
 
 
@@ -253,7 +265,7 @@ REFUSED = {
     "a gap among wins": (lambda: win_interval([1, np.nan]), "0 and 1"),
     "no rows": (lambda: win_interval([]), "no row"),
     "one id too few": (lambda: win_interval([1, 0], ["a"]), "clusters of shape"),
-    "a gap among ids": (lambda: cluster_totals("metrics.x", [[1], [2]], ["a", None]), "without its cluster"),
+    "a gap among ids": (lambda: cluster_totals("scores.x", [[1], [2]], ["a", None]), "without its cluster"),
     "level in percent": (lambda: win_interval([1, 0], level=95), "0.95"),
     "no samples": (lambda: compare_policies(one, two, samples=0), "samples=0"),
     "unknown verdict": (lambda: sign_test(["win"], ["draw"]), "'draw' at row 0"),
@@ -263,10 +275,13 @@ REFUSED = {
     "two verdicts": (lambda: compare_policies(one, pd.concat([two, two])), "'s00' twice"),
     "no shared speech": (lambda: compare_policies(one, two.assign(speech_id="z" + two.speech_id)), "0 shared"),
     "topics that differ": (lambda: compare_policies(one, two.assign(coarse_topic="z")), "one coarse_topic each"),
-    "a gap among topics": (lambda: compare_policies(one.assign(coarse_topic=None), two.assign(coarse_topic=None)), "without coarse_topic"),
+    "a gap among topics": (
+        lambda: compare_policies(one.assign(coarse_topic=None), two.assign(coarse_topic=None)),
+        "without coarse_topic",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_are_one_line_and_say_what_was_expected(name):
-    value_error(*REFUSED[name], ("comparing", "metrics"))
+    value_error(*REFUSED[name], ("intervals", "scores"))

@@ -16,7 +16,9 @@ from psycopref.core.settings import StudyError
 from psycopref.stats.length_control import PRIOR_SD, alpaca_battles, leaderboard, length_controlled
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-battles = st.lists(st.tuples(st.integers(0, 1), st.integers(-40, 40)), min_size=3, max_size=40).filter(lambda rows: len({extra for _, extra in rows}) > 1)
+battles = st.lists(st.tuples(st.integers(0, 1), st.integers(-40, 40)), min_size=3, max_size=40).filter(
+    lambda rows: len({extra for _, extra in rows}) > 1
+)
 
 
 def logistic(x):
@@ -56,9 +58,14 @@ def test_sides_mirror_and_order_and_unit_do_not_matter(rows):
     assert 0 <= found["low"] <= found["controlled"] <= found["high"] <= 100 and found["low"] < found["high"]
     assert all(np.isfinite(value) for value in found.values())
     mirror = length_controlled(1 - wins, -extra, speeches, samples=50)
-    assert [mirror["controlled"], mirror["length_effect"]] == pytest.approx([100 - found["controlled"], found["length_effect"]], abs=1e-6)
+    assert [mirror["controlled"], mirror["length_effect"]] == pytest.approx(
+        [100 - found["controlled"], found["length_effect"]], abs=1e-6
+    )
     order = np.random.default_rng(0).permutation(len(wins))
-    for again in (length_controlled(wins[order], extra[order], speeches[order], samples=50), length_controlled(wins, 7 * extra, speeches, samples=50)):
+    for again in (
+        length_controlled(wins[order], extra[order], speeches[order], samples=50),
+        length_controlled(wins, 7 * extra, speeches, samples=50),
+    ):
         assert again == pytest.approx(found, abs=1e-4)
     free = length_controlled(wins, extra, samples=50)
     assert length_controlled(wins[order], extra[order], samples=50) == pytest.approx(free, abs=1e-4)
@@ -98,7 +105,11 @@ def test_separation_is_finite_and_uncertain():
     swept = length_controlled(np.ones(12), np.arange(12) - 5.0)
     assert swept["controlled"] == 100 == swept["high"] and 40 < swept["low"] < 95
     split = length_controlled([1] * 6 + [0] * 6, [*range(1, 7), *range(-6, 0)])
-    assert 0 < split["length_effect"] < 3 * PRIOR_SD and split["low"] < 50 < split["high"] and split["high"] - split["low"] > 25
+    assert (
+        0 < split["length_effect"] < 3 * PRIOR_SD
+        and split["low"] < 50 < split["high"]
+        and split["high"] - split["low"] > 25
+    )
     never_short = length_controlled(np.ones(12), np.arange(50.0, 62))  # nothing is known at equal length
     assert never_short["longer"] == 100 and never_short["low"] < swept["low"]
 
@@ -108,7 +119,10 @@ def test_verdicts_of_one_speech_are_drawn_together():
     extra = rng.normal(0.5, 1, 50)
     wins = judged(rng, 0.5, extra, 1.0)
     once = length_controlled(wins, extra, np.arange(50), samples=800)
-    tiled, flat = (length_controlled(np.tile(wins, 2), np.tile(extra, 2), ids, samples=800) for ids in (np.tile(np.arange(50), 2), None))
+    tiled, flat = (
+        length_controlled(np.tile(wins, 2), np.tile(extra, 2), ids, samples=800)
+        for ids in (np.tile(np.arange(50), 2), None)
+    )
     width = lambda found: found["high"] - found["low"]
     assert abs(width(tiled) - width(once)) < 2 and width(flat) < 0.85 * width(once)
 
@@ -120,7 +134,10 @@ def test_the_interval_covers_the_rate_at_equal_length(n, rate, orders):
         extra = rng.normal(0.5, 1, n)
         wins = judged(rng, truth, extra, 1.0)
         if orders == 2:  # the other order says the same in most cases
-            wins, extra = np.append(wins, np.where(rng.random(n) < 0.7, wins, judged(rng, truth, extra, 1.0))), np.tile(extra, 2)
+            wins, extra = (
+                np.append(wins, np.where(rng.random(n) < 0.7, wins, judged(rng, truth, extra, 1.0))),
+                np.tile(extra, 2),
+            )
         found = length_controlled(wins, extra, np.tile(np.arange(n), orders), samples=250, seed=trial)
         held.append(found["low"] <= 100 * rate <= found["high"])
         raw.append(found["raw"])
@@ -159,7 +176,9 @@ def test_known_behaviour_on_a_file_of_alpacaevals_form(tmp_path, length):
     by_name = table.set_index("policy")
     assert by_name.controlled["verbose"] < by_name.raw["verbose"] - 8  # a verbose one falls
     assert by_name.controlled["brief"] > by_name.raw["brief"] + 5  # a concise one rises
-    assert by_name.raw.idxmax() == "verbose" and table.policy.tolist() == list(models)  # and the order of skill comes back
+    assert by_name.raw.idxmax() == "verbose" and table.policy.tolist() == list(
+        models
+    )  # and the order of skill comes back
     assert (by_name.length_effect > 0.5).all() and by_name.longer["verbose"] > 80 and by_name.longer["brief"] < 30
     truth = 100 * logistic(np.array([skill for skill, _ in models.values()]))
     assert ((table.low < truth) & (truth < table.high)).all() and (table.n == 600).all()
@@ -172,10 +191,24 @@ def test_equal_lengths_change_nothing_in_a_file(tmp_path):
 
 def test_swapping_the_outputs_turns_every_rate_around(tmp_path):
     rows = annotations({"verbose": (0.2, 30)}, n=200)
-    swapped = [{**row, "output_1": row["output_2"], "output_2": row["output_1"], "generator_1": "verbose", "generator_2": "baseline", "preference": 3 - row["preference"]} for row in rows]
+    swapped = [
+        {
+            **row,
+            "output_1": row["output_2"],
+            "output_2": row["output_1"],
+            "generator_1": "verbose",
+            "generator_2": "baseline",
+            "preference": 3 - row["preference"],
+        }
+        for row in rows
+    ]
     there, back = (leaderboard(written(tmp_path, version), samples=50).iloc[0] for version in (rows, swapped))
-    assert back.raw == pytest.approx(100 - there.raw, abs=1e-9) and back.controlled == pytest.approx(100 - there.controlled, abs=1e-6)
-    shuffled = leaderboard(written(tmp_path, [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]), samples=50).iloc[0]
+    assert back.raw == pytest.approx(100 - there.raw, abs=1e-9) and back.controlled == pytest.approx(
+        100 - there.controlled, abs=1e-6
+    )
+    shuffled = leaderboard(
+        written(tmp_path, [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]), samples=50
+    ).iloc[0]
     pd.testing.assert_series_equal(shuffled, there, rtol=1e-6)
 
 

@@ -195,7 +195,9 @@ def test_swapping_chosen_and_rejected_mirrors_accuracy_and_auc(scores):
 def test_a_constant_added_to_all_scores_changes_nothing(scores, shift, form):
     chosen, rejected = scores
     assume(form == "mirrored" or 0 < presented_pairs(chosen, rejected, form)[2].sum() < len(chosen))
-    assert pairwise_metrics(chosen + shift, rejected + shift, form=form) == pairwise_metrics(chosen, rejected, form=form)
+    assert pairwise_metrics(chosen + shift, rejected + shift, form=form) == pairwise_metrics(
+        chosen, rejected, form=form
+    )
 
 
 def test_a_scale_changes_calibration_and_not_the_ranking():
@@ -238,7 +240,9 @@ def test_shuffling_pairs_changes_nothing_in_the_mirrored_form(scores, random):
     chosen, rejected = scores
     order = list(range(len(chosen)))
     random.shuffle(order)
-    assert pairwise_metrics(chosen[order], rejected[order]) == pytest.approx(pairwise_metrics(chosen, rejected), abs=TIGHT)
+    assert pairwise_metrics(chosen[order], rejected[order]) == pytest.approx(
+        pairwise_metrics(chosen, rejected), abs=TIGHT
+    )
 
 
 # ---- intervals ----
@@ -261,7 +265,9 @@ def test_bootstrap_without_clusters_has_the_normal_width():
     values = np.tile([0.0, 1.0], 500)
     low, high = bootstrap(np.mean, values, samples=2000)
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(0.25 / 1000), rel=0.08)
-    assert bootstrap(np.mean, values, level=0.5, samples=2000)[1] - 0.5 == pytest.approx(0.674 * np.sqrt(0.25 / 1000), rel=0.15)
+    assert bootstrap(np.mean, values, level=0.5, samples=2000)[1] - 0.5 == pytest.approx(
+        0.674 * np.sqrt(0.25 / 1000), rel=0.15
+    )
 
 
 def test_bootstrap_resamples_columns_together_and_clusters_whole():
@@ -284,7 +290,8 @@ def test_shuffling_rows_keeps_the_clustered_interval(rows, random):
     assume(len({speech for speech, _ in rows}) > 1)
     shuffled = random.sample(rows, len(rows))
     intervals = [
-        bootstrap(np.mean, [v for _, v in order], clusters=[s for s, _ in order], samples=30) for order in (rows, shuffled)
+        bootstrap(np.mean, [v for _, v in order], clusters=[s for s, _ in order], samples=30)
+        for order in (rows, shuffled)
     ]
     assert intervals[0] == pytest.approx(intervals[1], abs=1e-9)
 
@@ -381,7 +388,9 @@ def test_win_rate_table_is_the_micro_average_with_clustered_intervals():
     wins = battles["verdict"] == "win"
     assert (overall["low"], overall["high"]) == win_interval(wins, battles["speech_id"], samples=300)
     plain = bootstrap(np.mean, 100.0 * wins, clusters=battles["speech_id"], samples=300)
-    assert (overall["low"], overall["high"]) == pytest.approx(plain, abs=1.5)  # 120 speeches near the middle: nothing to repair
+    assert (overall["low"], overall["high"]) == pytest.approx(
+        plain, abs=1.5
+    )  # 120 speeches near the middle: nothing to repair
     assert overall["high"] - overall["low"] < (topics["high"] - topics["low"]).min()
 
 
@@ -389,7 +398,9 @@ def test_shuffling_speeches_changes_no_win_rate_and_no_interval():
     battles = battles_of(120)
     shuffled = battles.sample(frac=1, random_state=3)
     assert shuffled["speech_id"].tolist() != battles["speech_id"].tolist()
-    pd.testing.assert_frame_equal(win_rate_table(battles, samples=100), win_rate_table(shuffled, samples=100), rtol=1e-12)
+    pd.testing.assert_frame_equal(
+        win_rate_table(battles, samples=100), win_rate_table(shuffled, samples=100), rtol=1e-12
+    )
 
 
 def test_win_rate_table_keeps_the_order_of_a_categorical_topic():
@@ -459,7 +470,10 @@ REFUSED = {
     "no verdicts": (lambda: verdict_counts([]), "empty"),
     "absent column": (lambda: win_rate_table(pd.DataFrame(battle), by="topic"), "topic"),
     "missing topic": (lambda: win_rate_table(pd.DataFrame(battle | dict(coarse_topic=["Youth", None]))), "missing"),
-    "unknown verdict in table": (lambda: win_rate_table(pd.DataFrame(battle | dict(verdict=["win", "draw"]))), "'draw'"),
+    "unknown verdict in table": (
+        lambda: win_rate_table(pd.DataFrame(battle | dict(verdict=["win", "draw"]))),
+        "'draw'",
+    ),
     "blank reference": (lambda: length_ratio(["a", "b"], ["a", " "]), "row 1 is blank"),
     "token counts": (lambda: length_ratio([3, 4], [3, 4]), "not text"),
     "one label": (lambda: cohen_kappa(["x", "x"], ["x", "x"]), "at least two labels"),
@@ -473,7 +487,7 @@ def test_refusals_are_one_line_and_name_the_place(name):
     with pytest.raises(ValueError, match=pattern) as refused:
         call()
     message = str(refused.value)
-    assert message.startswith("metrics.") and "expected" in message and ";" in message and "\n" not in message
+    assert message.startswith("scores.") and "expected" in message and ";" in message and "\n" not in message
 
 
 def test_import_loads_neither_pandas_nor_sklearn_nor_scipy():

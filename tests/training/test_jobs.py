@@ -21,7 +21,7 @@ from psycopref.core import settings as config
 from psycopref.training import jobs
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile
 from psycopref.training.jobs import (
-    KINDS,
+    JOB_KINDS,
     do_job,
     launch_command,
     launch_plan,
@@ -36,7 +36,15 @@ from psycopref.training.jobs import (
 from psycopref.models.weights import Weights
 from refusals import one_line
 
-PAIRS = pd.DataFrame({"ID": ["a", "b"], "prefID": [3, 4], "question": ["I count the stairs.", "No."], "chosen": ["What then?", "I see."], "rejected": ["Stop.", "Why?"]})
+PAIRS = pd.DataFrame(
+    {
+        "ID": ["a", "b"],
+        "prefID": [3, 4],
+        "question": ["I count the stairs.", "No."],
+        "chosen": ["What then?", "I see."],
+        "rejected": ["Stop.", "Why?"],
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +55,11 @@ def no_launcher(monkeypatch):
 
 
 def stored(folder, goal=None, pairs=PAIRS, **more):
-    store_job(folder, {"kind": "dpo", "goal": goal or folder / "model", "settings": dataclasses.asdict(DpoSettings())} | more, {"train": pairs, "dev": None})
+    store_job(
+        folder,
+        {"kind": "dpo", "goal": goal or folder / "model", "settings": dataclasses.asdict(DpoSettings())} | more,
+        {"train": pairs, "dev": None},
+    )
     return folder
 
 
@@ -69,12 +81,30 @@ def test_the_same_job_is_kept_and_another_one_cleared(tmp_path):
 
 
 def test_a_job_comes_back_as_it_was_stored(tmp_path):
-    wide = PAIRS.assign(messages=[[{"role": "user", "content": "Why?"}], None], gap=[1.5, 2.0], chosen_empathy_rating=[5, 4], chosen_model=["x", "y"])
-    store_job(tmp_path / "job", {"kind": "dpo", "goal": tmp_path / "model", "schedule": (0, 8)}, {"train": wide, "dev": PAIRS[:0], "more": PAIRS})
+    wide = PAIRS.assign(
+        messages=[[{"role": "user", "content": "Why?"}], None],
+        gap=[1.5, 2.0],
+        chosen_empathy_rating=[5, 4],
+        chosen_model=["x", "y"],
+    )
+    store_job(
+        tmp_path / "job",
+        {"kind": "dpo", "goal": tmp_path / "model", "schedule": (0, 8)},
+        {"train": wide, "dev": PAIRS[:0], "more": PAIRS},
+    )
     job, frames = load_job(tmp_path / "job")
-    assert job["goal"] == tmp_path / "model" and job["schedule"] == [0, 8] and list(frames) == ["train", "more"], "an empty frame is none"
-    assert set(frames["train"]) == {"prefID", "question", "chosen", "rejected", "messages", "gap", "chosen_empathy_rating"} == set(pair_columns(wide))
-    assert frames["train"].chosen.tolist() == PAIRS.chosen.tolist() and [dict(m) for m in frames["train"].messages[0]] == wide.messages[0]
+    assert job["goal"] == tmp_path / "model" and job["schedule"] == [0, 8] and list(frames) == ["train", "more"], (
+        "an empty frame is none"
+    )
+    assert (
+        set(frames["train"])
+        == {"prefID", "question", "chosen", "rejected", "messages", "gap", "chosen_empathy_rating"}
+        == set(pair_columns(wide))
+    )
+    assert (
+        frames["train"].chosen.tolist() == PAIRS.chosen.tolist()
+        and [dict(m) for m in frames["train"].messages[0]] == wide.messages[0]
+    )
 
 
 def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monkeypatch):
@@ -86,7 +116,15 @@ def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monk
     assert len(load_job(stored(tmp_path / "job"))[1]["train"]) == 2 and not (tmp_path / "job" / "left").exists()
 
 
-CLASSES = sorted({own for own in vars(config).values() if isinstance(own, type) and dataclasses.is_dataclass(own) and own.__name__.endswith("Settings")} | {Weights}, key=lambda own: own.__name__)
+CLASSES = sorted(
+    {
+        own
+        for own in vars(config).values()
+        if isinstance(own, type) and dataclasses.is_dataclass(own) and own.__name__.endswith("Settings")
+    }
+    | {Weights},
+    key=lambda own: own.__name__,
+)
 
 
 def values(hint):
@@ -102,7 +140,13 @@ def values(hint):
         return st.dictionaries(values(inside[0]), values(inside[1]), max_size=2)
     if inside:  # a union
         return st.one_of([values(own) for own in inside])
-    plain = {int: st.integers(-9, 10**9), float: st.floats(-1e9, 1e9), str: st.text(max_size=5), bool: st.booleans(), type(None): st.none()}
+    plain = {
+        int: st.integers(-9, 10**9),
+        float: st.floats(-1e9, 1e9),
+        str: st.text(max_size=5),
+        bool: st.booleans(),
+        type(None): st.none(),
+    }
     return plain[hint]
 
 
@@ -134,7 +178,7 @@ def test_profiles_settings_come_back_and_nothing_stays_nothing():
 
 def test_a_job_of_an_unknown_kind_is_refused(tmp_path):
     assert "'dpo2'" in one_line(lambda: do_job(stored(tmp_path / "job", kind="dpo2")))
-    assert set(KINDS) == {"reward", "dpo"}
+    assert set(JOB_KINDS) == {"reward", "dpo"}
 
 
 # One at a time
@@ -242,20 +286,27 @@ def launched(monkeypatch):
     "Let a launch start this Python code in place of accelerate."
 
     def use(code, processes=2):
-        monkeypatch.setattr(jobs, "launch_command", lambda folder, processes, config="": [sys.executable, "-c", code, str(folder)])
+        monkeypatch.setattr(
+            jobs, "launch_command", lambda folder, processes, config="": [sys.executable, "-c", code, str(folder)]
+        )
         monkeypatch.setattr(jobs, "launch_plan", lambda batch_size: (processes, ""))
 
     return use
 
 
 def test_a_launch_s_own_refusal_comes_back_as_one_line(tmp_path, launched):
-    launched('import sys; print("W0101 noise", file=sys.stderr); print("psycopref: dpo.beta: found 0", file=sys.stderr); print("Traceback\\nChildFailedError", file=sys.stderr); sys.exit(1)')
+    launched(
+        'import sys; print("W0101 noise", file=sys.stderr); print("psycopref: dpo.beta: found 0", file=sys.stderr); '
+        'print("Traceback\\nChildFailedError", file=sys.stderr); sys.exit(1)'
+    )
     said = one_line(lambda: run_or_launch(stored(tmp_path / "job")))
     assert said == "training on 2 processes ended with 1: dpo.beta: found 0" and not held(tmp_path / "job")
 
 
 @pytest.mark.parametrize("code, expected", [('import sys; sys.exit("first\\nRuntimeError: out of memory")', "ended with 1: RuntimeError: out of memory"), ("import os; os.kill(os.getpid(), 9)", "ended with -9: no message"),
-                                            ("pass", "ended with 0: no message"), ('import sys; sys.stderr.buffer.write(b"\\xff" * 900); sys.exit(2)', "ended with 2: ")])  # fmt: skip
+                                            ("pass", "ended with 0: no message"), ('import sys; '
+                                                                                   'sys.stderr.buffer.write(b"\\xff" '
+                                                                                   '* 900); sys.exit(2)', "ended with 2: ")])  # fmt: skip
 def test_any_other_end_is_one_line_too(code, expected, tmp_path, launched):
     launched(code)
     said = one_line(lambda: run_or_launch(stored(tmp_path / "job")))
@@ -263,7 +314,10 @@ def test_any_other_end_is_one_line_too(code, expected, tmp_path, launched):
 
 
 def test_a_launch_hands_down_the_lock(tmp_path, launched):
-    launched(f"import os, sys; assert any(os.path.realpath(f'/proc/self/fd/{{n}}') == sys.argv[1] + '/lock' for n in os.listdir('/proc/self/fd')), 'no lock'\n{CHILD.replace('while', 'while 0 and')}")
+    launched(
+        f"import os, sys; assert any(os.path.realpath(f'/proc/self/fd/{{n}}') == sys.argv[1] + '/lock' for n in "
+        f"os.listdir('/proc/self/fd')), 'no lock'\n{CHILD.replace('while', 'while 0 and')}"
+    )
     assert run_or_launch(stored(tmp_path / "job")) == {"by": "the orphan"}
 
 
@@ -290,7 +344,10 @@ def test_an_interrupted_start_ends_what_it_launched(tmp_path):
 
 def test_progress_is_written_where_somebody_above_follows(tmp_path, launched, monkeypatch):
     log = tmp_path / "progress"
-    launched('import os, sys; open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8"); from pathlib import Path; f = Path(sys.argv[1]); (f / "model").mkdir(); (f / "result.json").write_text("{}")')
+    launched(
+        'import os, sys; open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8"); from pathlib import Path; f = '
+        'Path(sys.argv[1]); (f / "model").mkdir(); (f / "result.json").write_text("{}")'
+    )
     monkeypatch.setenv("PSYCOPREF_PROGRESS", str(log))
     run_or_launch(stored(tmp_path / "job"))
     assert log.read_text() == "DPO 3/8"
@@ -298,18 +355,32 @@ def test_progress_is_written_where_somebody_above_follows(tmp_path, launched, mo
 
 def test_progress_is_shown_here_where_nobody_follows(tmp_path, launched, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    launched('import os, sys, time; open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8"); time.sleep(1.5); from pathlib import Path; f = Path(sys.argv[1]); (f / "model").mkdir(); (f / "result.json").write_text("{}")')
+    launched(
+        'import os, sys, time; open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8"); time.sleep(1.5); from '
+        'pathlib import Path; f = Path(sys.argv[1]); (f / "model").mkdir(); (f / "result.json").write_text("{}")'
+    )
     run_or_launch(stored(tmp_path / "job"))
     assert "DPO 3/8" in capsys.readouterr().err
 
 
 def test_the_command_names_processes_or_a_configuration(monkeypatch):
     two, own = launch_command(Path("job"), 2), launch_command(Path("job"), 8, "zero3.yaml")
-    assert two[two.index("--num_processes") + 1] == "2" and "--multi_gpu" in two and two[-2:] == ["train", "job"] and "--multi_gpu" not in launch_command(Path("job"), 1)
-    assert own[own.index("--config_file") + 1] == "zero3.yaml" and own[own.index("--num_processes") + 1] == "8" and "--multi_gpu" not in own
+    assert (
+        two[two.index("--num_processes") + 1] == "2"
+        and "--multi_gpu" in two
+        and two[-2:] == ["train", "job"]
+        and "--multi_gpu" not in launch_command(Path("job"), 1)
+    )
+    assert (
+        own[own.index("--config_file") + 1] == "zero3.yaml"
+        and own[own.index("--num_processes") + 1] == "8"
+        and "--multi_gpu" not in own
+    )
     assert all(Path(command).is_file() for command in (two[0], two[-3]))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert [launch_plan(n) for n in (64, 12, 7, 11)] == [(8, ""), (6, ""), (7, ""), (1, "")], "as many GPUs as divide a batch"
+    assert [launch_plan(n) for n in (64, 12, 7, 11)] == [(8, ""), (6, ""), (7, ""), (1, "")], (
+        "as many GPUs as divide a batch"
+    )
     monkeypatch.setenv("PSYCOPREF_PROCESSES", "3")
     monkeypatch.setenv("PSYCOPREF_ACCELERATE", "zero3.yaml")
     assert launch_plan(64) == (3, "zero3.yaml")
@@ -328,7 +399,7 @@ def run_job(folder):
     while not (folder / "go").exists():
         time.sleep(0.05)
 
-sys.modules["standing"], jobs.KINDS["dpo"] = sys.modules["__main__"], "standing:run_job"
+sys.modules["standing"], jobs.JOB_KINDS["dpo"] = sys.modules["__main__"], "standing:run_job"
 jobs.do_job(folder)
 """
 LAUNCHED = """
@@ -351,9 +422,22 @@ def standing(tmp_path, processes, config=""):
     "Start a job whose workers stand and wait; yields the start and the workers' ids, and leaves nobody behind."
     (tmp_path / "standing.py").write_text(STANDING)
     job = stored(tmp_path / "job")
-    start = subprocess.Popen([sys.executable, "-c", LAUNCHED, str(job), str(processes), config], start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    start = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHED, str(job), str(processes), config],
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        files = appears(lambda: (found := sorted(job.glob("worker-*"))) and len(found) == processes and all(path.read_text() for path in found) and found, start)
+        files = appears(
+            lambda: (
+                (found := sorted(job.glob("worker-*")))
+                and len(found) == processes
+                and all(path.read_text() for path in found)
+                and found
+            ),
+            start,
+        )
         yield job, start, [int(path.read_text()) for path in files]
     finally:
         (job / "go").touch()
@@ -384,7 +468,17 @@ def test_workers_hold_the_job_when_start_and_launcher_were_killed(tmp_path):
         assert not any(gone(pid, 0.2) for pid in workers), "they go on"
         with open(job / "workers", "a") as workers, pytest.raises(BlockingIOError):
             fcntl.flock(workers, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        waiting = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from psycopref.training.jobs import locked\nwith locked(Path(sys.argv[1])): print('free')", str(job)], stdout=subprocess.PIPE, text=True)
+        waiting = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from pathlib import Path; from psycopref.training.jobs import locked\nwith "
+                "locked(Path(sys.argv[1])): print('free')",
+                str(job),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(timeout=3)
         (job / "go").touch()
@@ -406,7 +500,9 @@ def test_nothing_half_stands_at_the_goal(tmp_path):
         partial.mkdir()
         (partial / "weights").write_text("first")
         assert not goal.exists()
-    assert [path.name for path in goal.iterdir()] == ["weights"] and [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert [path.name for path in goal.iterdir()] == ["weights"] and [path.name for path in tmp_path.iterdir()] == [
+        "policy"
+    ]
     with pytest.raises(StudyError), whole_folder(goal) as partial:
         partial.mkdir()
         raise StudyError("the disk is full")
@@ -462,4 +558,6 @@ def test_killed_at_any_deed_the_goal_is_whole_or_missing(tmp_path):
         states.append((process.returncode, found))
     whole = [[(name, own) for name in ("a", "b", "c")] for own in ("old", "new")]
     assert states[-1] == (0, whole[1]) and sum(code == -9 for code, _ in states) > 5
-    assert all(found in [*whole, []] for _, found in states), [found for _, found in states if found not in [*whole, []]]
+    assert all(found in [*whole, []] for _, found in states), [
+        found for _, found in states if found not in [*whole, []]
+    ]

@@ -12,17 +12,40 @@ from psycopref.training.texts import add_lora, dialogue, prompt_messages
 from psycopref.models.weights import find_weights, load_tokenizer
 
 PAIRS = [
-    ("I count the stairs every morning before work.", "It sounds tiring. What would happen if you lost count?", "Stop."),
-    ("No.", "I hear a clear no. What stands behind it?", "You should really talk about your feelings, because that is what people do here."),
-    ("My sister moved out in March and the house is loud with it.", "You miss her.", "You miss her. How do the evenings feel?"),
+    (
+        "I count the stairs every morning before work.",
+        "It sounds tiring. What would happen if you lost count?",
+        "Stop.",
+    ),
+    (
+        "No.",
+        "I hear a clear no. What stands behind it?",
+        "You should really talk about your feelings, because that is what people do here.",
+    ),
+    (
+        "My sister moved out in March and the house is loud with it.",
+        "You miss her.",
+        "You miss her. How do the evenings feel?",
+    ),
 ]
-SMALL = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+SMALL = dict(
+    vocab_size=1024,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.2,
+)
 GROUPED = SMALL | dict(num_key_value_heads=2)
 ARCHITECTURES = {
-    "llama": GROUPED, "qwen2": GROUPED, "qwen3": GROUPED | dict(head_dim=8), "gemma": GROUPED | dict(head_dim=8),
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | dict(head_dim=8),
+    "gemma": GROUPED | dict(head_dim=8),
     "gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0),
     "gemma3_text": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
-    "mistral": GROUPED | dict(sliding_window=16), "gpt_neox": SMALL,
+    "mistral": GROUPED | dict(sliding_window=16),
+    "gpt_neox": SMALL,
 }
 
 
@@ -36,9 +59,20 @@ def make(architecture, kind, tokenizer):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     assert len(tokenizer) <= 1024
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1)
+    config = AutoConfig.for_model(
+        architecture,
+        **ARCHITECTURES[architecture],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        num_labels=1,
+    )
     torch.manual_seed(0)
-    model = (AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM).from_config(config).float().eval()
+    model = (
+        (AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM)
+        .from_config(config)
+        .float()
+        .eval()
+    )
     if architecture == "gemma2":  # SDPA knows no soft cap, so its plain pass is eager, as transformers advises
         model.set_attn_implementation("eager")
     return model
@@ -48,8 +82,25 @@ def dataset(kind, tokenizer):
     from datasets import Dataset
 
     if kind == "reward":
-        return Dataset.from_list([{f"{side}_ids": tokenizer(dialogue(tokenizer, q, text)).input_ids for side, text in (("chosen", c), ("rejected", r))} for q, c, r in PAIRS])
-    return Dataset.from_list([{"prompt": prompt_messages(q), "chosen": [{"role": "assistant", "content": c}], "rejected": [{"role": "assistant", "content": r}]} for q, c, r in PAIRS])
+        return Dataset.from_list(
+            [
+                {
+                    f"{side}_ids": tokenizer(dialogue(tokenizer, q, text)).input_ids
+                    for side, text in (("chosen", c), ("rejected", r))
+                }
+                for q, c, r in PAIRS
+            ]
+        )
+    return Dataset.from_list(
+        [
+            {
+                "prompt": prompt_messages(q),
+                "chosen": [{"role": "assistant", "content": c}],
+                "rejected": [{"role": "assistant", "content": r}],
+            }
+            for q, c, r in PAIRS
+        ]
+    )
 
 
 def move(model, lora):
@@ -63,16 +114,35 @@ def move(model, lora):
 def build(kind, ours, architecture, tokenizer, tmp_path, lora, moved=True, rows=None, **more):
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    common = dict(output_dir=str(tmp_path / f"{kind}-{ours}"), per_device_train_batch_size=len(PAIRS), bf16=False, use_cpu=True, report_to="none",
-                  gradient_checkpointing=False, seed=3, data_seed=3, disable_tqdm=True, max_length=None) | more
+    common = (
+        dict(
+            output_dir=str(tmp_path / f"{kind}-{ours}"),
+            per_device_train_batch_size=len(PAIRS),
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            gradient_checkpointing=False,
+            seed=3,
+            data_seed=3,
+            disable_tqdm=True,
+            max_length=None,
+        )
+        | more
+    )
     torch.manual_seed(0)
     model = add_lora(make(architecture, kind, tokenizer), LoraSettings(rank=lora, alpha=8), head=kind == "reward")
-    args = RewardConfig(**common) if kind == "reward" else DPOConfig(**({"precompute_ref_log_probs": True, "beta": 0.1} | common))
+    args = (
+        RewardConfig(**common)
+        if kind == "reward"
+        else DPOConfig(**({"precompute_ref_log_probs": True, "beta": 0.1} | common))
+    )
     stock, mine = (RewardTrainer, reward_trainer()) if kind == "reward" else (DPOTrainer, dpo_trainer())
     if moved:
         move(model, lora)
     reference = {"ref_model": make(architecture, kind, tokenizer)} if kind == "dpo" else {}
-    return (mine if ours else stock)(model=model, args=args, train_dataset=rows or dataset(kind, tokenizer), processing_class=tokenizer, **reference)
+    return (mine if ours else stock)(
+        model=model, args=args, train_dataset=rows or dataset(kind, tokenizer), processing_class=tokenizer, **reference
+    )
 
 
 def gradients(trainer):
@@ -89,7 +159,9 @@ def assert_equal(ours, theirs):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours[1].keys() == theirs[1].keys() and ours[1]
     for name, gradient in theirs[1].items():
-        assert (ours[1][name] - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-7, name  # a bias that cancels in a pair has rounding for a gradient
+        assert (ours[1][name] - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-7, (
+            name
+        )  # a bias that cancels in a pair has rounding for a gradient
 
 
 def both(kind, architecture, tokenizer, tmp_path, lora, **more):
@@ -123,9 +195,18 @@ def test_margins_equal_trl(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-@pytest.mark.parametrize("architecture, more", [*((name, {}) for name in ARCHITECTURES), ("llama", {"label_smoothing": 0.1, "loss_type": ["robust"]}), ("llama", {"label_smoothing": 0.1, "loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.3]}),
-                                                ("llama", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}), ("llama", {"ld_alpha": 0.5}),
-                                                ("llama", {"precompute_ref_log_probs": False}), ("llama", {"gradient_checkpointing": True})])
+@pytest.mark.parametrize(
+    "architecture, more",
+    [
+        *((name, {}) for name in ARCHITECTURES),
+        ("llama", {"label_smoothing": 0.1, "loss_type": ["robust"]}),
+        ("llama", {"label_smoothing": 0.1, "loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.3]}),
+        ("llama", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
+        ("llama", {"ld_alpha": 0.5}),
+        ("llama", {"precompute_ref_log_probs": False}),
+        ("llama", {"gradient_checkpointing": True}),
+    ],
+)
 def test_dpo_loss_and_gradients_equal_trl(architecture, more, lora, tokenizer, tmp_path):
     theirs, ours = both("dpo", architecture, tokenizer, tmp_path, lora, **more)
     assert_equal(ours, theirs)
@@ -151,7 +232,9 @@ def test_a_reward_is_the_same_alone_in_a_pack_and_padded(architecture, tokenizer
     flat = [text for group in groups for text in group]
     with torch.no_grad():
         packed = model(input_ids=torch.tensor([text[-1:] for text in flat]), pack=lay_out(groups)).logits.squeeze(-1)
-        rows = padded(**tokenizer.pad({"input_ids": flat}, return_tensors="pt", padding_side="right")).logits.squeeze(-1)
+        rows = padded(**tokenizer.pad({"input_ids": flat}, return_tensors="pt", padding_side="right")).logits.squeeze(
+            -1
+        )
         alone = torch.cat([padded(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
         still = torch.cat([model(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
     assert rows.std() > 1e-3, "rewards that differ"
@@ -166,7 +249,11 @@ def test_answers_and_pairs_do_not_see_each_other(tokenizer):
     def rewards(*groups):
         groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in answers] for q, *answers in groups]
         with torch.no_grad():
-            return model(input_ids=torch.tensor([[0]] * sum(map(len, groups))) + 5, pack=lay_out(groups)).logits.squeeze(-1).tolist()
+            return (
+                model(input_ids=torch.tensor([[0]] * sum(map(len, groups))) + 5, pack=lay_out(groups))
+                .logits.squeeze(-1)
+                .tolist()
+            )
 
     first = rewards(("No.", "I see.", "What then?"), ("Yes.", "Good."))
     second = rewards(("No.", "I see.", "Entirely different words here!"), ("Perhaps.", "Good."))
@@ -193,11 +280,31 @@ def test_a_model_that_cannot_is_trained_the_plain_way_and_says_so(tokenizer, tmp
     found = []
     for trainer in (RewardTrainer, reward_trainer()):
         torch.manual_seed(0)
-        model = BloomForSequenceClassification(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id))
-        args = RewardConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, seed=3, max_length=None)
+        model = BloomForSequenceClassification(
+            BloomConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                n_layer=1,
+                n_head=2,
+                num_labels=1,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        args = RewardConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=3,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            gradient_checkpointing=False,
+            seed=3,
+            max_length=None,
+        )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            built = trainer(model=model, args=args, train_dataset=dataset("reward", tokenizer), processing_class=tokenizer)
+            built = trainer(
+                model=model, args=args, train_dataset=dataset("reward", tokenizer), processing_class=tokenizer
+            )
         found.append(gradients(built)[0])
     assert found[0] == found[1] and built.not_packed
     assert any("does not take packed pairs" in str(warning.message) for warning in said)

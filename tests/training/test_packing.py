@@ -50,7 +50,10 @@ def segments(pack):
     """The columns of each segment's queries, and those of its keys."""
     ends, key_ends = list(accumulate(pack.query_lengths)), list(accumulate(pack.key_lengths))
     keys = pack.keys.tolist()
-    return [(list(range(end - n, end)), keys[key_end - m : key_end]) for end, n, key_end, m in zip(ends, pack.query_lengths, key_ends, pack.key_lengths)]
+    return [
+        (list(range(end - n, end)), keys[key_end - m : key_end])
+        for end, n, key_end, m in zip(ends, pack.query_lengths, key_ends, pack.key_lengths)
+    ]
 
 
 # ---- the layout ----
@@ -96,14 +99,23 @@ def shared_tokens(group):
 @given(groups_of_texts)
 def test_the_width_is_all_tokens_less_the_shared_ones(groups):
     pack, total = lay_out(groups), sum(len(text) for group in groups for text in group)
-    assert pack.input_ids.shape == pack.position_ids.shape == (1, total - sum((len(group) - 1) * shared_tokens(group) for group in groups))
+    assert (
+        pack.input_ids.shape
+        == pack.position_ids.shape
+        == (1, total - sum((len(group) - 1) * shared_tokens(group) for group in groups))
+    )
     assert sum(pack.key_lengths) == len(pack.keys) == total
 
 
 @few
 @given(groups_of_texts, st.data())
 def test_states_are_kept_at_the_ends_of_the_texts(groups, data):
-    kept = data.draw(st.one_of(st.integers(1, 4), st.tuples(*(st.tuples(*(st.integers(1, len(text)) for text in group)) for group in groups))))
+    kept = data.draw(
+        st.one_of(
+            st.integers(1, 4),
+            st.tuples(*(st.tuples(*(st.integers(1, len(text)) for text in group)) for group in groups)),
+        )
+    )
     pack = lay_out(groups, kept if isinstance(kept, int) else [list(own) for own in kept])
     numbers = [kept] * len(segments(pack)) if isinstance(kept, int) else [n for own in kept for n in own]
     wanted = [keys[-n:] for (_, keys), n in zip(segments(pack), numbers)]
@@ -114,7 +126,11 @@ def test_states_are_kept_at_the_ends_of_the_texts(groups, data):
 def test_moving_a_pack_keeps_what_it_is():
     pack = replace(lay_out([[[5, 6], [5, 7]]]), kernel="varlen")
     moved = pack.to("meta")
-    assert isinstance(moved, Pack) and (moved.kernel, moved.query_lengths, moved.key_lengths) == ("varlen", pack.query_lengths, pack.key_lengths)
+    assert isinstance(moved, Pack) and (moved.kernel, moved.query_lengths, moved.key_lengths) == (
+        "varlen",
+        pack.query_lengths,
+        pack.key_lengths,
+    )
     assert all(getattr(moved, name).device.type == "meta" for name in ("input_ids", "position_ids", "keys", "places"))
 
 
@@ -164,7 +180,9 @@ def test_a_refusal_leaves_the_model_as_it_was(tokenizer):
     model = small_model(tokenizer)
     attention = model.base_model.config._attn_implementation
     reason = enable_packing(model, tolerance=1e-30)
-    assert "differ" in reason and "forward" not in vars(model.base_model) and not hasattr(model.base_model, "pack_kernel")
+    assert (
+        "differ" in reason and "forward" not in vars(model.base_model) and not hasattr(model.base_model, "pack_kernel")
+    )
     assert model.base_model.config._attn_implementation == attention
     assert enable_packing(model) == "", "and it may be asked again"
 
@@ -182,9 +200,23 @@ def test_a_backbone_with_dropout_in_its_attention_is_trained_the_plain_way(token
     from trl import RewardConfig
 
     rows = Dataset.from_list([{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}] * 2)
-    args = RewardConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, disable_tqdm=True)
+    args = RewardConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
     with pytest.warns(UserWarning, match="does not take packed pairs .*dropout"):
-        trainer = reward_trainer()(model=small_model(tokenizer, attention_dropout=0.1), args=args, processing_class=tokenizer, train_dataset=rows)
+        trainer = reward_trainer()(
+            model=small_model(tokenizer, attention_dropout=0.1),
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=rows,
+        )
     trainer.train()
     assert "dropout" in trainer.not_packed
 
@@ -220,9 +252,13 @@ def test_an_epoch_is_whole_batches_without_repetition_dealt_evenly(drawn):
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         order = list(sampler)
-        assert len(order) == len(set(order)) == len(sampler) == len(lengths) // batch_size * batch_size and set(order) <= set(range(len(lengths)))
+        assert len(order) == len(set(order)) == len(sampler) == len(lengths) // batch_size * batch_size and set(
+            order
+        ) <= set(range(len(lengths)))
         for start in range(0, len(order), batch_size):
-            sums = [sum(lengths[i] for i in order[place : place + size]) for place in range(start, start + batch_size, size)]
+            sums = [
+                sum(lengths[i] for i in order[place : place + size]) for place in range(start, start + batch_size, size)
+            ]
             assert max(sums) - min(sums) <= max(lengths)
 
 
@@ -234,7 +270,9 @@ def test_a_seed_and_an_epoch_say_the_order():
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
-    assert {i for epoch in range(8) for i in order(0, epoch)} == set(range(43)), "the pairs that sit out are others each time"
+    assert {i for epoch in range(8) for i in order(0, epoch)} == set(range(43)), (
+        "the pairs that sit out are others each time"
+    )
     batches = [[set(order(0, 0, size)[start : start + 8]) for start in range(0, 40, 8)] for size in (1, 2, 8)]
     assert batches[0] == batches[1] == batches[2], "the batches are the same whatever the packs"
 
@@ -251,7 +289,13 @@ def heaviest(lengths, batch_size, size, epochs, seed):
 
 
 @settings(few, max_examples=40)
-@given(st.lists(st.integers(1, 100), min_size=12, max_size=40), st.integers(20, 700), st.integers(1, 3), st.integers(0, 50), st.sampled_from([1, 2, 3]))
+@given(
+    st.lists(st.integers(1, 100), min_size=12, max_size=40),
+    st.integers(20, 700),
+    st.integers(1, 3),
+    st.integers(0, 50),
+    st.sampled_from([1, 2, 3]),
+)
 def test_the_largest_pack_that_fits_every_step_is_chosen(lengths, tokens, epochs, seed, processes):
     batch_size = 12
     size = pack_size(lengths, batch_size, tokens, epochs, seed, processes)
@@ -269,12 +313,20 @@ def test_a_training_computes_the_packs_that_were_planned(tokenizer, tmp_path):
     from psycopref.training.reward_model import reward_config
     from psycopref.training.texts import step_plan
 
-    rows = [{"chosen_ids": [5] * (3 + i % 7) + [6] * (1 + i % 5), "rejected_ids": [5] * (3 + i % 7) + [7] * (1 + i % 3)} for i in range(22)]
+    rows = [
+        {"chosen_ids": [5] * (3 + i % 7) + [6] * (1 + i % 5), "rejected_ids": [5] * (3 + i % 7) + [7] * (1 + i % 3)}
+        for i in range(22)
+    ]
     rows = [row | {"length": lay_out([list(row.values())]).input_ids.shape[1]} for row in rows]
     chosen = RewardSettings(batch_size=8, epochs=2, checkpoints=1, pack_tokens=70, max_length=64, learning_rate=1e-3)
     plan = step_plan([row["length"] for row in rows], chosen, seed=4)
     assert plan["pack_size"] == 4 and plan["left_out"] == 6
-    trainer = reward_trainer()(model=small_model(tokenizer), args=reward_config(chosen, plan, tmp_path, 4, False), processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
+    trainer = reward_trainer()(
+        model=small_model(tokenizer),
+        args=reward_config(chosen, plan, tmp_path, 4, False),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+    )
     widths, collate = [], trainer.data_collator
     seen = []
 
@@ -286,7 +338,9 @@ def test_a_training_computes_the_packs_that_were_planned(tokenizer, tmp_path):
 
     trainer.data_collator = record
     train_quietly(trainer, "packs")
-    assert len(widths) == plan["steps"] * 2 == 8 and max(widths) <= chosen.pack_tokens < heaviest([row["length"] for row in rows], 8, 8, 2, 4)
+    assert len(widths) == plan["steps"] * 2 == 8 and max(widths) <= chosen.pack_tokens < heaviest(
+        [row["length"] for row in rows], 8, 8, 2, 4
+    )
     expected = []
     for epoch in (0, 1):
         sampler = EvenSampler([row["length"] for row in rows], 8, 4, 4)
@@ -312,13 +366,20 @@ def test_rows_are_those_that_trl_makes_of_the_same_conversations(tokenizer, tmp_
 
     spoken = [{"prompt": pair_messages(pair), "chosen": [{"role": "assistant", "content": pair.chosen}], "rejected": [{"role": "assistant", "content": pair.rejected}]}
               for pair in PAIRS.itertuples()]  # fmt: skip
-    args = RewardConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", max_length=2000, disable_tqdm=True)
-    theirs = RewardTrainer(model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(spoken)).train_dataset
+    args = RewardConfig(
+        output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", max_length=2000, disable_tqdm=True
+    )
+    theirs = RewardTrainer(
+        model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(spoken)
+    ).train_dataset
     rows, long = pair_rows(PAIRS, tokenizer, 2000)
     assert long == [] and len(rows) == len(theirs) == 4
     for side in ("chosen_ids", "rejected_ids"):
         assert [row[side] for row in rows] == list(theirs[side])
-    assert [row["length"] for row in rows] == [len(c) + len(r) - len(os.path.commonprefix([c, r])) for c, r in zip(theirs["chosen_ids"], theirs["rejected_ids"])]
+    assert [row["length"] for row in rows] == [
+        len(c) + len(r) - len(os.path.commonprefix([c, r]))
+        for c, r in zip(theirs["chosen_ids"], theirs["rejected_ids"])
+    ]
 
 
 def test_pairs_that_trl_would_drop_in_silence_are_listed(tokenizer):
@@ -329,7 +390,9 @@ def test_pairs_that_trl_would_drop_in_silence_are_listed(tokenizer):
     limit = sorted(sizes)[1]
     kept, long = pair_rows(PAIRS, tokenizer, limit, margins=[0.5, 1.5, 2.5, 3.5])
     assert long == [int(pair) for pair, size in zip(PAIRS.prefID, sizes) if size > limit] and len(long) == 2
-    assert [(row["chosen_ids"], row["margin"]) for row in kept] == [(row["chosen_ids"], n + 0.5) for n, (row, size) in enumerate(zip(rows, sizes)) if size <= limit]
+    assert [(row["chosen_ids"], row["margin"]) for row in kept] == [
+        (row["chosen_ids"], n + 0.5) for n, (row, size) in enumerate(zip(rows, sizes)) if size <= limit
+    ]
     assert all("margin" not in row for row in rows)
     assert "all 4 pairs" in one_line(lambda: pair_rows(PAIRS, tokenizer, min(sizes) - 1))
 

@@ -43,29 +43,54 @@ def models(tmp_path_factory, shared_cache):
 
 @pytest.fixture
 def watcher(models, tmp_path):
-    speeches = pd.DataFrame([{"speech_id": f"s-{i}", "speech": f"I count the stairs for the {i}th time.", "split": "dev"} for i in range(4)])
-    profile = load_profile("tiny", {"watch.answers": 2, "dpo_iter.block": 2, "evaluation.max_tokens": 6, "evaluation.bootstrap": 20})
-    return Watcher(tmp_path / "points", models.tiny, models.scorer, speeches, profile, 0, Gateway(ReplyCache(tmp_path / "replies.sqlite")))
+    speeches = pd.DataFrame(
+        [{"speech_id": f"s-{i}", "speech": f"I count the stairs for the {i}th time.", "split": "dev"} for i in range(4)]
+    )
+    profile = load_profile(
+        "tiny", {"watch.answers": 2, "dpo_iter.block": 2, "evaluation.max_tokens": 6, "evaluation.bootstrap": 20}
+    )
+    return Watcher(
+        tmp_path / "points",
+        models.tiny,
+        models.scorer,
+        speeches,
+        profile,
+        0,
+        Gateway(ReplyCache(tmp_path / "replies.sqlite")),
+    )
 
 
 def never(*arguments, **named):
     raise AssertionError("not needed")
 
 
-@given(st.lists(st.sampled_from(["train", "dev", "test"]), min_size=1, max_size=12), st.one_of(st.none(), st.integers(1, 6)), st.integers(0, 3))
+@given(
+    st.lists(st.sampled_from(["train", "dev", "test"]), min_size=1, max_size=12),
+    st.one_of(st.none(), st.integers(1, 6)),
+    st.integers(0, 3),
+)
 def test_watched_speeches_are_of_one_split_and_the_same_in_any_order(splits, n, seed):
     frame = pd.DataFrame({"speech_id": [f"s-{i}" for i in range(len(splits))], "speech": "…", "split": splits})
     found = watched_speeches(frame, n, seed)
     split = "dev" if "dev" in splits else "train"
     assert set(found.split) <= {split} and len(found) == min(splits.count(split), 99 if n is None else n)
     assert set(found.speech_id) == set(watched_speeches(frame[::-1], n, seed).speech_id)
-    assert n is None or set(found.speech_id) <= set(watched_speeches(frame, n + 1, seed).speech_id), "more speeches keep the ones before"
+    assert n is None or set(found.speech_id) <= set(watched_speeches(frame, n + 1, seed).speech_id), (
+        "more speeches keep the ones before"
+    )
 
 
 def test_a_point_is_plain_numbers_and_a_finished_one_needs_no_weights(watcher, models, monkeypatch):
     point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO", step=4)
     assert json.loads((watcher.folder / "step-4" / "point.json").read_text()) == point
-    assert (point["speeches"], point["answers"], point["pairs"], point["step"], point["curve"], point["split"]) == (4, 8, 16, 4, "DPO", "dev")
+    assert (point["speeches"], point["answers"], point["pairs"], point["step"], point["curve"], point["split"]) == (
+        4,
+        8,
+        16,
+        4,
+        "DPO",
+        "dev",
+    )
     assert point["kl"] > 0.1 and point["kl_low"] <= point["kl"] <= point["kl_high"] and 0 <= point["judged"] <= 100
     monkeypatch.setattr(points, "sample_candidates", never)
     assert watcher.look(never, "step-4", 16) == point
@@ -79,7 +104,9 @@ def test_the_base_model_is_no_way_from_itself_and_answers_otherwise_than_a_polic
     assert (base["kl"], base["kl_low"], base["kl_high"]) == (0, 0, 0) and base["reward"] != point["reward"]
 
 
-@pytest.mark.parametrize("lost", ["step-4/point.json", "step-4/rewards.json", "step-4/block-0001.json", "reference/rewards.json"])
+@pytest.mark.parametrize(
+    "lost", ["step-4/point.json", "step-4/rewards.json", "step-4/block-0001.json", "reference/rewards.json"]
+)
 def test_an_interrupted_point_is_gone_on_with_and_ends_the_same(lost, watcher, models, monkeypatch):
     "A block that stands is read: only what was lost is sampled."
     import psycopref.training.sampling as sampling
@@ -99,7 +126,9 @@ def test_a_point_of_another_policy_is_not_taken_from_its_blocks(watcher, models)
     shutil.copytree(watcher.folder / "base", watcher.folder / "step-4")
     (watcher.folder / "step-4" / "point.json").unlink()
     point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO")
-    assert point["reward"] != base["reward"] and point == replace(watcher, folder=watcher.folder / "anew").look(lambda: models.policy, "step-4", 16, curve="DPO")
+    assert point["reward"] != base["reward"] and point == replace(watcher, folder=watcher.folder / "anew").look(
+        lambda: models.policy, "step-4", 16, curve="DPO"
+    )
 
 
 def test_nobody_is_asked_where_points_are_not_judged(watcher, models, monkeypatch):
@@ -110,16 +139,29 @@ def test_nobody_is_asked_where_points_are_not_judged(watcher, models, monkeypatc
 
 
 def test_curves_begin_at_the_base_model_and_go_along_the_pairs(watcher):
-    for name, pairs, curve in (("step-10", 40, "DPO"), ("step-2", 8, "DPO"), ("iteration-1", 20, "DPO-Iter"), ("base", 0, "")):
+    for name, pairs, curve in (
+        ("step-10", 40, "DPO"),
+        ("step-2", 8, "DPO"),
+        ("iteration-1", 20, "DPO-Iter"),
+        ("base", 0, ""),
+    ):
         (watcher.folder / name).mkdir(parents=True)
         (watcher.folder / name / "point.json").write_text(json.dumps({"name": name, "pairs": pairs, "curve": curve}))
-    assert {name: [point["name"] for point in own] for name, own in watcher.curves().items()} == {"DPO": ["base", "step-2", "step-10"], "DPO-Iter": ["base", "iteration-1"]}
+    assert {name: [point["name"] for point in own] for name, own in watcher.curves().items()} == {
+        "DPO": ["base", "step-2", "step-10"],
+        "DPO-Iter": ["base", "iteration-1"],
+    }
 
 
 def test_a_reference_may_leave_out_what_the_settings_allow(watcher, models, monkeypatch):
     whole = watcher.reference()
     monkeypatch.setattr(points, "answer", lambda *arguments, **named: whole[1:])
-    assert "3 of 4" in one_line(lambda: watcher.look(lambda: models.tiny, "base", 0)) and not (watcher.folder / "base" / "point.json").exists()
+    assert (
+        "3 of 4" in one_line(lambda: watcher.look(lambda: models.tiny, "base", 0))
+        and not (watcher.folder / "base" / "point.json").exists()
+    )
     evaluation = replace(watcher.profile.evaluation, coverage=0.7)
-    point = replace(watcher, profile=replace(watcher.profile, evaluation=evaluation)).look(lambda: models.tiny, "base", 0)
+    point = replace(watcher, profile=replace(watcher.profile, evaluation=evaluation)).look(
+        lambda: models.tiny, "base", 0
+    )
     assert (point["speeches"], point["answers"]) == (3, 6)

@@ -51,7 +51,10 @@ def adapted(weights, seed=1):
     """A policy with adapters that a training could have left."""
     import torch
 
-    model, chance = add_lora(load_causal_lm(weights, "float32"), LoraSettings(rank=4, alpha=8), seed=seed), torch.Generator().manual_seed(seed)
+    model, chance = (
+        add_lora(load_causal_lm(weights, "float32"), LoraSettings(rank=4, alpha=8), seed=seed),
+        torch.Generator().manual_seed(seed),
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data += 0.1 * torch.randn(weight.shape, generator=chance)
@@ -98,7 +101,10 @@ def test_base_and_adapters_give_what_the_merged_weights_give(made, tmp_path, sou
     merged = logits(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), tokenizer)
     base = AutoModelForCausalLM.from_pretrained(tiny.location, dtype="float32")
     plain = logits(base, tokenizer)
-    for found in (AutoPeftModelForCausalLM.from_pretrained(apart, dtype="float32"), PeftModel.from_pretrained(base, apart)):
+    for found in (
+        AutoPeftModelForCausalLM.from_pretrained(apart, dtype="float32"),
+        PeftModel.from_pretrained(base, apart),
+    ):
         assert (logits(found.eval(), tokenizer) - merged).abs().max() < 1e-4
     assert (plain - merged).abs().max() > 1e-2, "the adapters do something"
     assert AutoTokenizer.from_pretrained(apart).chat_template == tokenizer.chat_template
@@ -143,20 +149,51 @@ model.save_pretrained({str(tmp_path / "again")!r})
 assert not [name for name in sys.modules if name.startswith("psycopref")]
 print(json.dumps([answer, len(ids), generator.do_sample, generator.temperature, generator.top_k, generator.top_p, generator.max_new_tokens, generator.eos_token_id]))
 """
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(prompt_messages(SPEECH)[0]["content"]), capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(prompt_messages(SPEECH)[0]["content"]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     answer, length, *how = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(answer, str) and 0 < length <= 9 and how == [True, 0.7, 40, 0.95, 9, 2]
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["notice"] == NOTICE, "it survives loading and saving"
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["notice"] == NOTICE, (
+        "it survives loading and saving"
+    )
 
 
 @pytest.mark.parametrize("ends, kept", [(2, 2), ([7, 2], [7, 2]), (7, [7, 2]), ([7, 9], [7, 9, 2]), (None, 2)])
 def test_every_end_of_the_base_is_kept(policy, ends, kept):
     path = policy / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": ends, "bos_token_id": 5, "pad_token_id": 0, "repetition_penalty": 1.1, "temperature": 0.1, "min_p": 0.2, "max_length": 20, "_from_model_config": True}))
+    path.write_text(
+        json.dumps(
+            {
+                "eos_token_id": ends,
+                "bos_token_id": 5,
+                "pad_token_id": 0,
+                "repetition_penalty": 1.1,
+                "temperature": 0.1,
+                "min_p": 0.2,
+                "max_length": 20,
+                "_from_model_config": True,
+            }
+        )
+    )
     found = generation_defaults(policy, DECODING)
-    assert found == json.loads(path.read_text()) and found["eos_token_id"] == kept and (found["bos_token_id"], found["pad_token_id"]) == (5, 0)
-    assert found["temperature"] == 0.7 and not {"repetition_penalty", "min_p", "max_length", "_from_model_config"} & set(found)
+    assert (
+        found == json.loads(path.read_text())
+        and found["eos_token_id"] == kept
+        and (found["bos_token_id"], found["pad_token_id"]) == (5, 0)
+    )
+    assert found["temperature"] == 0.7 and not {
+        "repetition_penalty",
+        "min_p",
+        "max_length",
+        "_from_model_config",
+    } & set(found)
     path.unlink()
     assert generation_defaults(policy, DECODING)["eos_token_id"] == 2, "from config.json and the tokenizer"
 
@@ -170,7 +207,9 @@ def test_transformers_takes_any_decoding(policy, temperature, top_k, top_p, toke
     found = GenerationConfig.from_pretrained(policy)
     found.validate(strict=True)
     assert found.max_new_tokens == tokens and found.do_sample == (temperature > 0)
-    assert (found.temperature, found.top_k, found.top_p) == ((temperature, top_k, top_p) if temperature > 0 else (None, None, None))
+    assert (found.temperature, found.top_k, found.top_p) == (
+        (temperature, top_k, top_p) if temperature > 0 else (None, None, None)
+    )
 
 
 def test_the_chat_template_stays_as_trained(policy, made, facts):
@@ -178,8 +217,13 @@ def test_the_chat_template_stays_as_trained(policy, made, facts):
 
     _, tokenizer, _, _ = made
     hand_over(policy, facts)
-    rendered = AutoTokenizer.from_pretrained(policy).apply_chat_template(prompt_messages(SPEECH), tokenize=False, add_generation_prompt=True)
-    assert rendered == tokenizer.apply_chat_template(prompt_messages(SPEECH), tokenize=False, add_generation_prompt=True) and "system" not in rendered
+    rendered = AutoTokenizer.from_pretrained(policy).apply_chat_template(
+        prompt_messages(SPEECH), tokenize=False, add_generation_prompt=True
+    )
+    assert (
+        rendered == tokenizer.apply_chat_template(prompt_messages(SPEECH), tokenize=False, add_generation_prompt=True)
+        and "system" not in rendered
+    )
     for name in ("README.md", "NOTICE.md"):
         assert NOTICE in (policy / name).read_text()
 
@@ -190,7 +234,9 @@ def test_what_is_no_policy_gets_no_defaults(tmp_path):
 
 # ---- served
 
-LLAMA = Weights("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "Llama-3.2-3B-Instruct", "ab" * 20)
+LLAMA = Weights(
+    "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "Llama-3.2-3B-Instruct", "ab" * 20
+)
 
 
 def commands(text):
@@ -202,11 +248,25 @@ def test_the_printed_lines(made, tmp_path):
     whole = commands(serve_lines(folder))
     assert [words[:3] for words in whole] == [["vllm", "serve", str(folder)], ["transformers", "serve", str(folder)]]
     *_, apart = commands(serve_lines(folder, tiny))
-    assert apart[:3] == ["vllm", "serve", tiny.location] and apart[apart.index("--lora-modules") + 1] == f"{folder}={folder}/adapter" and "--enable-lora" in apart and "--revision" not in apart
+    assert (
+        apart[:3] == ["vllm", "serve", tiny.location]
+        and apart[apart.index("--lora-modules") + 1] == f"{folder}={folder}/adapter"
+        and "--enable-lora" in apart
+        and "--revision" not in apart
+    )
     *_, fetch, hub = commands(serve_lines("me/mine", LLAMA))
-    assert fetch[:3] == ["hf", "download", "me/mine"] and fetch[-1] == "mine" and "me/mine=mine/adapter" in hub and hub[hub.index("--revision") + 1] == LLAMA.revision
-    assert all(words[words.index("--host") + 1] == "127.0.0.1" for words in (*whole, apart, hub)), "nobody else gets at it"
-    assert NOTICE in serve_lines(folder) and ["vllm", "serve", "a b; 'c'"] in [words[:3] for words in commands(serve_lines("a b; 'c'"))]
+    assert (
+        fetch[:3] == ["hf", "download", "me/mine"]
+        and fetch[-1] == "mine"
+        and "me/mine=mine/adapter" in hub
+        and hub[hub.index("--revision") + 1] == LLAMA.revision
+    )
+    assert all(words[words.index("--host") + 1] == "127.0.0.1" for words in (*whole, apart, hub)), (
+        "nobody else gets at it"
+    )
+    assert NOTICE in serve_lines(folder) and ["vllm", "serve", "a b; 'c'"] in [
+        words[:3] for words in commands(serve_lines("a b; 'c'"))
+    ]
     for rank, held in ((0, None), (16, None), (17, "32"), (64, "64"), (500, "512")):
         *_, words = commands(serve_lines(folder, tiny, rank))
         assert held == (words[words.index("--max-lora-rank") + 1] if "--max-lora-rank" in words else None)
@@ -230,19 +290,35 @@ def test_both_snippets_ask_with_the_prompt_of_the_training(decoding):
         pytest.skip("curl is not here")
     location = "my \"folder\"/of 'é'"
     with open_hub(Completions()) as server:
-        done = subprocess.run(curl_line(location, SPEECH, decoding).replace("http://127.0.0.1:8000", server.address), shell=True, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            curl_line(location, SPEECH, decoding).replace("http://127.0.0.1:8000", server.address),
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Tell me more.", done.stderr
         names = {"prompt": prompt_messages(SPEECH)[0]["content"]}
         exec(ask_lines(location, decoding).replace("http://127.0.0.1:8000", server.address), names)
         assert names["answer"] == "Tell me more."
         names["client"].close()
     first, second = server.bodies
-    assert first == second and first["messages"] == prompt_messages(SPEECH) and first["model"] == location and first["max_tokens"] == decoding.max_tokens
+    assert (
+        first == second
+        and first["messages"] == prompt_messages(SPEECH)
+        and first["model"] == location
+        and first["max_tokens"] == decoding.max_tokens
+    )
     sampling = {name: value for name, value in first.items() if name not in ("model", "messages", "max_tokens")}
-    assert sampling == ({"temperature": 0.7, "top_p": 0.95} if decoding is DECODING else {"temperature": 0.0}), "transformers serve refuses top_k"
+    assert sampling == ({"temperature": 0.7, "top_p": 0.95} if decoding is DECODING else {"temperature": 0.0}), (
+        "transformers serve refuses top_k"
+    )
 
 
-@pytest.mark.skipif(not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")), reason="transformers[serving] is not installed")
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")),
+    reason="transformers[serving] is not installed",
+)
 def test_transformers_serves_the_folder(policy, facts, tmp_path):
     hand_over(policy, facts)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -253,7 +329,9 @@ def test_transformers_serves_the_folder(policy, facts, tmp_path):
     try:
         until, found = time.monotonic() + 90, None
         asked = shlex.split(curl_line(policy, SPEECH, DECODING))
-        request = urllib.request.Request(asked[2].replace("8000", port), asked[-1].encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            asked[2].replace("8000", port), asked[-1].encode(), {"Content-Type": "application/json"}
+        )
         while found is None and time.monotonic() < until and server.poll() is None:
             try:
                 found = json.load(urllib.request.urlopen(request, timeout=30))
@@ -270,7 +348,9 @@ def test_transformers_serves_the_folder(policy, facts, tmp_path):
 
 # ---- the card
 
-SOURCES = [{"source": "demo", "licence": "MIT, written for this repository; fictional", "page": "https://example.org/demo"}]
+SOURCES = [
+    {"source": "demo", "licence": "MIT, written for this repository; fictional", "page": "https://example.org/demo"}
+]
 POINT = {"pairs": 240, "step": 61, "speeches": 38, "answers": 152, "reward": 1.253, "reward_low": 1.117, "reward_high": 1.423, "proxy": 61.57, "proxy_low": 55.13, "proxy_high": 68.29,
          "judged": 57.31, "judged_low": 50.19, "judged_high": 64.37, "kl": 4.757, "kl_low": 4.261, "kl_high": 5.277, "words": 31.47, "words_low": 30.1, "words_high": 32.9,
          "tokens": 41.83, "cut_share": 0.123, "distinct_1": 0.217, "distinct_2": 0.419}  # fmt: skip
@@ -285,8 +365,27 @@ def facts():
         "04_pairs": {"rater": "offline rubric (stand-in)", "models": {"a": {"label": "Model A"}, "b": {"label": "Model B"}}, "outputs": {"train.parquet": "ab" * 32},
                      "commit": "0123456789abcdef", "changed_files": True, "versions": {"trl": "1.16.0"}},
     }  # fmt: skip
-    training = {"pairs": 357, "too_long": list(range(30, 42)), "steps": 89, "best_step": 61, "dev_loss": 0.4321, "pack_size": 8, "left_out": 5, "log": [{"loss": 0.6931}, {"loss": 0.3456}]}
-    settings = DpoSettings(beta=0.15, learning_rate=4e-4, batch_size=4, epochs=1.5, warmup_ratio=0.07, max_length=777, label_smoothing=0.02, select="loss", lora=LoraSettings(rank=16, alpha=24, last_layers=11))
+    training = {
+        "pairs": 357,
+        "too_long": list(range(30, 42)),
+        "steps": 89,
+        "best_step": 61,
+        "dev_loss": 0.4321,
+        "pack_size": 8,
+        "left_out": 5,
+        "log": [{"loss": 0.6931}, {"loss": 0.3456}],
+    }
+    settings = DpoSettings(
+        beta=0.15,
+        learning_rate=4e-4,
+        batch_size=4,
+        epochs=1.5,
+        warmup_ratio=0.07,
+        max_length=777,
+        label_smoothing=0.02,
+        select="loss",
+        lora=LoraSettings(rank=16, alpha=24, last_layers=11),
+    )
     return PolicyFacts(Weights("me/base@main", "me/base", "base", "ef" * 20), "first", "paper", "dpo", receipts, [training], settings, DECODING, POINT, "Bradley-Terry on base", "me/mine",
                        "weights kept in float32, computed with in bfloat16", {"reward": 0.517, "words": 29.03}, "offline rubric (stand-in)", "Model B")  # fmt: skip
 
@@ -294,8 +393,23 @@ def facts():
 @pytest.fixture(scope="module")
 def online(facts):
     """The same of DPO-Iter."""
-    rounds = [{"pairs": 301 + i, "steps": 21 + i, "too_long": [5] * i, "dropped": {"no gap": 1 + i, "same text": 2}} for i in range(4)]
-    how = IterSettings(iterations=5, prompts=322, candidates=7, temperature=0.93, top_k=44, top_p=0.97, learning_rate=3e-3, nll_weight=0.21, epochs=2.5, min_gap=0.11, reference="base")
+    rounds = [
+        {"pairs": 301 + i, "steps": 21 + i, "too_long": [5] * i, "dropped": {"no gap": 1 + i, "same text": 2}}
+        for i in range(4)
+    ]
+    how = IterSettings(
+        iterations=5,
+        prompts=322,
+        candidates=7,
+        temperature=0.93,
+        top_k=44,
+        top_p=0.97,
+        learning_rate=3e-3,
+        nll_weight=0.21,
+        epochs=2.5,
+        min_gap=0.11,
+        reference="base",
+    )
     return dataclasses.replace(facts, kind="dpo-iter", trainings=rounds, iter_settings=how, chosen=3)
 
 
@@ -309,22 +423,52 @@ def test_the_header_is_what_the_hub_reads(facts, online):
     for known in (facts, online):
         text = policy_card(known)
         found, read = header(text), ModelCard(text)
-        assert found["library_name"] == "transformers" and found["pipeline_tag"] == "text-generation" and found["base_model"] == "me/base" and found["license"] == "unknown" and found["language"] == "en"
-        assert {"dpo", "trl", "preference"} <= set(found["tags"]) and ("dpo-iter" in found["tags"]) == (known is online) and "datasets" not in found
+        assert (
+            found["library_name"] == "transformers"
+            and found["pipeline_tag"] == "text-generation"
+            and found["base_model"] == "me/base"
+            and found["license"] == "unknown"
+            and found["language"] == "en"
+        )
+        assert (
+            {"dpo", "trl", "preference"} <= set(found["tags"])
+            and ("dpo-iter" in found["tags"]) == (known is online)
+            and "datasets" not in found
+        )
         assert "model-index" not in found, "development numbers are no evaluation"
-        assert read.data.to_dict() == found == ModelCard(str(read)).data.to_dict() and read.text.strip().startswith(f"# first-base-main-{known.kind}")
-    assert "base_model" not in header(policy_card(dataclasses.replace(facts, weights=dataclasses.replace(facts.weights, location="/"))))
+        assert read.data.to_dict() == found == ModelCard(str(read)).data.to_dict() and read.text.strip().startswith(
+            f"# first-base-main-{known.kind}"
+        )
+    assert "base_model" not in header(
+        policy_card(dataclasses.replace(facts, weights=dataclasses.replace(facts.weights, location="/")))
+    )
 
 
 def test_a_card_of_the_released_dataset(facts):
     speeches = facts.receipts["01_speeches"]
-    origins = [{"source": "released", "licence": "CC-BY-NC-4.0", "page": "https://huggingface.co/datasets/Psychotherapy-LLM/PsychoCounsel-Preference"}]
+    origins = [
+        {
+            "source": "released",
+            "licence": "CC-BY-NC-4.0",
+            "page": "https://huggingface.co/datasets/Psychotherapy-LLM/PsychoCounsel-Preference",
+        }
+    ]
     receipts = {"01_speeches": {**speeches, "settings": {"speeches": {**speeches["settings"]["speeches"], "sources": ["released"]}}, "origins": origins},
                 "04_pairs": {**facts.receipts["04_pairs"], "rater": "GPT-4o, as released"}}  # fmt: skip
     text = policy_card(dataclasses.replace(facts, receipts=receipts, weights=LLAMA, judge="", reference=""))
     found = header(text)
-    assert found["license"] == "other" and found["license_name"] and found["datasets"] == ["Psychotherapy-LLM/PsychoCounsel-Preference"] and found["base_model"] == LLAMA.location
-    assert "llama3.2" in text and "rated by GPT-4o, as released" in text and "stand-in" not in text and "no judge was asked" in text
+    assert (
+        found["license"] == "other"
+        and found["license_name"]
+        and found["datasets"] == ["Psychotherapy-LLM/PsychoCounsel-Preference"]
+        and found["base_model"] == LLAMA.location
+    )
+    assert (
+        "llama3.2" in text
+        and "rated by GPT-4o, as released" in text
+        and "stand-in" not in text
+        and "no judge was asked" in text
+    )
 
 
 NUMBERS = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w])")
@@ -374,7 +518,10 @@ def test_a_number_that_changes_changes_the_card(kind, request):
     ways = [path for path in leaves(known) if path != ("chosen",)]
     silent = {path for path in ways if policy_card(mutated(known, path)) == before}
     assert {path for path in silent if "too_long" not in path} <= SILENT | REPLACED[kind]
-    assert len(ways) > 50 and {("point", name) for name in room.MEASURES} | {("decoding", "max_tokens")} <= set(ways) - silent
+    assert (
+        len(ways) > 50
+        and {("point", name) for name in room.MEASURES} | {("decoding", "max_tokens")} <= set(ways) - silent
+    )
     assert kind == "facts" or policy_card(dataclasses.replace(known, chosen=2)) != before
 
 
@@ -389,45 +536,99 @@ def test_every_number_in_the_card_is_a_fact(kind, request):
             found = getattr(found, key) if dataclasses.is_dataclass(found) else found[key]
         values += [found, 100 * found]
     done = known.trainings[: known.chosen]
-    values += [sum(one[key] for one in done) for key in ("pairs", "steps")] + [sum(len(one["too_long"]) for one in done), len(known.trainings)]
+    values += [sum(one[key] for one in done) for key in ("pairs", "steps")] + [
+        sum(len(one["too_long"]) for one in done),
+        len(known.trainings),
+    ]
     values += [sum(one["dropped"][reason] for one in done) for one in done[:1] for reason in one.get("dropped", {})]
-    values += [4.2, 95, 1, 2, 127, 0, 8000, 112, 911, 999, 32, 0.1, 5e-7, 64, 16, 6400, 8]  # the section, interval and labels; address and emergency numbers; the paper's own, in its deviations
+    values += [
+        4.2,
+        95,
+        1,
+        2,
+        127,
+        0,
+        8000,
+        112,
+        911,
+        999,
+        32,
+        0.1,
+        5e-7,
+        64,
+        16,
+        6400,
+        8,
+    ]  # the section, interval and labels; address and emergency numbers; the paper's own, in its deviations
     text = policy_card(known)
-    words = re.sub(r"`[0-9a-f]{12}…`|revision [0-9a-f]+|commit [0-9a-f]+|--revision \S+|torch \S+|trl \S+|127\.0\.0\.1(:8000)?|distinct-\d|Llama-\S+", "", text.split("---\n", 2)[2])
+    words = re.sub(
+        r"`[0-9a-f]{12}…`|revision [0-9a-f]+|commit [0-9a-f]+|--revision \S+|torch \S+|trl \S+|127\.0\.0\.1(:8000)?|distinct-\d|Llama-\S+",
+        "",
+        text.split("---\n", 2)[2],
+    )
     for number in NUMBERS.findall(words):
         assert any(abs(float(number) - value) <= max(5e-4, 0.006 * abs(value)) for value in values), (number, words)
     paper = text.split("## Deviations from the paper")[1].split("\n## ")[0]
-    assert "6400" not in text.replace(paper, "") and "5e-07" not in text.replace(paper, ""), "the paper's numbers stand in the deviations alone"
+    assert "6400" not in text.replace(paper, "") and "5e-07" not in text.replace(paper, ""), (
+        "the paper's numbers stand in the deviations alone"
+    )
 
 
 def test_the_card_says_what_was_done(facts, online):
     for known, said in (
-        (facts, ("by offline DPO", "β = 0.15, label smoothing 0.02, no likelihood term", "rank 16 (alpha 24, last 11 layers), merged into the weights", "computed with in bfloat16", "0.0004, warm-up over 7%", "4 pairs in a step",
-                 "12 pairs longer than 777 tokens; 5 others", "step 61 of 89", "0.6931 at the first step, 0.3456 at the last", "98.5%", "84 speeches are held out for testing, and took no part", "Model A; Model B",
-                 "against Model B", "Least".lower() + " DPO loss on development pairs", "never on test speeches", "152 answers to 38 development speeches", "| proxy win rate, % | — | 61.6 | 55.1 to 68.3 |",
-                 "| KL to the base, nats per answer | — | 4.757 | 4.26 to 5.28 |", "| mean reward | 0.517 | 1.253 | 1.12 to 1.42 |", "| distinct-2 | — | 0.419 | — |", "learning rate: 0.0004 here, 5e-07 in the paper")),
-        (online, ("by iterative online DPO", "4 were trained, this is number 3", "the policy of the iteration before", "- reference: the base model", "322 client speeches", "7 for each, at temperature 0.93 from the 44 likeliest", "top-p 0.97",
-                  "301, 302, 303 in the iterations", "66 steps in all", "plus 0.21 ×", "3 pairs longer than 777 tokens, 6 for no gap, 6 for same text", "906 training pairs", "highest mean reward on development speeches",
-                  "candidates for each prompt: 7 here, 8 in the paper", "Bradley-Terry on base chose among them", "writes plain DPO")),
+        (facts, ("by offline DPO", "β = 0.15, label smoothing 0.02, no likelihood term", "rank 16 (alpha 24, last 11 "
+                                                                                         "layers), merged into the "
+                                                                                         "weights", "computed with in bfloat16", "0.0004, warm-up over 7%", "4 pairs in a step",
+                 "12 pairs longer than 777 tokens; 5 others", "step 61 of 89", "0.6931 at the first step, 0.3456 at "
+                                                                               "the last", "98.5%", "84 speeches are held out for testing, and took no part", "Model A; Model B",
+                 "against Model B", "Least".lower() + " DPO loss on development pairs", "never on test "
+                                                                                        "speeches", "152 answers to 38 development speeches", "| proxy win rate, % | — | 61.6 | 55.1 to 68.3 |",
+                 "| KL to the base, nats per answer | — | 4.757 | 4.26 to 5.28 |", "| mean reward | 0.517 | 1.253 | "
+                                                                                   "1.12 to 1.42 |", "| distinct-2 | — | 0.419 | — |", "learning rate: 0.0004 here, 5e-07 in the paper")),
+        (online, ("by iterative online DPO", "4 were trained, this is number 3", "the policy of the iteration "
+                                                                                 "before", "- reference: the base "
+                                                                                           "model", "322 client speeches", "7 for each, at temperature 0.93 from the 44 likeliest", "top-p 0.97",
+                  "301, 302, 303 in the iterations", "66 steps in all", "plus 0.21 ×", "3 pairs longer than 777 "
+                                                                                       "tokens, 6 for no gap, 6 for "
+                                                                                       "same text", "906 training pairs", "highest mean reward on development speeches",
+                  "candidates for each prompt: 7 here, 8 in the paper", "Bradley-Terry on base chose among "
+                                                                        "them", "writes plain DPO")),
     ):  # fmt: skip
         text = policy_card(known)
         for one in said:
             assert one in text, one
-    assert "highest judged win rate" in policy_card(dataclasses.replace(facts, settings=DpoSettings(select="win-rate"))) and "every weight" in policy_card(dataclasses.replace(facts, settings=DpoSettings()))
+    assert "highest judged win rate" in policy_card(
+        dataclasses.replace(facts, settings=DpoSettings(select="win-rate"))
+    ) and "every weight" in policy_card(dataclasses.replace(facts, settings=DpoSettings()))
 
 
 def test_the_notice_comes_first_and_stand_ins_are_named(facts, online):
     for known in (facts, online):
         text = policy_card(known)
-        assert text.index(NOTICE) < text.index("A policy trained from") < text.index("## Data") and text.count(NOTICE) == 2, "on top, and above the commands"
-        assert "a stand-in, no clinical judge" in text and "judged on development speeches by offline rubric (stand-in)" in text
-    for word in ("not a therapist", "people in crisis", "qualified person must review", "emergency services", "no medical advice"):
+        assert (
+            text.index(NOTICE) < text.index("A policy trained from") < text.index("## Data") and text.count(NOTICE) == 2
+        ), "on top, and above the commands"
+        assert (
+            "a stand-in, no clinical judge" in text
+            and "judged on development speeches by offline rubric (stand-in)" in text
+        )
+    for word in (
+        "not a therapist",
+        "people in crisis",
+        "qualified person must review",
+        "emergency services",
+        "no medical advice",
+    ):
         assert word in NOTICE
-    assert "numbers mean nothing" in policy_card(dataclasses.replace(facts, profile="tiny")) and "size of a laptop" in policy_card(dataclasses.replace(facts, profile="demo"))
+    assert "numbers mean nothing" in policy_card(
+        dataclasses.replace(facts, profile="tiny")
+    ) and "size of a laptop" in policy_card(dataclasses.replace(facts, profile="demo"))
 
 
 def test_what_was_not_measured_is_not_shown(facts):
-    bare = dataclasses.replace(facts, point={"reward": 1.0, "judged": None, "kl": None}, base_point=None, judge="", reference="")
+    bare = dataclasses.replace(
+        facts, point={"reward": 1.0, "judged": None, "kl": None}, base_point=None, judge="", reference=""
+    )
     text = policy_card(bare)
     table = [line for line in text.split("## Development numbers")[1].splitlines() if line.startswith("|")]
     assert len(table) == 3 and table[-1] == "| mean reward | — | 1.0 | — |" and "step 61 of 89" in text
@@ -437,7 +638,16 @@ def test_deviations_are_the_settings_that_differ(facts, online):
     gpt = {**facts.receipts, "04_pairs": {**facts.receipts["04_pairs"], "rater": "gpt-4o-2024-08-06"}}
     paper = dataclasses.replace(facts, weights=LLAMA, settings=DpoSettings(), receipts=gpt)
     assert policy_deviations(paper) == [] and "None that we know of." in policy_card(paper)
-    assert len(policy_deviations(dataclasses.replace(online, weights=LLAMA, settings=DpoSettings(), receipts=gpt, iter_settings=IterSettings()))) == 1, "what the paper leaves open"
+    assert (
+        len(
+            policy_deviations(
+                dataclasses.replace(
+                    online, weights=LLAMA, settings=DpoSettings(), receipts=gpt, iter_settings=IterSettings()
+                )
+            )
+        )
+        == 1
+    ), "what the paper leaves open"
     assert "Only one seed." in policy_card(dataclasses.replace(paper, deviations=("Only one seed.",)))
 
 
@@ -451,7 +661,21 @@ def test_missing_facts_are_one_line(facts, online):
         assert said in one_line(lambda known=known, changed=changed: policy_card(dataclasses.replace(known, **changed)))
 
 
-HOSTILE = ["x\n---\nlicense: mit\n---\n# Safe", "a: [b, {c: d}", "'\"`\\", "![x](http://evil)<script>alert(1)</script>", "| a | b |\n|---|", "\u2028# Clinically proven\u2028", "> [!NOTE]\n> safe", "```\n# out\n```", "\r# z", "%YAML 2", "\x00", "--- ", "*/**"]
+HOSTILE = [
+    "x\n---\nlicense: mit\n---\n# Safe",
+    "a: [b, {c: d}",
+    "'\"`\\",
+    "![x](http://evil)<script>alert(1)</script>",
+    "| a | b |\n|---|",
+    "\u2028# Clinically proven\u2028",
+    "> [!NOTE]\n> safe",
+    "```\n# out\n```",
+    "\r# z",
+    "%YAML 2",
+    "\x00",
+    "--- ",
+    "*/**",
+]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -460,14 +684,21 @@ def test_hostile_labels_change_no_line_of_structure(facts, word):
     from huggingface_hub import ModelCard
 
     def filled(label):
-        receipts = {**facts.receipts, "04_pairs": {**facts.receipts["04_pairs"], "rater": f"gpt {label}", "models": {"a": {"label": label}}}}
+        receipts = {
+            **facts.receipts,
+            "04_pairs": {**facts.receipts["04_pairs"], "rater": f"gpt {label}", "models": {"a": {"label": label}}},
+        }
         return policy_card(dataclasses.replace(facts, weights=dataclasses.replace(facts.weights, label=f"b {label}"), scorer=f"s {label}", judge=f"j {label}", reference=f"r {label}", receipts=receipts, run="run",
                                                deviations=(f"d {label}",)))  # fmt: skip
 
     text, tame = filled(word), filled("plain")
     assert header(text) == header(tame) and ModelCard(text).data.to_dict() == ModelCard(tame).data.to_dict()
     heads = [[line for line in one.splitlines() if re.match(r"\s*(#|```|---|\||> \[!)", line)] for one in (text, tame)]
-    assert [line.split(" ")[0] for line in heads[0]] == [line.split(" ")[0] for line in heads[1]] and text.count("](") == tame.count("](") and text.count("<") == tame.count("<")
+    assert (
+        [line.split(" ")[0] for line in heads[0]] == [line.split(" ")[0] for line in heads[1]]
+        and text.count("](") == tame.count("](")
+        and text.count("<") == tame.count("<")
+    )
     assert quoted(quoted(word)) == quoted(word)
 
 
@@ -479,12 +710,21 @@ def test_a_hostile_run_stays_inside_its_field(facts):
 
 def test_adapters_are_named_only_where_others_can_use_them(policy, made, facts):
     tiny, tokenizer, _, checkpoint = made
-    for base, stands, served in ((facts.weights, True, True), (tiny, False, False), (Weights("x", str(policy), "x", "1"), False, False)):
+    for base, stands, served in (
+        (facts.weights, True, True),
+        (tiny, False, False),
+        (Weights("x", str(policy), "x", "1"), False, False),
+    ):
         save_adapter(checkpoint, tokenizer, base, policy)
         text = hand_over(policy, facts).read_text()
         assert ("apart in `adapter/`" in text, "--enable-lora" in text) == (stands, served)
         assert tiny.location not in text
-    local = hand_over(policy, dataclasses.replace(facts, weights=Weights("x", str(policy), "x", "1"), location="outputs/demo/06_policy/x/dpo")).read_text()
+    local = hand_over(
+        policy,
+        dataclasses.replace(
+            facts, weights=Weights("x", str(policy), "x", "1"), location="outputs/demo/06_policy/x/dpo"
+        ),
+    ).read_text()
     assert "apart in `adapter/`" in local and "--enable-lora" not in local and str(policy) not in local
 
 
@@ -507,7 +747,14 @@ assert "torch" not in sys.modules
 
 
 def push(folder, tmp_path, address, repo="me/mine", token="hf_good"):
-    [found] = in_child(CHILD, tmp_path, address, json.dumps({"HF_TOKEN": token, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}), str(folder), repo)
+    [found] = in_child(
+        CHILD,
+        tmp_path,
+        address,
+        json.dumps({"HF_TOKEN": token, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}),
+        str(folder),
+        repo,
+    )
     assert "\n" not in found.get("error", "") and "hf_" not in str(found).replace("HF_TOKEN", "")
     return found
 
@@ -523,25 +770,38 @@ def handed(policy, facts):
 
 
 def test_the_hub_gets_the_policy_in_private(handed, made, facts, tmp_path):
-    whole = {path.name: path.read_bytes() for path in handed.iterdir() if path.is_file() and not path.name.startswith(".")}
+    whole = {
+        path.name: path.read_bytes() for path in handed.iterdir() if path.is_file() and not path.name.startswith(".")
+    }
     with open_hub(Hub()) as hub:
         assert push(handed, tmp_path, hub.address) == {"url": f"{hub.address}/me/mine/commit/{'2' * 40}"}
-    assert sums(hub.files) == sums(whole) and {"README.md", "NOTICE.md", "generation_config.json", "model.safetensors"} <= set(whole), "adapters of a folder stay here"
+    assert sums(hub.files) == sums(whole) and {
+        "README.md",
+        "NOTICE.md",
+        "generation_config.json",
+        "model.safetensors",
+    } <= set(whole), "adapters of a folder stay here"
     [made_repo] = hub.made
     assert made_repo["visibility"] == "private"
     save_adapter(made[3], made[1], facts.weights, handed)
     hand_over(handed, facts)
     with open_hub(Hub(exists=True)) as hub:
         assert "url" in push(handed, tmp_path, hub.address)
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/NOTICE.md"} <= set(hub.files) and not [name for name in hub.files if name.startswith(("scratch", "checkpoint"))]
-    assert not [name for name, data in hub.files.items() if made[0].location.encode() in data], "no folder of this disk is told"
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/NOTICE.md"} <= set(
+        hub.files
+    ) and not [name for name in hub.files if name.startswith(("scratch", "checkpoint"))]
+    assert not [name for name, data in hub.files.items() if made[0].location.encode() in data], (
+        "no folder of this disk is told"
+    )
 
 
 def test_what_the_hub_refuses_is_one_line(handed, tmp_path):
     with open_hub(Hub(exists=False)) as hub:
         assert "is public, expected a private one" in push(handed, tmp_path, hub.address)["error"] and not hub.files
     with open_hub(Hub()) as hub:
-        assert "refused the token (401)" in push(handed, tmp_path, hub.address, token="hf_bad")["error"] and not hub.files
+        assert (
+            "refused the token (401)" in push(handed, tmp_path, hub.address, token="hf_bad")["error"] and not hub.files
+        )
 
 
 def test_nothing_goes_out_without_its_notice(handed, facts, monkeypatch):

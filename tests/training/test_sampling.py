@@ -51,7 +51,14 @@ def opened(monkeypatch):
     seen = {"opened": 0, "prompts": 0}
     load, ask = sampling.load_causal_lm, sampling.generate
     monkeypatch.setattr(sampling, "load_causal_lm", lambda *a: (seen.update(opened=seen["opened"] + 1), load(*a))[1])
-    monkeypatch.setattr(sampling, "generate", lambda m, t, prompts, *a, **k: (seen.update(prompts=seen["prompts"] + len(prompts)), ask(m, t, prompts, *a, **k))[1])
+    monkeypatch.setattr(
+        sampling,
+        "generate",
+        lambda m, t, prompts, *a, **k: (
+            seen.update(prompts=seen["prompts"] + len(prompts)),
+            ask(m, t, prompts, *a, **k),
+        )[1],
+    )
     return seen
 
 
@@ -115,7 +122,9 @@ def test_another_policy_or_engine_makes_other_blocks(tiny, tmp_path, change):
     assert not {block.made_of for block in kinds[0]} & {block.made_of for block in kinds[1]}
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"made_of": 3, "samples": []}', '{"samples": {"s0": [[1]]}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", '{"made_of": 3, "samples": []}', '{"samples": {"s0": [[1]]}}', "\xff"]
+)
 def test_no_block_is_no_error(tmp_path, content):
     (tmp_path / "block-0000.json").write_text(content, encoding="latin-1")
     assert sampling.read_block(tmp_path / "block-0000.json", "x", ["s0"], 1) is None
@@ -141,7 +150,9 @@ sampling.sample_candidates(find_weights("random-tiny"), json.loads(sys.argv[3]),
 
 
 def test_a_killed_process_costs_one_block(tiny, whole, tmp_path, opened):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "2", json.dumps(SPEECHES)], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "2", json.dumps(SPEECHES)], capture_output=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-800:]
     assert len(list(tmp_path.glob("block-*.json"))) == 2
     assert sampled(tiny, tmp_path) == whole[1] and opened["prompts"] == 3
@@ -152,7 +163,9 @@ def test_a_killed_process_costs_one_block(tiny, whole, tmp_path, opened):
 
 def test_the_model_is_gone_behind_the_context_even_after_an_error(tiny, monkeypatch):
     held, load = [], sampling.load_causal_lm
-    monkeypatch.setattr(sampling, "load_causal_lm", lambda *a: (lambda model: (held.append(weakref.ref(model)), model)[1])(load(*a)))
+    monkeypatch.setattr(
+        sampling, "load_causal_lm", lambda *a: (lambda model: (held.append(weakref.ref(model)), model)[1])(load(*a))
+    )
     with open_sampler("local", tiny, "float32") as sample:
         sample([prompt_messages("No.")], HOW, 2)
         assert held[0]() is not None
@@ -171,10 +184,24 @@ class FakeLLM:
 
     made: list = []
 
-    def __init__(self, model, *, tokenizer=None, dtype="auto", revision=None, tokenizer_revision=None, seed=None, gpu_memory_utilization=0.9, max_model_len=None, generation_config="auto"):
+    def __init__(
+        self,
+        model,
+        *,
+        tokenizer=None,
+        dtype="auto",
+        revision=None,
+        tokenizer_revision=None,
+        seed=None,
+        gpu_memory_utilization=0.9,
+        max_model_len=None,
+        generation_config="auto",
+    ):
         assert generation_config == "vllm" and dtype in ("float32", "bfloat16")
         if max_model_len == 13:
-            raise ValueError("Free memory on device (1.0/80.0 GiB) is less than desired.\nDecrease GPU memory utilization.")
+            raise ValueError(
+                "Free memory on device (1.0/80.0 GiB) is less than desired.\nDecrease GPU memory utilization."
+            )
         weights = find_weights("random-tiny")
         self.model, self.tokenizer, self.alive = load_causal_lm(weights, dtype), load_tokenizer(weights), True
         self.llm_engine = types.SimpleNamespace(engine_core=types.SimpleNamespace(shutdown=self.end))
@@ -189,8 +216,25 @@ class FakeLLM:
         return [self.answer(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, sampling_params)]
 
     def answer(self, ids, params):
-        found = [generate(self.model, self.tokenizer, [self.tokenizer.decode(ids)], Decoding(params.max_tokens, params.temperature, max(0, params.top_k), params.top_p, params.seed + i), name="")[0][0] for i in range(params.n)]
-        outputs = [types.SimpleNamespace(index=i, text=s.text, finish_reason=s.finish_reason, token_ids=[5] * s.n_tokens + [2] * (s.finish_reason == "stop")) for i, s in enumerate(found)]
+        found = [
+            generate(
+                self.model,
+                self.tokenizer,
+                [self.tokenizer.decode(ids)],
+                Decoding(params.max_tokens, params.temperature, max(0, params.top_k), params.top_p, params.seed + i),
+                name="",
+            )[0][0]
+            for i in range(params.n)
+        ]
+        outputs = [
+            types.SimpleNamespace(
+                index=i,
+                text=s.text,
+                finish_reason=s.finish_reason,
+                token_ids=[5] * s.n_tokens + [2] * (s.finish_reason == "stop"),
+            )
+            for i, s in enumerate(found)
+        ]
         return types.SimpleNamespace(outputs=outputs[::-1])
 
 
@@ -213,7 +257,11 @@ def vllm(monkeypatch):
     FakeLLM.made, FakeLLM.ended = [], 0
     cleaned = []
     state = types.SimpleNamespace(cleanup_dist_env_and_memory=lambda shutdown_ray=False: cleaned.append(1))
-    for name, module in {"vllm": types.SimpleNamespace(LLM=FakeLLM, SamplingParams=FakeParams), "vllm.distributed": types.SimpleNamespace(parallel_state=state), "vllm.distributed.parallel_state": state}.items():
+    for name, module in {
+        "vllm": types.SimpleNamespace(LLM=FakeLLM, SamplingParams=FakeParams),
+        "vllm.distributed": types.SimpleNamespace(parallel_state=state),
+        "vllm.distributed.parallel_state": state,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cleaned
 
@@ -221,7 +269,11 @@ def vllm(monkeypatch):
 def test_vllm_samples_blocks_and_is_destroyed(tiny, tmp_path, vllm):
     settings = IterSettings(block=3, engine="vllm")
     found = sampled(tiny, tmp_path, settings=settings)
-    assert list(found) == list(SPEECHES) and len(FakeLLM.made) == FakeLLM.ended == len(vllm) == 1 and FakeLLM.made[0]() is None
+    assert (
+        list(found) == list(SPEECHES)
+        and len(FakeLLM.made) == FakeLLM.ended == len(vllm) == 1
+        and FakeLLM.made[0]() is None
+    )
     (tmp_path / "block-0001.json").unlink()
     assert sampled(tiny, tmp_path, settings=settings) == found
     for sample in (s for group in found.values() for s in group):
@@ -266,7 +318,20 @@ def serve(monkeypatch, tmp_path):
 
     def start(fault="", after=0, **more):
         log = tmp_path / f"calls-{fault}.jsonl"
-        words = [sys.executable, str(SERVER), "--model", "{model}", "--port", "{port}", "--log", str(log), "--fault", fault, "--after", str(after)]
+        words = [
+            sys.executable,
+            str(SERVER),
+            "--model",
+            "{model}",
+            "--port",
+            "{port}",
+            "--log",
+            str(log),
+            "--fault",
+            fault,
+            "--after",
+            str(after),
+        ]
         monkeypatch.setenv("PSYCOPREF_SERVE", shlex.join(words))
         return log
 
@@ -279,7 +344,11 @@ def notes(log, kind):
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path("/proc").is_dir() else os.kill(pid, 0) is None
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            if Path("/proc").is_dir()
+            else os.kill(pid, 0) is None
+        )
     except (OSError, IndexError):
         return False
 
@@ -300,13 +369,27 @@ def test_a_server_is_started_asked_and_ended(tiny, tmp_path, serve):
     bodies, [pids] = notes(log, "body"), notes(log, "pids")
     assert not any(map(alive, pids)), "the server and its child are gone when the context ends"
     assert len(bodies) == len(SPEECHES) and len({body["seed"] for body in bodies}) == len(SPEECHES)
-    assert {(b["model"], b["n"], b["temperature"], b["top_k"], b["top_p"], b["max_completion_tokens"], b["min_p"], b["repetition_penalty"]) for b in bodies} == {("policy", 4, 1.0, 50, 1.0, 5, 0.0, 1.0)}
+    assert {
+        (
+            b["model"],
+            b["n"],
+            b["temperature"],
+            b["top_k"],
+            b["top_p"],
+            b["max_completion_tokens"],
+            b["min_p"],
+            b["repetition_penalty"],
+        )
+        for b in bodies
+    } == {("policy", 4, 1.0, 50, 1.0, 5, 0.0, 1.0)}
     seeds = {json.dumps(body["messages"]): body["seed"] for body in bodies}
     tokenizer, here = load_tokenizer(tiny), _server_candidate()
     for name, group in found.items():
         messages = prompt_messages(SPEECHES[name])
         said = [here(messages, seeds[json.dumps(messages)], place) for place in range(4)]
-        assert group == [Sample(text, why, 5 if why == "length" else len(tokenizer(text).input_ids)) for text, why in said]
+        assert group == [
+            Sample(text, why, 5 if why == "length" else len(tokenizer(text).input_ids)) for text, why in said
+        ]
     assert not list(tmp_path.glob("psycopref-server-*")), "the log of a good server is taken away"
 
 
@@ -334,7 +417,9 @@ def test_a_server_that_dies_half_way_costs_the_block_it_was_at(tiny, tmp_path, s
 def test_a_server_that_starts_wrong_is_one_line(tiny, tmp_path, serve, fault, expected):
     log = serve(fault)
     message = one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
-    assert expected in message and not (tmp_path / "blocks").exists() and (fault == "crash" or gone(notes(log, "pids")[0]))
+    assert (
+        expected in message and not (tmp_path / "blocks").exists() and (fault == "crash" or gone(notes(log, "pids")[0]))
+    )
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(tiny, tmp_path, serve, monkeypatch):
@@ -373,7 +458,20 @@ def somebodys(tmp_path_factory, shared_cache):
     port, log = sampling.free_port(), tmp_path_factory.mktemp("standing") / "calls.jsonl"
     with patch.dict(os.environ, {"PSYCOPREF_CACHE": shared_cache}):
         location = find_weights("random-tiny").location
-    process = subprocess.Popen([sys.executable, str(SERVER), "--model", location, "--port", str(port), "--name", "my-policy", "--log", str(log)])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(SERVER),
+            "--model",
+            location,
+            "--port",
+            str(port),
+            "--name",
+            "my-policy",
+            "--log",
+            str(log),
+        ]
+    )
     yield f"http://127.0.0.1:{port}/v1", log
     for pid in notes(log, "pids")[0]:
         os.kill(pid, signal.SIGKILL)
@@ -407,7 +505,9 @@ def test_a_standing_server_is_asked_and_left_alone(tiny, tmp_path, standing):
 def test_a_standing_server_with_another_policy_is_refused(tiny, tmp_path, standing, monkeypatch):
     shutil.copytree(tiny.location, tmp_path / "next-iteration")
     policy = find_weights(str(tmp_path / "next-iteration"))
-    assert "next-iteration" in one_line(lambda: sampled(policy, tmp_path / "blocks", settings=SERVED)) and not standing()
+    assert (
+        "next-iteration" in one_line(lambda: sampled(policy, tmp_path / "blocks", settings=SERVED)) and not standing()
+    )
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", f"http://127.0.0.1:{sampling.free_port()}/v1")
     assert "start a server" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
 
@@ -418,7 +518,10 @@ def test_calls_that_break_are_made_again(tiny, tmp_path, standing, fault):
     assert len(sampled(tiny, tmp_path, speeches, SERVED)) == len(SPEECHES) and len(standing()) == 2 * len(SPEECHES)
 
 
-@pytest.mark.parametrize("fault, expected, calls", [("short", "found 1 candidates, expected 2", sampling.ATTEMPTS), ("long", "maximum context length", 1)])
+@pytest.mark.parametrize(
+    "fault, expected, calls",
+    [("short", "found 1 candidates, expected 2", sampling.ATTEMPTS), ("long", "maximum context length", 1)],
+)
 def test_calls_that_stay_broken_are_one_line_and_cost_their_block(tiny, tmp_path, standing, fault, expected, calls):
     speeches = SPEECHES | {"s0": f"[{fault}]"}  # the shortest, in the last block
     assert expected in one_line(lambda: sampled(tiny, tmp_path, speeches, SERVED))
@@ -428,13 +531,18 @@ def test_calls_that_stay_broken_are_one_line_and_cost_their_block(tiny, tmp_path
 
 def test_the_likeliest_answer_is_asked_once(tiny, tmp_path, standing):
     found = sampled(tiny, tmp_path, settings=SERVED, how=Decoding(max_tokens=5), n=3)
-    assert all(len(group) == 3 and len(set(group)) == 1 for group in found.values()) and {(b["n"], b["top_k"]) for b in standing()} == {(1, -1)}
+    assert all(len(group) == 3 and len(set(group)) == 1 for group in found.values()) and {
+        (b["n"], b["top_k"]) for b in standing()
+    } == {(1, -1)}
 
 
 def test_a_template_that_writes_a_date_gets_ours(tiny, tmp_path, standing):
     shutil.copytree(tiny.location, tmp_path / "dated")
     template = tmp_path / "dated" / "chat_template.jinja"
-    template.write_text("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}" + template.read_text())
+    template.write_text(
+        "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+        + template.read_text()
+    )
     with patch.object(sampling, "served_name", return_value="my-policy"):
         sampled(find_weights(str(tmp_path / "dated")), tmp_path / "blocks", settings=SERVED)
     assert all(body["chat_template_kwargs"] == {"date_string": "26 Jul 2024"} for body in standing())
@@ -448,7 +556,9 @@ def test_a_proxy_in_the_environment_does_not_come_between(tiny, tmp_path, standi
     assert len(sampled(tiny, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
 
 
-@pytest.mark.parametrize("command", ["no-such-command {model} {port}", "vllm serve {model}", "vllm serve --port {port}"])
+@pytest.mark.parametrize(
+    "command", ["no-such-command {model} {port}", "vllm serve {model}", "vllm serve --port {port}"]
+)
 def test_a_command_that_can_t_work_is_refused(tiny, tmp_path, monkeypatch, command):
     monkeypatch.setenv("PSYCOPREF_SERVE", command)
     one_line(lambda: sampled(tiny, tmp_path, settings=SERVED))
@@ -458,7 +568,10 @@ def test_the_command_for_a_hub_model_pins_its_commit(tiny, monkeypatch):
     monkeypatch.delenv("PSYCOPREF_SERVE", raising=False)
     monkeypatch.setattr(sampling, "model_length", lambda policy: 4096)
     monkeypatch.setattr(sampling.shutil, "which", lambda name: name)
-    local, hub = (sampling.serve_command(dataclasses.replace(tiny, location=where, revision="abc"), "bfloat16", 8123) for where in (tiny.location, "owner/model"))
+    local, hub = (
+        sampling.serve_command(dataclasses.replace(tiny, location=where, revision="abc"), "bfloat16", 8123)
+        for where in (tiny.location, "owner/model")
+    )
     assert local[:5] == ["vllm", "serve", tiny.location, "--port", "8123"] and "--revision" not in local
     assert hub[-4:] == ["--revision", "abc", "--tokenizer-revision", "abc"] and "bfloat16" in hub and "4096" in hub
 
@@ -485,7 +598,9 @@ def test_rewards_are_those_of_each_text_alone_in_the_reward_model_s_template(tin
     from psycopref.training.scoring import load_scorer, find_scorer
     from psycopref.training.texts import dialogue
 
-    (scorer / "chat_template.jinja").write_text("{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}")
+    (scorer / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    )
     rewards = score_candidates(str(scorer), SPEECHES, ANSWERS, tmp_path, "float32")
     assert list(rewards) == ["s1", "s0"]
     model, tokenizer, _ = load_scorer(find_scorer(str(scorer)), "float32")
@@ -493,7 +608,11 @@ def test_rewards_are_those_of_each_text_alone_in_the_reward_model_s_template(tin
     for name, texts in ANSWERS.items():
         for text, reward in zip(texts, rewards[name]):
             with torch.no_grad():
-                alone = model(**tokenizer(dialogue(tokenizer, SPEECHES[name], text), return_tensors="pt", add_special_tokens=False)).logits.item()
+                alone = model(
+                    **tokenizer(
+                        dialogue(tokenizer, SPEECHES[name], text), return_tensors="pt", add_special_tokens=False
+                    )
+                ).logits.item()
             assert abs(alone - reward) < 1e-4
 
 
@@ -527,7 +646,9 @@ def test_the_reward_model_is_freed_and_no_number_is_refused(scorer, tmp_path, mo
     monkeypatch.setattr(sampling, "load_scorer", spoiled)
     score_candidates(str(scorer), SPEECHES, ANSWERS, tmp_path, "float32")
     assert held[0]() is None
-    assert "no number" in one_line(lambda: score_candidates(str(scorer), SPEECHES, {"s1": ["Hm."]}, tmp_path / "odd", "float32"))
+    assert "no number" in one_line(
+        lambda: score_candidates(str(scorer), SPEECHES, {"s1": ["Hm."]}, tmp_path / "odd", "float32")
+    )
     assert not (tmp_path / "odd").exists()
 
 

@@ -27,7 +27,14 @@ from psycopref.models.weights import fix_date, find_weights, load_tokenizer, qui
 
 CLOSE = 1e-5  # float32, sums in another order
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
-GROUPED = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+GROUPED = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+)
 SETTINGS = {"Llama": GROUPED, "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
             "Gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0)}  # fmt: skip
 PAIRS = pd.DataFrame({
@@ -57,7 +64,9 @@ def tokenizer(tiny):
 
     found = load_tokenizer(tiny)
     found.add_special_tokens({"bos_token": "<|begin|>"})
-    found.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", found.bos_token_id)])
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", found.bos_token_id)]
+    )
     found.chat_template = "{{ bos_token }}" + found.chat_template
     return found
 
@@ -94,12 +103,18 @@ def plain(folder, kind="AutoModelForSequenceClassification"):
     import transformers
 
     with quiet_transformers():
-        return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+        return getattr(transformers, kind).from_pretrained(
+            folder, dtype=torch.float32
+        ).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def conversations(pairs=PAIRS):
     """The whole conversations of pairs: those with the chosen answers, then those with the rejected ones."""
-    return [[*pair_messages(pair), {"role": "assistant", "content": text}] for side in ("chosen", "rejected") for pair, text in zip(pairs.itertuples(), pairs[side])]
+    return [
+        [*pair_messages(pair), {"role": "assistant", "content": text}]
+        for side in ("chosen", "rejected")
+        for pair, text in zip(pairs.itertuples(), pairs[side])
+    ]
 
 
 def alone(model, tokenizer, texts):
@@ -140,14 +155,18 @@ def test_a_folder_with_a_score_head_scores_as_its_card_says(family, way, tokeniz
 
 def test_a_rendered_text_has_one_bos(tokenizer, tmp_path, monkeypatch):
     """The template writes it, and the tokenizer would write another."""
-    model, tokenizer, _ = load_scorer(Scorer(str(save(tmp_path, "LlamaForSequenceClassification", tokenizer))), "float32")
+    model, tokenizer, _ = load_scorer(
+        Scorer(str(save(tmp_path, "LlamaForSequenceClassification", tokenizer))), "float32"
+    )
     begin, laid = tokenizer.bos_token_id, []
     text = render(tokenizer, pair_messages(next(PAIRS.itertuples())), PAIRS.chosen[0])
     assert tokenizer(text).input_ids[:2] == [begin, begin], "left to itself"
     monkeypatch.setattr(scoring, "lay_out", lambda groups, own=scoring.lay_out: laid.extend(groups) or own(groups))
     score_pairs(model, tokenizer, PAIRS, name="")
     rows, _ = pair_rows(PAIRS, tokenizer, 2000)
-    texts = [text for group in laid for text in group] + [row[f"{side}_ids"] for row in rows for side in ("chosen", "rejected")]
+    texts = [text for group in laid for text in group] + [
+        row[f"{side}_ids"] for row in rows for side in ("chosen", "rejected")
+    ]
     assert len(texts) == 4 * len(PAIRS) and all(ids[0] == begin and ids.count(begin) == 1 for ids in texts)
 
 
@@ -156,7 +175,11 @@ def released(tokenizer, tmp_path):
     """The form of the paper's released reward model: saved by OpenRLHF, so of a class that transformers does not have, with one score.weight."""
     save(tmp_path / "released", "LlamaForSequenceClassification", tokenizer)
     forget = ("id2label", "label2id", "problem_type")
-    return change(tmp_path / "released", "config.json", lambda c: {k: v for k, v in c.items() if k not in forget} | {"architectures": ["RewardModel"]})
+    return change(
+        tmp_path / "released",
+        "config.json",
+        lambda c: {k: v for k, v in c.items() if k not in forget} | {"architectures": ["RewardModel"]},
+    )
 
 
 def test_the_released_reward_model_loads_and_scores_as_openrlhf_reads_it(released, way):
@@ -171,7 +194,9 @@ def test_the_released_reward_model_loads_and_scores_as_openrlhf_reads_it(release
         backbone = LlamaModel.from_pretrained(released, dtype=torch.float32).eval()
     expected = []
     for conversation in conversations():
-        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_tensors="pt", return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
         with torch.no_grad():
             expected.append((backbone(ids).last_hidden_state[0, -1] @ heads["score.weight"][0]).item())
     chosen, rejected = score_pairs(model, tokenizer, PAIRS, name="")
@@ -179,7 +204,11 @@ def test_the_released_reward_model_loads_and_scores_as_openrlhf_reads_it(release
 
 
 def test_without_its_head_the_released_form_is_refused(released):
-    change(released, "model.safetensors", lambda weights: {name: w for name, w in weights.items() if name != "score.weight"})
+    change(
+        released,
+        "model.safetensors",
+        lambda weights: {name: w for name, w in weights.items() if name != "score.weight"},
+    )
     said = one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
     assert "score.weight" in said and "random" in said and str(released) in said
 
@@ -188,7 +217,9 @@ def test_a_language_model_is_no_reward_model_unless_a_new_head_is_asked_for(tiny
     """transformers would make a random head and say so in a notice only."""
     tokenizer = load_tokenizer(tiny)
     assert "score.weight" in one_line(lambda: load_scorer(Scorer(tiny.location), "float32"))
-    first, again, other = (load_reward_model(tiny.location, tokenizer, "float32", new_head=seed).score.weight for seed in (3, 3, 4))
+    first, again, other = (
+        load_reward_model(tiny.location, tokenizer, "float32", new_head=seed).score.weight for seed in (3, 3, 4)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -215,8 +246,17 @@ def test_nemotrons_reward_is_the_first_logit_of_the_first_new_token(way, tokeniz
     model, their_tokenizer = plain(tmp_path, "AutoModelForCausalLM")
     expected = []
     for conversation in conversations():
-        ids = their_tokenizer.apply_chat_template(conversation, tokenize=True, add_generation_prompt=False, return_tensors="pt", return_dict=True)
-        made = model.generate(ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=1, return_dict_in_generate=True, output_scores=True, do_sample=False)
+        ids = their_tokenizer.apply_chat_template(
+            conversation, tokenize=True, add_generation_prompt=False, return_tensors="pt", return_dict=True
+        )
+        made = model.generate(
+            ids["input_ids"],
+            attention_mask=ids["attention_mask"],
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            do_sample=False,
+        )
         expected.append(made["scores"][0][0][0].item())
     ours, our_tokenizer, _ = load_scorer(Scorer(str(tmp_path), "first-logit"), "float32")
     chosen, rejected = score_pairs(ours, our_tokenizer, PAIRS, name="")
@@ -232,7 +272,9 @@ def test_the_scorers_of_the_paper_are_known_by_name():
 
 def test_a_model_that_takes_no_packs_gives_the_scores_of_its_own_pass(tokenizer, tmp_path):
     """BLOOM's attention has a bias by distance, which a pack can't have."""
-    model, tokenizer, _ = load_scorer(Scorer(str(save(tmp_path, "BloomForSequenceClassification", tokenizer))), "float32")
+    model, tokenizer, _ = load_scorer(
+        Scorer(str(save(tmp_path, "BloomForSequenceClassification", tokenizer))), "float32"
+    )
     assert enable_packing(model)
     groups = [[tokenizer.apply_chat_template(c, tokenize=False) for c in conversations()], ["Stop."], ["a"]]
     expected = alone(model, tokenizer, [text for group in groups for text in group])
@@ -248,7 +290,9 @@ def test_a_model_that_takes_no_packs_gives_the_scores_of_its_own_pass(tokenizer,
 def test_texts_that_hold_and_end_with_the_end_token_score_right_where_padding_was_the_end(way, tokenizer, tmp_path):
     """trl 2758, transformers 35352: a checkpoint whose padding token is its end token; a text ends with that token, as Llama 3's template writes it."""
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\\n", "<|im_end|>").replace("<|im_end|>\n", "<|im_end|>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\\n", "<|im_end|>").replace(
+        "<|im_end|>\n", "<|im_end|>"
+    )
     save(tmp_path, "LlamaForSequenceClassification", tokenizer)
     theirs, their_tokenizer = plain(tmp_path)
     end = their_tokenizer.eos_token_id
@@ -302,7 +346,9 @@ def ragged_groups(draw):
         base = draw(words)
         kinds = {"same": st.just(base), "beginning": st.integers(1, len(base)).map(lambda n, base=base: base[:n]), "longer": words.map(lambda more, base=base: base + more),
                  "other": words, "one": words.map(lambda own: own[:1])}  # fmt: skip
-        groups.append([" ".join(draw(kinds[draw(st.sampled_from(sorted(kinds)))])) for _ in range(draw(st.integers(1, 5)))])
+        groups.append(
+            [" ".join(draw(kinds[draw(st.sampled_from(sorted(kinds)))])) for _ in range(draw(st.integers(1, 5)))]
+        )
     return groups
 
 
@@ -334,18 +380,26 @@ def test_a_score_hangs_on_the_text_alone(family, word_models, groups, tokens, ra
 def test_different_texts_have_different_scores(word_models):
     """Else the equality above would say nothing."""
     for own in word_models.values():
-        scores = [score_alone(own, text) for text in ("w2", "w3", "w2 w3", "w3 w2", "w2 w3 w4 w5 w2 w3", "w3 w3 w4 w5 w2 w3")]
+        scores = [
+            score_alone(own, text) for text in ("w2", "w3", "w2 w3", "w3 w2", "w2 w3 w4 w5 w2 w3", "w3 w3 w4 w5 w2 w3")
+        ]
         assert min(b - a for a, b in pairwise(sorted(scores))) > 1e-4
 
 
 def test_prompts_are_computed_once(word_models, monkeypatch):
     model, tokenizer, _ = word_models["Llama"]
     widths = []
-    monkeypatch.setattr(scoring, "lay_out", lambda groups, own=scoring.lay_out: [pack := own(groups), widths.append(pack.input_ids.numel())][0])
+    monkeypatch.setattr(
+        scoring,
+        "lay_out",
+        lambda groups, own=scoring.lay_out: [pack := own(groups), widths.append(pack.input_ids.numel())][0],
+    )
     prompt = " ".join(["w2", "w3"] * 10)
     groups = [[f"{prompt} w4 w{i}" for i in (2, 3, 4)], [f"w5 {prompt}", f"w5 {prompt} w2"]]
     score_groups(model, tokenizer, groups, tokens=50, name="")
-    assert widths == [(21 + 3) + (20 + 1 + 2)], "the second text goes on from the whole first one, whose last token is computed again"
+    assert widths == [(21 + 3) + (20 + 1 + 2)], (
+        "the second text goes on from the whole first one, whose last token is computed again"
+    )
 
 
 # ---- batches ----
@@ -359,7 +413,9 @@ def test_batches_hold_each_item_once_under_the_budget_longest_first(sizes, token
     assert all(len(batch) == 1 or sum(sizes[i] for i in batch) <= tokens for batch in batches)
     flat = [sizes[i] for batch in batches for i in batch]
     assert flat == sorted(flat, reverse=True)
-    assert all(sum(sizes[i] for i in batch) + sizes[after[0]] > tokens for batch, after in pairwise(batches)), "a batch is left when the next item does not fit"
+    assert all(sum(sizes[i] for i in batch) + sizes[after[0]] > tokens for batch, after in pairwise(batches)), (
+        "a batch is left when the next item does not fit"
+    )
 
 
 # ---- faults that users meet ----
@@ -367,12 +423,20 @@ def test_batches_hold_each_item_once_under_the_budget_longest_first(sizes, token
 
 def test_a_checkpoint_that_lacks_a_layer_is_refused(released):
     """transformers makes a missing weight at random and says so in a notice only, as with a head."""
-    change(released, "model.safetensors", lambda weights: {name: w for name, w in weights.items() if "layers.0.mlp.down_proj" not in name})
+    change(
+        released,
+        "model.safetensors",
+        lambda weights: {name: w for name, w in weights.items() if "layers.0.mlp.down_proj" not in name},
+    )
     assert "down_proj" in one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
 
 
 def test_a_checkpoint_whose_backbone_has_other_names_is_refused(released):
-    change(released, "model.safetensors", lambda weights: {name.replace("model.", "base."): w for name, w in weights.items()})
+    change(
+        released,
+        "model.safetensors",
+        lambda weights: {name.replace("model.", "base."): w for name, w in weights.items()},
+    )
     one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
 
 
@@ -397,7 +461,11 @@ def test_padded_batches_keep_the_budget_with_their_padding(word_models, monkeypa
     """One long text among short ones: every row is as wide as the longest."""
     model, tokenizer, _ = word_models["Bloom"]
     shapes, plain_forward = [], model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda ids, **keywords: [shapes.append(tuple(ids.shape)), plain_forward(ids, **keywords)][1])
+    monkeypatch.setattr(
+        model.base_model,
+        "forward",
+        lambda ids, **keywords: [shapes.append(tuple(ids.shape)), plain_forward(ids, **keywords)][1],
+    )
     score_groups(model, tokenizer, [["w2 " * 40], *([["w3"]] * 20)], tokens=64, name="")
     assert sum(rows for rows, _ in shapes) == 21 and all(rows == 1 or rows * width <= 64 for rows, width in shapes)
 
@@ -413,7 +481,10 @@ def test_a_text_does_not_hang_on_the_day(tokenizer, monkeypatch):
 
     from transformers.utils import chat_template_utils
 
-    tokenizer.chat_template = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}" + tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string "
+        "}}" + tokenizer.chat_template
+    )
     fix_date(tokenizer)
     texts = []
     for day in (1, 2):

@@ -23,22 +23,33 @@ from psycopref.training.watching import (
     draw_curve,
     global_steps,
     head_only,
-    hump_figure,
     kl_along,
     kl_to_base,
+    overoptimisation_figure,
     summarise,
     training_curves_figure,
     watch_figure,
 )  # fmt: skip
 from psycopref.models.weights import find_weights, load_tokenizer
 
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.2,
+)
 GROUPED = SMALL | dict(num_key_value_heads=2)
 ARCHITECTURES = {
     "llama": GROUPED, "gpt_neox": SMALL, "granite": GROUPED | dict(logits_scaling=3.0), "cohere": GROUPED | dict(logit_scale=0.4),
     "gemma2": GROUPED | dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=2.0),
 }  # fmt: skip
-GROUPS = [[[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 4], [5, 6, 7, 30, 31, 32, 33, 34, 35, 36]], [[40, 41, 42]], [[50, 51, 52, 53], [50, 51, 2]]]
+GROUPS = [
+    [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 4], [5, 6, 7, 30, 31, 32, 33, 34, 35, 36]],
+    [[40, 41, 42]],
+    [[50, 51, 52, 53], [50, 51, 2]],
+]
 OWN = [[5, 1, 7], [1], [2, 1]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +59,11 @@ def make(architecture, seed=0, **more):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | more)).float().eval()
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | more))
+        .float()
+        .eval()
+    )
     if architecture == "gemma2":  # SDPA knows no soft cap
         model.set_attn_implementation("eager")
     return model
@@ -72,7 +87,9 @@ def written_out(policy, base, groups, own):
             with torch.no_grad():
                 p, q = (m(input_ids=torch.tensor([text])).logits[0].double().log_softmax(-1) for m in (policy, base))
             first = len(text) - n
-            found[-1].append(sum((p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item() for t in range(first, len(text))))
+            found[-1].append(
+                sum((p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item() for t in range(first, len(text)))
+            )
     return found
 
 
@@ -110,7 +127,9 @@ def test_a_model_without_packing_is_measured_alike():
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
-    base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3)).eval()
+    base = BloomForCausalLM(
+        BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3)
+    ).eval()
     policy = moved(base)
     assert_close(kl_along(policy, base, GROUPS, OWN, 20), written_out(policy, base, GROUPS, OWN))
 
@@ -134,11 +153,17 @@ def test_never_negative_and_the_same_one_by_one(pair, by, budget, data):
     token = st.integers(0, 63)
     prompts = data.draw(st.lists(st.lists(token, min_size=1, max_size=6), min_size=1, max_size=3))
     answers = [data.draw(st.lists(st.lists(token, max_size=8), min_size=1, max_size=3)) for _ in prompts]
-    groups, own = [[prompt + answer for answer in texts] for prompt, texts in zip(prompts, answers)], [[len(a) for a in texts] for texts in answers]
+    groups, own = (
+        [[prompt + answer for answer in texts] for prompt, texts in zip(prompts, answers)],
+        [[len(a) for a in texts] for texts in answers],
+    )
     together = kl_along(policies[by], base, groups, own, budget)
     assert all(nats >= 0 for nats in itertools.chain(*together))
     assert all(nats == 0 for nats, n in zip(itertools.chain(*together), itertools.chain(*own)) if not n)
-    alone = [[kl_along(policies[by], base, [[text]], [[n]])[0][0] for text, n in zip(texts, counts)] for texts, counts in zip(groups, own)]
+    alone = [
+        [kl_along(policies[by], base, [[text]], [[n]])[0][0] for text, n in zip(texts, counts)]
+        for texts, counts in zip(groups, own)
+    ]
     assert_close(together, alone)
 
 
@@ -146,7 +171,12 @@ def test_divergence_is_the_expected_log_ratio_with_less_noise():
     "Sampled from the whole vocabulary at temperature 1, until an end token or six tokens."
     base, n, end, prompt = make("llama"), 3000, 7, [5, 6, 9]
     policy = moved(base, 0.08)
-    generator, rows, ratio, length = torch.Generator().manual_seed(0), torch.tensor([prompt] * n), torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.long)
+    generator, rows, ratio, length = (
+        torch.Generator().manual_seed(0),
+        torch.tensor([prompt] * n),
+        torch.zeros(n, dtype=torch.float64),
+        torch.zeros(n, dtype=torch.long),
+    )
     alive = torch.ones(n, dtype=torch.bool)
     with torch.no_grad():
         for _ in range(6):
@@ -221,7 +251,9 @@ def test_an_answer_ends_with_its_end_token(tokenizer, answer, tail):
     own.chat_template = CHATML.replace("TAIL", tail)
     end = own.convert_tokens_to_ids("<|im_end|>")
     ids, n = answer_tokens(own, prompt_messages("I count."), answer, {end})
-    assert ids[-1] == end and ids[-n:].count(end) == 1, "the template's tail does not count, nor the ends of earlier turns"
+    assert ids[-1] == end and ids[-n:].count(end) == 1, (
+        "the template's tail does not count, nor the ends of earlier turns"
+    )
     assert own.decode(ids) == render(own, prompt_messages("I count."), answer).removesuffix(tail)
     assert own.decode(ids[-n:]).strip("\n") == answer.strip("\n") + "<|im_end|>"
 
@@ -231,8 +263,12 @@ def test_a_template_without_an_end_counts_all(tokenizer):
     own.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}{% endif %}"
     ids, n = answer_tokens(own, [{"role": "user", "content": "Hm."}], "Tell me more.", {own.eos_token_id})
     assert own.decode(ids[-n:]).strip() == "Tell me more."
-    own.chat_template = "{% if add_generation_prompt %}<|im_start|>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert "common start" in one_line(lambda: answer_tokens(own, [{"role": "user", "content": "Hm."}], "Tell me.", set()))
+    own.chat_template = (
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    assert "common start" in one_line(
+        lambda: answer_tokens(own, [{"role": "user", "content": "Hm."}], "Tell me.", set())
+    )
 
 
 def test_texts_are_measured_to_the_end_of_the_turn(tokenizer):
@@ -241,11 +277,16 @@ def test_texts_are_measured_to_the_end_of_the_turn(tokenizer):
     answers = [["Tell me more.", "", "What happens then?"], ["I see."]]
     found = kl_to_base(policy, base, tokenizer, talks, answers, name="")
     for messages, texts, nats in zip(talks, answers, found):
-        before = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
+        before = tokenizer(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        ).input_ids
         for text, own in zip(texts, nats):
             after = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
             assert own == pytest.approx(written_out(policy, base, [[before + after]], [[len(after)]])[0][0], rel=1e-5)
-    assert kl_to_base(policy, base, tokenizer, [], [], name="") == [] and kl_to_base(policy, base, tokenizer, talks[:1], [[]], name="") == [[]]
+    assert kl_to_base(policy, base, tokenizer, [], [], name="") == [] and kl_to_base(
+        policy, base, tokenizer, talks[:1], [[]], name=""
+    ) == [[]]
 
 
 def test_what_cant_be_compared_is_refused(tokenizer):
@@ -253,7 +294,9 @@ def test_what_cant_be_compared_is_refused(tokenizer):
     assert "one vocabulary" in one_line(lambda: kl_along(make("llama", vocab_size=50), base, GROUPS, OWN))
     assert "without a prompt" in one_line(lambda: kl_along(base, base, [[[5, 6]]], [[2]]))
     assert "without a prompt" in one_line(lambda: kl_along(base, base, [[[5, 6]]], [[1, 1]]))
-    assert "1 conversations" in one_line(lambda: kl_to_base(base, base, tokenizer, [prompt_messages("No.")], [], name=""))
+    assert "1 conversations" in one_line(
+        lambda: kl_to_base(base, base, tokenizer, [prompt_messages("No.")], [], name="")
+    )
     broken = moved(base, float("inf"))
     assert "no finite number" in one_line(lambda: kl_along(broken, base, GROUPS, OWN))
 
@@ -266,7 +309,10 @@ def test_what_cant_be_compared_is_refused(tokenizer):
 def test_distinct_n_is_a_share_that_repetition_lowers(texts, n):
     share = distinct_n(texts, n)
     assert 0 <= share <= 1
-    assert distinct_n(texts * 2, n) == pytest.approx(share / 2) and distinct_n([text.upper() for text in texts], n) == share
+    assert (
+        distinct_n(texts * 2, n) == pytest.approx(share / 2)
+        and distinct_n([text.upper() for text in texts], n) == share
+    )
 
 
 def said(*texts, reason="stop"):
@@ -283,17 +329,39 @@ NUMBER = st.floats(-5, 5, allow_nan=False)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.text(alphabet="ab .", max_size=12), NUMBER, st.floats(0, 40), st.booleans()), min_size=1, max_size=3), min_size=1, max_size=4), NUMBER, st.booleans())
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.text(alphabet="ab .", max_size=12), NUMBER, st.floats(0, 40), st.booleans()),
+            min_size=1,
+            max_size=3,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    NUMBER,
+    st.booleans(),
+)
 def test_points_are_plain_json(drawn, reference, judged):
     def inputs(order):
         own = {f"s{i}": drawn[i] for i in order}
         column = [{name: [row[k] for row in rows] for name, rows in own.items()} for k in range(4)]
-        return {name: said(*texts) for name, texts in column[0].items()}, column[1], {name: [reference] for name in own}, column[2], column[3] if judged else None
+        return (
+            {name: said(*texts) for name, texts in column[0].items()},
+            column[1],
+            {name: [reference] for name in own},
+            column[2],
+            column[3] if judged else None,
+        )
 
     point = summarise(8, *inputs(range(len(drawn))), samples=20, step=2, dropped_share=0.5)
     assert json.loads(json.dumps(point, allow_nan=False)) == point
     flat = list(itertools.chain(*drawn))
-    assert point["answers"] == len(flat) and point["speeches"] == len(drawn) and (point["pairs"], point["step"], point["dropped_share"]) == (8, 2, 0.5)
+    assert (
+        point["answers"] == len(flat)
+        and point["speeches"] == len(drawn)
+        and (point["pairs"], point["step"], point["dropped_share"]) == (8, 2, 0.5)
+    )
     assert point["proxy"] == pytest.approx(100 * sum(row[1] > reference for row in flat) / len(flat))
     for name in ("reward", "proxy", "judged", "kl", "words"):
         low, high = point[f"{name}_low"], point[f"{name}_high"]
@@ -301,14 +369,25 @@ def test_points_are_plain_json(drawn, reference, judged):
         assert low is None or low <= high
     assert (point["judged"] is None) == (not judged)
     turned = summarise(8, *inputs(reversed(range(len(drawn)))), samples=20, step=2, dropped_share=0.5)
-    assert all(turned[name] == pytest.approx(value) for name, value in point.items() if name[-4:] not in ("_low", "high")), "the order of speeches says nothing"
+    assert all(
+        turned[name] == pytest.approx(value) for name, value in point.items() if name[-4:] not in ("_low", "high")
+    ), "the order of speeches says nothing"
 
 
 def test_intervals_count_speeches_not_answers():
     names = [f"s{i}" for i in range(30)]
-    once = summarise(0, {n: said("a") for n in names}, {n: [float(i)] for i, n in enumerate(names)}, {n: [10.0] for n in names})
-    four = summarise(0, {n: said(*"aaaa") for n in names}, {n: [float(i)] * 4 for i, n in enumerate(names)}, {n: [10.0] for n in names})
-    assert once["reward"] == four["reward"] and four["reward_high"] - four["reward_low"] > 0.9 * (once["reward_high"] - once["reward_low"])
+    once = summarise(
+        0, {n: said("a") for n in names}, {n: [float(i)] for i, n in enumerate(names)}, {n: [10.0] for n in names}
+    )
+    four = summarise(
+        0,
+        {n: said(*"aaaa") for n in names},
+        {n: [float(i)] * 4 for i, n in enumerate(names)},
+        {n: [10.0] for n in names},
+    )
+    assert once["reward"] == four["reward"] and four["reward_high"] - four["reward_low"] > 0.9 * (
+        once["reward_high"] - once["reward_low"]
+    )
     assert once["reward_low"] < once["reward"] < once["reward_high"] and once["proxy"] == pytest.approx(100 * 19 / 30)
 
 
@@ -321,7 +400,9 @@ def test_some_speeches_may_be_unjudged():
     assert "rewards of speech 'c'" in one_line(lambda: summarise(0, answers, {"a": [1.0], "b": [1.0], "c": []}, ones))
     assert "kl of speech 'd'" in one_line(lambda: summarise(0, answers, ones, ones, {**ones, "d": [1.0]}))
     assert "no reward of the reference" in one_line(lambda: summarise(0, answers, ones, {"a": [1.0]}))
-    assert "no finite number" in one_line(lambda: summarise(0, answers, ones, ones, {name: [float("inf")] for name in "abc"}))
+    assert "no finite number" in one_line(
+        lambda: summarise(0, answers, ones, ones, {name: [float("inf")] for name in "abc"})
+    )
 
 
 # figures
@@ -331,9 +412,31 @@ def invented(n, top=8000, judged=True, intervals=True, **more):
     points = []
     for i in range(n):
         f = i / max(1, n - 1)
-        values = {"reward": 3 * f, "proxy": 30 + 50 * f, "judged": 30 + 80 * f * (1 - f) if judged else None, "kl": 60 * f, "words": 100 + 80 * f}
-        bands = {f"{k}_{side}": v + by if intervals and v is not None else None for k, v in values.items() for side, by in (("low", -4), ("high", 4))}
-        points.append({"pairs": int(top * f), "step": None, **values, **bands, "tokens": 130.0, "cut_share": 0.1 * f, "distinct_1": 0.2, "distinct_2": 0.6 - 0.2 * f, **more})
+        values = {
+            "reward": 3 * f,
+            "proxy": 30 + 50 * f,
+            "judged": 30 + 80 * f * (1 - f) if judged else None,
+            "kl": 60 * f,
+            "words": 100 + 80 * f,
+        }
+        bands = {
+            f"{k}_{side}": v + by if intervals and v is not None else None
+            for k, v in values.items()
+            for side, by in (("low", -4), ("high", 4))
+        }
+        points.append(
+            {
+                "pairs": int(top * f),
+                "step": None,
+                **values,
+                **bands,
+                "tokens": 130.0,
+                "cut_share": 0.1 * f,
+                "distinct_1": 0.2,
+                "distinct_2": 0.6 - 0.2 * f,
+                **more,
+            }
+        )
     return points
 
 
@@ -341,7 +444,9 @@ def boxes(figure):
     "Where the axes with their labels, the legend and the figure's own labels stand."
     figure.canvas.draw()
     shown = [axes.get_tightbbox() for axes in figure.axes if axes.get_visible() and axes.axison]
-    around = [legend.get_window_extent() for legend in figure.legends] + [text.get_window_extent() for text in figure.texts]
+    around = [legend.get_window_extent() for legend in figure.legends] + [
+        text.get_window_extent() for text in figure.texts
+    ]
     around += [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
     return shown + around
 
@@ -355,7 +460,11 @@ def assert_tidy(figure):
     plt.close(figure)
 
 
-CURVES = {"offline: the dataset's pairs": invented(6, 26000), "DPO-Iter: the newest policy's own pairs": invented(17, dropped_share=0.1), "online: one round": invented(1)}
+CURVES = {
+    "offline: the dataset's pairs": invented(6, 26000),
+    "DPO-Iter: the newest policy's own pairs": invented(17, dropped_share=0.1),
+    "online: one round": invented(1),
+}
 LOG = [{"step": i, **{f"{at}{key}": float(i) for at in ("", *(["eval_"] if i == 3 else [])) for key in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen",
         "rewards/rejected", "logps/chosen", "logps/rejected")}} for i in range(1, 4)]  # fmt: skip
 
@@ -365,13 +474,13 @@ def test_nothing_overlaps(count):
     curves = dict(list(CURVES.items())[:count])
     assert_tidy(watch_figure(curves))
     for along in ("kl", "pairs"):
-        assert_tidy(hump_figure(curves, along))
+        assert_tidy(overoptimisation_figure(curves, along))
     assert_tidy(training_curves_figure({name: [LOG] * count for name in curves}))
 
 
 def test_seven_curves_are_drawn_and_eight_refused():
     curves = {f"Llama 3.1 8B Instruct, policy {i}": invented(3) for i in range(7)}
-    for draw in (watch_figure, hump_figure):
+    for draw in (watch_figure, overoptimisation_figure):
         assert_tidy(draw(curves))
         assert "another figure" in one_line(lambda draw=draw: draw(curves | {"one more": invented(1)}))
         assert "a point each" in one_line(lambda draw=draw: draw({"none": []}))
@@ -387,22 +496,36 @@ def test_what_is_none_is_not_drawn():
     draw_curve(axes, points, "reward", 1)
     assert len(axes.lines[1].get_xdata()) == 4 and len(axes.collections) == 1
     plt.close(figure)
-    figure = hump_figure({"promised only": invented(4, judged=False)})
+    figure = overoptimisation_figure({"not judged": invented(4, judged=False)})
     [legend] = figure.legends
-    assert "reward model" in [t.get_text() for t in legend.get_texts()] and "promised, not seen" not in [t.get_text() for t in legend.get_texts()]
+    assert "reward model" in [t.get_text() for t in legend.get_texts()] and "reward model above judge" not in [
+        t.get_text() for t in legend.get_texts()
+    ]
     plt.close(figure)
 
 
-def test_the_gap_is_shaded_where_the_promise_is_higher():
+def test_the_gap_is_shaded_where_the_reward_model_is_above():
     import matplotlib.pyplot as plt
 
-    points = [{"pairs": x, "kl": kl, **{f"{k}{s}": v if not s else None for k, v in (("proxy", p), ("judged", j)) for s in ("", "_low", "_high")}}
-              for x, kl, p, j in ((0, 0.0, 30, 50), (8, 4.0, 60, 60), (16, 16.0, 90, 40))]
-    figure = hump_figure({"gamed": points}, "kl")
+    points = [
+        {
+            "pairs": x,
+            "kl": kl,
+            **{
+                f"{k}{s}": v if not s else None for k, v in (("proxy", p), ("judged", j)) for s in ("", "_low", "_high")
+            },
+        }
+        for x, kl, p, j in ((0, 0.0, 30, 50), (8, 4.0, 60, 60), (16, 16.0, 90, 40))
+    ]
+    figure = overoptimisation_figure({"gamed": points}, "kl")
     axes = figure.axes[0]
-    [gap] = [c for c in axes.collections if c.get_label() == "promised, not seen"]
+    [gap] = [c for c in axes.collections if c.get_label() == "reward model above judge"]
     corners = gap.get_paths()[0].vertices
-    assert corners[:, 0].min() == pytest.approx(2, abs=0.1) and corners[:, 0].max() == pytest.approx(4) and corners[:, 1].max() == pytest.approx(90)
+    assert (
+        corners[:, 0].min() == pytest.approx(2, abs=0.1)
+        and corners[:, 0].max() == pytest.approx(4)
+        and corners[:, 1].max() == pytest.approx(90)
+    )
     best = [line for line in axes.lines if line.get_label() == "judged best"]
     assert [line.get_xydata().tolist() for line in best] == [[[2.0, 60.0]]]
     plt.close(figure)
@@ -419,12 +542,18 @@ def test_an_iteration_shows_where_it_begins():
     import matplotlib.pyplot as plt
 
     figure = training_curves_figure({"DPO": LOG, "DPO-Iter": [LOG, LOG]})
-    assert [line.get_xdata()[0] for line in figure.axes[2].lines if len(line.get_xdata()) == 2 and line.get_linewidth() < 1] == [3]
+    assert [
+        line.get_xdata()[0] for line in figure.axes[2].lines if len(line.get_xdata()) == 2 and line.get_linewidth() < 1
+    ] == [3]
     losses = [line.get_ydata() for line in figure.axes[0].lines]
-    assert any(list(y) == [1.0, 2.0, 3.0, 1.0, 2.0, 3.0] for y in losses) and any(list(y) == [3.0, 3.0] for y in losses), "training and development pairs"
+    assert any(list(y) == [1.0, 2.0, 3.0, 1.0, 2.0, 3.0] for y in losses) and any(
+        list(y) == [3.0, 3.0] for y in losses
+    ), "training and development pairs"
     plt.close(figure)
 
 
 def test_importing_is_light():
     code = "import sys, psycopref.training.watching; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'trl') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,83 @@
+"""Sentences on policies, arms and mixtures hold for any run: nothing judged or logged, one speech, any direction."""
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psycopref.evaluation.baselines import score_frame
+from psycopref.experiments import arms, mixing_grid, policies
+
+
+def point(proxy, judged, half=5.0):
+    found = {"pairs": 8, "speeches": 40, "kl": None, "words": 60.0, "cut_share": 0.0, "distinct_2": 0.5}
+    for key, value in (("proxy", proxy), ("judged", judged)):
+        known = half is not None and value is not None
+        found |= {
+            key: value,
+            f"{key}_low": value - half if known else None,
+            f"{key}_high": value + half if known else None,
+        }
+    return found
+
+
+rates = st.floats(0, 100)
+
+
+@given(st.lists(st.tuples(rates, st.none() | rates), min_size=1, max_size=5), st.none() | st.floats(0, 40))
+def test_a_gap_is_read_from_judged_points_only(drawn, half):
+    [said] = policies.describe_gap({"DPO": [point(proxy, judged, half) for proxy, judged in drawn]})
+    gaps = [proxy - judged for proxy, judged in drawn if judged is not None]
+    assert ("fewer than two" in said) == (len(gaps) < 2)
+    if len(gaps) > 1:
+        assert ("did not grow" in said) == (gaps[-1] <= gaps[0])
+        assert half is not None or "as under over-optimisation" not in said, "without intervals nothing is sure"
+
+
+def test_a_gap_within_its_intervals_may_be_chance():
+    points = [[point(50, 50, half), point(70, 50, half)] for half in (5.0, 20.0)]
+    sure, unsure = (policies.describe_gap({"DPO": own})[0] for own in points)
+    assert "as under over-optimisation" in sure and "chance" in unsure
+
+
+def test_what_was_not_logged_or_measured_is_not_said():
+    result = {"label": "tiny", "dpo": {"log": []}, "iter": {"iterations": [{"log": [{"step": 1, "loss": 0.5}]}]}}
+    [said] = policies.describe_training({"tiny": result})
+    assert said == "DPO-Iter: the loss of the last batch is 0.500 nats (untrained: ln 2 = 0.693)."
+    [said] = policies.describe_drift({"DPO": [point(50, None)]})
+    assert "KL" not in said and "60 words" in said
+
+
+@given(st.lists(rates, min_size=4, max_size=4), st.floats(0, 30))
+def test_arms_are_compared_by_their_last_points(values, half):
+    titles = (*arms.ARM_TITLES.values(), *arms.POLICY_TITLES.values())
+    base = {"pairs": 0, "win_rate": 50.0, "low": 40.0, "high": 60.0, "n": 6}
+    last = [base | {"pairs": 8, "win_rate": value, "low": value - half, "high": value + half} for value in values]
+    curves = {title: [base, own] for title, own in zip(titles, last)}
+    said, (offline, online) = arms.describe_arms("tiny", curves, "GPT-4o"), last[:2]
+    apart = online["low"] > offline["high"] or offline["low"] > online["high"]
+    assert ("as often as" in said[1]) == (values[0] == values[1]) and ("are apart" in said[1]) == apart
+    better = "online" if values[1] > values[0] else "offline"
+    assert values[0] == values[1] or f"So the {better} arm wins more often" in said[1]
+    assert "6 speeches" in arms.describe_precision(curves)
+
+
+def scored(cell, mixture, drawn, wins):
+    pairs = pd.DataFrame([{"ID": f"s{i}", "prefID": i} for i in range(len(wins))])
+    scores = {test: score_frame(pairs, mixture, wins, [0.5] * len(wins)) for test in ("psy", "general")}
+    return mixing_grid.GridEntry("tiny", cell, mixture, drawn, scores)
+
+
+@pytest.mark.parametrize("wins", [[1, 1, 0, 1], [1]])
+def test_mixtures_are_compared_pair_by_pair(wins):
+    both = scored("half", "Psy2Help2", {"counselling": 2, "general": 2}, [1] * len(wins))
+    alone = [scored("psy", "Psy4", {"counselling": 4}, wins), scored("help", "Help4", {"general": 4}, wins)]
+    entries = [*alone, both]
+    rows = [mixing_grid.grid_row(entry, samples=50) for entry in entries]
+    said = mixing_grid.describe_grid(entries, rows, True, 50)
+    assert len(said) == 5 and mixing_grid.describe_grid(entries, rows, False, 50) == []
+    gain = 100 * (1 - sum(wins) / len(wins))
+    assert f"against Psy4, on counselling pairs: {gain:+.1f} points" in said[2]
+    assert f"against Help4, on general pairs: {gain:+.1f} points" in said[3]
+    assert ("one speech" in said[2]) == (len(wins) == 1)
+    assert mixing_grid.mixing_figure(rows, "HelpSteer2").axes
