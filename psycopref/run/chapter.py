@@ -33,11 +33,13 @@ def shown_table(frame, caption: str, label: Label | None = None, rows: int = 24)
 
 
 def shown_figure(figure, dpi: int = 100, colours: int = 128) -> bytes:
-    "Render a figure as a PNG with few colours."
+    "Render a figure as a PNG with few colours, and close it."
+    import matplotlib.pyplot as plt
     from PIL import Image
 
     plain, small = io.BytesIO(), io.BytesIO()
     figure.savefig(plain, dpi=dpi, bbox_inches="tight", format="png")
+    plt.close(figure)
     Image.open(plain).convert("RGB").quantize(colours).save(small, format="png", optimize=True)
     return small.getvalue()
 
@@ -224,14 +226,12 @@ def table(self: ChapterStage, number: str, slug: str, frame, caption: str, label
 @patch
 def figure(self: ChapterStage, number: str, slug: str, figure, caption: str, label: Label | None = None):
     "Write `fig_<number>_<slug>` as PNG and PDF, show it, and close it."
-    import matplotlib.pyplot as plt
     from IPython.display import Image, Markdown, display
 
     caption = full_caption("Figure", number, caption)
     self.work.mkdir(parents=True, exist_ok=True)
     self.writer.figure(number, slug, figure, caption, label or self.label or self.made_by())
     display(Image(shown_figure(figure)), Markdown(f"*{caption}.*"))
-    plt.close(figure)
 
 # %% ../../nbs/run/00_chapter.ipynb #ff721e86
 @patch
