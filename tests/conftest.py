@@ -1,10 +1,14 @@
 """What every test stands on: its own project folder, one shared cache of weights, and no way out to the network."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a caller in the background ignores it, and so would all children
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test module
 
 COUNSEL_CHAT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "counsel-chat" / "counselchat-data.csv"
