@@ -30,10 +30,8 @@ __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomi
 
 # %% ../../nbs/core/04_files.ipynb #df0eba1a
 @contextlib.contextmanager
-def clear_disk_errors(
-    path: Path,  # what is being written, for the error
-) -> typing.Iterator[None]:
-    "Report a full disk in one line."
+def clear_disk_errors(path: Path) -> typing.Iterator[None]:
+    "Report a full disk in one line. path: what is being written, for the error."
     try:
         yield
     except OSError as error:
@@ -45,10 +43,10 @@ def clear_disk_errors(
 
 
 @contextlib.contextmanager
-def atomic_path(
-    path: Path,  # the final place of a file
-) -> typing.Iterator[Path]:  # a temporary place in the same folder
-    "Yield a temporary path that replaces `path` when the block ends well; a full disk leaves `path` as it was."
+def atomic_path(path: Path) -> typing.Iterator[Path]:
+    """Yield a temporary path that replaces `path` when the block ends well; a full disk leaves `path` as it was.
+
+    path: the final place of a file. Returns a temporary place in the same folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -60,20 +58,15 @@ def atomic_path(
         partial.unlink(missing_ok=True)
 
 
-def write_json(
-    path: Path,  # where to
-    value,  # plain data
-) -> Path:  # the path
-    "Write JSON atomically, keys in the order given."
+def write_json(path: Path, value) -> Path:
+    "Write JSON atomically, keys in the order given. value: plain data."
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/core/04_files.ipynb #0932e792
-def read_json(
-    path: Path,  # a JSON file
-):  # its data
-    "Read JSON; a missing or broken file is one clear line."
+def read_json(path: Path):
+    "Read JSON; a missing or broken file is one clear line. path: a JSON file."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,10 +75,8 @@ def read_json(
         raise StudyError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
 
 
-def sha256_file(
-    path: Path,  # a file
-) -> str:  # 64 hexadecimal digits
-    "Hash a file's bytes."
+def sha256_file(path: Path) -> str:
+    "Hash a file's bytes. Returns 64 hexadecimal digits."
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):
@@ -93,11 +84,11 @@ def sha256_file(
     return digest.hexdigest()
 
 # %% ../../nbs/core/04_files.ipynb #ead12d0a
-def open_database(
-    path: Path,  # a SQLite file, made with its folder where it is not there
-    *tables: str,  # CREATE TABLE IF NOT EXISTS …
-):  # sqlite3.Connection, usable from any thread; raises sqlite3.DatabaseError
-    "Open a database that several processes read and write."
+def open_database(path: Path, *tables: str):
+    """Open a database that several processes read and write.
+
+    path: a SQLite file, made with its folder where it is not there; tables: CREATE TABLE IF NOT EXISTS …. Returns
+    sqlite3.Connection, usable from any thread; raises sqlite3.DatabaseError."""
     import sqlite3
 
     from filelock import FileLock
@@ -207,12 +198,11 @@ def _arrow_schema(kind: str):
     return pa.schema([(name, types[kind_]) for name, kind_ in SCHEMAS[kind].items()])
 
 # %% ../../nbs/core/04_files.ipynb #28fc3281
-def checked_table(
-    path: Path,  # where the rows will go, for the error
-    kind: str,  # a key of SCHEMAS
-    frame,  # pandas.DataFrame with exactly these columns, any order
-):  # pyarrow.Table
-    "Check columns and types of rows; missing values are refused."
+def checked_table(path: Path, kind: str, frame):
+    """Check columns and types of rows; missing values are refused.
+
+    path: where the rows will go, for the error; kind: a key of SCHEMAS; frame: pandas.DataFrame with exactly these
+    columns, any order. Returns pyarrow.Table."""
     import pyarrow as pa
 
     expected = list(SCHEMAS[kind])
@@ -235,12 +225,11 @@ def checked_table(
     return table.replace_schema_metadata(None)
 
 # %% ../../nbs/core/04_files.ipynb #9bd0042b
-def write_rows(
-    path: Path,  # a .parquet file
-    kind: str,  # a key of SCHEMAS
-    frames,  # pandas.DataFrame, or an iterable of them: then no more than one is held at a time
-) -> Path:  # the path
-    "Write rows as parquet after checking them; all or nothing."
+def write_rows(path: Path, kind: str, frames) -> Path:
+    """Write rows as parquet after checking them; all or nothing.
+
+    path: a .parquet file; kind: a key of SCHEMAS; frames: pandas.DataFrame, or an iterable of them: then no more
+    than one is held at a time."""
     import pandas as pd
     import pyarrow.parquet as pq
 
@@ -250,11 +239,10 @@ def write_rows(
     return Path(path)
 
 
-def read_rows(
-    path: Path,  # a .parquet file
-    kind: str,  # a key of SCHEMAS
-):  # pandas.DataFrame in schema order
-    "Read rows and check them; a missing, corrupt or foreign file is one clear line."
+def read_rows(path: Path, kind: str):
+    """Read rows and check them; a missing, corrupt or foreign file is one clear line.
+
+    path: a .parquet file; kind: a key of SCHEMAS. Returns pandas.DataFrame in schema order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -289,8 +277,8 @@ VERSIONED = (
 
 
 @functools.cache
-def code_version() -> dict:  # commit, whether files were changed, package versions, platform
-    "Describe the code that runs."
+def code_version() -> dict:
+    "Describe the code that runs. Returns commit, whether files were changed, package versions, platform."
 
     def git(*arguments):
         done = subprocess.run(["git", "-C", str(project_root()), *arguments], capture_output=True, text=True)
@@ -535,13 +523,11 @@ class StageReader:
         return read_json(self.path(f"{name}.json"))
 
 # %% ../../nbs/core/04_files.ipynb #ce7cbab8
-def progress(
-    items: typing.Iterable,  # what is worked through
-    name: str,  # what is shown before the bar
-    total: int | None = None,  # number of items, where it can't be known from `items`
-    unit: str = "it",  # unit of one item
-):  # an iterator over `items`
-    "Show progress with time left, where somebody can see it."
+def progress(items: typing.Iterable, name: str, total: int | None = None, unit: str = "it"):
+    """Show progress with time left, where somebody can see it.
+
+    items: what is worked through; name: what is shown before the bar; total: number of items, where it can't be
+    known from `items`; unit: unit of one item. Returns an iterator over `items`."""
     from tqdm.auto import tqdm as tqdm_auto
     from tqdm.std import tqdm as tqdm_text
 

@@ -24,10 +24,10 @@ __all__ = ['BATTLE_KEYS', 'prompt_text', 'fill', 'Principle', 'principles', 'res
            'rating_all_schema', 'parse_all_ratings', 'battle_schema', 'parse_battle', 'parse_choice']
 
 # %% ../../nbs/core/05_prompts.ipynb #9b53ccb6
-def prompt_text(
-    name: str,  # file name without .txt, or with another suffix
-) -> str:  # the text
-    "Read a prompt: the user's file in PSYCOPREF_PROMPTS if it is there, else ours."
+def prompt_text(name: str) -> str:
+    """Read a prompt: the user's file in PSYCOPREF_PROMPTS if it is there, else ours.
+
+    name: file name without .txt, or with another suffix."""
     file = name if "." in name else f"{name}.txt"
     places = [*filter(None, [os.environ.get("PSYCOPREF_PROMPTS")]), _own_prompts()]
     for place in places:
@@ -49,11 +49,10 @@ def _read_prompt(path: str, changed: int, size: int) -> str:
     return Path(path).read_text(encoding="utf-8").strip()
 
 
-def fill(
-    template: str,  # text with {slots}
-    **values,  # one value for each slot
-) -> str:  # the text with every slot filled
-    "Fill the slots in one pass, so braces inside a client's words are left alone."
+def fill(template: str, **values) -> str:
+    """Fill the slots in one pass, so braces inside a client's words are left alone.
+
+    template: text with {slots}; values: one value for each slot. Returns the text with every slot filled."""
     slots = set(re.findall(r"\{(\w+)\}", template))
     if slots != set(values):
         raise StudyError(f"prompt slots {sorted(slots)} do not match the values {sorted(values)}; mend the prompt file")
@@ -76,8 +75,10 @@ class Principle:
         return "\n".join(lines)
 
 
-def principles() -> tuple[Principle, ...]:  # seven, in the order of the released columns
-    "Read the principles from `principles.json`; keys and order are fixed by the released columns."
+def principles() -> tuple[Principle, ...]:
+    """Read the principles from `principles.json`; keys and order are fixed by the released columns.
+
+    Returns seven, in the order of the released columns."""
     return _parse_principles(prompt_text("principles.json"))
 
 
@@ -97,22 +98,21 @@ def _parse_principles(text: str) -> tuple[Principle, ...]:
     return found
 
 # %% ../../nbs/core/05_prompts.ipynb #7f6f5a6a
-def responding_prompt(
-    client_speech: str,  # what the client said
-    words: int | None = None,  # asked length in words; None leaves it open (§4.2: without length constraint)
-) -> str:  # the user message
-    "Format the request for a therapist's response."
+def responding_prompt(client_speech: str, words: int | None = None) -> str:
+    """Format the request for a therapist's response.
+
+    client_speech: what the client said; words: asked length in words; None leaves it open (§4.2: without length
+    constraint). Returns the user message."""
     if words is None:
         return fill(prompt_text("responding"), client_speech=client_speech)
     return fill(prompt_text("responding_length"), client_speech=client_speech, words=words)
 
 
-def rating_prompt(
-    principle: str | None,  # a principle key; None asks for all seven at once
-    client_speech: str,  # what the client said
-    responses: list[str],  # four responses in the order shown
-) -> str:  # the user message
-    "Format the request for four ratings on one principle (Appendix A), or on each of the seven."
+def rating_prompt(principle: str | None, client_speech: str, responses: list[str]) -> str:
+    """Format the request for four ratings on one principle (Appendix A), or on each of the seven.
+
+    principle: a principle key; None asks for all seven at once; client_speech: what the client said; responses:
+    four responses in the order shown. Returns the user message."""
     shown = {f"response_{i}": response for i, response in enumerate(responses, 1)}
     if principle is None:
         text = "\n\n".join(f"[{p.key}] {p.text}" for p in principles())
@@ -121,13 +121,11 @@ def rating_prompt(
     return fill(prompt_text("rating"), principle=text, client_speech=client_speech, **shown)
 
 
-def comparison_prompt(
-    kind: str,  # "ranker" or "battle"
-    client_speech: str,  # what the client said
-    first: str,  # response shown first
-    second: str,  # response shown second
-) -> str:  # the user message
-    "Format the request to choose between two responses (Appendix A; §4.2)."
+def comparison_prompt(kind: str, client_speech: str, first: str, second: str) -> str:
+    """Format the request to choose between two responses (Appendix A; §4.2).
+
+    kind: "ranker" or "battle"; client_speech: what the client said; first: response shown first; second: response
+    shown second. Returns the user message."""
     values = {"client_speech": client_speech, "response_1": first, "response_2": second}
     if kind == "battle":
         values |= {"principles": "\n\n".join(p.text for p in principles()), "principle_keys": ", ".join(PRINCIPLE_KEYS)}
@@ -138,10 +136,10 @@ class BadReply(ValueError):
     "Report why a reply can't be used."
 
 
-def find_json(
-    text: str,  # a model's reply
-) -> dict:  # the object in it
-    "Return the single JSON object of a reply, alone or in a code fence; prose around it is allowed."
+def find_json(text: str) -> dict:
+    """Return the single JSON object of a reply, alone or in a code fence; prose around it is allowed.
+
+    text: a model's reply. Returns the object in it."""
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
         raise BadReply("no JSON object in the reply")
@@ -156,10 +154,10 @@ def find_json(
     return value
 
 # %% ../../nbs/core/05_prompts.ipynb #77bd5771
-def rating_schema(
-    n: int = 4,  # responses in one call
-) -> dict:  # JSON schema with the paper's keys
-    "Return the JSON schema of a rating reply (Appendix A)."
+def rating_schema(n: int = 4) -> dict:
+    """Return the JSON schema of a rating reply (Appendix A).
+
+    n: responses in one call. Returns JSON schema with the paper's keys."""
     keys = {}
     for i in range(1, n + 1):
         keys[f"response_{i}_rating"] = {"type": "integer", "minimum": 1, "maximum": 5}
@@ -167,19 +165,19 @@ def rating_schema(
     return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
 
 
-def parse_ratings(
-    text: str,  # a model's reply
-    n: int = 4,  # responses in the call
-) -> list[tuple[int, str]]:  # (rating 1-5, rationale) in the order shown
-    "Read n ratings; refuse missing keys, text in place of numbers and values outside 1-5."
+def parse_ratings(text: str, n: int = 4) -> list[tuple[int, str]]:
+    """Read n ratings; refuse missing keys, text in place of numbers and values outside 1-5.
+
+    text: a model's reply; n: responses in the call. Returns (rating 1-5, rationale) in the order shown."""
     return _read_ratings(find_json(text), n)
 
 
 @functools.cache
-def rating_reader(
-    n: int,  # responses in the call
-):  # pydantic model: n ratings, strict, and n rationales, which may be left out; remarks under other keys are ignored
-    "Declare one principle's ratings."
+def rating_reader(n: int):
+    """Declare one principle's ratings.
+
+    n: responses in the call. Returns pydantic model: n ratings, strict, and n rationales, which may be left out;
+    remarks under other keys are ignored."""
     import pydantic
 
     Rating = typing.Annotated[int, pydantic.Field(strict=True, ge=1, le=5)]
@@ -208,21 +206,19 @@ def _read_ratings(value, n: int) -> list[tuple[int, str]]:
     return [(found[f"response_{i}_rating"], found[f"rationale_{i}"]) for i in range(1, n + 1)]
 
 # %% ../../nbs/core/05_prompts.ipynb #04f82eea
-def rating_all_schema(
-    n: int = 4,  # responses in one call
-) -> dict:  # JSON schema: principle -> an object of `rating_schema`
-    "Return the JSON schema of a reply that rates all principles at once."
+def rating_all_schema(n: int = 4) -> dict:
+    """Return the JSON schema of a reply that rates all principles at once.
+
+    n: responses in one call. Returns JSON schema: principle -> an object of `rating_schema`."""
     keys = {key: rating_schema(n) for key in PRINCIPLE_KEYS}
     return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
 
 
-def parse_all_ratings(
-    text: str,  # a model's reply
-    n: int = 4,  # responses in the call
-) -> dict[
-    str, list[tuple[int, str]] | BadReply
-]:  # principle -> its ratings in the order shown, or why it can't be read
-    "Read n ratings for each principle, each principle by itself."
+def parse_all_ratings(text: str, n: int = 4) -> dict[str, list[tuple[int, str]] | BadReply]:
+    """Read n ratings for each principle, each principle by itself.
+
+    text: a model's reply; n: responses in the call. Returns principle -> its ratings in the order shown, or why it
+    can't be read."""
     value, found = find_json(text), {}
     for key in PRINCIPLE_KEYS:
         try:
@@ -235,16 +231,16 @@ def parse_all_ratings(
 BATTLE_KEYS = (*PRINCIPLE_KEYS, "overall")
 
 
-def battle_schema() -> dict:  # JSON schema
-    "Return the JSON schema of a judge's verdict: 1 or 2 for each principle and overall."
+def battle_schema() -> dict:
+    "Return the JSON schema of a judge's verdict: 1 or 2 for each principle and overall. Returns JSON schema."
     keys = {key: {"type": "integer", "enum": [1, 2]} for key in BATTLE_KEYS}
     return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
 
 
-def parse_battle(
-    text: str,  # a judge's reply
-) -> dict[str, int]:  # principle or "overall" -> 1 or 2, the better response as shown
-    "Read a verdict for each principle and overall."
+def parse_battle(text: str) -> dict[str, int]:
+    """Read a verdict for each principle and overall.
+
+    text: a judge's reply. Returns principle or "overall" -> 1 or 2, the better response as shown."""
     value = find_json(text)
     for key in BATTLE_KEYS:
         if type(value.get(key)) is not int or value[key] not in (1, 2):
@@ -252,10 +248,10 @@ def parse_battle(
     return {key: value[key] for key in BATTLE_KEYS}
 
 
-def parse_choice(
-    text: str,  # a ranker's reply
-) -> int:  # 1 or 2
-    "Read the number of the better response: the reply must hold exactly one of 1 and 2."
+def parse_choice(text: str) -> int:
+    """Read the number of the better response: the reply must hold exactly one of 1 and 2.
+
+    text: a ranker's reply. Returns 1 or 2."""
     found = set(re.findall(r"(?<![\d.])[12](?![\d.]*\d)", text))
     if len(found) != 1:
         raise BadReply(f"the reply {text[:60]!r} names {sorted(found) or 'neither response'}, expected one of 1 and 2")

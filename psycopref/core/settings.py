@@ -21,11 +21,10 @@ class StudyError(Exception):
     "Report something the user can mend, in one line."
 
 
-def suggest(
-    wrong: str,  # the name that was given
-    known: typing.Iterable[str],  # the names that exist
-) -> str:  # a hint ending in a full stop
-    "Name the closest known names, or all of them."
+def suggest(wrong: str, known: typing.Iterable[str]) -> str:
+    """Name the closest known names, or all of them.
+
+    wrong: the name that was given; known: the names that exist. Returns a hint ending in a full stop."""
     known = list(known)
     close = difflib.get_close_matches(wrong, known, n=3)
     return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(known)}."
@@ -402,11 +401,11 @@ TINY = Profile(
 PROFILES = {profile.name: profile for profile in (TINY, DEMO, PAPER)}
 
 # %% ../../nbs/core/00_settings.ipynb #6e8eb292
-def load_profile(
-    name: str,  # tiny, demo or paper
-    overrides: dict | None = None,  # dotted setting -> value, e.g. {"reward.learning_rate": 1e-5}
-) -> Profile:  # the profile with the overrides applied
-    "Return a profile by name; refuse unknown names, unknown settings and wrong types."
+def load_profile(name: str, overrides: dict | None = None) -> Profile:
+    """Return a profile by name; refuse unknown names, unknown settings and wrong types.
+
+    name: tiny, demo or paper; overrides: dotted setting -> value, e.g. {"reward.learning_rate": 1e-5}. Returns the
+    profile with the overrides applied."""
     if name not in PROFILES:
         raise StudyError(f"profile {name!r} does not exist. {suggest(str(name), PROFILES)}")
     profile = PROFILES[name]
@@ -429,12 +428,12 @@ def _replace(node, dotted: str, parts: list[str], value):
     return dataclasses.replace(node, **{head: new})
 
 # %% ../../nbs/core/00_settings.ipynb #71eee4a0
-def check_type(
-    where: str,  # what is being set, for the error
-    value,  # the value that was given
-    kind,  # a type annotation: int, float, str, bool, dict, tuple[T, ...], or a union with None
-):  # the value, with int -> float and list -> tuple made
-    "Return `value` if it has the annotated type, else raise; text is never read as a number."
+def check_type(where: str, value, kind):
+    """Return `value` if it has the annotated type, else raise; text is never read as a number.
+
+    where: what is being set, for the error; value: the value that was given; kind: a type annotation: int, float,
+    str, bool, dict, tuple[T, ...], or a union with None. Returns the value, with int -> float and list -> tuple
+    made."""
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in typing.get_args(kind):
             return None

@@ -133,10 +133,10 @@ STAGES = {
 RELEASED = "released"  # the source that brings responses, ratings and pairs along
 
 
-def is_released(
-    sources: typing.Iterable[str],  # of a profile: names, or name=place
-) -> bool:  # True where the released dataset is the input
-    "Check whether a run starts from the released dataset; it can't be mixed with other sources."
+def is_released(sources: typing.Iterable[str]) -> bool:
+    """Check whether a run starts from the released dataset; it can't be mixed with other sources.
+
+    sources: of a profile: names, or name=place. Returns True where the released dataset is the input."""
     names = [spec.partition("=")[0] for spec in sources]
     if RELEASED in names and len(names) > 1:
         raise StudyError(
@@ -145,10 +145,10 @@ def is_released(
     return RELEASED in names
 
 
-def stages_of(
-    profile: Profile,  # a resolved profile
-) -> dict[str, Stage]:  # name -> stage, in order
-    "Return the stages of a run; the released dataset needs neither responses nor ratings."
+def stages_of(profile: Profile) -> dict[str, Stage]:
+    """Return the stages of a run; the released dataset needs neither responses nor ratings.
+
+    profile: a resolved profile. Returns name -> stage, in order."""
     gone = {"02_responses", "03_ratings"} if is_released(profile.speeches.sources) else set()
     return {
         name: dataclasses.replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
@@ -160,11 +160,10 @@ def stages_of(
 BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo_iter.keep_last")  # settings that no result hangs on
 
 
-def stage_settings(
-    profile: Profile,  # a resolved profile
-    stage: str,  # a key of STAGES
-) -> dict:  # section -> plain data, ready for JSON
-    "Return the parts of a profile that a stage reads."
+def stage_settings(profile: Profile, stage: str) -> dict:
+    """Return the parts of a profile that a stage reads.
+
+    profile: a resolved profile; stage: a key of STAGES. Returns section -> plain data, ready for JSON."""
     tree, found = dataclasses.asdict(profile), {}
     for section in STAGES[stage].reads:
         value = tree
@@ -178,10 +177,10 @@ def stage_settings(
     return found
 
 # %% ../../nbs/core/01_stages.ipynb #180fb8ab
-def as_dotted(
-    settings: dict,  # of a receipt: section -> value or tree
-) -> dict:  # dotted setting -> value
-    "Write a stage's settings as overrides."
+def as_dotted(settings: dict) -> dict:
+    """Write a stage's settings as overrides.
+
+    settings: of a receipt: section -> value or tree. Returns dotted setting -> value."""
     found = {}
     for name, value in settings.items():
         found |= (
@@ -192,8 +191,10 @@ def as_dotted(
     return found
 
 # %% ../../nbs/core/01_stages.ipynb #9ba5f25b
-def project_root() -> Path:  # the folder that holds outputs/ and figures/
-    "Find the project: PSYCOPREF_ROOT, or the nearest parent with our settings.ini, or the current folder."
+def project_root() -> Path:
+    """Find the project: PSYCOPREF_ROOT, or the nearest parent with our settings.ini, or the current folder.
+
+    Returns the folder that holds outputs/ and figures/."""
     if os.environ.get("PSYCOPREF_ROOT"):
         return Path(os.environ["PSYCOPREF_ROOT"]).resolve()
     here = Path.cwd().resolve()
@@ -204,8 +205,10 @@ def project_root() -> Path:  # the folder that holds outputs/ and figures/
     return here
 
 
-def cache_root() -> Path:  # downloaded and converted weights live here
-    "Return the user's cache folder: PSYCOPREF_CACHE, or psycopref under the XDG cache."
+def cache_root() -> Path:
+    """Return the user's cache folder: PSYCOPREF_CACHE, or psycopref under the XDG cache.
+
+    Returns downloaded and converted weights live here."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "psycopref"
     return Path(os.environ.get("PSYCOPREF_CACHE", default)).expanduser()
 
@@ -263,10 +266,8 @@ class Shard:
         return block % self.n == self.number - 1
 
 
-def parse_shard(
-    text: str | None,  # "2/4", "2-of-4"; None is the whole
-) -> Shard | None:  # the shard
-    "Read the name of a shard."
+def parse_shard(text: str | None) -> Shard | None:
+    """Read the name of a shard. text: "2/4", "2-of-4"; None is the whole."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)(?:/|-of-)(\d+)", text)
@@ -275,22 +276,18 @@ def parse_shard(
     return Shard(int(found[1]), int(found[2]))
 
 # %% ../../nbs/core/01_stages.ipynb #e00f8597
-def blocks(
-    items: typing.Sequence,  # speeches, or their ids
-    size: int,  # of a block
-    shard: Shard | None = None,  # which blocks; None = all
-) -> list:  # slices of the items
-    "Cut items into blocks, and take those of a shard."
+def blocks(items: typing.Sequence, size: int, shard: Shard | None = None) -> list:
+    """Cut items into blocks, and take those of a shard.
+
+    items: speeches, or their ids; size: of a block; shard: which blocks; None = all. Returns slices of the items."""
     if size < 1:
         raise StudyError(f"responses.block: found {size}, expected at least 1 speech")
     cut = [items[start : start + size] for start in range(0, len(items), size)]
     return [block for number, block in enumerate(cut) if shard is None or shard.takes(number)]
 
 # %% ../../nbs/core/01_stages.ipynb #54282b4a
-def slug_of(
-    name: str,  # of weights: a name, a folder or a hub id
-) -> str:  # a folder name
-    "Make a folder name of a model's name."
+def slug_of(name: str) -> str:
+    "Make a folder name of a model's name. name: of weights: a name, a folder or a hub id. Returns a folder name."
     return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(name).name).lower()
 
 
@@ -309,10 +306,8 @@ class Cell:
 MIXES = ("psy-all", "help-all", "both-all", "psy", "help", "half")  # psy-all is trained by chapter 5
 
 
-def grid_cells(
-    profile: Profile,  # a resolved profile
-) -> list[Cell]:  # in the profile's order
-    "List the cells of the mixing grid."
+def grid_cells(profile: Profile) -> list[Cell]:
+    "List the cells of the mixing grid. profile: a resolved profile. Returns in the profile's order."
     wrong = [mix for mix in profile.mixing.cells if mix not in MIXES[1:]]
     if wrong or len(set(profile.mixing.cells)) < len(profile.mixing.cells):
         raise StudyError(
@@ -321,21 +316,17 @@ def grid_cells(
     return [Cell(backbone, mix) for backbone in profile.backbones for mix in profile.mixing.cells]
 
 
-def parse_cell(
-    text: str | None,  # as a cell is printed; None is the whole grid
-    profile: Profile,  # a resolved profile
-) -> Cell | None:  # the cell
-    "Find a cell by its name."
+def parse_cell(text: str | None, profile: Profile) -> Cell | None:
+    "Find a cell by its name. text: as a cell is printed; None is the whole grid; profile: a resolved profile."
     known = {str(cell): cell for cell in grid_cells(profile)}
     if text is not None and text not in known:
         raise StudyError(f"cell {text!r}: is not in the grid. {suggest(text, known)}")
     return known.get(text)
 
 # %% ../../nbs/core/01_stages.ipynb #cd1e3c0c
-def derived_seed(
-    seed: int,
-    *names: str | int,  # what the choice is for, e.g. a stage and a speech_id
-) -> int:  # in [0, 2**32)
-    "Derive an independent seed from a run seed and names (SHA-256)."
+def derived_seed(seed: int, *names: str | int) -> int:
+    """Derive an independent seed from a run seed and names (SHA-256).
+
+    names: what the choice is for, e.g. a stage and a speech_id. Returns in [0, 2**32)."""
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -29,10 +29,10 @@ class Label:
         return " · ".join(parts)
 
 # %% ../../nbs/core/03_tables.ipynb #6ef9c668
-def format_cell(
-    value,  # a number, text, or None for "not measured"
-) -> str:  # what is printed
-    "Format a table cell: integers whole, percentages with one decimal, smaller reals with three, missing as a dash."
+def format_cell(value) -> str:
+    """Format a table cell: integers whole, percentages with one decimal, smaller reals with three, missing as a dash.
+
+    value: a number, text, or None for "not measured". Returns what is printed."""
     if value is None or (isinstance(value, float) and value != value):
         return "—"
     if isinstance(value, float):
@@ -47,10 +47,8 @@ def _marked(text: str, value, bold: str, underlined: str) -> str:
     return text
 
 
-def markdown_table(
-    frame,  # pandas.DataFrame
-) -> str:  # a pipe table
-    "Render a frame as a Markdown pipe table."
+def markdown_table(frame) -> str:
+    "Render a frame as a Markdown pipe table. frame: pandas.DataFrame. Returns a pipe table."
     rows = [[_markdown_text(str(name)) for name in frame.columns], ["---"] * frame.shape[1]]
     rows += [[_marked(_markdown_text(format_cell(v)), v, "**%s**", "<u>%s</u>") for v in row] for row in _plain(frame)]
     return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
@@ -76,12 +74,10 @@ TABLE_STYLE = (
 )
 
 
-def html_table(
-    frame,  # pandas.DataFrame
-    caption: str,  # plain text above the table
-    label: Label,  # who made it
-) -> str:  # an HTML fragment
-    "Render a frame as an HTML table with its caption and label."
+def html_table(frame, caption: str, label: Label) -> str:
+    """Render a frame as an HTML table with its caption and label.
+
+    frame: pandas.DataFrame; caption: plain text above the table; label: who made it. Returns an HTML fragment."""
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
     body = "".join(
         "<tr>"
@@ -126,19 +122,15 @@ _LATEX = {
 }
 
 
-def latex_text(
-    text: str,  # plain text
-) -> str:  # LaTeX source that prints it
-    "Escape text for LaTeX."
+def latex_text(text: str) -> str:
+    "Escape text for LaTeX. text: plain text. Returns LaTeX source that prints it."
     return "".join(_LATEX.get(c, c) for c in text)
 
 
-def latex_table(
-    frame,  # pandas.DataFrame
-    caption: str,  # plain text
-    label: Label,  # who made it
-) -> str:  # a LaTeX table environment (booktabs)
-    "Render a frame as a LaTeX table with its caption and label."
+def latex_table(frame, caption: str, label: Label) -> str:
+    """Render a frame as a LaTeX table with its caption and label.
+
+    frame: pandas.DataFrame; caption: plain text; label: who made it. Returns a LaTeX table environment (booktabs)."""
 
     def escape(value):
         return latex_text(format_cell(value)).strip().replace("\n", r" \newline ")
@@ -170,14 +162,10 @@ def latex_table(
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito (2008)
 
 
-def new_figure(
-    width: float = 6.4,  # inches
-    height: float = 4.0,  # inches
-    rows: int = 1,  # of axes
-    columns: int = 1,  # of axes
-    **keywords,  # passed to plt.subplots
-):  # (figure, axes)
-    "Open a figure in the project's theme: colour-blind safe, light grid, no frame."
+def new_figure(width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **keywords):
+    """Open a figure in the project's theme: colour-blind safe, light grid, no frame.
+
+    keywords: passed to plt.subplots. Returns (figure, axes)."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 

@@ -41,10 +41,10 @@ _ENTITY = re.compile(r"&(?:#(?:x[0-9a-f]{1,6}(?![0-9a-f])|[0-9]{1,7}(?![0-9]));?
 ROUNDS = 20  # no source escapes so deeply
 
 
-def clean(
-    text: str,  # as a source has it
-) -> str:  # one line of plain text
-    "Mend the encoding, strip markup and control characters, normalise whitespace; idempotent."
+def clean(text: str) -> str:
+    """Mend the encoding, strip markup and control characters, normalise whitespace; idempotent.
+
+    text: as a source has it. Returns one line of plain text."""
     import ftfy
 
     before, rounds = None, 0
@@ -58,10 +58,8 @@ def clean(
     return text
 
 # %% ../../nbs/corpus/02_cleaning.ipynb #c1e045df
-def language(
-    text: str,  # a cleaned text
-) -> str:  # ISO 639-1 code
-    "Tell the likeliest language of a text."
+def language(text: str) -> str:
+    "Tell the likeliest language of a text. text: a cleaned text. Returns ISO 639-1 code."
     import py3langid
 
     return py3langid.classify(text)[0]
@@ -71,12 +69,10 @@ REASONS = ("empty", "no words", "too short", "too long", "not English")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
-def judge(
-    text: str,  # as a source has it
-    min_characters: int = 100,  # §3.1
-    max_characters: int = 1000,  # §3.1
-) -> tuple[str, str | None]:  # the cleaned text, and why it can't be used, one of REASONS, or None
-    "Clean a text and say whether it can be a client speech; lengths are counted after cleaning."
+def judge(text: str, min_characters: int = 100, max_characters: int = 1000) -> tuple[str, str | None]:
+    """Clean a text and say whether it can be a client speech; lengths are counted after cleaning.
+
+    text: as a source has it. Returns the cleaned text, and why it can't be used, one of REASONS, or None."""
     if len(text) > 50 * max_characters:
         return "", "too long"
     text = clean(text)

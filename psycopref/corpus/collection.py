@@ -38,10 +38,10 @@ __all__ = ['KEPT', 'SPEECH_COLUMNS', 'ROW_FATES', 'open_sources', 'kept_rows', '
 KEPT = ""  # the reason of a row that is kept
 
 
-def open_sources(
-    specs: typing.Sequence[str],  # sources as the user names them, in order of precedence
-) -> list[Opened]:
-    "Open several sources, or the released dataset alone."
+def open_sources(specs: typing.Sequence[str]) -> list[Opened]:
+    """Open several sources, or the released dataset alone.
+
+    specs: sources as the user names them, in order of precedence."""
     if is_released(specs):
         return [open_source(spec, {RELEASED_DATASET.name: RELEASED_DATASET}) for spec in specs]
     names = [spec.partition("=")[0] for spec in specs]
@@ -62,12 +62,10 @@ def kept_rows(frame):
 SPEECH_COLUMNS = ("speech_id", "source", "speech", "topic", "topics", "topic_by", "scraped", "reason")
 
 
-def read_source(
-    opened: Opened,
-    min_characters: int = 100,  # §3.1
-    max_characters: int = 1000,  # §3.1
-):  # (frame of SPEECH_COLUMNS, number of rows that repeat an earlier one)
-    "Read and clean all rows of a source."
+def read_source(opened: Opened, min_characters: int = 100, max_characters: int = 1000):
+    """Read and clean all rows of a source.
+
+    Returns (frame of SPEECH_COLUMNS, number of rows that repeat an earlier one)."""
     import pandas as pd
 
     source, raw, rows = opened.source, opened.read(), []
@@ -105,12 +103,11 @@ def drop_exact(frame):
     return frame.assign(reason=reasons)
 
 # %% ../../nbs/corpus/06_collection.ipynb #97b2187c
-def mask_private(
-    frame,
-    whose: str = "scraped",  # none, scraped or all
-    names: str = "lexicon",  # how names are found (`corpus.privacy`)
-):  # (the frame with masked speeches, frame of counts by source and kind)
-    "Mask personal data in the speeches that are kept."
+def mask_private(frame, whose: str = "scraped", names: str = "lexicon"):
+    """Mask personal data in the speeches that are kept.
+
+    whose: none, scraped or all; names: how names are found (`corpus.privacy`). Returns (the frame with masked
+    speeches, frame of counts by source and kind)."""
     import pandas as pd
 
     if whose not in ("none", "scraped", "all"):
@@ -127,12 +124,11 @@ def mask_private(
     return frame.assign(speech=speech), pd.DataFrame(counts)
 
 # %% ../../nbs/corpus/06_collection.ipynb #4c6f7096
-def drop_near(
-    frame,
-    threshold: float = 0.7,  # Jaccard index (`corpus.duplicates`)
-    seed: int = 0,
-):  # (the frame with the reason near-duplicate, list of clusters, near pairs of the candidates, the candidates)
-    "Keep one speech of each cluster of near-duplicates."
+def drop_near(frame, threshold: float = 0.7, seed: int = 0):
+    """Keep one speech of each cluster of near-duplicates.
+
+    threshold: Jaccard index (`corpus.duplicates`). Returns (the frame with the reason near-duplicate, list of
+    clusters, near pairs of the candidates, the candidates)."""
     import numpy as np
 
     rows = np.flatnonzero(frame.reason == KEPT)
@@ -145,11 +141,10 @@ def drop_near(
     return frame.assign(reason=reasons), cluster_report(part, labels, keep), pairs, part
 
 # %% ../../nbs/corpus/06_collection.ipynb #fa573071
-def cluster_table(
-    found: typing.Sequence[dict],  # clusters of near-duplicates, biggest first
-    most: int = 8,  # clusters to show
-):
-    "Lay out the biggest clusters in a pandas.DataFrame, one row for each speech."
+def cluster_table(found: typing.Sequence[dict], most: int = 8):
+    """Lay out the biggest clusters in a pandas.DataFrame, one row for each speech.
+
+    found: clusters of near-duplicates, biggest first; most: clusters to show."""
     import pandas as pd
 
     columns = ["speech_id", "kept", "similarity", "excerpt"]
@@ -174,11 +169,11 @@ def describe_clusters(found: typing.Sequence[dict] | None, threshold: float) -> 
 ROW_FATES = ("repeated", *REASONS, "duplicate", "near-duplicate", "not drawn", "kept")
 
 
-def drop_table(
-    frame,  # rows with their reasons
-    repeats: dict[str, int],  # source -> rows that repeat an earlier one
-):  # frame: source, rows, one column for each fate; the last row is the sum
-    "Count the rows of each source by what became of them."
+def drop_table(frame, repeats: dict[str, int]):
+    """Count the rows of each source by what became of them.
+
+    frame: rows with their reasons; repeats: source -> rows that repeat an earlier one. Returns frame: source, rows,
+    one column for each fate; the last row is the sum."""
     import pandas as pd
 
     counts = pd.crosstab(frame.source, frame.reason.replace(KEPT, "kept"))
@@ -215,12 +210,11 @@ def describe_masking(counts) -> str:
     return f"{found} {spared}." if spared else found
 
 # %% ../../nbs/corpus/06_collection.ipynb #9e93e855
-def collect(
-    sources: typing.Sequence[Opened],
-    settings,  # psycopref.core.settings.SpeechSettings
-    seed: int = 0,
-) -> dict:  # frame (every row with its reason), repeats, masked, clusters, pairs, candidates
-    "Read, clean, mask and deduplicate speeches of several sources."
+def collect(sources: typing.Sequence[Opened], settings, seed: int = 0) -> dict:
+    """Read, clean, mask and deduplicate speeches of several sources.
+
+    settings: psycopref.core.settings.SpeechSettings. Returns frame (every row with its reason), repeats, masked,
+    clusters, pairs, candidates."""
     import pandas as pd
 
     read = [read_source(opened, settings.min_characters, settings.max_characters) for opened in sources]
@@ -248,11 +242,11 @@ def topic_examples(teachers: typing.Sequence[Opened], settings) -> list[tuple[st
     return [row for opened in teachers for row in gold_rows(read_source(opened, *limits)[0])]
 
 
-def collect_released(
-    spec: str,  # released, or released=PLACE
-    settings,  # psycopref.core.settings.SpeechSettings
-):  # (frame of speeches like that of collect, with the column part; parts: train and test -> pairs; origin)
-    "Read speeches and pairs of the released dataset."
+def collect_released(spec: str, settings):
+    """Read speeches and pairs of the released dataset.
+
+    spec: released, or released=PLACE; settings: psycopref.core.settings.SpeechSettings. Returns (frame of speeches
+    like that of collect, with the column part; parts: train and test -> pairs; origin)."""
     found = open_released(spec)
     given = {"topic": "others", "topics": [()] * len(found.speeches), "topic_by": "none given"}
     frame, parts = found.speeches.assign(**given, scraped=True, reason=KEPT), found.parts
@@ -293,27 +287,23 @@ def limit_speeches(frame, limit: int | None, seed: int):
     return frame.loc[sorted(order)].reset_index(drop=True)
 
 
-def split_of(
-    speech: str,  # a cleaned speech
-    test_fraction: float,  # share held out for testing (§3.3: 3,291 of 26,483)
-    dev_fraction: float,  # share of the rest for selection (§4.2)
-    seed: int,
-    part: str | None = None,  # test or train where that is fixed already (released dataset)
-) -> str:  # train, dev or test
-    "Choose the part of a speech by a hash of its words."
+def split_of(speech: str, test_fraction: float, dev_fraction: float, seed: int, part: str | None = None) -> str:
+    """Choose the part of a speech by a hash of its words.
+
+    speech: a cleaned speech; test_fraction: share held out for testing (§3.3: 3,291 of 26,483); dev_fraction: share
+    of the rest for selection (§4.2); part: test or train where that is fixed already (released dataset). Returns
+    train, dev or test."""
     words = same_text(speech)
     if part is None:
         part = "test" if derived_seed(seed, "test", words) < test_fraction * 2**32 else "train"
     return "dev" if part == "train" and derived_seed(seed, "dev", words) < dev_fraction * 2**32 else part
 
 # %% ../../nbs/corpus/06_collection.ipynb #93342857
-def split_speeches(
-    frame,  # collected speeches; a column `part` fixes what is held out
-    test_fraction: float,  # share held out for testing
-    dev_fraction: float,  # share of the rest for selection
-    seed: int,
-):  # the frame with a column split: train, dev or test
-    "Split speeches by hash; every part must have some."
+def split_speeches(frame, test_fraction: float, dev_fraction: float, seed: int):
+    """Split speeches by hash; every part must have some.
+
+    frame: collected speeches; a column `part` fixes what is held out; test_fraction: share held out for testing;
+    dev_fraction: share of the rest for selection. Returns the frame with a column split: train, dev or test."""
     parts = frame.part if "part" in frame else [None] * len(frame)
     rule = (test_fraction, dev_fraction, seed)
     frame = frame.assign(split=[split_of(speech, *rule, part) for speech, part in zip(frame.speech, parts)])
@@ -326,15 +316,12 @@ def split_speeches(
     return frame
 
 # %% ../../nbs/corpus/06_collection.ipynb #ea763164
-def audit_split(
-    frame,  # speeches with their split
-    candidates,  # speeches before near-duplicates were dropped; None where they are unknown
-    pairs,  # near pairs of the candidates
-    settings,  # psycopref.core.settings.SpeechSettings
-    seed: int,
-    drop_leaks: bool = True,  # False only counts them
-):  # (frame without the leaks, dict of counts)
-    "Count test speeches with a near-duplicate among the others, and drop those others."
+def audit_split(frame, candidates, pairs, settings, seed: int, drop_leaks: bool = True):
+    """Count test speeches with a near-duplicate among the others, and drop those others.
+
+    frame: speeches with their split; candidates: speeches before near-duplicates were dropped; None where they are
+    unknown; pairs: near pairs of the candidates; settings: psycopref.core.settings.SpeechSettings; drop_leaks:
+    False only counts them. Returns (frame without the leaks, dict of counts)."""
     test, rest, threshold = frame[frame.split == "test"], frame[frame.split != "test"], settings.near_duplicate
     leaks = exact_join(test.speech.tolist(), rest.speech.tolist(), threshold)
     twins = sorted({int(row) for row in leaks["j"]}) if drop_leaks else []
@@ -359,13 +346,11 @@ def leaks_before(candidates, pairs, test_fraction: float, seed: int) -> int | No
     return leakage(candidates.assign(split=sides), pairs)["leaked"]
 
 # %% ../../nbs/corpus/06_collection.ipynb #973c9112
-def draw_and_split(
-    labelled,  # kept speeches with their topics
-    collected: dict,  # of collect_any
-    settings,  # psycopref.core.settings.SpeechSettings
-    seed: int,
-):  # (speeches with their split, all rows with their final reasons, counts of the audit)
-    "Limit, split and audit the speeches of a run."
+def draw_and_split(labelled, collected: dict, settings, seed: int):
+    """Limit, split and audit the speeches of a run.
+
+    labelled: kept speeches with their topics; settings: psycopref.core.settings.SpeechSettings. Returns (speeches
+    with their split, all rows with their final reasons, counts of the audit)."""
     drawn = limit_speeches(labelled, settings.limit, seed)
     split = split_speeches(drawn, settings.test_fraction, settings.dev_fraction, seed)
     released, before = collected["released"] is not None, (collected["candidates"], collected["pairs"])
@@ -376,10 +361,10 @@ def draw_and_split(
     return speeches, rows, counts
 
 # %% ../../nbs/corpus/06_collection.ipynb #815c63c1
-def topic_table(
-    frame,  # speeches
-):  # frame: coarse topic, topic, our count and share, the paper's count and share, difference of shares
-    "Count speeches by topic beside the paper's Table 4."
+def topic_table(frame):
+    """Count speeches by topic beside the paper's Table 4.
+
+    Returns frame: coarse topic, topic, our count and share, the paper's count and share, difference of shares."""
     import pandas as pd
 
     ours, total, n = frame.topic.value_counts(), paper_values()["dataset"]["speeches"], len(frame)
@@ -407,11 +392,11 @@ def describe_topics(table) -> str:
     )
 
 # %% ../../nbs/corpus/06_collection.ipynb #78814dca
-def split_table(
-    frame,  # speeches with their split
-    test_fraction: float,  # share meant for testing
-):  # frame: coarse topic, speeches, train, dev, test, test %, 95 % range by chance
-    "Count the parts of each coarse topic, with the range in which a share of this size lies by chance."
+def split_table(frame, test_fraction: float):
+    """Count the parts of each coarse topic, with the range in which a share of this size lies by chance.
+
+    frame: speeches with their split; test_fraction: share meant for testing. Returns frame: coarse topic, speeches,
+    train, dev, test, test %, 95 % range by chance."""
     import pandas as pd
     from scipy.stats import binom
 
@@ -427,12 +412,10 @@ def split_table(
     return counts.rename_axis("coarse topic").rename_axis(None, axis=1).reset_index()
 
 
-def describe_split(
-    table,  # of split_table
-    test_fraction: float,  # share meant for testing
-    published: bool = False,  # whether the parts are those of the released dataset
-) -> str:
-    "Describe the share held out, overall and by coarse topic, against what chance allows."
+def describe_split(table, test_fraction: float, published: bool = False) -> str:
+    """Describe the share held out, overall and by coarse topic, against what chance allows.
+
+    test_fraction: share meant for testing; published: whether the parts are those of the released dataset."""
 
     def outside(row) -> bool:
         low, high = map(float, row["by chance %"].split(" to "))

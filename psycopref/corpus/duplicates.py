@@ -25,10 +25,10 @@ __all__ = ['SHINGLE', 'CHUNK', 'BLOCK', 'EDITS', 'SLOTS', 'MISSED', 'CROWD', 'SH
            'peak_memory', 'library_comparison', 'growth']
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #5892bf3a
-def same_text(
-    text: str,  # a speech
-) -> str:  # equal for texts that differ in case, spacing and punctuation only; idempotent
-    "Reduce a speech to what makes it a duplicate."
+def same_text(text: str) -> str:
+    """Reduce a speech to what makes it a duplicate.
+
+    Returns equal for texts that differ in case, spacing and punctuation only; idempotent."""
     folded = text.casefold()
     return re.sub(r"\W+", " ", folded).strip() or " ".join(folded.split())
 
@@ -38,10 +38,8 @@ CHUNK = 8192  # rows or pairs handled at once; bounds the memory
 BLOCK = 32_768  # rows whose shingles are held at once for exact comparison
 
 
-def shingles(
-    text: str,  # a speech
-) -> frozenset[str]:  # its shingles
-    "Cut a speech into overlapping runs of characters."
+def shingles(text: str) -> frozenset[str]:
+    "Cut a speech into overlapping runs of characters. Returns its shingles."
     key = same_text(text)
     return frozenset(key[i : i + SHINGLE] for i in range(max(1, len(key) - SHINGLE + 1)))
 
@@ -56,10 +54,10 @@ def _mixed(codes):
     return codes
 
 
-def shingle_codes(
-    texts: typing.Sequence[str],  # speeches
-):  # (uint64 codes of all shingles in a row, repeated ones included; int64 offsets, one more than texts)
-    "Number the shingles of many speeches."
+def shingle_codes(texts: typing.Sequence[str]):
+    """Number the shingles of many speeches.
+
+    Returns (uint64 codes of all shingles in a row, repeated ones included; int64 offsets, one more than texts)."""
     import numpy as np
 
     keys = [
@@ -76,10 +74,8 @@ def shingle_codes(
     return _mixed(codes[inside]), np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)])
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #a0607b4b
-def shingle_matrix(
-    texts: typing.Sequence[str],  # speeches
-):  # scipy CSR of ones, texts × the distinct shingles among them
-    "Hold sets of shingles as a sparse matrix."
+def shingle_matrix(texts: typing.Sequence[str]):
+    "Hold sets of shingles as a sparse matrix. Returns scipy CSR of ones, texts × the distinct shingles among them."
     import numpy as np
     import pandas as pd
     from scipy.sparse import csr_array
@@ -105,12 +101,10 @@ def _row_jaccard(matrix, i, j):
     return found
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #aad45b7a
-def jaccard(
-    texts: typing.Sequence[str],  # speeches
-    i,  # rows of the first of each pair
-    j,  # rows of the second
-):  # float64 Jaccard index of each pair
-    "Compare pairs of speeches exactly."
+def jaccard(texts: typing.Sequence[str], i, j):
+    """Compare pairs of speeches exactly.
+
+    i: rows of the first of each pair; j: rows of the second. Returns float64 Jaccard index of each pair."""
     import numpy as np
 
     i, j, found = np.asarray(i, np.int64), np.asarray(j, np.int64), np.empty(len(i))
@@ -127,12 +121,10 @@ EDITS = ("case", "word", "greeting", "typos", "cut")  # kinds of planted near-du
 _GREETINGS = ("Hi everyone, thanks for reading. ", "Hello, I am new here. ", "Good evening to you all. ")
 
 
-def edited(
-    text: str,  # a speech
-    kind: str,  # one of EDITS
-    random: typing.Callable[[int], int],  # random(n) draws from 0 … n - 1
-) -> str:  # at most 1,000 characters
-    "Plant a near-duplicate of a speech."
+def edited(text: str, kind: str, random: typing.Callable[[int], int]) -> str:
+    """Plant a near-duplicate of a speech.
+
+    kind: one of EDITS; random: random(n) draws from 0 … n - 1. Returns at most 1,000 characters."""
     words = text.split(" ")
     if kind == "case":
         text = text.upper().replace(".", " !") if random(2) else text.lower().replace(",", " ,")
@@ -168,10 +160,10 @@ def _missed(jaccard, plan):
     return float((1 - jaccard**plan.rows) ** plan.bands + binom.cdf(plan.least - 1, SLOTS, jaccard))
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #eb65d14a
-def lsh_plan(
-    threshold: float,  # Jaccard index, 0.3 to 1
-) -> Plan:  # the longest bands that keep the miss probability below MISSED
-    "Choose bands for a threshold."
+def lsh_plan(threshold: float) -> Plan:
+    """Choose bands for a threshold.
+
+    threshold: Jaccard index, 0.3 to 1. Returns the longest bands that keep the miss probability below MISSED."""
     from scipy.stats import binom
 
     if not 0.3 <= threshold <= 1:
@@ -184,11 +176,11 @@ def lsh_plan(
     return next(plan for plan in plans if _missed(threshold, plan) < MISSED)
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #0d04b034
-def miss_probability(
-    threshold: float,  # Jaccard index, 0.3 to 1
-    jaccard: float | None = None,  # of the pair, at least the threshold; None takes the threshold, the worst case
-) -> float:  # upper bound over the choice of the seed
-    "State how likely near_pairs misses a true pair."
+def miss_probability(threshold: float, jaccard: float | None = None) -> float:
+    """State how likely near_pairs misses a true pair.
+
+    threshold: Jaccard index, 0.3 to 1; jaccard: of the pair, at least the threshold; None takes the threshold, the
+    worst case. Returns upper bound over the choice of the seed."""
     return _missed(threshold if jaccard is None else jaccard, lsh_plan(threshold))
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #3baa6c94
@@ -277,7 +269,8 @@ def _comparer(texts, rows):
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #cd6f6416
 def _leader_links(compare, slots, leader, others, groups, plan, threshold):
-    "Compare a leader with the rows of other groups, likeliest first, until each group is linked or seen: (links, comparisons)."
+    """Compare a leader with the rows of other groups, likeliest first, until each group is linked or seen: (links,
+    comparisons)."""
     import numpy as np
 
     agree = _agree(slots, np.full(len(others), leader), others)
@@ -374,12 +367,12 @@ def _pair_frame(i, j, similarity, threshold, **counts):
     return frame
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #418c9edd
-def near_pairs(
-    texts: typing.Sequence[str],  # speeches
-    threshold: float = 0.7,  # lowest Jaccard index of a pair, 0.3 to 1
-    seed: int = 0,  # of the sketches, 0 or more; the same seed gives the same pairs
-):  # frame of i < j (rows) and jaccard, sorted; attrs: compared (pairs compared exactly), crowded (rows in crowds)
-    "Find near-duplicates: never a wrong pair, and a true one missed with miss_probability(threshold)."
+def near_pairs(texts: typing.Sequence[str], threshold: float = 0.7, seed: int = 0):
+    """Find near-duplicates: never a wrong pair, and a true one missed with miss_probability(threshold).
+
+    threshold: lowest Jaccard index of a pair, 0.3 to 1; seed: of the sketches, 0 or more; the same seed gives the
+    same pairs. Returns frame of i < j (rows) and jaccard, sorted; attrs: compared (pairs compared exactly), crowded
+    (rows in crowds)."""
     import numpy as np
 
     texts, plan = list(texts), lsh_plan(threshold)
@@ -439,12 +432,11 @@ def _originals(random, n):
             yield text[: text.rfind(" ", 0, target + 1)].capitalize()
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #a48a8162
-def synthetic_speeches(
-    n: int,  # texts
-    duplicate_share: float = 0.1,  # share of texts that are edited copies of another
-    seed: int = 0,  # of the generator
-):  # (list of n texts, int64 row of which each is a planted copy, -1 for originals)
-    "Make texts of the length of speeches with planted near-duplicates."
+def synthetic_speeches(n: int, duplicate_share: float = 0.1, seed: int = 0):
+    """Make texts of the length of speeches with planted near-duplicates.
+
+    duplicate_share: share of texts that are edited copies of another. Returns (list of n texts, int64 row of which
+    each is a planted copy, -1 for originals)."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -473,7 +465,8 @@ def _least_common(sizes, threshold):
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #1125a6bf
 def _rarest(matrix, threshold):
-    "Keep in each row the rarest columns, among which those at the threshold share SHARED; columns are sorted by rarity."
+    """Keep in each row the rarest columns, among which those at the threshold share SHARED; columns are sorted by
+    rarity."""
     import numpy as np
     from scipy.sparse import csr_array
 
@@ -499,12 +492,11 @@ def _by_rarity(matrix):
     return matrix
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #095ebc4f
-def exact_join(
-    left: typing.Sequence[str],  # speeches, e.g. test
-    right: typing.Sequence[str],  # speeches, e.g. train
-    threshold: float = 0.7,  # lowest Jaccard index of a pair, above 0
-):  # frame of i (row of left), j (row of right) and jaccard, sorted; attrs: compared
-    "Find every pair at the threshold between two lists, without sketches."
+def exact_join(left: typing.Sequence[str], right: typing.Sequence[str], threshold: float = 0.7):
+    """Find every pair at the threshold between two lists, without sketches.
+
+    left: speeches, e.g. test; right: speeches, e.g. train; threshold: lowest Jaccard index of a pair, above 0.
+    Returns frame of i (row of left), j (row of right) and jaccard, sorted; attrs: compared."""
     import numpy as np
 
     if not 0 < threshold <= 1:
@@ -529,11 +521,10 @@ def exact_join(
     return _pair_frame(*np.concatenate(found, axis=1), threshold, compared=compared)
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #4c24bb9b
-def clusters(
-    n: int,  # rows
-    pairs,  # frame of i and j, of near_pairs
-):  # int64 cluster of each row, numbered by first row
-    "Group rows that pairs connect."
+def clusters(n: int, pairs):
+    """Group rows that pairs connect.
+
+    pairs: frame of i and j, of near_pairs. Returns int64 cluster of each row, numbered by first row."""
     import numpy as np
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -553,18 +544,16 @@ def clusters(
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #21778cf2
-def canonical_key(
-    text: str,  # a speech
-) -> tuple:  # sorts the longest first, then by the text itself
-    "Order texts inside a source."
+def canonical_key(text: str) -> tuple:
+    "Order texts inside a source. Returns sorts the longest first, then by the text itself."
     return -len(text), text
 
 
-def keep_one(
-    labels: typing.Sequence[int],  # cluster of each row
-    order_keys: typing.Sequence,  # comparable key of each row; the smallest of a cluster stays
-):  # boolean mask, one row kept in each cluster
-    "Choose the row of each cluster that stays."
+def keep_one(labels: typing.Sequence[int], order_keys: typing.Sequence):
+    """Choose the row of each cluster that stays.
+
+    labels: cluster of each row; order_keys: comparable key of each row; the smallest of a cluster stays. Returns
+    boolean mask, one row kept in each cluster."""
     import numpy as np
 
     if len(labels) != len(order_keys):
@@ -586,12 +575,11 @@ def _columns(frame, names):
         )
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #0836830f
-def cluster_report(
-    frame,  # speech_id, source and speech, one row for each label
-    labels: typing.Sequence[int],  # cluster of each row
-    kept: typing.Sequence[bool],  # mask of keep_one
-) -> list[dict]:  # label, size and members of each cluster with more than one, biggest first
-    "Lay out clusters for inspection."
+def cluster_report(frame, labels: typing.Sequence[int], kept: typing.Sequence[bool]) -> list[dict]:
+    """Lay out clusters for inspection.
+
+    frame: speech_id, source and speech, one row for each label; labels: cluster of each row; kept: mask of
+    keep_one. Returns label, size and members of each cluster with more than one, biggest first."""
     import numpy as np
 
     _columns(frame, ("speech_id", "source", "speech"))
@@ -621,13 +609,12 @@ def cluster_report(
     ]
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #8d5136ad
-def leakage(
-    frame,  # with split, one row for each row of the pairs
-    pairs,  # frame of i and j, of near_pairs or exact_join on the same rows
-    of: str = "test",  # the split that must be unseen
-    into: str = "train",  # the split that is seen
-) -> dict:  # rows of `of`, pairs between both, rows with a pair (leaked), rows in a cluster with a seen row (linked), share of these
-    "Count rows of one split that have a near-duplicate in another."
+def leakage(frame, pairs, of: str = "test", into: str = "train") -> dict:
+    """Count rows of one split that have a near-duplicate in another.
+
+    frame: with split, one row for each row of the pairs; pairs: frame of i and j, of near_pairs or exact_join on
+    the same rows; of: the split that must be unseen; into: the split that is seen. Returns rows of `of`, pairs
+    between both, rows with a pair (leaked), rows in a cluster with a seen row (linked), share of these."""
     import numpy as np
 
     _columns(frame, ("split",))
@@ -665,7 +652,7 @@ def _datasketch_pairs(texts, threshold, seed=0):
     return _pair_frame(i, j, jaccard(texts, i, j), threshold, compared=len(i))
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #a3ac9410
-def peak_memory() -> float:  # MB
+def peak_memory() -> float:
     "Read the highest resident memory of this process."
     import resource
 
@@ -711,11 +698,11 @@ def _measured(**order):
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #caa8b657
-def library_comparison(
-    texts: typing.Sequence[str],  # a few thousand speeches
-    threshold: float = 0.7,  # Jaccard index
-) -> list[dict]:  # for each library: pairs, recall, wrong, compared, seconds, cpu_seconds, ready_mb (before), peak_mb
-    "Compare rensa and datasketch on the same rows, with the exact join as the truth."
+def library_comparison(texts: typing.Sequence[str], threshold: float = 0.7) -> list[dict]:
+    """Compare rensa and datasketch on the same rows, with the exact join as the truth.
+
+    texts: a few thousand speeches; threshold: Jaccard index. Returns for each library: pairs, recall, wrong,
+    compared, seconds, cpu_seconds, ready_mb (before), peak_mb."""
     texts = list(texts)
     truth = exact_join(texts, texts, threshold).query("i < j")
     truth, rows = set(zip(truth.i.tolist(), truth.j.tolist())), []
@@ -731,9 +718,10 @@ def library_comparison(
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #20c06fb1
 def growth(
-    sizes: typing.Sequence[int] = (30_000, 100_000, 300_000, 1_000_000),  # rows
-    seed: int = 0,  # of the synthetic speeches
-    threshold: float = 0.7,  # Jaccard index
-) -> list[dict]:  # for each size: n, seconds, cpu_seconds, ready_mb (the texts), peak_mb, compared, pairs
-    "Measure near_pairs on synthetic speeches of growing number."
+    sizes: typing.Sequence[int] = (30_000, 100_000, 300_000, 1_000_000), seed: int = 0, threshold: float = 0.7
+) -> list[dict]:
+    """Measure near_pairs on synthetic speeches of growing number.
+
+    seed: of the synthetic speeches; threshold: Jaccard index. Returns for each size: n, seconds, cpu_seconds,
+    ready_mb (the texts), peak_mb, compared, pairs."""
     return [_measured(n=int(n), seed=seed, threshold=threshold, way="rensa") for n in sizes]

@@ -23,17 +23,15 @@ __all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'Choose', 'short_reason', 'ur
            'hub_note', 'fetch_hub', 'hub_is_here']
 
 # %% ../../nbs/corpus/00_fetching.ipynb #4c665cc1
-def short_reason(
-    error: Exception,  # of another library
-) -> str:  # one line, at most 120 characters; its class where it says nothing
-    "Bring an error of another library to one short line."
+def short_reason(error: Exception) -> str:
+    """Bring an error of another library to one short line.
+
+    error: of another library. Returns one line, at most 120 characters; its class where it says nothing."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 # %% ../../nbs/corpus/00_fetching.ipynb #66a32c81
-def url_place(
-    url: str,  # http or https
-) -> Path:  # where its file lies in the cache
-    "Say where the file of a URL is kept."
+def url_place(url: str) -> Path:
+    "Say where the file of a URL is kept. url: http or https. Returns where its file lies in the cache."
     try:
         parts = urllib.parse.urlsplit(url)
         host, name = parts.hostname, urllib.parse.unquote(parts.path).rsplit("/", 1)[-1]
@@ -161,12 +159,11 @@ def _download(url: str, part: Path, remedy: str) -> tuple[Path, dict]:
     )
 
 # %% ../../nbs/corpus/00_fetching.ipynb #cbe9fbe0
-def fetch_url(
-    url: str,  # http or https
-    remedy: str,  # what a user can do when it fails
-    sha256: str | None = None,  # the hash it must have, if known
-) -> tuple[Path, dict]:  # the file, and where it came from
-    "Return the file of a URL from the cache, or download it whole; check its hash either way."
+def fetch_url(url: str, remedy: str, sha256: str | None = None) -> tuple[Path, dict]:
+    """Return the file of a URL from the cache, or download it whole; check its hash either way.
+
+    url: http or https; remedy: what a user can do when it fails; sha256: the hash it must have, if known. Returns
+    the file, and where it came from."""
     from filelock import FileLock
 
     path = url_place(url)
@@ -192,28 +189,27 @@ def fetch_url(
     return path, origin
 
 # %% ../../nbs/corpus/00_fetching.ipynb #c2a139ad
-def url_is_here(
-    url: str,  # http or https
-) -> bool:  # True: fetch_url needs no network
-    "Say whether the file of a URL is in the cache."
+def url_is_here(url: str) -> bool:
+    "Say whether the file of a URL is in the cache. url: http or https. Returns True: fetch_url needs no network."
     path = url_place(url)
     return path.is_file() and _beside(path, ".json").is_file()
 
 # %% ../../nbs/corpus/00_fetching.ipynb #57c5ddc0
-def parse_hub(
-    uri: str,  # hf://datasets/OWNER/NAME@REVISION/PATH
-) -> tuple[str, str, str]:  # OWNER/NAME, revision (main), path ("" for the whole repository)
-    "Take a hub address apart."
+def parse_hub(uri: str) -> tuple[str, str, str]:
+    """Take a hub address apart.
+
+    uri: hf://datasets/OWNER/NAME@REVISION/PATH. Returns OWNER/NAME, revision (main), path ("" for the whole
+    repository)."""
     found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", uri)
     if not found:
         raise StudyError(f"{uri}: is no dataset of the hub; expected hf://datasets/OWNER/NAME@REVISION/PATH")
     return found[1], urllib.parse.unquote(found[2] or "main"), (found[3] or "").strip("/")
 
 # %% ../../nbs/corpus/00_fetching.ipynb #ea17039f
-def hub_note(
-    uri: str,  # hf://datasets/OWNER/NAME@REVISION/PATH
-) -> Path:  # where commit, files and hashes are noted
-    "Say where the look-up of a hub address is kept."
+def hub_note(uri: str) -> Path:
+    """Say where the look-up of a hub address is kept.
+
+    uri: hf://datasets/OWNER/NAME@REVISION/PATH. Returns where commit, files and hashes are noted."""
     repo, revision, path = parse_hub(uri)
     slug = re.sub(r"[^A-Za-z0-9._-]", "-", "--".join(filter(None, (repo, revision[:12], path))))[-100:]
     return cache_root() / "sources" / "hub" / f"{slug}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.json"
@@ -276,13 +272,11 @@ def _hub_file(repo: str, name: str, revision: str, remedy: str) -> Path:
         return Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
 
 # %% ../../nbs/corpus/00_fetching.ipynb #dc16c4e0
-def fetch_hub(
-    uri: str,  # hf://datasets/OWNER/NAME@REVISION/PATH
-    remedy: str,  # what a user can do when it fails
-    choose: Choose,  # picks files where the address has no path
-    sha256: str | None = None,  # the hash of a single file, if known
-) -> list[tuple[Path, dict]]:  # files, and where they came from
-    "Return files of a hub dataset at one commit, from the hub's cache or downloaded; check their hashes."
+def fetch_hub(uri: str, remedy: str, choose: Choose, sha256: str | None = None) -> list[tuple[Path, dict]]:
+    """Return files of a hub dataset at one commit, from the hub's cache or downloaded; check their hashes.
+
+    uri: hf://datasets/OWNER/NAME@REVISION/PATH; remedy: what a user can do when it fails; choose: picks files where
+    the address has no path; sha256: the hash of a single file, if known. Returns files, and where they came from."""
     repo, revision, path = parse_hub(uri)
     note = hub_note(uri)
     known = (
@@ -321,10 +315,10 @@ def fetch_hub(
     return files
 
 # %% ../../nbs/corpus/00_fetching.ipynb #845cca7b
-def hub_is_here(
-    uri: str,  # hf://datasets/OWNER/NAME@REVISION/PATH
-) -> bool:  # True: fetch_hub needs no network
-    "Say whether the files of a hub address are in the hub's cache."
+def hub_is_here(uri: str) -> bool:
+    """Say whether the files of a hub address are in the hub's cache.
+
+    uri: hf://datasets/OWNER/NAME@REVISION/PATH. Returns True: fetch_hub needs no network."""
     from huggingface_hub import try_to_load_from_cache
 
     repo, revision, path = parse_hub(uri)

@@ -78,18 +78,16 @@ GENERAL_SETS = {
 SET_TITLES = {"helpsteer2": "HelpSteer2", "helpsteer2-preference": "HelpSteer2-Preference"}  # as papers write them
 
 
-def title_of(
-    name: str,  # of a source
-) -> str:  # what tables call it
-    "Name a set as papers do; another one keeps its own name."
+def title_of(name: str) -> str:
+    "Name a set as papers do; another one keeps its own name. name: of a source. Returns what tables call it."
     return SET_TITLES.get(name, name)
 
 # %% ../../nbs/corpus/07_general.ipynb #05e9c4aa
-def parse_place(
-    place: str,  # a declared name, name=WHERE, or a path or an address
-    revision: str | None = None,  # branch, tag or commit of a hub dataset; None takes the address as it is
-) -> tuple[Source, str]:  # the source, and where its files are
-    "Read the parameter that names a set of the general domain."
+def parse_place(place: str, revision: str | None = None) -> tuple[Source, str]:
+    """Read the parameter that names a set of the general domain.
+
+    place: a declared name, name=WHERE, or a path or an address; revision: branch, tag or commit of a hub dataset;
+    None takes the address as it is. Returns the source, and where its files are."""
     name, sign, where = (part.strip() for part in place.partition("="))
     worded = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
     if place.strip() and (not worded or not (sign or name in GENERAL_SETS) and Path(name).exists()):
@@ -122,11 +120,10 @@ def _at_revision(where: str, revision: str | None) -> str:
     return f"hf://datasets/{repo}@{urllib.parse.quote(revision, safe='')}" + (f"/{path}" if path else "")
 
 # %% ../../nbs/corpus/07_general.ipynb #5136e104
-def open_general(
-    place: str,  # as for parse_place
-    revision: str | None = None,  # of a hub dataset
-) -> Opened:  # source, paths and origin
-    "Find a set's files, fetching what is not here."
+def open_general(place: str, revision: str | None = None) -> Opened:
+    """Find a set's files, fetching what is not here.
+
+    place: as for parse_place; revision: of a hub dataset. Returns source, paths and origin."""
     source, where = parse_place(place, revision)
     if Path(where).expanduser().is_file():  # its neighbours are none of its parts
         source = dataclasses.replace(source, layouts=tuple(layout for layout in source.layouts if len(layout) == 1))
@@ -146,10 +143,10 @@ def _unpacked(path: Path) -> dict[str, list]:
     return columns
 
 
-def table_columns(
-    path: Path,  # JSON lines or CSV, plain or packed with gzip; or parquet
-) -> dict[str, list]:  # column -> values in file order
-    "Read a table of whatever kind."
+def table_columns(path: Path) -> dict[str, list]:
+    """Read a table of whatever kind.
+
+    path: JSON lines or CSV, plain or packed with gzip; or parquet. Returns column -> values in file order."""
     try:
         with open(path, "rb") as handle:
             packed = handle.read(2) == b"\x1f\x8b"
@@ -215,11 +212,11 @@ def _rated(opened: Opened):
     return rows
 
 
-def read_general(
-    place: str,  # a declared name (demo, helpsteer2), name=WHERE, or a path or an address
-    revision: str | None = None,  # of a hub dataset; None takes the address as it is
-):  # frame with GENERAL_COLUMNS; its index is the row over all files
-    "Read rated responses in HelpSteer2's published schema."
+def read_general(place: str, revision: str | None = None):
+    """Read rated responses in HelpSteer2's published schema.
+
+    place: a declared name (demo, helpsteer2), name=WHERE, or a path or an address; revision: of a hub dataset; None
+    takes the address as it is. Returns frame with GENERAL_COLUMNS; its index is the row over all files."""
     return _rated(open_general(place, revision))
 
 # %% ../../nbs/corpus/07_general.ipynb #1b190648
@@ -227,10 +224,10 @@ class BadPrompt(ValueError):
     "Say why a prompt cannot be told apart into turns."
 
 
-def parse_prompt(
-    prompt: str,  # in HelpSteer2's form
-) -> list[dict]:  # messages with role and content, from the first user turn to the last
-    "Take a prompt apart into chat messages."
+def parse_prompt(prompt: str) -> list[dict]:
+    """Take a prompt apart into chat messages.
+
+    prompt: in HelpSteer2's form. Returns messages with role and content, from the first user turn to the last."""
     parts = re.split(r"^<extra_id_1>(Assistant|User)\n", prompt, flags=re.M)
     contents = [part.removesuffix("\n") if number < len(parts) // 2 else part for number, part in enumerate(parts[::2])]
     roles = ["user", *(role.lower() for role in parts[1::2])]
@@ -257,10 +254,10 @@ def _conversations(prompts: typing.Iterable[str]) -> tuple[dict[str, list[dict]]
     return messages, reasons
 
 
-def unreadable_prompts(
-    rows,  # frame with a column prompt
-):  # frame: row (its first), why, excerpt
-    "List the prompts that are set aside."
+def unreadable_prompts(rows):
+    """List the prompts that are set aside.
+
+    rows: frame with a column prompt. Returns frame: row (its first), why, excerpt."""
     import pandas as pd
 
     first = {prompt: row for row, prompt in sorted(zip(rows.index.tolist(), rows.prompt), reverse=True)}
@@ -269,10 +266,10 @@ def unreadable_prompts(
     return pd.DataFrame(listed, columns=["row", "why", "excerpt"])
 
 # %% ../../nbs/corpus/07_general.ipynb #109221d6
-def exact(
-    value: float,  # a number as written, e.g. 0.65
-) -> Fraction:  # 13/20
-    "Take a decimal number as it is written, not as the nearest float."
+def exact(value: float) -> Fraction:
+    """Take a decimal number as it is written, not as the nearest float.
+
+    value: a number as written, e.g. 0.65. Returns 13/20."""
     return Fraction(str(value))
 
 
@@ -307,11 +304,8 @@ SEVENTY_B = RatingRule(
 RULES = {"helpfulness": HELPFULNESS, "70b": SEVENTY_B}
 
 
-def weighted_sums(
-    rows,  # frame of read_general
-    rule: RatingRule,  # weights
-) -> list[Fraction]:  # one for each row
-    "Weigh the ratings of each response."
+def weighted_sums(rows, rule: RatingRule) -> list[Fraction]:
+    "Weigh the ratings of each response. rows: frame of read_general. Returns one for each row."
     weights = {name: exact(weight) for name, weight in rule.weights.items() if weight}
     return [
         sum(weight * int(rating) for weight, rating in zip(weights.values(), ratings))
@@ -363,13 +357,11 @@ def _pair_frame(found: list[tuple], where: str, hint: str):
     return pd.DataFrame(pairs, columns=list(PAIR_COLUMNS))
 
 # %% ../../nbs/corpus/07_general.ipynb #099152ac
-def pairs_from_ratings(
-    rows,  # frame of read_general
-    rule: RatingRule = HELPFULNESS,  # who is preferred
-    source: str = "helpsteer2",  # begins the ids
-    per_prompt: int | None = None,  # at most so many pairs of a prompt; None takes all
-):  # (frame with PAIR_COLUMNS, dict of counts)
-    "Make preference pairs of rated responses; the order of rows changes nothing."
+def pairs_from_ratings(rows, rule: RatingRule = HELPFULNESS, source: str = "helpsteer2", per_prompt: int | None = None):
+    """Make preference pairs of rated responses; the order of rows changes nothing.
+
+    rows: frame of read_general; rule: who is preferred; source: begins the ids; per_prompt: at most so many pairs
+    of a prompt; None takes all. Returns (frame with PAIR_COLUMNS, dict of counts)."""
     if per_prompt is not None and per_prompt < 1:
         raise StudyError(
             f"pairs of {source}: found per_prompt {per_prompt}, expected at least 1, or None for all; mend it"
@@ -452,11 +444,11 @@ def _ready(opened: Opened):
     return _pair_frame(found, source, f"check its {len(rows)} rows"), counts, unreadable_prompts(rows)
 
 
-def read_ready_pairs(
-    place: str,  # a declared name (helpsteer2-preference), name=WHERE, or a path or an address
-    revision: str | None = None,  # of a hub dataset
-):  # (frame with PAIR_COLUMNS, dict of counts)
-    "Read pairs whose preferred response is named."
+def read_ready_pairs(place: str, revision: str | None = None):
+    """Read pairs whose preferred response is named.
+
+    place: a declared name (helpsteer2-preference), name=WHERE, or a path or an address; revision: of a hub dataset.
+    Returns (frame with PAIR_COLUMNS, dict of counts)."""
     return _ready(open_general(place, revision))[:2]
 
 # %% ../../nbs/corpus/07_general.ipynb #e47a46ec
@@ -492,12 +484,15 @@ def _of_validation(rows, pairs) -> frozenset[str]:
 
 
 def collect_general(
-    place: str = "demo",  # as for parse_place
-    rule: RatingRule | None = HELPFULNESS,  # who is preferred; None reads ready pairs
-    per_prompt: int | None = None,  # at most so many pairs of a prompt; does not bind ready pairs
-    revision: str | None = None,  # of a hub dataset
+    place: str = "demo",
+    rule: RatingRule | None = HELPFULNESS,
+    per_prompt: int | None = None,
+    revision: str | None = None,
 ) -> General:
-    "Open a set and make its pairs."
+    """Open a set and make its pairs.
+
+    place: as for parse_place; rule: who is preferred; None reads ready pairs; per_prompt: at most so many pairs of
+    a prompt; does not bind ready pairs; revision: of a hub dataset."""
     opened = open_general(place, revision)
     if rule is None:
         return General(opened.source.name, *_ready(opened), opened.origin, opened.paths)
@@ -514,13 +509,11 @@ def collect_general(
     )
 
 # %% ../../nbs/corpus/07_general.ipynb #d61afdbf
-def split_by_prompt(
-    pairs,  # frame with PAIR_COLUMNS
-    test_fraction: float,  # share of the prompts held out for testing
-    dev_fraction: float,  # share of the other prompts for selection
-    seed: int,
-):  # the frame with a column split: train, dev or test
-    "Split pairs by a hash of their prompt; every part that is asked for must have some."
+def split_by_prompt(pairs, test_fraction: float, dev_fraction: float, seed: int):
+    """Split pairs by a hash of their prompt; every part that is asked for must have some.
+
+    pairs: frame with PAIR_COLUMNS; test_fraction: share of the prompts held out for testing; dev_fraction: share of
+    the other prompts for selection. Returns the frame with a column split: train, dev or test."""
     shares = {"test": test_fraction, "dev": dev_fraction}
     if not all(0 <= share < 1 for share in shares.values()):
         raise StudyError(f"split of general pairs: found shares {shares}, expected each from 0 to below 1; mend them")
@@ -541,13 +534,11 @@ def split_by_prompt(
 VALIDATION_DEV = 0.25  # share of a published validation split that serves to choose
 
 
-def split_general(
-    found: General,  # of collect_general
-    test_fraction: float,  # share of the prompts held out, where the set has no split of its own
-    dev_fraction: float,  # share of the other prompts for selection, likewise
-    seed: int,
-) -> dict:  # train, dev, test -> frame with PAIR_COLUMNS
-    "Split a set as its makers did, or by hash."
+def split_general(found: General, test_fraction: float, dev_fraction: float, seed: int) -> dict:
+    """Split a set as its makers did, or by hash.
+
+    test_fraction: share of the prompts held out, where the set has no split of its own; dev_fraction: share of the
+    other prompts for selection, likewise. Returns train, dev, test -> frame with PAIR_COLUMNS."""
     import pandas as pd
 
     if not found.held_out:
@@ -566,13 +557,11 @@ def split_general(
 DRAWN_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "domain")
 
 
-def draw_pairs(
-    pairs,  # frame of pairs
-    n: int | None,  # how many; None takes all
-    seed: int,
-    domain: str,  # counselling or general
-):  # frame with DRAWN_COLUMNS, in the order of the hash
-    "Draw pairs without replacement; a larger draw begins with the smaller one."
+def draw_pairs(pairs, n: int | None, seed: int, domain: str):
+    """Draw pairs without replacement; a larger draw begins with the smaller one.
+
+    pairs: frame of pairs; n: how many; None takes all; domain: counselling or general. Returns frame with
+    DRAWN_COLUMNS, in the order of the hash."""
     missing = [name for name in DRAWN_COLUMNS[:6] if name not in pairs.columns and name != "messages"]
     if missing:
         raise StudyError(
@@ -601,14 +590,12 @@ def _hash_order(pairs, seed: int, *purpose: str) -> list[int]:
     return sorted(range(len(ids)), key=lambda i: (derived_seed(seed, *purpose, *ids[i]), *ids[i]))
 
 # %% ../../nbs/corpus/07_general.ipynb #4d708838
-def mix_pairs(
-    psy,  # frame of counselling pairs
-    general,  # frame of general pairs, with PAIR_COLUMNS
-    n_psy: int | None,  # how many counselling pairs; None takes all
-    n_general: int | None,  # how many general pairs; None takes all
-    seed: int,
-):  # frame with DRAWN_COLUMNS, shuffled; prefIDs are those of the domain, messages None in counselling rows
-    "Draw a mixture of counselling and general pairs."
+def mix_pairs(psy, general, n_psy: int | None, n_general: int | None, seed: int):
+    """Draw a mixture of counselling and general pairs.
+
+    psy: frame of counselling pairs; general: frame of general pairs, with PAIR_COLUMNS; n_psy: how many counselling
+    pairs; None takes all; n_general: how many general pairs; None takes all. Returns frame with DRAWN_COLUMNS,
+    shuffled; prefIDs are those of the domain, messages None in counselling rows."""
     import pandas as pd
 
     drawn = [draw_pairs(psy, n_psy, seed, "counselling"), draw_pairs(general, n_general, seed, "general")]
@@ -660,11 +647,11 @@ def _short(n: int) -> str:
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
 
 
-def grid(
-    budget: int | None = 10_000,  # pairs in all; None leaves the budgeted cells out
-    names: tuple[str, str] = ("PsyCoPref", "HelpSteer2"),  # what tables call the counselling and the general pairs
-) -> tuple[Mix, ...]:  # in the paper's order
-    "Declare the mixtures of the paper."
+def grid(budget: int | None = 10_000, names: tuple[str, str] = ("PsyCoPref", "HelpSteer2")) -> tuple[Mix, ...]:
+    """Declare the mixtures of the paper.
+
+    budget: pairs in all; None leaves the budgeted cells out; names: what tables call the counselling and the
+    general pairs. Returns in the paper's order."""
     psy, general = names
     cells = [Mix(psy, None, 0), Mix(general, 0, None), Mix(f"{general} + {psy}", None, None)]
     if budget is not None:

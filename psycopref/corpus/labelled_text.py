@@ -112,9 +112,7 @@ TITLES = {
 CONTEXT = 3  # utterances of the client that are taken as the client speech
 
 
-def _said_before(
-    turns: typing.Sequence[tuple[bool, str]],  # (is it the client?, words), in the order of the talk
-) -> list[str]:  # for each turn: the client's last words before it, "" where there are none
+def _said_before(turns: typing.Sequence[tuple[bool, str]]) -> list[str]:
     "Collect what the client has said before each turn."
     heard, found = [], []
     for client, words in turns:
@@ -142,8 +140,8 @@ MI_QUALITY = "high-quality session"  # a construct of every utterance of the the
 # %% ../../nbs/corpus/08_labelled_text.ipynb #3d0fe3ec
 def _choice(
     path: Path, row: int, column: str, value, allowed: tuple[str, ...], source: Source, blank: bool = False
-) -> str:  # the value in lower case, "" for n/a
-    "Take one of the published values."
+) -> str:
+    """Take one of the published values. Returns the value in lower case, "" for n/a."""
     found = str(value or "").strip().lower()
     if blank and found in ("", "n/a", "na", "nan", "none"):
         return ""
@@ -169,9 +167,7 @@ class _Utterance:
     votes: dict[str, Counter]  # column -> value -> annotators; "" = n/a
 
 
-def _annomi_sessions(
-    source: Source, path: Path
-) -> dict[str, dict[int, _Utterance]]:  # transcript -> utterance number -> utterance
+def _annomi_sessions(source: Source, path: Path) -> dict[str, dict[int, _Utterance]]:
     "Read AnnoMI's rows, several of which may be of one utterance."
     columns = read_columns(path, source.fallback)
     names = (
@@ -198,19 +194,16 @@ def _annomi_sessions(
     return sessions
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #e8189c5d
-def _majority(
-    votes: Counter,  # value -> annotators
-) -> str | None:  # the most frequent value; None for a tie
-    "Let the annotators vote."
+def _majority(votes: Counter) -> str | None:
+    "Let the annotators vote. Returns the most frequent value; None for a tie."
     (first, most), *rest = votes.most_common(2)
     return None if rest and rest[0][1] == most else first
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #56d6828b
-def read_annomi(
-    source: Source,  # AnnoMI
-    paths: typing.Sequence[Path],  # AnnoMI-full.csv or AnnoMI-simple.csv
-) -> tuple[list[dict], Counter]:  # rows, and what was left out
-    "Read what therapists said, after what, and what experts called it."
+def read_annomi(source: Source, paths: typing.Sequence[Path]) -> tuple[list[dict], Counter]:
+    """Read what therapists said, after what, and what experts called it.
+
+    paths: AnnoMI-full.csv or AnnoMI-simple.csv. Returns rows, and what was left out."""
     rows, dropped = [], Counter()
     for transcript, session in _annomi_sessions(source, paths[0]).items():
         order = sorted(session)
@@ -247,11 +240,10 @@ EPITOME_CONSTRUCTS = {
 }  # file -> construct
 
 
-def read_epitome(
-    source: Source,  # EPITOME
-    paths: typing.Sequence[Path],  # its three files
-) -> tuple[list[dict], Counter]:  # rows, and what was left out
-    "Read answers to posts, with the level of three mechanisms of empathy."
+def read_epitome(source: Source, paths: typing.Sequence[Path]) -> tuple[list[dict], Counter]:
+    """Read answers to posts, with the level of three mechanisms of empathy.
+
+    paths: its three files. Returns rows, and what was left out."""
     rows, dropped = [], Counter()
     for path in paths:
         construct = next((title for start, title in EPITOME_CONSTRUCTS.items() if path.name.startswith(start)), None)
@@ -348,11 +340,10 @@ def _turn(path: Path, row: int, turn, source: Source) -> _Turn:
     )
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #78770060
-def read_esconv(
-    source: Source,  # ESConv
-    paths: typing.Sequence[Path],  # ESConv.json
-) -> tuple[list[dict], Counter]:  # rows, and what was left out
-    "Read the supporter's turns with strategies, and what the seeker thought of them."
+def read_esconv(source: Source, paths: typing.Sequence[Path]) -> tuple[list[dict], Counter]:
+    """Read the supporter's turns with strategies, and what the seeker thought of them.
+
+    paths: ESConv.json. Returns rows, and what was left out."""
     rows, dropped = [], Counter()
     for path in paths:
         for row, dialog in enumerate(find_column(read_columns(path, source.fallback), source.speech, path, source)):
@@ -415,18 +406,15 @@ UPVOTES = "more upvotes, same question"
 _LINE = re.compile(r"</?(?:p|div|li|ul|ol|h[1-6]|br)\b[^<>]*>", re.I)
 
 
-def _lines(
-    html: str,  # an answer as published
-) -> str:  # plain text, a line for each paragraph or list item
-    "Turn an answer into plain text."
+def _lines(html: str) -> str:
+    "Turn an answer into plain text. Returns plain text, a line for each paragraph or list item."
     return "\n".join(filter(None, map(clean, _LINE.split(html))))
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #7354af7f
-def read_upvotes(
-    source: Source,  # counsel-chat
-    paths: typing.Sequence[Path],  # its table
-) -> tuple[list[dict], Counter]:  # rows, and what was left out
-    "Pair the answers to a question that differ in upvotes."
+def read_upvotes(source: Source, paths: typing.Sequence[Path]) -> tuple[list[dict], Counter]:
+    """Pair the answers to a question that differ in upvotes.
+
+    source: counsel-chat. Returns rows, and what was left out."""
     [path] = paths
     columns, questions, dropped = read_columns(path, source.fallback), {}, Counter()
     cells = zip(
@@ -468,10 +456,11 @@ def _pairs(corpus: str, question: str, said: str, answers: list[tuple[str, int]]
 _READERS = {"annomi": read_annomi, "epitome": read_epitome, "esconv": read_esconv, "counsel-chat": read_upvotes}
 
 
-def read_labelled(
-    spec: str,  # name=PLACE; the names are those of CORPORA
-) -> Labelled:  # rows may be empty: where no two answers differ there is no pair
-    "Read a corpus from a user's copy."
+def read_labelled(spec: str) -> Labelled:
+    """Read a corpus from a user's copy.
+
+    spec: name=PLACE; the names are those of CORPORA. Returns rows may be empty: where no two answers differ there
+    is no pair."""
     import pandas as pd
 
     name = spec.partition("=")[0]
@@ -482,10 +471,10 @@ def read_labelled(
     return Labelled(pd.DataFrame(rows, columns=list(LABEL_COLUMNS)), dict(dropped), opened.origin, opened.paths)
 
 
-def labelled_files(
-    spec: str,  # as for read_labelled
-) -> list[Path]:  # files on this machine; none where the place is an address or isn't here
-    "List the files of a corpus without reading them."
+def labelled_files(spec: str) -> list[Path]:
+    """List the files of a corpus without reading them.
+
+    spec: as for read_labelled. Returns files on this machine; none where the place is an address or isn't here."""
     name, _, where = spec.partition("=")
     here = name in CORPORA and where.strip() and Path(where.strip()).expanduser().exists()
     return list(open_source(spec, CORPORA).paths) if here else []
@@ -562,8 +551,8 @@ COMPARISONS = (
 )
 
 
-def label_comparison_table():  # frame: corpus, construct, compared with, expected, observation, why
-    "Show what is compared with what."
+def label_comparison_table():
+    "Show what is compared with what. Returns frame: corpus, construct, compared with, expected, observation, why."
     import pandas as pd
 
     return pd.DataFrame(

@@ -50,10 +50,8 @@ MORE_NAMES = """rajesh deepika sanjay anil sunil vijay ajay suresh ramesh mahesh
     feng somchai nattapong""".split()
 
 # %% ../../nbs/corpus/03_privacy.ipynb #4c983c95
-def name_key(
-    name: str,  # a word as written
-) -> str:  # the word as it is looked up
-    "Bring a name to lower case without accents."
+def name_key(name: str) -> str:
+    "Bring a name to lower case without accents. name: a word as written. Returns the word as it is looked up."
     plain = name.lower().replace("’", "'").replace("ø", "o").replace("ł", "l")
     return (
         plain
@@ -63,8 +61,8 @@ def name_key(
 
 
 @functools.cache
-def name_lexicon() -> tuple[frozenset[str], frozenset[str]]:  # first names and last names, as keys
-    "Gather first and last names of faker's locales."
+def name_lexicon() -> tuple[frozenset[str], frozenset[str]]:
+    "Gather first and last names of faker's locales. Returns first names and last names, as keys."
     names: dict[str, set[str]] = {"first": set(MORE_NAMES), "last": set()}
     for locale in LOCALES:
         provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
@@ -144,8 +142,8 @@ class WordLists(typing.NamedTuple):
 
 # %% ../../nbs/corpus/03_privacy.ipynb #6b2f7fbe
 @functools.cache
-def word_lists() -> WordLists:  # every list the rules look at
-    "Sort faker's names by what else they are."
+def word_lists() -> WordLists:
+    "Sort faker's names by what else they are. Returns every list the rules look at."
     from faker.providers.address.en_US import Provider as Places
     from faker.providers.lorem.en_US import Provider as Vocabulary
     from faker.providers.person.en_US import Provider as Persons
@@ -179,10 +177,8 @@ KIND_TITLES = frozenset("mr mrs ms miss mx dr prof professor sir madam rev rever
 ABBREVIATED = KIND_TITLES | {"st", "mt", "ft"}  # their full stop ends no sentence
 
 # %% ../../nbs/corpus/03_privacy.ipynb #e8de3fa8
-def split_words(
-    text: str,  # any text
-) -> list[Word]:  # its words in order
-    "Split text into words for the rules on names."
+def split_words(text: str) -> list[Word]:
+    "Split text into words for the rules on names. Returns its words in order."
     words: list[Word] = []
     for match in WORD.finditer(text):
         raw, start = match[0], match.start()
@@ -275,12 +271,11 @@ def _before_last_name(words: list[Word], i: int) -> bool:
     )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2bef7062
-def supported(
-    words: list[Word],  # a text's words
-    i: int,  # where the word in question stands
-    group: str,  # its group: name, word or place
-) -> bool:  # whether it is a person here
-    "Decide whether a capitalised word that is also something else is a person."
+def supported(words: list[Word], i: int, group: str) -> bool:
+    """Decide whether a capitalised word that is also something else is a person.
+
+    words: a text's words; i: where the word in question stands; group: its group: name, word or place. Returns
+    whether it is a person here."""
     word, left, right = words[i], _left(words, i), _right(words, i)
     before, first = words[i - 1].key if left else "", word_lists().first
     if NAME_CUE.search(left) or RELATION.search(left) or _before_last_name(words, i):
@@ -300,11 +295,10 @@ ONLY_PERSONS = frozenset("told tell met dating dated married texted hugged kisse
 VERBAL = re.compile(r"(?:ed|ing|ly|n't)$")
 
 
-def starts_name(
-    words: list[Word],  # a text's words
-    i: int,  # which word
-) -> bool:  # whether a person's name begins here
-    "Decide whether a word begins a name."
+def starts_name(words: list[Word], i: int) -> bool:
+    """Decide whether a word begins a name.
+
+    words: a text's words; i: which word. Returns whether a person's name begins here."""
     lists, word, before = word_lists(), words[i], words[i - 1] if i else None
     if word.shape == "mask" or word.key in lists.kept or len(word.key) < 2:
         return False
@@ -351,11 +345,10 @@ PARTICLES = frozenset(
 )
 
 
-def name_end(
-    words: list[Word],  # a text's words
-    i: int,  # where a name begins
-) -> int:  # the word after the name
-    "Take last names, second names and initials along."
+def name_end(words: list[Word], i: int) -> int:
+    """Take last names, second names and initials along.
+
+    words: a text's words; i: where a name begins. Returns the word after the name."""
     lists, j = word_lists(), i + 1
     while j < len(words) and words[j].joined and words[j].shape != "mask":
         k = j
@@ -382,10 +375,10 @@ def name_end(
     return j
 
 # %% ../../nbs/corpus/03_privacy.ipynb #1f87a5f3
-def find_names(
-    text: str,  # any text
-) -> list[tuple[int, int]]:  # first and last character (exclusive) of each name
-    "Find names of people by the lexicon and its rules; a name found once is found again in the same text."
+def find_names(text: str) -> list[tuple[int, int]]:
+    """Find names of people by the lexicon and its rules; a name found once is found again in the same text.
+
+    Returns first and last character (exclusive) of each name."""
     words, spans, known, i = split_words(text), [], set(), 0
     loose = []  # capitalised words outside names
     while i < len(words):
@@ -440,10 +433,10 @@ STREET = re.compile(
 MAYBE_ADDRESS = re.compile(rf"\d[^\n]{{0,80}}?\b{STREET_TYPE}\b|\bBox\s\#?\d", re.VERBOSE | re.IGNORECASE)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #cadb3746
-def find_addresses(
-    text: str,  # any text
-) -> list[tuple[int, int]]:  # first and last character (exclusive) of each address
-    "Find postal addresses with pyap and the street rule; text without a digit before a street is left at once."
+def find_addresses(text: str) -> list[tuple[int, int]]:
+    """Find postal addresses with pyap and the street rule; text without a digit before a street is left at once.
+
+    Returns first and last character (exclusive) of each address."""
     import pyap
 
     if not MAYBE_ADDRESS.search(text):
@@ -482,10 +475,10 @@ def _suffixes():
     return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
 
 
-def is_web_address(
-    text: str,  # what a pattern found
-) -> bool:  # whether it is an address on the web
-    "Tell web addresses from sentences without a blank after the full stop."
+def is_web_address(text: str) -> bool:
+    """Tell web addresses from sentences without a blank after the full stop.
+
+    text: what a pattern found. Returns whether it is an address on the web."""
     if re.match(r"(?i)https?://|www\.", text):
         return True
     suffix = _suffixes()(text).suffix
@@ -504,7 +497,8 @@ def _strict_classes():
         def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
             return super().analyze(text, entities, nlp_artifacts, regex_flags) if "@" in text else []
 
-        def validate_result(self, pattern_text):  # with the suffix list that ships; the parent may ask the network
+        def validate_result(self, pattern_text):
+            """Returns with the suffix list that ships; the parent may ask the network."""
             return _suffixes()(pattern_text).fqdn != ""
 
     class Web(UrlRecognizer):
@@ -524,8 +518,10 @@ def _strict_classes():
     return Email, Web, Phone
 
 # %% ../../nbs/corpus/03_privacy.ipynb #ac565c46
-def kept_recognisers() -> list:  # presidio's recognisers for e-mail, web addresses and phone numbers
-    "Make presidio's own recognisers stricter, and quick where a text can't hold what they look for."
+def kept_recognisers() -> list:
+    """Make presidio's own recognisers stricter, and quick where a text can't hold what they look for.
+
+    Returns presidio's recognisers for e-mail, web addresses and phone numbers."""
     from presidio_analyzer import Pattern
 
     Email, Web, Phone = _strict_classes()
@@ -548,8 +544,10 @@ LOCAL_PHONE = (
 )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #73e83539
-def own_recognisers() -> list:  # our recognisers for names, addresses, handles and local phone numbers
-    "Put our rules behind presidio's interface."
+def own_recognisers() -> list:
+    """Put our rules behind presidio's interface.
+
+    Returns our recognisers for names, addresses, handles and local phone numbers."""
     from presidio_analyzer import LocalRecognizer, Pattern, PatternRecognizer, RecognizerResult
 
     class Rule(LocalRecognizer):
@@ -589,10 +587,10 @@ ENTITIES = {
 }
 
 
-def load_pipeline(
-    names: str,  # a spaCy pipeline's name or folder
-):  # the loaded pipeline
-    "Load an installed spaCy pipeline that can find people."
+def load_pipeline(names: str):
+    """Load an installed spaCy pipeline that can find people.
+
+    names: a spaCy pipeline's name or folder. Returns the loaded pipeline."""
     from pathlib import Path
 
     import spacy
@@ -613,10 +611,11 @@ def load_pipeline(
 
 # %% ../../nbs/corpus/03_privacy.ipynb #f5cf51da
 @functools.lru_cache(maxsize=4)
-def make_analyzer(
-    names: str = "lexicon",  # lexicon, or a spaCy pipeline's name or folder, used beside the lexicon
-):  # presidio's AnalyzerEngine
-    "Build presidio's engine with our recognisers; kept for the next text."
+def make_analyzer(names: str = "lexicon"):
+    """Build presidio's engine with our recognisers; kept for the next text.
+
+    names: lexicon, or a spaCy pipeline's name or folder, used beside the lexicon. Returns presidio's
+    AnalyzerEngine."""
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import NoOpNlpEngine, SpacyNlpEngine
     from presidio_analyzer.predefined_recognizers import SpacyRecognizer
@@ -647,11 +646,11 @@ def _resolve(hits: list[tuple[int, int, str]], text: str) -> list[tuple[int, int
     return sorted(chosen)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #32878247
-def mask_found(
-    text: str,  # any text
-    names: str = "lexicon",  # lexicon, or an installed spaCy pipeline
-) -> tuple[str, list[tuple[str, str]]]:  # the masked text, and (masked words, kind) in the order they were found
-    "Mask a text and keep what was masked; for evaluation only, since the second part is what must not be kept."
+def mask_found(text: str, names: str = "lexicon") -> tuple[str, list[tuple[str, str]]]:
+    """Mask a text and keep what was masked; for evaluation only, since the second part is what must not be kept.
+
+    names: lexicon, or an installed spaCy pipeline. Returns the masked text, and (masked words, kind) in the order
+    they were found."""
     engine, found = make_analyzer(names), []
     while True:
         hits = [
@@ -666,23 +665,23 @@ def mask_found(
             text = text[:start] + PLACEHOLDERS[kind] + text[end:]
 
 # %% ../../nbs/corpus/03_privacy.ipynb #e7431c5f
-def mask_text(
-    text: str,  # any text
-    names: str = "lexicon",  # lexicon, or an installed spaCy pipeline
-) -> tuple[str, dict[str, int]]:  # the masked text and how many of each kind were masked
-    "Mask what points at a person in one text."
+def mask_text(text: str, names: str = "lexicon") -> tuple[str, dict[str, int]]:
+    """Mask what points at a person in one text.
+
+    names: lexicon, or an installed spaCy pipeline. Returns the masked text and how many of each kind were masked."""
     masked, found = mask_found(text, names)
     counts = Counter(kind for _, kind in found)
     return masked, {kind: counts[kind] for kind in PERSONAL_KINDS}
 
 # %% ../../nbs/corpus/03_privacy.ipynb #94a7041a
 def mask_texts(
-    texts: typing.Sequence[str],  # any texts
-    names: str = "lexicon",  # lexicon, or an installed spaCy pipeline
-    workers: int = 1,  # processes; each needs some seconds to start, so one is best up to tens of thousands of texts
-    name: str = "",  # what the progress bar is called, e.g. the source
-) -> tuple[list[str], dict[str, int]]:  # masked texts in the same order, and the sum of their counts
-    "Mask many texts."
+    texts: typing.Sequence[str], names: str = "lexicon", workers: int = 1, name: str = ""
+) -> tuple[list[str], dict[str, int]]:
+    """Mask many texts.
+
+    names: lexicon, or an installed spaCy pipeline; workers: processes; each needs some seconds to start, so one is
+    best up to tens of thousands of texts; name: what the progress bar is called, e.g. the source. Returns masked
+    texts in the same order, and the sum of their counts."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -697,17 +696,17 @@ def mask_texts(
 
 # %% ../../nbs/corpus/03_privacy.ipynb #f70626e4
 @functools.cache
-def privacy_cases() -> tuple[dict, ...]:  # text, spans as [words, kind], held_out
-    "Read the cases that masking is measured on."
+def privacy_cases() -> tuple[dict, ...]:
+    "Read the cases that masking is measured on. Returns text, spans as [words, kind], held_out."
     lines = resource_path("privacy_cases.jsonl").read_text(encoding="utf-8").splitlines()
     return tuple(json.loads(line) for line in lines)
 
 
-def masking_quality(
-    cases: typing.Iterable[dict],  # cases with text and spans
-    names: str = "lexicon",  # lexicon, or an installed spaCy pipeline
-):  # frame: kind, planted, masked, right, precision, recall
-    "Measure precision and recall of masking by kind, with counts."
+def masking_quality(cases: typing.Iterable[dict], names: str = "lexicon"):
+    """Measure precision and recall of masking by kind, with counts.
+
+    cases: cases with text and spans; names: lexicon, or an installed spaCy pipeline. Returns frame: kind, planted,
+    masked, right, precision, recall."""
     import pandas as pd
 
     planted, masked, right = Counter(), Counter(), Counter()

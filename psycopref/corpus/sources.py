@@ -86,11 +86,10 @@ class Source:
         return f"download it yourself from {self.page} and give {self.name}=/path/to/it"
 
 # %% ../../nbs/corpus/01_sources.ipynb #e9d0774f
-def read_text(
-    path: Path,  # a text file
-    fallback: str | None = None,  # encoding to try after UTF-8, e.g. cp1252
-) -> str:  # its text
-    "Read a text file; another encoding, a NUL byte or an unreadable file is one line."
+def read_text(path: Path, fallback: str | None = None) -> str:
+    """Read a text file; another encoding, a NUL byte or an unreadable file is one line.
+
+    path: a text file; fallback: encoding to try after UTF-8, e.g. cp1252."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -122,11 +121,11 @@ def _decode(path: Path, data: bytes, fallback: str | None) -> str:
     ) from None
 
 # %% ../../nbs/corpus/01_sources.ipynb #10b27938
-def read_columns(
-    path: Path,  # a table: CSV, JSON list, JSON lines or parquet
-    fallback: str | None = None,  # encoding to try after UTF-8
-) -> dict[str, list]:  # column -> values in file order; None where a row has none
-    "Read a table of whatever kind; every row counts, a broken one is one line with its place."
+def read_columns(path: Path, fallback: str | None = None) -> dict[str, list]:
+    """Read a table of whatever kind; every row counts, a broken one is one line with its place.
+
+    path: a table: CSV, JSON list, JSON lines or parquet; fallback: encoding to try after UTF-8. Returns column ->
+    values in file order; None where a row has none."""
     with contextlib.suppress(OSError), open(path, "rb") as handle:
         if handle.read(4) == b"PAR1":
             return _read_parquet(path)
@@ -224,13 +223,11 @@ def _columns_of(rows: list[dict]) -> dict[str, list]:
     return {name.strip(): [row.get(name) for row in rows] for name in names}
 
 # %% ../../nbs/corpus/01_sources.ipynb #512f82e4
-def find_column(
-    columns: dict[str, list],  # a table
-    names: typing.Sequence[str],  # what the column may be called, the best first; case does not matter
-    path: Path,  # for the error
-    source: Source,  # for the error
-) -> list:  # its values
-    "Find a column under one of its names."
+def find_column(columns: dict[str, list], names: typing.Sequence[str], path: Path, source: Source) -> list:
+    """Find a column under one of its names.
+
+    names: what the column may be called, the best first; case does not matter; path: for the error; source: for the
+    error. Returns its values."""
     known = {name.casefold(): name for name in columns}
     for name in names:
         if name.casefold() in known:
@@ -256,11 +253,10 @@ def _read_cells(source: Source, path: Path) -> list[tuple]:
     return list(zip(texts, keys, find_column(columns, source.topic, path, source) if source.topic else blank))
 
 # %% ../../nbs/corpus/01_sources.ipynb #2285b5c1
-def read_table(
-    source: Source,  # what to look for
-    paths: typing.Sequence[Path],  # its tables, in reading order
-) -> RawSpeeches:
-    "Read client speeches out of tables; every row is yielded or counted as a repeat."
+def read_table(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
+    """Read client speeches out of tables; every row is yielded or counted as a repeat.
+
+    source: what to look for; paths: its tables, in reading order."""
     cells = [(path, *cell) for path in paths for cell in _read_cells(source, path)]
     speeches, seen, repeats, unreadable = [], set(), 0, 0
     for row, (path, value, key, topic) in enumerate(cells):
@@ -295,11 +291,10 @@ def _topics(path: Path, row: int, value) -> tuple[str, ...]:
     return tuple(topic.strip() for topic in (value or "").split(",") if topic.strip())
 
 # %% ../../nbs/corpus/01_sources.ipynb #a4f006ea
-def read_line_pairs(
-    source: Source,  # Psycho8k
-    paths: typing.Sequence[Path],  # one table, or the file of questions and that of answers
-) -> RawSpeeches:
-    "Read a table, or two aligned files of lines of which the first holds the client's speeches."
+def read_line_pairs(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
+    """Read a table, or two aligned files of lines of which the first holds the client's speeches.
+
+    paths: one table, or the file of questions and that of answers."""
     if len(paths) == 1:
         return read_table(source, paths)
     questions, answers = (
@@ -338,10 +333,10 @@ def _turn_patterns() -> list[re.Pattern]:
     return [re.compile(pattern, re.S | re.M) for pattern in (*worded, r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\]")]
 
 # %% ../../nbs/corpus/01_sources.ipynb #2f3a72e2
-def client_turn(
-    text: str,  # a question and its answer with turn marks
-) -> str | None:  # the question, or None where no pair of marks is found
-    "Take the client's turn out of a text that also holds the answer."
+def client_turn(text: str) -> str | None:
+    """Take the client's turn out of a text that also holds the answer.
+
+    text: a question and its answer with turn marks. Returns the question, or None where no pair of marks is found."""
     found = next((match for pattern in _turn_patterns() if (match := pattern.match(text))), None)
     return found and found[1].strip(" \t\r\n#<*")
 
@@ -445,12 +440,11 @@ RELEASED_DATASET = Source(
 )
 
 # %% ../../nbs/corpus/01_sources.ipynb #b1876f4d
-def pick_files(
-    source: Source,  # whose layouts count
-    names: typing.Iterable[str],  # paths below the folder, with slashes
-    where: str,  # the folder, for the error
-) -> list[str]:  # the chosen ones, in reading order
-    "Choose files by the first layout that fits; a set that lacks a part, or a choice to be made, is one line."
+def pick_files(source: Source, names: typing.Iterable[str], where: str) -> list[str]:
+    """Choose files by the first layout that fits; a set that lacks a part, or a choice to be made, is one line.
+
+    source: whose layouts count; names: paths below the folder, with slashes; where: the folder, for the error.
+    Returns the chosen ones, in reading order."""
     names = list(names)
     for prefix in ("", "data/"):
         own = sorted(
@@ -477,11 +471,8 @@ def pick_files(
     raise StudyError(f"{where}: has no file of {source.name}, found {listed}, expected {expected}; {source.remedy}")
 
 # %% ../../nbs/corpus/01_sources.ipynb #b196eca9
-def local_files(
-    source: Source,  # whose files
-    where: str,  # a file or a folder
-) -> list[Path]:  # in reading order
-    "Find the files of a local copy."
+def local_files(source: Source, where: str) -> list[Path]:
+    "Find the files of a local copy. source: whose files; where: a file or a folder. Returns in reading order."
     path = Path(where).expanduser()
     if path.is_dir():
         return [path / name for name in pick_files(source, _names_below(path), str(path))]
@@ -522,11 +513,11 @@ class Opened:
         return (self.source.read or read_table)(self.source, self.paths)
 
 
-def parse_spec(
-    spec: str,  # name or name=WHERE
-    known: dict[str, Source] | None = None,  # by name; None takes SOURCES
-) -> tuple[Source, tuple[str, ...]]:  # the source, and where its files are; nowhere if only a local copy would do
-    "Read the parameter that names a source."
+def parse_spec(spec: str, known: dict[str, Source] | None = None) -> tuple[Source, tuple[str, ...]]:
+    """Read the parameter that names a source.
+
+    spec: name or name=WHERE; known: by name; None takes SOURCES. Returns the source, and where its files are;
+    nowhere if only a local copy would do."""
     known = SOURCES if known is None else known
     name, sign, where = spec.partition("=")
     if name not in known:
@@ -536,12 +527,11 @@ def parse_spec(
     return known[name], (where.strip(),) if sign else known[name].homes
 
 # %% ../../nbs/corpus/01_sources.ipynb #60f24a86
-def locate(
-    source: Source,  # what is looked for
-    where: str,  # a path or an address
-    sha256: str | None = None,  # pinned hash
-) -> list[tuple[Path, dict]]:  # files, and where they came from
-    "Find or fetch files."
+def locate(source: Source, where: str, sha256: str | None = None) -> list[tuple[Path, dict]]:
+    """Find or fetch files.
+
+    source: what is looked for; where: a path or an address; sha256: pinned hash. Returns files, and where they came
+    from."""
     if where.startswith("hf://"):
         return fetch_hub(where, source.remedy, functools.partial(pick_files, source), sha256)
     if where.startswith(("https://", "http://")):
@@ -555,11 +545,11 @@ def locate(
     ]
 
 # %% ../../nbs/corpus/01_sources.ipynb #bd3abfb4
-def open_source(
-    spec: str,  # name, name=/path, name=hf://datasets/OWNER/NAME@REVISION/PATH or name=https://…
-    known: dict[str, Source] | None = None,  # declared sources; None takes SOURCES
-) -> Opened:
-    "Find a source's files, fetching what is not here."
+def open_source(spec: str, known: dict[str, Source] | None = None) -> Opened:
+    """Find a source's files, fetching what is not here.
+
+    spec: name, name=/path, name=hf://datasets/OWNER/NAME@REVISION/PATH or name=https://…; known: declared sources;
+    None takes SOURCES."""
     source, places = parse_spec(spec, known)
     if not places:
         raise StudyError(f"source {source.name!r}: needs a local copy; {source.remedy}")
@@ -574,10 +564,11 @@ def open_source(
     return Opened(source, tuple(path for path, _ in files), origin)
 
 # %% ../../nbs/corpus/01_sources.ipynb #9f7bf2fe
-def is_local(
-    spec: str,  # as for open_source and open_released
-) -> bool:  # True: opening it downloads nothing; False also where a local copy is still to be named
-    "Say whether a source is on this machine; fetches nothing and reads no speech."
+def is_local(spec: str) -> bool:
+    """Say whether a source is on this machine; fetches nothing and reads no speech.
+
+    spec: as for open_source and open_released. Returns True: opening it downloads nothing; False also where a local
+    copy is still to be named."""
     _, places = parse_spec(spec, {**SOURCES, RELEASED_DATASET.name: RELEASED_DATASET})
     return bool(places) and all(map(_is_here, places))
 
@@ -601,10 +592,8 @@ class Released:
     paths: tuple[Path, ...]  # the files read, train then test
 
 
-def open_released(
-    spec: str = "released",  # released, released=FOLDER, or hf://datasets/OWNER/NAME@REVISION
-) -> Released:
-    "Open the released dataset and check it."
+def open_released(spec: str = "released") -> Released:
+    "Open the released dataset and check it. spec: released, released=FOLDER, or hf://datasets/OWNER/NAME@REVISION."
     opened = open_source(
         f"released={spec}" if spec.startswith("hf://") else spec, {RELEASED_DATASET.name: RELEASED_DATASET}
     )
@@ -620,10 +609,10 @@ def open_released(
     return Released(parts, released_speeches(parts), {**opened.origin, "blank_responses": blank}, opened.paths)
 
 # %% ../../nbs/corpus/01_sources.ipynb #e0bc3b02
-def read_part(
-    path: Path,  # a parquet file of the released dataset
-):  # frame with the columns of SCHEMAS["pairs"]
-    "Read one part; other columns, other types, empty values and ratings off the scale are one line."
+def read_part(path: Path):
+    """Read one part; other columns, other types, empty values and ratings off the scale are one line.
+
+    path: a parquet file of the released dataset. Returns frame with the columns of SCHEMAS["pairs"]."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -684,10 +673,10 @@ def _refuse_rows(path: Path, frame, name: str, wrong, expected: str) -> None:
         )
 
 # %% ../../nbs/corpus/01_sources.ipynb #e78b105c
-def released_speeches(
-    parts: dict,  # train, test -> frame of pairs
-):  # frame: speech_id, source, speech, part
-    "Reduce pairs to their client speeches; an ID with two questions, or in both parts, is one line."
+def released_speeches(parts: dict):
+    """Reduce pairs to their client speeches; an ID with two questions, or in both parts, is one line.
+
+    parts: train, test -> frame of pairs. Returns frame: speech_id, source, speech, part."""
     import pandas as pd
 
     pairs = pd.concat([frame[["ID", "question"]].assign(part=part) for part, frame in parts.items()], ignore_index=True)

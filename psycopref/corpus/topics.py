@@ -35,17 +35,18 @@ ALIASES = {
 }
 
 
-def topic_slug(
-    text: str,  # a topic as a source writes it, e.g. "Legal & Regulatory" or "legal-regulatory"
-) -> str | None:  # one of the 42 slugs, or None
-    "Bring a topic to its slug in Table 4."
+def topic_slug(text: str) -> str | None:
+    """Bring a topic to its slug in Table 4.
+
+    text: a topic as a source writes it, e.g. "Legal & Regulatory" or "legal-regulatory". Returns one of the 42
+    slugs, or None."""
     plain = re.sub(r"[^a-z]+", "-", text.lower().replace("&", " and ").replace("'", "").replace("’", "")).strip("-")
     slug = ALIASES.get(plain, plain)
     return slug if slug in coarse_of() else None
 
 # %% ../../nbs/corpus/05_topics.ipynb #7b76da29
-def topic_descriptions() -> dict[str, str]:  # slug -> one sentence, in Table 4's order
-    "Read the descriptions of the 42 topics."
+def topic_descriptions() -> dict[str, str]:
+    "Read the descriptions of the 42 topics. Returns slug -> one sentence, in Table 4's order."
     try:
         found = json.loads(prompt_text("topics.json"))
     except json.JSONDecodeError as error:
@@ -108,12 +109,12 @@ METHODS = {"minilm+descriptions": _described, "minilm": _minilm, "tfidf": _tfidf
 
 # %% ../../nbs/corpus/05_topics.ipynb #7760e88d
 def topic_probabilities(
-    method: str,  # a key of METHODS
-    train: typing.Sequence[str],  # speeches with a gold topic
-    topics: typing.Sequence[str],  # their slugs
-    texts: typing.Sequence[str],  # speeches to classify
-):  # array (texts, 42), rows sum to 1, columns in Table 4's order
-    "Classify speeches; a topic without a training speech gets probability 0, unless its description is used."
+    method: str, train: typing.Sequence[str], topics: typing.Sequence[str], texts: typing.Sequence[str]
+):
+    """Classify speeches; a topic without a training speech gets probability 0, unless its description is used.
+
+    method: a key of METHODS; train: speeches with a gold topic; topics: their slugs; texts: speeches to classify.
+    Returns array (texts, 42), rows sum to 1, columns in Table 4's order."""
     import numpy as np
 
     if method not in METHODS:
@@ -129,10 +130,12 @@ def topic_probabilities(
 
 # %% ../../nbs/corpus/05_topics.ipynb #d15b92f1
 def training_rows(
-    frame,  # speeches with the columns speech, topic and topic_by
-    more: typing.Sequence[tuple[str, str]] = (),  # (speech, topic) of sources that only help to train
-) -> tuple[list[str], list[str], list[str], list[str]]:  # gold speeches, their topics, our speeches, their topics
-    "Collect what a classifier may learn from: the run's gold rows, and our corpus where it is not part of the run."
+    frame, more: typing.Sequence[tuple[str, str]] = ()
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Collect what a classifier may learn from: the run's gold rows, and our corpus where it is not part of the run.
+
+    frame: speeches with the columns speech, topic and topic_by; more: (speech, topic) of sources that only help to
+    train. Returns gold speeches, their topics, our speeches, their topics."""
     gold = frame[frame.topic_by == "gold"]
     known = set(map(same_text, gold.speech))
     ours = [json.loads(line) for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -144,10 +147,8 @@ def training_rows(
     return gold.speech.tolist(), gold.topic.tolist(), [speech for speech, _ in ours], [topic for _, topic in ours]
 
 # %% ../../nbs/corpus/05_topics.ipynb #c8997284
-def topic_request(
-    client_speech: str,  # a cleaned speech
-) -> ChatRequest:  # ready for the gateway
-    "Ask for the topic of one speech."
+def topic_request(client_speech: str) -> ChatRequest:
+    "Ask for the topic of one speech. client_speech: a cleaned speech. Returns ready for the gateway."
     listed = "\n".join(f"- {slug}: {what}" for slug, what in topic_descriptions().items())
     schema = {
         "type": "object",
@@ -159,22 +160,21 @@ def topic_request(
     return ChatRequest((message,), Decoding(24), schema, "topic", {"client_speech": client_speech})
 
 
-def read_topic(
-    reply,  # ChatReply or Failure
-) -> str | None:  # slug, or None where the reply names none of the 42
-    "Read a labeller's reply."
+def read_topic(reply) -> str | None:
+    """Read a labeller's reply.
+
+    reply: ChatReply or Failure. Returns slug, or None where the reply names none of the 42."""
     try:
         return topic_slug(str(find_json(reply.text).get("topic", ""))) if isinstance(reply, ChatReply) else None
     except BadReply:
         return None
 
 
-def label_by_model(
-    gateway,
-    uri: str,  # gateway URI of the labeller
-    texts: typing.Sequence[str],  # speeches
-):  # array (texts, 42): 1 for the named topic, a row of zeros where none could be read
-    "Ask a model for the topic of each speech."
+def label_by_model(gateway, uri: str, texts: typing.Sequence[str]):
+    """Ask a model for the topic of each speech.
+
+    uri: gateway URI of the labeller. Returns array (texts, 42): 1 for the named topic, a row of zeros where none
+    could be read."""
     import numpy as np
 
     found, slugs = np.zeros((len(texts), len(coarse_of()))), list(coarse_of())
@@ -185,15 +185,18 @@ def label_by_model(
 
 # %% ../../nbs/corpus/05_topics.ipynb #d3dddff1
 def cross_validate(
-    method: str,  # a key of METHODS
-    gold: list[str],  # gold speeches
-    topics: list[str],  # their slugs
-    ours: list[str],  # more training speeches
-    our_topics: list[str],  # their slugs
-    folds: int = 5,  # parts
+    method: str,
+    gold: list[str],
+    topics: list[str],
+    ours: list[str],
+    our_topics: list[str],
+    folds: int = 5,
     seed: int = 0,
-):  # array (gold speeches, 42)
-    "Classify each gold speech with a model trained on the other folds."
+):
+    """Classify each gold speech with a model trained on the other folds.
+
+    method: a key of METHODS; gold: gold speeches; topics: their slugs; ours: more training speeches; our_topics:
+    their slugs. Returns array (gold speeches, 42)."""
     import numpy as np
 
     found, part = np.zeros((len(gold), len(coarse_of()))), np.empty(len(gold), int)
@@ -208,11 +211,11 @@ def cross_validate(
     return found
 
 # %% ../../nbs/corpus/05_topics.ipynb #fca408c7
-def macro_f1(
-    truth,  # integer codes, (n,)
-    said,  # integer codes, (n,)
-) -> float:  # 0 to 100
-    "Average F1 over the topics that occur in the truth; counted by hand, because the bootstrap asks for it hundreds of times."
+def macro_f1(truth, said) -> float:
+    """Average F1 over the topics that occur in the truth; counted by hand, because the bootstrap asks for it
+    hundreds of times.
+
+    truth: integer codes, (n,); said: integer codes, (n,). Returns 0 to 100."""
     import numpy as np
 
     size = max(truth.max(), said.max()) + 1
@@ -221,13 +224,12 @@ def macro_f1(
 
 # %% ../../nbs/corpus/05_topics.ipynb #fad03b5b
 def score_topics(
-    topics: typing.Sequence[str],  # gold slugs
-    probabilities,  # array (speeches, 42)
-    threshold: float,  # least probability of the best topic
-    samples: int = 500,  # bootstrap resamples
-    seed: int = 0,
-) -> dict:  # macro-F1 with interval, coarse macro-F1, accuracy, share kept and accuracy there, in %
-    "Score predicted topics against gold."
+    topics: typing.Sequence[str], probabilities, threshold: float, samples: int = 500, seed: int = 0
+) -> dict:
+    """Score predicted topics against gold.
+
+    topics: gold slugs; probabilities: array (speeches, 42); threshold: least probability of the best topic. Returns
+    macro-F1 with interval, coarse macro-F1, accuracy, share kept and accuracy there, in %."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -257,15 +259,21 @@ def score_topics(
 
 # %% ../../nbs/corpus/05_topics.ipynb #f8350154
 def compare_methods(
-    frame,  # speeches with speech, topic and topic_by
-    methods: typing.Sequence[str],  # keys of METHODS, or gateway URIs
-    threshold: float,  # least probability of the best topic
-    gateway=None,  # gateway.Gateway, where a method is a model
-    more: typing.Sequence[tuple[str, str]] = (),  # (speech, topic) of sources that only help to train
+    frame,
+    methods: typing.Sequence[str],
+    threshold: float,
+    gateway=None,
+    more: typing.Sequence[tuple[str, str]] = (),
     seed: int = 0,
-    least: int = 50,  # gold rows below which nothing is compared
-):  # frame: one row for each method
-    "Compare ways to find a topic on the run's gold rows; a model is asked about every row, since it needs no training."
+    least: int = 50,
+):
+    """Compare ways to find a topic on the run's gold rows; a model is asked about every row, since it needs no
+    training.
+
+    frame: speeches with speech, topic and topic_by; methods: keys of METHODS, or gateway URIs; threshold: least
+    probability of the best topic; gateway: gateway.Gateway, where a method is a model; more: (speech, topic) of
+    sources that only help to train; least: gold rows below which nothing is compared. Returns frame: one row for
+    each method."""
     import pandas as pd
 
     gold, topics, ours, our_topics = training_rows(frame, more)
@@ -315,14 +323,13 @@ def _any_of(frame, probabilities) -> float | None:
 LOW = "classifier, low confidence"
 
 
-def assign_topics(
-    frame,  # speeches with speech, topic and topic_by ("gold" or "none given")
-    method: str,  # a key of METHODS, or a gateway URI
-    threshold: float,  # least probability of the best topic, in [0, 1]
-    gateway=None,  # gateway.Gateway, where the method is a model
-    more: typing.Sequence[tuple[str, str]] = (),  # (speech, topic) of sources that only help to train
-):  # the frame with topic, coarse_topic and topic_by filled
-    "Give every speech without a gold topic the classifier's."
+def assign_topics(frame, method: str, threshold: float, gateway=None, more: typing.Sequence[tuple[str, str]] = ()):
+    """Give every speech without a gold topic the classifier's.
+
+    frame: speeches with speech, topic and topic_by ("gold" or "none given"); method: a key of METHODS, or a gateway
+    URI; threshold: least probability of the best topic, in [0, 1]; gateway: gateway.Gateway, where the method is a
+    model; more: (speech, topic) of sources that only help to train. Returns the frame with topic, coarse_topic and
+    topic_by filled."""
     frame, open_rows = frame.copy(), (frame.topic_by != "gold").to_numpy()
     if open_rows.any():
         texts, slugs = frame.speech[open_rows].tolist(), list(coarse_of())

@@ -47,10 +47,8 @@ class Sheet:
         return f"{self.path} ({self.annotator})"
 
 
-def read_text_file(
-    path: Path,  # an annotation file
-) -> str:  # its text
-    "Read a text whatever program saved it."
+def read_text_file(path: Path) -> str:
+    "Read a text whatever program saved it. path: an annotation file."
     try:
         raw = Path(path).read_bytes()
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -85,10 +83,8 @@ def _once(path: Path) -> typing.Callable:
     return build
 
 
-def read_json_strictly(
-    path: Path,  # a JSON file
-):  # its data
-    "Read JSON in which nothing is said twice."
+def read_json_strictly(path: Path):
+    "Read JSON in which nothing is said twice. path: a JSON file."
     try:
         return json.loads(read_text_file(path), object_pairs_hook=_once(path))
     except json.JSONDecodeError as error:
@@ -97,11 +93,10 @@ def read_json_strictly(
         ) from None
 
 
-def page_sheet(
-    path: Path,  # for errors
-    document: dict,  # what the page exported
-) -> Sheet:  # of its annotator
-    "Take a sheet from the page's export."
+def page_sheet(path: Path, document: dict) -> Sheet:
+    """Take a sheet from the page's export.
+
+    path: for errors; document: what the page exported. Returns of its annotator."""
     if (
         document.get("format") != "psycopref-annotations"
         or document.get("version") != 1
@@ -130,10 +125,11 @@ def page_sheet(
     )
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #b3441190
-def said_in(
-    value: dict,  # of a Label Studio result: {"choices": […]}, {"rating": n} or {"text": […]}
-):  # what was chosen; a list where several things were
-    "Take the answer out of a Label Studio value."
+def said_in(value: dict):
+    """Take the answer out of a Label Studio value.
+
+    value: of a Label Studio result: {"choices": […]}, {"rating": n} or {"text": […]}. Returns what was chosen; a
+    list where several things were."""
     found = next((value[kind] for kind in ("choices", "rating", "number", "text") if kind in value), None)
     return found[0] if isinstance(found, list) and len(found) == 1 else found
 
@@ -151,11 +147,11 @@ def _person(completed_by) -> str:
     return "" if completed_by is None else str(completed_by)
 
 
-def label_studio_records(
-    path: Path,  # for errors
-    tasks: list[dict],  # of a JSON or JSON-MIN export
-) -> list[dict]:  # flat: annotator, kit_id, item_id, and what was said
-    "List the annotations of a Label Studio export."
+def label_studio_records(path: Path, tasks: list[dict]) -> list[dict]:
+    """List the annotations of a Label Studio export.
+
+    path: for errors; tasks: of a JSON or JSON-MIN export. Returns flat: annotator, kit_id, item_id, and what was
+    said."""
     found = []
     for task in tasks:
         if not isinstance(task, dict) or "item_id" not in task.get("data", task):
@@ -186,10 +182,11 @@ def label_studio_records(
     return found
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #a62d06f1
-def csv_records(
-    path: Path,  # a CSV or TSV file, saved by any spreadsheet
-) -> list[dict]:  # one for each line with an item: annotator, kit_id, item_id, and what was said
-    "Read a filled-in table."
+def csv_records(path: Path) -> list[dict]:
+    """Read a filled-in table.
+
+    path: a CSV or TSV file, saved by any spreadsheet. Returns one for each line with an item: annotator, kit_id,
+    item_id, and what was said."""
     text = re.sub(
         r"\A\"?sep=.\"?\r?\n", "", read_text_file(path)
     )  # a line with which spreadsheets name their delimiter
@@ -226,15 +223,17 @@ def _sheets_of(path: Path, records: list[dict]) -> list[Sheet]:
 
 
 def _named_by(path: Path, kit_id: str) -> str:
-    "Find the annotator in a table's file name; a second download is the same person's, and the kit's own name is nobody's."
+    """Find the annotator in a table's file name; a second download is the same person's, and the kit's own name is
+    nobody's."""
     name = re.sub(r"\s*\(\d+\)$", "", path.stem)
     return "" if name == "kit" else name.removeprefix(f"annotations_{kit_id}_")
 
 
-def read_sheets(
-    path: Path,  # the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table
-) -> list[Sheet]:  # one for each annotator and kit
-    "Read an annotation file of any form."
+def read_sheets(path: Path) -> list[Sheet]:
+    """Read an annotation file of any form.
+
+    path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table. Returns one for each
+    annotator and kit."""
     path = Path(path)
     if path.suffix.lower() in TABLE_SUFFIXES:
         sheets = _sheets_of(path, csv_records(path))
@@ -265,11 +264,11 @@ TASK_QUESTIONS = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is as
 WORDS = {"response 1": 1, "response 2": 2, "no difference": 0}  # as the forms word the choices
 
 
-def to_value(
-    written,  # a number, the text of a cell or of a choice, or None
-    task: str,  # compare / score
-) -> int | None:  # the value; None where nothing was answered; raises ValueError
-    "Read one answer."
+def to_value(written, task: str) -> int | None:
+    """Read one answer.
+
+    written: a number, the text of a cell or of a choice, or None; task: compare / score. Returns the value; None
+    where nothing was answered; raises ValueError."""
     if isinstance(written, str):
         written = " ".join(written.split()).lower()
         if written.startswith(("[", "{")):  # a rating in Label Studio's CSV
@@ -293,11 +292,10 @@ def _some(names: list) -> str:
     return ", ".join(map(str, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def check_items(
-    sheet: Sheet,  # what was read
-    kit: dict,  # the kit that it should answer
-) -> None:
-    "Refuse a sheet of another kit, unknown items, and items that stand twice."
+def check_items(sheet: Sheet, kit: dict) -> None:
+    """Refuse a sheet of another kit, unknown items, and items that stand twice.
+
+    sheet: what was read; kit: the kit that it should answer."""
     if sheet.kit_id != kit["kit_id"]:
         raise StudyError(
             f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, expected kit {kit['kit_id']}; name the "
@@ -328,11 +326,10 @@ def check_items(
         )
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #0311820d
-def sheet_values(
-    sheet: Sheet,  # of this kit
-    kit: dict,  # what was asked
-) -> dict:  # (item_id, principle) -> value, or None
-    "Read every answer of a sheet; out of range is an error."
+def sheet_values(sheet: Sheet, kit: dict) -> dict:
+    """Read every answer of a sheet; out of range is an error.
+
+    sheet: of this kit; kit: what was asked. Returns (item_id, principle) -> value, or None."""
     numbers, task, found = {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}, kit["task"], {}
     for item, said in sheet.answers:
         for principle in TASK_QUESTIONS[task]:
@@ -346,11 +343,10 @@ def sheet_values(
     return found
 
 
-def unanswered(
-    values: dict,  # of sheet_values
-    kit: dict,  # what was asked
-) -> dict[int, list[str]]:  # number of an item in the kit, from 1 -> principles without an answer
-    "List what is not answered."
+def unanswered(values: dict, kit: dict) -> dict[int, list[str]]:
+    """List what is not answered.
+
+    kit: what was asked. Returns number of an item in the kit, from 1 -> principles without an answer."""
     gaps = {
         number: [p for p in TASK_QUESTIONS[kit["task"]] if values.get((item["item_id"], p)) is None]
         for number, item in enumerate(kit["items"], 1)
@@ -361,10 +357,8 @@ def unanswered(
 ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
 
 
-def left_out(
-    sheet: Sheet,  # what was read
-) -> list[str]:  # items
-    "List the items that an annotator left out with a note."
+def left_out(sheet: Sheet) -> list[str]:
+    "List the items that an annotator left out with a note. sheet: what was read."
     return [
         item
         for item, said in sheet.answers
@@ -373,12 +367,11 @@ def left_out(
     ]
 
 
-def sheet_frame(
-    sheet: Sheet,  # what was read
-    kit: dict,  # the kit that it answers
-    partial: bool = False,  # take unfinished sheets too
-):  # frame: annotator, kit_id, item_id, principle, value; in the order of the kit
-    "Check a sheet and make it a frame."
+def sheet_frame(sheet: Sheet, kit: dict, partial: bool = False):
+    """Check a sheet and make it a frame.
+
+    sheet: what was read; kit: the kit that it answers; partial: take unfinished sheets too. Returns frame:
+    annotator, kit_id, item_id, principle, value; in the order of the kit."""
     import pandas as pd
 
     check_items(sheet, kit)
@@ -409,12 +402,11 @@ def sheet_frame(
     return frame.astype({"value": "int64"})
 
 
-def read_annotations(
-    path: Path,  # the page's JSON, a Label Studio export, or a filled-in table
-    kit: dict,  # the kit that it answers
-    partial: bool = False,  # take unfinished sheets too
-):  # frame: annotator, kit_id, item_id, principle, value
-    "Read and check the annotations of one kit."
+def read_annotations(path: Path, kit: dict, partial: bool = False):
+    """Read and check the annotations of one kit.
+
+    path: the page's JSON, a Label Studio export, or a filled-in table; kit: the kit that it answers; partial: take
+    unfinished sheets too. Returns frame: annotator, kit_id, item_id, principle, value."""
     import pandas as pd
 
     sheets = read_sheets(path)
@@ -432,11 +424,11 @@ def _same_name(annotator: str) -> str:
     return " ".join(annotator.split()).casefold()
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #2923f21d
-def completeness(
-    frame,  # of read_annotations with partial=True
-    kit: dict,  # what was asked
-):  # frame: annotator, items, finished, unfinished (numbers in the kit)
-    "Report how far the annotators of a kit are."
+def completeness(frame, kit: dict):
+    """Report how far the annotators of a kit are.
+
+    frame: of read_annotations with partial=True; kit: what was asked. Returns frame: annotator, items, finished,
+    unfinished (numbers in the kit)."""
     import pandas as pd
 
     rows = []
@@ -454,10 +446,10 @@ def completeness(
     return pd.DataFrame(rows, columns=["annotator", "items", "finished", "unfinished"])
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #7ddace05
-def annotation_files(
-    places: typing.Iterable[str],  # files, or folders of them
-) -> list[Path]:  # files, each once
-    "List annotation files; in a folder, those of the known forms."
+def annotation_files(places: typing.Iterable[str]) -> list[Path]:
+    """List annotation files; in a folder, those of the known forms.
+
+    places: files, or folders of them. Returns files, each once."""
     found = []
     for given in places:
         place = project_root() / Path(given).expanduser()
@@ -484,11 +476,8 @@ def annotation_files(
     return found
 
 
-def kit_of(
-    sheet: Sheet,  # what was read
-    kits: list[dict],  # the run's
-) -> dict:  # the kit that it answers
-    "Find the kit of a sheet."
+def kit_of(sheet: Sheet, kits: list[dict]) -> dict:
+    "Find the kit of a sheet. sheet: what was read. Returns the kit that it answers."
     known = {kit["kit_id"]: kit for kit in kits}
     if sheet.kit_id in known:
         return known[sheet.kit_id]
@@ -501,11 +490,10 @@ def kit_of(
     )
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #cee34085
-def gather_annotations(
-    files: list[Path],  # of annotation_files
-    kits: list[dict],  # the run's
-):  # frame: annotator, kit_id, item_id, principle, value
-    "Read all annotations of a run; nothing simulated, and each annotator once for a kit."
+def gather_annotations(files: list[Path], kits: list[dict]):
+    """Read all annotations of a run; nothing simulated, and each annotator once for a kit.
+
+    Returns frame: annotator, kit_id, item_id, principle, value."""
     import pandas as pd
 
     frames, seen = [], {}
@@ -534,19 +522,19 @@ LOSING = ("rejected", "reference")  # sides from which no verdict is told
 SHOWN = {1: "first", 2: "second", 0: "tie"}
 
 
-def verdict_from_our_side(
-    shown: str,  # first / second / tie
-    first: str,  # name of the side that was shown first
-) -> str:  # win / loss / tie, from the side of the chosen response or of the policy
-    "Convert the place of the better response to the verdict of our side."
+def verdict_from_our_side(shown: str, first: str) -> str:
+    """Convert the place of the better response to the verdict of our side.
+
+    shown: first / second / tie; first: name of the side that was shown first. Returns win / loss / tie, from the
+    side of the chosen response or of the policy."""
     return "tie" if shown == "tie" else "win" if (shown == "first") == (first not in LOSING) else "loss"
 
 
-def unshuffle(
-    annotations,  # frame of read_annotations, of one task
-    key,  # frame of kind "kit_key"
-):  # frame: annotator, kit_id, setting, speech_id, item_id, principle, and shown and verdict, or rating
-    "Join annotations with the key, so that they name sides again."
+def unshuffle(annotations, key):
+    """Join annotations with the key, so that they name sides again.
+
+    annotations: frame of read_annotations, of one task; key: frame of kind "kit_key". Returns frame: annotator,
+    kit_id, setting, speech_id, item_id, principle, and shown and verdict, or rating."""
     joined = annotations.merge(
         key.rename(columns={"kit": "kit_id"}), on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False
     )
@@ -577,14 +565,12 @@ def unshuffle(
     ]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #dc0fd4b4
-def simulate(
-    kit: dict,  # what is annotated; nothing but the kit is seen
-    number: int,  # of the annotator, from 1
-    seed: int,
-    noise: float = 0.75,  # standard deviation of a rating's error, in points
-    threshold: float = 0.25,  # smaller differences of two ratings are none, in points
-) -> dict:  # an annotations document, as the page exports it
-    "Fill in a kit by the offline rubric with noise."
+def simulate(kit: dict, number: int, seed: int, noise: float = 0.75, threshold: float = 0.25) -> dict:
+    """Fill in a kit by the offline rubric with noise.
+
+    kit: what is annotated; nothing but the kit is seen; number: of the annotator, from 1; noise: standard deviation
+    of a rating's error, in points; threshold: smaller differences of two ratings are none, in points. Returns an
+    annotations document, as the page exports it."""
     import numpy as np
 
     from psycopref.rater.rubric import rubric_scores, to_rating

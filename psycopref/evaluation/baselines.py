@@ -18,13 +18,11 @@ __all__ = ['STEPS', 'STRENGTHS', 'score_frame', 'length_scores', 'held_out_losse
            'bradley_terry_scores', 'length_bradley_terry', 'tfidf_features', 'tfidf_scores', 'minilm_scores']
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #21d009b8
-def score_frame(
-    pairs,  # frame of pairs
-    name: str,  # of the scorer
-    chosen,  # scores of the chosen responses, in the order of the pairs
-    rejected,  # scores of the rejected responses
-):  # frame of kind "scores"
-    "Put scores beside the ids of their pairs."
+def score_frame(pairs, name: str, chosen, rejected):
+    """Put scores beside the ids of their pairs.
+
+    pairs: frame of pairs; chosen: scores of the chosen responses, in the order of the pairs; rejected: scores of
+    the rejected responses. Returns frame of kind "scores"."""
     import numpy as np
 
     columns = {
@@ -45,10 +43,10 @@ def score_frame(
     return pairs[["ID", "prefID"]].reset_index(drop=True).assign(model=name, **columns)
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #d687352b
-def length_scores(
-    pairs,  # frame of pairs
-) -> tuple[list[int], list[int]]:  # words of the chosen and of the rejected responses
-    "Score responses by their number of words: the baseline that prefers the longer."
+def length_scores(pairs) -> tuple[list[int], list[int]]:
+    """Score responses by their number of words: the baseline that prefers the longer.
+
+    pairs: frame of pairs. Returns words of the chosen and of the rejected responses."""
     return tuple([len(text.split()) for text in pairs[side]] for side in ("chosen", "rejected"))
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #791edcc6
@@ -94,15 +92,12 @@ def _fitted(model, rows, strength: float):
 STRENGTHS = tuple(float(f"{step}e{power}") for power in range(-5, 5) for step in (1, 3))  # 0.00001 to 30,000
 
 
-def held_out_losses(
-    rows,  # differences of features and a row of zeros, (pairs + 1, dimensions)
-    groups,  # speech of each pair, (pairs,)
-    strengths: typing.Sequence[float],  # ascending
-    folds: int = 5,  # parts, or as many as there are speeches
-) -> list[
-    float
-]:  # mean -log(probability of the chosen response) of pairs that were not fitted, for each strength tried
-    "Cross-validate strengths, by speech."
+def held_out_losses(rows, groups, strengths: typing.Sequence[float], folds: int = 5) -> list[float]:
+    """Cross-validate strengths, by speech.
+
+    rows: differences of features and a row of zeros, (pairs + 1, dimensions); groups: speech of each pair,
+    (pairs,); folds: parts, or as many as there are speeches. Returns mean -log(probability of the chosen response)
+    of pairs that were not fitted, for each strength tried."""
     import numpy as np
     from sklearn.model_selection import GroupKFold
 
@@ -126,11 +121,11 @@ class BradleyTerry:
     weights: typing.Any  # array (dimensions,)
     facts: dict  # strength, at_edge, held_out_loss, losses, dimensions, pairs, speeches; plain data
 
-    def score(
-        self,
-        features,  # array or sparse matrix (responses, dimensions)
-    ):  # array (responses,); a difference of two is a log-odds
-        "Score responses; the same features have the same score in any company, to the last bit."
+    def score(self, features):
+        """Score responses; the same features have the same score in any company, to the last bit.
+
+        features: array or sparse matrix (responses, dimensions). Returns array (responses,); a difference of two is
+        a log-odds."""
         import numpy as np
 
         if isinstance(features, np.ndarray):
@@ -147,14 +142,14 @@ def _deviations(chosen, rejected):
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #99f63a63
 def fit_bradley_terry(
-    chosen,  # features of the chosen responses, array or sparse matrix (pairs, dimensions)
-    rejected,  # features of the rejected responses
-    groups,  # speech of each pair, (pairs,)
-    standardise: bool = False,  # divide each feature by its standard deviation over the responses; dense features only
-    strengths: typing.Sequence[float] = STRENGTHS,  # of which one is chosen; small holds the weights back
-    folds: int = 5,  # of the choice
-) -> BradleyTerry:  # the model
-    "Fit a Bradley-Terry model on features."
+    chosen, rejected, groups, standardise: bool = False, strengths: typing.Sequence[float] = STRENGTHS, folds: int = 5
+) -> BradleyTerry:
+    """Fit a Bradley-Terry model on features.
+
+    chosen: features of the chosen responses, array or sparse matrix (pairs, dimensions); rejected: features of the
+    rejected responses; groups: speech of each pair, (pairs,); standardise: divide each feature by its standard
+    deviation over the responses; dense features only; strengths: of which one is chosen; small holds the weights
+    back."""
     import numpy as np
     from threadpoolctl import threadpool_limits
 
@@ -187,13 +182,13 @@ def fit_bradley_terry(
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #2bf54942
 def bradley_terry_scores(
-    name: str,  # of the scorer
-    train,  # frame of training pairs
-    tests: dict,  # name -> frame of pairs to score, e.g. dev and test
-    features: typing.Callable,  # from (questions, responses), two lists, to a matrix (responses, dimensions)
-    standardise: bool = False,  # see fit_bradley_terry
-) -> tuple[dict, BradleyTerry]:  # name -> frame of kind "scores"; the model
-    "Fit on training pairs, score test pairs."
+    name: str, train, tests: dict, features: typing.Callable, standardise: bool = False
+) -> tuple[dict, BradleyTerry]:
+    """Fit on training pairs, score test pairs.
+
+    train: frame of training pairs; tests: name -> frame of pairs to score, e.g. dev and test; features: from
+    (questions, responses), two lists, to a matrix (responses, dimensions); standardise: see fit_bradley_terry.
+    Returns name -> frame of kind "scores"; the model."""
     if not len(train):
         raise StudyError(
             f"{name}: found no training pairs, expected pairs of at least 2 speeches; look at the receipt of 04_pairs"
@@ -213,11 +208,11 @@ def bradley_terry_scores(
     return {test: score_frame(pairs, name, *scores[test]) for test, pairs in tests.items()}, model
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #c8ad74af
-def length_bradley_terry(
-    train,  # frame of training pairs
-    tests: dict,  # name -> frame of pairs to score
-) -> tuple[dict, dict]:  # name -> frame of kind "scores"; facts, with the weight of the log of the words
-    "Score responses by the log of their length, as far as it tells."
+def length_bradley_terry(train, tests: dict) -> tuple[dict, dict]:
+    """Score responses by the log of their length, as far as it tells.
+
+    train: frame of training pairs; tests: name -> frame of pairs to score. Returns name -> frame of kind "scores";
+    facts, with the weight of the log of the words."""
     import numpy as np
 
     def features(questions, responses):
@@ -227,12 +222,11 @@ def length_bradley_terry(
     return frames, model.facts | {"weight": float(model.weights[0])}
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #cf02753c
-def tfidf_features(
-    train,  # frame of training pairs
-    overlap: bool = False,  # one more feature: the cosine of question and response
-    most: int = 100_000,  # words and phrases, the most frequent ones
-) -> tuple[typing.Callable, list[str]]:  # features for bradley_terry_scores, and what each column counts
-    "Learn a vocabulary from the responses of training pairs."
+def tfidf_features(train, overlap: bool = False, most: int = 100_000) -> tuple[typing.Callable, list[str]]:
+    """Learn a vocabulary from the responses of training pairs.
+
+    train: frame of training pairs; overlap: one more feature: the cosine of question and response; most: words and
+    phrases, the most frequent ones. Returns features for bradley_terry_scores, and what each column counts."""
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -260,13 +254,12 @@ def tfidf_features(
     return features, [*words.get_feature_names_out(), *["(overlap with the question)"] * overlap]
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #d0e3b018
-def tfidf_scores(
-    train,  # frame of training pairs
-    tests: dict,  # name -> frame of pairs to score
-    overlap: bool = False,  # also count the overlap with the question
-    shown: int = 10,  # words in the facts, on either side
-) -> tuple[dict, dict]:  # name -> frame of kind "scores"; facts, with the words that weigh most
-    "Score responses by their words."
+def tfidf_scores(train, tests: dict, overlap: bool = False, shown: int = 10) -> tuple[dict, dict]:
+    """Score responses by their words.
+
+    train: frame of training pairs; tests: name -> frame of pairs to score; overlap: also count the overlap with the
+    question; shown: words in the facts, on either side. Returns name -> frame of kind "scores"; facts, with the
+    words that weigh most."""
     features, names = tfidf_features(train, overlap)
     frames, model = bradley_terry_scores("tfidf-overlap" if overlap else "tfidf", train, tests, features)
     ranked = sorted(zip(model.weights.round(6).tolist(), names))
@@ -276,13 +269,11 @@ def tfidf_scores(
     }
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #17d57857
-def minilm_scores(
-    train,  # frame of training pairs
-    tests: dict,  # name -> frame of pairs to score
-    weights: Weights | None = None,  # the encoder; None takes MiniLM
-    dtype: str = "auto",  # auto, bfloat16 or float32
-) -> tuple[dict, dict]:  # name -> frame of kind "scores"; facts
-    "Score responses by their sentence embeddings."
+def minilm_scores(train, tests: dict, weights: Weights | None = None, dtype: str = "auto") -> tuple[dict, dict]:
+    """Score responses by their sentence embeddings.
+
+    train: frame of training pairs; tests: name -> frame of pairs to score; weights: the encoder; None takes MiniLM;
+    dtype: auto, bfloat16 or float32. Returns name -> frame of kind "scores"; facts."""
     import numpy as np
 
     def features(questions, responses):

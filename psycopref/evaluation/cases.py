@@ -24,10 +24,11 @@ __all__ = ['CASE_RULES', 'SIGNS', 'OTHER', 'CASE_STYLE', 'battle_margins', 'choo
            'case_markdown']
 
 # %% ../../nbs/evaluation/04_cases.ipynb #d7c0096e
-def battle_margins(
-    battles,  # frame of one policy and setting, both orders
-):  # frame: speech_id, verdict (win, loss or tie in both orders), margin (principles won less principles lost), one consistent verdict for each principle
-    "Say how clearly each battle was decided."
+def battle_margins(battles):
+    """Say how clearly each battle was decided.
+
+    battles: frame of one policy and setting, both orders. Returns frame: speech_id, verdict (win, loss or tie in
+    both orders), margin (principles won less principles lost), one consistent verdict for each principle."""
     import pandas as pd
 
     if battles.duplicated(["speech_id", "order"]).any():
@@ -55,11 +56,11 @@ CASE_RULES = {
 }
 
 
-def choose_cases(
-    battles,  # frame of one policy and setting, both orders
-    seed: int,
-) -> dict[str, str]:  # rule -> speech_id; a rule that finds nothing is left out
-    "Choose cases to read by rule."
+def choose_cases(battles, seed: int) -> dict[str, str]:
+    """Choose cases to read by rule.
+
+    battles: frame of one policy and setting, both orders. Returns rule -> speech_id; a rule that finds nothing is
+    left out."""
     from statistics import median
 
     rows = sorted(
@@ -94,15 +95,12 @@ class Case:
     rater: str = ""  # who gave the scores
 
 
-def make_case(
-    rule: str,  # a key of CASE_RULES
-    speech_id: str,  # of choose_cases
-    battles,  # frame of one policy and setting, both orders
-    answers,  # frame of kind "answers", the reference's among them
-    speeches,  # frame with speech_id and speech
-    names: tuple[str, str],  # policy, reference, as shown
-) -> Case:  # without scores
-    "Gather a case."
+def make_case(rule: str, speech_id: str, battles, answers, speeches, names: tuple[str, str]) -> Case:
+    """Gather a case.
+
+    rule: a key of CASE_RULES; battles: frame of one policy and setting, both orders; answers: frame of kind
+    "answers", the reference's among them; speeches: frame with speech_id and speech; names: policy, reference, as
+    shown. Returns without scores."""
     policy, setting = battles.policy.iloc[0], battles.setting.iloc[0]
     own = answers[answers.speech_id == speech_id]
     mine = _only(own[(own.policy == policy) & (own.setting == setting)], f"{policy}, {setting}", speech_id)
@@ -124,12 +122,11 @@ def _only(found, whose: str, speech_id: str) -> str:
     return found.response.iloc[0]
 
 # %% ../../nbs/evaluation/04_cases.ipynb #8a9c7b5f
-def four_answers(
-    answers,  # frame of kind "answers" for one speech
-    policy: str,  # of the case
-    setting: str,  # of the case
-):  # frame speech_id, model, response: the policy, the reference and two others; empty where there are fewer
-    "Put together what the rater sees."
+def four_answers(answers, policy: str, setting: str):
+    """Put together what the rater sees.
+
+    answers: frame of kind "answers" for one speech. Returns frame speech_id, model, response: the policy, the
+    reference and two others; empty where there are fewer."""
     import pandas as pd
 
     rank = [
@@ -157,17 +154,13 @@ def four_answers(
 
 
 def score_case(
-    gateway,
-    rater: str,  # gateway URI
-    speech_id: str,  # of the case
-    answers,  # frame of kind "answers"
-    speeches,  # frame with speech_id and speech
-    case: Case,  # to be scored
-    policy: str,  # its name in `answers`
-    seed: int,
-    **how,  # max_tokens and mode, as in ratings.rate
-) -> dict:  # principle -> (rating of the policy's answer, of the reference's); only what could be read
-    "Ask the rater for the two answers' scores."
+    gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how
+) -> dict:
+    """Ask the rater for the two answers' scores.
+
+    rater: gateway URI; answers: frame of kind "answers"; speeches: frame with speech_id and speech; case: to be
+    scored; policy: its name in `answers`; how: max_tokens and mode, as in ratings.rate. Returns principle ->
+    (rating of the policy's answer, of the reference's); only what could be read."""
     shown = four_answers(answers[answers.speech_id == speech_id], policy, case.setting)
     if shown.empty:
         return {}
@@ -183,10 +176,8 @@ SIGNS = {"win": "better", "loss": "worse", "tie": "undecided"}
 OTHER = {"win": "loss", "loss": "win", "tie": "tie"}
 
 
-def case_rows(
-    case: Case,  # to show
-) -> list[tuple[str, str, str]]:  # what, the policy's side, the reference's side
-    "List what is shown of a case under the client's speech."
+def case_rows(case: Case) -> list[tuple[str, str, str]]:
+    "List what is shown of a case under the client's speech. Returns what, the policy's side, the reference's side."
     rows = [("response", *case.texts), ("words", *(str(len(text.split())) for text in case.texts))]
     for key, verdict in case.verdicts.items():
         marks = [SIGNS[verdict], SIGNS[OTHER[verdict]]]
@@ -196,18 +187,14 @@ def case_rows(
     return rows
 
 
-def case_note(
-    case: Case,  # to show
-) -> str:  # plain text
-    "Say how a case was chosen and what its marks mean."
+def case_note(case: Case) -> str:
+    "Say how a case was chosen and what its marks mean. Returns plain text."
     scored = f" Numbers: 1-5 by {case.rater}, whose view need not be the judge's." if case.scores else ""
     return f"Chosen by rule: {CASE_RULES[case.rule]}.{scored} Better, worse: the judge's verdict in both orders; undecided: a tie, or the orders disagree."
 
 
-def case_frame(
-    case: Case,  # to show
-):  # frame with three columns
-    "Put a case into a table, the client's speech in its first row."
+def case_frame(case: Case):
+    "Put a case into a table, the client's speech in its first row. Returns frame with three columns."
     import pandas as pd
 
     return pd.DataFrame(
@@ -233,11 +220,8 @@ def _html(text: str) -> str:
     return html.escape("\n".join(str(text).splitlines()))
 
 
-def case_html(
-    title: str,  # of the case
-    case: Case,  # to show
-) -> str:  # an HTML fragment
-    "Show a case with both answers side by side."
+def case_html(title: str, case: Case) -> str:
+    "Show a case with both answers side by side. Returns an HTML fragment."
     (_, *texts), *rows = case_rows(case)
     names = (_html(case.names[0]), f"{_html(case.names[1])} (reference)")
     body = (
@@ -260,11 +244,8 @@ def case_html(
     )
 
 # %% ../../nbs/evaluation/04_cases.ipynb #810137b6
-def cases_page(
-    cases: list[tuple[str, Case]],  # titles and cases
-    label: Label,  # who made them
-) -> str:  # a self-contained HTML page
-    "Put all cases on one page."
+def cases_page(cases: list[tuple[str, Case]], label: Label) -> str:
+    "Put all cases on one page. cases: titles and cases; label: who made them. Returns a self-contained HTML page."
     parts = "".join(case_html(title, case) for title, case in cases) or "<p>No battle was decided in both orders.</p>"
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
@@ -296,12 +277,8 @@ def _glyph(sign: str) -> str:
     )
 
 # %% ../../nbs/evaluation/04_cases.ipynb #0e7a6a11
-def case_latex(
-    title: str,  # of the case
-    case: Case,  # to show
-    label: Label,  # who made it
-) -> str:  # a LaTeX table environment (booktabs)
-    "Typeset a case with both answers side by side."
+def case_latex(title: str, case: Case, label: Label) -> str:
+    "Typeset a case with both answers side by side. label: who made it. Returns a LaTeX table environment (booktabs)."
     lines = [
         r"\begin{table*}",
         r"\centering\small",
@@ -334,12 +311,8 @@ def _marked_down(text: str, newline: str = "<br>") -> str:
     )
 
 
-def case_markdown(
-    title: str,  # of the case
-    case: Case,  # to show
-    label: Label | None = None,  # who made it; None: left out
-) -> str:  # Markdown
-    "Write a case as Markdown, both answers side by side."
+def case_markdown(title: str, case: Case, label: Label | None = None) -> str:
+    "Write a case as Markdown, both answers side by side. label: who made it; None: left out."
     rows = [
         f"| {_marked_down(key)} | {_marked_down(mine)} | {_marked_down(theirs)} |"
         for key, mine, theirs in case_rows(case)

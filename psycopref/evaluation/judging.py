@@ -68,8 +68,8 @@ def parse_judge(spec: str) -> Judge:
     )
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f5a4b208
-def read_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:  # the main judge first, each once
-    "Parse the names of all judges."
+def read_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:
+    "Parse the names of all judges. Returns the main judge first, each once."
     return [parse_judge(spec) for spec in dict.fromkeys([main, *others])]
 
 
@@ -82,18 +82,15 @@ def check_judges(judges: typing.Sequence[Judge]) -> None:
             find_weights(find_scorer(judge.place).location)
 
 
-def open_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:  # the main judge first, each once
-    "Parse the names of all judges, and check that each can be asked."
+def open_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:
+    "Parse the names of all judges, and check that each can be asked. Returns the main judge first, each once."
     judges = read_judges(main, others)
     check_judges(judges)
     return judges
 
 # %% ../../nbs/evaluation/03_judging.ipynb #53b61287
-def judge_label(
-    judge: Judge,
-    reward: str = "",  # what the run's own reward model is
-) -> str:
-    "Return a judge's full name, for captions."
+def judge_label(judge: Judge, reward: str = "") -> str:
+    "Return a judge's full name, for captions. reward: what the run's own reward model is."
     if judge.kind == "longer":
         return "longer answer wins (a baseline, no judge)"
     if judge.kind == "reward":
@@ -101,8 +98,8 @@ def judge_label(
     return f"{chat_model(judge.place).label}{', asked only to choose' if judge.kind == 'choose' else ''}"
 
 
-def judge_names(judges: typing.Sequence[Judge]) -> dict[str, str]:  # spec -> short name, each its own
-    "Return short names for tables and axes; a stand-in keeps that word."
+def judge_names(judges: typing.Sequence[Judge]) -> dict[str, str]:
+    "Return short names for tables and axes; a stand-in keeps that word. Returns spec -> short name, each its own."
     names = {}
     for judge in judges:
         if judge.kind in ("battle", "choose"):
@@ -122,13 +119,13 @@ def judge_names(judges: typing.Sequence[Judge]) -> dict[str, str]:  # spec -> sh
     return names
 
 
-def panel_labels(judges: typing.Sequence[Judge], reward: str) -> dict[str, str]:  # spec -> full name
-    "Return the full names of all judges."
+def panel_labels(judges: typing.Sequence[Judge], reward: str) -> dict[str, str]:
+    "Return the full names of all judges. Returns spec -> full name."
     return {judge.spec: judge_label(judge, reward) for judge in judges}
 
 
-def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple, str, str]:  # models, rater, n
-    "Return what the label of a table of judges says."
+def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple, str, str]:
+    "Return what the label of a table of judges says. Returns models, rater, n."
     main, *others = labels.values()
     policies, speeches = sorted(set(table.policy)), table.speech_id.nunique()
     rater = f"{main} (main judge); others: {'; '.join(others)}"
@@ -136,13 +133,11 @@ def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple,
     return (f"policies {', '.join(policies)}", f"reference: {reference}"), rater, n
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f02e9172
-def judged_speeches(
-    speeches,  # frame of kind "speeches"
-    answers,  # frame of kind "answers"
-    n: int | None,  # at most so many; None takes all
-    seed: int,
-):  # frame of test speeches that the reference answered
-    "Choose the speeches that all judges see."
+def judged_speeches(speeches, answers, n: int | None, seed: int):
+    """Choose the speeches that all judges see.
+
+    speeches: frame of kind "speeches"; answers: frame of kind "answers"; n: at most so many; None takes all.
+    Returns frame of test speeches that the reference answered."""
     if n is not None and n < 1:
         raise StudyError(f"judges.speeches: found {n}, expected at least 1; null takes all test speeches")
     answered = set(answers.speech_id[answers.policy == "reference"])
@@ -159,11 +154,11 @@ KEYS = ["speech_id", "setting", "policy", "order"]  # what names one question to
 BASELINE = "longer"  # compared with the judges, and never counted as one
 
 
-def contests(
-    speeches,  # frame with speech_id and speech
-    answers,  # frame of kind "answers"
-):  # frame: KEYS, speech, response (of the policy), against (of the reference)
-    "List what is judged: each answer of a policy against the reference's, in both orders."
+def contests(speeches, answers):
+    """List what is judged: each answer of a policy against the reference's, in both orders.
+
+    speeches: frame with speech_id and speech; answers: frame of kind "answers". Returns frame: KEYS, speech,
+    response (of the policy), against (of the reference)."""
     import pandas as pd
 
     texts, reference = (
@@ -201,10 +196,10 @@ def _policy_verdict(found: dict, order: str) -> dict:
 VERDICT_COLUMNS = [*KEYS, "judge", "verdict", "margin"]  # margin: missing where a judge has none
 
 
-def asked_verdicts(
-    gateway, judge: Judge, table
-):  # (frame with VERDICT_COLUMNS, list of what could not be read or asked)
-    "Ask a language model about every contest."
+def asked_verdicts(gateway, judge: Judge, table):
+    """Ask a language model about every contest.
+
+    Returns (frame with VERDICT_COLUMNS, list of what could not be read or asked)."""
     import pandas as pd
 
     request, read = JUDGE_PROMPTS[judge.kind]
@@ -225,37 +220,33 @@ def asked_verdicts(
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS).astype({"margin": float}), skipped
 
 # %% ../../nbs/evaluation/03_judging.ipynb #d0396078
-def distinct_texts(table) -> dict[str, list[str]]:  # speech_id -> answers, each once
-    "Collect the answers that are scored."
+def distinct_texts(table) -> dict[str, list[str]]:
+    "Collect the answers that are scored. Returns speech_id -> answers, each once."
     return {
         name: list(dict.fromkeys([*own.against, *own.response])) for name, own in table.groupby("speech_id", sort=False)
     }
 
 
-def reward_scores(
-    scorer: str,  # folder of a reward model, or a name of `training.scoring`
-    table,  # of contests
-    folder: Path,  # where the rewards are kept
-    dtype: str = "auto",  # auto, bfloat16 or float32
-    name: str = "scoring",  # shown before the progress bar
-) -> dict:  # (speech_id, text) -> reward
-    "Score every answer with a reward model; read what an interrupted run has scored."
+def reward_scores(scorer: str, table, folder: Path, dtype: str = "auto", name: str = "scoring") -> dict:
+    """Score every answer with a reward model; read what an interrupted run has scored.
+
+    scorer: folder of a reward model, or a name of `training.scoring`; folder: where the rewards are kept; dtype:
+    auto, bfloat16 or float32; name: shown before the progress bar. Returns (speech_id, text) -> reward."""
     texts, speeches = distinct_texts(table), dict(zip(table.speech_id, table.speech))
     rewards = score_candidates(scorer, speeches, texts, folder, dtype, name)
     return {(own, text): reward for own, said in texts.items() for text, reward in zip(said, rewards[own])}
 
 
-def word_scores(table) -> dict:  # (speech_id, text) -> words
-    "Score every answer by its number of words."
+def word_scores(table) -> dict:
+    "Score every answer by its number of words. Returns (speech_id, text) -> words."
     return {(own, text): len(text.split()) for own, said in distinct_texts(table).items() for text in said}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #4cdbf03c
-def scored_verdicts(
-    judge: Judge,  # of kind reward or longer
-    table,  # of contests
-    scores: dict,  # (speech_id, text) -> score
-):  # frame with VERDICT_COLUMNS; the margin is the difference of the scores, policy less reference
-    "Let the higher score win."
+def scored_verdicts(judge: Judge, table, scores: dict):
+    """Let the higher score win.
+
+    judge: of kind reward or longer; scores: (speech_id, text) -> score. Returns frame with VERDICT_COLUMNS; the
+    margin is the difference of the scores, policy less reference."""
     import numpy as np
 
     own, theirs = ([scores[key] for key in zip(table.speech_id, table[side])] for side in ("response", "against"))
@@ -265,12 +256,11 @@ def scored_verdicts(
     )
 
 # %% ../../nbs/evaluation/03_judging.ipynb #079229cf
-def stored_verdicts(
-    judge: Judge,  # evaluation.judge
-    battles,  # frame of kind "battles"
-    table,  # of contests
-):  # frame with VERDICT_COLUMNS, of the contests that it judged
-    "Read the main judge's verdicts from the stored battles."
+def stored_verdicts(judge: Judge, battles, table):
+    """Read the main judge's verdicts from the stored battles.
+
+    judge: evaluation.judge; battles: frame of kind "battles". Returns frame with VERDICT_COLUMNS, of the contests
+    that it judged."""
     if set(battles.judge) != {judge.spec}:
         found = ", ".join(sorted(set(battles.judge))) or "nobody"
         raise StudyError(
@@ -283,15 +273,11 @@ def stored_verdicts(
     return own.assign(margin=margin / len(PRINCIPLE_KEYS))[VERDICT_COLUMNS]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #e24afe52
-def verdicts_of(
-    judge: Judge,
-    table,  # of contests
-    gateway,
-    scorer: str,  # folder of the run's own reward model
-    folder: Path,  # where rewards are kept
-    dtype: str = "auto",  # of reward models
-):  # (frame with VERDICT_COLUMNS, list of what could not be read or asked)
-    "Collect one judge's verdicts."
+def verdicts_of(judge: Judge, table, gateway, scorer: str, folder: Path, dtype: str = "auto"):
+    """Collect one judge's verdicts.
+
+    scorer: folder of the run's own reward model; folder: where rewards are kept; dtype: of reward models. Returns
+    (frame with VERDICT_COLUMNS, list of what could not be read or asked)."""
     if judge.kind in JUDGE_PROMPTS:
         return asked_verdicts(gateway, judge, table)
     if judge.kind == "longer":
@@ -303,15 +289,13 @@ def verdicts_of(
 
 # %% ../../nbs/evaluation/03_judging.ipynb #40bf45e8
 def all_verdicts(
-    judges: typing.Sequence[Judge],  # the main judge first
-    table,  # of contests
-    battles,  # frame of kind "battles", with the main judge's verdicts
-    gateway,
-    scorer: str,  # folder of the run's own reward model
-    folder: Path,  # where rewards are kept
-    dtype: str = "auto",  # of reward models
-):  # (frame with VERDICT_COLUMNS, list of what could not be read or asked)
-    "Collect the verdicts of all judges; those of the main judge are stored already."
+    judges: typing.Sequence[Judge], table, battles, gateway, scorer: str, folder: Path, dtype: str = "auto"
+):
+    """Collect the verdicts of all judges; those of the main judge are stored already.
+
+    judges: the main judge first; battles: frame of kind "battles", with the main judge's verdicts; scorer: folder
+    of the run's own reward model; folder: where rewards are kept; dtype: of reward models. Returns (frame with
+    VERDICT_COLUMNS, list of what could not be read or asked)."""
     import pandas as pd
 
     main, *others = judges
@@ -329,12 +313,11 @@ def margin_rows(judged) -> list[dict]:
     return judged.loc[judged.margin.notna(), columns].to_dict("records")
 
 # %% ../../nbs/evaluation/03_judging.ipynb #b7910494
-def percent_with_interval(
-    values,  # booleans or numbers, one for each verdict
-    speeches,  # the speech of each
-    samples: int,
-) -> str | None:  # such as "62.5 (50.1 to 75.0)"; None where there is nothing
-    "Format a share in percent with its interval over speeches."
+def percent_with_interval(values, speeches, samples: int) -> str | None:
+    """Format a share in percent with its interval over speeches.
+
+    values: booleans or numbers, one for each verdict; speeches: the speech of each. Returns such as "62.5 (50.1 to
+    75.0)"; None where there is nothing."""
     if not len(values):
         return None
     low, high = (
@@ -345,8 +328,8 @@ def percent_with_interval(
     return f"{100 * values.mean():.1f}" + ("" if low is None else f" ({low:.1f} to {high:.1f})")
 
 
-def both_orders(own):  # frame with a column for each order, of the battles read in both
-    "Arrange one judge's verdicts by order."
+def both_orders(own):
+    "Arrange one judge's verdicts by order. Returns frame with a column for each order, of the battles read in both."
     return (
         own.pivot(index=["policy", "setting", "speech_id"], columns="order", values="verdict")
         .reindex(columns=list(ORDERS))
@@ -362,13 +345,11 @@ def _longer_chosen(own, table):
     return (whole.verdict == "win") == (whole.extra > 0), whole.speech_id
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f80bc85c
-def judge_row(
-    own,  # verdicts of one judge in one setting
-    table,  # of contests, in that setting
-    skipped: typing.Sequence[dict],  # what that judge did not answer there
-    samples: int,
-) -> dict:  # one row of Table S29, without its names
-    "Summarise a judge in a setting."
+def judge_row(own, table, skipped: typing.Sequence[dict], samples: int) -> dict:
+    """Summarise a judge in a setting.
+
+    own: verdicts of one judge in one setting; table: of contests, in that setting; skipped: what that judge did not
+    answer there. Returns one row of Table S29, without its names."""
     wide, first = both_orders(own), shown_first(own)
     complete = len(own) + len(skipped) == len(table)  # else 07_win_rates skipped replies and knows why
     rates = {
@@ -390,11 +371,10 @@ def judge_row(
     }
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2ede16fa
-def judge_family(
-    judge: Judge,
-    backbone: str,  # weights that the run's own reward model was trained from
-) -> str:  # empty for rules and baselines
-    "Return the family of models that a judge belongs to."
+def judge_family(judge: Judge, backbone: str) -> str:
+    """Return the family of models that a judge belongs to.
+
+    backbone: weights that the run's own reward model was trained from. Returns empty for rules and baselines."""
     if judge.kind == "longer" or judge.place.startswith("rules:"):
         return ""
     if judge.kind == "reward":
@@ -402,23 +382,18 @@ def judge_family(
     return family(judge.place)
 
 
-def same_family_side(
-    judge: str,
-    policy: str,
-    reference: str,  # families
-) -> str:  # policy, reference, both or neither
-    "Return the side of a battle that is of the judge's family."
+def same_family_side(judge: str, policy: str, reference: str) -> str:
+    "Return the side of a battle that is of the judge's family. Returns policy, reference, both or neither."
     sides = [name for name, family in (("policy", policy), ("reference", reference)) if judge and family == judge]
     return sides[0] if len(sides) == 1 else "both" if sides else "neither"
 
 
-def judge_families(
-    judges: typing.Sequence[Judge],
-    backbone: str,  # weights that the run's own reward model was trained from
-    answers,  # frame of kind "answers"
-    reference: str,  # gateway URI of the reference model
-) -> dict[str, str]:  # judge, policy or "reference" -> family; empty for rules and baselines
-    "Return the families of all that judge or answer."
+def judge_families(judges: typing.Sequence[Judge], backbone: str, answers, reference: str) -> dict[str, str]:
+    """Return the families of all that judge or answer.
+
+    backbone: weights that the run's own reward model was trained from; answers: frame of kind "answers"; reference:
+    gateway URI of the reference model. Returns judge, policy or "reference" -> family; empty for rules and
+    baselines."""
     policies = [name for name in answers.policy.unique() if name != "reference"]
     return (
         {judge.spec: judge_family(judge, backbone) for judge in judges}
@@ -427,13 +402,11 @@ def judge_families(
     )
 
 # %% ../../nbs/evaluation/03_judging.ipynb #9f514ccc
-def self_preference(
-    judged,  # frame with VERDICT_COLUMNS of all judges
-    judge: str,  # spec
-    families: dict[str, str],  # judge, policy or "reference" -> family; empty where there is none
-    samples: int = 1000,
-) -> dict:  # side, points (percentage points) or None, low, high, n battles
-    "Compare how often a judge chooses its own family with how often others do."
+def self_preference(judged, judge: str, families: dict[str, str], samples: int = 1000) -> dict:
+    """Compare how often a judge chooses its own family with how often others do.
+
+    judged: frame with VERDICT_COLUMNS of all judges; families: judge, policy or "reference" -> family; empty where
+    there is none. Returns side, points (percentage points) or None, low, high, n battles."""
     import numpy as np
 
     wide = judged.pivot(index=KEYS, columns="judge", values="verdict").reset_index()
@@ -482,14 +455,12 @@ def _self_preference_text(found: dict) -> str:
 
 
 def judges_table(
-    judged,  # frame with VERDICT_COLUMNS of all judges
-    table,  # of contests
-    skipped: typing.Sequence[dict],  # what was not answered, of all
-    names: dict[str, str],  # of judge_names
-    families: dict[str, str],  # judge, policy or "reference" -> family
-    samples: int = 1000,
-):  # frame, one row for each setting and judge
-    "Tabulate the judges (Table S29)."
+    judged, table, skipped: typing.Sequence[dict], names: dict[str, str], families: dict[str, str], samples: int = 1000
+):
+    """Tabulate the judges (Table S29).
+
+    judged: frame with VERDICT_COLUMNS of all judges; skipped: what was not answered, of all; families: judge,
+    policy or "reference" -> family. Returns frame, one row for each setting and judge."""
     import pandas as pd
 
     rows = []
@@ -510,16 +481,14 @@ def judges_table(
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #30b59e4c
-def numbers_of(
-    cell: str | None,
-) -> tuple[float, float, float] | None:  # value, low, high; None where there is no interval
-    "Parse a cell such as 62.5 (50.1 to 75.0)."
+def numbers_of(cell: str | None) -> tuple[float, float, float] | None:
+    "Parse a cell such as 62.5 (50.1 to 75.0). Returns value, low, high; None where there is no interval."
     found = re.fullmatch(r"([-\d.]+) \(([-\d.]+) to ([-\d.]+)\)", cell or "")
     return tuple(map(float, found.groups())) if found else None
 
 
-def _by_setting(each, column: str) -> dict[str, list]:  # judge -> numbers of each setting
-    "Collect the cells of a column that are there."
+def _by_setting(each, column: str) -> dict[str, list]:
+    "Collect the cells of a column that are there. Returns judge -> numbers of each setting."
     return {judge: own[column].dropna().tolist() for judge, own in each.groupby("judge", sort=False)}
 
 
@@ -530,8 +499,10 @@ def first_shown_names(each) -> list[str]:
     return [judge for judge, own in found.items() if any(one and not one[1] <= 50 <= one[2] for one in own)]
 
 
-def win_rate_spread(each) -> tuple | None:  # policy, setting, lowest judge, its win rate, highest judge, its win rate
-    "Find the win rate on which the judges (without the baseline) differ most."
+def win_rate_spread(each) -> tuple | None:
+    """Find the win rate on which the judges (without the baseline) differ most.
+
+    Returns policy, setting, lowest judge, its win rate, highest judge, its win rate."""
     found = []
     for policy in [name.removesuffix(": win rate %") for name in each if name.endswith(": win rate %")]:
         for setting, own in each[~each.judge.str.contains("baseline")].groupby("setting", sort=False):
@@ -587,13 +558,11 @@ def _margins(judged):
     )
 
 
-def correlate_judges(
-    wide,  # frame with a column for each of two judges
-    first: str,
-    second: str,
-    kind: str,  # kendall or spearman
-) -> tuple:  # (correlation or None, rows that both have)
-    "Correlate two judges; None where one of them is constant, or there are fewer than three rows."
+def correlate_judges(wide, first: str, second: str, kind: str) -> tuple:
+    """Correlate two judges; None where one of them is constant, or there are fewer than three rows.
+
+    wide: frame with a column for each of two judges; kind: kendall or spearman. Returns (correlation or None, rows
+    that both have)."""
     if not {first, second} <= set(wide.columns):
         return None, 0
     both = wide[[first, second]].dropna()
@@ -627,12 +596,11 @@ def _why_no_kappa(wide, first: str, second: str, names: dict) -> str:
 NUMBERS = ("agreement", "low", "high", "kappa", "kappa_low", "kappa_high")
 
 
-def agreements(
-    judged,  # frame with VERDICT_COLUMNS of all judges
-    names: dict[str, str],  # of judge_names
-    samples: int = 1000,
-):  # frame: first, second, n, NUMBERS, tau, places (rows of tau), rho, answers (rows of rho), remark
-    "Compare each two judges on what both judged; κ is missing where it says nothing."
+def agreements(judged, names: dict[str, str], samples: int = 1000):
+    """Compare each two judges on what both judged; κ is missing where it says nothing.
+
+    judged: frame with VERDICT_COLUMNS of all judges. Returns frame: first, second, n, NUMBERS, tau, places (rows of
+    tau), rho, answers (rows of rho), remark."""
     import itertools
     import math
 
@@ -674,11 +642,11 @@ def agreements(
     ).astype({"tau": float, "rho": float})
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2a52c1c0
-def panel_alpha(
-    judged,  # frame with VERDICT_COLUMNS of all judges
-    samples: int = 1000,
-) -> dict:  # alpha, low, high (None where undefined), n battles that at least two judged
-    "Compute Krippendorff's α of all judges, without the baseline."
+def panel_alpha(judged, samples: int = 1000) -> dict:
+    """Compute Krippendorff's α of all judges, without the baseline.
+
+    judged: frame with VERDICT_COLUMNS of all judges. Returns alpha, low, high (None where undefined), n battles
+    that at least two judged."""
     wide = judged[judged.judge != BASELINE].pivot(index=KEYS, columns="judge", values="verdict")
     wide = wide[wide.notna().sum(axis=1) >= 2]
     if wide.empty or wide.stack().nunique() < 2:
@@ -697,12 +665,10 @@ def _with_interval(value, low, high, digits: int) -> str | None:
     )
 
 
-def agreement_table(
-    pairs,  # of agreements
-    alpha: dict,  # of panel_alpha
-    names: dict[str, str],  # of judge_names
-):  # frame: pairs of judges, all together, and the paper's number in a column of its own
-    "Tabulate the agreement of the judges (Table S30)."
+def agreement_table(pairs, alpha: dict, names: dict[str, str]):
+    """Tabulate the agreement of the judges (Table S30).
+
+    Returns frame: pairs of judges, all together, and the paper's number in a column of its own."""
     import pandas as pd
 
     rows = [
@@ -786,8 +752,8 @@ def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
     ]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #bacd5b28
-def kappa_figure(pairs, names: dict[str, str]):  # matplotlib figure
-    "Draw κ of each two judges (`agreements`) as a heat map with numbers."
+def kappa_figure(pairs, names: dict[str, str]):
+    "Draw κ of each two judges (`agreements`) as a heat map with numbers. Returns matplotlib figure."
     import textwrap
 
     import numpy as np
@@ -855,13 +821,12 @@ def kappa_sentences(pairs, names: dict[str, str]) -> list[str]:
     ]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #6dc214c5
-def disagreements(
-    judged,  # frame with VERDICT_COLUMNS of all judges
-    main: str,  # spec of the main judge
-    n: int = 3,  # examples, at most
-    seed: int = 0,  # breaks ties
-):  # frame: policy, setting, speech_id, opposed, judges, then a column for each judge with win, loss, tie or missing
-    "Find answers on which most judges contradict the main judge."
+def disagreements(judged, main: str, n: int = 3, seed: int = 0):
+    """Find answers on which most judges contradict the main judge.
+
+    judged: frame with VERDICT_COLUMNS of all judges; main: spec of the main judge; n: examples, at most; seed:
+    breaks ties. Returns frame: policy, setting, speech_id, opposed, judges, then a column for each judge with win,
+    loss, tie or missing."""
     import pandas as pd
 
     keys, opposite = ["policy", "setting", "speech_id"], {"win": "loss", "loss": "win"}
@@ -896,13 +861,10 @@ NO_DISAGREEMENT = (
 )
 
 
-def disagreement_table(
-    found,  # of disagreements
-    table,  # of contests
-    names: dict[str, str],  # of judge_names, the main judge first
-    characters: int = 320,  # of each text
-):  # frame, one row for each example
-    "Tabulate disagreements, with shortened texts (Table S37)."
+def disagreement_table(found, table, names: dict[str, str], characters: int = 320):
+    """Tabulate disagreements, with shortened texts (Table S37).
+
+    names: of judge_names, the main judge first; characters: of each text. Returns frame, one row for each example."""
     import textwrap
 
     import pandas as pd

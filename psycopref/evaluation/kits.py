@@ -29,18 +29,18 @@ __all__ = ['SIDES', 'TASKS', 'CONTACT', 'digest', 'allocate_proportionally', 'dr
            'label_studio_config', 'safe_cell', 'kit_csv', 'kit_readme', 'write_kits', 'run_kits', 'kit_table']
 
 # %% ../../nbs/evaluation/05_kits.ipynb #0c707319
-def digest(
-    *parts,  # what the number hangs on: a seed, a purpose, ids
-) -> str:  # 64 hexadecimal digits
-    "Return a stable random-looking word for some values."
+def digest(*parts) -> str:
+    """Return a stable random-looking word for some values.
+
+    parts: what the number hangs on: a seed, a purpose, ids. Returns 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps([str(part) for part in parts], ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c0b60716
-def allocate_proportionally(
-    sizes: dict[str, int],  # stratum -> how many there are
-    n: int,  # places to give
-) -> dict[str, int]:  # stratum -> how many are drawn; all where there are no more than n
-    "Share n places out in proportion, by largest remainders."
+def allocate_proportionally(sizes: dict[str, int], n: int) -> dict[str, int]:
+    """Share n places out in proportion, by largest remainders.
+
+    sizes: stratum -> how many there are; n: places to give. Returns stratum -> how many are drawn; all where there
+    are no more than n."""
     total = sum(sizes.values())
     if n >= total:
         return dict(sizes)
@@ -49,14 +49,12 @@ def allocate_proportionally(
     return {name: given[name] + (name in order[: n - sum(given.values())]) for name in sizes}
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8edbe005
-def draw_evenly(
-    rows,  # frame with speech_id and stratum
-    n: int,  # how many; fewer come back where there are fewer speeches
-    seed: int,
-    purpose: str,  # keeps draws of one seed apart
-    later: typing.Collection[str] = (),  # speeches that are taken only where the others do not suffice
-):  # frame: at most one row of a speech, in an order that does not depend on the order of the input
-    "Draw rows in proportion to their strata."
+def draw_evenly(rows, n: int, seed: int, purpose: str, later: typing.Collection[str] = ()):
+    """Draw rows in proportion to their strata.
+
+    rows: frame with speech_id and stratum; n: how many; fewer come back where there are fewer speeches; purpose:
+    keeps draws of one seed apart; later: speeches that are taken only where the others do not suffice. Returns
+    frame: at most one row of a speech, in an order that does not depend on the order of the input."""
     if n < 1:
         raise StudyError(f"kits: {n} items asked for {purpose}, expected 1 or more; mend the settings of agreement")
     if rows.empty:
@@ -74,20 +72,18 @@ def draw_evenly(
 SIDES = ["speech_id", "setting", "stratum", "client_speech", "name_a", "response_a", "name_b", "response_b"]
 
 
-def gap_stratum(
-    gap: int,  # difference of two sums of seven ratings
-) -> str:  # by steps of half a point of the mean
-    "Name the size of a preference."
+def gap_stratum(gap: int) -> str:
+    """Name the size of a preference.
+
+    gap: difference of two sums of seven ratings. Returns by steps of half a point of the mean."""
     return "gap under 1.5" if gap < 11 else "gap 1.5 to 2" if gap < 14 else "gap of 2 or more"
 
 
-def draw_label_pairs(
-    pairs,  # frame in the released schema
-    n: int,  # pairs to draw (§3.4: 200)
-    seed: int,
-    speeches=None,  # frame with speech_id and coarse_topic; without it strata are gaps
-):  # frame with the columns SIDES; setting is "labels"
-    "Draw preference pairs, in proportion to topics or to gaps."
+def draw_label_pairs(pairs, n: int, seed: int, speeches=None):
+    """Draw preference pairs, in proportion to topics or to gaps.
+
+    pairs: frame in the released schema; n: pairs to draw (§3.4: 200); speeches: frame with speech_id and
+    coarse_topic; without it strata are gaps. Returns frame with the columns SIDES; setting is "labels"."""
     sums = [pairs[[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS]].sum(axis=1) for side in ("chosen", "rejected")]
     stratum = (sums[0] - sums[1]).map(gap_stratum)
     if speeches is not None:
@@ -99,12 +95,11 @@ def draw_label_pairs(
     return draw_evenly(rows[SIDES], n, seed, "labels")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c92ae0bc
-def side_answers(
-    answers,  # frame of answers
-    policy: str,  # a policy, or "reference"
-    setting: str,  # free or length; the reference answers freely in both (§4.2)
-):  # frame with speech_id and response
-    "Pick the answers of one side."
+def side_answers(answers, policy: str, setting: str):
+    """Pick the answers of one side.
+
+    answers: frame of answers; policy: a policy, or "reference"; setting: free or length; the reference answers
+    freely in both (§4.2). Returns frame with speech_id and response."""
     wanted = "free" if policy == "reference" else setting
     found = answers[(answers.policy == policy) & (answers.setting == wanted)]
     if found.empty:
@@ -116,12 +111,11 @@ def side_answers(
     return found[["speech_id", "response"]]
 
 
-def with_speeches(
-    rows,  # frame with speech_id
-    speeches,  # frame of speeches
-    **columns,  # further columns
-):  # frame with the columns SIDES
-    "Add the client's words and the topic."
+def with_speeches(rows, speeches, **columns):
+    """Add the client's words and the topic.
+
+    rows: frame with speech_id; speeches: frame of speeches; columns: further columns. Returns frame with the
+    columns SIDES."""
     known = speeches[["speech_id", "speech", "coarse_topic"]].rename(
         columns={"speech": "client_speech", "coarse_topic": "stratum"}
     )
@@ -136,31 +130,25 @@ def with_speeches(
 
 # %% ../../nbs/evaluation/05_kits.ipynb #fa0a525d
 def draw_answer_pairs(
-    answers,  # frame of answers
-    speeches,  # frame of speeches
-    policy: str,  # whose answers
-    setting: str,  # free or length
-    n: int,  # pairs to draw (§4.2: 100 in each setting)
-    seed: int,
-    later: typing.Collection[str] = (),  # speeches of an earlier draw, to be left for last
-):  # frame with the columns SIDES
-    "Draw answers of a policy beside the reference's, in proportion to coarse topics."
+    answers, speeches, policy: str, setting: str, n: int, seed: int, later: typing.Collection[str] = ()
+):
+    """Draw answers of a policy beside the reference's, in proportion to coarse topics.
+
+    answers: frame of answers; speeches: frame of speeches; policy: whose answers; setting: free or length; n: pairs
+    to draw (§4.2: 100 in each setting); later: speeches of an earlier draw, to be left for last. Returns frame with
+    the columns SIDES."""
     own, others = side_answers(answers, policy, setting), side_answers(answers, "reference", setting)
     both = own.merge(others, on="speech_id", suffixes=("_a", "_b"), validate="one_to_one")
     rows = with_speeches(both, speeches, setting=setting, name_a=policy, name_b="reference")
     return draw_evenly(rows, n, seed, f"{policy} beside the reference, {setting}", later)
 
 
-def draw_answers(
-    answers,  # frame of answers
-    speeches,  # frame of speeches
-    policy: str,  # whose answers
-    setting: str,  # free or length
-    n: int,  # answers to draw (§4.2, Fig. 3: 100)
-    seed: int,
-    later: typing.Collection[str] = (),  # speeches of an earlier draw, to be left for last
-):  # frame with the columns SIDES; the second side is empty
-    "Draw answers of a policy, in proportion to coarse topics."
+def draw_answers(answers, speeches, policy: str, setting: str, n: int, seed: int, later: typing.Collection[str] = ()):
+    """Draw answers of a policy, in proportion to coarse topics.
+
+    answers: frame of answers; speeches: frame of speeches; policy: whose answers; setting: free or length; n:
+    answers to draw (§4.2, Fig. 3: 100); later: speeches of an earlier draw, to be left for last. Returns frame with
+    the columns SIDES; the second side is empty."""
     rows = side_answers(answers, policy, setting).rename(columns={"response": "response_a"})
     rows = with_speeches(rows, speeches, setting=setting, name_a=policy, name_b="", response_b="")
     return draw_evenly(rows, n, seed, f"scores of {policy}, {setting}", later)
@@ -169,21 +157,19 @@ def draw_answers(
 TASKS = ("compare", "score")
 
 
-def side_orders(
-    rows,  # frame with setting and _lot, a random-looking word for each row
-) -> list[bool]:  # whether the row's sides are swapped
-    "Swap one half of the rows of each setting."
+def side_orders(rows) -> list[bool]:
+    """Swap one half of the rows of each setting.
+
+    rows: frame with setting and _lot, a random-looking word for each row. Returns whether the row's sides are
+    swapped."""
     lots = rows.groupby("setting")._lot
     rank, size = lots.rank(method="first").astype(int), lots.transform("size")
     extra = [int(digest("odd", lot)[0], 16) % 2 for lot in lots.transform("min")]
     return [place <= (count + odd) // 2 for place, count, odd in zip(rank, size, extra)]
 
 
-def check_rows(
-    rows,  # frame as the draws return it
-    task: str,  # compare or score
-) -> None:
-    "Refuse rows that can't become a kit."
+def check_rows(rows, task: str) -> None:
+    "Refuse rows that can't become a kit. rows: frame as the draws return it; task: compare or score."
     if task not in TASKS:
         raise StudyError(f"kits: task {task!r} does not exist, expected one of {', '.join(TASKS)}")
     absent = [name for name in SIDES if name not in rows.columns]
@@ -205,13 +191,12 @@ def check_rows(
         )
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8bb77bcb
-def make_kit(
-    rows,  # frame with the columns SIDES, of one draw or several
-    task: str,  # compare or score
-    title: str,  # what annotators read above the kit; must not tell sides or settings
-    seed: int,
-) -> tuple[dict, typing.Any]:  # the kit, which may be handed out; its key, a frame that may not
-    "Shuffle rows and sides, and keep what must not be seen apart from what must."
+def make_kit(rows, task: str, title: str, seed: int) -> tuple[dict, typing.Any]:
+    """Shuffle rows and sides, and keep what must not be seen apart from what must.
+
+    rows: frame with the columns SIDES, of one draw or several; task: compare or score; title: what annotators read
+    above the kit; must not tell sides or settings. Returns the kit, which may be handed out; its key, a frame that
+    may not."""
     import pandas as pd
 
     check_rows(rows, task)
@@ -260,18 +245,16 @@ def _shown(row, task: str, swapped: bool) -> list[tuple[str, str]]:
 CONTACT = "the person who gave you this kit"
 
 
-def data_block(
-    value,  # plain data
-) -> str:  # JSON that no text can break out of
-    "Write JSON that is safe inside a script element."
+def data_block(value) -> str:
+    "Write JSON that is safe inside a script element. value: plain data. Returns JSON that no text can break out of."
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def page_policy(
-    page: str,  # the template
-) -> str:  # the content security policy
-    "Allow the page's own script and style, by their hashes, and nothing else."
+def page_policy(page: str) -> str:
+    """Allow the page's own script and style, by their hashes, and nothing else.
+
+    page: the template. Returns the content security policy."""
 
     def source(tag):
         body = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
@@ -280,44 +263,37 @@ def page_policy(
     return f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; base-uri 'none'; form-action 'none'"
 
 
-def kit_html(
-    kit: dict,  # of make_kit
-    contact: str = CONTACT,  # whom an annotator tells what troubles her, and gives the file
-) -> str:  # a page that needs nothing else
-    "Make the page of a kit."
+def kit_html(kit: dict, contact: str = CONTACT) -> str:
+    """Make the page of a kit.
+
+    contact: whom an annotator tells what troubles her, and gives the file. Returns a page that needs nothing else."""
     page = resource_path("kit.html").read_text(encoding="utf-8")
     slots = {"__POLICY__": page_policy(page), "__CONTACT__": html.escape(contact), "__KIT__": data_block(kit)}
     return re.sub("|".join(slots), lambda match: slots[match[0]], page)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #6ab01961
-def item_fields(
-    item: dict,  # of a kit
-) -> dict[str, str]:  # client_speech, response_1 and, in a comparison, response_2
-    "Name the texts of an item."
+def item_fields(item: dict) -> dict[str, str]:
+    "Name the texts of an item. Returns client_speech, response_1 and, in a comparison, response_2."
     return {"client_speech": item["client_speech"]} | {
         f"response_{i}": text for i, text in enumerate(item["responses"], 1)
     }
 
 
-def questions_of(
-    kit: dict,  # of make_kit
-) -> tuple[str, ...]:  # keys in the order asked: seven principles and, in a comparison, overall
-    "List what is asked of each item."
+def questions_of(kit: dict) -> tuple[str, ...]:
+    """List what is asked of each item.
+
+    Returns keys in the order asked: seven principles and, in a comparison, overall."""
     return BATTLE_KEYS if kit["task"] == "compare" else PRINCIPLE_KEYS
 
 
-def label_studio_tasks(
-    kit: dict,  # of make_kit
-) -> list[dict]:  # to be imported as JSON
-    "Write a kit's items as Label Studio's tasks."
+def label_studio_tasks(kit: dict) -> list[dict]:
+    "Write a kit's items as Label Studio's tasks. Returns to be imported as JSON."
     return [
         {"data": {"kit_id": kit["kit_id"], "item_id": item["item_id"], **item_fields(item)}} for item in kit["items"]
     ]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #d2a37743
-def label_studio_config(
-    kit: dict,  # of make_kit
-) -> str:  # XML
+def label_studio_config(kit: dict) -> str:
     "Write the labelling configuration: texts, a choice or a rating for each question, a note."
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Style").text = ".htx-text { white-space: pre-wrap; }"
@@ -362,19 +338,15 @@ def _label_studio_question(view, key: str, task: str) -> None:
 _FORMULA = "=+\\-@\uff0b\uff0d\uff1d\uff20"  # ASCII and the full-width forms that some spreadsheets take for them
 
 
-def safe_cell(
-    text: str,  # any text
-) -> str:  # the same for a reader, no formula for a spreadsheet
-    "Disarm a cell, line by line and at every separator."
+def safe_cell(text: str) -> str:
+    "Disarm a cell, line by line and at every separator. Returns the same for a reader, no formula for a spreadsheet."
     text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = re.sub(rf'(?<=[\n;\t,])([\s"]*)(?=[{_FORMULA}])', "\\1\u00a0", text)
     return f"'{text}" if re.match(rf"[\s\"]*[{_FORMULA}]", text) else text
 
 
-def kit_csv(
-    kit: dict,  # of make_kit
-) -> str:  # one row an item, with empty columns for the answers
-    "Write a kit as a sheet."
+def kit_csv(kit: dict) -> str:
+    "Write a kit as a sheet. Returns one row an item, with empty columns for the answers."
     texts, asked = list(item_fields(kit["items"][0])), [*questions_of(kit), "note"]
     sheet = io.StringIO()
     writer = csv.writer(sheet, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
@@ -422,11 +394,8 @@ Kit {kit_id}. Hand the file over to {contact}.
 """
 
 
-def kit_readme(
-    kit: dict,  # of make_kit
-    contact: str = CONTACT,  # whom annotators turn to
-) -> str:  # plain text
-    "Word what annotators should know before they begin."
+def kit_readme(kit: dict, contact: str = CONTACT) -> str:
+    "Word what annotators should know before they begin. contact: whom annotators turn to. Returns plain text."
     what = (
         "Read what the client said and two responses; say which one is better on each principle and overall."
         if kit["task"] == "compare"
@@ -445,12 +414,10 @@ def kit_readme(
     )
 
 # %% ../../nbs/evaluation/05_kits.ipynb #04d50eb0
-def write_kits(
-    folder: Path,  # made where it is not there
-    kit: dict,  # of make_kit
-    contact: str = CONTACT,  # whom annotators turn to
-) -> list[Path]:  # what may be handed out
-    "Write a kit in its three forms, with a text for annotators."
+def write_kits(folder: Path, kit: dict, contact: str = CONTACT) -> list[Path]:
+    """Write a kit in its three forms, with a text for annotators.
+
+    folder: made where it is not there; contact: whom annotators turn to. Returns what may be handed out."""
     folder = Path(folder)
     texts = {
         "kit.html": kit_html(kit, contact),
@@ -465,15 +432,11 @@ def write_kits(
     return [*(write_json(folder / name, value) for name, value in plain.items()), *(folder / name for name in texts)]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #94dc290b
-def run_kits(
-    pairs,  # frame of pairs in the released schema
-    answers,  # frame of answers
-    speeches,  # frame of speeches
-    policy: str,  # whose answers
-    settings: AgreementSettings,  # how many
-    seed: int,
-) -> dict[str, tuple]:  # labels, answers, scores -> (kit, key)
-    "Draw and make the kits of §3.4 and §4.2."
+def run_kits(pairs, answers, speeches, policy: str, settings: AgreementSettings, seed: int) -> dict[str, tuple]:
+    """Draw and make the kits of §3.4 and §4.2.
+
+    pairs: frame of pairs in the released schema; answers: frame of answers; speeches: frame of speeches; policy:
+    whose answers. Returns labels, answers, scores -> (kit, key)."""
     import pandas as pd
 
     labels = draw_label_pairs(pairs, settings.label_pairs, seed, speeches)
@@ -489,11 +452,11 @@ def run_kits(
     }
 
 
-def kit_table(
-    kits: dict[str, tuple],  # of run_kits
-    settings: AgreementSettings,  # how many were asked for
-):  # frame: kit, kit_id, task, setting, asked, items, how often the chosen response or the policy stands first (empty for scores)
-    "Count what was drawn beside what was asked for: fewer where the run has fewer speeches."
+def kit_table(kits: dict[str, tuple], settings: AgreementSettings):
+    """Count what was drawn beside what was asked for: fewer where the run has fewer speeches.
+
+    settings: how many were asked for. Returns frame: kit, kit_id, task, setting, asked, items, how often the chosen
+    response or the policy stands first (empty for scores)."""
     import pandas as pd
 
     asked, rows = {"labels": settings.label_pairs, "answers": settings.battle_pairs, "scores": settings.scored}, []

@@ -72,18 +72,19 @@ PUBLISHED = {
 }  # pairs of each subset
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #cc8cef84
-def section_shares(
-    section: str,  # Chat, Chat Hard, Safety, Reasoning or Prior Sets
-) -> dict[str, float]:  # subset -> its share of the section's score; they sum to 1
-    "Say how much each subset counts in a section."
+def section_shares(section: str) -> dict[str, float]:
+    """Say how much each subset counts in a section.
+
+    section: Chat, Chat Hard, Safety, Reasoning or Prior Sets. Returns subset -> its share of the section's score;
+    they sum to 1."""
     weights = WEIGHTS[section]
     return {subset: weight / sum(weights.values()) for subset, weight in weights.items()}
 
 
-def overall_shares(
-    prior: bool = False,  # True: with the prior sets
-) -> dict[str, float]:  # subset -> its share of the overall score; they sum to 1
-    "Say how much each subset counts in the overall score."
+def overall_shares(prior: bool = False) -> dict[str, float]:
+    """Say how much each subset counts in the overall score.
+
+    prior: True: with the prior sets. Returns subset -> its share of the overall score; they sum to 1."""
     sections = WEIGHTS if prior else SECTIONS
     whole = sum(SECTION_WEIGHT[section] for section in sections)
     return {
@@ -211,11 +212,11 @@ def _read_pairs(path: Path):
     )
 
 
-def read_reward_bench(
-    *places: str
-    | Path,  # files, folders, URLs, hf://datasets/OWNER/NAME@REVISION, or reward-bench: from the hub, as without a place
-):  # frame: ID, prefID, question, messages (turns before the response), chosen, rejected, subset
-    "Read RewardBench's pairs, and those of the older sets where a place holds them."
+def read_reward_bench(*places: str | Path):
+    """Read RewardBench's pairs, and those of the older sets where a place holds them.
+
+    places: files, folders, URLs, hf://datasets/OWNER/NAME@REVISION, or reward-bench: from the hub, as without a
+    place. Returns frame: ID, prefID, question, messages (turns before the response), chosen, rejected, subset."""
     import pandas as pd
 
     given = [place if str(place) != BENCH.name else BENCH.homes[0] for place in places or BENCH.homes]
@@ -225,14 +226,8 @@ def read_reward_bench(
     return pairs
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #f1c866f3
-def _interval(
-    score: float,  # the value
-    residuals: np.ndarray,  # contribution of each pair minus its expectation, (n,)
-    prompts: np.ndarray,  # number of each pair's prompt, (n,)
-    samples: int,  # resamples
-    seed: int,  # of the resampling
-) -> tuple[float, float]:  # 95% interval; NaN where there is one prompt
-    "Bootstrap a score over prompts."
+def _interval(score: float, residuals: np.ndarray, prompts: np.ndarray, samples: int, seed: int) -> tuple[float, float]:
+    "Bootstrap a score over prompts. Returns 95% interval; NaN where there is one prompt."
     if len(set(prompts.tolist())) < 2:
         return np.nan, np.nan
     low, high = bootstrap(np.sum, residuals, clusters=prompts, samples=samples, seed=seed)
@@ -291,10 +286,8 @@ def _scored(pairs, chosen_scores, rejected_scores):
     )
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #fce257c9
-def _parts(
-    subsets: typing.Sequence[str],  # of each pair
-) -> list[tuple[str, str, dict[str, float]]]:  # level, name, shares
-    "List the rows of the table."
+def _parts(subsets: typing.Sequence[str]) -> list[tuple[str, str, dict[str, float]]]:
+    "List the rows of the table. Returns level, name, shares."
     from collections import Counter
 
     there = Counter(subsets)
@@ -309,13 +302,13 @@ def _parts(
 
 
 def score_reward_bench(
-    pairs,  # frame of read_reward_bench
-    chosen_scores: np.ndarray,  # of the chosen responses, (n,), any unit
-    rejected_scores: np.ndarray,  # of the rejected responses, (n,), same unit
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the resampling
-):  # frame: level (overall, micro, section, subset), name, n, accuracy, low, high (fractions; NaN where a part lacks), note
-    "Score RewardBench as its leaderboard does, and over all pairs alike; ties lose."
+    pairs, chosen_scores: np.ndarray, rejected_scores: np.ndarray, samples: int = 1000, seed: int = 0
+):
+    """Score RewardBench as its leaderboard does, and over all pairs alike; ties lose.
+
+    pairs: frame of read_reward_bench; chosen_scores: of the chosen responses, (n,), any unit; rejected_scores: of
+    the rejected responses, (n,), same unit. Returns frame: level (overall, micro, section, subset), name, n,
+    accuracy, low, high (fractions; NaN where a part lacks), note."""
     import pandas as pd
 
     frame = _scored(pairs, chosen_scores, rejected_scores)

@@ -33,20 +33,21 @@ SETTINGS = {"free": "w/o length constraint", "length": "w/ length constraint"}
 TRAININGS = ("", "DPO", "DPO-Iter")  # of a policy's name, behind " + "
 
 
-def policy_key(
-    policy: str,  # name, such as "Llama-3.2-3B-Instruct + DPO"
-) -> tuple:  # for sorting: billions of parameters, base model, place of the training, name
-    "Place a policy as the paper's Table 2 does."
+def policy_key(policy: str) -> tuple:
+    """Place a policy as the paper's Table 2 does.
+
+    policy: name, such as "Llama-3.2-3B-Instruct + DPO". Returns for sorting: billions of parameters, base model,
+    place of the training, name."""
     base, _, training = policy.partition(" + ")
     found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", base, re.IGNORECASE)
     size = float(found[1]) * {"b": 1, "m": 0.001}[found[2].lower()] if found else math.inf
     return size, base, TRAININGS.index(training) if training in TRAININGS else len(TRAININGS), policy
 
 
-def places(
-    frame,  # with columns setting and policy
-) -> list[tuple[str, str]]:  # (setting, policy), each once
-    "List the rows of Table 2 that a frame can fill."
+def places(frame) -> list[tuple[str, str]]:
+    """List the rows of Table 2 that a frame can fill.
+
+    frame: with columns setting and policy. Returns (setting, policy), each once."""
     pairs = set(zip(frame.setting, frame.policy))
     return sorted(pairs, key=lambda pair: (list(SETTINGS).index(pair[0]), policy_key(pair[1])))
 
@@ -60,11 +61,11 @@ def _refuse(found, expected: str, remedy: str) -> None:
         raise ValueError(f"win_rates: found {list(found)[:3]}, expected {expected}; {remedy}")
 
 
-def checked_battles(
-    battles,  # frame of kind "battles", one judge
-    speeches,  # frame with speech_id, topic and coarse_topic
-):  # the battles, sorted, with topic and coarse_topic
-    "Join battles and topics; refuse what cannot be tabulated."
+def checked_battles(battles, speeches):
+    """Join battles and topics; refuse what cannot be tabulated.
+
+    battles: frame of kind "battles", one judge; speeches: frame with speech_id, topic and coarse_topic. Returns the
+    battles, sorted, with topic and coarse_topic."""
     _refuse(
         [name for name in _NEEDED if name not in battles.columns],
         "every column of the battles in place of these missing ones",
@@ -100,21 +101,19 @@ READINGS = ("one order", "swap-consistent")
 _KEYS = ["setting", "policy", "speech_id"]
 
 
-def judged_twice(
-    verdicts,  # frame with setting, policy, speech_id and order
-    keys: list[str] = _KEYS,  # what names a battle
-):  # the rows of battles that were judged in both orders
-    "Leave out battles of which one order is missing."
+def judged_twice(verdicts, keys: list[str] = _KEYS):
+    """Leave out battles of which one order is missing.
+
+    verdicts: frame with setting, policy, speech_id and order; keys: what names a battle. Returns the rows of
+    battles that were judged in both orders."""
     return verdicts[verdicts.groupby(keys).order.transform("nunique") == len(ORDERS)]
 
 
-def read_verdicts(
-    battles,  # frame of kind "battles"
-    reading: str,  # one of READINGS
-    seed: int,  # of the run; draws the order of the first reading
-    column: str = "verdict",  # or "<principle>_verdict"
-):  # frame: setting, policy, speech_id, verdict
-    "Read one verdict for each speech, policy and setting."
+def read_verdicts(battles, reading: str, seed: int, column: str = "verdict"):
+    """Read one verdict for each speech, policy and setting.
+
+    battles: frame of kind "battles"; reading: one of READINGS; seed: of the run; draws the order of the first
+    reading; column: or "<principle>_verdict". Returns frame: setting, policy, speech_id, verdict."""
     if reading not in READINGS:
         raise ValueError(
             f"win_rates: reading {reading!r} found, expected one of {', '.join(READINGS)}; correct the name"
@@ -128,13 +127,11 @@ def read_verdicts(
     return told[[*_KEYS, "verdict"]].sort_values(_KEYS, ignore_index=True)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #79cde6f0
-def rate_row(
-    verdicts,  # frame: speech_id, verdict; may be empty
-    samples: int = 1000,  # bootstrap resamples
-    level: float = 0.95,  # coverage of the interval
-    seed: int = 0,  # of the resampling
-) -> dict:  # n, wins, losses, ties, win_rate, low, high (percent)
-    "Count verdicts and rate them."
+def rate_row(verdicts, samples: int = 1000, level: float = 0.95, seed: int = 0) -> dict:
+    """Count verdicts and rate them.
+
+    verdicts: frame: speech_id, verdict; may be empty; level: coverage of the interval. Returns n, wins, losses,
+    ties, win_rate, low, high (percent)."""
     if not len(verdicts):
         return {"n": 0, "wins": 0, "losses": 0, "ties": 0, "win_rate": np.nan, "low": np.nan, "high": np.nan}
     counts = verdict_counts(verdicts.verdict.to_numpy())
@@ -151,10 +148,10 @@ def rate_row(
     }
 
 
-def macro_row(
-    rows: list[dict],  # of rate_row, one for each topic
-) -> dict:  # the same keys; counts are sums
-    "Average topics that have speeches."
+def macro_row(rows: list[dict]) -> dict:
+    """Average topics that have speeches.
+
+    rows: of rate_row, one for each topic. Returns the same keys; counts are sums."""
     rows = [row for row in rows if row["n"]]
     sums = {name: sum(row[name] for row in rows) for name in ("n", "wins", "losses", "ties")}
     if not rows:
@@ -167,22 +164,22 @@ def macro_row(
 MEAN = "mean over topics"
 
 
-def group_rows(
-    verdicts,  # frame of one policy, setting and reading, with the group's column
-    by: str,  # topic / coarse_topic
-    groups: list[str],  # in order; one without verdicts keeps its row
-    **interval,  # samples, level, seed
-) -> list[dict]:  # rows of rate_row with "group", the mean over topics last
-    "Rate verdicts by topic."
+def group_rows(verdicts, by: str, groups: list[str], **interval) -> list[dict]:
+    """Rate verdicts by topic.
+
+    verdicts: frame of one policy, setting and reading, with the group's column; by: topic / coarse_topic; groups:
+    in order; one without verdicts keeps its row; interval: samples, level, seed. Returns rows of rate_row with
+    "group", the mean over topics last."""
     parts = dict(tuple(verdicts.groupby(by)))
     rows = [{"group": group, **rate_row(parts.get(group, verdicts.iloc[:0]), **interval)} for group in groups]
     return [*rows, {"group": MEAN, **macro_row(rows)}]
 
 
-def fine_topics(
-    speeches,  # frame with topic and coarse_topic
-) -> list[str]:  # slugs, coarse topic after coarse topic
-    "List the fine topics that the speeches have, in the paper's order; a topic of the user's own comes last in its coarse topic."
+def fine_topics(speeches) -> list[str]:
+    """List the fine topics that the speeches have, in the paper's order; a topic of the user's own comes last in its
+    coarse topic.
+
+    speeches: frame with topic and coarse_topic. Returns slugs, coarse topic after coarse topic."""
     have = dict(zip(speeches.topic, speeches.coarse_topic))
     known = {slug: list(node["topics"]) for slug, node in coarse_topics().items()}
     return [
@@ -196,14 +193,12 @@ def fine_topics(
 GROUPINGS = ("all", "coarse topic", "fine topic", "principle")
 
 
-def win_rate_cells(
-    battles,  # frame of kind "battles", one judge
-    speeches,  # frame of the speeches that were judged: speech_id, topic, coarse_topic
-    seed: int,
-    samples: int = 1000,  # bootstrap resamples
-    level: float = 0.95,  # coverage of the intervals
-):  # frame: setting, policy, reading, grouping, group, n, wins, losses, ties, win_rate, low, high (percent)
-    "Rate every policy in every setting, reading and group."
+def win_rate_cells(battles, speeches, seed: int, samples: int = 1000, level: float = 0.95):
+    """Rate every policy in every setting, reading and group.
+
+    battles: frame of kind "battles", one judge; speeches: frame of the speeches that were judged: speech_id, topic,
+    coarse_topic; level: coverage of the intervals. Returns frame: setting, policy, reading, grouping, group, n,
+    wins, losses, ties, win_rate, low, high (percent)."""
     import pandas as pd
 
     battles, rows, interval = checked_battles(battles, speeches), [], {"samples": samples, "level": level, "seed": seed}
@@ -234,11 +229,8 @@ def _of(frame, setting: str, policy: str):
     return frame[(frame.setting == setting) & (frame.policy == policy)]
 
 
-def pick(
-    cells,  # of win_rate_cells
-    **wanted,  # column = value
-):  # the rows with these values
-    "Choose cells."
+def pick(cells, **wanted):
+    "Choose cells. wanted: column = value. Returns the rows with these values."
     return cells[np.logical_and.reduce([cells[name] == value for name, value in wanted.items()])]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #18d3009f
@@ -256,10 +248,10 @@ class Marked(float):
 _COLUMNS = {slug: node["short"] for slug, node in coarse_topics().items()} | {"overall": "Overall"}
 
 
-def mark_best(
-    rows: list[dict],  # of one section: column -> rate in percent, or None
-) -> list[dict]:  # the same rows, marked
-    "Mark the best of each column, if there is anything to be better than, and overall rates above 50%."
+def mark_best(rows: list[dict]) -> list[dict]:
+    """Mark the best of each column, if there is anything to be better than, and overall rates above 50%.
+
+    rows: of one section: column -> rate in percent, or None. Returns the same rows, marked."""
 
     def marks(name, value):
         rates = [row[name] for row in rows if row[name] is not None]
@@ -277,11 +269,8 @@ def mark_best(
     ]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #02fc1b00
-def summary_rows(
-    cells,  # of win_rate_cells
-    trust,  # of trust_rows
-) -> list[dict]:  # one for each policy and setting, plain numbers
-    "Summarise each policy in each setting, for the report."
+def summary_rows(cells, trust) -> list[dict]:
+    "Summarise each policy in each setting, for the report. Returns one for each policy and setting, plain numbers."
     rows = []
     for setting, policy in places(cells):
         own = pick(cells, setting=setting, policy=policy)
@@ -342,11 +331,10 @@ def _published(setting: str) -> list[dict]:
     ]
 
 
-def table_2(
-    rows: list[dict],  # of summary_rows
-    reference: str,  # label of the reference
-):  # frame: model, eight coarse topics, Overall, interval, n
-    "Print win rates as the paper does: ours, then the paper's."
+def table_2(rows: list[dict], reference: str):
+    """Print win rates as the paper does: ours, then the paper's.
+
+    reference: label of the reference. Returns frame: model, eight coarse topics, Overall, interval, n."""
     import pandas as pd
 
     printed = []
@@ -381,10 +369,12 @@ FAMILIES = {
 }
 
 
-def family(
-    name: str,  # of a model: label, hub id, folder or gateway URI
-) -> str:  # a key of FAMILIES; for others, the rubric among them, the name itself
-    "Say who a model's kin are: the family whose name stands first in its name. Gemma counts as Gemini's kin, made from the same research."
+def family(name: str) -> str:
+    """Say who a model's kin are: the family whose name stands first in its name. Gemma counts as Gemini's kin, made
+    from the same research.
+
+    name: of a model: label, hub id, folder or gateway URI. Returns a key of FAMILIES; for others, the rubric among
+    them, the name itself."""
     name = name.lower().partition("@")[0]  # the address of a server tells nothing
     found = [
         (match.start(), own)
@@ -394,30 +384,29 @@ def family(
     return min(found)[1] if found else re.split(r"[:/]", re.split(r" [(+]|, ", name)[0])[-1]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #85130dbf
-def shown_first(
-    battles,  # frame of kind "battles"
-):  # frame: speech_id, first (1 where the answer shown first won); decided verdicts of speeches judged in both orders
-    "Tell for each verdict whether the answer that stood first won."
+def shown_first(battles):
+    """Tell for each verdict whether the answer that stood first won.
+
+    battles: frame of kind "battles". Returns frame: speech_id, first (1 where the answer shown first won); decided
+    verdicts of speeches judged in both orders."""
     both = judged_twice(battles)
     decided = both[both.verdict != "tie"]
     first = (decided.verdict == "win") == (decided.order == ORDERS[0])
     return decided[["speech_id"]].assign(first=first.astype(int))
 
 
-def same_family(
-    judge: str,  # URI or label
-    reference: str,  # the same
-    policy: str,  # the same
-) -> str:  # whom the judge may favour
-    "Name those of the judge's family."
+def same_family(judge: str, reference: str, policy: str) -> str:
+    "Name those of the judge's family. judge: URI or label. Returns whom the judge may favour."
     kin = [word for word, name in (("reference", reference), ("policy", policy)) if family(name) == family(judge)]
     return " and ".join(kin) or "neither"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #c7ea1b0e
-def matched_words(
-    answers,  # frame of kind "answers", the reference's among them
-):  # frame: setting, policy, speech_id, words, reference_words, asked, ratio (words over asked), cut
-    "Count the words of the policies' answers beside the reference's; what was asked for is the reference's number, at least 5."
+def matched_words(answers):
+    """Count the words of the policies' answers beside the reference's; what was asked for is the reference's number,
+    at least 5.
+
+    answers: frame of kind "answers", the reference's among them. Returns frame: setting, policy, speech_id, words,
+    reference_words, asked, ratio (words over asked), cut."""
     reference = answers[answers.policy == "reference"]
     _refuse(
         [] if len(reference) else ["no answers of the reference"],
@@ -437,14 +426,11 @@ def matched_words(
     return own.assign(ratio=own.words / own.asked)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e7b7c8e2
-def trust_row(
-    battles,  # checked battles of one policy and setting
-    words,  # of matched_words, the same policy and setting
-    asked: int,  # verdicts asked
-    seed: int,
-    **interval,  # samples, level
-) -> dict:  # plain numbers, in percent
-    "Say how far one row of Table 2 can be trusted."
+def trust_row(battles, words, asked: int, seed: int, **interval) -> dict:
+    """Say how far one row of Table 2 can be trusted.
+
+    battles: checked battles of one policy and setting; words: of matched_words, the same policy and setting; asked:
+    verdicts asked; interval: samples, level. Returns plain numbers, in percent."""
     plain, strict = (read_verdicts(battles, reading, seed) for reading in READINGS)
     first, wide = (
         shown_first(battles),
@@ -476,12 +462,12 @@ def trust_row(
     }
 
 
-def length_row(
-    verdicts,  # of read_verdicts, one policy and setting
-    words,  # of matched_words, the same
-    **interval,  # samples, level, seed of the resampling
-) -> dict:  # length_ratio, longer, raw, controlled, controlled_low, controlled_high, length_effect
-    "Rate a policy as if its answers were as long as the reference's."
+def length_row(verdicts, words, **interval) -> dict:
+    """Rate a policy as if its answers were as long as the reference's.
+
+    verdicts: of read_verdicts, one policy and setting; words: of matched_words, the same; interval: samples, level,
+    seed of the resampling. Returns length_ratio, longer, raw, controlled, controlled_low, controlled_high,
+    length_effect."""
     joined = verdicts.merge(words, on=_KEYS).sort_values("speech_id", ignore_index=True)
     found = dict.fromkeys(
         ("length_ratio", "longer", "raw", "controlled", "controlled_low", "controlled_high", "length_effect"), np.nan
@@ -508,15 +494,12 @@ def length_row(
     return found
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #7fca7edf
-def trust_rows(
-    battles,  # frame of kind "battles", one judge
-    answers,  # frame of kind "answers", the reference's among them
-    speeches,  # frame of the speeches that were to be judged
-    seed: int,
-    samples: int = 1000,  # bootstrap resamples
-    level: float = 0.95,  # coverage of the intervals
-):  # frame: setting, policy, and the keys of trust_row
-    "Say for each policy and setting how far its win rate can be trusted."
+def trust_rows(battles, answers, speeches, seed: int, samples: int = 1000, level: float = 0.95):
+    """Say for each policy and setting how far its win rate can be trusted.
+
+    battles: frame of kind "battles", one judge; answers: frame of kind "answers", the reference's among them;
+    speeches: frame of the speeches that were to be judged; level: coverage of the intervals. Returns frame:
+    setting, policy, and the keys of trust_row."""
     import pandas as pd
 
     battles, words, asked = (
@@ -548,10 +531,8 @@ def _ratio(value: float | None) -> str | None:
     return None if value is None or math.isnan(value) else f"{value:.2f}"
 
 
-def trust_table(
-    trust,  # of trust_rows
-):  # frame with names for readers, Table S28
-    "Print how far each win rate can be trusted."
+def trust_table(trust):
+    "Print how far each win rate can be trusted. Returns frame with names for readers, Table S28."
     import pandas as pd
 
     def counts(row, reading):
@@ -589,11 +570,11 @@ def _titles(grouping: str) -> dict[str, str]:
     return coarse if grouping == GROUPINGS[1] else {}
 
 
-def cell_table(
-    cells,  # of win_rate_cells
-    grouping: str,  # "coarse topic" or "fine topic"
-):  # frame, Table S26 or S27: counts, rate and interval of both readings
-    "Print every cell, the mean over topics and all speeches."
+def cell_table(cells, grouping: str):
+    """Print every cell, the mean over topics and all speeches.
+
+    grouping: "coarse topic" or "fine topic". Returns frame, Table S26 or S27: counts, rate and interval of both
+    readings."""
     import pandas as pd
 
     rows, titles = [], _titles(grouping)
@@ -625,10 +606,10 @@ def cell_table(
     return pd.DataFrame(rows, dtype=object)
 
 
-def principle_win_rates(
-    cells,  # of win_rate_cells
-):  # frame, Table S36: a row for each policy, setting and reading, a column for each principle
-    "Print win rates by principle, with intervals."
+def principle_win_rates(cells):
+    """Print win rates by principle, with intervals.
+
+    Returns frame, Table S36: a row for each policy, setting and reading, a column for each principle."""
     import pandas as pd
 
     rows = []
@@ -652,14 +633,11 @@ def principle_win_rates(
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #aa1bef66
-def difference_rows(
-    battles,  # frame of kind "battles", one judge
-    speeches,  # frame with speech_id, topic and coarse_topic
-    seed: int,
-    samples: int = 1000,  # bootstrap resamples
-    level: float = 0.95,  # coverage of the intervals
-):  # frame: setting, first, second, and the columns of compare_policies
-    "Compare every two policies of a setting, the later row of Table 2 with the earlier one."
+def difference_rows(battles, speeches, seed: int, samples: int = 1000, level: float = 0.95):
+    """Compare every two policies of a setting, the later row of Table 2 with the earlier one.
+
+    battles: frame of kind "battles", one judge; speeches: frame with speech_id, topic and coarse_topic; level:
+    coverage of the intervals. Returns frame: setting, first, second, and the columns of compare_policies."""
     import pandas as pd
 
     battles, parts = checked_battles(battles, speeches), []
@@ -698,10 +676,8 @@ def difference_rows(
     )
 
 
-def difference_table(
-    differences,  # of difference_rows
-):  # frame, Table S35
-    "Print differences between policies in percentage points."
+def difference_table(differences):
+    "Print differences between policies in percentage points. Returns frame, Table S35."
     import pandas as pd
 
     titles = _titles(GROUPINGS[1])
@@ -758,10 +734,11 @@ def _p(value: float) -> str | None:
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def compliance_rows(
-    answers,  # frame of kind "answers", the reference's among them
-) -> list[dict]:  # one for each policy in the length setting, plain numbers
-    "Describe the ratio of words to asked words."
+def compliance_rows(answers) -> list[dict]:
+    """Describe the ratio of words to asked words.
+
+    answers: frame of kind "answers", the reference's among them. Returns one for each policy in the length setting,
+    plain numbers."""
     words, rows = matched_words(answers), []
     for setting, policy in places(words):
         own = _of(words, setting, policy)
@@ -786,10 +763,8 @@ def compliance_rows(
     return rows
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #62d28efe
-def compliance_table(
-    rows: list[dict],  # of compliance_rows
-):  # frame, Table S4
-    "Print the distribution of words over asked words."
+def compliance_table(rows: list[dict]):
+    "Print the distribution of words over asked words. Returns frame, Table S4."
     import pandas as pd
 
     return pd.DataFrame(
@@ -815,14 +790,7 @@ def _spread(values) -> str:
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
-def _draw_rates(
-    axes,  # where
-    rows,  # cells: win_rate, low, high
-    y,  # their places
-    setting: str,  # a key of SETTINGS
-    filled: bool = True,  # hollow markers are the swap-consistent reading
-    **looks,  # passed to errorbar
-) -> None:
+def _draw_rates(axes, rows, y, setting: str, filled: bool = True, **looks) -> None:
     "Draw win rates with their intervals; a rate without speeches is left out."
     colour, marker = _LOOKS[setting]
     bars = np.clip([rows.win_rate - rows.low, rows.high - rows.win_rate], 0, None)
@@ -847,11 +815,10 @@ def _share_axis(axes, label: str) -> None:
     axes.grid(axis="y", visible=False)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #5e667e8d
-def win_rate_figure(
-    cells,  # of win_rate_cells
-    reference: str,  # label of the reference
-):  # matplotlib figure, S3
-    "Draw overall win rates with their intervals, in both readings."
+def win_rate_figure(cells, reference: str):
+    """Draw overall win rates with their intervals, in both readings.
+
+    reference: label of the reference. Returns matplotlib figure, S3."""
     policies = sorted(set(cells.policy), key=policy_key)
     settings, overall = [s for s in SETTINGS if s in set(cells.setting)], pick(cells, grouping=GROUPINGS[0])
     figure, axes = new_figure(7.6, 0.62 * len(policies) + 1.9)
@@ -870,11 +837,10 @@ def win_rate_figure(
     return figure
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #105df0e4
-def topic_figure(
-    cells,  # of win_rate_cells
-    reference: str,  # label of the reference
-):  # matplotlib figure, S4
-    "Draw win rates by coarse topic, a panel for each."
+def topic_figure(cells, reference: str):
+    """Draw win rates by coarse topic, a panel for each.
+
+    reference: label of the reference. Returns matplotlib figure, S4."""
     policies = sorted(set(cells.policy), key=policy_key)
     settings = [s for s in SETTINGS if s in set(cells.setting)]
     figure, panels = new_figure(10, 2 * (0.38 * len(policies) + 1) + 0.6, rows=2, columns=4, sharex=True, sharey=True)
@@ -941,12 +907,10 @@ def _mark_groups(axes, labels: list[str], width: int) -> None:
         axes.text(width - 0.3, (own[0] + own[-1]) / 2, label, fontsize=7.5, va="center")
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #4ed1a748
-def fine_topic_figure(
-    cells,  # of win_rate_cells
-    speeches,  # frame with topic and coarse_topic
-    reference: str,  # label of the reference
-):  # matplotlib figure, S14
-    "Draw win rates by fine topic as a map."
+def fine_topic_figure(cells, speeches, reference: str):
+    """Draw win rates by fine topic as a map.
+
+    speeches: frame with topic and coarse_topic; reference: label of the reference. Returns matplotlib figure, S14."""
     topics, columns = (
         [t for t in fine_topics(speeches) if t in set(pick(cells, grouping=GROUPINGS[2]).group)],
         places(cells),
@@ -1016,10 +980,10 @@ def _draw_ratios(axes, ratios, y: float, setting: str, label: str | None) -> Non
     axes.vlines(middle, y - 0.16, y + 0.16, color="#000000", linewidth=1.8, zorder=3)
 
 
-def compliance_figure(
-    answers,  # frame of kind "answers", the reference's among them
-):  # matplotlib figure, S12
-    "Draw by policy how long answers are against the asked length, with and without the instruction."
+def compliance_figure(answers):
+    """Draw by policy how long answers are against the asked length, with and without the instruction.
+
+    answers: frame of kind "answers", the reference's among them. Returns matplotlib figure, S12."""
     words = matched_words(answers)
     words = words.assign(ratio=words.ratio.clip(lower=1 / words.asked))  # a blank answer stands where one word would
     policies, settings = sorted(set(words.policy), key=policy_key), [s for s in SETTINGS if s in set(words.setting)]

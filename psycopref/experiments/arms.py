@@ -30,21 +30,19 @@ __all__ = ['ARM_TITLES', 'POLICY_TITLES', 'curve_speeches', 'curve_point', 'Arms
            'describe_precision']
 
 # %% ../../nbs/experiments/03_arms.ipynb #788982e7
-def curve_speeches(speeches, n: int | None, seed: int):  # rows of the frame
-    "Draw at most n speeches for the points of a curve; None takes all."
+def curve_speeches(speeches, n: int | None, seed: int):
+    "Draw at most n speeches for the points of a curve; None takes all. Returns rows of the frame."
     if n is None:
         return speeches
     order = sorted(speeches.index, key=lambda i: derived_seed(seed, "curve", speeches.speech_id[i]))
     return speeches.loc[order[:n]]
 
 
-def curve_point(
-    battles,  # frame of one checkpoint's battles, in the paper's order or in both
-    pairs_seen: int,  # preference pairs it was trained on
-    seed: int,
-    samples: int = 1000,  # bootstrap resamples
-) -> dict:  # pairs, win_rate, low, high (percent), n
-    "Summarise the battles of one checkpoint, in the paper's reading."
+def curve_point(battles, pairs_seen: int, seed: int, samples: int = 1000) -> dict:
+    """Summarise the battles of one checkpoint, in the paper's reading.
+
+    battles: frame of one checkpoint's battles, in the paper's order or in both; pairs_seen: preference pairs it was
+    trained on. Returns pairs, win_rate, low, high (percent), n."""
     read = paper_verdicts(battles, seed)
     won = (read.verdict == "win").to_numpy(float) * 100
     low, high = bootstrap(np.mean, won, clusters=read.speech_id.to_numpy(), samples=samples)
@@ -64,8 +62,10 @@ class Arms:
     seed: int
 
 
-def base_pairs(arms: Arms):  # (frame of pairs, counts of dropped groups by reason)
-    "Sample candidates of the base model, and pair them by reward."
+def base_pairs(arms: Arms):
+    """Sample candidates of the base model, and pair them by reward.
+
+    Returns (frame of pairs, counts of dropped groups by reason)."""
     import pandas as pd
 
     asked, known, seed = arms.profile.ablation.pairs, list(arms.speeches), arms.seed
@@ -94,8 +94,10 @@ def _candidate_pairs(arms: Arms, speeches: dict, folder: Path, seed: int):
     return online_pairs(speeches, answers, rewards, settings, cut_answers(samples))
 
 
-def equal_arms(arms: Arms) -> tuple[dict, dict]:  # {"offline": frame, "online": frame}; dropped groups by reason
-    "Make equally many pairs for both arms."
+def equal_arms(arms: Arms) -> tuple[dict, dict]:
+    """Make equally many pairs for both arms.
+
+    Returns {"offline": frame, "online": frame}; dropped groups by reason."""
     online, dropped = base_pairs(arms)
     offline = arms.pairs[arms.pairs.ID.isin(arms.speeches)]
     n, batch = min(arms.profile.ablation.pairs, len(online), len(offline)), arms.profile.dpo.batch_size
@@ -108,12 +110,10 @@ def equal_arms(arms: Arms) -> tuple[dict, dict]:  # {"offline": frame, "online":
     return {"offline": drawn, "online": online.iloc[:n]}, dropped
 
 # %% ../../nbs/experiments/03_arms.ipynb #67158125
-def train_arm(
-    arms: Arms,
-    name: str,  # offline or online
-    pairs,  # frame
-) -> list[tuple[int, Path]]:  # (pairs trained on, plain model) of each checkpoint
-    "Train one arm for one epoch; keep its checkpoints as plain models."
+def train_arm(arms: Arms, name: str, pairs) -> list[tuple[int, Path]]:
+    """Train one arm for one epoch; keep its checkpoints as plain models.
+
+    name: offline or online. Returns (pairs trained on, plain model) of each checkpoint."""
     settings, dtype = arms.profile.dpo, arms.profile.dtype
     settings = dataclasses.replace(settings, epochs=1.0, checkpoints=arms.profile.ablation.checkpoints)
     folder, title = arms.folder / name, f"{name} arm, {arms.weights.slug}"
@@ -133,25 +133,22 @@ class CheckpointJudge:
     settings: EvaluationSettings
     seed: int
 
-    def answers(self, uri: str, name: str, seed_name: str):  # frame of kind "answers"
-        "Let a model answer."
+    def answers(self, uri: str, name: str, seed_name: str):
+        """Let a model answer. Returns frame of kind "answers"."""
         return answer(self.gateway, uri, self.speeches, name, self.settings, derived_seed(self.seed, seed_name))
 
-    def point(
-        self,
-        name: str,  # of the checkpoint
-        location: str | Path,  # weights, as find_weights takes them
-        pairs_seen: int,  # preference pairs it was trained on
-    ) -> dict:  # of curve_point
-        "Let a checkpoint answer and be judged in the paper's order."
+    def point(self, name: str, location: str | Path, pairs_seen: int) -> dict:
+        """Let a checkpoint answer and be judged in the paper's order.
+
+        location: weights, as find_weights takes them; pairs_seen: preference pairs it was trained on."""
         chosen = self.settings
         reference = self.answers(chosen.reference, "reference", "reference")  # asked once, then cached
         answers = self.answers(f"local:{location}", name, "curve")
         battles, _ = battle(self.gateway, chosen.judge, self.speeches, answers, reference, "reference", seed=self.seed)
         return curve_point(battles, pairs_seen, self.seed, chosen.bootstrap)
 
-    def labels(self) -> tuple[str, str]:  # judge, reference
-        "Return who judged, and who was compared with."
+    def labels(self) -> tuple[str, str]:
+        "Return who judged, and who was compared with. Returns judge, reference."
         counts = self.gateway.counts
         return counts[self.settings.judge]["label"], counts[self.settings.reference]["label"]
 
@@ -161,13 +158,12 @@ POLICY_TITLES = {"dpo": "offline DPO of chapter 6", "dpo-iter": "DPO-Iter: the n
 
 
 def backbone_curves(
-    arms: Arms,
-    pairs: dict,  # of equal_arms: arm -> frame
-    judge: CheckpointJudge,
-    policies: list[dict],  # of 06_policy's policies.json
-    run: Run,
-) -> dict[str, list[dict]]:  # title -> points, the base model's first
-    "Judge the base model, then each checkpoint of both arms and of the policies."
+    arms: Arms, pairs: dict, judge: CheckpointJudge, policies: list[dict], run: Run
+) -> dict[str, list[dict]]:
+    """Judge the base model, then each checkpoint of both arms and of the policies.
+
+    pairs: of equal_arms: arm -> frame; policies: of 06_policy's policies.json. Returns title -> points, the base
+    model's first."""
     backbone, places = arms.weights.name, run.stage("06_policy")
     curves, base = {}, judge.point("base", backbone, 0)
     for arm, title in ARM_TITLES.items():
@@ -188,8 +184,8 @@ def join_curves(found: dict[str, dict]) -> dict[str, list[dict]]:
     }
 
 # %% ../../nbs/experiments/03_arms.ipynb #4145cd44
-def curves_table(curves: dict[str, list[dict]]):  # pandas.DataFrame
-    "List the points of all curves."
+def curves_table(curves: dict[str, list[dict]]):
+    "List the points of all curves. Returns pandas.DataFrame."
     import pandas as pd
 
     return pd.DataFrame(
@@ -207,8 +203,8 @@ def curves_table(curves: dict[str, list[dict]]):  # pandas.DataFrame
     )
 
 
-def curves_figure(curves: dict[str, list[dict]], reference: str):  # matplotlib figure
-    "Draw win rates along training with their intervals."
+def curves_figure(curves: dict[str, list[dict]], reference: str):
+    "Draw win rates along training with their intervals. Returns matplotlib figure."
     figure, axes = new_figure(7.4, 4.6)
     for place, (title, points) in enumerate(curves.items()):
         x, colour = [point["pairs"] for point in points], PALETTE[place % len(PALETTE)]

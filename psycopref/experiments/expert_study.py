@@ -44,8 +44,10 @@ __all__ = ['KITS', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 'given_files', 'chos
            'unanswered_sentences']
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #5f98eb72
-def given_files(chosen: AgreementSettings, run: Run) -> list[Path]:  # none where nobody or simulated annotators answer
-    "List the annotation files that the settings name; refuse contradictory settings."
+def given_files(chosen: AgreementSettings, run: Run) -> list[Path]:
+    """List the annotation files that the settings name; refuse contradictory settings.
+
+    Returns none where nobody or simulated annotators answer."""
     if chosen.annotations and chosen.simulated:
         raise StudyError(
             f"agreement: found annotations {list(chosen.annotations)} and {chosen.simulated} simulated annotators, "
@@ -63,12 +65,11 @@ def given_files(chosen: AgreementSettings, run: Run) -> list[Path]:  # none wher
     return files
 
 
-def chosen_policy(
-    asked: str,  # agreement.policy; empty takes the best
-    best: str,  # the policy with the highest free win rate
-    answers,  # frame of kind "answers"
-) -> str:
-    "Return the policy whose answers are annotated."
+def chosen_policy(asked: str, best: str, answers) -> str:
+    """Return the policy whose answers are annotated.
+
+    asked: agreement.policy; empty takes the best; best: the policy with the highest free win rate; answers: frame
+    of kind "answers"."""
     known = [name for name in answers.policy.unique() if name != "reference"]
     if asked and asked not in known:
         raise StudyError(f"agreement.policy: there is no policy {asked!r}. {suggest(asked, known)}")
@@ -82,11 +83,10 @@ KITS = {
 }  # as `evaluation.kits` makes them
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #103ec636
-def keep_kits(
-    folder: Path,  # outputs/<run>/kept_kits
-    kits: dict,  # of run_kits
-) -> list[Path]:  # one file for each kit
-    "Keep each kit with its key, outside the stage's folder."
+def keep_kits(folder: Path, kits: dict) -> list[Path]:
+    """Keep each kit with its key, outside the stage's folder.
+
+    folder: outputs/<run>/kept_kits. Returns one file for each kit."""
     found = []
     for kit, key in kits.values():
         path = Path(folder) / f"{kit['kit_id']}.json"
@@ -94,11 +94,10 @@ def keep_kits(
     return found
 
 
-def kept_kit(
-    folder: Path,  # outputs/<run>/kept_kits
-    kit_id: str,  # as annotations name it
-):  # (kit, key)
-    "Read a kept kit, for annotations that the run no longer asks for."
+def kept_kit(folder: Path, kit_id: str):
+    """Read a kept kit, for annotations that the run no longer asks for.
+
+    folder: outputs/<run>/kept_kits; kit_id: as annotations name it. Returns (kit, key)."""
     import pandas as pd
 
     known = sorted(path.stem for path in Path(folder).glob("*.json"))
@@ -115,23 +114,23 @@ def write_study_kits(folder: Path, kits: dict) -> None:
         write_kits(Path(folder) / kit["kit_id"], kit)
 
 
-def study_keys(kits: dict):  # frame of kind "kit_key"
-    "Join the keys of all kits."
+def study_keys(kits: dict):
+    """Join the keys of all kits. Returns frame of kind "kit_key"."""
     import pandas as pd
 
     return pd.concat([key for _, key in kits.values()], ignore_index=True)
 
 
-def kit_ids(kits: dict) -> dict[str, str]:  # labels, answers, scores -> kit_id
-    "Return the ids of the kits."
+def kit_ids(kits: dict) -> dict[str, str]:
+    "Return the ids of the kits. Returns labels, answers, scores -> kit_id."
     return {name: kit["kit_id"] for name, (kit, _) in kits.items()}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #370a4203
-def as_shown(
-    verdict: str,  # win / loss / tie, of the chosen response or of the policy
-    first: str,  # name of the side that was shown first
-) -> str:  # first / second / tie
-    "Convert a verdict to the place of the better response."
+def as_shown(verdict: str, first: str) -> str:
+    """Convert a verdict to the place of the better response.
+
+    verdict: win / loss / tie, of the chosen response or of the policy; first: name of the side that was shown
+    first. Returns first / second / tie."""
     if verdict not in VERDICTS:
         raise ValueError(
             f"expert_study.as_shown: verdict {verdict!r} found, expected one of {', '.join(VERDICTS)}; "
@@ -140,12 +139,10 @@ def as_shown(
     return "tie" if verdict == "tie" else "first" if (verdict == "win") == (first not in LOSING) else "second"
 
 
-def label_verdicts(
-    kit: dict,  # of preference pairs
-    key,  # its key
-    pairs,  # frame of kind "pairs"
-):  # frame: item_id, principle, shown
-    "Return the labels' verdict on each item."
+def label_verdicts(kit: dict, key, pairs):
+    """Return the labels' verdict on each item.
+
+    kit: of preference pairs; pairs: frame of kind "pairs". Returns frame: item_id, principle, shown."""
     import pandas as pd
 
     known: dict[tuple, list] = {}
@@ -168,11 +165,12 @@ def label_verdicts(
     return pd.DataFrame(rows, columns=["item_id", "principle", "shown"])
 
 
-def judge_verdicts(
-    key,  # of the answers' kit
-    verdicts,  # of one policy, one row for each speech and setting: verdict, and <principle>_verdict where there are
-):  # frame: item_id, principle, shown; items that the judge left out are missing
-    "Return the judge's verdict on each item."
+def judge_verdicts(key, verdicts):
+    """Return the judge's verdict on each item.
+
+    key: of the answers' kit; verdicts: of one policy, one row for each speech and setting: verdict, and
+    <principle>_verdict where there are. Returns frame: item_id, principle, shown; items that the judge left out are
+    missing."""
     import pandas as pd
 
     known = {(row["speech_id"], row["setting"]): row for row in verdicts.to_dict("records")}
@@ -189,15 +187,14 @@ def judge_verdicts(
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #f630e58b
 def column_agreement(
-    first: list,  # first, second or tie of each item, or a score
-    second: list,  # the same of the other rater
-    speeches: list,  # of each item, for the intervals
-    samples: int,
-    seed: int,
-    level: str = "nominal",  # of α; ordinal for scores, which have no κ here
-    everybody=None,  # frame items × annotators and the items' speeches, for α of all; None takes the two columns
-) -> dict:  # n, agree, agreement %, 95% interval, κ, κ 95% interval, α, α 95% interval
-    "Compare two columns of answers."
+    first: list, second: list, speeches: list, samples: int, seed: int, level: str = "nominal", everybody=None
+) -> dict:
+    """Compare two columns of answers.
+
+    first: first, second or tie of each item, or a score; second: the same of the other rater; speeches: of each
+    item, for the intervals; level: of α; ordinal for scores, which have no κ here; everybody: frame items ×
+    annotators and the items' speeches, for α of all; None takes the two columns. Returns n, agree, agreement %, 95%
+    interval, κ, κ 95% interval, α, α 95% interval."""
     import pandas as pd
 
     long = pd.DataFrame(
@@ -229,19 +226,19 @@ def column_agreement(
     } | alpha
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #277bd4b7
-def annotator_table(
-    unshuffled,  # frame of unshuffle
-    principle: str = "overall",  # one of the seven, or overall
-    setting: str | None = None,  # free / length; None takes all
-    column: str = "shown",  # or rating
-):  # frame items × annotators, in their order; None where an item was left out
-    "Arrange the answers to one question by annotator."
+def annotator_table(unshuffled, principle: str = "overall", setting: str | None = None, column: str = "shown"):
+    """Arrange the answers to one question by annotator.
+
+    unshuffled: frame of unshuffle; principle: one of the seven, or overall; setting: free / length; None takes all.
+    Returns frame items × annotators, in their order; None where an item was left out."""
     own = unshuffled[(unshuffled.principle == principle) & ((unshuffled.setting == setting) | (setting is None))]
     return own.pivot(index="item_id", columns="annotator", values=column)[list(dict.fromkeys(own.annotator))]
 
 
-def majority(side_by_side):  # series: item -> what most annotators said; tie where none is ahead
-    "Return the annotators' majority vote on each item."
+def majority(side_by_side):
+    """Return the annotators' majority vote on each item.
+
+    Returns series: item -> what most annotators said; tie where none is ahead."""
 
     def vote(said):
         first, *others = said.value_counts().items()
@@ -250,8 +247,10 @@ def majority(side_by_side):  # series: item -> what most annotators said; tie wh
     return side_by_side.apply(vote, axis=1)
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #253a178c
-def with_each_other(side_by_side) -> dict:  # who -> (answers of one, answers of the other, items)
-    "Pair every two annotators on the items that both answered."
+def with_each_other(side_by_side) -> dict:
+    """Pair every two annotators on the items that both answered.
+
+    Returns who -> (answers of one, answers of the other, items)."""
     found = {}
     for one, other in itertools.combinations(side_by_side.columns, 2):
         both = side_by_side[[one, other]].dropna()
@@ -260,11 +259,11 @@ def with_each_other(side_by_side) -> dict:  # who -> (answers of one, answers of
     return found
 
 
-def with_another(
-    side_by_side,  # of annotator_table
-    other,  # series: item -> what the other rater said
-) -> dict:  # annotator -> (answers, answers of the other rater, items)
-    "Pair each annotator with another rater, on the items that both answered."
+def with_another(side_by_side, other) -> dict:
+    """Pair each annotator with another rater, on the items that both answered.
+
+    other: series: item -> what the other rater said. Returns annotator -> (answers, answers of the other rater,
+    items)."""
     found = {}
     for name in side_by_side:
         said = side_by_side[name].dropna()
@@ -274,29 +273,28 @@ def with_another(
     return found
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #61c35b16
-def stack_pairs(columns) -> tuple:  # the same as one
-    "Join several (answers, answers, items)."
+def stack_pairs(columns) -> tuple:
+    "Join several (answers, answers, items). Returns the same as one."
     return tuple(list(itertools.chain(*parts)) for parts in zip(*columns))
 
 
-def table_with_speeches(
-    side_by_side,  # of annotator_table
-    speech: dict,  # item -> speech
-) -> tuple:  # the table, and the speech of each of its items
-    "Return what α of all annotators needs."
+def table_with_speeches(side_by_side, speech: dict) -> tuple:
+    """Return what α of all annotators needs.
+
+    speech: item -> speech. Returns the table, and the speech of each of its items."""
     return side_by_side, [speech[item] for item in side_by_side.index]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #803af06f
-def numbered_names(names) -> dict[str, str]:  # name -> name in tables
-    "Number the annotators in the order of their names; simulated ones keep theirs."
+def numbered_names(names) -> dict[str, str]:
+    "Number the annotators in the order of their names; simulated ones keep theirs. Returns name -> name in tables."
     names = sorted(set(names), key=lambda name: (name.casefold(), name))
     return {name: name if name.startswith(SIMULATED) else f"annotator {number}" for number, name in enumerate(names, 1)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #2c558101
-def published_agreement() -> (
-    dict
-):  # (kit, with whom, number of the annotator from 1, 0 for all) -> as the paper prints it
-    "Return the paper's numbers for the lines of the table."
+def published_agreement() -> dict:
+    """Return the paper's numbers for the lines of the table.
+
+    Returns (kit, with whom, number of the annotator from 1, 0 for all) -> as the paper prints it."""
     values = paper_values()["agreement"]
     n, each = values["pairs"], (values["expert_1_with_labels"], values["expert_2_with_labels"])
     counts = {
@@ -318,13 +316,11 @@ def annotator_label(names) -> str:
     return "simulated annotators" if any(name.startswith(SIMULATED) for name in names) else "annotators"
 
 
-def comparison_groups(
-    table,  # of annotator_table
-    other_verdicts: dict,  # name of another rater -> series: item -> what it said
-) -> list[
-    tuple
-]:  # (rater, number of the annotator from 1, who, columns); 0 for all of them, None where the paper has no such line
-    "List who is compared with whom, all of them last."
+def comparison_groups(table, other_verdicts: dict) -> list[tuple]:
+    """List who is compared with whom, all of them last.
+
+    other_verdicts: name of another rater -> series: item -> what it said. Returns (rater, number of the annotator
+    from 1, who, columns); 0 for all of them, None where the paper has no such line."""
     pairs = with_each_other(table)
     found = [("annotators", None if len(pairs) > 1 else 0, who, columns) for who, columns in pairs.items()]
     found += (
@@ -355,14 +351,11 @@ def comparison_groups(
     return found
 
 
-def agreement_lines(
-    kit: str,  # labels / answers
-    unshuffled,  # frame of unshuffle
-    others: dict,  # name of another rater -> frame: item_id, principle, shown
-    samples: int,
-    seed: int,
-) -> list[dict]:  # lines of Table S33
-    "Compare annotators with each other and with other raters; by setting, and strictly, all of them only."
+def agreement_lines(kit: str, unshuffled, others: dict, samples: int, seed: int) -> list[dict]:
+    """Compare annotators with each other and with other raters; by setting, and strictly, all of them only.
+
+    kit: labels / answers; unshuffled: frame of unshuffle; others: name of another rater -> frame: item_id,
+    principle, shown. Returns lines of Table S33."""
     other_verdicts = {
         rater: said[said.principle == "overall"].set_index("item_id").shown for rater, said in others.items()
     }
@@ -386,13 +379,11 @@ def agreement_lines(
     return lines
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #d4531ff5
-def score_line(
-    unshuffled,  # frame of unshuffle, of scores
-    names: tuple[str, ...],  # principles taken together
-    samples: int,
-    seed: int,
-) -> dict | None:  # between, and of column_agreement; None where no two annotators scored one answer
-    "Compare every two annotators' scores; equal ones agree, α weighs how far apart the others are."
+def score_line(unshuffled, names: tuple[str, ...], samples: int, seed: int) -> dict | None:
+    """Compare every two annotators' scores; equal ones agree, α weighs how far apart the others are.
+
+    unshuffled: frame of unshuffle, of scores; names: principles taken together. Returns between, and of
+    column_agreement; None where no two annotators scored one answer."""
     import pandas as pd
 
     speech = dict(zip(unshuffled.item_id, unshuffled.speech_id))
@@ -412,15 +403,11 @@ def score_line(
     )
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #9e443728
-def principle_lines(
-    kit: str,  # labels / answers
-    unshuffled,  # frame of unshuffle
-    other,  # frame: item_id, principle, shown; of the labels or the judge
-    rater: str,  # labels / judge
-    samples: int,
-    seed: int,
-) -> list[dict]:  # lines of Table S34
-    "Compare all annotators by principle."
+def principle_lines(kit: str, unshuffled, other, rater: str, samples: int, seed: int) -> list[dict]:
+    """Compare all annotators by principle.
+
+    kit: labels / answers; unshuffled: frame of unshuffle; other: frame: item_id, principle, shown; of the labels or
+    the judge; rater: labels / judge. Returns lines of Table S34."""
     lines, speech = [], dict(zip(unshuffled.item_id, unshuffled.speech_id))
     for name in BATTLE_KEYS:
         table = annotator_table(unshuffled, name)
@@ -440,12 +427,11 @@ def principle_lines(
     return lines
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #e2b27e1b
-def comparison_shares(
-    unshuffled,  # frame of unshuffle, of the answers' kit
-    samples: int,
-    seed: int,
-) -> list[dict]:  # by setting and principle: n judgements, speeches; win, tie and loss in percent, with low and high
-    "Compute the shares of Fig. 2."
+def comparison_shares(unshuffled, samples: int, seed: int) -> list[dict]:
+    """Compute the shares of Fig. 2.
+
+    unshuffled: frame of unshuffle, of the answers' kit. Returns by setting and principle: n judgements, speeches;
+    win, tie and loss in percent, with low and high."""
     rows = []
     for (setting, name), own in unshuffled.groupby(["setting", "principle"], sort=False):
         row = {"setting": setting, "principle": name, "n": len(own), "speeches": own.speech_id.nunique()}
@@ -457,13 +443,10 @@ def comparison_shares(
     return rows
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #7ca50eca
-def comparison_figure(
-    shares: list[dict],  # of comparison_shares
-    policy: str,
-    reference: str,
-    who: str,  # who judged, written above the panels
-):  # matplotlib figure
-    "Draw Fig. 2: shares by principle, a panel for each setting."
+def comparison_figure(shares: list[dict], policy: str, reference: str, who: str):
+    """Draw Fig. 2: shares by principle, a panel for each setting.
+
+    who: who judged, written above the panels. Returns matplotlib figure."""
     settings = [setting for setting in SETTINGS if any(row["setting"] == setting for row in shares)]
     figure, panels = new_figure(9.6, 4.8, columns=len(settings), sharey=True, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.12)
@@ -541,13 +524,11 @@ def _share_bars(axes, rows: list[dict]) -> None:
         )
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #c72f6126
-def score_interval(
-    ratings,  # 1 to 5, (n,)
-    speeches,  # of each rating, (n,)
-    samples: int,  # taken as FEWEST of `stats.scores` if below
-    seed: int,
-) -> tuple[float, float]:  # (low, high) of the mean, 95%, in [1, 5]
-    "Compute an interval for a mean score, by speech, that holds near 1 and 5 and for few speeches."
+def score_interval(ratings, speeches, samples: int, seed: int) -> tuple[float, float]:
+    """Compute an interval for a mean score, by speech, that holds near 1 and 5 and for few speeches.
+
+    ratings: 1 to 5, (n,); speeches: of each rating, (n,); samples: taken as FEWEST of `stats.scores` if below.
+    Returns (low, high) of the mean, 95%, in [1, 5]."""
     checked_settings("agreement.score_interval", samples, 0.95)
     ratings = np.asarray(ratings, float)
     if not ((ratings >= 1) & (ratings <= 5)).all():
@@ -562,12 +543,11 @@ def score_interval(
     return 3 + 2 * low, 3 + 2 * high
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #082d5c53
-def score_means(
-    unshuffled,  # frame of unshuffle, of the scores' kit
-    samples: int,
-    seed: int,
-) -> list[dict]:  # for each setting and principle: n scores, speeches, mean, low, high
-    "Compute the means of Fig. 3."
+def score_means(unshuffled, samples: int, seed: int) -> list[dict]:
+    """Compute the means of Fig. 3.
+
+    unshuffled: frame of unshuffle, of the scores' kit. Returns for each setting and principle: n scores, speeches,
+    mean, low, high."""
     rows = []
     for (setting, name), own in unshuffled.groupby(["setting", "principle"], sort=False):
         ratings, speeches = own.rating.to_numpy(float), own.speech_id.to_numpy()
@@ -586,11 +566,10 @@ def score_means(
     return rows
 
 
-def score_figure(
-    means: list[dict],  # of score_means
-    who: str,  # who scored, written above the axes
-):  # matplotlib figure
-    "Draw Fig. 3: mean scores by principle, both settings."
+def score_figure(means: list[dict], who: str):
+    """Draw Fig. 3: mean scores by principle, both settings.
+
+    who: who scored, written above the axes. Returns matplotlib figure."""
     figure, axes = new_figure(7.6, 4.2)
     for place, (setting, title) in enumerate(SETTINGS.items()):
         own = {row["principle"]: row for row in means if row["setting"] == setting}
@@ -644,11 +623,8 @@ def who_judged(names: list[str]) -> str:
     )
 
 
-def item_counts(
-    kits: dict,  # name -> (kit, key)
-    names: typing.Iterable[str],  # of kits
-) -> str:
-    "Format how many items the kits hold, for labels."
+def item_counts(kits: dict, names: typing.Iterable[str]) -> str:
+    "Format how many items the kits hold, for labels. kits: name -> (kit, key)."
     return ", ".join(f"{len(kits[name][0]['items'])} {KITS[name].split(' (')[0]}" for name in names)
 
 
@@ -657,11 +633,10 @@ def annotator_caption(title: str, names: list[str]) -> str:
     return f"{title}; {who_judged(names)}; {INTERVALS}"
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #00c0243d
-def expert_headlines(
-    lines: list[dict],  # of Table S33; empty where nobody answered
-    simulated: bool,
-) -> list[dict]:  # result, ours, interval or reason, paper
-    "List the annotators' agreement beside that of the paper's experts."
+def expert_headlines(lines: list[dict], simulated: bool) -> list[dict]:
+    """List the annotators' agreement beside that of the paper's experts.
+
+    lines: of Table S33; empty where nobody answered. Returns result, ours, interval or reason, paper."""
     values, found = (
         paper_values()["agreement"],
         {(line["what"], line["paper"]): line for line in lines if line["paper"] and not simulated},
@@ -697,13 +672,11 @@ def expert_headlines(
     return rows
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #3c223dd1
-def simulated_annotations(
-    kits: dict,  # name -> (kit, key)
-    n: int,  # annotators
-    folder: Path,  # where their files are kept
-    seed: int,
-):  # frame: annotator, kit_id, item_id, principle, value
-    "Simulate annotators that fill in every kit, and read their files."
+def simulated_annotations(kits: dict, n: int, folder: Path, seed: int):
+    """Simulate annotators that fill in every kit, and read their files.
+
+    kits: name -> (kit, key); n: annotators; folder: where their files are kept. Returns frame: annotator, kit_id,
+    item_id, principle, value."""
     import pandas as pd
 
     frames = []
@@ -713,11 +686,11 @@ def simulated_annotations(
     return pd.concat(frames, ignore_index=True)
 
 
-def unshuffled_kits(
-    annotations,  # frame: annotator, kit_id, item_id, principle, value
-    kits: dict,  # name -> (kit, key)
-) -> dict:  # name of a kit that somebody annotated -> frame of unshuffle, with the names for tables
-    "Un-shuffle the annotations kit by kit."
+def unshuffled_kits(annotations, kits: dict) -> dict:
+    """Un-shuffle the annotations kit by kit.
+
+    annotations: frame: annotator, kit_id, item_id, principle, value; kits: name -> (kit, key). Returns name of a
+    kit that somebody annotated -> frame of unshuffle, with the names for tables."""
     names, found = numbered_names(annotations.annotator), {}
     annotations = (
         annotations.assign(
@@ -733,14 +706,11 @@ def unshuffled_kits(
     return found
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #b61428b8
-def run_annotations(
-    kits: dict,  # name -> (kit, key)
-    files: typing.Sequence[Path],  # of given_files
-    simulated: int,  # annotators, where there are no files
-    folder: Path,  # where simulated annotators keep their files
-    seed: int,
-):  # frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated
-    "Read the annotations that the settings name, or simulate them."
+def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, folder: Path, seed: int):
+    """Read the annotations that the settings name, or simulate them.
+
+    kits: name -> (kit, key); simulated: annotators, where there are no files; folder: where simulated annotators
+    keep their files. Returns frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated."""
     import pandas as pd
 
     if files:
@@ -761,16 +731,12 @@ def annotator_rows(annotations) -> list[dict]:
     ]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #dfaa390b
-def agreement_results(
-    unshuffled: dict,  # of unshuffled_kits
-    kits: dict,  # name -> (kit, key)
-    pairs,  # frame of kind "pairs"
-    battles,  # frame of kind "battles", of the policy whose answers were annotated
-    order_seed: int,  # by which the paper's judge drew its orders: the seed of the win rates
-    samples: int,
-    seed: int,
-) -> dict:  # agreement, principles, shares, means: lines of Tables S33 and S34, and what Figs. 2 and 3 show
-    "Compute all results of the annotations."
+def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: int, samples: int, seed: int) -> dict:
+    """Compute all results of the annotations.
+
+    kits: name -> (kit, key); pairs: frame of kind "pairs"; battles: frame of kind "battles", of the policy whose
+    answers were annotated; order_seed: by which the paper's judge drew its orders: the seed of the win rates.
+    Returns agreement, principles, shares, means: lines of Tables S33 and S34, and what Figs. 2 and 3 show."""
     found = {"agreement": [], "principles": [], "shares": [], "means": []}
     if "labels" in unshuffled:
         labels = label_verdicts(*kits["labels"], pairs)
@@ -805,8 +771,8 @@ def agreement_results(
     return found
 
 
-def result_frame(lines: list[dict]):  # frame in which what is missing is None
-    "Make a table of lines."
+def result_frame(lines: list[dict]):
+    "Make a table of lines. Returns frame in which what is missing is None."
     import pandas as pd
 
     frame = pd.DataFrame(lines, dtype=object)
@@ -898,10 +864,10 @@ def expert_score_sentences(means: list[dict]) -> list[str]:
     return [f"Mean scores range from {said[0]} to {said[1]}."]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #73e97541
-def expert_tables(
-    results: dict, who: list[str], simulated: bool
-) -> list[tuple]:  # number, slug, frame, caption, sentences
-    "List the tables that there is something for, each with what to say below it."
+def expert_tables(results: dict, who: list[str], simulated: bool) -> list[tuple]:
+    """List the tables that there is something for, each with what to say below it.
+
+    Returns number, slug, frame, caption, sentences."""
     with_whom = "Agreement of annotators with each other, with the labels and with the judge (§3.4, §4.2)"
     agreement, principles = (result_frame(results[name]) for name in ("agreement", "principles"))
     said = (
@@ -913,10 +879,10 @@ def expert_tables(
     return found + ([("S34", "agreement_by_principle", principles, caption, said[1])] if len(principles) else [])
 
 
-def expert_figures(
-    results: dict, policy: str, reference: str, who: list[str]
-) -> list[tuple]:  # number, slug, figure, caption, kit, sentences
-    "Draw the figures that there is something for, each with what to say below it."
+def expert_figures(results: dict, policy: str, reference: str, who: list[str]) -> list[tuple]:
+    """Draw the figures that there is something for, each with what to say below it.
+
+    Returns number, slug, figure, caption, kit, sentences."""
     found, shares, means, people = [], results["shares"], results["means"], who_judged(who)
     if shares:
         caption = annotator_caption("policy and reference compared by principle", who)

@@ -24,23 +24,16 @@ __all__ = ['CASES', 'policy_uri', 'all_answers', 'reference_name', 'Battles', 'b
            'describe_compliance', 'describe_topic_rates', 'describe_crises']
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #e138315f
-def policy_uri(
-    run: Run,
-    policy: dict,  # of 06_policy's policies.json
-) -> str:  # gateway URI
-    "Name the weights of a policy."
+def policy_uri(run: Run, policy: dict) -> str:
+    "Name the weights of a policy. policy: of 06_policy's policies.json. Returns gateway URI."
     return f"local:{run.stage('06_policy') / policy['path'] if policy['path'] else policy['backbone']}"
 
 
-def all_answers(
-    gateway,
-    run: Run,
-    policies: list[dict],  # of 06_policy's policies.json
-    speeches,  # frame with speech_id and speech
-    chosen,  # core.settings.EvaluationSettings
-    seed: int,
-) -> list:  # frames of kind "answers", the reference's first
-    "Collect the answers of the reference and each policy, in both settings."
+def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen, seed: int) -> list:
+    """Collect the answers of the reference and each policy, in both settings.
+
+    policies: of 06_policy's policies.json; speeches: frame with speech_id and speech; chosen:
+    core.settings.EvaluationSettings. Returns frames of kind "answers", the reference's first."""
     reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(seed, "reference"))
     words = word_counts(reference)
     asked = speeches[speeches.speech_id.isin(words)]
@@ -62,11 +55,11 @@ def all_answers(
     ]
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #50edfbd5
-def reference_name(
-    label: str,  # of the reference, e.g. "SmolLM2-135M-Instruct (4-bit-dequantised start)"
-    untrained: bool,  # whether it is a backbone of the run
-) -> str:  # for tables
-    "Name the reference."
+def reference_name(label: str, untrained: bool) -> str:
+    """Name the reference.
+
+    label: of the reference, e.g. "SmolLM2-135M-Instruct (4-bit-dequantised start)"; untrained: whether it is a
+    backbone of the run. Returns for tables."""
     return label.split(" (")[0] + (", untrained" if untrained else "")
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #2fef8016
@@ -106,15 +99,11 @@ CASES = (
 )  # number of the table, setting, rule
 
 
-def pick_cases(
-    policy: str,  # whose battles
-    battles,  # frame of kind "battles"
-    answers,  # frame of kind "answers"
-    speeches,  # frame with speech_id and speech
-    reference: str,  # name of the reference
-    seed: int,
-) -> list[tuple[str, str, str, Case]]:  # number, title, speech_id, case without scores
-    "Choose the cases of Tables 3 and 6, a loss and the median."
+def pick_cases(policy: str, battles, answers, speeches, reference: str, seed: int) -> list[tuple[str, str, str, Case]]:
+    """Choose the cases of Tables 3 and 6, a loss and the median.
+
+    policy: whose battles; battles: frame of kind "battles"; answers: frame of kind "answers"; speeches: frame with
+    speech_id and speech; reference: name of the reference. Returns number, title, speech_id, case without scores."""
     found = []
     for number, setting, rule in CASES:
         own = battles[(battles.policy == policy) & (battles.setting == setting)]
@@ -129,14 +118,12 @@ def pick_cases(
 
 
 def scored_cases(
-    gateway,
-    profile: Profile,  # whose rater scores
-    cases: list[tuple],  # of pick_cases
-    answers,  # frame of kind "answers"
-    speeches,  # frame with speech_id and speech
-    seed: int,
-) -> list[tuple[str, str, Case]]:  # number, title, case
-    "Add the rater's scores to the cases."
+    gateway, profile: Profile, cases: list[tuple], answers, speeches, seed: int
+) -> list[tuple[str, str, Case]]:
+    """Add the rater's scores to the cases.
+
+    profile: whose rater scores; answers: frame of kind "answers"; speeches: frame with speech_id and speech.
+    Returns number, title, case."""
     from dataclasses import replace
 
     own, found = profile.ratings, []
@@ -159,8 +146,8 @@ def scored_cases(
     return found
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #04069d76
-def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, str]:  # file name -> text
-    "Render scored cases for the stage's folder."
+def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, str]:
+    "Render scored cases for the stage's folder. Returns file name -> text."
     titled = [(number, f"Table {number}: {title}", case) for number, title, case in cases]
     texts = {"cases.html": cases_page([(title, case) for _, title, case in titled], label)}
     for number, title, case in titled:
@@ -169,8 +156,8 @@ def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, st
     return texts
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #7cba591d
-def best_policy(rows: list[dict]) -> str:  # rows of evaluation.win_rates.summary_rows
-    "Name the policy with the highest free win rate."
+def best_policy(rows: list[dict]) -> str:
+    "Name the policy with the highest free win rate. Returns rows of evaluation.win_rates.summary_rows."
     free = [row for row in rows if row["setting"] == SETTINGS["free"]]
     return max(free, key=lambda row: -1 if row["Overall"] is None else row["Overall"])["model"]
 
@@ -185,8 +172,10 @@ def describe_win_rates(rows: list[dict], n: int, reference: str) -> list[str]:
     return [*found, "50% is a draw: that is where the reference itself would be."]
 
 
-def describe_differences(differences) -> list[str]:  # of evaluation.win_rates.difference_rows
-    "Say the overall differences between policies that answer freely."
+def describe_differences(differences) -> list[str]:
+    """Say the overall differences between policies that answer freely.
+
+    Returns of evaluation.win_rates.difference_rows."""
     own = differences[(differences.group == "Overall") & (differences.setting == "free")]
     return [
         f"{row.first} − {row.second}: {row.difference:+.1f} points ({row.low:.1f} to {row.high:.1f})"
@@ -195,8 +184,10 @@ def describe_differences(differences) -> list[str]:  # of evaluation.win_rates.d
     ]
 
 
-def describe_trust(trust) -> list[str]:  # of evaluation.win_rates.trust_rows
-    "Say how often the judge contradicts itself, and which answers are longer than the reference's."
+def describe_trust(trust) -> list[str]:
+    """Say how often the judge contradicts itself, and which answers are longer than the reference's.
+
+    Returns of evaluation.win_rates.trust_rows."""
     found = []
     if trust.flips.notna().any():
         worst = trust.loc[trust.flips.idxmax()]
@@ -213,8 +204,8 @@ def describe_trust(trust) -> list[str]:  # of evaluation.win_rates.trust_rows
     return found
 
 
-def describe_compliance(compliance: list[dict]) -> list[str]:  # of evaluation.win_rates.compliance_rows
-    "Say how many answers keep the asked length."
+def describe_compliance(compliance: list[dict]) -> list[str]:
+    "Say how many answers keep the asked length. Returns of evaluation.win_rates.compliance_rows."
     share = "within 20% of the asked length, %"
     return [
         f"{row['model']}: {row[share]}% of the answers are within a fifth of the asked length, {row['cut off %']}% "
@@ -223,8 +214,10 @@ def describe_compliance(compliance: list[dict]) -> list[str]:  # of evaluation.w
     ]
 
 
-def describe_topic_rates(cells) -> list[str]:  # of evaluation.win_rates.win_rate_cells
-    "Name the coarse topics with the highest and lowest free win rate of the best policy."
+def describe_topic_rates(cells) -> list[str]:
+    """Name the coarse topics with the highest and lowest free win rate of the best policy.
+
+    Returns of evaluation.win_rates.win_rate_cells."""
     own = cells[(cells.grouping == "coarse topic") & (cells.setting == "free") & (cells.reading == READINGS[0])]
     own = own[own.group.isin(coarse_topics())].dropna(subset="win_rate")
     if own.empty:

@@ -46,15 +46,11 @@ class Domains:
     bench: object = None  # frame of RewardBench's pairs, or None
 
 
-def collect_domains(
-    train,  # frame of kind "pairs", training and development speeches
-    test,  # frame of kind "pairs", test speeches
-    speeches,  # frame of kind "speeches"
-    settings: Profile,
-    seed: int,
-    released: bool = False,  # whether the released dataset is the input
-) -> Domains:
-    "Split the counselling pairs, and read the general pairs that the settings name."
+def collect_domains(train, test, speeches, settings: Profile, seed: int, released: bool = False) -> Domains:
+    """Split the counselling pairs, and read the general pairs that the settings name.
+
+    train: frame of kind "pairs", training and development speeches; test: frame of kind "pairs", test speeches;
+    speeches: frame of kind "speeches"; released: whether the released dataset is the input."""
     chosen = settings.mixing
     psy = {part: train[train.ID.isin(speeches.speech_id[speeches.split == part])] for part in ("train", "dev")}
     if chosen.rule not in (*RULES, "ready"):
@@ -67,13 +63,15 @@ def collect_domains(
     return Domains(psy | {"test": test}, general, found.title, own, found.counts, list(found.paths), bench)
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #ed4c5aac
-def cell_mixes(budget: int, domains: Domains) -> dict[str, Mix]:  # cell -> mixture, named by what is drawn
-    "Return the mixture of each cell; budget is the number of pairs of a budgeted cell."
+def cell_mixes(budget: int, domains: Domains) -> dict[str, Mix]:
+    """Return the mixture of each cell; budget is the number of pairs of a budgeted cell.
+
+    Returns cell -> mixture, named by what is drawn."""
     return dict(zip(MIXES, grid(budget, (domains.own, domains.title))))
 
 
-def cell_pairs(mix: Mix, domains: Domains, seed: int):  # (training pairs, development pairs)
-    "Draw a cell's pairs."
+def cell_pairs(mix: Mix, domains: Domains, seed: int):
+    "Draw a cell's pairs. Returns (training pairs, development pairs)."
     parts = [domains.psy["dev"], domains.general["dev"]]
     whole = [None if (n is None or n) and len(own) else 0 for n, own in zip((mix.psy, mix.help), parts)]
     train = mix_pairs(domains.psy["train"], domains.general["train"], mix.psy, mix.help, seed)
@@ -90,14 +88,11 @@ def _with_gaps(pairs, domains: Domains):
     return pairs.assign(gap=[known[key] for key in zip(pairs.ID, pairs.prefID)])
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #ffbbe6a5
-def score_domains(
-    name: str,  # of the model
-    folder: Path,  # of the model
-    tokenizer,
-    domains: Domains,
-    dtype: str,  # auto, bfloat16 or float32
-) -> dict:  # psy, general and, where there is RewardBench, bench -> frame of kind "scores"
-    "Score the test pairs of both domains."
+def score_domains(name: str, folder: Path, tokenizer, domains: Domains, dtype: str) -> dict:
+    """Score the test pairs of both domains.
+
+    dtype: auto, bfloat16 or float32. Returns psy, general and, where there is RewardBench, bench -> frame of kind
+    "scores"."""
     model = load_reward_model(str(folder), tokenizer, dtype)
     tests = {"psy": domains.psy["test"], "general": domains.general["test"]}
     if domains.bench is not None:
@@ -108,14 +103,8 @@ def score_domains(
     }
 
 
-def make_cell(
-    writer: StageWriter,  # of the cell, begun
-    cell: Cell,
-    settings: Profile,
-    domains: Domains,
-    seed: int,
-) -> None:
-    "Train and score one cell of the grid; sign it."
+def make_cell(writer: StageWriter, cell: Cell, settings: Profile, domains: Domains, seed: int) -> None:
+    "Train and score one cell of the grid; sign it. writer: of the cell, begun."
     weights, mix = find_weights(cell.backbone), cell_mixes(settings.mixing.budget, domains)[cell.mix]
     train, dev = cell_pairs(mix, domains, seed)
     model, job, dev = writer.work / "scratch" / "model", writer.work / "scratch" / "job", dev if len(dev) else None
@@ -161,13 +150,10 @@ def counselling_entry(weights: Weights, run: Run, domains: Domains, dtype: str) 
     return GridEntry(weights.short, "psy-all", domains.own, drawn, scores)
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #280df15d
-def gather_grid(
-    run: Run,
-    folders: dict[Cell, Path],  # finished cells
-    domains: Domains,
-    settings: Profile,
-) -> list[GridEntry]:  # for each backbone the model of chapter 5 first, then its cells
-    "Collect all models of the grid with their scores."
+def gather_grid(run: Run, folders: dict[Cell, Path], domains: Domains, settings: Profile) -> list[GridEntry]:
+    """Collect all models of the grid with their scores.
+
+    folders: finished cells. Returns for each backbone the model of chapter 5 first, then its cells."""
     entries = []
     for backbone in settings.backbones:
         entries.append(counselling_entry(find_weights(backbone), run, domains, settings.dtype))
@@ -175,8 +161,10 @@ def gather_grid(
     return entries
 
 
-def started_with_cells(folders: typing.Iterable[Path]) -> float:  # seconds since the epoch
-    "Return when the grid would have started, had its cells been made one by one before now."
+def started_with_cells(folders: typing.Iterable[Path]) -> float:
+    """Return when the grid would have started, had its cells been made one by one before now.
+
+    Returns seconds since the epoch."""
     return time.time() - sum(read_json(folder / "receipt.json")["seconds"] for folder in folders)
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #aa191030
@@ -190,8 +178,10 @@ def _accuracy(scores, samples: int) -> tuple[float, str]:
     return accuracy, "one speech" if np.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def paper_row(cell: str, backbone: str) -> dict:  # accuracy, auc, brier, rewardbench, name, as far as printed
-    "Return the row of the paper's later version for a cell; it has Llama-3B and Llama-8B."
+def paper_row(cell: str, backbone: str) -> dict:
+    """Return the row of the paper's later version for a cell; it has Llama-3B and Llama-8B.
+
+    Returns accuracy, auc, brier, rewardbench, name, as far as printed."""
     published = paper_values()["mixing_v2"]
     names = dict(zip(MIXES[1:], ("HelpSteer2", "HelpSteer2 + PsyCoPref", "Psy10k", "Help10k", "Psy5kHelp5k")))
     size = "Llama-3B" if re.search(r"(?<![0-9.])3b", backbone.lower()) else "Llama-8B"
@@ -210,18 +200,14 @@ def _bench_accuracy(entry: GridEntry, bench, samples: int) -> float | None:
     return None if np.isnan(overall) else round(100 * overall, 1)
 
 
-def entry_bench(entry: GridEntry, bench, samples: int = 1000):  # of score_reward_bench
+def entry_bench(entry: GridEntry, bench, samples: int = 1000):
     "Score RewardBench's pairs as its leaderboard does."
     scores = entry.scores["bench"]
     return score_reward_bench(bench, scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy(), samples)
 
 
-def grid_row(
-    entry: GridEntry,
-    bench=None,  # frame of RewardBench's pairs
-    samples: int = 1000,  # bootstrap resamples
-) -> dict:
-    "Summarise a model of the grid as a row of the tables."
+def grid_row(entry: GridEntry, bench=None, samples: int = 1000) -> dict:
+    "Summarise a model of the grid as a row of the tables. bench: frame of RewardBench's pairs."
     scores, theirs = entry.scores, paper_row(entry.cell, entry.backbone)
     psy, general = (_accuracy(scores[test], samples) for test in ("psy", "general"))
     found = pairwise_metrics(scores["psy"].chosen_score, scores["psy"].rejected_score)
@@ -247,16 +233,16 @@ def grid_row(
 BUDGETED = ("psy", "help", "half")  # cells of equal size
 
 
-def grid_table(entries: list[GridEntry], rows: list[dict], budgeted: bool):  # pandas.DataFrame
-    "List the rows of the cells of equal size, or of the others."
+def grid_table(entries: list[GridEntry], rows: list[dict], budgeted: bool):
+    "List the rows of the cells of equal size, or of the others. Returns pandas.DataFrame."
     import pandas as pd
 
     chosen = [row for entry, row in zip(entries, rows) if (entry.cell in BUDGETED) == budgeted]
     return pd.DataFrame(chosen, dtype=object)
 
 
-def bench_table(entries: list[GridEntry], bench, samples: int):  # pandas.DataFrame
-    "List RewardBench's sections for each model."
+def bench_table(entries: list[GridEntry], bench, samples: int):
+    "List RewardBench's sections for each model. Returns pandas.DataFrame."
     import pandas as pd
 
     parts = [entry_bench(entry, bench, samples).assign(model=entry.name) for entry in entries]
@@ -264,8 +250,8 @@ def bench_table(entries: list[GridEntry], bench, samples: int):  # pandas.DataFr
     return pd.concat([part.query("level != 'subset'") for part in parts])[columns]
 
 
-def general_scores(entries: list[GridEntry]) -> list:  # frames of kind "scores"
-    "Return the scores of the general test pairs, under each model's full name."
+def general_scores(entries: list[GridEntry]) -> list:
+    """Return the scores of the general test pairs, under each model's full name. Returns frames of kind "scores"."""
     return [entry.scores["general"].assign(model=entry.name) for entry in entries]
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #0f190284
@@ -276,8 +262,10 @@ def _distances(row: dict, domain: str) -> list[list[float]]:
     return [[value - low], [high - value]]
 
 
-def mixing_figure(rows: list[dict], general: str):  # matplotlib figure
-    "Draw each model by its accuracy in both domains, with intervals; `general` names the general pairs."
+def mixing_figure(rows: list[dict], general: str):
+    """Draw each model by its accuracy in both domains, with intervals; `general` names the general pairs.
+
+    Returns matplotlib figure."""
     figure, axes = new_figure(6.4, 5.6)
     alone = len({row["model"] for row in rows}) == 1
     for place, row in enumerate(rows):

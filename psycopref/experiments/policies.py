@@ -29,14 +29,12 @@ def check_trainings(settings: Profile) -> None:
     check_strategy(settings.dpo_iter, settings.dpo)
 
 # %% ../../nbs/experiments/01_policies.ipynb #2cbe4c7d
-def train_offline(
-    watcher: Watcher,  # of the backbone
-    fit,  # frame of training pairs
-    dev,  # frame of development pairs, may be empty
-    folder: Path,  # for the checkpoints as plain models
-    scratch: Path,  # for the job
-) -> dict:  # what train_policy returns, with points (the backbone's first) and the chosen step
-    "Train by DPO on given pairs; measure each checkpoint and choose one."
+def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> dict:
+    """Train by DPO on given pairs; measure each checkpoint and choose one.
+
+    fit: frame of training pairs; dev: frame of development pairs, may be empty; folder: for the checkpoints as
+    plain models; scratch: for the job. Returns what train_policy returns, with points (the backbone's first) and
+    the chosen step."""
     weights, settings, dtype = watcher.base, watcher.profile.dpo, watcher.profile.dtype
     points = [
         watcher.look(lambda: weights, "base", 0)
@@ -52,14 +50,11 @@ def train_offline(
     return {**found, "points": points, "chosen": chosen}
 
 # %% ../../nbs/experiments/01_policies.ipynb #c08ae630
-def train_policies(
-    watcher: Watcher,  # of the backbone
-    speeches,  # frame of kind "speeches"
-    pairs,  # frame of kind "pairs", of training and development speeches
-    folder: Path,  # for the policies
-    scratch: Path,  # for the offline job
-) -> dict:  # a result: label, dpo, iter
-    "Train a backbone by DPO on the dataset's pairs, and by DPO-Iter on its own."
+def train_policies(watcher: Watcher, speeches, pairs, folder: Path, scratch: Path) -> dict:
+    """Train a backbone by DPO on the dataset's pairs, and by DPO-Iter on its own.
+
+    speeches: frame of kind "speeches"; pairs: frame of kind "pairs", of training and development speeches; folder:
+    for the policies; scratch: for the offline job. Returns a result: label, dpo, iter."""
     weights, settings = watcher.base, watcher.profile
     train, dev = (speeches[speeches.split == split] for split in ("train", "dev"))
     fit, held_out = (pairs[pairs.ID.isin(own.speech_id)] for own in (train, dev))
@@ -70,12 +65,11 @@ def train_policies(
     return {"label": weights.short, "dpo": offline, "iter": iterate(online, watcher.look)}
 
 # %% ../../nbs/experiments/01_policies.ipynb #0383653a
-def policy_entries(
-    weights: Weights,
-    result: dict,
-    batch_size: int,  # pairs in a step
-) -> list[dict]:  # policy, kind, backbone, path below 06_policy (None for the backbone), curve of [pairs, path]
-    "List the three policies of a backbone: untrained, DPO, DPO-Iter."
+def policy_entries(weights: Weights, result: dict, batch_size: int) -> list[dict]:
+    """List the three policies of a backbone: untrained, DPO, DPO-Iter.
+
+    batch_size: pairs in a step. Returns policy, kind, backbone, path below 06_policy (None for the backbone), curve
+    of [pairs, path]."""
     slug, offline, online = weights.slug, result["dpo"], result["iter"]
     names = {"base": weights.short, "dpo": f"{weights.short} + DPO", "dpo-iter": f"{weights.short} + DPO-Iter"}
     places = {"dpo": f"{slug}/dpo/step-{{}}", "dpo-iter": f"{slug}/iter/iteration-{{}}/policy"}
@@ -103,8 +97,10 @@ def chosen_point(result: dict, kind: str) -> dict:
     return next(point for point in result["dpo"]["points"] if point["step"] == result["dpo"]["chosen"])
 
 
-def watcher_labels(watcher: Watcher) -> tuple[str, str]:  # judge, reference; empty where nobody was asked
-    "Return who judged development answers, and who was compared with."
+def watcher_labels(watcher: Watcher) -> tuple[str, str]:
+    """Return who judged development answers, and who was compared with.
+
+    Returns judge, reference; empty where nobody was asked."""
     chosen, counts = watcher.profile.evaluation, watcher.gateway.counts
     return tuple((counts.get(uri) or {}).get("label", "") for uri in (chosen.judge, chosen.reference))
 
@@ -138,15 +134,12 @@ def _policy_facts(watcher: Watcher, result: dict, entry: dict, run: str, receipt
 
 # %% ../../nbs/experiments/01_policies.ipynb #56d1ce17
 def write_policy_cards(
-    watcher: Watcher,  # of the backbone
-    result: dict,
-    entries: list[dict],  # of policy_entries
-    work: Path,  # folder of the stage
-    scratch: Path,  # of the offline job
-    run: str,  # name of the run
-    receipts: dict,  # stage -> receipt of 01_speeches, 04_pairs and, where there are ratings, 03_ratings
+    watcher: Watcher, result: dict, entries: list[dict], work: Path, scratch: Path, run: str, receipts: dict
 ) -> None:
-    "Write card, notice and decoding of the chosen policies, and save the offline policy's adapters."
+    """Write card, notice and decoding of the chosen policies, and save the offline policy's adapters.
+
+    work: folder of the stage; scratch: of the offline job; run: name of the run; receipts: stage -> receipt of
+    01_speeches, 04_pairs and, where there are ratings, 03_ratings."""
     offline = entries[1]
     if watcher.profile.dpo.lora.rank:
         checkpoint = scratch / "job" / "checkpoints" / f"checkpoint-{result['dpo']['chosen']}"
@@ -202,8 +195,8 @@ def _point_row(label: str, point: dict, chosen: bool) -> dict:
     }
 
 # %% ../../nbs/experiments/01_policies.ipynb #26bc91a2
-def points_table(results: dict[str, dict]):  # pandas.DataFrame
-    "List every point of every training; a star marks the chosen ones."
+def points_table(results: dict[str, dict]):
+    "List every point of every training; a star marks the chosen ones. Returns pandas.DataFrame."
     import pandas as pd
 
     rows = []
@@ -254,8 +247,10 @@ def describe_drift(curves: dict[str, list[dict]]) -> list[str]:
     return sentences
 
 
-def win_rate_gap(point: dict) -> float | None:  # percentage points
-    "Compute by how much the reward model's win rate exceeds the judge's; None where either was not measured."
+def win_rate_gap(point: dict) -> float | None:
+    """Compute by how much the reward model's win rate exceeds the judge's; None where either was not measured.
+
+    Returns percentage points."""
     known = point.get("proxy") is not None and point.get("judged") is not None
     return point["proxy"] - point["judged"] if known else None
 

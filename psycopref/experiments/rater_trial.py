@@ -30,8 +30,10 @@ PAIR_FIELDS = ("id", "principle", "construct", "client", "better", "worse", "set
 SETS = ("develop", "held-out")
 
 
-def read_minimal_pairs(path: Path | None = None):  # frame with PAIR_FIELDS
-    "Read minimal pairs, by default those of the package; refuse a row that is no pair."
+def read_minimal_pairs(path: Path | None = None):
+    """Read minimal pairs, by default those of the package; refuse a row that is no pair.
+
+    Returns frame with PAIR_FIELDS."""
     import pandas as pd
 
     path = path or resource_path("minimal_pairs.jsonl")
@@ -60,11 +62,11 @@ def read_minimal_pairs(path: Path | None = None):  # frame with PAIR_FIELDS
     return pairs
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #cfaa864e
-def score_texts(
-    client_speeches: typing.Sequence[str],
-    responses: typing.Sequence[str],  # (n,), one for each client speech
-):  # frame with n rows: the seven principles and mean, 1-5, and words
-    "Score responses with the rubric, and count their words."
+def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequence[str]):
+    """Score responses with the rubric, and count their words.
+
+    responses: (n,), one for each client speech. Returns frame with n rows: the seven principles and mean, 1-5, and
+    words."""
     import pandas as pd
 
     asked, found = list(zip(client_speeches, responses)), {}
@@ -75,23 +77,25 @@ def score_texts(
     return pd.DataFrame([found[key] for key in asked], columns=[*ALL_SCORES, "words"], dtype=float).round(9)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #e5ecec9a
-def share_interval(right: int, n: int) -> tuple[float, float]:  # low, high, in [0, 1]
-    "Compute Wilson's 95% interval of a share."
+def share_interval(right: int, n: int) -> tuple[float, float]:
+    "Compute Wilson's 95% interval of a share. Returns low, high, in [0, 1]."
     z = 1.959963984540054
     middle, spread = right / n + z * z / (2 * n), z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #9beb9cd5
-def score_minimal_pairs(pairs):  # the same with own, mean, words: better minus worse; own is on the pair's principle
-    "Score both sides of every minimal pair."
+def score_minimal_pairs(pairs):
+    """Score both sides of every minimal pair.
+
+    Returns the same with own, mean, words: better minus worse; own is on the pair's principle."""
     better, worse = (score_texts(pairs.client.tolist(), pairs[side].tolist()) for side in ("better", "worse"))
     gap = (better - worse).round(9)
     own = [gap[principle][row] for row, principle in enumerate(pairs.principle)]
     return pairs.reset_index(drop=True).assign(own=own, mean=gap["mean"], words=gap["words"])
 
 
-def _share(judged) -> dict:  # a row of the table, in percent
-    "Count how often the better answer scores above the other."
+def _share(judged) -> dict:
+    "Count how often the better answer scores above the other. Returns a row of the table, in percent."
     n, right = len(judged), int((judged.own > 0).sum())
     low, high = share_interval(right, n)
     percent = {
@@ -110,11 +114,11 @@ def _share(judged) -> dict:  # a row of the table, in percent
     }
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #7e54a253
-def minimal_table(
-    judged,  # frame of `score_minimal_pairs`
-    by: str | None = None,  # "construct" gives a row for each construct of a principle
-):  # frame, a row for each set and principle; shares in percent
-    "Tabulate the minimal pairs; held-out first, since only these are evidence."
+def minimal_table(judged, by: str | None = None):
+    """Tabulate the minimal pairs; held-out first, since only these are evidence.
+
+    judged: frame of `score_minimal_pairs`; by: "construct" gives a row for each construct of a principle. Returns
+    frame, a row for each set and principle; shares in percent."""
     import pandas as pd
 
     rows = []
@@ -133,11 +137,10 @@ def minimal_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #36ba7e36
-def auc_of(
-    score: np.ndarray,  # (n,)
-    label: np.ndarray,  # 0 or 1, (n,)
-) -> typing.Callable[[np.ndarray], float]:  # weights (n,) -> AUC in [0, 1]; NaN where a class is missing
-    "Prepare the area under the ROC curve."
+def auc_of(score: np.ndarray, label: np.ndarray) -> typing.Callable[[np.ndarray], float]:
+    """Prepare the area under the ROC curve.
+
+    label: 0 or 1, (n,). Returns weights (n,) -> AUC in [0, 1]; NaN where a class is missing."""
     place = np.unique(score, return_inverse=True)[1]
 
     def value(weight):
@@ -148,11 +151,10 @@ def auc_of(
     return value
 
 
-def spearman_of(
-    score: np.ndarray,  # (n,)
-    label: np.ndarray,  # any order, (n,)
-) -> typing.Callable[[np.ndarray], float]:  # weights (n,) -> rank correlation in [-1, 1]; NaN where one is constant
-    "Prepare Spearman's rank correlation."
+def spearman_of(score: np.ndarray, label: np.ndarray) -> typing.Callable[[np.ndarray], float]:
+    """Prepare Spearman's rank correlation.
+
+    label: any order, (n,). Returns weights (n,) -> rank correlation in [-1, 1]; NaN where one is constant."""
     places = [np.unique(column, return_inverse=True)[1] for column in (score, label)]
 
     def value(weight):
@@ -165,11 +167,11 @@ def spearman_of(
     return value
 
 
-def pair_accuracy_of(
-    score: np.ndarray,  # preferred minus other, (n,)
-    label: np.ndarray,  # not used: every difference is taken from the preferred side
-) -> typing.Callable[[np.ndarray], float]:  # weights (n,) -> share in [0, 1]
-    "Prepare the share of pairs in the right order; ties lose."
+def pair_accuracy_of(score: np.ndarray, label: np.ndarray) -> typing.Callable[[np.ndarray], float]:
+    """Prepare the share of pairs in the right order; ties lose.
+
+    score: preferred minus other, (n,); label: not used: every difference is taken from the preferred side. Returns
+    weights (n,) -> share in [0, 1]."""
     return lambda weight: float(weight @ (score > 0) / weight.sum())
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #d4ecd535
@@ -180,34 +182,39 @@ LABEL_MEASURES = {
 }  # kind -> name, measure, chance
 
 
-def draw_weights(groups: np.ndarray, samples: int, seed: int) -> typing.Iterator[np.ndarray]:  # weights of rows, (n,)
-    "Draw as many groups as there are, with replacement."
+def draw_weights(groups: np.ndarray, samples: int, seed: int) -> typing.Iterator[np.ndarray]:
+    "Draw as many groups as there are, with replacement. Returns weights of rows, (n,)."
     group_of = np.unique(groups, return_inverse=True)[1]
     count, rng = group_of.max() + 1, np.random.default_rng(seed)
     for _ in range(samples):
         yield np.bincount(rng.integers(count, size=count), minlength=count)[group_of].astype(float)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #5b823092
-def percentile_interval(
-    draws: np.ndarray,  # a measure on each draw, (samples,), NaN where it is undefined
-) -> tuple[float, float] | None:  # low, high; None where it is undefined in more than one draw of twenty
-    "Return the 95% percentile interval."
+def percentile_interval(draws: np.ndarray) -> tuple[float, float] | None:
+    """Return the 95% percentile interval.
+
+    draws: a measure on each draw, (samples,), NaN where it is undefined. Returns low, high; None where it is
+    undefined in more than one draw of twenty."""
     known = draws[~np.isnan(draws)]
     return (
         tuple(float(bound) for bound in np.quantile(known, [0.025, 0.975])) if len(known) >= 0.95 * len(draws) else None
     )
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #21290dc9
-def observations(comparison: Comparison, rows):  # frame: ALL_SCORES, words, label, group
-    "Select the scored rows that a comparison is about; means of groups where these are its unit."
+def observations(comparison: Comparison, rows):
+    """Select the scored rows that a comparison is about; means of groups where these are its unit.
+
+    Returns frame: ALL_SCORES, words, label, group."""
     own = rows.loc[rows.construct == comparison.construct, [*ALL_SCORES, "words", "label", "group"]]
     if comparison.unit == "group":
         own = own.groupby("group", sort=True, as_index=False).mean()
     return own.round(9).reset_index(drop=True)
 
 
-def score_rows(rows):  # the same with ALL_SCORES and words; for a pair response minus other
-    "Score the responses of a corpus, a frame with the columns of `corpus.labelled_text`."
+def score_rows(rows):
+    """Score the responses of a corpus, a frame with the columns of `corpus.labelled_text`.
+
+    Returns the same with ALL_SCORES and words; for a pair response minus other."""
     scores = score_texts(rows.client_speech.tolist(), rows.response.tolist())
     paired = (rows.kind == "pair").to_numpy()
     if paired.any():
@@ -216,14 +223,10 @@ def score_rows(rows):  # the same with ALL_SCORES and words; for a pair response
     return rows.reset_index(drop=True).join(scores.round(9))
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #bc003340
-def compare_with_length(
-    comparison: Comparison,
-    observed,  # frame of `observations`
-    kind: str,  # of LABEL_MEASURES
-    samples: int,
-    seed: int,
-) -> list[dict]:  # for each score: value, baseline, difference and the intervals
-    "Measure how well scores, and length, predict labels."
+def compare_with_length(comparison: Comparison, observed, kind: str, samples: int, seed: int) -> list[dict]:
+    """Measure how well scores, and length, predict labels.
+
+    observed: frame of `observations`. Returns for each score: value, baseline, difference and the intervals."""
     label, sign = observed.label.to_numpy(), 1 if comparison.expected == "higher" else -1
     prepare, ones = LABEL_MEASURES[kind][1], np.ones(len(observed))
     lengths = {
@@ -298,8 +301,8 @@ def _why_not(comparison: Comparison, observed, kind: str | None, labelled: Label
 
 def corpus_results(
     labelled: Labelled, samples: int, seed: int
-) -> list[tuple[Comparison, str | None, list[dict], str | None]]:  # comparison, kind, results, why there are none
-    "Make all comparisons of one corpus."
+) -> list[tuple[Comparison, str | None, list[dict], str | None]]:
+    "Make all comparisons of one corpus. Returns comparison, kind, results, why there are none."
     rows, name, found = score_rows(labelled.rows), labelled.origin["source"], []
     for comparison in (c for c in COMPARISONS if c.corpus == name):
         observed = observations(comparison, rows)
@@ -311,8 +314,10 @@ def corpus_results(
     return found
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #acdc5656
-def corpus_table(results: list):  # frame, one row for each comparison and score; empty cells where nothing was measured
-    "Tabulate the results of all corpora, and what was not measured."
+def corpus_table(results: list):
+    """Tabulate the results of all corpora, and what was not measured.
+
+    Returns frame, one row for each comparison and score; empty cells where nothing was measured."""
     import pandas as pd
 
     made, rows = {comparison: rest for comparison, *rest in results}, []
@@ -391,8 +396,8 @@ def trial_size(pairs, corpora: typing.Sequence[Labelled]) -> str:
     return ", ".join([f"{len(pairs)} minimal pairs", *labels])
 
 
-def corpora_facts(corpora: typing.Sequence[Labelled]) -> dict:  # corpus -> origin, labels, groups, dropped
-    "Summarise the corpora for the receipt."
+def corpora_facts(corpora: typing.Sequence[Labelled]) -> dict:
+    "Summarise the corpora for the receipt. Returns corpus -> origin, labels, groups, dropped."
     counts = {c.origin["source"]: {"labels": len(c.rows), "groups": int(c.rows.group.nunique())} for c in corpora}
     return {c.origin["source"]: {**c.origin, **counts[c.origin["source"]], "dropped": c.dropped} for c in corpora}
 
@@ -558,7 +563,7 @@ def _corpus_panel(axes, drawn: list[tuple[str, dict]], chance: float, title: str
     axes.axvline(chance, color="#888888", linewidth=1, linestyle="--", zorder=1)
 
 
-def _panels(results: list) -> list[tuple]:  # (rows to draw, chance, title), one for each scale
+def _panels(results: list) -> list[tuple]:
     "Sort results by scale: shares have their chance at one half, correlations at zero."
     drawn = [
         (kind, f"{head['corpus']}: {head['construct']}\n{head['compared with']} (n = {one['n']})", one)
@@ -576,8 +581,10 @@ def _panels(results: list) -> list[tuple]:  # (rows to draw, chance, title), one
     ]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #e6fb6972
-def trial_figure(table, results: list):  # matplotlib figure
-    "Draw minimal pairs (`minimal_table`) and corpora (`corpus_results`; may be empty) with intervals."
+def trial_figure(table, results: list):
+    """Draw minimal pairs (`minimal_table`) and corpora (`corpus_results`; may be empty) with intervals.
+
+    Returns matplotlib figure."""
     panels = _panels(results)
     heights = [0.42 * table.principle.nunique() + 0.9, *(0.44 * len(drawn) + 0.9 for drawn, _, _ in panels)]
     figure, grid = new_figure(7.6, sum(heights) + 0.5, 1 + len(panels), 1, squeeze=False, height_ratios=heights)

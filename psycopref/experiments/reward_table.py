@@ -34,13 +34,11 @@ __all__ = ['BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score
            'describe_slices', 'describe_rankers', 'write_cards']
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #67784f04
-def kept_scores(
-    folder,  # where score files go
-    name: str,  # of the scorer
-    tests: dict,  # name -> frame of pairs, e.g. dev and test
-    score: typing.Callable[[], dict],  # name -> frame of kind "scores"; called where a file is missing
-) -> dict:  # name -> frame of kind "scores"
-    "Read the scores of a scorer, or make and write them; a torn file, and scores of others, are made again."
+def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict]) -> dict:
+    """Read the scores of a scorer, or make and write them; a torn file, and scores of others, are made again.
+
+    folder: where score files go; tests: name -> frame of pairs, e.g. dev and test; score: name -> frame of kind
+    "scores"; called where a file is missing. Returns name -> frame of kind "scores"."""
     slug = "".join(c if c.isalnum() or c in "-." else "-" for c in name).lower()
     paths = {test: folder / f"{slug}.{test}.parquet" for test in tests}
     if not all(_holds(path, name, tests[test]) for test, path in paths.items()):
@@ -62,13 +60,11 @@ def _holds(path, name: str, pairs) -> bool:
     )
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b9354ab4
-def model_scores(
-    name: str,  # of the scorer
-    model,  # reward model
-    tokenizer,  # its tokenizer
-    tests: dict,  # name -> frame of pairs
-) -> dict:  # name -> frame of kind "scores"
-    "Score pairs with a reward model."
+def model_scores(name: str, model, tokenizer, tests: dict) -> dict:
+    """Score pairs with a reward model.
+
+    model: reward model; tokenizer: its tokenizer; tests: name -> frame of pairs. Returns name -> frame of kind
+    "scores"."""
     return {
         test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}"))
         for test, pairs in tests.items()
@@ -83,26 +79,21 @@ BASELINES = {
 }
 
 
-def baseline_scores(
-    name: str,  # a key of BASELINES
-    train,  # frame of training pairs
-    tests: dict,  # name -> frame of pairs
-) -> dict:  # name -> frame of kind "scores"
-    "Score pairs with a cheap baseline."
+def baseline_scores(name: str, train, tests: dict) -> dict:
+    """Score pairs with a cheap baseline.
+
+    name: a key of BASELINES; train: frame of training pairs; tests: name -> frame of pairs. Returns name -> frame
+    of kind "scores"."""
     if BASELINES[name] is None:
         return {test: score_frame(pairs, name, *length_scores(pairs)) for test, pairs in tests.items()}
     return BASELINES[name](train, tests)[0]
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #107dfd80
-def score_row(
-    name: str,  # of the scorer
-    kind: str,  # reward model, baseline, other reward model
-    scores,  # frame of kind "scores"
-    calibrated: bool = True,  # False where differences are no log-odds, as with word counts
-    bins: int = 10,  # for ECE
-    samples: int = 1000,  # bootstrap resamples
-) -> dict:  # one row of Table 1
-    "Summarise a scorer."
+def score_row(name: str, kind: str, scores, calibrated: bool = True, bins: int = 10, samples: int = 1000) -> dict:
+    """Summarise a scorer.
+
+    kind: reward model, baseline, other reward model; scores: frame of kind "scores"; calibrated: False where
+    differences are no log-odds, as with word counts. Returns one row of Table 1."""
     chosen, rejected = scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy()
     found, right = pairwise_metrics(chosen, rejected, bins), (chosen > rejected).astype(float)
     interval = None
@@ -121,10 +112,8 @@ def score_row(
     }
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #988abbef
-def table_1(
-    rows: list[dict],  # ours
-):  # frame: ours, then the paper's models as published
-    "Build Table 1: our scorers above the paper's."
+def table_1(rows: list[dict]):
+    "Build Table 1: our scorers above the paper's. Returns frame: ours, then the paper's models as published."
     import pandas as pd
 
     names = {"accuracy": "paper accuracy %", "auc": "paper AUC", "ece": "paper ECE", "brier": "paper Brier"}
@@ -156,13 +145,11 @@ def table_1(
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #88165b0c
-def slice_tables(
-    scores,  # frame of kind "scores" of one model
-    pairs,  # frame of the same pairs
-    speeches,  # frame with speech_id and coarse_topic
-    samples: int = 1000,  # bootstrap resamples
-) -> dict:  # title -> frame of calibration.slice_table
-    "Cut accuracy by topic, by gap of the ratings and by length."
+def slice_tables(scores, pairs, speeches, samples: int = 1000) -> dict:
+    """Cut accuracy by topic, by gap of the ratings and by length.
+
+    scores: frame of kind "scores" of one model; pairs: frame of the same pairs; speeches: frame with speech_id and
+    coarse_topic. Returns title -> frame of calibration.slice_table."""
     groups = {
         "coarse topic of the client speech": topic_groups(pairs, speeches),
         "gap of the mean ratings": gap_groups(pairs),
@@ -171,11 +158,8 @@ def slice_tables(
     return {title: slice_table(scores, own, samples) for title, own in groups.items()}
 
 
-def one_table(
-    tables: dict,  # title -> frame with the same columns
-    column: str,  # what the titles are
-):  # frame
-    "Stack tables under their titles."
+def one_table(tables: dict, column: str):
+    "Stack tables under their titles. tables: title -> frame with the same columns; column: what the titles are."
     import pandas as pd
 
     return pd.concat(
@@ -214,8 +198,8 @@ class RewardStudy:
         return kept_scores(self.work / "scores", name, self.tests, score)
 
 
-def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:  # name -> (kind, scores of dev and test)
-    "Score with the cheap baselines."
+def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:
+    "Score with the cheap baselines. Returns name -> (kind, scores of dev and test)."
     return {
         name: ("baseline", study.scores(name, lambda name=name: baseline_scores(name, study.fit, study.tests)))
         for name in BASELINES
@@ -340,8 +324,10 @@ def best_temperature(dev) -> float | None:
     return fit_temperature(*sides) if len(dev) and not no_temperature(*sides) else None
 
 
-def shown_scorers(best: str, found: dict[str, tuple[str, dict]]) -> dict:  # name -> test scores
-    "Choose the scorers of the reliability figure: ours, other reward models, three baselines; four at most."
+def shown_scorers(best: str, found: dict[str, tuple[str, dict]]) -> dict:
+    """Choose the scorers of the reliability figure: ours, other reward models, three baselines; four at most.
+
+    Returns name -> test scores."""
     names = [best, *(n for n in found if n != best and found[n][0] != "baseline")]
     names += [n for n in found if any(word in n for word in ("TF-IDF", "embeddings", "untrained"))]
     return {name: found[name][1]["test"] for name in list(dict.fromkeys(names))[:4]}
@@ -403,7 +389,7 @@ def describe_calibration(rows: list[dict], best: str, temperature: float | None,
     return [*found, f"No temperature was fitted: {why}."]
 
 
-def describe_slices(tables: dict) -> list[str]:  # of slice_tables
+def describe_slices(tables: dict) -> list[str]:
     "Name the weakest and the strongest group of each cut."
     found = []
     for title, table in tables.items():

@@ -26,24 +26,18 @@ __all__ = ['ORDERS', 'answer_decoding', 'answer', 'word_counts', 'battle_request
            'consistent_verdicts']
 
 # %% ../../nbs/feedback/04_battles.ipynb #9df2e9c3
-def answer_decoding(
-    chosen: EvaluationSettings,  # of the profile
-    seed: int,  # of the sampling
-) -> Decoding:  # longest answer, temperature, top-k, top-p, seed
-    "Return the decoding of policies and reference, the same wherever they answer."
+def answer_decoding(chosen: EvaluationSettings, seed: int) -> Decoding:
+    """Return the decoding of policies and reference, the same wherever they answer.
+
+    Returns longest answer, temperature, top-k, top-p, seed."""
     return Decoding(chosen.max_tokens, chosen.temperature, chosen.top_k, chosen.top_p, seed)
 
 
-def answer(
-    gateway,
-    uri: str,  # who answers
-    speeches,  # frame with speech_id and speech
-    name: str,  # column `policy`
-    chosen: EvaluationSettings,  # how it decodes
-    seed: int,  # of the sampling
-    words: dict | None = None,  # speech_id -> asked length in words; None leaves it open
-):  # frame of kind "answers"
-    "Ask a model to answer client speeches."
+def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, seed: int, words: dict | None = None):
+    """Ask a model to answer client speeches.
+
+    uri: who answers; speeches: frame with speech_id and speech; name: column `policy`; chosen: how it decodes;
+    words: speech_id -> asked length in words; None leaves it open. Returns frame of kind "answers"."""
     import pandas as pd
 
     texts = [responding_prompt(s.speech, None if words is None else words[s.speech_id]) for s in speeches.itertuples()]
@@ -65,47 +59,40 @@ def answer(
     return pd.DataFrame(rows, columns=list(SCHEMAS["answers"]))
 
 
-def word_counts(
-    answers,  # frame of kind "answers", one for each speech
-) -> dict:  # speech_id -> words, at least 5
-    "Count words, for the length instruction."
+def word_counts(answers) -> dict:
+    """Count words, for the length instruction.
+
+    answers: frame of kind "answers", one for each speech. Returns speech_id -> words, at least 5."""
     return {row.speech_id: max(5, len(row.response.split())) for row in answers.itertuples()}
 
 # %% ../../nbs/feedback/04_battles.ipynb #5ba565f6
 ORDERS = ("policy first", "reference first")
 
 
-def battle_request(
-    client_speech: str,  # what the client said
-    policy: str,  # the policy's answer
-    reference: str,  # the reference's answer
-    order: str,  # policy first / reference first
-) -> ChatRequest:  # for the judge
-    "Ask the judge to compare two answers on the seven principles and overall."
+def battle_request(client_speech: str, policy: str, reference: str, order: str) -> ChatRequest:
+    """Ask the judge to compare two answers on the seven principles and overall.
+
+    client_speech: what the client said; policy: the policy's answer; reference: the reference's answer; order:
+    policy first / reference first. Returns for the judge."""
     first, second = (policy, reference) if order == ORDERS[0] else (reference, policy)
     fields = {"client_speech": client_speech, "response_1": first, "response_2": second}
     message = {"role": "user", "content": comparison_prompt("battle", client_speech, first, second)}
     return ChatRequest((message,), Decoding(max_tokens=200), battle_schema(), "battle", fields)
 
 
-def paper_order(
-    speech_id: str,  # of the client speech
-    seed: int,
-) -> str:  # one of ORDERS
-    "Draw the order in which the paper's judge would see a battle."
+def paper_order(speech_id: str, seed: int) -> str:
+    """Draw the order in which the paper's judge would see a battle.
+
+    speech_id: of the client speech. Returns one of ORDERS."""
     return ORDERS[derived_seed(seed, "battle order", speech_id) % 2]
 
 # %% ../../nbs/feedback/04_battles.ipynb #60aa7c0a
-def battle(
-    gateway,
-    judge: str,  # gateway URI
-    speeches,  # frame with speech_id and speech
-    policy,  # answers of the policy
-    reference,  # answers of the reference
-    reference_name: str,  # column `reference`
-    seed: int | None = None,  # judge in the one order that it draws; None judges in both
-):  # (frame of kind "battles", list of what was put aside)
-    "Judge every answer to a speech that the reference answered too."
+def battle(gateway, judge: str, speeches, policy, reference, reference_name: str, seed: int | None = None):
+    """Judge every answer to a speech that the reference answered too.
+
+    judge: gateway URI; speeches: frame with speech_id and speech; policy: answers of the policy; reference: answers
+    of the reference; reference_name: column `reference`; seed: judge in the one order that it draws; None judges in
+    both. Returns (frame of kind "battles", list of what was put aside)."""
     import pandas as pd
 
     texts, theirs = dict(zip(speeches.speech_id, speeches.speech)), dict(zip(reference.speech_id, reference.response))
@@ -149,18 +136,17 @@ def battle(
     return pd.DataFrame(rows, columns=list(SCHEMAS["battles"])), aside
 
 # %% ../../nbs/feedback/04_battles.ipynb #c0e18f80
-def paper_verdicts(
-    battles,  # frame of kind "battles"
-    seed: int,
-):  # the rows of one seeded order for each speech
-    "Read the battles as the paper does: one order for each speech."
+def paper_verdicts(battles, seed: int):
+    """Read the battles as the paper does: one order for each speech.
+
+    battles: frame of kind "battles". Returns the rows of one seeded order for each speech."""
     return battles[battles.order == battles.speech_id.map(lambda name: paper_order(name, seed))]
 
 
-def consistent_verdicts(
-    battles,  # frame of kind "battles", both orders
-):  # frame with one row for each policy, setting and speech
-    "Read the battles strictly: a win or loss only where both orders agree."
+def consistent_verdicts(battles):
+    """Read the battles strictly: a win or loss only where both orders agree.
+
+    battles: frame of kind "battles", both orders. Returns frame with one row for each policy, setting and speech."""
     wide = (
         battles.pivot(index=["policy", "setting", "speech_id"], columns="order", values="verdict")
         .dropna()

@@ -26,13 +26,11 @@ SHOWN_ORDERS = {
 }  # order -> where the chosen response is shown, so the right answer
 
 
-def ranking_request(
-    pair,  # a row with question, chosen and rejected
-    order: str,  # a key of SHOWN_ORDERS
-    seed: int = 0,  # of the decoding
-    max_tokens: int = 6,  # longest reply
-) -> ChatRequest:  # ready for the gateway
-    "Ask which of two responses is better."
+def ranking_request(pair, order: str, seed: int = 0, max_tokens: int = 6) -> ChatRequest:
+    """Ask which of two responses is better.
+
+    pair: a row with question, chosen and rejected; order: a key of SHOWN_ORDERS; max_tokens: longest reply. Returns
+    ready for the gateway."""
     first, second = (pair.chosen, pair.rejected) if SHOWN_ORDERS[order] == 1 else (pair.rejected, pair.chosen)
     message = {"role": "user", "content": comparison_prompt("ranker", pair.question, first, second)}
     return ChatRequest(
@@ -44,22 +42,21 @@ def ranking_request(
     )
 
 # %% ../../nbs/feedback/03_choosing.ipynb #0c070625
-def read_choice(
-    reply,  # gateway.ChatReply
-) -> int | None:  # 1 or 2; None where the reply does not name exactly one of them
-    "Read a ranker's reply."
+def read_choice(reply) -> int | None:
+    """Read a ranker's reply.
+
+    reply: gateway.ChatReply. Returns 1 or 2; None where the reply does not name exactly one of them."""
     try:
         return parse_choice(reply.text)
     except BadReply:
         return None
 
 
-def read_verdict(
-    pair,  # a row with ID and prefID
-    order: str,  # a key of SHOWN_ORDERS
-    choice: int | None,  # of read_choice
-) -> dict:  # ID, prefID, order, choice, readable, correct: 1, 0, or 0.5 where unreadable
-    "Compare a choice with the label of the data."
+def read_verdict(pair, order: str, choice: int | None) -> dict:
+    """Compare a choice with the label of the data.
+
+    pair: a row with ID and prefID; order: a key of SHOWN_ORDERS. Returns ID, prefID, order, choice, readable,
+    correct: 1, 0, or 0.5 where unreadable."""
     correct = 0.5 if choice is None else float(choice == SHOWN_ORDERS[order])
     return {
         "ID": pair.ID,
@@ -82,14 +79,12 @@ COLUMNS = {
 
 
 def rank_blocks(
-    gateway,
-    uri: str,  # gateway URI of the ranker
-    pairs,  # frame of pairs
-    seed: int = 0,  # of the decoding
-    max_tokens: int = 6,  # longest reply
-    block: int = 256,  # pairs whose calls are looked at together
-) -> typing.Iterator[tuple[list[dict], list[dict]]]:  # for each block: verdicts, and calls that failed
-    "Ask for every pair in both orders, block by block; no more than a few blocks are held at a time."
+    gateway, uri: str, pairs, seed: int = 0, max_tokens: int = 6, block: int = 256
+) -> typing.Iterator[tuple[list[dict], list[dict]]]:
+    """Ask for every pair in both orders, block by block; no more than a few blocks are held at a time.
+
+    uri: gateway URI of the ranker; pairs: frame of pairs; max_tokens: longest reply; block: pairs whose calls are
+    looked at together. Returns for each block: verdicts, and calls that failed."""
     parts, model = blocks(pairs, block), chat_model(uri)
 
     def jobs(part):
@@ -110,15 +105,13 @@ def rank_blocks(
 
 # %% ../../nbs/feedback/03_choosing.ipynb #94dd6da7
 def rank_pairs(
-    gateway,
-    uri: str,  # gateway URI of the ranker
-    pairs,  # frame of pairs
-    seed: int = 0,  # of the decoding
-    coverage: float = 0.98,  # least share of pairs that must be answered in both orders
-    max_tokens: int = 6,  # longest reply
-    block: int = 256,  # pairs whose calls are looked at together
-) -> tuple:  # (frame of verdicts, two rows for a pair; list of calls that failed)
-    "Ask a language model to choose between chosen and rejected, in both orders."
+    gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, max_tokens: int = 6, block: int = 256
+) -> tuple:
+    """Ask a language model to choose between chosen and rejected, in both orders.
+
+    uri: gateway URI of the ranker; pairs: frame of pairs; coverage: least share of pairs that must be answered in
+    both orders; max_tokens: longest reply; block: pairs whose calls are looked at together. Returns (frame of
+    verdicts, two rows for a pair; list of calls that failed)."""
     import pandas as pd
 
     if not len(pairs) or pairs.duplicated(["ID", "prefID"]).any():
@@ -140,10 +133,11 @@ def rank_pairs(
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), failures
 
 # %% ../../nbs/feedback/03_choosing.ipynb #56c246d1
-def pair_verdicts(
-    verdicts,  # frame of rank_pairs
-):  # frame, one row for each pair answered in both orders: ID, prefID, correct (0 to 1), readable (both), same_winner
-    "Join the two orders of each pair."
+def pair_verdicts(verdicts):
+    """Join the two orders of each pair.
+
+    verdicts: frame of rank_pairs. Returns frame, one row for each pair answered in both orders: ID, prefID, correct
+    (0 to 1), readable (both), same_winner."""
     forward, backward = (verdicts[verdicts.order == order] for order in SHOWN_ORDERS)
     both = forward.merge(backward, on=["ID", "prefID"], suffixes=("", "_swapped"), validate="one_to_one")
     readable = both.readable & both.readable_swapped
@@ -154,12 +148,11 @@ def pair_verdicts(
     )
 
 # %% ../../nbs/feedback/03_choosing.ipynb #27c64310
-def ranker_summary(
-    verdicts,  # frame of rank_pairs
-    failures: typing.Sequence[dict] = (),  # calls that failed, of rank_pairs
-    samples: int = 1000,  # bootstrap resamples
-) -> dict:  # plain data; None where there is nothing to take a share of
-    "Summarise a ranker."
+def ranker_summary(verdicts, failures: typing.Sequence[dict] = (), samples: int = 1000) -> dict:
+    """Summarise a ranker.
+
+    verdicts: frame of rank_pairs; failures: calls that failed, of rank_pairs. Returns plain data; None where there
+    is nothing to take a share of."""
     import numpy as np
 
     pairs = pair_verdicts(verdicts)
@@ -195,11 +188,8 @@ def _share(values) -> float | None:
     return float(values.mean()) if len(values) else None
 
 # %% ../../nbs/feedback/03_choosing.ipynb #4f07da61
-def ranker_row(
-    name: str,  # of the ranker
-    summary: dict,  # of ranker_summary
-) -> dict:  # one row of Table 1
-    "Put a ranker into Table 1; it gives no probability, so only accuracy."
+def ranker_row(name: str, summary: dict) -> dict:
+    "Put a ranker into Table 1; it gives no probability, so only accuracy. Returns one row of Table 1."
     return {
         "model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)",
         "kind": "LLM as ranker",
@@ -217,10 +207,10 @@ def _interval_text(summary: dict) -> str | None:
     return None if summary["low"] is None else f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
 
 
-def ranker_table(
-    summaries: dict[str, dict],  # name of a ranker -> ranker_summary
-):  # frame, one row for each ranker, shares in %
-    "Set the rankers beside each other."
+def ranker_table(summaries: dict[str, dict]):
+    """Set the rankers beside each other.
+
+    summaries: name of a ranker -> ranker_summary. Returns frame, one row for each ranker, shares in %."""
     import pandas as pd
 
     columns = {

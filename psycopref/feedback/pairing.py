@@ -15,11 +15,11 @@ __all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses',
            'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
-def scored_responses(
-    responses,  # frame of responses
-    ratings,  # frame of ratings
-):  # frame of responses with one column for each principle and `total`, 7-35
-    "Join responses with their seven ratings; responses without all seven are left out."
+def scored_responses(responses, ratings):
+    """Join responses with their seven ratings; responses without all seven are left out.
+
+    responses: frame of responses; ratings: frame of ratings. Returns frame of responses with one column for each
+    principle and `total`, 7-35."""
     wide = (
         ratings.pivot(index=["speech_id", "model"], columns="principle", values="rating")
         .reindex(columns=list(PRINCIPLE_KEYS))
@@ -29,12 +29,11 @@ def scored_responses(
     return joined.assign(total=joined[list(PRINCIPLE_KEYS)].sum(axis=1))
 
 # %% ../../nbs/feedback/02_pairing.ipynb #54a6c53a
-def choose_pairs(
-    group,  # scored responses to one speech
-    min_gap_sum: int = 7,  # least difference of rating sums; 7 = a mean gap of 1
-    best_worst: bool = False,  # True for testing: only the best against the worst
-) -> list[tuple[int, int]]:  # positions (chosen, rejected)
-    "List the preference pairs of one speech."
+def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False) -> list[tuple[int, int]]:
+    """List the preference pairs of one speech.
+
+    group: scored responses to one speech; min_gap_sum: least difference of rating sums; 7 = a mean gap of 1;
+    best_worst: True for testing: only the best against the worst. Returns positions (chosen, rejected)."""
     totals = group.total.tolist()
     if best_worst:
         order = sorted(range(len(totals)), key=lambda i: (totals[i], group.model.iloc[i]))
@@ -46,14 +45,12 @@ def choose_pairs(
     return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum]
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
-def make_pairs(
-    speeches,  # frame of speeches
-    scored,  # frame of scored responses
-    splits: tuple[str, ...],  # which speeches
-    min_gap_sum: int,  # least difference of rating sums
-    best_worst: bool,  # one pair at most for each speech
-):  # frame with the 21 released columns
-    "Build preference pairs for some splits."
+def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool):
+    """Build preference pairs for some splits.
+
+    speeches: frame of speeches; scored: frame of scored responses; splits: which speeches; min_gap_sum: least
+    difference of rating sums; best_worst: one pair at most for each speech. Returns frame with the 21 released
+    columns."""
     import pandas as pd
 
     texts = dict(zip(speeches.speech_id[speeches.split.isin(splits)], speeches.speech[speeches.split.isin(splits)]))
@@ -85,10 +82,11 @@ def _pair(name: str, number: int, question: str, chosen, rejected) -> dict:
     return row
 
 # %% ../../nbs/feedback/02_pairing.ipynb #3979035e
-def paired_responses(
-    parts: dict,  # "train" and "test" -> pairs
-):  # frame: speech_id, model, the seven ratings, total; each response once
-    "Recover the rated responses that occur in pairs."
+def paired_responses(parts: dict):
+    """Recover the rated responses that occur in pairs.
+
+    parts: "train" and "test" -> pairs. Returns frame: speech_id, model, the seven ratings, total; each response
+    once."""
     import pandas as pd
 
     sides = [
@@ -102,10 +100,10 @@ def paired_responses(
     return rows.assign(total=rows[list(PRINCIPLE_KEYS)].sum(axis=1))
 
 
-def principle_table(
-    pairs,  # training pairs
-):  # frame: principle, mean chosen, mean rejected, % equal, % inverted
-    "Compare chosen and rejected by principle; inverted = the rejected response is rated higher."
+def principle_table(pairs):
+    """Compare chosen and rejected by principle; inverted = the rejected response is rated higher.
+
+    pairs: training pairs. Returns frame: principle, mean chosen, mean rejected, % equal, % inverted."""
     import pandas as pd
 
     rows = []
@@ -125,12 +123,11 @@ def principle_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #9410e25a
-def pair_summary(
-    speeches,  # frame of speeches
-    scored,  # frame of scored responses; None where only the pairs are known (released dataset)
-    parts: dict,  # "train" and "test" -> pairs
-):  # frame: what, ours, the paper's
-    "Count what §3.3 counts, beside the paper."
+def pair_summary(speeches, scored, parts: dict):
+    """Count what §3.3 counts, beside the paper.
+
+    speeches: frame of speeches; scored: frame of scored responses; None where only the pairs are known (released
+    dataset); parts: "train" and "test" -> pairs. Returns frame: what, ours, the paper's."""
     import pandas as pd
 
     published = paper_values()["dataset"]
@@ -159,12 +156,11 @@ def pair_summary(
     return pd.DataFrame(rows, columns=["what", "ours", "paper"])
 
 # %% ../../nbs/feedback/02_pairing.ipynb #94b2acfe
-def model_distribution_figure(
-    pairs,  # training pairs
-    side: str,  # "chosen" or "rejected"
-    order: list[str],  # members, in the order of the pool
-):  # matplotlib figure
-    "Draw which models' responses were chosen, or rejected (Figs. 5 and 6)."
+def model_distribution_figure(pairs, side: str, order: list[str]):
+    """Draw which models' responses were chosen, or rejected (Figs. 5 and 6).
+
+    pairs: training pairs; side: "chosen" or "rejected"; order: members, in the order of the pool. Returns
+    matplotlib figure."""
     counts = pairs[f"{side}_model"].value_counts().reindex(order, fill_value=0).sort_values()
     figure, axes = new_figure(6.4, 0.28 * len(order) + 1.2)
     bars = axes.barh(counts.index, counts / len(pairs) * 100, color=PALETTE[0 if side == "chosen" else 1])
@@ -219,12 +215,11 @@ def describe_members(pairs, members: list[str]) -> list[str]:
     return found
 
 # %% ../../nbs/feedback/02_pairing.ipynb #67acee00
-def dataset_card(
-    summary,  # frame of pair_summary
-    label: Label,  # who made it
-    licences: dict,  # source -> licence
-) -> str:  # Markdown with the hub's header
-    "Write the dataset card from what was measured."
+def dataset_card(summary, label: Label, licences: dict) -> str:
+    """Write the dataset card from what was measured.
+
+    summary: frame of pair_summary; label: who made it; licences: source -> licence. Returns Markdown with the hub's
+    header."""
     sources = "\n".join(f"- {name}: {licence}" for name, licence in licences.items())
     return f"""---
 task_categories: [text-generation]

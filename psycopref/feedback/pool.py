@@ -170,11 +170,10 @@ TINY_POOL = tuple(Member(f"phrases-{i}", "canned", "rules:phrases", persona=f"Th
 POOLS = {"paper": PAPER_POOL, "demo": DEMO_POOL, "tiny": TINY_POOL}
 
 # %% ../../nbs/feedback/00_pool.ipynb #3a2c1400
-def find_pool(
-    name: str,  # paper, demo or tiny, or the path of a .json file
-    each_speech: int,  # members needed for each speech
-) -> tuple[Member, ...]:
-    "Return a pool; refuse an unknown name and one that is too small."
+def find_pool(name: str, each_speech: int) -> tuple[Member, ...]:
+    """Return a pool; refuse an unknown name and one that is too small.
+
+    name: paper, demo or tiny, or the path of a .json file; each_speech: members needed for each speech."""
     if name.endswith(".json"):
         pool = read_pool(pool_file(name))
     elif name in POOLS:
@@ -216,12 +215,11 @@ def read_pool(path: Path) -> tuple[Member, ...]:
 
 # %% ../../nbs/feedback/00_pool.ipynb #685d886d
 def assign_members(
-    speech_ids: typing.Iterable[str],
-    pool: typing.Sequence[Member],
-    each_speech: int,  # members for each speech (§3.3: four)
-    seed: int,
-) -> list[tuple[str, Member]]:  # (speech_id, member), speeches in order
-    "Sample members without replacement for each speech."
+    speech_ids: typing.Iterable[str], pool: typing.Sequence[Member], each_speech: int, seed: int
+) -> list[tuple[str, Member]]:
+    """Sample members without replacement for each speech.
+
+    each_speech: members for each speech (§3.3: four). Returns (speech_id, member), speeches in order."""
 
     def drawn(name: str) -> list[Member]:
         return random.Random(derived_seed(seed, "members", name)).sample(list(pool), each_speech)
@@ -241,12 +239,12 @@ def calls_by_model(assigned: list[tuple[str, Member]], block: int) -> dict[str, 
 
 
 def ask_in_blocks(
-    gateway,  # psycopref.gateway.gateway.Gateway
-    uri: str,  # who is asked
-    parts: list[list[int]],  # blocks of places
-    request: typing.Callable[[int], ChatRequest],  # what is asked at a place
-) -> typing.Iterator[tuple]:  # (place, request key, reply)
-    "Ask one model block by block."
+    gateway, uri: str, parts: list[list[int]], request: typing.Callable[[int], ChatRequest]
+) -> typing.Iterator[tuple]:
+    """Ask one model block by block.
+
+    gateway: psycopref.gateway.gateway.Gateway; uri: who is asked; parts: blocks of places; request: what is asked
+    at a place. Returns (place, request key, reply)."""
     model = chat_model(uri)
     asked = ((request(i) for i in part) for part in parts)
     for replies, part in zip(gateway.stream(model, asked, "responding", sum(map(len, parts))), parts):
@@ -265,15 +263,12 @@ def failure(name: str, member: Member, reply: Failure) -> dict:
     return {"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw}
 
 # %% ../../nbs/feedback/00_pool.ipynb #f6c6ce40
-def respond(
-    gateway,  # psycopref.gateway.gateway.Gateway
-    speeches,  # frame with speech_id and speech
-    assigned: list[tuple[str, Member]],  # who answers whom, speeches in order
-    max_tokens: int,  # longest response
-    seed: int,
-    block: int = 512,  # speeches whose calls are looked at together
-):  # (frame of responses, list of failures)
-    "Collect the responses of the pool."
+def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: int, seed: int, block: int = 512):
+    """Collect the responses of the pool.
+
+    gateway: psycopref.gateway.gateway.Gateway; speeches: frame with speech_id and speech; assigned: who answers
+    whom, speeches in order; max_tokens: longest response; block: speeches whose calls are looked at together.
+    Returns (frame of responses, list of failures)."""
     import pandas as pd
 
     text, replies, left = dict(zip(speeches.speech_id, speeches.speech)), {}, []
@@ -299,10 +294,10 @@ def respond(
     ]
 
 # %% ../../nbs/feedback/00_pool.ipynb #b895287e
-def pool_table(
-    pool: typing.Sequence[Member], responses
-):  # frame: size class, member, what answers, responses, mean words, cut off
-    "List the pool with what each member wrote, as in Table 5."
+def pool_table(pool: typing.Sequence[Member], responses):
+    """List the pool with what each member wrote, as in Table 5.
+
+    Returns frame: size class, member, what answers, responses, mean words, cut off."""
     import pandas as pd
 
     rows = []
@@ -332,12 +327,8 @@ def describe_pool(table, failures: typing.Sequence[dict]) -> list[str]:
     ]
 
 # %% ../../nbs/feedback/00_pool.ipynb #d229fc4c
-def shard_speeches(
-    speeches,
-    block: int,  # speeches in a block
-    shard: Shard | None,  # None takes all
-):
-    "Return a shard's blocks of speeches; refuse an empty shard."
+def shard_speeches(speeches, block: int, shard: Shard | None):
+    "Return a shard's blocks of speeches; refuse an empty shard. block: speeches in a block; shard: None takes all."
     taken = [i for part in blocks(range(len(speeches)), block, shard) for i in part]
     if not taken and len(speeches):
         cut = f"{len(speeches)} speeches make {-(-len(speeches) // block)} blocks of {block}"

@@ -48,22 +48,20 @@ def other_mode(mode: str) -> str:
     return next(name for name in MODES if name != mode)
 
 # %% ../../nbs/feedback/01_rating.ipynb #7bf72a60
-def shown_order(
-    n: int,  # responses
-    seed: int,
-    *names: str,  # what is shown, e.g. speech_id and principle
-) -> list[int]:  # order[k] = index of the response at place k
-    "Shuffle n places by seed and names."
+def shown_order(n: int, seed: int, *names: str) -> list[int]:
+    """Shuffle n places by seed and names.
+
+    names: what is shown, e.g. speech_id and principle. Returns order[k] = index of the response at place k."""
     return random.Random(derived_seed(seed, "order", *names)).sample(range(n), n)
 
 # %% ../../nbs/feedback/01_rating.ipynb #438a94d8
 def rating_request(
-    principle: str | None,  # a principle key; None asks for all seven at once
-    client_speech: str,
-    responses: list[str],  # in the order shown
-    max_tokens: int = 1024,  # longest reply, for each principle asked
+    principle: str | None, client_speech: str, responses: list[str], max_tokens: int = 1024
 ) -> ChatRequest:
-    "Make the request for ratings on one principle, or on each of the seven."
+    """Make the request for ratings on one principle, or on each of the seven.
+
+    principle: a principle key; None asks for all seven at once; responses: in the order shown; max_tokens: longest
+    reply, for each principle asked."""
     fields = {"client_speech": client_speech} | {f"response_{i}": r for i, r in enumerate(responses, 1)}
     messages = ({"role": "user", "content": rating_prompt(principle, client_speech, responses)},)
     if principle is None:
@@ -73,12 +71,12 @@ def rating_request(
     return ChatRequest(messages, Decoding(max_tokens), rating_schema(len(responses)), "rate", fields)
 
 # %% ../../nbs/feedback/01_rating.ipynb #8bb2c00e
-def read_reply(
-    reply,  # psycopref.models.chat.ChatReply or Failure
-    principle: str | None,  # what the call asked for; None is all seven
-    n: int = 4,  # responses in the call
-) -> dict:  # principle -> list of (rating, rationale) in the order shown, or the BadReply that says why there is none
-    "Read the ratings of one call for each of its principles."
+def read_reply(reply, principle: str | None, n: int = 4) -> dict:
+    """Read the ratings of one call for each of its principles.
+
+    reply: psycopref.models.chat.ChatReply or Failure; principle: what the call asked for; None is all seven; n:
+    responses in the call. Returns principle -> list of (rating, rationale) in the order shown, or the BadReply that
+    says why there is none."""
     keys = PRINCIPLE_KEYS if principle is None else (principle,)
     try:
         if isinstance(reply, Failure):
@@ -89,17 +87,23 @@ def read_reply(
 
 # %% ../../nbs/feedback/01_rating.ipynb #2ef3b307
 def rate_blocks(
-    gateway,  # psycopref.gateway.gateway.Gateway
-    rater: str,  # gateway URI of the rater
-    speeches,  # frame with speech_id and speech
-    responses,  # frame of responses
-    each_speech: int = 4,  # responses that a speech must have
-    max_tokens: int = 1024,  # longest reply, for each principle asked
+    gateway,
+    rater: str,
+    speeches,
+    responses,
+    each_speech: int = 4,
+    max_tokens: int = 1024,
     seed: int = 0,
-    mode: str = "principle",  # principle = a call for each principle, speech = one for all seven
-    block: int = 512,  # speeches whose calls are looked at together
-) -> typing.Iterator[tuple]:  # for each block: (frame of ratings, list of what was skipped)
-    "Rate every response on every principle, block by block; no more than a few blocks are in memory at a time."
+    mode: str = "principle",
+    block: int = 512,
+) -> typing.Iterator[tuple]:
+    """Rate every response on every principle, block by block; no more than a few blocks are in memory at a time.
+
+    gateway: psycopref.gateway.gateway.Gateway; rater: gateway URI of the rater; speeches: frame with speech_id and
+    speech; responses: frame of responses; each_speech: responses that a speech must have; max_tokens: longest
+    reply, for each principle asked; mode: principle = a call for each principle, speech = one for all seven; block:
+    speeches whose calls are looked at together. Returns for each block: (frame of ratings, list of what was
+    skipped)."""
     model, calls = chat_model(rater), mode_calls(mode)
     text, places = dict(zip(speeches.speech_id, speeches.speech)), responses.groupby("speech_id", sort=False).indices
     check_known(places, text)
@@ -144,13 +148,14 @@ def skipped_entry(name: str, principle: str, reason: str, raw: str = "", key: st
 
 # %% ../../nbs/feedback/01_rating.ipynb #21c2497e
 def read_ratings(
-    answered: list[tuple],  # ((speech_id, principle or None, order), reply, members of the speech)
-    short: list[tuple[str, int]],  # speeches without all their responses, and how many they have
-    rater: str,  # gateway URI
-    each_speech: int,  # responses that a speech must have
-    key: typing.Callable,  # from (speech_id, principle or None, order) to the request's key
-) -> tuple:  # (frame of ratings, list of what was skipped)
-    "Read the replies to the calls of a block."
+    answered: list[tuple], short: list[tuple[str, int]], rater: str, each_speech: int, key: typing.Callable
+) -> tuple:
+    """Read the replies to the calls of a block.
+
+    answered: ((speech_id, principle or None, order), reply, members of the speech); short: speeches without all
+    their responses, and how many they have; rater: gateway URI; each_speech: responses that a speech must have;
+    key: from (speech_id, principle or None, order) to the request's key. Returns (frame of ratings, list of what
+    was skipped)."""
     import pandas as pd
 
     rows, skipped = [], []
@@ -177,24 +182,20 @@ def rate(*arguments, **keywords):
     return pd.concat(frames, ignore_index=True), [entry for _, skipped in found for entry in skipped]
 
 
-def rating_frames(
-    found: typing.Iterable[tuple],  # of rate_blocks
-    skipped: list,  # filled with what was skipped
-) -> typing.Iterator:
-    "Pass on the frames of ratings block by block, and gather what was skipped."
+def rating_frames(found: typing.Iterable[tuple], skipped: list) -> typing.Iterator:
+    """Pass on the frames of ratings block by block, and gather what was skipped.
+
+    skipped: filled with what was skipped."""
     for frame, own in found:
         skipped += own
         yield frame
 
 # %% ../../nbs/feedback/01_rating.ipynb #e167a69d
-def check_coverage(
-    done: int,  # units with a valid answer
-    asked: int,  # units
-    least: float,  # share that must be valid
-    what: str,  # for the error, e.g. "03_ratings"
-    units: str = "calls",  # what is counted
-) -> float:  # the share
-    "Refuse a result with too many gaps."
+def check_coverage(done: int, asked: int, least: float, what: str, units: str = "calls") -> float:
+    """Refuse a result with too many gaps.
+
+    done: units with a valid answer; least: share that must be valid; what: for the error, e.g. "03_ratings"; units:
+    what is counted."""
     share = done / asked if asked else 0.0
     if share < least:
         found = f"{done} of {asked} {units} gave a valid answer ({share:.1%}), expected at least {least:.1%}"
@@ -202,8 +203,10 @@ def check_coverage(
     return share
 
 # %% ../../nbs/feedback/01_rating.ipynb #bcba2ca6
-def rating_summary(ratings):  # frame: member x principle means, with the overall mean, best first
-    "Average the ratings by member and principle."
+def rating_summary(ratings):
+    """Average the ratings by member and principle.
+
+    Returns frame: member x principle means, with the overall mean, best first."""
     means = ratings.pivot_table(index="model", columns="principle", values="rating", aggfunc="mean")
     table = means[list(PRINCIPLE_KEYS)]
     table.insert(0, "overall", table.mean(axis=1))
@@ -245,12 +248,11 @@ def describe_ratings(ratings, summary, coverage: float, skipped: int) -> list[st
     ]
 
 # %% ../../nbs/feedback/01_rating.ipynb #bb2c1387
-def mode_agreement_row(
-    name: str,  # principle, or what else is compared
-    first,  # ratings of one mode, an integer array
-    second,  # ratings of the other, in the same order
-) -> dict:  # name, n, exact %, within one %, mean difference, kappa
-    "Compare two lists of ratings; kappa is None where both modes gave one and the same rating throughout."
+def mode_agreement_row(name: str, first, second) -> dict:
+    """Compare two lists of ratings; kappa is None where both modes gave one and the same rating throughout.
+
+    name: principle, or what else is compared; first: ratings of one mode, an integer array; second: ratings of the
+    other, in the same order. Returns name, n, exact %, within one %, mean difference, kappa."""
     gap = second - first
     chance = first.var() + second.var() + gap.mean() ** 2  # mean squared gap of all pairings, the chance's
     return {
@@ -263,11 +265,11 @@ def mode_agreement_row(
     }
 
 # %% ../../nbs/feedback/01_rating.ipynb #aeef1f50
-def preference_agreement(
-    sums,  # frame: speech_id, first, second; sums of seven ratings, one row for each response
-    min_gap_sum: int = 7,  # least gap of the sums for a preference
-) -> dict:  # pairs, same preference %, preferred in a mode, same of these %
-    "Compare the preferences of two modes over all pairs of responses to a speech."
+def preference_agreement(sums, min_gap_sum: int = 7) -> dict:
+    """Compare the preferences of two modes over all pairs of responses to a speech.
+
+    sums: frame: speech_id, first, second; sums of seven ratings, one row for each response; min_gap_sum: least gap
+    of the sums for a preference. Returns pairs, same preference %, preferred in a mode, same of these %."""
     import numpy as np
 
     verdicts = []
@@ -285,12 +287,12 @@ def preference_agreement(
     }
 
 # %% ../../nbs/feedback/01_rating.ipynb #254deb7f
-def mode_agreement(
-    first,  # frame of ratings in one mode
-    second,  # frame of ratings in the other mode; differences are second minus first
-    min_gap_sum: int = 7,  # least gap of the sums for a preference
-):  # frame: a row for each principle, and one for the sum of the seven with the preferences
-    "Compare two modes over what was rated in both."
+def mode_agreement(first, second, min_gap_sum: int = 7):
+    """Compare two modes over what was rated in both.
+
+    first: frame of ratings in one mode; second: frame of ratings in the other mode; differences are second minus
+    first; min_gap_sum: least gap of the sums for a preference. Returns frame: a row for each principle, and one for
+    the sum of the seven with the preferences."""
     import pandas as pd
 
     both = rated_twice(first, second)

@@ -29,20 +29,19 @@ __all__ = ['MOST_REQUESTS', 'MOST_BYTES', 'ENDPOINT', 'PATIENCE', 'STUCK', 'ENDE
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # in one file, OpenAI
 
 
-def most_requests() -> int:  # in one batch
-    "Return how many questions a batch may hold."
+def most_requests() -> int:
+    "Return how many questions a batch may hold. Returns in one batch."
     text = os.environ.get("PSYCOPREF_BATCH_REQUESTS", "")
     if text and not (text.isdigit() and int(text)):
         raise StudyError(f"PSYCOPREF_BATCH_REQUESTS is {text!r}, expected a whole number of requests, at least 1")
     return min(MOST_REQUESTS, int(text)) if text else MOST_REQUESTS
 
 
-def cut(
-    sizes: list[int],  # bytes of each line
-    most_lines: int = MOST_REQUESTS,  # in one piece
-    most_bytes: int = MOST_BYTES,  # in one piece; a longer line is a piece of its own
-) -> list[range]:  # the lines of each piece, in order
-    "Cut a row of lines into pieces that are small enough."
+def cut(sizes: list[int], most_lines: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> list[range]:
+    """Cut a row of lines into pieces that are small enough.
+
+    sizes: bytes of each line; most_lines: in one piece; most_bytes: in one piece; a longer line is a piece of its
+    own. Returns the lines of each piece, in order."""
     pieces, start, filled = [], 0, 0
     for i, size in enumerate(sizes):
         if i > start and (i - start == most_lines or filled + size > most_bytes):
@@ -72,19 +71,15 @@ class Forgetful:
 ENDPOINT = "/v1/chat/completions"
 
 
-def write_line(
-    key: str,  # of the request
-    body: dict,  # what a direct call would send
-) -> bytes:  # a line of the file
-    "Write a question as a batch takes it."
+def write_line(key: str, body: dict) -> bytes:
+    "Write a question as a batch takes it. body: what a direct call would send. Returns a line of the file."
     return json.dumps({"custom_id": key, "method": "POST", "url": ENDPOINT, "body": body}).encode() + b"\n"
 
 
-def read_line(
-    reader,  # of completion_reader
-    line: bytes,  # of the output or error file
-) -> tuple[str, ChatReply | Failure] | None:  # the request's key and its answer; None where it can't be read
-    "Read an answer as a batch gives it."
+def read_line(reader, line: bytes) -> tuple[str, ChatReply | Failure] | None:
+    """Read an answer as a batch gives it.
+
+    line: of the output or error file. Returns the request's key and its answer; None where it can't be read."""
     try:
         done = json.loads(line)
         key, error, response = done["custom_id"], done.get("error") or {}, done.get("response") or {}
@@ -100,10 +95,8 @@ def read_line(
     return key, Failure(without_keys(" ".join(said.split()))[:200], kind="refused" if refused else again)
 
 # %% ../../nbs/gateway/03_batches.ipynb #c35556ff
-async def split_lines(
-    chunks: typing.AsyncIterator[bytes],  # a file, as it comes
-) -> typing.AsyncIterator[bytes]:  # its lines, without the empty ones
-    "Split a stream at its line feeds."
+async def split_lines(chunks: typing.AsyncIterator[bytes]) -> typing.AsyncIterator[bytes]:
+    "Split a stream at its line feeds. chunks: a file, as it comes. Returns its lines, without the empty ones."
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -282,10 +275,10 @@ BatchModel.under_way = _under_way
 FULL = ("token_limit_exceeded", "request_limit_exceeded", "rate_limit_exceeded")
 
 
-def why_failed(
-    batch,  # openai's Batch
-) -> tuple[bool, str]:  # whether the queue was full, and what the provider said
-    "Tell why a batch was refused as a whole."
+def why_failed(batch) -> tuple[bool, str]:
+    """Tell why a batch was refused as a whole.
+
+    batch: openai's Batch. Returns whether the queue was full, and what the provider said."""
     errors = (batch.errors and batch.errors.data) or []
     full = any(error.code in FULL or "enqueued" in (error.message or "").lower() for error in errors)
     said = "; ".join(

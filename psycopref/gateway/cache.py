@@ -35,11 +35,9 @@ TABLES = (
 class ReplyCache:
     "Keep replies by request key, what was spent, and the jobs that a provider works on for us."
 
-    def __init__(
-        self,
-        path: Path,  # a SQLite file, made where it is not there
-        also: tuple[Path, ...] = (),  # other caches, to look replies up in; nobody writes them meanwhile
-    ):
+    def __init__(self, path: Path, also: tuple[Path, ...] = ()):
+        """path: a SQLite file, made where it is not there; also: other caches, to look replies up in; nobody writes
+        them meanwhile."""
         self.path, self.also, self.lock = Path(path), [ReadOnly(other) for other in also], threading.Lock()
         self.books: dict[tuple[str, str], str] = {}  # (stage, model) -> our row in `spent`
         self.mark = contextlib.ExitStack()  # says that this process works with the file, where that matters
@@ -102,12 +100,8 @@ def _write(self, *work: tuple[str, list[tuple]]) -> None:
 ReplyCache._write = _write
 
 
-def look_up(
-    db,  # sqlite3.Connection
-    path: Path,  # for the error
-    keys: list[str],  # of requests
-) -> dict[str, ChatReply]:  # the known among them
-    "Read replies from one file."
+def look_up(db, path: Path, keys: list[str]) -> dict[str, ChatReply]:
+    "Read replies from one file. db: sqlite3.Connection; path: for the error. Returns the known among them."
     try:
         return {
             key: ChatReply(**json.loads(reply))
@@ -119,12 +113,10 @@ def look_up(
         ) from None
 
 
-def select(
-    db,  # sqlite3.Connection
-    query: str,  # ends in IN
-    names: list[str],  # what it is asked for
-) -> typing.Iterator[tuple]:  # rows
-    "Ask for any number of names, as many at a time as SQLite takes."
+def select(db, query: str, names: list[str]) -> typing.Iterator[tuple]:
+    """Ask for any number of names, as many at a time as SQLite takes.
+
+    db: sqlite3.Connection; query: ends in IN; names: what it is asked for."""
     for start in range(0, len(names), 500):
         part = names[start : start + 500]
         yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
@@ -159,7 +151,8 @@ def _spend(self, stage: str, model: str, calls: int, prompt_tokens: int, complet
 
 
 def _keep(self, done: list[tuple]) -> None:
-    "Keep replies and book what they took in one transaction: `done` holds (replies, stage, model, calls, tokens, tokens, USD)."
+    """Keep replies and book what they took in one transaction: `done` holds (replies, stage, model, calls, tokens,
+    tokens, USD)."""
     rows = [
         (self.books.setdefault((stage, model), uuid.uuid4().hex), stage, model, *spent)
         for _, stage, model, *spent in done
@@ -221,11 +214,10 @@ ReplyCache.jobs, ReplyCache.keep_jobs, ReplyCache.drop_jobs = _jobs, _keep_jobs,
 AT_WORK = "it is still at work; wait for it, or end it"
 
 
-def take_in(
-    cache: ReplyCache,  # the run's
-    path: Path,  # a shard's file; gone afterwards
-) -> None:
-    "Copy a shard's replies, books and jobs into the run's cache, then remove its file."
+def take_in(cache: ReplyCache, path: Path) -> None:
+    """Copy a shard's replies, books and jobs into the run's cache, then remove its file.
+
+    path: a shard's file; gone afterwards."""
     with working(path, AT_WORK):
         ReadOnly(path).db.close()
         try:
@@ -244,11 +236,10 @@ def take_in(
 
 
 @contextlib.contextmanager
-def working(
-    path: Path,  # a shard's file
-    otherwise: str,  # what to say where somebody else works with it
-):  # a lock
-    "Hold the mark that says who works with a shard's file."
+def working(path: Path, otherwise: str):
+    """Hold the mark that says who works with a shard's file.
+
+    path: a shard's file; otherwise: what to say where somebody else works with it."""
     import filelock
 
     lock = filelock.FileLock(path.with_suffix(".working"))
@@ -262,12 +253,11 @@ def working(
         lock.release()
 
 # %% ../../nbs/gateway/01_cache.ipynb #791a6d95
-def open_cache(
-    run: Run,
-    stage: str = "",  # who asks, e.g. 03_ratings
-    shard: Shard | None = None,  # which part of the stage; None = all of it
-) -> ReplyCache:  # the run's own, or the shard's with the others to read
-    "Open the cache of a run, or of a shard of one of its stages."
+def open_cache(run: Run, stage: str = "", shard: Shard | None = None) -> ReplyCache:
+    """Open the cache of a run, or of a shard of one of its stages.
+
+    stage: who asks, e.g. 03_ratings; shard: which part of the stage; None = all of it. Returns the run's own, or
+    the shard's with the others to read."""
     folder = run.outputs / "cache"
     folder.mkdir(parents=True, exist_ok=True)
     parts, main = sorted(folder.glob("replies-*.sqlite")), folder / "replies.sqlite"
@@ -291,10 +281,10 @@ def open_cache(
     return cache
 
 # %% ../../nbs/gateway/01_cache.ipynb #2c3b2e84
-def run_bill(
-    run: Run,
-) -> list[dict]:  # stage, model, calls, tokens and US dollars, in order; empty where the run has no cache
-    "Return the books of a run, its shards' included."
+def run_bill(run: Run) -> list[dict]:
+    """Return the books of a run, its shards' included.
+
+    Returns stage, model, calls, tokens and US dollars, in order; empty where the run has no cache."""
     rows = {}
     for path in sorted((run.outputs / "cache").glob("replies*.sqlite")):
         try:

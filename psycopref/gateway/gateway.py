@@ -42,11 +42,8 @@ PROVIDERS: dict[str, typing.Callable] = {
 }
 
 
-def chat_model(
-    uri: str,  # provider:name
-    **options,  # passed to the provider
-) -> ChatModel:  # who answers
-    "Open a model by its URI."
+def chat_model(uri: str, **options) -> ChatModel:
+    "Open a model by its URI. uri: provider:name; options: passed to the provider. Returns who answers."
     provider, colon, name = uri.partition(":")
     if provider not in PROVIDERS or not name:
         raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(PROVIDERS)}")
@@ -68,24 +65,25 @@ class Gateway:
     def __post_init__(self):
         self.purse = Purse(self.budget_usd, self.spent)
 
-    def ask(
-        self,
-        model: ChatModel,  # who answers
-        requests: list[ChatRequest],  # what is asked
-        name: str = "asking",  # shown before the progress bar
-    ) -> list[ChatReply | Failure]:  # in the order of the requests
-        "Answer all requests."
+    def ask(self, model: ChatModel, requests: list[ChatRequest], name: str = "asking") -> list[ChatReply | Failure]:
+        """Answer all requests.
+
+        model: who answers; requests: what is asked; name: shown before the progress bar. Returns in the order of
+        the requests."""
         [replies] = self.stream(model, [requests], name, len(requests))
         return replies
 
     def stream(
         self,
-        model: ChatModel,  # who answers
-        blocks: typing.Iterable[typing.Iterable[ChatRequest]],  # what is asked; read as the work goes on
-        name: str = "asking",  # shown before the progress bar
-        total: int | None = None,  # requests in all, where that is known
-    ) -> typing.Iterator[list[ChatReply | Failure]]:  # a list for each block, in order
-        "Answer blocks of requests."
+        model: ChatModel,
+        blocks: typing.Iterable[typing.Iterable[ChatRequest]],
+        name: str = "asking",
+        total: int | None = None,
+    ) -> typing.Iterator[list[ChatReply | Failure]]:
+        """Answer blocks of requests.
+
+        model: who answers; blocks: what is asked; read as the work goes on; name: shown before the progress bar;
+        total: requests in all, where that is known. Returns a list for each block, in order."""
         if self.busy:
             raise StudyError("gateway: one stream at a time; read the first to its end, or close it")
         self.busy = True
@@ -104,7 +102,8 @@ class Gateway:
 
 # %% ../../nbs/gateway/04_gateway.ipynb #b0347217
 class Turns:
-    "Let threads take turns ten times as often while calls are under way: the loop has little to do at a time and should not wait for the reader."
+    """Let threads take turns ten times as often while calls are under way: the loop has little to do at a time and
+    should not wait for the reader."""
 
     streams, before, lock = 0, 0.0, threading.Lock()
 
@@ -124,10 +123,11 @@ class Turns:
 # %% ../../nbs/gateway/04_gateway.ipynb #7ca1a92f
 @contextlib.contextmanager
 def looping(
-    work: typing.Coroutine,  # what is done in the loop
-    failed: typing.Callable[[BaseException], None],  # is told of an error
-) -> typing.Iterator[asyncio.AbstractEventLoop]:  # the loop
-    "Run a coroutine in a loop of its own, in another thread; at the end it is cancelled and awaited."
+    work: typing.Coroutine, failed: typing.Callable[[BaseException], None]
+) -> typing.Iterator[asyncio.AbstractEventLoop]:
+    """Run a coroutine in a loop of its own, in another thread; at the end it is cancelled and awaited.
+
+    work: what is done in the loop; failed: is told of an error."""
     loop = asyncio.new_event_loop()
     task = loop.create_task(work)
 
@@ -155,20 +155,14 @@ def looping(
         atexit.unregister(stop)
 
 
-def call_soon(
-    loop: asyncio.AbstractEventLoop,  # perhaps closed
-    action: typing.Callable,  # without arguments
-) -> None:
-    "Schedule an action on a loop that may have ended by itself."
+def call_soon(loop: asyncio.AbstractEventLoop, action: typing.Callable) -> None:
+    "Schedule an action on a loop that may have ended by itself. loop: perhaps closed; action: without arguments."
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(action)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #e28e0890
-def run_ahead(
-    work: typing.AsyncIterator,  # an async generator
-    ahead: int = 2,  # items that may wait to be read
-) -> typing.Iterator:  # its items
-    "Read an async generator from synchronous code."
+def run_ahead(work: typing.AsyncIterator, ahead: int = 2) -> typing.Iterator:
+    "Read an async generator from synchronous code. work: an async generator; ahead: items that may wait to be read."
     found, room = queue.SimpleQueue(), asyncio.Semaphore(ahead)
 
     async def pump():
@@ -447,7 +441,8 @@ Stream.once, Stream.pay, Stream.price = _once, _pay, _price
 
 # %% ../../nbs/gateway/04_gateway.ipynb #46dd3134
 def _book(self, replies: dict[str, ChatReply], *spent) -> asyncio.Future:
-    "Count replies and what they took (calls, tokens, tokens, US dollars), for the next write; the future tells when it is done."
+    """Count replies and what they took (calls, tokens, tokens, US dollars), for the next write; the future tells
+    when it is done."""
     for name, value in zip(("prompt_tokens", "completion_tokens", "usd"), spent[1:]):
         self.count[name] += value
     done = asyncio.get_running_loop().create_future()
@@ -491,13 +486,12 @@ async def _store(self, some: list[tuple]) -> Exception | None:
 Stream.book, Stream.keep, Stream.write, Stream.store = _book, _keep, _write, _store
 
 # %% ../../nbs/gateway/04_gateway.ipynb #5aebc660
-def open_gateway(
-    run: Run,  # whose cache
-    budget_usd: float = 0.0,  # the most that the run may spend; the environment's BUDGET_USD goes before
-    stage: str = "",  # who asks, for the books
-    shard: Shard | None = None,  # which part of the stage
-) -> Gateway:  # with the run's cache, or the shard's
-    "Open the gateway of a run; budget and way of calling are no settings of a stage, so that changing them redoes nothing."
+def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shard | None = None) -> Gateway:
+    """Open the gateway of a run; budget and way of calling are no settings of a stage, so that changing them redoes
+    nothing.
+
+    run: whose cache; budget_usd: the most that the run may spend; the environment's BUDGET_USD goes before; stage:
+    who asks, for the books; shard: which part of the stage. Returns with the run's cache, or the shard's."""
     calls = os.environ.get("PSYCOPREF_CALLS", "record")
     if calls not in ("record", "replay", "live"):
         raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")

@@ -102,8 +102,8 @@ def _note(self, seconds: float, refused: bool) -> None:
 Pace.note = _note
 
 # %% ../../nbs/gateway/00_limits.ipynb #1664b29a
-def minute_limits() -> list:  # (limiter, True for tokens)
-    "Make the limiters that the environment asks for."
+def minute_limits() -> list:
+    "Make the limiters that the environment asks for. Returns (limiter, True for tokens)."
     from aiolimiter import AsyncLimiter
 
     found = []
@@ -116,21 +116,20 @@ def minute_limits() -> list:  # (limiter, True for tokens)
     return found
 
 
-def expected_tokens(
-    request: ChatRequest,  # what is asked
-) -> int:  # tokens that a server reserves for it, roughly
-    "Estimate the tokens of a request: four characters each, and the longest answer."
+def expected_tokens(request: ChatRequest) -> int:
+    """Estimate the tokens of a request: four characters each, and the longest answer.
+
+    request: what is asked. Returns tokens that a server reserves for it, roughly."""
     return sum(len(m["content"]) for m in request.messages) // 4 + request.decoding.max_tokens
 
 # %% ../../nbs/gateway/00_limits.ipynb #f79e096a
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_AFTER = 0.5, 60.0, 300.0  # seconds
 
 
-def pause(
-    attempt: int,  # attempts made so far, from 1
-    after: float | None = None,  # seconds that the server asked for
-) -> float:  # seconds to wait
-    "Choose how long to wait before the next attempt."
+def pause(attempt: int, after: float | None = None) -> float:
+    """Choose how long to wait before the next attempt.
+
+    attempt: attempts made so far, from 1; after: seconds that the server asked for. Returns seconds to wait."""
     if after is not None and 0 < after <= LONGEST_AFTER:
         return after * random.uniform(1.0, 1.25)
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)

@@ -21,34 +21,34 @@ __all__ = ['MOST_TOKENS', 'LOOPBACK', 'host_key_name', 'server_key', 'without_ke
            'prices', 'most_tokens', 'OpenAIModel', 'read_error', 'NotServed']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
-def host_key_name(
-    base_url: str,  # e.g. https://api.example.org/v1
-) -> str:  # name of an environment variable
-    "Name the variable that holds the key of a server."
+def host_key_name(base_url: str) -> str:
+    """Name the variable that holds the key of a server.
+
+    base_url: e.g. https://api.example.org/v1. Returns name of an environment variable."""
     return "PSYCOPREF_KEY_" + re.sub(r"\W", "_", urlsplit(base_url).hostname or "").upper()
 
 
-def server_key(
-    base_url: str,  # "" for OpenAI itself
-) -> str:  # the key; "" where none is set
-    "Find the key of a server in the environment."
+def server_key(base_url: str) -> str:
+    """Find the key of a server in the environment.
+
+    base_url: "" for OpenAI itself. Returns the key; "" where none is set."""
     if not base_url:
         return os.environ.get("OPENAI_API_KEY", "")
     return os.environ.get(host_key_name(base_url)) or os.environ.get("PSYCOPREF_SERVER_KEY", "")
 
 
-def without_keys(
-    text: str,  # what a server sent, or an error said
-) -> str:  # the same, each key as [key]
-    "Take API keys out of a text."
+def without_keys(text: str) -> str:
+    "Take API keys out of a text. text: what a server sent, or an error said. Returns the same, each key as [key]."
     for name, value in os.environ.items():
         if (name.endswith(("API_KEY", "_SERVER_KEY")) or name.startswith("PSYCOPREF_KEY_")) and len(value) > 4:
             text = text.replace(value, "[key]")
     return text
 
 # %% ../../nbs/gateway/02_servers.ipynb #8fa5acf0
-def completion_reader():  # pydantic.TypeAdapter of the part of a chat completion that we read
-    "Declare a chat completion, as far as we rely on it."
+def completion_reader():
+    """Declare a chat completion, as far as we rely on it.
+
+    Returns pydantic.TypeAdapter of the part of a chat completion that we read."""
     import pydantic
     from typing_extensions import NotRequired, TypedDict
 
@@ -62,11 +62,8 @@ def completion_reader():  # pydantic.TypeAdapter of the part of a chat completio
 MOST_TOKENS = 10**8  # a count below 0 or of this size is no count
 
 
-def read_completion(
-    reader,  # of completion_reader
-    body: bytes,  # as it came
-) -> ChatReply | Failure:  # the answer, or why there is none
-    "Read a chat completion."
+def read_completion(reader, body: bytes) -> ChatReply | Failure:
+    "Read a chat completion. body: as it came. Returns the answer, or why there is none."
     import pydantic
 
     def raw():
@@ -92,15 +89,18 @@ def read_completion(
     return ChatReply(text, "length" if reason == "length" else "stop", *tokens)
 
 # %% ../../nbs/gateway/02_servers.ipynb #54a16803
-def prices() -> dict:  # model -> US dollars for a million input and output tokens, with the date of the table
-    "Return the dated price table."
+def prices() -> dict:
+    """Return the dated price table.
+
+    Returns model -> US dollars for a million input and output tokens, with the date of the table."""
     return json.loads(resource_path("prices.json").read_text(encoding="utf-8"))
 
 
-def most_tokens(
-    request: ChatRequest,  # what is asked
-) -> int:  # tokens that it can't exceed: a token is never less than a byte, and a message costs a few more
-    "Bound the tokens of a prompt without the model's tokenizer."
+def most_tokens(request: ChatRequest) -> int:
+    """Bound the tokens of a prompt without the model's tokenizer.
+
+    request: what is asked. Returns tokens that it can't exceed: a token is never less than a byte, and a message
+    costs a few more."""
     return sum(len(m["content"].encode("utf-8", "surrogatepass")) + 8 for m in request.messages) + len(
         json.dumps(request.schema or "")
     )
@@ -211,11 +211,11 @@ async def _answer(self, requests) -> list[ChatReply | Failure]:
     return [read_completion(self.reader, body)]
 
 
-def read_error(
-    model,  # who was asked
-    error: Exception,  # what the client raised
-) -> Failure:  # for this call; raises StudyError where every other call would fail alike
-    "Sort an error by what can be done about it."
+def read_error(model, error: Exception) -> Failure:
+    """Sort an error by what can be done about it.
+
+    model: who was asked; error: what the client raised. Returns for this call; raises StudyError where every other
+    call would fail alike."""
     import aiohttp
     import openai
 

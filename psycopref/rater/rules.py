@@ -22,11 +22,11 @@ from ..core.files import PRINCIPLE_KEYS
 __all__ = ['PHRASES', 'rubric_reply', 'phrase_reply', 'RulesModel']
 
 # %% ../../nbs/rater/03_rules.ipynb #24abfb1c
-def rubric_reply(
-    task: str,  # rate, rate_all, rank or battle
-    fields: dict,  # client_speech, response_1 ..., and principle for rate
-) -> str:  # what a model would have replied
-    "Answer a rating, ranking or battle request by the offline rubric."
+def rubric_reply(task: str, fields: dict) -> str:
+    """Answer a rating, ranking or battle request by the offline rubric.
+
+    task: rate, rate_all, rank or battle; fields: client_speech, response_1 ..., and principle for rate. Returns
+    what a model would have replied."""
     speech = fields["client_speech"]
     responses = [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
     scores = [rubric.rubric_scores(speech, response) for response in responses]
@@ -57,10 +57,10 @@ PHRASES = (
 )
 
 
-def phrase_reply(
-    request: ChatRequest,  # a request to respond
-) -> str:  # one of PHRASES
-    "Answer with a canned phrase chosen by the request's hash: for testing the wiring only."
+def phrase_reply(request: ChatRequest) -> str:
+    """Answer with a canned phrase chosen by the request's hash: for testing the wiring only.
+
+    request: a request to respond. Returns one of PHRASES."""
     text = request.messages[-1]["content"]
     words = sorted({w for w in text.split() if w.isalpha() and len(w) > 5}) or ["this"]
     seed = derived_seed(request.decoding.seed, text, json.dumps(list(request.messages)))

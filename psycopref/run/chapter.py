@@ -167,8 +167,10 @@ def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
             self.writer.json(name, value)
 
 # %% ../../nbs/run/00_chapter.ipynb #22e76870
-def changed_settings(settings, stage: str) -> dict:  # dotted setting -> value
-    "List the settings of a stage that differ from its profile's; those on which no result hangs are left out."
+def changed_settings(settings, stage: str) -> dict:
+    """List the settings of a stage that differ from its profile's; those on which no result hangs are left out.
+
+    Returns dotted setting -> value."""
     usual, own = (as_dotted(stage_settings(tree, stage)) for tree in (load_profile(settings.name), settings))
     return {name: value for name, value in own.items() if value != usual.get(name)}
 
@@ -269,14 +271,18 @@ def finish(self: ChapterStage, **facts) -> None:
 
 
 def open_stage(
-    name: str,  # the chapter, e.g. "05_reward"
-    profile: str,  # tiny, demo or paper
-    run: str | None = None,  # name of the run; None takes the profile's name
+    name: str,
+    profile: str,
+    run: str | None = None,
     seed: int = 0,
-    overrides: dict | None = None,  # dotted settings, e.g. {"reward.learning_rate": 1e-5}
-    part: typing.Callable | None = None,  # makes a shard or a cell of the settings; None is the whole stage
+    overrides: dict | None = None,
+    part: typing.Callable | None = None,
 ) -> ChapterStage:
-    "Open the stage of a chapter; refuse unknown settings and a run folder of an older layout."
+    """Open the stage of a chapter; refuse unknown settings and a run folder of an older layout.
+
+    name: the chapter, e.g. "05_reward"; profile: tiny, demo or paper; run: name of the run; None takes the
+    profile's name; overrides: dotted settings, e.g. {"reward.learning_rate": 1e-5}; part: makes a shard or a cell
+    of the settings; None is the whole stage."""
     settings, where = load_profile(profile, overrides), Run(run or profile)
     check_layout(where)
     return ChapterStage(where, name, settings, seed, changed_settings(settings, name), part(settings) if part else None)

@@ -15,20 +15,16 @@ from ..core.settings import PROFILES, StudyError
 __all__ = ['parse_value', 'pairs_of', 'build_parser', 'execute', 'main']
 
 # %% ../../nbs/run/09_cli.ipynb #00e19cea
-def parse_value(
-    text: str,  # as typed
-):  # a JSON value, or the text itself
-    "Read a value typed in the terminal: JSON where it is JSON, else text."
+def parse_value(text: str):
+    "Read a value typed in the terminal: JSON where it is JSON, else text. Returns a JSON value, or the text itself."
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
 
 
-def pairs_of(
-    items: list[str] | None,  # "name=value" each
-) -> dict:  # name -> value
-    "Read name=value arguments."
+def pairs_of(items: list[str] | None) -> dict:
+    """Read name=value arguments. items: "name=value" each. Returns name -> value."""
     found = {}
     for item in items or []:
         name, sign, value = item.partition("=")
@@ -38,8 +34,8 @@ def pairs_of(
     return found
 
 # %% ../../nbs/run/09_cli.ipynb #0aa91cbf
-def build_parser() -> argparse.ArgumentParser:  # of all commands
-    "Declare the commands."
+def build_parser() -> argparse.ArgumentParser:
+    "Declare the commands. Returns of all commands."
     parser = argparse.ArgumentParser(
         prog="psycopref", description="Reproduce preference learning for counselling responses."
     )
@@ -84,9 +80,7 @@ def build_parser() -> argparse.ArgumentParser:  # of all commands
     return parser
 
 # %% ../../nbs/run/09_cli.ipynb #23401b41
-def execute(
-    arguments: argparse.Namespace,  # of build_parser
-) -> int:  # exit code
+def execute(arguments: argparse.Namespace) -> int:
     "Execute a command."
     if arguments.command == "run":
         from psycopref.run.runner import run_notebook
@@ -132,10 +126,11 @@ def execute(
     return 0
 
 
-def main(
-    arguments: list[str] | None = None,  # None takes the command line's
-) -> int:  # exit code: 0, or 1 for what the user can mend, or for runs that differ
-    "Run the command line."
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    arguments: None takes the command line's. Returns exit code: 0, or 1 for what the user can mend, or for runs
+    that differ."""
     try:
         return execute(build_parser().parse_args(arguments))
     except StudyError as error:

@@ -87,10 +87,11 @@ BILLIONS = {
 BILLIONS_ACTIVE = {"ai21labs/AI21-Jamba-1.5-Mini": 12.0}
 
 
-def stored_parameters(
-    folder: Path,  # a saved model
-) -> int | None:  # numbers in its safetensors files; None where there are none, or a header can't be read
-    "Count a folder's parameters by the headers of its files."
+def stored_parameters(folder: Path) -> int | None:
+    """Count a folder's parameters by the headers of its files.
+
+    folder: a saved model. Returns numbers in its safetensors files; None where there are none, or a header can't be
+    read."""
     from safetensors import SafetensorError, safe_open
 
     total = 0
@@ -103,11 +104,11 @@ def stored_parameters(
     return total or None
 
 # %% ../../nbs/run/04_estimates.ipynb #93d191a6
-def parameters(
-    name: str,  # weights by name, folder or hub id, perhaps with @revision; or a reward model by its name
-    active: bool = False,  # count only the parameters that work on a token
-) -> int | None:  # number of parameters; None where we don't know
-    "Look up a model's size, or count a folder's."
+def parameters(name: str, active: bool = False) -> int | None:
+    """Look up a model's size, or count a folder's.
+
+    name: weights by name, folder or hub id, perhaps with @revision; or a reward model by its name; active: count
+    only the parameters that work on a token. Returns number of parameters; None where we don't know."""
     known = BILLIONS | {scorer.location: scorer.billions for scorer in SCORERS.values() if scorer.billions}
     place = find_scorer(name).location
     repository = place.partition("@")[0]
@@ -116,13 +117,12 @@ def parameters(
     return round(1e9 * (BILLIONS_ACTIVE if active else known).get(repository, known[repository]))
 
 # %% ../../nbs/run/04_estimates.ipynb #206a5db5
-def gpu_hours(
-    size: float,  # parameters that work on a token
-    trained: int = 0,  # tokens in training passes, over all epochs
-    read: int = 0,  # tokens in forward passes over whole texts
-    generated: int = 0,  # tokens of prompts and answers in generation
-) -> float:  # hours of one GPU
-    "Estimate GPU hours: 6 operations for each parameter and trained token, 2 for each other."
+def gpu_hours(size: float, trained: int = 0, read: int = 0, generated: int = 0) -> float:
+    """Estimate GPU hours: 6 operations for each parameter and trained token, 2 for each other.
+
+    size: parameters that work on a token; trained: tokens in training passes, over all epochs; read: tokens in
+    forward passes over whole texts; generated: tokens of prompts and answers in generation. Returns hours of one
+    GPU."""
     seconds = (6 * trained + 2 * read) / TRAINING_SHARE + 2 * generated / GENERATION_SHARE
     return seconds * size / PEAK_FLOPS / 3600
 
@@ -142,12 +142,10 @@ class StagePlan:
     unknown: tuple[str, ...] = ()  # what `usd` and `gpu_hours` leave out, e.g. "the price of NAME"
 
 # %% ../../nbs/run/04_estimates.ipynb #1bee5299
-def merge(
-    stage: str,  # stage of the sum
-    work: str,  # words for the sum
-    rows: typing.Sequence[StagePlan],  # what is added up
-) -> StagePlan:  # the sum
-    "Add plans up; a sum of unpriced work has no price."
+def merge(stage: str, work: str, rows: typing.Sequence[StagePlan]) -> StagePlan:
+    """Add plans up; a sum of unpriced work has no price.
+
+    stage: stage of the sum; work: words for the sum; rows: what is added up."""
 
     def every(name):
         return [getattr(row, name) for row in rows]
@@ -169,10 +167,10 @@ def merge(
     )
 
 # %% ../../nbs/run/04_estimates.ipynb #1bfb944d
-def split_uri(
-    uri: str,  # gateway URI
-) -> tuple[str, str, str]:  # provider, name, server address or ""
-    "Take a gateway URI apart without opening the model."
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """Take a gateway URI apart without opening the model.
+
+    uri: gateway URI. Returns provider, name, server address or ""."""
     provider, _, name = uri.partition(":")
     if provider not in ("openai", "batch", "local", "rules") or not name:
         raise StudyError(f"model {uri!r}: expected provider:name with a provider among openai, batch, local, rules")
@@ -183,32 +181,34 @@ def split_uri(
 
 # %% ../../nbs/run/04_estimates.ipynb #a8600525
 def own_work(
-    stage: str,  # stage folder
-    work: str,  # short words
-    weights: str,  # name, folder or hub id
-    calls: int = 0,  # answers or scores
-    trained: int = 0,  # tokens in training passes
-    read: int = 0,  # tokens in forward passes over whole texts
-    prompts: int = 0,  # tokens of the prompts in generation
-    written: int = 0,  # tokens of the answers in generation
-    who: str = "",  # how the model is named; empty takes `weights`
-) -> StagePlan:  # the estimate
-    "Estimate training, scoring and generation on GPUs of our own."
+    stage: str,
+    work: str,
+    weights: str,
+    calls: int = 0,
+    trained: int = 0,
+    read: int = 0,
+    prompts: int = 0,
+    written: int = 0,
+    who: str = "",
+) -> StagePlan:
+    """Estimate training, scoring and generation on GPUs of our own.
+
+    stage: stage folder; work: short words; weights: name, folder or hub id; calls: answers or scores; trained:
+    tokens in training passes; read: tokens in forward passes over whole texts; prompts: tokens of the prompts in
+    generation; written: tokens of the answers in generation; who: how the model is named; empty takes `weights`.
+    Returns the estimate."""
     size = parameters(weights, active=True)
     hours = 0.0 if size is None else gpu_hours(size, trained, read, prompts + written)
     unknown = (f"the size of {weights}",) if size is None else ()
     return StagePlan(stage, work, (who or weights,), calls, trained + read + prompts, written, None, hours, unknown)
 
 # %% ../../nbs/run/04_estimates.ipynb #f7234986
-def ask(
-    stage: str,  # stage folder
-    work: str,  # short words
-    uri: str,  # gateway URI of who answers
-    calls: int,  # questions
-    prompt_tokens: int,  # tokens of one question
-    answer_tokens: int,  # tokens of one answer
-) -> StagePlan:  # the estimate
-    "Estimate calls to one model: rules are free, an open model costs GPU hours, the rest a list price, less in batches."
+def ask(stage: str, work: str, uri: str, calls: int, prompt_tokens: int, answer_tokens: int) -> StagePlan:
+    """Estimate calls to one model: rules are free, an open model costs GPU hours, the rest a list price, less in
+    batches.
+
+    stage: stage folder; work: short words; uri: gateway URI of who answers; prompt_tokens: tokens of one question;
+    answer_tokens: tokens of one answer. Returns the estimate."""
     provider, name, server = split_uri(uri)
     if provider == "rules":
         return StagePlan(stage, work, (uri,), calls)
@@ -221,8 +221,8 @@ def ask(
     return StagePlan(stage, work, (uri,), calls, read, written, usd, 0.0, () if price else (f"the price of {name}",))
 
 # %% ../../nbs/run/04_estimates.ipynb #32aa27b0
-def asked_uris(profile: Profile) -> list[str]:  # gateway URIs, each once
-    "List everybody whom the gateway would ask."
+def asked_uris(profile: Profile) -> list[str]:
+    "List everybody whom the gateway would ask. Returns gateway URIs, each once."
     judged, topics = profile.evaluation, (profile.speeches.topic_method, *profile.speeches.topic_compare)
     raters = [
         *(m.model for m in find_pool(profile.responses.pool, profile.responses.each_speech)),
@@ -241,29 +241,23 @@ def asked_uris(profile: Profile) -> list[str]:  # gateway URIs, each once
     )
 
 # %% ../../nbs/run/04_estimates.ipynb #7b176104
-def short_name(
-    who: str,  # URI, backbone or source
-) -> str:  # without provider, owner, server and path
-    "Shorten a name for a table."
+def short_name(who: str) -> str:
+    "Shorten a name for a table. who: URI, backbone or source. Returns without provider, owner, server and path."
     if who.startswith("rules:"):
         return who
     plain = who.partition("@http")[0].removeprefix("openai:").removeprefix("batch:").removeprefix("local:")
     return plain.partition("=")[0] if "=" in plain else plain.rstrip("/").rpartition("/")[2]
 
 
-def name_some(
-    names: typing.Sequence[str],  # at least one
-) -> str:  # e.g. "3 models (a, b and 1 more)"
-    "Name two, count all."
+def name_some(names: typing.Sequence[str]) -> str:
+    """Name two, count all. names: at least one. Returns e.g. "3 models (a, b and 1 more)"."""
     short = [short_name(name) for name in names]
     more = f" and {len(short) - 2} more" if len(short) > 2 else ""
     return short[0] if len(short) == 1 else f"{len(short)} models ({', '.join(short[:2])}{more})"
 
 
-def listed(
-    names: typing.Sequence[str],  # at least one
-) -> str:  # e.g. "a, b and c"
-    "Join names."
+def listed(names: typing.Sequence[str]) -> str:
+    """Join names. names: at least one. Returns e.g. "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 # %% ../../nbs/run/04_estimates.ipynb #6c0e319a
@@ -281,12 +275,10 @@ ESTIMATED = Tokenizer()
 NO_HUB = "its tokenizer can't be had, the hub does not answer"
 
 
-def tokens_of(
-    text: str,  # any text
-    more: int = 0,  # characters of speech that will stand in it
-    tokenizer: Tokenizer = ESTIMATED,  # of the model that reads it
-) -> int:  # tokens
-    "Count a text, and the speech that will fill it by its length."
+def tokens_of(text: str, more: int = 0, tokenizer: Tokenizer = ESTIMATED) -> int:
+    """Count a text, and the speech that will fill it by its length.
+
+    more: characters of speech that will stand in it; tokenizer: of the model that reads it."""
     own = len(text) / CHARACTERS_PER_TOKEN if tokenizer.count is None else tokenizer.count(text)
     return math.ceil(own + more / tokenizer.characters)
 
@@ -306,11 +298,11 @@ def _cached_files_only():
         tiktoken.load.read_file = ordinary
 
 # %% ../../nbs/run/04_estimates.ipynb #7151d9ef
-def openai_tokenizer(
-    name: str,  # of the model, as its maker has it
-    fetch: bool = False,  # download what is missing
-) -> tuple[str, typing.Callable[[str], int]]:  # the encoding's name, and what counts; raises StudyError with the reason
-    "Open the tokenizer of an OpenAI model."
+def openai_tokenizer(name: str, fetch: bool = False) -> tuple[str, typing.Callable[[str], int]]:
+    """Open the tokenizer of an OpenAI model.
+
+    name: of the model, as its maker has it; fetch: download what is missing. Returns the encoding's name, and what
+    counts; raises StudyError with the reason."""
     import tiktoken
 
     try:
@@ -327,11 +319,11 @@ def openai_tokenizer(
     return encoding, lambda text: len(found.encode(text, disallowed_special=()))
 
 # %% ../../nbs/run/04_estimates.ipynb #1316ff42
-def tokenizer_file(
-    name: str,  # weights by name, folder or hub id, perhaps with @revision
-    fetch: bool = False,  # download it from the hub where it is missing
-) -> Path:  # tokenizer.json; raises StudyError with the reason
-    "Find the tokenizer of open weights."
+def tokenizer_file(name: str, fetch: bool = False) -> Path:
+    """Find the tokenizer of open weights.
+
+    name: weights by name, folder or hub id, perhaps with @revision; fetch: download it from the hub where it is
+    missing. Returns tokenizer.json; raises StudyError with the reason."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -355,10 +347,10 @@ def tokenizer_file(
     return Path(found)
 
 # %% ../../nbs/run/04_estimates.ipynb #f448e73d
-def file_counter(
-    path: Path,  # tokenizer.json
-) -> typing.Callable[[str], int]:  # text -> tokens; raises StudyError where the file can't be read
-    "Open a tokenizer for counting."
+def file_counter(path: Path) -> typing.Callable[[str], int]:
+    """Open a tokenizer for counting.
+
+    path: tokenizer.json. Returns text -> tokens; raises StudyError where the file can't be read."""
     import tokenizers
 
     try:
@@ -370,12 +362,11 @@ def file_counter(
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 # %% ../../nbs/run/04_estimates.ipynb #a8f67b8d
-def find_tokenizer(
-    uri: str,  # gateway URI of a model
-    speeches: typing.Sequence[str],  # a sample, at least one
-    fetch: bool = False,  # download tokenizers that are missing
-) -> Tokenizer:  # what counts the model's tokens, or the estimate and why
-    "Find a model's tokenizer and measure its characters a token."
+def find_tokenizer(uri: str, speeches: typing.Sequence[str], fetch: bool = False) -> Tokenizer:
+    """Find a model's tokenizer and measure its characters a token.
+
+    uri: gateway URI of a model; speeches: a sample, at least one; fetch: download tokenizers that are missing.
+    Returns what counts the model's tokens, or the estimate and why."""
     provider, name, server = split_uri(uri)
     try:
         if provider == "local" or (server and "/" in name):
@@ -387,12 +378,11 @@ def find_tokenizer(
     return Tokenizer(label, sum(map(len, speeches)) / sum(map(count, speeches)), count)
 
 # %% ../../nbs/run/04_estimates.ipynb #3b77ec8c
-def not_here(
-    what: str,  # what is looked for, e.g. source 'counsel-chat'
-    source: Source,  # its declaration
-    places: typing.Sequence[str],  # paths and addresses; none where only a local copy would do
-) -> str:  # one line
-    "Say that files are not on this machine, and what will be done or can be done about it."
+def not_here(what: str, source: Source, places: typing.Sequence[str]) -> str:
+    """Say that files are not on this machine, and what will be done or can be done about it.
+
+    what: what is looked for, e.g. source 'counsel-chat'; source: its declaration; places: paths and addresses; none
+    where only a local copy would do."""
     remote = any("://" in place for place in places)
     return f"{what}: " + (
         f"not here yet; the first run downloads it from {source.page}"
@@ -401,10 +391,10 @@ def not_here(
     )
 
 
-def missing_sources(
-    specs: typing.Sequence[str],  # names, or name=path
-) -> list[str]:  # one line for each source without a file
-    "Say which sources of client speech are not on this machine."
+def missing_sources(specs: typing.Sequence[str]) -> list[str]:
+    """Say which sources of client speech are not on this machine.
+
+    specs: names, or name=path. Returns one line for each source without a file."""
     lines = []
     for spec in specs:
         try:
@@ -429,18 +419,17 @@ class GeneralSizes:
     bench_characters: int = 0  # mean length of one of them
 
 
-def pair_characters(
-    pairs,  # frame with messages, chosen and rejected, at least one
-) -> int:  # mean characters of a prompt with both responses
-    "Measure how long pairs are."
+def pair_characters(pairs) -> int:
+    """Measure how long pairs are.
+
+    pairs: frame with messages, chosen and rejected, at least one. Returns mean characters of a prompt with both
+    responses."""
     prompts = sum(len(message["content"]) for messages in pairs.messages for message in messages)
     return round((prompts + pairs.chosen.str.len().sum() + pairs.rejected.str.len().sum()) / len(pairs))
 
 # %% ../../nbs/run/04_estimates.ipynb #06944899
-def missing_general(
-    chosen,  # MixSettings
-) -> list[str]:  # one line, or none
-    "Say whether the general pairs are not on this machine."
+def missing_general(chosen) -> list[str]:
+    "Say whether the general pairs are not on this machine. chosen: MixSettings. Returns one line, or none."
     try:
         source, where = parse_place(chosen.general)
     except StudyError as error:
@@ -448,22 +437,18 @@ def missing_general(
     return [] if _is_here(where) else [not_here(f"general pairs {source.name!r}", source, [where])]
 
 
-def missing_bench(
-    chosen,  # MixSettings
-) -> list[str]:  # one line, or none
-    "Say whether RewardBench is wanted and not on this machine."
+def missing_bench(chosen) -> list[str]:
+    "Say whether RewardBench is wanted and not on this machine. chosen: MixSettings. Returns one line, or none."
     from psycopref.evaluation.reward_bench import BENCH
 
     where = BENCH.homes[0] if chosen.reward_bench == BENCH.name else chosen.reward_bench
     return [not_here("RewardBench", BENCH, [where])] if where and not _is_here(where) else []
 
 # %% ../../nbs/run/04_estimates.ipynb #e9a050e2
-def count_general(
-    profile: Profile,
-) -> tuple[
-    list[int], int, str
-]:  # pairs to train on, for selection and held out; mean characters of one; where these come from
-    "Count the general pairs in local files, or take HelpSteer2's numbers of prompts in its own split."
+def count_general(profile: Profile) -> tuple[list[int], int, str]:
+    """Count the general pairs in local files, or take HelpSteer2's numbers of prompts in its own split.
+
+    Returns pairs to train on, for selection and held out; mean characters of one; where these come from."""
     chosen = profile.mixing
     if chosen.rule not in (*RULES, "ready"):
         raise StudyError(f"mixing.rule: {chosen.rule!r} is not known. {suggest(chosen.rule, [*RULES, 'ready'])}")
@@ -483,10 +468,10 @@ def count_general(
     )
 
 # %% ../../nbs/run/04_estimates.ipynb #41b097eb
-def count_bench(
-    chosen,  # MixSettings
-) -> tuple[int, int]:  # pairs, mean characters of one; 0, 0 where it is left out
-    "Count RewardBench's pairs in local files, or take the published number."
+def count_bench(chosen) -> tuple[int, int]:
+    """Count RewardBench's pairs in local files, or take the published number.
+
+    chosen: MixSettings. Returns pairs, mean characters of one; 0, 0 where it is left out."""
     from psycopref.evaluation.reward_bench import PRIOR_PAIRS, PUBLISHED, read_reward_bench
 
     if not chosen.reward_bench:
@@ -497,8 +482,8 @@ def count_bench(
     return len(pairs), pair_characters(pairs)
 
 
-def general_sizes(profile: Profile) -> GeneralSizes:  # how much there is
-    "Estimate the general pairs of the mixing grid, and those of RewardBench."
+def general_sizes(profile: Profile) -> GeneralSizes:
+    "Estimate the general pairs of the mixing grid, and those of RewardBench. Returns how much there is."
     parts, characters, basis = count_general(profile)
     return GeneralSizes(*parts, characters, basis, *count_bench(profile.mixing))
 
@@ -527,20 +512,16 @@ class Sizes:
         return self.tokenizers.get(who if ":" in who else f"local:{who}", ESTIMATED)
 
 # %% ../../nbs/run/04_estimates.ipynb #4f948063
-def sample(
-    texts: typing.Sequence[str],  # client speeches
-) -> tuple[str, ...]:  # SAMPLE_SPEECHES of them, evenly spaced
-    "Take some speeches for the tokenizers."
+def sample(texts: typing.Sequence[str]) -> tuple[str, ...]:
+    "Take some speeches for the tokenizers. texts: client speeches. Returns SAMPLE_SPEECHES of them, evenly spaced."
     n = min(len(texts), SAMPLE_SPEECHES)
     return tuple(texts[i * len(texts) // n] for i in range(n))
 
 
-def count_speeches(
-    profile: Profile,  # whose sources
-) -> tuple[
-    int, int, str, tuple[str, ...], str
-]:  # speeches, mean characters, where these come from; a sample, whose it is
-    "Count the client speeches in local files, or take the paper's numbers and sample the demo speeches."
+def count_speeches(profile: Profile) -> tuple[int, int, str, tuple[str, ...], str]:
+    """Count the client speeches in local files, or take the paper's numbers and sample the demo speeches.
+
+    profile: whose sources. Returns speeches, mean characters, where these come from; a sample, whose it is."""
     paper, chosen = paper_values()["dataset"], profile.speeches
     names = ", ".join(spec.partition("=")[0] for spec in chosen.sources)
     if missing_sources(chosen.sources):
@@ -565,11 +546,10 @@ def count_speeches(
     return n, characters, f"counted in {names}", sample(list(frame.speech)), "client speeches of these sources"
 
 # %% ../../nbs/run/04_estimates.ipynb #76514b4e
-def plan_sizes(
-    profile: Profile,
-    speeches: int | None = None,  # client speeches; None counts them or takes the paper's number
-) -> Sizes:  # how much there is to do
-    "Estimate speeches and pairs."
+def plan_sizes(profile: Profile, speeches: int | None = None) -> Sizes:
+    """Estimate speeches and pairs.
+
+    speeches: client speeches; None counts them or takes the paper's number. Returns how much there is to do."""
     paper, (n, characters, basis, texts, sampled) = paper_values()["dataset"], count_speeches(profile)
     if speeches is not None:
         n, basis = speeches, "as given"
@@ -593,12 +573,10 @@ def plan_sizes(
     )
 
 
-def with_tokenizers(
-    profile: Profile,
-    sizes: Sizes,  # of plan_sizes
-    fetch: bool = False,  # download tokenizers that are missing
-) -> Sizes:  # the same, with what counts for each model
-    "Find the tokenizers of all models that read or write."
+def with_tokenizers(profile: Profile, sizes: Sizes, fetch: bool = False) -> Sizes:
+    """Find the tokenizers of all models that read or write.
+
+    fetch: download tokenizers that are missing. Returns the same, with what counts for each model."""
     own = [*profile.backbones, *(find_scorer(name).location for name in profile.reward.scorers)]
     uris, found = [*asked_uris(profile), *(f"local:{name}" for name in own)], {}
     named = {
@@ -615,30 +593,26 @@ def with_tokenizers(
     return dataclasses.replace(sizes, tokenizers={uri: found[key] for uri, key in named.items()})
 
 # %% ../../nbs/run/04_estimates.ipynb #e971815e
-def response_tokens(
-    max_tokens: int,  # longest response of the profile
-) -> int:  # expected tokens
-    "Expect RESPONSE_TOKENS, or the limit where it is lower."
+def response_tokens(max_tokens: int) -> int:
+    """Expect RESPONSE_TOKENS, or the limit where it is lower.
+
+    max_tokens: longest response of the profile. Returns expected tokens."""
     return min(RESPONSE_TOKENS, max_tokens)
 
 
-def filled(
-    write: typing.Callable[..., str],  # makes a prompt of texts
-    *lengths: int,  # characters of each text
-    tokenizer: Tokenizer = ESTIMATED,  # of the model that reads it
-) -> int:  # tokens
-    "Measure a prompt that will be filled."
+def filled(write: typing.Callable[..., str], *lengths: int, tokenizer: Tokenizer = ESTIMATED) -> int:
+    """Measure a prompt that will be filled.
+
+    write: makes a prompt of texts; tokenizer: of the model that reads it; lengths: characters of each text."""
     empty, full = write(*("" for _ in lengths)), write(*("x" * n for n in lengths))
     return tokens_of(empty, len(full) - len(empty), tokenizer)
 
 # %% ../../nbs/run/04_estimates.ipynb #0e509ef1
-def prompt_tokens(
-    characters: int,  # mean length of a client speech
-    response: int,  # tokens of a response that is shown
-    shown: int = 4,  # responses in a rating prompt
-    tokenizer: Tokenizer = ESTIMATED,  # of the model that reads it
-) -> dict[str, int]:  # kind of prompt -> tokens of one
-    "Measure our prompts, filled with texts of the expected length."
+def prompt_tokens(characters: int, response: int, shown: int = 4, tokenizer: Tokenizer = ESTIMATED) -> dict[str, int]:
+    """Measure our prompts, filled with texts of the expected length.
+
+    characters: mean length of a client speech; response: tokens of a response that is shown; shown: responses in a
+    rating prompt; tokenizer: of the model that reads it. Returns kind of prompt -> tokens of one."""
 
     def measure(write):
         return filled(write, characters, CHARACTERS_PER_TOKEN * response, tokenizer=tokenizer)
@@ -654,11 +628,11 @@ def prompt_tokens(
     }
 
 
-def reply_tokens(
-    shown: int = 4,  # responses in a rating prompt
-    tokenizer: Tokenizer = ESTIMATED,  # of the model that writes it
-) -> dict[str, int]:  # kind of prompt -> tokens of its reply
-    "Measure the replies that we ask for."
+def reply_tokens(shown: int = 4, tokenizer: Tokenizer = ESTIMATED) -> dict[str, int]:
+    """Measure the replies that we ask for.
+
+    shown: responses in a rating prompt; tokenizer: of the model that writes it. Returns kind of prompt -> tokens of
+    its reply."""
 
     def rating(reason):
         return {key: 3 if key.endswith("_rating") else reason for key in rating_schema(shown)["required"]}
@@ -674,20 +648,16 @@ def reply_tokens(
     return {"rate": one, "rate_all": seven, "rank": 1, "battle": tokens_of(json.dumps(battle), tokenizer=tokenizer)}
 
 # %% ../../nbs/run/04_estimates.ipynb #aee48c80
-def respond_tokens(
-    sizes: Sizes,  # how long a client speech is
-    who: str = "",  # who reads it, by URI or backbone
-) -> int:  # tokens
-    "Estimate the prompt of a response."
+def respond_tokens(sizes: Sizes, who: str = "") -> int:
+    "Estimate the prompt of a response. sizes: how long a client speech is; who: who reads it, by URI or backbone."
     return filled(responding_prompt, sizes.characters, tokenizer=sizes.tokenizer(who))
 
 
-def pair_tokens(
-    sizes: Sizes,  # how long a client speech is
-    max_tokens: int,  # longest response
-    who: str = "",  # who reads it, by URI or backbone
-) -> int:  # tokens of prompt, chosen and rejected
-    "Estimate a preference pair."
+def pair_tokens(sizes: Sizes, max_tokens: int, who: str = "") -> int:
+    """Estimate a preference pair.
+
+    sizes: how long a client speech is; max_tokens: longest response; who: who reads it, by URI or backbone. Returns
+    tokens of prompt, chosen and rejected."""
     return respond_tokens(sizes, who) + 2 * tokens_of(
         "", CHARACTERS_PER_TOKEN * response_tokens(max_tokens), sizes.tokenizer(who)
     )

@@ -166,8 +166,10 @@ def weights_sentence(found: typing.Sequence[Weights]) -> str:
     return f"Reward models and policies start from {ours}, in the paper from {theirs}."
 
 # %% ../../nbs/run/08_overview.ipynb #663ed4f1
-def result_rows(reward: dict, rates: dict) -> list[dict]:  # summaries of chapters 5 and 7
-    "List the headline results: reward models with the best baseline, then win rates."
+def result_rows(reward: dict, rates: dict) -> list[dict]:
+    """List the headline results: reward models with the best baseline, then win rates.
+
+    Returns summaries of chapters 5 and 7."""
     own = {row["model"]: row["accuracy"] for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
     rows = [row for row in reward["rows"] if row["kind"] == "reward model"]
     rows += [max((row for row in reward["rows"] if row["kind"] == "baseline"), key=lambda row: row["accuracy %"])]
@@ -197,8 +199,8 @@ def result_rows(reward: dict, rates: dict) -> list[dict]:  # summaries of chapte
     return found
 
 
-def results_table(run: Run):  # (frame, label)
-    "Read the headline results of a finished run, and who made them."
+def results_table(run: Run):
+    "Read the headline results of a finished run, and who made them. Returns (frame, label)."
     import pandas as pd
 
     reward, rates = StageReader(run, "05_reward"), StageReader(run, "07_win_rates")

@@ -83,16 +83,16 @@ IN_FLIGHT, CALL_SECONDS = 128, 3.0  # rating calls that a provider answers at on
 POLICIES, PLAN_SETTINGS = 3, 2  # base, DPO, DPO-Iter; with and without length constraint
 
 # %% ../../nbs/run/07_plan.ipynb #a2d364a1
-def shares(profile: Profile, sizes: Sizes) -> list[tuple]:  # (member, calls)
-    "Share the responses out evenly."
+def shares(profile: Profile, sizes: Sizes) -> list[tuple]:
+    "Share the responses out evenly. Returns (member, calls)."
     chosen = profile.responses
     pool = find_pool(chosen.pool, chosen.each_speech)
     ends = [round(sizes.speeches * chosen.each_speech * i / len(pool)) for i in range(len(pool) + 1)]
     return [(member, end - start) for member, start, end in zip(pool, ends, ends[1:])]
 
 
-def response_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # one for each size class
-    "Plan the pool's responses (§3.3)."
+def response_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    "Plan the pool's responses (§3.3). Returns one for each size class."
     answer, classes = response_tokens(profile.responses.max_tokens), {}
     for member, calls in shares(profile, sizes):
         prompt = filled(
@@ -105,22 +105,15 @@ def response_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # one fo
     return [merge("02_responses", f"responses: {size}", rows) for size, rows in classes.items()]
 
 # %% ../../nbs/run/07_plan.ipynb #5cfe2053
-def rating_limit(
-    profile: Profile,
-    mode: str,  # principle or speech
-) -> int:  # tokens
-    "Return how long a rating reply may be."
+def rating_limit(profile: Profile, mode: str) -> int:
+    "Return how long a rating reply may be. mode: principle or speech."
     return profile.ratings.max_tokens * (len(PRINCIPLE_KEYS) if None in mode_calls(mode) else 1)
 
 
-def rating_plan(
-    profile: Profile,
-    sizes: Sizes,
-    speeches: int,  # client speeches to rate
-    mode: str,  # principle or speech
-    work: str,  # short words
-) -> StagePlan:  # the estimate
-    "Plan ratings in one mode (§3.3)."
+def rating_plan(profile: Profile, sizes: Sizes, speeches: int, mode: str, work: str) -> StagePlan:
+    """Plan ratings in one mode (§3.3).
+
+    speeches: client speeches to rate; mode: principle or speech; work: short words. Returns the estimate."""
     chosen, shown, calls = profile.ratings, profile.responses.each_speech, mode_calls(mode)
     kind, tokenizer = "rate_all" if None in calls else "rate", sizes.tokenizer(chosen.rater)
     prompt = prompt_tokens(sizes.characters, response_tokens(profile.responses.max_tokens), shown, tokenizer)[kind]
@@ -134,8 +127,8 @@ def rating_plan(
     )
 
 # %% ../../nbs/run/07_plan.ipynb #2b05b33d
-def data_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # 05 to 08
-    "Plan speeches, responses, ratings and pairs (§3)."
+def data_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    "Plan speeches, responses, ratings and pairs (§3). Returns 05 to 08."
     mode, some = profile.ratings.mode, min(profile.ratings.compare_mode_speeches, sizes.speeches)
     ratings = [
         rating_plan(
@@ -163,8 +156,8 @@ def data_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # 05 to 08
     ]
 
 # %% ../../nbs/run/07_plan.ipynb #dd36623d
-def evaluation_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # policies, reference, judge, curves
-    "Plan answers and battles on the test speeches (§4.2, Table 2)."
+def evaluation_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    "Plan answers and battles on the test speeches (§4.2, Table 2). Returns policies, reference, judge, curves."
     chosen, response = profile.evaluation, response_tokens(profile.evaluation.max_tokens)
 
     def asked(who, kind):
@@ -204,8 +197,10 @@ def evaluation_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # poli
     ]
 
 # %% ../../nbs/run/07_plan.ipynb #811e4a54
-def other_judges(profile: Profile) -> list:  # of judges.Judge, without the main judge and the baseline
-    "List the judges that have to be asked, or to score; none where a run has no such stage."
+def other_judges(profile: Profile) -> list:
+    """List the judges that have to be asked, or to score; none where a run has no such stage.
+
+    Returns of judges.Judge, without the main judge and the baseline."""
     from psycopref.evaluation.judging import read_judges
 
     return (
@@ -215,20 +210,20 @@ def other_judges(profile: Profile) -> list:  # of judges.Judge, without the main
     )
 
 
-def judge_weights(profile: Profile) -> list[str]:  # folders or hub ids
-    "List the reward models that judge and that the run does not train."
+def judge_weights(profile: Profile) -> list[str]:
+    "List the reward models that judge and that the run does not train. Returns folders or hub ids."
     return [
         find_scorer(judge.place).location for judge in other_judges(profile) if judge.kind == "reward" and judge.place
     ]
 
 
-def judge_uris(profile: Profile) -> list[str]:  # gateway URIs, each once
-    "List the language models that judge beside the main judge."
+def judge_uris(profile: Profile) -> list[str]:
+    "List the language models that judge beside the main judge. Returns gateway URIs, each once."
     return list(dict.fromkeys(judge.place for judge in other_judges(profile) if judge.kind != "reward"))
 
 # %% ../../nbs/run/07_plan.ipynb #72155c49
-def judges_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # one for each judge
-    "Plan what the other judges take (the paper has one judge)."
+def judges_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    "Plan what the other judges take (the paper has one judge). Returns one for each judge."
     stage, response, rows = "10_judges", response_tokens(profile.evaluation.max_tokens), []
     some = sizes.test if profile.judges.speeches is None else min(profile.judges.speeches, sizes.test)
     answers = len(profile.backbones) * POLICIES * PLAN_SETTINGS * some
@@ -265,7 +260,7 @@ def judges_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # one for 
     return rows
 
 # %% ../../nbs/run/07_plan.ipynb #39fdf1ab
-def agreement_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # the kits
+def agreement_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
     "Count what experts are asked (§3.4, §4.2)."
     chosen = profile.agreement
     items = min(chosen.label_pairs, sizes.test_pairs) + PLAN_SETTINGS * (
@@ -274,20 +269,19 @@ def agreement_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # the k
     return [StagePlan("11_experts", f"kits for experts: {items:,} items")]
 
 # %% ../../nbs/run/07_plan.ipynb #e027311b
-def plan_stages(
-    profile: Profile,
-    speeches: int | None = None,  # client speeches; None counts them or takes the paper's number
-) -> list[StagePlan]:  # in the order of the stages, several for a stage
-    "Estimate what a run would do; nothing is run or sent."
+def plan_stages(profile: Profile, speeches: int | None = None) -> list[StagePlan]:
+    """Estimate what a run would do; nothing is run or sent.
+
+    speeches: client speeches; None counts them or takes the paper's number. Returns in the order of the stages,
+    several for a stage."""
     return sized_stages(profile, counted_sizes(profile, speeches))
 
 
-def counted_sizes(
-    profile: Profile,
-    speeches: int | None = None,  # client speeches; None counts them or takes the paper's number
-    fetch: bool = False,  # download tokenizers that are missing
-) -> Sizes:  # how much, by which tokenizers
-    "Say how much there is, and find the tokenizers of all who read it; other judges among them."
+def counted_sizes(profile: Profile, speeches: int | None = None, fetch: bool = False) -> Sizes:
+    """Say how much there is, and find the tokenizers of all who read it; other judges among them.
+
+    speeches: client speeches; None counts them or takes the paper's number; fetch: download tokenizers that are
+    missing. Returns how much, by which tokenizers."""
     sizes = with_tokenizers(profile, plan_sizes(profile, speeches), fetch)
     uris = [
         uri
@@ -300,11 +294,10 @@ def counted_sizes(
     )
 
 
-def sized_stages(
-    profile: Profile,
-    sizes: Sizes,  # how much, by which tokenizers
-) -> list[StagePlan]:  # in the order of the stages, several for a stage
-    "Estimate what a run of this size would do."
+def sized_stages(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    """Estimate what a run of this size would do.
+
+    sizes: how much, by which tokenizers. Returns in the order of the stages, several for a stage."""
     parts = (
         data_plans,
         reward_plans,
@@ -320,10 +313,8 @@ def sized_stages(
     return sorted(rows, key=lambda row: order.index(row.stage))
 
 # %% ../../nbs/run/07_plan.ipynb #aa5181a7
-def missing_models(
-    uris: typing.Sequence[str],  # gateway URIs
-) -> list[str]:  # one line each
-    "Say which keys, prices and servers the calls need."
+def missing_models(uris: typing.Sequence[str]) -> list[str]:
+    "Say which keys, prices and servers the calls need. uris: gateway URIs. Returns one line each."
     parts = [split_uri(uri) for uri in uris]
     paid = list(
         dict.fromkeys(name for provider, name, server in parts if provider in ("openai", "batch") and not server)
@@ -351,11 +342,10 @@ def missing_models(
     return lines
 
 # %% ../../nbs/run/07_plan.ipynb #045c5ea2
-def missing(
-    profile: Profile,
-    sizes: Sizes | None = None,  # how much; None estimates it
-) -> list[str]:  # one line each, with its remedy
-    "Say what this machine lacks for a run; the network is not asked."
+def missing(profile: Profile, sizes: Sizes | None = None) -> list[str]:
+    """Say what this machine lacks for a run; the network is not asked.
+
+    sizes: how much; None estimates it. Returns one line each, with its remedy."""
     uris = list(dict.fromkeys([*asked_uris(profile), *judge_uris(profile)]))
     local = [name for provider, name, _ in map(split_uri, uris) if provider == "local"]
     return [
@@ -367,20 +357,18 @@ def missing(
     ]
 
 # %% ../../nbs/run/07_plan.ipynb #e0fb5e87
-def serving_gpus(
-    name: str,  # hub id
-) -> int | None:  # GPUs of GPU_BYTES; None where the size is unknown
-    "Choose how many GPUs hold a model in 16 bits."
+def serving_gpus(name: str) -> int | None:
+    "Choose how many GPUs hold a model in 16 bits. Returns GPUs of GPU_BYTES; None where the size is unknown."
     size, gpus = parameters(name), 1
     while size is not None and 2 * size > WEIGHTS_SHARE * GPU_BYTES * gpus:
         gpus *= 2
     return None if size is None else gpus
 
 
-def serve_commands(
-    pool,  # members of `feedback.pool`
-) -> list[str]:  # shell lines, one for each open model on a server
-    "Word the vLLM command for each open model of a pool."
+def serve_commands(pool) -> list[str]:
+    """Word the vLLM command for each open model of a pool.
+
+    pool: members of `feedback.pool`. Returns shell lines, one for each open model on a server."""
     lines = []
     for provider, name, server in dict.fromkeys(split_uri(member.model) for member in pool):
         if not server or "/" not in name:
@@ -401,39 +389,34 @@ def serve_commands(
     return lines
 
 
-def template_lines(
-    pool,  # members of `feedback.pool`
-) -> list[str]:  # one sentence, or none
-    "Say which members take no system message."
+def template_lines(pool) -> list[str]:
+    "Say which members take no system message. pool: members of `feedback.pool`. Returns one sentence, or none."
     names = [member.name for member in pool if not member.system]
     return [f"No system message for {listed(names)}: a persona would stand in the first user message."] if names else []
 
 # %% ../../nbs/run/07_plan.ipynb #d8fe14fb
-def count_text(
-    n: int,  # a count of tokens
-) -> str:  # at most six characters up to a trillion
-    "Write a large count short."
+def count_text(n: int) -> str:
+    "Write a large count short. n: a count of tokens. Returns at most six characters up to a trillion."
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= 0.9995 * size:
             return f"{n / size:.1f}{letter}"
     return str(n) if n else "—"
 
 
-def who_text(
-    who: tuple[str, ...],  # URIs, backbones or sources
-    width: int = 24,  # characters
-) -> str:  # the first, and how many more
-    "Name the first and count the others."
+def who_text(who: tuple[str, ...], width: int = 24) -> str:
+    """Name the first and count the others.
+
+    who: URIs, backbones or sources; width: characters. Returns the first, and how many more."""
     if not who:
         return "—"
     name, more = short_name(who[0]), f" +{len(who) - 1}" if len(who) > 1 else ""
     return (name if len(name + more) <= width else name[: width - 1 - len(more)] + "…") + more
 
 # %% ../../nbs/run/07_plan.ipynb #0ac2bbfa
-def plan_cells(
-    row: StagePlan,  # one piece of work
-) -> list[str]:  # work, who, calls, tokens in, tokens out, US dollars, GPU hours
-    "Write one line of the table."
+def plan_cells(row: StagePlan) -> list[str]:
+    """Write one line of the table.
+
+    row: one piece of work. Returns work, who, calls, tokens in, tokens out, US dollars, GPU hours."""
     price = "?" if any(item.startswith("the price") for item in row.unknown) else ""
     size = "?" if any(item.startswith("the size") for item in row.unknown) else ""
     money = "—" if row.usd is None else f"{row.usd:,.2f}"
@@ -453,10 +436,8 @@ TABLE_WIDTH = 110  # characters; the table is made of short words, the text belo
 _HEAD = ["", "who", "calls", "tokens in", "out", "US dollars", "GPU h"]
 
 
-def plan_table(
-    rows: typing.Sequence[StagePlan],  # of plan_stages
-) -> str:  # aligned lines
-    "Align the plan under the names of its stages, with the total below."
+def plan_table(rows: typing.Sequence[StagePlan]) -> str:
+    "Align the plan under the names of its stages, with the total below. Returns aligned lines."
     total = plan_cells(merge("total", "total", rows))
     cells = [_HEAD, *([f"  {work}", *rest] for work, *rest in map(plan_cells, rows)), [total[0], "", *total[2:]]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]
@@ -472,8 +453,8 @@ def plan_table(
     return "\n".join([*lines, "─" * max(map(len, lines)), line(cells[-1])])
 
 # %% ../../nbs/run/07_plan.ipynb #e26265ad
-def thinking_lines(profile: Profile, sizes: Sizes) -> list[str]:  # one sentence for each member that thinks
-    "Say what hidden reasoning is counted at."
+def thinking_lines(profile: Profile, sizes: Sizes) -> list[str]:
+    "Say what hidden reasoning is counted at. Returns one sentence for each member that thinks."
     if is_released(profile.speeches.sources):
         return []
     lines = []
@@ -492,10 +473,10 @@ def thinking_lines(profile: Profile, sizes: Sizes) -> list[str]:  # one sentence
     return lines
 
 # %% ../../nbs/run/07_plan.ipynb #2a35c5b5
-def token_lines(
-    sizes: Sizes,  # with tokenizers
-) -> list[str]:  # a sentence for each way of counting, then what they rest on
-    "Say for each model how its tokens are counted."
+def token_lines(sizes: Sizes) -> list[str]:
+    """Say for each model how its tokens are counted.
+
+    sizes: with tokenizers. Returns a sentence for each way of counting, then what they rest on."""
     ways, lines = {}, []
     for uri, way in sizes.tokenizers.items():
         ways.setdefault((way.name, f"{way.characters:.2f}", way.why), []).append(short_name(uri))
@@ -520,8 +501,8 @@ def token_lines(
     return lines
 
 # %% ../../nbs/run/07_plan.ipynb #d2532304
-def reward_lines(profile: Profile, sizes: Sizes) -> list[str]:  # one or two sentences each
-    "Say how the training of reward models, and the general pairs, are counted."
+def reward_lines(profile: Profile, sizes: Sizes) -> list[str]:
+    "Say how the training of reward models, and the general pairs, are counted. Returns one or two sentences each."
     chosen, general = profile.reward, sizes.general
     steps, looks = training_steps(sizes.train_pairs, chosen)
     lines = [
@@ -543,12 +524,10 @@ def reward_lines(profile: Profile, sizes: Sizes) -> list[str]:  # one or two sen
     ]
 
 # %% ../../nbs/run/07_plan.ipynb #7d32d36b
-def assumptions(
-    profile: Profile,
-    sizes: Sizes,
-    total: StagePlan,  # the sum of the plan
-) -> list[str]:  # one sentence or two each
-    "Say what the estimate rests on, and what it leaves out."
+def assumptions(profile: Profile, sizes: Sizes, total: StagePlan) -> list[str]:
+    """Say what the estimate rests on, and what it leaves out.
+
+    total: the sum of the plan. Returns one sentence or two each."""
     answer, policy = response_tokens(profile.responses.max_tokens), response_tokens(profile.evaluation.max_tokens)
     return [
         f"{sizes.speeches:,} client speeches ({sizes.basis}) of {sizes.characters} characters on average, "
@@ -573,11 +552,8 @@ def assumptions(
     ]
 
 # %% ../../nbs/run/07_plan.ipynb #17ecf7d1
-def budget_line(
-    profile: Profile,
-    total: StagePlan,  # the sum of the plan
-) -> str:  # one sentence
-    "Compare the estimate with the profile's budget."
+def budget_line(profile: Profile, total: StagePlan) -> str:
+    "Compare the estimate with the profile's budget. total: the sum of the plan. Returns one sentence."
     if total.usd is None:
         return "Money: nobody with a list price is asked."
     gap = ", unknown prices left out" if any(item.startswith("the price") for item in total.unknown) else ""
@@ -585,10 +561,8 @@ def budget_line(
     return f"Money: the profile's budget of {profile.budget_usd:,.2f} US dollars is {enough} the estimate of {total.usd:,.2f}{gap}."
 
 # %% ../../nbs/run/07_plan.ipynb #0dd92dac
-def batch_lines(
-    rows: typing.Sequence[StagePlan],  # of the plan
-) -> list[str]:  # one sentence or two for each model
-    "Say what the batch API would save on ratings and battles."
+def batch_lines(rows: typing.Sequence[StagePlan]) -> list[str]:
+    "Say what the batch API would save on ratings and battles. Returns one sentence or two for each model."
     lines, asked = [], {}
     for row in rows:
         if row.usd and row.who[0].startswith("openai:") and (row.stage == "03_ratings" or "battles" in row.work):
@@ -615,11 +589,8 @@ def batch_lines(
     return lines
 
 # %% ../../nbs/run/07_plan.ipynb #8b351822
-def duration_lines(
-    profile: Profile,
-    rows: typing.Sequence[StagePlan],  # of the plan
-) -> list[str]:  # one sentence, or none
-    "Estimate how long a server takes for the ratings."
+def duration_lines(profile: Profile, rows: typing.Sequence[StagePlan]) -> list[str]:
+    "Estimate how long a server takes for the ratings. Returns one sentence, or none."
     own = [row for row in rows if row.stage == "03_ratings"]
     provider = split_uri(profile.ratings.rater)[0]
     if not own or provider not in ("openai", "batch"):
@@ -649,18 +620,13 @@ def duration_lines(
     ]
 
 
-def hours_text(
-    seconds: float,  # a duration
-) -> str:  # e.g. "1.2 hours"
-    "Write a duration."
+def hours_text(seconds: float) -> str:
+    """Write a duration. seconds: a duration. Returns e.g. "1.2 hours"."""
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{math.ceil(seconds / 60)} min"
 
 # %% ../../nbs/run/07_plan.ipynb #755740e6
-def bullets(
-    title: str,  # heading
-    lines: typing.Sequence[str],  # sentences
-) -> str:  # plain text, wrapped at TABLE_WIDTH
-    "Write a list under a heading."
+def bullets(title: str, lines: typing.Sequence[str]) -> str:
+    "Write a list under a heading. Returns plain text, wrapped at TABLE_WIDTH."
     wrapped = [
         textwrap.fill(
             text,
@@ -675,12 +641,11 @@ def bullets(
     return "\n".join([title, *wrapped])
 
 
-def plan_text(
-    profile: Profile,
-    speeches: int | None = None,  # client speeches; None counts them or takes the paper's number
-    fetch: bool = False,  # download tokenizers that are missing, and nothing else
-) -> str:  # plain text
-    "Write the whole plan: what, who, how much, on which assumptions, and what is missing here."
+def plan_text(profile: Profile, speeches: int | None = None, fetch: bool = False) -> str:
+    """Write the whole plan: what, who, how much, on which assumptions, and what is missing here.
+
+    speeches: client speeches; None counts them or takes the paper's number; fetch: download tokenizers that are
+    missing, and nothing else. Returns plain text."""
     sizes = counted_sizes(profile, speeches, fetch)
     rows = sized_stages(profile, sizes)
     total, lacking = merge("total", "total", rows), missing(profile, sizes) or ["nothing that can be seen from here"]

@@ -45,24 +45,20 @@ __all__ = ['SHAPES', 'KEPT_WIDTHS', 'TILE_BYTES', 'STRATEGIES', 'LIVE_PARAMETERS
            'memory_remedies', 'missing_policy_gpu', 'missing_disk', 'missing_for_policies']
 
 # %% ../../nbs/run/06_policy_plan.ipynb #358af5b2
-def policy_steps(
-    pairs: int,  # to train on
-    batch_size: int,  # pairs in a step
-    epochs: float,  # passes over the pairs
-    checkpoints: int,  # wished
-) -> tuple[int, int]:  # optimiser steps, checkpoints that there are
-    "Count the steps and checkpoints of a DPO training."
+def policy_steps(pairs: int, batch_size: int, epochs: float, checkpoints: int) -> tuple[int, int]:
+    """Count the steps and checkpoints of a DPO training.
+
+    pairs: to train on; batch_size: pairs in a step; epochs: passes over the pairs. Returns optimiser steps,
+    checkpoints that there are."""
     steps = max(1, int(epochs * (pairs // batch_size)))
     every = max(1, math.ceil(steps / max(1, checkpoints)))
     return steps, math.ceil(steps / every) if checkpoints else 0
 
 # %% ../../nbs/run/06_policy_plan.ipynb #b260cf27
-def offline_plan(
-    profile: Profile,
-    sizes: Sizes,
-    backbone: str,  # whose policy
-) -> StagePlan:  # training and its looks at the development pairs
-    "Plan DPO on the dataset's pairs."
+def offline_plan(profile: Profile, sizes: Sizes, backbone: str) -> StagePlan:
+    """Plan DPO on the dataset's pairs.
+
+    backbone: whose policy. Returns training and its looks at the development pairs."""
     chosen, pair = profile.dpo, pair_tokens(sizes, profile.responses.max_tokens, backbone)
     steps, looks = policy_steps(sizes.train_pairs, chosen.batch_size, chosen.epochs, chosen.checkpoints)
     read = sizes.train_pairs + sizes.dev_pairs * (1 + looks)
@@ -75,21 +71,19 @@ def offline_plan(
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #caa140e6
-def candidate_tokens(profile: Profile) -> int:  # longest candidate
-    "Say how long a candidate may be."
+def candidate_tokens(profile: Profile) -> int:
+    "Say how long a candidate may be. Returns longest candidate."
     return profile.evaluation.max_tokens if profile.dpo_iter.max_tokens is None else profile.dpo_iter.max_tokens
 
 
 def sampled_plans(
-    stage: str,  # stage folder
-    name: str,  # shown before the work, e.g. DPO-Iter
-    backbone: str,  # who samples; its reward model has the same size
-    groups: tuple[int, ...],  # factors of the number of prompts, e.g. iterations and prompts
-    candidates: int,  # responses for each prompt
-    prompt: int,  # tokens of a prompt
-    response: int,  # tokens of a response
-) -> list[StagePlan]:  # sampling and scoring
-    "Plan the sampling and scoring of candidates."
+    stage: str, name: str, backbone: str, groups: tuple[int, ...], candidates: int, prompt: int, response: int
+) -> list[StagePlan]:
+    """Plan the sampling and scoring of candidates.
+
+    stage: stage folder; name: shown before the work, e.g. DPO-Iter; backbone: who samples; its reward model has the
+    same size; groups: factors of the number of prompts, e.g. iterations and prompts; candidates: responses for each
+    prompt; prompt: tokens of a prompt; response: tokens of a response. Returns sampling and scoring."""
     prompts, calls = math.prod(groups), math.prod(groups) * candidates
     words = " × ".join(f"{n:,}" for n in (*groups, candidates))
     return [
@@ -100,12 +94,10 @@ def sampled_plans(
     ]
 
 # %% ../../nbs/run/06_policy_plan.ipynb #1151e348
-def online_plans(
-    profile: Profile,
-    sizes: Sizes,
-    backbone: str,  # whose policies
-) -> list[StagePlan]:  # sampling, scoring, training
-    "Plan DPO-Iter: in each iteration some epochs of one pair for each prompt."
+def online_plans(profile: Profile, sizes: Sizes, backbone: str) -> list[StagePlan]:
+    """Plan DPO-Iter: in each iteration some epochs of one pair for each prompt.
+
+    backbone: whose policies. Returns sampling, scoring, training."""
     chosen, batch, limit = profile.dpo_iter, profile.dpo.batch_size, candidate_tokens(profile)
     prompt, pair = respond_tokens(sizes, backbone), pair_tokens(sizes, limit, backbone)
     steps = chosen.iterations * policy_steps(chosen.prompts, batch, chosen.epochs, 0)[0]
@@ -138,8 +130,10 @@ class Watching:
     answers: int  # to each
 
 
-def watching(profile: Profile, sizes: Sizes) -> Watching:  # of one backbone
-    "Count the points and what is looked at in each; training speeches stand in where none are kept for development."
+def watching(profile: Profile, sizes: Sizes) -> Watching:
+    """Count the points and what is looked at in each; training speeches stand in where none are kept for development.
+
+    Returns of one backbone."""
     dpo, held = profile.dpo, sizes.dev or sizes.speeches - sizes.test
     points = (
         1
@@ -151,10 +145,10 @@ def watching(profile: Profile, sizes: Sizes) -> Watching:  # of one backbone
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #f049620e
-def watch_plans(
-    profile: Profile, sizes: Sizes
-) -> list[StagePlan]:  # of each backbone its answers, their rewards and KL; then the reference and the judge
-    "Plan what is looked at after each checkpoint and iteration."
+def watch_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    """Plan what is looked at after each checkpoint and iteration.
+
+    Returns of each backbone its answers, their rewards and KL; then the reference and the judge."""
     stage, seen, judged, response = (
         "06_policy",
         watching(profile, sizes),
@@ -206,10 +200,8 @@ def watch_plans(
     return rows
 
 # %% ../../nbs/run/06_policy_plan.ipynb #4e0d716d
-def policy_plans(
-    profile: Profile, sizes: Sizes
-) -> list[StagePlan]:  # offline and online for each backbone, then what is watched
-    "Plan the policies (§4.2)."
+def policy_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    "Plan the policies (§4.2). Returns offline and online for each backbone, then what is watched."
     return [
         *(
             row
@@ -220,23 +212,19 @@ def policy_plans(
     ]
 
 # %% ../../nbs/run/06_policy_plan.ipynb #bcf7251a
-def arm_pairs(profile: Profile, sizes: Sizes) -> int:  # pairs in each arm, at most
-    "Say how large the two equal arms can be."
+def arm_pairs(profile: Profile, sizes: Sizes) -> int:
+    "Say how large the two equal arms can be. Returns pairs in each arm, at most."
     return min(profile.ablation.pairs, sizes.train_pairs)
 
 
-def kept_iterations(profile: Profile) -> int:  # iterations whose weights stay
-    "Count the newest iterations that are kept, and the best."
+def kept_iterations(profile: Profile) -> int:
+    "Count the newest iterations that are kept, and the best. Returns iterations whose weights stay."
     chosen = profile.dpo_iter
     return chosen.iterations if chosen.keep_last is None else min(chosen.iterations, chosen.keep_last + 1)
 
 # %% ../../nbs/run/06_policy_plan.ipynb #bf3d2dca
-def arms_plans(
-    profile: Profile,
-    sizes: Sizes,
-    backbone: str,  # whose arms
-) -> list[StagePlan]:  # sampling, scoring, training
-    "Plan the two arms of Fig. 4 (§4.3)."
+def arms_plans(profile: Profile, sizes: Sizes, backbone: str) -> list[StagePlan]:
+    "Plan the two arms of Fig. 4 (§4.3). backbone: whose arms. Returns sampling, scoring, training."
     stage, pairs, batch, limit = (
         "08_ablations",
         arm_pairs(profile, sizes),
@@ -261,13 +249,10 @@ def arms_plans(
     ]
 
 
-def curve_plans(
-    stage: str,  # stage folder
-    profile: Profile,
-    sizes: Sizes,
-    points: int,  # on all curves of a backbone
-) -> list[StagePlan]:  # answers of each backbone, then the battles
-    "Plan the points of win-rate curves."
+def curve_plans(stage: str, profile: Profile, sizes: Sizes, points: int) -> list[StagePlan]:
+    """Plan the points of win-rate curves.
+
+    stage: stage folder; points: on all curves of a backbone. Returns answers of each backbone, then the battles."""
     chosen, response = profile.evaluation, response_tokens(profile.evaluation.max_tokens)
     some, judge = min(chosen.curve_speeches or sizes.test, sizes.test), sizes.tokenizer(chosen.judge)
     answers, battle = points * some, prompt_tokens(sizes.characters, response, tokenizer=judge)["battle"]
@@ -294,8 +279,8 @@ def curve_plans(
     ]
 
 # %% ../../nbs/run/06_policy_plan.ipynb #6462223c
-def ablation_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:  # for each backbone, then the curves
-    "Plan online against offline data (§4.3, Fig. 4)."
+def ablation_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    "Plan online against offline data (§4.3, Fig. 4). Returns for each backbone, then the curves."
     arms = policy_steps(arm_pairs(profile, sizes), profile.dpo.batch_size, 1.0, profile.ablation.checkpoints)[1]
     points = (
         watching(profile, sizes).points - profile.dpo_iter.iterations + kept_iterations(profile) + 2 * arms
@@ -318,11 +303,13 @@ class Shape:
     tied: bool  # whether head and embeddings are one
 
     @property
-    def layer(self) -> int:  # parameters of a layer
+    def layer(self) -> int:
+        """Returns parameters of a layer."""
         return 2 * self.hidden * (self.hidden + self.key_values) + 3 * self.hidden * self.inner + 2 * self.hidden
 
     @property
-    def ends(self) -> int:  # parameters outside the layers
+    def ends(self) -> int:
+        """Returns parameters outside the layers."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
 
@@ -346,10 +333,10 @@ def _config_file(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def model_shape(
-    name: str,  # weights by name, folder or hub id, perhaps with @revision
-) -> Shape | None:  # None where it is not known here
-    "Look up a model's shape, or read it."
+def model_shape(name: str) -> Shape | None:
+    """Look up a model's shape, or read it.
+
+    name: weights by name, folder or hub id, perhaps with @revision. Returns None where it is not known here."""
     known, path = SHAPES.get(name.partition("@")[0]), _config_file(name)
     if known or path is None:
         return known
@@ -376,39 +363,27 @@ KEPT_WIDTHS = {
 TILE_BYTES = 2 * 4096 * 32_768  # one tile of logits in bfloat16, in trl
 
 
-def kept_bytes(
-    shape: Shape,  # of the model
-    state: int,  # bytes of a number between layers: 4 or 2
-) -> int:  # bytes for each token
-    "Count what one layer keeps for its backward pass."
+def kept_bytes(shape: Shape, state: int) -> int:
+    """Count what one layer keeps for its backward pass.
+
+    state: bytes of a number between layers: 4 or 2. Returns bytes for each token."""
     return KEPT_WIDTHS[state] * shape.hidden + 4 * shape.key_values + 8 * shape.inner
 
 
-def state_bytes(
-    shape: Shape,  # of the model
-    tokens: int,  # in a pass
-    state: int,  # bytes of a number between layers: 4 or 2
-) -> int:  # bytes
-    "Count the states between layers that checkpointing keeps."
+def state_bytes(shape: Shape, tokens: int, state: int) -> int:
+    "Count the states between layers that checkpointing keeps. state: bytes of a number between layers: 4 or 2."
     return shape.layers * tokens * shape.hidden * state
 
 
-def layer_bytes(
-    shape: Shape,  # of the model
-    tokens: int,  # in a pass
-    state: int,  # bytes of a number between layers: 4 or 2
-) -> int:  # bytes
-    "Estimate what the backward pass of one layer holds."
+def layer_bytes(shape: Shape, tokens: int, state: int) -> int:
+    "Estimate what the backward pass of one layer holds. state: bytes of a number between layers: 4 or 2."
     return tokens * (kept_bytes(shape, state) + 6 * shape.inner + 2 * state * shape.hidden)
 
 
-def logit_bytes(
-    shape: Shape,  # of the model
-    tokens: int,  # in a pass
-    state: int,  # bytes of a number between layers
-    frozen: bool = False,  # the head is not trained, as with adapters
-) -> int:  # bytes
-    "Estimate what the head of a language model takes."
+def logit_bytes(shape: Shape, tokens: int, state: int, frozen: bool = False) -> int:
+    """Estimate what the head of a language model takes.
+
+    state: bytes of a number between layers; frozen: the head is not trained, as with adapters."""
     return TILE_BYTES + (0 if frozen else 4 * shape.vocabulary * shape.hidden) + tokens * shape.hidden * (state + 4)
 
 # %% ../../nbs/run/06_policy_plan.ipynb #9ffdc30a
@@ -421,15 +396,13 @@ LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered at most, by defaul
 
 
 def training_memory(
-    size: int,  # parameters
-    shape: Shape,  # of the model
-    strategy: str,  # one of STRATEGIES
-    gpus: int,  # that share the training
-    tokens: int,  # in a pass on one GPU
-    passes: int = 1,  # in a step on one GPU
-    language_model: bool = True,  # False for a reward model, which has no logits
-) -> dict[str, float]:  # what -> bytes on each GPU
-    "Estimate the memory of full fine-tuning in float32 computed in bfloat16."
+    size: int, shape: Shape, strategy: str, gpus: int, tokens: int, passes: int = 1, language_model: bool = True
+) -> dict[str, float]:
+    """Estimate the memory of full fine-tuning in float32 computed in bfloat16.
+
+    size: parameters; strategy: one of STRATEGIES; gpus: that share the training; tokens: in a pass on one GPU;
+    passes: in a step on one GPU; language_model: False for a reward model, which has no logits. Returns what ->
+    bytes on each GPU."""
     share, state = (1, 4) if strategy == "DDP" else (gpus, 2)
     found = {
         "weights": 4 * size / share,
@@ -458,23 +431,19 @@ CARDS = (24, 48, 80, 141)  # GB of common GPUs
 USABLE = 0.93  # share of a GPU's memory that tensors can fill; the rest goes to the driver and to gaps
 
 
-def passes(
-    batch_size: int,  # pairs in a step, over all GPUs
-    pack_tokens: int,  # in a pass on one GPU
-    gpus: int,  # that share a step
-    longest: int,  # tokens of the longest response
-) -> int:  # in a step on one GPU
-    "Estimate how many packs a step takes."
+def passes(batch_size: int, pack_tokens: int, gpus: int, longest: int) -> int:
+    """Estimate how many packs a step takes.
+
+    batch_size: pairs in a step, over all GPUs; pack_tokens: in a pass on one GPU; gpus: that share a step; longest:
+    tokens of the longest response. Returns in a step on one GPU."""
     return max(1, math.ceil(batch_size / gpus * (PROMPT_TOKENS + 2 * response_tokens(longest)) / pack_tokens))
 
 
-def phase_bytes(
-    profile: Profile,
-    backbone: str,  # whose policy
-    strategy: str,  # one of STRATEGIES
-    gpus: int,  # that share the training
-) -> dict[str, float]:  # phase -> bytes on each GPU; {} where size or shape are unknown
-    "Say what each phase of a policy holds."
+def phase_bytes(profile: Profile, backbone: str, strategy: str, gpus: int) -> dict[str, float]:
+    """Say what each phase of a policy holds.
+
+    backbone: whose policy; strategy: one of STRATEGIES; gpus: that share the training. Returns phase -> bytes on
+    each GPU; {} where size or shape are unknown."""
     size, shape, wide, chosen = (
         parameters(backbone),
         model_shape(backbone),
@@ -500,20 +469,16 @@ def phase_bytes(
     } | apart
 
 # %% ../../nbs/run/06_policy_plan.ipynb #51c08f4b
-def smallest_card(
-    need: float,  # bytes
-) -> int | None:  # GB of memory; None where no card of CARDS will do
-    "Choose the smallest card that holds something."
+def smallest_card(need: float) -> int | None:
+    "Choose the smallest card that holds something. Returns GB of memory; None where no card of CARDS will do."
     return next((card for card in CARDS if need <= USABLE * card * 1e9), None)
 
 
-def memory_cell(
-    profile: Profile,
-    backbone: str,  # whose policy
-    strategy: str,  # one of STRATEGIES
-    gpus: int,  # that share the training
-) -> str:  # e.g. "45.1 → 80", with a star where another phase than training is the fullest
-    "Word a cell of the table."
+def memory_cell(profile: Profile, backbone: str, strategy: str, gpus: int) -> str:
+    """Word a cell of the table.
+
+    backbone: whose policy; strategy: one of STRATEGIES; gpus: that share the training. Returns e.g. "45.1 → 80",
+    with a star where another phase than training is the fullest."""
     phases = phase_bytes(profile, backbone, strategy, gpus)
     need, card = max(phases.values()), smallest_card(max(phases.values()))
     return f"{need / 1e9:.1f} → {card or '—'}" + ("*" if need > phases["training"] else " ")
@@ -522,8 +487,10 @@ def memory_cell(
 COUNTS = (1, 2, 4, 8)  # GPUs in the table
 
 
-def memory_table(profile: Profile) -> str:  # aligned lines; empty where every backbone is small or of unknown shape
-    "Say what a policy's training holds on each GPU, and which cards have room for it."
+def memory_table(profile: Profile) -> str:
+    """Say what a policy's training holds on each GPU, and which cards have room for it.
+
+    Returns aligned lines; empty where every backbone is small or of unknown shape."""
     lines, lora = [], profile.dpo.lora.rank
     large = [name for name in profile.backbones if (parameters(name) or 0) > 1e9 and model_shape(name)]
     for name in large:
@@ -554,8 +521,8 @@ def memory_table(profile: Profile) -> str:  # aligned lines; empty where every b
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #f3435973
-def memory_lines(profile: Profile) -> list[str]:  # one or two sentences each; none where there is no table
-    "Say what the table rests on."
+def memory_lines(profile: Profile) -> list[str]:
+    "Say what the table rests on. Returns one or two sentences each; none where there is no table."
     if not memory_table(profile):
         return []
     files = ", ".join(f"{name} by {file}" for name, file in STRATEGIES.items())
@@ -587,14 +554,11 @@ def memory_lines(profile: Profile) -> list[str]:  # one or two sentences each; n
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #5c4c6674
-def disk_bytes(
-    profile: Profile,
-    sizes: Sizes,
-    backbone: str,  # whose policies
-) -> dict[
-    str, float
-]:  # what stays offline, online and of the arms of Fig. 4, and what a training takes beside it; {} where the size is unknown
-    "Estimate the disk that policies take."
+def disk_bytes(profile: Profile, sizes: Sizes, backbone: str) -> dict[str, float]:
+    """Estimate the disk that policies take.
+
+    backbone: whose policies. Returns what stays offline, online and of the arms of Fig. 4, and what a training
+    takes beside it; {} where the size is unknown."""
     size, dpo, chosen = parameters(backbone), profile.dpo, profile.dpo_iter
     if size is None:
         return {}
@@ -613,18 +577,18 @@ def disk_bytes(
     }
 
 
-def total_disk(
-    profile: Profile, sizes: Sizes
-) -> float:  # bytes at most: all that stays, and the largest training beside it
-    "Add up what the policies of a run take."
+def total_disk(profile: Profile, sizes: Sizes) -> float:
+    """Add up what the policies of a run take.
+
+    Returns bytes at most: all that stays, and the largest training beside it."""
     found = [own for name in profile.backbones if (own := disk_bytes(profile, sizes, name))]
     return sum(own["offline"] + own["online"] + own["arms"] for own in found) + max(
         (own["training"] for own in found), default=0
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #fe889184
-def disk_line(profile: Profile, sizes: Sizes) -> str:  # a sentence or two
-    "Say how much disk the policies take."
+def disk_line(profile: Profile, sizes: Sizes) -> str:
+    "Say how much disk the policies take. Returns a sentence or two."
     found, kept = (
         [
             disk_bytes(profile, sizes, name) or dict.fromkeys(("offline", "online", "arms", "training"), 0)
@@ -652,8 +616,10 @@ def disk_line(profile: Profile, sizes: Sizes) -> str:  # a sentence or two
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #633b4f61
-def policy_lines(profile: Profile, sizes: Sizes) -> list[str]:  # one or two sentences each
-    "Say how policies are counted, what watching costs, and how much disk they take."
+def policy_lines(profile: Profile, sizes: Sizes) -> list[str]:
+    """Say how policies are counted, what watching costs, and how much disk they take.
+
+    Returns one or two sentences each."""
     chosen, seen, rows, arm = (
         profile.dpo_iter,
         watching(profile, sizes),
@@ -696,8 +662,8 @@ def policy_lines(profile: Profile, sizes: Sizes) -> list[str]:  # one or two sen
     ]
 
 # %% ../../nbs/run/06_policy_plan.ipynb #ce9119cd
-def policy_shortages(profile: Profile, sizes: Sizes) -> list[str]:  # one line each
-    "Say where pairs will not fill a batch."
+def policy_shortages(profile: Profile, sizes: Sizes) -> list[str]:
+    "Say where pairs will not fill a batch. Returns one line each."
     batch, groups = (
         profile.dpo.batch_size,
         {
@@ -714,8 +680,8 @@ def policy_shortages(profile: Profile, sizes: Sizes) -> list[str]:  # one line e
     ]
 
 # %% ../../nbs/run/06_policy_plan.ipynb #610f0f8f
-def missing_engine(profile: Profile) -> list[str]:  # one line, or none
-    "Say whether the sampling engine is not here."
+def missing_engine(profile: Profile) -> list[str]:
+    "Say whether the sampling engine is not here. Returns one line, or none."
     engine, url, command = (
         profile.dpo_iter.engine,
         os.environ.get("PSYCOPREF_SERVER_URL", ""),
@@ -742,8 +708,8 @@ def missing_engine(profile: Profile) -> list[str]:  # one line, or none
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #4664c7e9
-def missing_accelerate(profile: Profile) -> list[str]:  # one line, or none
-    "Say whether PSYCOPREF_ACCELERATE names what can't be used here."
+def missing_accelerate(profile: Profile) -> list[str]:
+    "Say whether PSYCOPREF_ACCELERATE names what can't be used here. Returns one line, or none."
     try:
         strategy = accelerate_strategy()
     except StudyError as error:
@@ -771,13 +737,10 @@ def missing_accelerate(profile: Profile) -> list[str]:  # one line, or none
     )
 
 # %% ../../nbs/run/06_policy_plan.ipynb #00e2c940
-def memory_remedies(
-    profile: Profile,
-    backbone: str,  # whose policy
-    strategy: str,  # that is set
-    memory: list[int],  # bytes of each GPU here
-) -> list[str]:  # settings that would do
-    "List what makes a training fit."
+def memory_remedies(profile: Profile, backbone: str, strategy: str, memory: list[int]) -> list[str]:
+    """List what makes a training fit.
+
+    backbone: whose policy; strategy: that is set; memory: bytes of each GPU here. Returns settings that would do."""
     room = USABLE * min(memory, default=0)
 
     def fits(dpo, way):
@@ -803,8 +766,8 @@ def memory_remedies(
     return found
 
 
-def missing_policy_gpu(profile: Profile) -> list[str]:  # one line, or none
-    "Say whether the largest policy would be trained without GPUs that hold it."
+def missing_policy_gpu(profile: Profile) -> list[str]:
+    "Say whether the largest policy would be trained without GPUs that hold it. Returns one line, or none."
     try:
         strategy = accelerate_strategy()
     except StudyError:  # missing_accelerate says so
@@ -830,8 +793,8 @@ def missing_policy_gpu(profile: Profile) -> list[str]:  # one line, or none
     ]
 
 # %% ../../nbs/run/06_policy_plan.ipynb #c17a87df
-def missing_disk(profile: Profile, sizes: Sizes) -> list[str]:  # one line, or none
-    "Say whether the disk has too little room for the policies."
+def missing_disk(profile: Profile, sizes: Sizes) -> list[str]:
+    "Say whether the disk has too little room for the policies. Returns one line, or none."
     place = project_root()
     free, need = shutil.disk_usage(place if place.is_dir() else Path.cwd()).free, total_disk(profile, sizes)
     return (
@@ -844,8 +807,8 @@ def missing_disk(profile: Profile, sizes: Sizes) -> list[str]:  # one line, or n
     )
 
 
-def missing_for_policies(profile: Profile, sizes: Sizes) -> list[str]:  # one line each, with its remedy
-    "Say what this machine lacks for the policies; the network is not asked."
+def missing_for_policies(profile: Profile, sizes: Sizes) -> list[str]:
+    "Say what this machine lacks for the policies; the network is not asked. Returns one line each, with its remedy."
     if "06_policy" not in stages_of(profile):
         return []
     try:

@@ -49,11 +49,11 @@ INVENTORY = (
 )
 
 # %% ../../nbs/run/01_report_page.ipynb #9396d275
-def gather(
-    run: Run,
-    stages: tuple[str, ...],  # that are part of the run
-) -> list[dict]:  # for each result: kind, number, slug, caption, label, path of the html or png; paper's items first
-    "List the results that the stages wrote, in the paper's order, supplementary ones last."
+def gather(run: Run, stages: tuple[str, ...]) -> list[dict]:
+    """List the results that the stages wrote, in the paper's order, supplementary ones last.
+
+    stages: that are part of the run. Returns for each result: kind, number, slug, caption, label, path of the html
+    or png; paper's items first."""
     found = []
     for stage in stages:
         for kind, suffix in (("table", ".html"), ("figure", ".png")):
@@ -67,20 +67,17 @@ def gather(
     return sorted(found, key=order)
 
 
-def absent(
-    found: list[dict],  # of gather
-) -> list[tuple[Item, str]]:  # items without a result, and why
-    "List what the paper shows and this run does not."
+def absent(found: list[dict]) -> list[tuple[Item, str]]:
+    "List what the paper shows and this run does not. Returns items without a result, and why."
     have = {(entry["kind"], entry["number"]) for entry in found}
     return [(item, item.absent) for item in INVENTORY if (item.kind, item.number) not in have]
 
 # %% ../../nbs/run/01_report_page.ipynb #c816c649
-def headlines(
-    reward: list[dict],  # rows of Table 1, ours
-    battles: list[dict],  # rows of Table 2, ours
-    experts: list[dict],  # of chapter 11: result, ours, interval or reason, paper
-):  # frame: what, ours, interval, paper, difference
-    "Compare our headline numbers with the paper's."
+def headlines(reward: list[dict], battles: list[dict], experts: list[dict]):
+    """Compare our headline numbers with the paper's.
+
+    reward: rows of Table 1, ours; battles: rows of Table 2, ours; experts: of chapter 11: result, ours, interval or
+    reason, paper. Returns frame: what, ours, interval, paper, difference."""
     import pandas as pd
 
     published, rows = paper_values(), []
@@ -131,11 +128,10 @@ def headlines(
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/run/01_report_page.ipynb #08b87919
-def provenance(
-    run: Run,
-    stages: tuple[str, ...],  # which
-):  # frame: stage, seconds, calls, answered from the cache, tokens, US dollars, commit
-    "Summarise the receipts."
+def provenance(run: Run, stages: tuple[str, ...]):
+    """Summarise the receipts.
+
+    Returns frame: stage, seconds, calls, answered from the cache, tokens, US dollars, commit."""
     import pandas as pd
 
     rows = []
@@ -168,11 +164,10 @@ def provenance(
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/run/01_report_page.ipynb #59ec0782
-def run_books(
-    run: Run,
-    stages: tuple[str, ...],  # with receipts
-) -> list[dict]:  # stage, model, calls, tokens and US dollars, in the order of the stages
-    "Gather the books of a run."
+def run_books(run: Run, stages: tuple[str, ...]) -> list[dict]:
+    """Gather the books of a run.
+
+    stages: with receipts. Returns stage, model, calls, tokens and US dollars, in the order of the stages."""
     rows = {}
     for row in [*run_bill(run), *(row for name in stages for row in StageReader(run, name).receipt.get("books", []))]:
         known = rows.setdefault((row["stage"], row["model"]), row)
@@ -180,19 +175,18 @@ def run_books(
     return [rows[key] for key in sorted(rows)]
 
 
-def asked_name(
-    run: Run,  # whose books
-    uri: str,  # of a model
-) -> str:  # for the table
-    "Name a model; a run's own weights, which lie in its folder, are one."
+def asked_name(run: Run, uri: str) -> str:
+    """Name a model; a run's own weights, which lie in its folder, are one.
+
+    run: whose books; uri: of a model. Returns for the table."""
     return "weights of this run" if uri.startswith("local:") and f"/outputs/{run.name}/" in uri else uri
 
 # %% ../../nbs/run/01_report_page.ipynb #184a1082
-def spending_table(
-    run: Run,  # whose books
-    books: list[dict],  # of run_books
-):  # frame: stage, model, calls, tokens in and out, US dollars, share of these; the sum last
-    "Summarise what the run asked and spent, by stage and model."
+def spending_table(run: Run, books: list[dict]):
+    """Summarise what the run asked and spent, by stage and model.
+
+    run: whose books. Returns frame: stage, model, calls, tokens in and out, US dollars, share of these; the sum
+    last."""
     import pandas as pd
 
     names = ("calls", "prompt_tokens", "completion_tokens", "usd")
@@ -216,10 +210,8 @@ def spending_table(
     return pd.DataFrame(data, dtype=object)
 
 
-def spending_caption(
-    books: list[dict],  # of run_books
-) -> str:  # plain text
-    "Caption the table; say where nothing was paid, and where we can't know."
+def spending_caption(books: list[dict]) -> str:
+    "Caption the table; say where nothing was paid, and where we can't know. Returns plain text."
     said = ["What the run asked and spent, by stage and model (not in the paper)"]
     if not any(row["usd"] for row in books):
         said.append("nothing was paid: no model asked has a price")
@@ -229,13 +221,11 @@ def spending_caption(
 
 # %% ../../nbs/run/01_report_page.ipynb #b5f82c35
 def overview_page(
-    title: str,  # of the page
-    label: Label,  # of the run
-    tables: list[str],  # HTML fragments before the results
-    found: list[dict],  # of gather
-    missing: list[tuple[Item, str]],  # of absent
-) -> str:  # a self-contained HTML page
-    "Write everything on one page; pictures are embedded."
+    title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple[Item, str]]
+) -> str:
+    """Write everything on one page; pictures are embedded.
+
+    tables: HTML fragments before the results. Returns a self-contained HTML page."""
     parts = [
         f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>",
         "<p>Numbers in columns or rows named <i>paper</i> are published values; all others were measured in this run. "

@@ -111,8 +111,10 @@ def run_stages(run: Run) -> list[str]:
     )
 
 
-def copy_results(run: Run, nbs: Path | None = None) -> list[str]:  # a line for each chapter
-    "Copy the outputs of a run's executed chapters into `nbs/`; write nothing unless all are fit to publish."
+def copy_results(run: Run, nbs: Path | None = None) -> list[str]:
+    """Copy the outputs of a run's executed chapters into `nbs/`; write nothing unless all are fit to publish.
+
+    Returns a line for each chapter."""
     nbs, found, lines = nbs or project_root() / "nbs", {}, []
     for name in ("index", *run_stages(run)):
         path, executed = nbs / f"{name}.ipynb", run.outputs / "notebooks" / f"{name}.ipynb"

@@ -41,11 +41,10 @@ __all__ = ['Group', 'SHARDS', 'training_steps', 'reward_training', 'scoring', 'r
            'gpu_memory', 'missing_gpu', 'missing_scoring_gpu', 'missing_token', 'missing_for_rewards']
 
 # %% ../../nbs/run/05_reward_plan.ipynb #db3e2583
-def training_steps(
-    pairs: int,  # to train on
-    settings: RewardSettings,  # how
-) -> tuple[int, int]:  # optimiser steps, and how often the development pairs are looked at
-    "Count the steps of a training."
+def training_steps(pairs: int, settings: RewardSettings) -> tuple[int, int]:
+    """Count the steps of a training.
+
+    pairs: to train on. Returns optimiser steps, and how often the development pairs are looked at."""
     steps = settings.epochs * (pairs // settings.batch_size)
     every = max(1, math.ceil(steps / max(1, settings.checkpoints)))
     return steps, math.ceil(steps / every)
@@ -55,14 +54,17 @@ Group = tuple[int, int]  # pairs, and tokens of one
 
 
 def reward_training(
-    stage: str,  # stage folder
-    word: str,  # begins the row, e.g. "train" or a cell's name and a colon
-    backbone: str,  # what is trained
-    settings: RewardSettings,  # how
-    train: typing.Sequence[Group],  # pairs to train on
-    dev: typing.Sequence[Group],  # pairs to look at
-) -> StagePlan:  # the estimate
-    "Estimate one training of a reward model."
+    stage: str,
+    word: str,
+    backbone: str,
+    settings: RewardSettings,
+    train: typing.Sequence[Group],
+    dev: typing.Sequence[Group],
+) -> StagePlan:
+    """Estimate one training of a reward model.
+
+    stage: stage folder; word: begins the row, e.g. "train" or a cell's name and a colon; backbone: what is trained;
+    train: pairs to train on; dev: pairs to look at. Returns the estimate."""
     pairs = sum(n for n, _ in train)
     steps, looks = training_steps(pairs, settings)
     trained, looked = (sum(n * tokens for n, tokens in groups) for groups in (train, dev))
@@ -76,14 +78,13 @@ def reward_training(
 
 # %% ../../nbs/run/05_reward_plan.ipynb #98450311
 def scoring(
-    stage: str,  # stage folder
-    work: str,  # short words; the number of answers is put behind them
-    weights: str,  # name, folder or hub id
-    groups: typing.Sequence[Group],  # pairs to score
-    models: int = 1,  # how many of this size score them
-    who: str = "",  # how the model is named; empty takes `weights`
-) -> StagePlan:  # the estimate
-    "Estimate the scoring of both answers of pairs."
+    stage: str, work: str, weights: str, groups: typing.Sequence[Group], models: int = 1, who: str = ""
+) -> StagePlan:
+    """Estimate the scoring of both answers of pairs.
+
+    stage: stage folder; work: short words; the number of answers is put behind them; weights: name, folder or hub
+    id; groups: pairs to score; models: how many of this size score them; who: how the model is named; empty takes
+    `weights`. Returns the estimate."""
     answers = 2 * sum(n for n, _ in groups)
     return own_work(
         stage,
@@ -95,10 +96,10 @@ def scoring(
     )
 
 # %% ../../nbs/run/05_reward_plan.ipynb #0a241a76
-def reward_plans(
-    profile: Profile, sizes: Sizes
-) -> list[StagePlan]:  # baselines, training and scores for each backbone, other reward models, rankers
-    "Plan the reward models and what they are compared with (§4.1)."
+def reward_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    """Plan the reward models and what they are compared with (§4.1).
+
+    Returns baselines, training and scores for each backbone, other reward models, rankers."""
     from psycopref.experiments.reward_table import BASELINES
 
     stage, chosen, longest, scored = (
@@ -130,22 +131,18 @@ def reward_plans(
     return rows
 
 # %% ../../nbs/run/05_reward_plan.ipynb #017da841
-def general_tokens(
-    sizes: Sizes,  # with tokenizers
-    characters: int,  # mean length of a pair
-    who: str,  # who reads it, by backbone
-) -> int:  # tokens of prompt, chosen and rejected
-    "Estimate a general pair, which stands in the model's chat template and not in our prompt."
+def general_tokens(sizes: Sizes, characters: int, who: str) -> int:
+    """Estimate a general pair, which stands in the model's chat template and not in our prompt.
+
+    sizes: with tokenizers; characters: mean length of a pair; who: who reads it, by backbone. Returns tokens of
+    prompt, chosen and rejected."""
     return tokens_of("", characters, sizes.tokenizer(who))
 
 
-def cell_groups(
-    profile: Profile,
-    sizes: Sizes,
-    mix: str,  # a cell of the grid
-    backbone: str,  # who reads the pairs
-) -> tuple[list[Group], list[Group]]:  # what is trained on, what is looked at
-    "Say how many pairs of each domain a cell takes."
+def cell_groups(profile: Profile, sizes: Sizes, mix: str, backbone: str) -> tuple[list[Group], list[Group]]:
+    """Say how many pairs of each domain a cell takes.
+
+    mix: a cell of the grid; backbone: who reads the pairs. Returns what is trained on, what is looked at."""
     cell, general = dict(zip(MIXES, grid(profile.mixing.budget)))[mix], sizes.general
     domains = [
         (cell.psy, sizes.train_pairs, sizes.dev_pairs, pair_tokens(sizes, profile.responses.max_tokens, backbone)),
@@ -157,10 +154,10 @@ def cell_groups(
     ]
 
 # %% ../../nbs/run/05_reward_plan.ipynb #841ad888
-def mixing_plans(
-    profile: Profile, sizes: Sizes
-) -> list[StagePlan]:  # for each backbone its cells, then their tests; none where a run has no grid
-    "Plan the grid of mixes (the paper's later version)."
+def mixing_plans(profile: Profile, sizes: Sizes) -> list[StagePlan]:
+    """Plan the grid of mixes (the paper's later version).
+
+    Returns for each backbone its cells, then their tests; none where a run has no grid."""
     stage, general, rows = "09_mixing", sizes.general, []
     if general is None:
         return rows
@@ -180,10 +177,10 @@ def mixing_plans(
     return rows
 
 # %% ../../nbs/run/05_reward_plan.ipynb #5ac42ee0
-def cell_shortages(
-    profile: Profile, sizes: Sizes
-) -> list[str]:  # one line for each domain of which a cell asks too much
-    "Say which cells of the grid ask for more pairs than are expected."
+def cell_shortages(profile: Profile, sizes: Sizes) -> list[str]:
+    """Say which cells of the grid ask for more pairs than are expected.
+
+    Returns one line for each domain of which a cell asks too much."""
     if sizes.general is None:
         return []
     drawn, general, lines = dict(zip(MIXES, grid(profile.mixing.budget))), sizes.general, []
@@ -202,8 +199,8 @@ def cell_shortages(
     return lines
 
 # %% ../../nbs/run/05_reward_plan.ipynb #e7e8250b
-def shortages(profile: Profile, sizes: Sizes) -> list[str]:  # one line each
-    "Say where pairs will not do for what the profile asks."
+def shortages(profile: Profile, sizes: Sizes) -> list[str]:
+    "Say where pairs will not do for what the profile asks. Returns one line each."
     batch, groups = profile.reward.batch_size, {"05_reward": sizes.train_pairs}
     if sizes.general is not None:
         groups |= {
@@ -224,10 +221,10 @@ def _of_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "~", "/"))
 
 
-def missing_weights(
-    names: typing.Iterable[str],  # weights by name, folder or hub id
-) -> list[str]:  # one line each
-    "Say which weights aren't on this machine, without fetching any."
+def missing_weights(names: typing.Iterable[str]) -> list[str]:
+    """Say which weights aren't on this machine, without fetching any.
+
+    names: weights by name, folder or hub id. Returns one line each."""
     import huggingface_hub
 
     lines = []
@@ -253,10 +250,10 @@ def missing_weights(
     return lines
 
 # %% ../../nbs/run/05_reward_plan.ipynb #c1581bde
-def missing_scorers(
-    names: typing.Iterable[str],  # of reward.scorers
-) -> list[str]:  # one line each kind, and one for each place that can't be
-    "Say which reward models of others have to come from the hub."
+def missing_scorers(names: typing.Iterable[str]) -> list[str]:
+    """Say which reward models of others have to come from the hub.
+
+    names: of reward.scorers. Returns one line each kind, and one for each place that can't be."""
     found = [(name, find_scorer(name)) for name in names]
     local = [
         scorer.location
@@ -281,8 +278,8 @@ def missing_scorers(
     return lines
 
 # %% ../../nbs/run/05_reward_plan.ipynb #9ff46ea2
-def training_bytes(profile: Profile) -> dict[str, int]:  # what is held -> bytes for each parameter
-    "Say what training holds for each parameter of a backbone."
+def training_bytes(profile: Profile) -> dict[str, int]:
+    "Say what training holds for each parameter of a backbone. Returns what is held -> bytes for each parameter."
     if not profile.reward.lora.rank:
         return {"weights": 4, "gradients": 4, "AdamW": 8}
     return {"weights": 4 if profile.dtype == "float32" else 2}
@@ -291,8 +288,8 @@ def training_bytes(profile: Profile) -> dict[str, int]:  # what is held -> bytes
 SHARDS = "PSYCOPREF_ACCELERATE=psycopref/resources/accelerate/fsdp2.yaml"
 
 
-def gpu_memory() -> list[int]:  # bytes of each; none without a GPU
-    "Ask the driver for the GPUs' memory."
+def gpu_memory() -> list[int]:
+    "Ask the driver for the GPUs' memory. Returns bytes of each; none without a GPU."
     import torch
 
     return (
@@ -324,8 +321,10 @@ def _remedy(profile: Profile, need: float, memory: list[int]) -> str:
     return f"the {len(memory)} here have {sum(memory) / 1e9:.0f} GB in all; take more and {SHARDS}, {smaller}"
 
 # %% ../../nbs/run/05_reward_plan.ipynb #d65a56f5
-def missing_gpu(profile: Profile) -> list[str]:  # one line, or none
-    "Say whether a backbone of more than a billion parameters would be trained without GPUs that hold it."
+def missing_gpu(profile: Profile) -> list[str]:
+    """Say whether a backbone of more than a billion parameters would be trained without GPUs that hold it.
+
+    Returns one line, or none."""
     size, backbone = max((parameters(name) or 0, name) for name in profile.backbones)
     held = training_bytes(profile)
     need, parts = size * sum(held.values()), listed([f"{n} of {part}" for part, n in held.items()])
@@ -341,8 +340,8 @@ def missing_gpu(profile: Profile) -> list[str]:  # one line, or none
     )
 
 # %% ../../nbs/run/05_reward_plan.ipynb #4e5a5eb0
-def missing_scoring_gpu(profile: Profile) -> list[str]:  # one line, or none
-    "Say whether the largest reward model of others would be too large for the GPUs here."
+def missing_scoring_gpu(profile: Profile) -> list[str]:
+    "Say whether the largest reward model of others would be too large for the GPUs here. Returns one line, or none."
     size, name = max(((parameters(name) or 0, name) for name in profile.reward.scorers), default=(0, ""))
     need, memory = 2.2 * size, gpu_memory()  # as `training.scoring`
     if size <= 1e9 or need <= sum(memory):
@@ -355,8 +354,8 @@ def missing_scoring_gpu(profile: Profile) -> list[str]:  # one line, or none
     ]
 
 # %% ../../nbs/run/05_reward_plan.ipynb #0115f4c3
-def missing_token(profile: Profile) -> list[str]:  # one line, or none
-    "Say whether the reward model could not be pushed to where the profile wants it."
+def missing_token(profile: Profile) -> list[str]:
+    "Say whether the reward model could not be pushed to where the profile wants it. Returns one line, or none."
     try:
         if profile.reward.push_to_hub:
             check_repo(profile.reward.push_to_hub)
@@ -365,8 +364,10 @@ def missing_token(profile: Profile) -> list[str]:  # one line, or none
     return []
 
 
-def missing_for_rewards(profile: Profile) -> list[str]:  # one line each, with its remedy
-    "Say what this machine lacks for the reward models; the network is not asked."
+def missing_for_rewards(profile: Profile) -> list[str]:
+    """Say what this machine lacks for the reward models; the network is not asked.
+
+    Returns one line each, with its remedy."""
     general = (
         [*missing_general(profile.mixing), *missing_bench(profile.mixing)] if "09_mixing" in stages_of(profile) else []
     )

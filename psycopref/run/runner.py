@@ -38,10 +38,10 @@ __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_prog
            'stage_rules', 'trace', 'compare', 'seconds']
 
 # %% ../../nbs/run/02_runner.ipynb #b543102f
-def notebook_parameters(
-    path: Path,  # a notebook
-) -> dict:  # name -> default value, in order
-    "Read the cell tagged `parameters`; its defaults must be plain values."
+def notebook_parameters(path: Path) -> dict:
+    """Read the cell tagged `parameters`; its defaults must be plain values.
+
+    path: a notebook. Returns name -> default value, in order."""
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
@@ -62,11 +62,10 @@ def notebook_parameters(
     return found
 
 # %% ../../nbs/run/02_runner.ipynb #5e50cdc9
-def check_parameters(
-    path: Path,  # a notebook
-    given: dict,  # what the user passes
-) -> dict:  # the same, checked
-    "Refuse unknown parameters, wrong types, unknown profiles and unknown overrides."
+def check_parameters(path: Path, given: dict) -> dict:
+    """Refuse unknown parameters, wrong types, unknown profiles and unknown overrides.
+
+    path: a notebook; given: what the user passes. Returns the same, checked."""
     known = notebook_parameters(path)
     for name, value in given.items():
         if name not in known:
@@ -110,11 +109,10 @@ def followed_progress():
             os.unlink(log.name)
 
 
-def run_notebook(
-    path: Path,  # a notebook of nbs/
-    given: dict,  # its parameters
-) -> Path:  # the executed notebook
-    "Check the parameters, execute the notebook, keep the executed copy."
+def run_notebook(path: Path, given: dict) -> Path:
+    """Check the parameters, execute the notebook, keep the executed copy.
+
+    path: a notebook of nbs/; given: its parameters. Returns the executed notebook."""
     import papermill
 
     path = Path(path).resolve()
@@ -145,11 +143,10 @@ def run_notebook(
     return output
 
 # %% ../../nbs/run/02_runner.ipynb #2571b563
-def retry(
-    run: Run,
-    stage: str = "03_ratings",  # a stage with a quarantine
-) -> Path:  # the executed notebook
-    "Forget the replies that were put aside, and run their stage again."
+def retry(run: Run, stage: str = "03_ratings") -> Path:
+    """Forget the replies that were put aside, and run their stage again.
+
+    stage: a stage with a quarantine. Returns the executed notebook."""
     from psycopref.core.files import read_json
     from psycopref.gateway.cache import open_cache
 
@@ -178,10 +175,10 @@ def retry(
     return run_notebook(project_root() / "nbs" / f"{stage}.ipynb", given)
 
 # %% ../../nbs/run/02_runner.ipynb #4b57e795
-def code_cells(
-    path: Path,  # a notebook
-) -> list[str]:  # sources of the cells that papermill runs or the package is made of
-    "Read the code of a notebook: what a wing exports, all of a chapter."
+def code_cells(path: Path) -> list[str]:
+    """Read the code of a notebook: what a wing exports, all of a chapter.
+
+    path: a notebook. Returns sources of the cells that papermill runs or the package is made of."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     if any(source.startswith("#| default_exp") for source in found):
@@ -189,10 +186,10 @@ def code_cells(
     return found
 
 
-def notebook_of_modules(
-    nbs: Path,  # folder of notebooks
-) -> dict[str, Path]:  # dotted module, e.g. "core.files" -> notebook
-    "Map each module to the notebook that defines it."
+def notebook_of_modules(nbs: Path) -> dict[str, Path]:
+    """Map each module to the notebook that defines it.
+
+    nbs: folder of notebooks. Returns dotted module, e.g. "core.files" -> notebook."""
     found = {}
     for path in sorted(Path(nbs).glob("*/[0-9]*.ipynb")):
         for source in code_cells(path):
@@ -201,10 +198,10 @@ def notebook_of_modules(
     return found
 
 
-def imported_modules(
-    path: Path,  # a notebook
-) -> set[str]:  # dotted modules of our package, e.g. "core.files"
-    "Read a notebook's imports of our own package."
+def imported_modules(path: Path) -> set[str]:
+    """Read a notebook's imports of our own package.
+
+    path: a notebook. Returns dotted modules of our package, e.g. "core.files"."""
     found: set[str] = set()
     for source in code_cells(path):
         for node in ast.walk(ast.parse(source)):
@@ -217,10 +214,10 @@ def imported_modules(
 UNHASHED = ("core.settings", "core.stages")  # their values are told to a stage one by one
 
 
-def code_of(
-    path: Path,  # a chapter
-) -> list[Path]:  # notebooks whose change makes its results out of date
-    "Collect a chapter and the notebooks of the modules that it imports, to any depth."
+def code_of(path: Path) -> list[Path]:
+    """Collect a chapter and the notebooks of the modules that it imports, to any depth.
+
+    Returns notebooks whose change makes its results out of date."""
     known, todo, found = notebook_of_modules(Path(path).parent), [Path(path)], []
     left_out = [known.get(name) for name in UNHASHED]
     while todo:
@@ -231,22 +228,18 @@ def code_of(
     return sorted(found)
 
 
-def code_hash(
-    path: Path,  # a chapter
-) -> str:  # SHA-256
-    "Hash the code that a chapter's results hang on; prose, examples of wings and saved outputs do not count."
+def code_hash(path: Path) -> str:
+    """Hash the code that a chapter's results hang on; prose, examples of wings and saved outputs do not count.
+
+    Returns SHA-256."""
     parts = [[str(own.relative_to(Path(path).parent)), code_cells(own)] for own in code_of(path)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 # %% ../../nbs/run/02_runner.ipynb #9d1fb687
-def stage_parameters(
-    stage: Stage,  # which
-    profile: str,  # tiny, demo or paper
-    run: str,  # name
-    seed: int,
-    overrides: dict,  # all overrides of the run
-) -> dict:  # the notebook's parameters
-    "Return a stage's parameters, with those overrides that change what it reads."
+def stage_parameters(stage: Stage, profile: str, run: str, seed: int, overrides: dict) -> dict:
+    """Return a stage's parameters, with those overrides that change what it reads.
+
+    profile: tiny, demo or paper; overrides: all overrides of the run. Returns the notebook's parameters."""
     load_profile(profile, overrides)
     usual = stage_settings(load_profile(profile), stage.name)
     own = {
@@ -257,11 +250,10 @@ def stage_parameters(
     return {"PROFILE": profile, "RUN": run, "SEED": seed, "OVERRIDES": own}
 
 
-def own_files(
-    profile,  # core.settings.Profile
-    stage: str,  # name of a stage
-) -> list[str]:  # paths
-    "List the user's own files that a stage's settings name: NAME=PLACE or PLACE, a file or a folder."
+def own_files(profile, stage: str) -> list[str]:
+    """List the user's own files that a stage's settings name: NAME=PLACE or PLACE, a file or a folder.
+
+    profile: core.settings.Profile; stage: name of a stage."""
     pool = profile.responses.pool
     if stage == "12_trial":
         return [
@@ -287,15 +279,11 @@ def _files_at(place: Path) -> list[Path]:
     )
 
 
-def stage_rules(
-    profile: str,  # tiny, demo or paper
-    run: str,  # name
-    seed: int = 0,
-    overrides: dict | None = None,  # dotted settings
-) -> list[
-    dict
-]:  # for each stage: name, title, notebook, code (hash), needs (receipts), receipt, shards, cells, parameters, settings
-    "Describe the chain for Snakemake; paths are relative to the project."
+def stage_rules(profile: str, run: str, seed: int = 0, overrides: dict | None = None) -> list[dict]:
+    """Describe the chain for Snakemake; paths are relative to the project.
+
+    profile: tiny, demo or paper; overrides: dotted settings. Returns for each stage: name, title, notebook, code
+    (hash), needs (receipts), receipt, shards, cells, parameters, settings."""
     tree, rules = load_profile(profile, overrides), []
     check_layout(Run(run))
     for stage in stages_of(tree).values():
@@ -317,10 +305,10 @@ def stage_rules(
     return rules
 
 # %% ../../nbs/run/02_runner.ipynb #5c3fff8b
-def trace(
-    path: Path,  # an artefact of a run, or a stage folder
-) -> list[str]:  # lines, from the artefact back to the sources
-    "Follow an artefact back through the receipts."
+def trace(path: Path) -> list[str]:
+    """Follow an artefact back through the receipts.
+
+    path: an artefact of a run, or a stage folder. Returns lines, from the artefact back to the sources."""
     from psycopref.core.files import StageReader
 
     path = Path(path).resolve()
@@ -345,11 +333,10 @@ def trace(
     return lines
 
 
-def compare(
-    first: str,  # name of a run
-    second: str,  # name of another
-) -> list[str]:  # one line for each table: same, different, or only in one
-    "Compare the tables of two runs by hash."
+def compare(first: str, second: str) -> list[str]:
+    """Compare the tables of two runs by hash.
+
+    first: name of a run; second: name of another. Returns one line for each table: same, different, or only in one."""
     from psycopref.core.files import sha256_file
 
     hashes = [{p.name: sha256_file(p) for p in sorted(Run(name).tables.glob("*.csv"))} for name in (first, second)]
@@ -373,10 +360,8 @@ def compare(
     return [f"{verdict(name):12} {name}" for name in sorted({*hashes[0], *hashes[1]})]
 
 
-def seconds(
-    name: str,  # of a run
-) -> list[str]:  # one line for each stage, then the sum
-    "Return how long each stage of a run took."
+def seconds(name: str) -> list[str]:
+    "Return how long each stage of a run took. Returns one line for each stage, then the sum."
     from psycopref.core.files import read_json
 
     sources = read_json(Run(name).stage("01_speeches") / "receipt.json")["settings"]["speeches"]["sources"]

@@ -23,11 +23,8 @@ __all__ = ['LEVELS', 'MOST_VALUES', 'ratings_matrix', 'krippendorff_alpha', 'alp
            'rank_correlation']
 
 # %% ../../nbs/stats/03_agreement.ipynb #1ea45fda
-def _checked_long(
-    where: str,  # function that asks, for the message
-    long,  # frame item, rater, label
-) -> None:  # raises on a missing column, an empty frame or a double rating
-    "Check ratings in long form."
+def _checked_long(where: str, long) -> None:
+    "Check ratings in long form. Returns raises on a missing column, an empty frame or a double rating."
     absent = [column for column in ("item", "rater", "label") if column not in long.columns]
     if absent or long.empty:
         raise ValueError(
@@ -45,20 +42,16 @@ def _checked_long(
         )
 
 
-def ratings_matrix(
-    long,  # frame item, rater, label
-):  # frame with a row for each rater and a column for each item, NaN or None where there is no label
-    "Lay ratings out, raters × items."
+def ratings_matrix(long):
+    """Lay ratings out, raters × items.
+
+    long: frame item, rater, label. Returns frame with a row for each rater and a column for each item, NaN or None
+    where there is no label."""
     _checked_long("ratings_matrix", long)
     return long.pivot(index="rater", columns="item", values="label")
 
 # %% ../../nbs/stats/03_agreement.ipynb #f0271caf
-def _value_counts(
-    where: str,  # function that asks, for the message
-    ratings: np.ndarray,  # labels, (raters, items), NaN or None where missing
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # values in order (v,), how often each item with two labels or more got each (items, v); 0 for other items
+def _value_counts(where: str, ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Count the labels of each item."
     import pandas as pd
 
@@ -92,10 +85,8 @@ def _value_counts(
     return np.array(values), np.stack([((table == value) & given).sum(axis=0) for value in values], axis=1)
 
 
-def _coincidences(
-    counts: np.ndarray,  # how often each item got each value, (items, v)
-) -> np.ndarray:  # what each item adds to the coincidences, (items, v, v)
-    "Pair the labels within each item."
+def _coincidences(counts: np.ndarray) -> np.ndarray:
+    "Pair the labels within each item. Returns what each item adds to the coincidences, (items, v, v)."
     several = np.maximum(counts.sum(axis=1) - 1, 1)
     pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(counts.shape[1])
     return pairs / several[:, None, None] * (counts.sum(axis=1) > 1)[:, None, None]
@@ -104,12 +95,8 @@ def _coincidences(
 LEVELS = ("nominal", "ordinal", "interval")
 
 
-def _squared_distances(
-    values: np.ndarray,  # in order, (v,)
-    level: str,  # one of LEVELS
-    totals: np.ndarray,  # how often each value occurs, (..., v); used by "ordinal"
-) -> np.ndarray:  # (..., v, v)
-    "Say how far apart two labels are."
+def _squared_distances(values: np.ndarray, level: str, totals: np.ndarray) -> np.ndarray:
+    "Say how far apart two labels are. Returns (..., v, v)."
     if level == "nominal":
         return 1.0 - np.eye(len(values))
     if level == "interval":
@@ -118,34 +105,25 @@ def _squared_distances(
     return (middle[..., :, None] - middle[..., None, :]) ** 2
 
 
-def _alpha(
-    values: np.ndarray,  # in order, (v,)
-    together: np.ndarray,  # coincidences, (..., v, v)
-    level: str,  # one of LEVELS
-    labels: float,  # number of labels behind the coincidences
-) -> np.ndarray:  # (...)
-    "Compute α from coincidences."
+def _alpha(values: np.ndarray, together: np.ndarray, level: str, labels: float) -> np.ndarray:
+    "Compute α from coincidences. Returns (...)."
     totals = together.sum(axis=-1)
     distance = _squared_distances(values, level, totals)
     expected = totals[..., :, None] * totals[..., None, :] / (labels - 1)
     return 1 - (together * distance).sum(axis=(-2, -1)) / (expected * distance).sum(axis=(-2, -1))
 
 # %% ../../nbs/stats/03_agreement.ipynb #f2536ef1
-def krippendorff_alpha(
-    ratings: np.ndarray,  # labels, (raters, items), NaN or None where missing; text for "nominal" only
-    level: str = "nominal",  # what a label means: one of LEVELS
-) -> float:  # at most 1; 0 is chance
-    "Return Krippendorff's α, the agreement of any number of raters beyond chance."
+def krippendorff_alpha(ratings: np.ndarray, level: str = "nominal") -> float:
+    """Return Krippendorff's α, the agreement of any number of raters beyond chance.
+
+    ratings: labels, (raters, items), NaN or None where missing; text for "nominal" only; level: what a label means:
+    one of LEVELS. Returns at most 1; 0 is chance."""
     values, counts = _leveled("krippendorff_alpha", ratings, level)
     together = _coincidences(counts).sum(axis=0)
     return float(_alpha(values, together, level, together.sum()))
 
 
-def _leveled(
-    where: str,  # function that asks, for the message
-    ratings: np.ndarray,  # labels, (raters, items)
-    level: str,  # one of LEVELS
-) -> tuple:  # of _value_counts
+def _leveled(where: str, ratings: np.ndarray, level: str) -> tuple:
     "Count labels that fit their level of measurement."
     if level not in LEVELS:
         raise ValueError(
@@ -163,10 +141,7 @@ def _leveled(
 MOST_VALUES = 100  # different labels, for an interval
 
 
-def _invented_cells(
-    totals: np.ndarray,  # how often each value occurs, (v,)
-    weight: float,  # of one item
-) -> np.ndarray:  # cells of an item in agreement and of one in disagreement, (2, v * v)
+def _invented_cells(totals: np.ndarray, weight: float) -> np.ndarray:
     "Invent an item on which raters agree and one on which they do not."
     share = totals / totals.sum()
     chance = np.outer(share, share) * (1 - np.eye(len(share)))
@@ -174,14 +149,17 @@ def _invented_cells(
 
 
 def alpha_interval(
-    ratings: np.ndarray,  # labels, (raters, items), NaN or None where missing
-    level: str = "nominal",  # what a label means: one of LEVELS
-    clusters: np.ndarray | None = None,  # id of each item's speech, (items,); None: each item for itself
-    samples: int = 1000,  # number of resamples
-    coverage: float = 0.95,  # in (0, 1)
-    seed: int = 0,  # of the resampling
-) -> tuple[float, float]:  # (low, high)
-    "Return an interval for Krippendorff's α, by item or by speech."
+    ratings: np.ndarray,
+    level: str = "nominal",
+    clusters: np.ndarray | None = None,
+    samples: int = 1000,
+    coverage: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return an interval for Krippendorff's α, by item or by speech.
+
+    ratings: labels, (raters, items), NaN or None where missing; level: what a label means: one of LEVELS; clusters:
+    id of each item's speech, (items,); None: each item for itself. Returns (low, high)."""
     checked_settings("agreement.alpha_interval", samples, coverage)
     values, counts = _leveled("alpha_interval", ratings, level)
     if len(values) > MOST_VALUES:
@@ -199,25 +177,16 @@ def alpha_interval(
     return _stretched(_alpha(values, drawn, level, labels), krippendorff_alpha(ratings, level), coverage)
 
 
-def _stretched(
-    draws: np.ndarray,  # the statistic in each resample, (samples,)
-    value: float,  # the statistic itself
-    coverage: float,  # in (0, 1)
-) -> tuple[float, float]:  # (low, high), value inside
-    "Take the quantiles of the draws, and stretch them to the value."
+def _stretched(draws: np.ndarray, value: float, coverage: float) -> tuple[float, float]:
+    "Take the quantiles of the draws, and stretch them to the value. Returns (low, high), value inside."
     low, high = np.quantile(draws, [(1 - coverage) / 2, (1 + coverage) / 2])
     return float(min(low, value)), float(max(high, value))
 
 # %% ../../nbs/stats/03_agreement.ipynb #6a95cc28
 def _kappa_interval(
-    a: np.ndarray,  # labels of one rater, (n,)
-    b: np.ndarray,  # labels of another for the same items, (n,)
-    clusters: np.ndarray | None,  # id of each item's speech, (n,)
-    samples: int,  # number of resamples
-    coverage: float,  # in (0, 1)
-    seed: int,  # of the resampling
-) -> tuple[float, float, float]:  # (κ, low, high); NaN if only one label was used
-    "Return Cohen's κ with an interval."
+    a: np.ndarray, b: np.ndarray, clusters: np.ndarray | None, samples: int, coverage: float, seed: int
+) -> tuple[float, float, float]:
+    "Return Cohen's κ with an interval. Returns (κ, low, high); NaN if only one label was used."
     labels, code = np.unique(np.concatenate([a, b]), return_inverse=True)
     v = len(labels)
     if v < 2:
@@ -232,12 +201,7 @@ def _kappa_interval(
     return kappa, *_stretched((np.trace(table, axis1=1, axis2=2) - expected) / (1 - expected), kappa, coverage)
 
 # %% ../../nbs/stats/03_agreement.ipynb #521cd006
-def _pair_row(
-    first,  # frame item, label and maybe the cluster, of one rater
-    second,  # frame of another
-    cluster: str | None,  # column of the speeches
-    settings: tuple,  # samples, coverage, seed
-) -> dict:  # n, agreement, low, high (percent), kappa, kappa_low, kappa_high
+def _pair_row(first, second, cluster: str | None, settings: tuple) -> dict:
     "Compare two raters on the items that both labelled."
     both = first.merge(second[["item", "label"]], on="item", suffixes=("", "_second")).sort_values("item")
     names = ("agreement", "low", "high", "kappa", "kappa_low", "kappa_high")
@@ -249,14 +213,12 @@ def _pair_row(
     return dict(n=len(both), **dict(zip(names, (agreement, *interval, *_kappa_interval(a, b, clusters, *settings)))))
 
 
-def pairwise_agreement(
-    long,  # frame item, rater, label, and `cluster` if named; rows without a label are left out
-    samples: int = 1000,  # number of resamples
-    seed: int = 0,  # of the resampling
-    cluster: str | None = None,  # column of the speeches, where several items share one
-    coverage: float = 0.95,  # of the intervals, in (0, 1)
-):  # frame first, second, n (items that both labelled), agreement, low, high (percent), kappa, kappa_low, kappa_high
-    "Tabulate the agreement of every pair of raters, raters in the order in which they appear."
+def pairwise_agreement(long, samples: int = 1000, seed: int = 0, cluster: str | None = None, coverage: float = 0.95):
+    """Tabulate the agreement of every pair of raters, raters in the order in which they appear.
+
+    long: frame item, rater, label, and `cluster` if named; rows without a label are left out; cluster: column of
+    the speeches, where several items share one; coverage: of the intervals, in (0, 1). Returns frame first, second,
+    n (items that both labelled), agreement, low, high (percent), kappa, kappa_low, kappa_high."""
     import pandas as pd
 
     checked_settings("agreement.pairwise_agreement", samples, coverage)
@@ -278,11 +240,11 @@ def pairwise_agreement(
     )
 
 # %% ../../nbs/stats/03_agreement.ipynb #72e12f5c
-def rank_correlation(
-    a: list,  # scores of one rater, (n,)
-    b: list,  # scores of another for the same items, (n,)
-) -> dict:  # spearman, kendall (τ-b), each in [−1, 1], and n
-    "Return how alike two raters rank."
+def rank_correlation(a: list, b: list) -> dict:
+    """Return how alike two raters rank.
+
+    a: scores of one rater, (n,); b: scores of another for the same items, (n,). Returns spearman, kendall (τ-b),
+    each in [−1, 1], and n."""
     from scipy.stats import kendalltau, spearmanr
 
     a, b = np.asarray(a, float), np.asarray(b, float)

@@ -30,13 +30,8 @@ __all__ = ['SCORES', 'ROUNDING', 'UNKNOWN', 'GAP_BANDS', 'LENGTH_BANDS', 'MOST_P
            'temperature_figure', 'slices_figure']
 
 # %% ../../nbs/stats/01_calibration.ipynb #fcb9a3d9
-def _pair_keys(
-    where: str,  # function that asks, for the message
-    name: str,  # of the frame, for the message
-    frame,  # frame with at least ID and prefID
-    *columns: str,  # what else it must have
-):  # pandas.MultiIndex of (ID, prefID), unique
-    "Return the keys of a frame's pairs."
+def _pair_keys(where: str, name: str, frame, *columns: str):
+    "Return the keys of a frame's pairs. Returns pandas.MultiIndex of (ID, prefID), unique."
     import pandas as pd
 
     absent = [column for column in ("ID", "prefID", *columns) if column not in frame.columns]
@@ -54,10 +49,7 @@ def _pair_keys(
     return keys
 
 # %% ../../nbs/stats/01_calibration.ipynb #68019e8d
-def _same_pairs(
-    where: str,  # function that asks, for the message
-    **keys,  # two indices of pairs by name
-) -> np.ndarray:  # for each pair of the first, its place in the second
+def _same_pairs(where: str, **keys) -> np.ndarray:
     "Check that two frames hold the same pairs, and align them."
     (name, left), (other, right) = keys.items()
     odd = [left.difference(right, sort=False), right.difference(left, sort=False)]
@@ -73,27 +65,21 @@ def _same_pairs(
 SCORES = ("model", "chosen_score", "rejected_score")  # beside ID and prefID
 
 
-def _two_sides(
-    scores,  # frame of scores
-) -> tuple[np.ndarray, np.ndarray]:  # scores of the chosen and of the rejected responses, (n,)
-    "Return the two columns of scores."
+def _two_sides(scores) -> tuple[np.ndarray, np.ndarray]:
+    "Return the two columns of scores. Returns scores of the chosen and of the rejected responses, (n,)."
     return scores["chosen_score"].to_numpy(), scores["rejected_score"].to_numpy()
 
 # %% ../../nbs/stats/01_calibration.ipynb #5cb338a9
-def negative_log_likelihood(
-    chosen: np.ndarray,  # reward of the chosen response, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-    temperature: float = 1.0,  # divides the margins, above 0
-) -> float:  # mean of −log σ(margin / temperature), in nats; log 2 = 0.693 is a coin's
-    "Return the Bradley-Terry loss on pairs (§4.1)."
+def negative_log_likelihood(chosen: np.ndarray, rejected: np.ndarray, temperature: float = 1.0) -> float:
+    """Return the Bradley-Terry loss on pairs (§4.1).
+
+    chosen: reward of the chosen response, (n,); rejected: reward of the rejected response, (n,); temperature:
+    divides the margins, above 0. Returns mean of −log σ(margin / temperature), in nats; log 2 = 0.693 is a coin's."""
     return float(np.mean(np.logaddexp(0.0, -_margins(chosen, rejected) / _checked_temperature(temperature))))
 
 
-def _margins(
-    chosen: np.ndarray,  # reward of the chosen response, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-) -> np.ndarray:  # chosen − rejected, (n,), finite
-    "Check two columns of scores and subtract them."
+def _margins(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    "Check two columns of scores and subtract them. Returns chosen − rejected, (n,), finite."
     first, second, _ = presented_pairs(chosen, rejected)
     with np.errstate(over="ignore"):
         margin = (first - second)[: len(first) // 2]
@@ -105,9 +91,7 @@ def _margins(
     return margin
 
 # %% ../../nbs/stats/01_calibration.ipynb #d990e3b5
-def _checked_temperature(
-    temperature: float,  # to be checked
-) -> float:  # the same
+def _checked_temperature(temperature: float) -> float:
     "Refuse a temperature that divides nothing."
     if not 0 < temperature < np.inf:
         raise ValueError(
@@ -120,11 +104,11 @@ def _checked_temperature(
 ROUNDING = 1e-12  # a sum of margins below this share of their total size counts as zero
 
 
-def no_temperature(
-    chosen: np.ndarray,  # reward of the chosen response on development pairs, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-) -> str:  # why no temperature minimises the loss; empty where one does
-    "Say whether a best temperature exists."
+def no_temperature(chosen: np.ndarray, rejected: np.ndarray) -> str:
+    """Say whether a best temperature exists.
+
+    chosen: reward of the chosen response on development pairs, (n,); rejected: reward of the rejected response,
+    (n,). Returns why no temperature minimises the loss; empty where one does."""
     margin = _margins(chosen, rejected)
     size = np.abs(margin).max()
     if size == 0:
@@ -138,11 +122,11 @@ def no_temperature(
     return ""
 
 # %% ../../nbs/stats/01_calibration.ipynb #76edc0d7
-def fit_temperature(
-    chosen: np.ndarray,  # reward of the chosen response on development pairs, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-) -> float:  # T > 0 that minimises the mean of −log σ(margin / T); above 1 = the model is overconfident
-    "Fit the temperature of a reward model on development pairs (Guo et al., 2017)."
+def fit_temperature(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """Fit the temperature of a reward model on development pairs (Guo et al., 2017).
+
+    chosen: reward of the chosen response on development pairs, (n,); rejected: reward of the rejected response,
+    (n,). Returns T > 0 that minimises the mean of −log σ(margin / T); above 1 = the model is overconfident."""
     from scipy.optimize import brentq
     from scipy.special import expit
 
@@ -159,19 +143,14 @@ def fit_temperature(
     return float(size * np.exp(brentq(slope, np.log(low / 2), np.log(high * 2), xtol=1e-14)))
 
 
-def _temperature_bounds(
-    margin: np.ndarray,  # some positive, some negative, mean positive, (n,)
-) -> tuple[float, float]:  # (lower, upper)
-    "Enclose the best temperature."
+def _temperature_bounds(margin: np.ndarray) -> tuple[float, float]:
+    "Enclose the best temperature. Returns (lower, upper)."
     wrong, positive = -margin[margin < 0].sum(), (margin > 0).sum()
     return np.e * wrong / (2 * positive), np.square(margin).sum() / (2 * margin.sum())
 
 # %% ../../nbs/stats/01_calibration.ipynb #43dfb32d
-def _calibration_row(
-    margin: np.ndarray,  # chosen − rejected, (n,)
-    bins: typing.Sequence[int],  # numbers of bins
-) -> dict:  # NLL, Brier, one ECE for each number of bins, accuracy %, AUC, pairs
-    "Measure margins as they are."
+def _calibration_row(margin: np.ndarray, bins: typing.Sequence[int]) -> dict:
+    "Measure margins as they are. Returns NLL, Brier, one ECE for each number of bins, accuracy %, AUC, pairs."
     zero = np.zeros(len(margin))
     found = pairwise_metrics(margin, zero)
     eces = {f"ECE, {b} bins": pairwise_metrics(margin, zero, b)["ece"] for b in bins}
@@ -185,11 +164,8 @@ def _calibration_row(
     }
 
 # %% ../../nbs/stats/01_calibration.ipynb #930f0d78
-def _check_split(
-    dev_scores,  # frame of scores on development pairs
-    test_scores,  # frame of scores on test pairs
-) -> str:  # the name of the model
-    "Refuse scores of different models, and speeches on both sides."
+def _check_split(dev_scores, test_scores) -> str:
+    "Refuse scores of different models, and speeches on both sides. Returns the name of the model."
     for name, scores in (("dev_scores", dev_scores), ("test_scores", test_scores)):
         _pair_keys("temperature_table", name, scores, *SCORES)
     models = sorted({*dev_scores["model"], *test_scores["model"]})
@@ -208,12 +184,13 @@ def _check_split(
     return models[0]
 
 # %% ../../nbs/stats/01_calibration.ipynb #dba62ef7
-def temperature_table(
-    dev_scores,  # frame of scores of one model on development pairs: the temperature is fitted here
-    test_scores,  # frame of scores of the same model on test pairs: the rows are measured here
-    bins: typing.Sequence[int] = (5, 10, 15),  # of the ECE
-):  # frame, two rows: model, scores, temperature, NLL, Brier, ECE for each number of bins, accuracy %, AUC, pairs
-    "Measure a model before and after temperature scaling; the second row is empty, and says why, where no temperature exists."
+def temperature_table(dev_scores, test_scores, bins: typing.Sequence[int] = (5, 10, 15)):
+    """Measure a model before and after temperature scaling; the second row is empty, and says why, where no
+    temperature exists.
+
+    dev_scores: frame of scores of one model on development pairs: the temperature is fitted here; test_scores: frame
+    of scores of the same model on test pairs: the rows are measured here. Returns frame, two rows: model, scores,
+    temperature, NLL, Brier, ECE for each number of bins, accuracy %, AUC, pairs."""
     import pandas as pd
 
     name = _check_split(dev_scores, test_scores)
@@ -234,11 +211,8 @@ def temperature_table(
     return pd.DataFrame(rows, columns=list(rows[0]))
 
 # %% ../../nbs/stats/01_calibration.ipynb #a5a22467
-def _mirrored_ece(
-    margin: np.ndarray,  # chosen − rejected, (n,)
-    bins: int,  # of equal width
-) -> float:  # ECE with every pair in both orders
-    "Return the mirrored ECE of margins."
+def _mirrored_ece(margin: np.ndarray, bins: int) -> float:
+    "Return the mirrored ECE of margins. Returns ECE with every pair in both orders."
     first, second, label = presented_pairs(margin, np.zeros(len(margin)))
     return expected_calibration_error(preference_probability(first, second), label, bins)
 
@@ -256,12 +230,12 @@ def _calibrated_ece(margin: np.ndarray, bins: int, seed: int) -> float:
     return _mirrored_ece(np.where(likely, size, -size), bins)
 
 # %% ../../nbs/stats/01_calibration.ipynb #3330fc3a
-def ece_table(
-    scores,  # frame of scores of one model
-    bins: typing.Sequence[int] = (5, 10, 15),  # numbers of bins of equal width
-    seeds: typing.Sequence[int] = range(100),  # of the random orders, and of the draws of a calibrated model
-):  # frame: model, bins, mirrored, randomised mean, lowest, highest, if calibrated, orders
-    "Tabulate ECE by the choices that the paper does not give."
+def ece_table(scores, bins: typing.Sequence[int] = (5, 10, 15), seeds: typing.Sequence[int] = range(100)):
+    """Tabulate ECE by the choices that the paper does not give.
+
+    scores: frame of scores of one model; bins: numbers of bins of equal width; seeds: of the random orders, and of
+    the draws of a calibrated model. Returns frame: model, bins, mirrored, randomised mean, lowest, highest, if
+    calibrated, orders."""
     import pandas as pd
 
     _pair_keys("ece_table", "scores", scores, *SCORES)
@@ -288,11 +262,11 @@ def ece_table(
 UNKNOWN = "unknown"  # the topic of a speech that has none
 
 
-def topic_groups(
-    scores,  # frame with ID and prefID: scores or pairs
-    speeches,  # frame with speech_id and coarse_topic (a slug)
-):  # pandas.Series of short titles, indexed by ID and prefID
-    "Group pairs by the coarse topic of their client speech (Table 4)."
+def topic_groups(scores, speeches):
+    """Group pairs by the coarse topic of their client speech (Table 4).
+
+    scores: frame with ID and prefID: scores or pairs; speeches: frame with speech_id and coarse_topic (a slug).
+    Returns pandas.Series of short titles, indexed by ID and prefID."""
     import pandas as pd
 
     keys, shorts = (
@@ -327,10 +301,11 @@ GAP_BANDS = {
 }  # band -> first sum that is above it; 28 is the largest
 
 
-def gap_groups(
-    pairs,  # frame of pairs with the ratings of both responses
-):  # pandas.Series of bands, indexed by ID and prefID
-    "Group pairs by the gap of their overall scores, in whole sums of the seven ratings."
+def gap_groups(pairs):
+    """Group pairs by the gap of their overall scores, in whole sums of the seven ratings.
+
+    pairs: frame of pairs with the ratings of both responses. Returns pandas.Series of bands, indexed by ID and
+    prefID."""
     import pandas as pd
 
     columns = {side: [f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")}
@@ -343,10 +318,11 @@ def gap_groups(
 LENGTH_BANDS = ("chosen over 20% longer", "within 20%", "rejected over 20% longer")
 
 
-def length_groups(
-    pairs,  # frame of pairs with the texts chosen and rejected
-):  # pandas.Series of bands, indexed by ID and prefID
-    "Group pairs by which response has more words."
+def length_groups(pairs):
+    """Group pairs by which response has more words.
+
+    pairs: frame of pairs with the texts chosen and rejected. Returns pandas.Series of bands, indexed by ID and
+    prefID."""
     import pandas as pd
 
     keys = _pair_keys("length_groups", "pairs", pairs, "chosen", "rejected")
@@ -355,21 +331,13 @@ def length_groups(
     return pd.Series(pd.Categorical.from_codes(band, list(LENGTH_BANDS), ordered=True), index=keys, name="length")
 
 # %% ../../nbs/stats/01_calibration.ipynb #01aae233
-def _right(
-    scores,  # frame of scores of one model
-) -> np.ndarray:  # 1 where the chosen response scores strictly higher, else 0, (n,)
+def _right(scores) -> np.ndarray:
     "Mark the pairs that a model ranks as labelled; ties lose, as in `accuracy`."
     return (_margins(*_two_sides(scores)) > 0).astype(float)
 
 
-def _slice_row(
-    group: str,  # its name
-    right: np.ndarray,  # 1 where the pair is ranked rightly, (n,)
-    speeches: np.ndarray,  # ids of client speeches, (n,)
-    samples: int,  # bootstrap resamples
-    seed: int,  # of the bootstrap
-) -> dict:  # one row of the table
-    "Summarise one slice."
+def _slice_row(group: str, right: np.ndarray, speeches: np.ndarray, samples: int, seed: int) -> dict:
+    "Summarise one slice. Returns one row of the table."
     count = len(set(speeches.tolist()))
     low, high = (
         bootstrap(np.mean, 100 * right, clusters=speeches, samples=samples, seed=seed)
@@ -386,13 +354,12 @@ def _slice_row(
     }
 
 # %% ../../nbs/stats/01_calibration.ipynb #e0872bd1
-def slice_table(
-    scores,  # frame of scores of one model
-    groups,  # one group for each pair, indexed by ID and prefID: topic_groups, gap_groups or length_groups of the same pairs
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the bootstrap
-):  # frame: group, pairs, speeches, accuracy %, low, high (95% over speeches; empty for a single speech); "all" last
-    "Tabulate accuracy by group."
+def slice_table(scores, groups, samples: int = 1000, seed: int = 0):
+    """Tabulate accuracy by group.
+
+    scores: frame of scores of one model; groups: one group for each pair, indexed by ID and prefID: topic_groups,
+    gap_groups or length_groups of the same pairs. Returns frame: group, pairs, speeches, accuracy %, low, high (95%
+    over speeches; empty for a single speech); "all" last."""
     import pandas as pd
 
     keys = _pair_keys("slice_table", "scores", scores, *SCORES)
@@ -413,14 +380,9 @@ def slice_table(
 
 # %% ../../nbs/stats/01_calibration.ipynb #ccf771d1
 def _comparison_row(
-    name: str,  # of the model
-    right: np.ndarray,  # 1 where the model ranks the pair rightly, (n,)
-    base: np.ndarray,  # the same of the reference, (n,)
-    speeches: np.ndarray,  # ids of client speeches, (n,)
-    samples: int,  # bootstrap resamples
-    seed: int,  # of the bootstrap
-) -> dict:  # one row of the table
-    "Compare one model with the reference."
+    name: str, right: np.ndarray, base: np.ndarray, speeches: np.ndarray, samples: int, seed: int
+) -> dict:
+    "Compare one model with the reference. Returns one row of the table."
     difference, low, high = paired_difference(100 * right, 100 * base, speeches, samples=samples, seed=seed)
     return {
         "model": name,
@@ -436,13 +398,12 @@ def _comparison_row(
     }
 
 # %% ../../nbs/stats/01_calibration.ipynb #bb8efff7
-def comparison_table(
-    frames: dict,  # name -> frame of scores of one model; all on the same pairs, in any order
-    reference: str,  # the name that the others are compared with
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the bootstrap
-):  # frame, one row for each other model: accuracies, difference in points with low and high (95% over speeches), McNemar's p
-    "Compare models with a reference, pair by pair."
+def comparison_table(frames: dict, reference: str, samples: int = 1000, seed: int = 0):
+    """Compare models with a reference, pair by pair.
+
+    frames: name -> frame of scores of one model; all on the same pairs, in any order; reference: the name that the
+    others are compared with. Returns frame, one row for each other model: accuracies, difference in points with low
+    and high (95% over speeches), McNemar's p."""
     import pandas as pd
 
     if reference not in frames or len(frames) < 2:
@@ -468,13 +429,11 @@ def comparison_table(
     )
 
 # %% ../../nbs/stats/01_calibration.ipynb #47567ea0
-def reliability_table(
-    scores,  # frame of scores of one model
-    bins: int = 10,  # of equal width
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the bootstrap
-):  # frame of reliability_bins, with frequency_low and frequency_high (95% over speeches; empty for a single speech)
-    "Tabulate forecast and frequency in bins, every pair in both orders, with intervals."
+def reliability_table(scores, bins: int = 10, samples: int = 1000, seed: int = 0):
+    """Tabulate forecast and frequency in bins, every pair in both orders, with intervals.
+
+    scores: frame of scores of one model; bins: of equal width. Returns frame of reliability_bins, with
+    frequency_low and frequency_high (95% over speeches; empty for a single speech)."""
     _pair_keys("reliability_table", "scores", scores, *SCORES)
     first, second, label = presented_pairs(*_two_sides(scores))
     probability, speeches = preference_probability(first, second), np.tile(scores["ID"].to_numpy(), 2)
@@ -492,12 +451,7 @@ def reliability_table(
     return table.assign(frequency_low=low, frequency_high=high)
 
 # %% ../../nbs/stats/01_calibration.ipynb #8e12578f
-def _draw_reliability(
-    top,  # axes of the curve
-    bottom,  # axes of the counts
-    table,  # frame of reliability_table
-    colour: str,  # of the curve
-) -> None:
+def _draw_reliability(top, bottom, table, colour: str) -> None:
     "Draw one reliability curve with its counts."
     filled = table[table["count"] > 0]
     x, y = filled["mean_probability"], filled["frequency"]
@@ -531,13 +485,11 @@ def _mean_ece(table) -> float:
 MOST_PANELS = 4  # more cannot be read on a page
 
 
-def reliability_figure(
-    scores_by_name: dict,  # title -> frame of scores of one model; one to four
-    bins: int = 10,  # of equal width
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the bootstrap
-):  # matplotlib figure
-    "Draw observed frequency against predicted probability, one panel for each model, with counts below."
+def reliability_figure(scores_by_name: dict, bins: int = 10, samples: int = 1000, seed: int = 0):
+    """Draw observed frequency against predicted probability, one panel for each model, with counts below.
+
+    scores_by_name: title -> frame of scores of one model; one to four; bins: of equal width. Returns matplotlib
+    figure."""
     import textwrap
 
     if not 1 <= len(scores_by_name) <= MOST_PANELS:
@@ -572,14 +524,11 @@ def reliability_figure(
     return figure
 
 # %% ../../nbs/stats/01_calibration.ipynb #ae756a2a
-def temperature_figure(
-    scores,  # frame of scores of one model on test pairs
-    temperature: float,  # fitted on development pairs
-    bins: int = 10,  # of equal width
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the bootstrap
-):  # matplotlib figure
-    "Draw reliability before and after temperature scaling."
+def temperature_figure(scores, temperature: float, bins: int = 10, samples: int = 1000, seed: int = 0):
+    """Draw reliability before and after temperature scaling.
+
+    scores: frame of scores of one model on test pairs; temperature: fitted on development pairs; bins: of equal
+    width. Returns matplotlib figure."""
     _pair_keys("temperature_figure", "scores", scores, *SCORES)
     scaled = scores.assign(
         chosen_score=_margins(*_two_sides(scores)) / _checked_temperature(temperature), rejected_score=0.0
@@ -589,10 +538,7 @@ def temperature_figure(
     )
 
 # %% ../../nbs/stats/01_calibration.ipynb #53079272
-def _draw_slices(
-    axes,  # where to
-    table,  # frame of slice_table
-) -> None:
+def _draw_slices(axes, table) -> None:
     "Draw accuracies of groups as dots with intervals, and their numbers at the right."
     places = np.arange(len(table))[::-1]
     for place, row in zip(places, table.to_dict("records")):
@@ -628,10 +574,10 @@ def _draw_slices(
     axes.grid(axis="x", linewidth=0.5)
 
 # %% ../../nbs/stats/01_calibration.ipynb #b550f078
-def slices_figure(
-    tables: dict,  # title -> frame of slice_table, e.g. topic, gap, length
-):  # matplotlib figure
-    "Draw accuracy by group, one panel for each grouping."
+def slices_figure(tables: dict):
+    """Draw accuracy by group, one panel for each grouping.
+
+    tables: title -> frame of slice_table, e.g. topic, gap, length. Returns matplotlib figure."""
     if not tables:
         raise ValueError(
             "calibration.slices_figure: no table found, expected at least one; pass the result of slice_table under a "

@@ -13,13 +13,12 @@ from .scores import VERDICTS, checked_settings, mcnemar, mean_interval, win_inte
 __all__ = ['sign_test', 'holm', 'compare_policies']
 
 # %% ../../nbs/stats/02_intervals.ipynb #58c0ec04
-def sign_test(
-    first: list,  # verdicts of one policy, "win", "loss" or "tie", (n,)
-    second: list,  # verdicts of the other on the same battles in the same order, (n,)
-) -> (
-    dict
-):  # better, worse (only the first / only the second wins), tied (both or neither), p (exact, two-sided, in (0, 1])
-    "Test whether two policies win different speeches equally often."
+def sign_test(first: list, second: list) -> dict:
+    """Test whether two policies win different speeches equally often.
+
+    first: verdicts of one policy, "win", "loss" or "tie", (n,); second: verdicts of the other on the same battles
+    in the same order, (n,). Returns better, worse (only the first / only the second wins), tied (both or neither),
+    p (exact, two-sided, in (0, 1])."""
     ours, theirs = (_won(name, verdicts) for name, verdicts in (("first", first), ("second", second)))
     if len(ours) != len(theirs):
         raise ValueError(
@@ -30,11 +29,8 @@ def sign_test(
     return dict(better=better, worse=worse, tied=len(ours) - better - worse, p=mcnemar(ours, theirs))
 
 
-def _won(
-    name: str,  # of the column, for the message
-    verdicts: list,  # "win", "loss" or "tie", (n,)
-) -> np.ndarray:  # 1 where won, else 0, (n,)
-    "Count a win as 1 and everything else as 0."
+def _won(name: str, verdicts: list) -> np.ndarray:
+    "Count a win as 1 and everything else as 0. Returns 1 where won, else 0, (n,)."
     words = np.asarray(verdicts, dtype=object)
     unknown = [
         (row, word) for row, word in enumerate(words.tolist()) if not (isinstance(word, str) and word in VERDICTS)
@@ -48,10 +44,10 @@ def _won(
     return (words == "win").astype(int)
 
 # %% ../../nbs/stats/02_intervals.ipynb #94a08247
-def holm(
-    p_values: list,  # one for each test, in [0, 1], (m,)
-) -> list[float]:  # adjusted, in the order given, in [0, 1]
-    "Adjust p-values for their number (Holm 1979)."
+def holm(p_values: list) -> list[float]:
+    """Adjust p-values for their number (Holm 1979).
+
+    p_values: one for each test, in [0, 1], (m,). Returns adjusted, in the order given, in [0, 1]."""
     p = np.asarray(p_values, float)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(
@@ -64,11 +60,7 @@ def holm(
     return adjusted.tolist()
 
 # %% ../../nbs/stats/02_intervals.ipynb #7402b4a1
-def _paired(
-    first,  # frame speech_id, verdict, `by`
-    second,  # frame of the other policy
-    by: str,  # column of the groups
-):  # frame group, first, second (1 where won); attrs only_first, only_second
+def _paired(first, second, by: str):
     "Join the verdicts of two policies by speech."
     import pandas as pd
 
@@ -107,13 +99,7 @@ def _paired(
     return both.drop(columns="other")
 
 
-def _difference_row(
-    group: str,  # name of the group
-    part,  # frame of _paired
-    samples: int,  # number of resamples
-    level: float,  # coverage
-    seed: int,  # of the resampling
-) -> dict:  # group, n, difference, low, high (percentage points), better, worse, p
+def _difference_row(group: str, part, samples: int, level: float, seed: int) -> dict:
     "Compare two policies in one group."
     better_by = (part["first"] - part["second"]).to_numpy()
     low, high = mean_interval(np.column_stack([better_by, np.ones(len(better_by))]), samples, level, seed)
@@ -129,15 +115,14 @@ def _difference_row(
     )
 
 # %% ../../nbs/stats/02_intervals.ipynb #f88994ac
-def compare_policies(
-    first,  # frame of one policy, one row a speech: speech_id, verdict ("win", "loss", "tie" against the reference) and `by`
-    second,  # frame of the other policy against the same reference
-    by: str = "coarse_topic",  # column of the groups
-    samples: int = 1000,  # number of resamples, taken as FEWEST if below
-    level: float = 0.95,  # coverage of the interval, in (0, 1)
-    seed: int = 0,  # of the resampling
-):  # frame group, n, difference, low, high (percentage points, first − second), better, worse, p, p_holm; "Overall" last; attrs only_first, only_second: speeches left out
-    "Compare two policies on the speeches that both answered, by group and overall."
+def compare_policies(first, second, by: str = "coarse_topic", samples: int = 1000, level: float = 0.95, seed: int = 0):
+    """Compare two policies on the speeches that both answered, by group and overall.
+
+    first: frame of one policy, one row a speech: speech_id, verdict ("win", "loss", "tie" against the reference)
+    and `by`; second: frame of the other policy against the same reference; by: column of the groups; samples:
+    number of resamples, taken as FEWEST if below; level: coverage of the interval, in (0, 1). Returns frame group,
+    n, difference, low, high (percentage points, first − second), better, worse, p, p_holm; "Overall" last; attrs
+    only_first, only_second: speeches left out."""
     import pandas as pd
 
     checked_settings("intervals.compare_policies", samples, level)

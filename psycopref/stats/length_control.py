@@ -24,12 +24,8 @@ _CAP = 2.0  # longest step of a parameter
 _CLOSE = 1e-6  # last step; the next would be about its square
 
 
-def _fit(
-    won: np.ndarray,  # outcome in [0, 1], (n,)
-    bend: np.ndarray,  # tanh of the standardised extra length, (n,)
-    weights: np.ndarray,  # of the rows, (samples, n)
-) -> np.ndarray:  # θ and φ for each row of weights, (samples, 2)
-    "Fit the logistic regression with a prior on φ."
+def _fit(won: np.ndarray, bend: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    "Fit the logistic regression with a prior on φ. Returns θ and φ for each row of weights, (samples, 2)."
     theta, phi = np.zeros((2, len(weights), 1))
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-(theta + phi * bend)))
@@ -51,11 +47,8 @@ def _fit(
     )
 
 # %% ../../nbs/stats/04_length_control.ipynb #6897ac50
-def _checked(
-    wins: np.ndarray,  # outcome, (n,)
-    extra_words: np.ndarray,  # extra length, (n,)
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # outcome (n,), extra length (n,), its bend (n,)
-    "Check outcomes and lengths, and bend the lengths."
+def _checked(wins: np.ndarray, extra_words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Check outcomes and lengths, and bend the lengths. Returns outcome (n,), extra length (n,), its bend (n,)."
     won, extra = np.asarray(wins, float), np.asarray(extra_words, float)
     if won.ndim != 1 or won.shape != extra.shape or len(won) == 0:
         raise ValueError(
@@ -83,14 +76,8 @@ _LEAST = 1e-8  # weight of a speech; less would be lost in rounding
 
 
 def _resampled(
-    won: np.ndarray,  # outcome, (n,)
-    bend: np.ndarray,  # bent lengths, (n,)
-    clusters: np.ndarray,  # id of each row's speech, (n,)
-    samples: int,  # number of resamples
-    seed: int,  # of the resampling
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # θ and φ with all weights 1 (half of it for the invented), (2,), and in each resample, (samples, 2)
+    won: np.ndarray, bend: np.ndarray, clusters: np.ndarray, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     "Refit with two invented half speeches at equal length, and then with random weights of speeches."
     ids, speech = np.unique(clusters, return_inverse=True)
     shape = np.append(np.ones(len(ids)), [0.5, 0.5])
@@ -106,12 +93,8 @@ def _resampled(
     return _fit(won, bend, shape[None, speech] * rows)[0], np.concatenate(fits)
 
 
-def _corrected_interval(
-    draws: np.ndarray,  # the statistic in each resample, (samples,)
-    centre: float,  # the statistic around which they should lie
-    level: float,  # coverage
-) -> np.ndarray:  # (low, high)
-    "Take the quantiles of draws, moved by twice their bias (Efron 1981)."
+def _corrected_interval(draws: np.ndarray, centre: float, level: float) -> np.ndarray:
+    "Take the quantiles of draws, moved by twice their bias (Efron 1981). Returns (low, high)."
     from scipy.special import ndtr, ndtri
 
     below = np.clip(np.mean(draws < centre) + np.mean(draws == centre) / 2, 0.5 / len(draws), 1 - 0.5 / len(draws))
@@ -119,14 +102,20 @@ def _corrected_interval(
 
 # %% ../../nbs/stats/04_length_control.ipynb #54b05bbb
 def length_controlled(
-    wins: np.ndarray,  # outcome for the policy, (n,): 1 for a win, else 0; values between are AlpacaEval's soft preferences
-    extra_words: np.ndarray,  # extra length of the policy's answer, (n,): difference of words (as Dubois et al., who count characters) or log ratio
-    clusters: np.ndarray | None = None,  # id of each battle's speech, (n,); None: each battle for itself
-    samples: int = 1000,  # number of resamples
-    level: float = 0.95,  # coverage, in (0, 1)
-    seed: int = 0,  # of the resampling
-) -> dict:  # raw, controlled, low, high (of controlled), longer (share of battles), all in percent; length_effect φ, effect_low, effect_high (log-odds); n
-    "Return the win rate at equal length, beside the raw one (Dubois et al. 2024)."
+    wins: np.ndarray,
+    extra_words: np.ndarray,
+    clusters: np.ndarray | None = None,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict:
+    """Return the win rate at equal length, beside the raw one (Dubois et al. 2024).
+
+    wins: outcome for the policy, (n,): 1 for a win, else 0; values between are AlpacaEval's soft preferences;
+    extra_words: extra length of the policy's answer, (n,): difference of words (as Dubois et al., who count
+    characters) or log ratio; clusters: id of each battle's speech, (n,); None: each battle for itself; level:
+    coverage, in (0, 1). Returns raw, controlled, low, high (of controlled), longer (share of battles), all in
+    percent; length_effect φ, effect_low, effect_high (log-odds); n."""
     checked_settings("length_control.length_controlled", samples, level)
     won, extra, bend = _checked(wins, extra_words)
     if clusters is not None and len(clusters) != len(won):
@@ -159,11 +148,8 @@ def length_controlled(
 _KEYS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
 
 
-def _outcome(
-    place: str,  # file and row, for the message
-    preference,  # as the file has it
-) -> float:  # in [0, 1], the model's win; NaN where the judge gave none
-    "Read a preference as the model's win."
+def _outcome(place: str, preference) -> float:
+    "Read a preference as the model's win. Returns in [0, 1], the model's win; NaN where the judge gave none."
     if preference is None or preference != preference:
         return np.nan
     if (
@@ -178,10 +164,12 @@ def _outcome(
     return 0.5 if preference == 0 else float(preference) - 1
 
 
-def alpaca_battles(
-    path: Path | str,  # annotations.json, a list of AlpacaEval's annotations
-):  # frame instruction, policy, reference, wins (in [0, 1]), words, extra_words, extra_characters, annotator; attrs unjudged: rows without a preference, left out
-    "Read battles from a file of AlpacaEval's form."
+def alpaca_battles(path: Path | str):
+    """Read battles from a file of AlpacaEval's form.
+
+    path: annotations.json, a list of AlpacaEval's annotations. Returns frame instruction, policy, reference, wins
+    (in [0, 1]), words, extra_words, extra_characters, annotator; attrs unjudged: rows without a preference, left
+    out."""
     import pandas as pd
 
     try:
@@ -202,11 +190,8 @@ def alpaca_battles(
     return battles
 
 
-def _battle_row(
-    place: str,  # file and row, for the message
-    annotation: dict,  # one of the file
-) -> dict:  # one row of alpaca_battles
-    "Read one annotation."
+def _battle_row(place: str, annotation: dict) -> dict:
+    "Read one annotation. Returns one row of alpaca_battles."
     absent = [key for key in _KEYS if not isinstance(annotation, dict) or key not in annotation]
     if absent:
         raise StudyError(
@@ -228,14 +213,12 @@ def _battle_row(
     )
 
 # %% ../../nbs/stats/04_length_control.ipynb #7deb2a5b
-def leaderboard(
-    battles,  # frame policy, wins, instruction, words and the column `length`, as of alpaca_battles
-    length: str = "extra_words",  # column of the extra length; "extra_characters" is AlpacaEval's
-    samples: int = 1000,  # number of resamples
-    level: float = 0.95,  # coverage, in (0, 1)
-    seed: int = 0,  # of the resampling
-):  # frame policy, n, raw, controlled, low, high, longer (percent), length_effect, mean_words; sorted by controlled
-    "Tabulate raw and length-controlled win rates of several policies."
+def leaderboard(battles, length: str = "extra_words", samples: int = 1000, level: float = 0.95, seed: int = 0):
+    """Tabulate raw and length-controlled win rates of several policies.
+
+    battles: frame policy, wins, instruction, words and the column `length`, as of alpaca_battles; length: column of
+    the extra length; "extra_characters" is AlpacaEval's; level: coverage, in (0, 1). Returns frame policy, n, raw,
+    controlled, low, high, longer (percent), length_effect, mean_words; sorted by controlled."""
     import pandas as pd
 
     absent = [name for name in ("policy", "wins", "instruction", "words", length) if name not in battles.columns]

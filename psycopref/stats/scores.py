@@ -13,10 +13,8 @@ __all__ = ['FEWEST', 'VERDICTS', 'preference_probability', 'presented_pairs', 'a
 import numpy as np
 
 # %% ../../nbs/stats/00_scores.ipynb #fadc34a0
-def _missing(
-    array: np.ndarray,  # any dtype, (n,)
-) -> np.ndarray:  # positions of None, NaN and NA, (m,)
-    "Find the missing values of a column."
+def _missing(array: np.ndarray) -> np.ndarray:
+    "Find the missing values of a column. Returns positions of None, NaN and NA, (m,)."
     if array.dtype.kind == "f":
         return np.flatnonzero(np.isnan(array))
     if array.dtype.kind != "O":
@@ -25,11 +23,8 @@ def _missing(
     return np.array(gaps, dtype=int)
 
 # %% ../../nbs/stats/00_scores.ipynb #eeba3366
-def _columns(
-    where: str,  # function that asks, for the message
-    **columns,  # name → sequence of n values
-) -> list:  # one array (n,) for each column
-    "Check that the columns can be compared row by row."
+def _columns(where: str, **columns) -> list:
+    "Check that the columns can be compared row by row. Returns one array (n,) for each column."
     arrays = [np.asarray(column) for column in columns.values()]
     for name, array in zip(columns, arrays):
         if array.ndim != 1:
@@ -56,11 +51,8 @@ def _columns(
     return arrays
 
 # %% ../../nbs/stats/00_scores.ipynb #e80b9791
-def _numbers(
-    where: str,  # function that asks, for the message
-    **columns,  # name → n finite numbers
-) -> list:  # one float array (n,) for each column
-    "Check that the columns hold finite numbers."
+def _numbers(where: str, **columns) -> list:
+    "Check that the columns hold finite numbers. Returns one float array (n,) for each column."
     arrays = _columns(where, **columns)
     for name, array in zip(columns, arrays):
         if array.dtype.kind not in "biuf":
@@ -76,22 +68,21 @@ def _numbers(
     return [array.astype(float) for array in arrays]
 
 # %% ../../nbs/stats/00_scores.ipynb #0f6056e4
-def preference_probability(
-    chosen_scores: np.ndarray,  # reward of the response named first, (n,), any real unit
-    rejected_scores: np.ndarray,  # reward of the response named second, (n,), same unit
-) -> np.ndarray:  # σ(r1 − r2), (n,), in [0, 1] (§4.1)
-    "Return the Bradley-Terry probability that the first response is preferred."
+def preference_probability(chosen_scores: np.ndarray, rejected_scores: np.ndarray) -> np.ndarray:
+    """Return the Bradley-Terry probability that the first response is preferred.
+
+    chosen_scores: reward of the response named first, (n,), any real unit; rejected_scores: reward of the response
+    named second, (n,), same unit. Returns σ(r1 − r2), (n,), in [0, 1] (§4.1)."""
     first, second = _numbers("preference_probability", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     return np.exp(-np.logaddexp(0.0, second - first))
 
 # %% ../../nbs/stats/00_scores.ipynb #d6d20447
-def presented_pairs(
-    chosen: np.ndarray,  # reward of the chosen response, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-    form: str = "mirrored",  # "mirrored": both orders; "randomised": one order for each pair, drawn from `seed`
-    seed: int = 0,  # used by "randomised" only
-) -> tuple:  # (reward of the first, reward of the second, label 1 if the first was chosen), each (2n,) or (n,)
-    "Put each pair in an order and label whether the first response was chosen."
+def presented_pairs(chosen: np.ndarray, rejected: np.ndarray, form: str = "mirrored", seed: int = 0) -> tuple:
+    """Put each pair in an order and label whether the first response was chosen.
+
+    chosen: reward of the chosen response, (n,); rejected: reward of the rejected response, (n,); form: "mirrored":
+    both orders; "randomised": one order for each pair, drawn from `seed`; seed: used by "randomised" only. Returns
+    (reward of the first, reward of the second, label 1 if the first was chosen), each (2n,) or (n,)."""
     chosen, rejected = _numbers("presented_pairs", chosen=chosen, rejected=rejected)
     if form == "mirrored":
         label = np.repeat([1, 0], len(chosen))
@@ -104,21 +95,17 @@ def presented_pairs(
     )
 
 # %% ../../nbs/stats/00_scores.ipynb #fe2d7096
-def accuracy(
-    chosen: np.ndarray,  # reward of the chosen response, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-) -> float:  # fraction of pairs ranked as labelled, in [0, 1]; ties lose (Table 1)
-    "Return the share of pairs in which the chosen response scores strictly higher."
+def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """Return the share of pairs in which the chosen response scores strictly higher.
+
+    chosen: reward of the chosen response, (n,); rejected: reward of the rejected response, (n,). Returns fraction
+    of pairs ranked as labelled, in [0, 1]; ties lose (Table 1)."""
     chosen, rejected = _numbers("accuracy", chosen=chosen, rejected=rejected)
     return float(np.mean(chosen > rejected))
 
 # %% ../../nbs/stats/00_scores.ipynb #723727f2
-def _binary(
-    where: str,  # function that asks, for the message
-    label: np.ndarray,  # values to check, (n,)
-    name: str = "label",  # name of the column, for the message
-) -> np.ndarray:  # the same values, (n,), 0 or 1
-    "Check that a column holds only 0 and 1."
+def _binary(where: str, label: np.ndarray, name: str = "label") -> np.ndarray:
+    "Check that a column holds only 0 and 1. Returns the same values, (n,), 0 or 1."
     outside = np.flatnonzero(~np.isin(label, (0, 1)))
     if len(outside):
         row = outside[0]
@@ -128,11 +115,11 @@ def _binary(
     return label.astype(int)
 
 # %% ../../nbs/stats/00_scores.ipynb #d923e098
-def roc_auc(
-    score: np.ndarray,  # probability or margin, higher for positives, (n,)
-    label: np.ndarray,  # 1 if the first response was chosen, else 0, (n,)
-) -> float:  # area under the ROC curve, in [0, 1]; ties count half (Table 1)
-    "Return the chance that a positive scores above a negative."
+def roc_auc(score: np.ndarray, label: np.ndarray) -> float:
+    """Return the chance that a positive scores above a negative.
+
+    score: probability or margin, higher for positives, (n,); label: 1 if the first response was chosen, else 0,
+    (n,). Returns area under the ROC curve, in [0, 1]; ties count half (Table 1)."""
     score, label = _numbers("roc_auc", score=score, label=label)
     label = _binary("roc_auc", label)
     if len(set(label.tolist())) < 2:
@@ -144,11 +131,7 @@ def roc_auc(
     return float(roc_auc_score(label, score))
 
 # %% ../../nbs/stats/00_scores.ipynb #bf062cab
-def _forecast(
-    where: str,  # function that asks, for the message
-    probability: np.ndarray,  # forecast, (n,)
-    label: np.ndarray,  # outcome, (n,)
-) -> tuple:  # (probability in [0, 1], label 0 or 1), each (n,)
+def _forecast(where: str, probability: np.ndarray, label: np.ndarray) -> tuple:
     "Check a column of probabilities against its column of outcomes."
     probability, label = _numbers(where, probability=probability, label=label)
     outside = np.flatnonzero((probability < 0) | (probability > 1))
@@ -161,23 +144,18 @@ def _forecast(
     return probability, _binary(where, label)
 
 # %% ../../nbs/stats/00_scores.ipynb #406e3768
-def brier_score(
-    probability: np.ndarray,  # forecast that the first response was chosen, (n,), in [0, 1]
-    label: np.ndarray,  # 1 if it was, else 0, (n,)
-) -> float:  # mean squared error of the forecast, in [0, 1], lower is better (Table 1)
-    "Return the mean squared distance between forecast and outcome."
+def brier_score(probability: np.ndarray, label: np.ndarray) -> float:
+    """Return the mean squared distance between forecast and outcome.
+
+    probability: forecast that the first response was chosen, (n,), in [0, 1]; label: 1 if it was, else 0, (n,).
+    Returns mean squared error of the forecast, in [0, 1], lower is better (Table 1)."""
     probability, label = _forecast("brier_score", probability, label)
     from sklearn.metrics import brier_score_loss
 
     return float(brier_score_loss(label, probability, pos_label=1))
 
 # %% ../../nbs/stats/00_scores.ipynb #c53d0254
-def _bin_totals(
-    probability: np.ndarray,  # forecast, (n,), in [0, 1]
-    label: np.ndarray,  # outcome, (n,), 0 or 1
-    bins: int,  # number of equal-width bins
-    where: str,  # function that asks, for the message
-) -> tuple:  # (edges (bins+1,), count, sum of forecasts, sum of outcomes, each (bins,))
+def _bin_totals(probability: np.ndarray, label: np.ndarray, bins: int, where: str) -> tuple:
     "Sum forecasts and outcomes in bins of equal width."
     probability, label = _forecast(where, probability, label)
     if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 1:
@@ -190,22 +168,22 @@ def _bin_totals(
     return edges, *totals
 
 # %% ../../nbs/stats/00_scores.ipynb #c0a0315e
-def expected_calibration_error(
-    probability: np.ndarray,  # forecast of the positive class, (n,), in [0, 1]
-    label: np.ndarray,  # 1 if the first response was chosen, else 0, (n,)
-    bins: int = 10,  # number of equal-width bins (not given in the paper)
-) -> float:  # weighted mean gap between frequency and forecast, in [0, 1], lower is better (Table 1)
-    "Return the expected calibration error over bins of equal width."
+def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> float:
+    """Return the expected calibration error over bins of equal width.
+
+    probability: forecast of the positive class, (n,), in [0, 1]; label: 1 if the first response was chosen, else 0,
+    (n,); bins: number of equal-width bins (not given in the paper). Returns weighted mean gap between frequency and
+    forecast, in [0, 1], lower is better (Table 1)."""
     _, count, forecast, outcome = _bin_totals(probability, label, bins, "expected_calibration_error")
     return float(np.abs(outcome - forecast).sum() / count.sum())
 
 # %% ../../nbs/stats/00_scores.ipynb #a0740bd2
-def reliability_bins(
-    probability: np.ndarray,  # forecast of the positive class, (n,), in [0, 1]
-    label: np.ndarray,  # 1 if the first response was chosen, else 0, (n,)
-    bins: int = 10,  # number of equal-width bins
-) -> "pd.DataFrame":  # one row for each bin: low, high, mean_probability, frequency, count; NaN where the bin is empty
-    "Tabulate mean forecast and observed frequency for each bin."
+def reliability_bins(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> "pd.DataFrame":
+    """Tabulate mean forecast and observed frequency for each bin.
+
+    probability: forecast of the positive class, (n,), in [0, 1]; label: 1 if the first response was chosen, else 0,
+    (n,); bins: number of equal-width bins. Returns one row for each bin: low, high, mean_probability, frequency,
+    count; NaN where the bin is empty."""
     import pandas as pd
 
     edges, count, forecast, outcome = _bin_totals(probability, label, bins, "reliability_bins")
@@ -222,13 +200,13 @@ def reliability_bins(
 
 # %% ../../nbs/stats/00_scores.ipynb #da002c01
 def pairwise_metrics(
-    chosen: np.ndarray,  # reward of the chosen response, (n,)
-    rejected: np.ndarray,  # reward of the rejected response, (n,)
-    bins: int = 10,  # bins of the ECE
-    form: str = "mirrored",  # order of the responses: "mirrored" or "randomised"
-    seed: int = 0,  # used by "randomised" only
-) -> dict:  # accuracy, auc, ece, brier (fractions in [0, 1]) and n (number of pairs) (Table 1)
-    "Return the four numbers of Table 1 for one reward model."
+    chosen: np.ndarray, rejected: np.ndarray, bins: int = 10, form: str = "mirrored", seed: int = 0
+) -> dict:
+    """Return the four numbers of Table 1 for one reward model.
+
+    chosen: reward of the chosen response, (n,); rejected: reward of the rejected response, (n,); bins: bins of the
+    ECE; form: order of the responses: "mirrored" or "randomised"; seed: used by "randomised" only. Returns
+    accuracy, auc, ece, brier (fractions in [0, 1]) and n (number of pairs) (Table 1)."""
     first, second, label = presented_pairs(chosen, rejected, form, seed)
     probability = preference_probability(first, second)
     return dict(
@@ -240,21 +218,14 @@ def pairwise_metrics(
     )
 
 # %% ../../nbs/stats/00_scores.ipynb #03b41dbb
-def _cluster_index(
-    clusters: np.ndarray,  # id of each row's cluster, (n,)
-) -> tuple:  # (rows sorted by cluster (n,), where each cluster starts (k,), its number of rows (k,))
+def _cluster_index(clusters: np.ndarray) -> tuple:
     "Sort the rows by cluster."
     _, cluster_of = np.unique(clusters, return_inverse=True)
     count = np.bincount(cluster_of)
     return np.argsort(cluster_of, kind="stable"), np.cumsum(count) - count, count
 
 # %% ../../nbs/stats/00_scores.ipynb #dd8ec18b
-def _draw_rows(
-    rng: np.random.Generator,  # source of chance
-    order: np.ndarray,  # rows sorted by cluster, (n,)
-    start: np.ndarray,  # where each cluster starts in `order`, (k,)
-    count: np.ndarray,  # rows of each cluster, (k,)
-) -> np.ndarray:  # rows of k clusters drawn with replacement, (about n,)
+def _draw_rows(rng: np.random.Generator, order: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
     "Draw as many clusters as there are, with replacement, and list their rows."
     drawn = rng.integers(len(start), size=len(start))
     size = count[drawn]
@@ -262,12 +233,8 @@ def _draw_rows(
     return order[np.repeat(start[drawn], size) + within]
 
 # %% ../../nbs/stats/00_scores.ipynb #1a0851fd
-def _bootstrap_settings(
-    samples: int,  # number of resamples
-    level: float,  # coverage
-    columns: tuple,  # arrays to resample
-) -> None:  # raises on a setting that cannot work
-    "Check the settings of the bootstrap."
+def _bootstrap_settings(samples: int, level: float, columns: tuple) -> None:
+    "Check the settings of the bootstrap. Returns raises on a setting that cannot work."
     if not isinstance(samples, (int, np.integer)) or samples < 1:
         raise ValueError(
             f"scores.bootstrap: samples={samples!r} found, expected a whole number of at least 1; use 1000 for a table"
@@ -283,14 +250,13 @@ def _bootstrap_settings(
 
 # %% ../../nbs/stats/00_scores.ipynb #c5bb8656
 def bootstrap(
-    statistic,  # function of the resampled columns that returns one number
-    *columns,  # arrays of n rows, resampled together
-    clusters: np.ndarray = None,  # id of each row's speech, (n,); None: each row for itself
-    samples: int = 1000,  # number of resamples
-    level: float = 0.95,  # coverage, in (0, 1)
-    seed: int = 0,  # seed of the resampling
-) -> tuple:  # (low, high), in the unit of the statistic
-    "Return a percentile bootstrap interval by resampling whole clusters."
+    statistic, *columns, clusters: np.ndarray = None, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple:
+    """Return a percentile bootstrap interval by resampling whole clusters.
+
+    statistic: function of the resampled columns that returns one number; clusters: id of each row's speech, (n,);
+    None: each row for itself; level: coverage, in (0, 1); seed: seed of the resampling; columns: arrays of n rows,
+    resampled together. Returns (low, high), in the unit of the statistic."""
     _bootstrap_settings(samples, level, columns)
     arrays = _columns("bootstrap", **{f"column_{i}": column for i, column in enumerate(columns)})
     ids = (
@@ -314,14 +280,18 @@ def bootstrap(
 
 # %% ../../nbs/stats/00_scores.ipynb #6e61f8a1
 def paired_difference(
-    a_values: np.ndarray,  # value of model a on each item, (n,), e.g. 1 for a win
-    b_values: np.ndarray,  # value of model b on the same items in the same order, (n,)
-    clusters: np.ndarray = None,  # id of each item's speech, (n,); None: each item for itself
-    samples: int = 1000,  # number of resamples
-    level: float = 0.95,  # coverage, in (0, 1)
-    seed: int = 0,  # seed of the resampling
-) -> tuple:  # (mean of a − b, low, high), in the unit of the values
-    "Return the mean difference of two models on the same items, with its interval."
+    a_values: np.ndarray,
+    b_values: np.ndarray,
+    clusters: np.ndarray = None,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple:
+    """Return the mean difference of two models on the same items, with its interval.
+
+    a_values: value of model a on each item, (n,), e.g. 1 for a win; b_values: value of model b on the same items in
+    the same order, (n,); clusters: id of each item's speech, (n,); None: each item for itself; level: coverage, in
+    (0, 1); seed: seed of the resampling. Returns (mean of a − b, low, high), in the unit of the values."""
     a_values, b_values = _numbers("paired_difference", a_values=a_values, b_values=b_values)
     difference = a_values - b_values
     return float(difference.mean()), *bootstrap(
@@ -329,11 +299,11 @@ def paired_difference(
     )
 
 # %% ../../nbs/stats/00_scores.ipynb #df582648
-def mcnemar(
-    correct_a: np.ndarray,  # 1 where model a is right, else 0, (n,)
-    correct_b: np.ndarray,  # 1 where model b is right on the same item, else 0, (n,)
-) -> float:  # two-sided exact binomial p-value, in (0, 1]; 1 if they never disagree
-    "Return McNemar's exact p-value for two models on the same items."
+def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
+    """Return McNemar's exact p-value for two models on the same items.
+
+    correct_a: 1 where model a is right, else 0, (n,); correct_b: 1 where model b is right on the same item, else 0,
+    (n,). Returns two-sided exact binomial p-value, in (0, 1]; 1 if they never disagree."""
     right_a, right_b = _numbers("mcnemar", correct_a=correct_a, correct_b=correct_b)
     right_a, right_b = _binary("mcnemar", right_a, "correct_a"), _binary("mcnemar", right_b, "correct_b")
     only_a, only_b = int(np.sum(right_a > right_b)), int(np.sum(right_b > right_a))
@@ -344,12 +314,10 @@ def mcnemar(
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 # %% ../../nbs/stats/00_scores.ipynb #27ecdb0c
-def checked_settings(
-    where: str,  # who asks, for the message
-    samples: int,  # number of resamples
-    level: float,  # coverage
-) -> None:  # raises on a setting that cannot work
-    "Check the settings of an interval."
+def checked_settings(where: str, samples: int, level: float) -> None:
+    """Check the settings of an interval.
+
+    where: who asks, for the message. Returns raises on a setting that cannot work."""
     if not isinstance(samples, (int, np.integer)) or isinstance(samples, bool) or samples < 1:
         raise ValueError(
             f"{where}: samples={samples!r} found, expected a whole number of at least 1; use 1000 for a table"
@@ -358,25 +326,23 @@ def checked_settings(
         raise ValueError(f"{where}: level={level!r} found, expected a number between 0 and 1; write 95% as 0.95")
 
 
-def weighted_totals(
-    totals: np.ndarray,  # what each speech adds to each total, (speeches, columns)
-    invented: np.ndarray,  # the same of speeches that were not seen, each with half a weight, (any number, columns)
-    samples: int = 1000,  # number of resamples
-    seed: int = 0,  # of the resampling
-) -> np.ndarray:  # the totals in each resample, weights 1 on average, (samples, columns)
-    "Draw the totals of randomly weighted speeches (Rubin 1981)."
+def weighted_totals(totals: np.ndarray, invented: np.ndarray, samples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Draw the totals of randomly weighted speeches (Rubin 1981).
+
+    totals: what each speech adds to each total, (speeches, columns); invented: the same of speeches that were not
+    seen, each with half a weight, (any number, columns). Returns the totals in each resample, weights 1 on average,
+    (samples, columns)."""
     kinds, count = np.unique(np.asarray(totals, float), axis=0, return_counts=True)
     shape = np.concatenate([count, np.full(len(invented), 0.5)])
     weights = np.random.default_rng(seed).standard_gamma(shape, size=(samples, len(shape)))
     return weights @ np.concatenate([kinds, np.asarray(invented, float).reshape(-1, kinds.shape[1])])
 
 # %% ../../nbs/stats/00_scores.ipynb #e9b90d77
-def cluster_totals(
-    where: str,  # who asks, for the message
-    values: np.ndarray,  # what each row adds to each total, (n, columns)
-    clusters: np.ndarray = None,  # id of each row's speech, (n,); None: each row for itself
-) -> np.ndarray:  # (speeches, columns)
-    "Add up the rows of each speech."
+def cluster_totals(where: str, values: np.ndarray, clusters: np.ndarray = None) -> np.ndarray:
+    """Add up the rows of each speech.
+
+    where: who asks, for the message; values: what each row adds to each total, (n, columns); clusters: id of each
+    row's speech, (n,); None: each row for itself. Returns (speeches, columns)."""
     values = np.asarray(values, float)
     if len(values) == 0:
         raise ValueError(f"{where}: no row found, expected at least one; check the filter before the call")
@@ -401,20 +367,19 @@ def cluster_totals(
 FEWEST = 10_000  # resamples of a mean: they cost a millisecond, and fewer would move the ends by half a point
 
 
-def mean_interval(
-    totals: np.ndarray,  # sum of values in [−1, 1] and number of rows of each speech, (speeches, 2)
-    samples: int,  # number of resamples
-    level: float,  # coverage
-    seed: int,  # of the resampling
-) -> tuple[float, float]:  # (low, high) of the mean value, in [−1, 1]
-    "Return an interval for a mean between −1 and 1, by speech."
+def mean_interval(totals: np.ndarray, samples: int, level: float, seed: int) -> tuple[float, float]:
+    """Return an interval for a mean between −1 and 1, by speech.
+
+    totals: sum of values in [−1, 1] and number of rows of each speech, (speeches, 2). Returns (low, high) of the
+    mean value, in [−1, 1]."""
     value, rows = totals[:, 0].sum() / totals[:, 1].sum(), totals[:, 1].mean()
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if np.array_equal(np.abs(totals[:, 0]), np.full(len(totals), rows)):
         low, high = 2 * _beta_quantiles((totals[:, 0] > 0).sum(), (totals[:, 0] < 0).sum(), tails) - 1
         return float(min(low, value)), float(max(high, value))
 
-    def drawn(side: int) -> tuple[float, float]:  # interval of side * value
+    def drawn(side: int) -> tuple[float, float]:
+        """Returns interval of side * value."""
         total, count = weighted_totals(totals * [side, 1], [[rows, rows], [-rows, rows]], max(samples, FEWEST), seed).T
         low, high = np.quantile(total / count, tails)
         return float(min(low, side * value)), float(max(high, side * value))
@@ -426,25 +391,21 @@ def mean_interval(
     return (low, high) if value > 0 else (-high, -low)
 
 
-def _beta_quantiles(
-    won: int,  # speeches
-    lost: int,  # speeches
-    tails: np.ndarray,  # probabilities, (t,)
-) -> np.ndarray:  # (t,), in [0, 1]
-    "Return quantiles of the share of the weights of won speeches."
+def _beta_quantiles(won: int, lost: int, tails: np.ndarray) -> np.ndarray:
+    "Return quantiles of the share of the weights of won speeches. Returns (t,), in [0, 1]."
     from scipy.special import betaincinv
 
     return betaincinv(won + 0.5, lost + 0.5, tails)
 
 # %% ../../nbs/stats/00_scores.ipynb #dbad5eab
 def win_interval(
-    wins: np.ndarray,  # 1 where the row counts, else 0, (n,), e.g. verdict == "win"
-    clusters: np.ndarray = None,  # id of each row's speech, (n,); None: each row for itself
-    samples: int = 1000,  # number of resamples, taken as FEWEST if below
-    level: float = 0.95,  # coverage, in (0, 1)
-    seed: int = 0,  # of the resampling
-) -> tuple[float, float]:  # (low, high) in percent, in [0, 100]
-    "Return an interval for a share of rows, by speech, that holds near 0 and 100 and for few speeches."
+    wins: np.ndarray, clusters: np.ndarray = None, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Return an interval for a share of rows, by speech, that holds near 0 and 100 and for few speeches.
+
+    wins: 1 where the row counts, else 0, (n,), e.g. verdict == "win"; clusters: id of each row's speech, (n,);
+    None: each row for itself; samples: number of resamples, taken as FEWEST if below; level: coverage, in (0, 1).
+    Returns (low, high) in percent, in [0, 100]."""
     checked_settings("scores.win_interval", samples, level)
     wins = np.asarray(wins)
     if wins.ndim != 1 or not np.isin(wins, (0, 1)).all():
@@ -460,10 +421,7 @@ def win_interval(
 VERDICTS = ("win", "loss", "tie")  # from the policy's side
 
 # %% ../../nbs/stats/00_scores.ipynb #24adb5e9
-def _verdicts(
-    where: str,  # function that asks, for the message
-    **columns,  # name → n verdicts
-) -> list:  # one array (n,) of "win", "loss", "tie" for each column
+def _verdicts(where: str, **columns) -> list:
     "Check that the columns hold only known verdicts."
     arrays = _columns(where, **columns)
     for name, array in zip(columns, arrays):
@@ -479,54 +437,54 @@ def _verdicts(
     return arrays
 
 # %% ../../nbs/stats/00_scores.ipynb #b67bc396
-def verdict_counts(
-    verdicts: list,  # "win", "loss" or "tie" for the policy, (n,)
-) -> dict:  # win, loss, tie (counts) and n (their sum)
-    "Count wins, losses and ties."
+def verdict_counts(verdicts: list) -> dict:
+    """Count wins, losses and ties.
+
+    verdicts: "win", "loss" or "tie" for the policy, (n,). Returns win, loss, tie (counts) and n (their sum)."""
     [verdicts] = _verdicts("verdict_counts", verdicts=verdicts)
     return {word: int(np.sum(verdicts == word)) for word in VERDICTS} | dict(n=len(verdicts))
 
 # %% ../../nbs/stats/00_scores.ipynb #deff8ce5
-def win_rate(
-    verdicts: list,  # "win", "loss" or "tie" for the policy, (n,)
-) -> float:  # wins in percent of all battles, in [0, 100]; ties are no wins (§4.2)
-    "Return the percentage of battles that the policy wins."
+def win_rate(verdicts: list) -> float:
+    """Return the percentage of battles that the policy wins.
+
+    verdicts: "win", "loss" or "tie" for the policy, (n,). Returns wins in percent of all battles, in [0, 100]; ties
+    are no wins (§4.2)."""
     [verdicts] = _verdicts("win_rate", verdicts=verdicts)
     return float(100 * np.mean(verdicts == "win"))
 
 # %% ../../nbs/stats/00_scores.ipynb #163fa4f5
-def opposite(
-    verdicts: list,  # verdicts from one side, (n,)
-) -> np.ndarray:  # the same verdicts from the other side, (n,)
-    "Tell each verdict from the other side."
+def opposite(verdicts: list) -> np.ndarray:
+    """Tell each verdict from the other side.
+
+    verdicts: verdicts from one side, (n,). Returns the same verdicts from the other side, (n,)."""
     [verdicts] = _verdicts("opposite", verdicts=verdicts)
     other = dict(win="loss", loss="win", tie="tie")
     return np.array([other[word] for word in verdicts.tolist()])
 
 # %% ../../nbs/stats/00_scores.ipynb #e0eb0ecc
-def swap_consistent(
-    verdict_forward: list,  # policy's response shown first, told from the policy's side, (n,)
-    verdict_backward: list,  # policy's response shown second, told from the policy's side, (n,)
-) -> np.ndarray:  # the verdict on which both orders agree, else "tie", (n,)
-    "Keep a verdict only if it survives swapping the responses."
+def swap_consistent(verdict_forward: list, verdict_backward: list) -> np.ndarray:
+    """Keep a verdict only if it survives swapping the responses.
+
+    verdict_forward: policy's response shown first, told from the policy's side, (n,); verdict_backward: policy's
+    response shown second, told from the policy's side, (n,). Returns the verdict on which both orders agree, else
+    "tie", (n,)."""
     forward, backward = _verdicts("swap_consistent", verdict_forward=verdict_forward, verdict_backward=verdict_backward)
     return np.where(forward == backward, forward, "tie").astype(str)
 
 # %% ../../nbs/stats/00_scores.ipynb #35f23bcf
-def flip_rate(
-    verdict_forward: list,  # policy's response shown first, told from the policy's side, (n,)
-    verdict_backward: list,  # policy's response shown second, told from the policy's side, (n,)
-) -> float:  # battles whose verdict changes with the order, in percent, in [0, 100]
-    "Return the percentage of verdicts that change when the responses are swapped."
+def flip_rate(verdict_forward: list, verdict_backward: list) -> float:
+    """Return the percentage of verdicts that change when the responses are swapped.
+
+    verdict_forward: policy's response shown first, told from the policy's side, (n,); verdict_backward: policy's
+    response shown second, told from the policy's side, (n,). Returns battles whose verdict changes with the order,
+    in percent, in [0, 100]."""
     forward, backward = _verdicts("flip_rate", verdict_forward=verdict_forward, verdict_backward=verdict_backward)
     return float(100 * np.mean(forward != backward))
 
 # %% ../../nbs/stats/00_scores.ipynb #d43d41f6
-def _battle_columns(
-    battles: "pd.DataFrame",  # one row for each verdict
-    by: str,  # column of the groups
-) -> None:  # raises on a missing column, value or unknown verdict
-    "Check that the battles can be tabulated."
+def _battle_columns(battles: "pd.DataFrame", by: str) -> None:
+    "Check that the battles can be tabulated. Returns raises on a missing column, value or unknown verdict."
     absent = [name for name in ("speech_id", "verdict", by) if name not in battles.columns]
     if absent:
         raise ValueError(
@@ -537,11 +495,7 @@ def _battle_columns(
     _verdicts("win_rate_table", verdict=battles["verdict"])
 
 # %% ../../nbs/stats/00_scores.ipynb #1f1407ca
-def _win_rate_row(
-    group: str,  # name of the group
-    battles: "pd.DataFrame",  # the group's battles
-    **settings,  # samples, level, seed of win_interval
-) -> dict:  # group, n, win_rate, low, high (percent); no interval for a single speech
+def _win_rate_row(group: str, battles: "pd.DataFrame", **settings) -> dict:
     "Return one row of the win rate table."
     wins, speeches = (battles["verdict"] == "win").to_numpy(), battles["speech_id"].to_numpy()
     low, high = win_interval(wins, speeches, **settings) if len(set(speeches)) > 1 else (np.nan, np.nan)
@@ -549,13 +503,13 @@ def _win_rate_row(
 
 # %% ../../nbs/stats/00_scores.ipynb #2edc4e72
 def win_rate_table(
-    battles: "pd.DataFrame",  # columns speech_id, verdict ("win", "loss", "tie" for the policy) and `by`
-    by: str = "coarse_topic",  # column of the groups
-    samples: int = 1000,  # number of resamples
-    level: float = 0.95,  # coverage of the interval, in (0, 1)
-    seed: int = 0,  # seed of the resampling
-) -> "pd.DataFrame":  # columns group, n, win_rate, low, high (percent); "Overall" last (Table 2)
-    "Tabulate win rates by group, with intervals over speeches."
+    battles: "pd.DataFrame", by: str = "coarse_topic", samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> "pd.DataFrame":
+    """Tabulate win rates by group, with intervals over speeches.
+
+    battles: columns speech_id, verdict ("win", "loss", "tie" for the policy) and `by`; by: column of the groups;
+    level: coverage of the interval, in (0, 1); seed: seed of the resampling. Returns columns group, n, win_rate,
+    low, high (percent); "Overall" last (Table 2)."""
     import pandas as pd
 
     _battle_columns(battles, by)
@@ -563,11 +517,11 @@ def win_rate_table(
     return pd.DataFrame([_win_rate_row(group, part, samples=samples, level=level, seed=seed) for group, part in parts])
 
 # %% ../../nbs/stats/00_scores.ipynb #4585f844
-def length_ratio(
-    policy_responses: list,  # texts of the policy, (n,)
-    reference_responses: list,  # texts of the reference model for the same speeches, (n,), not blank
-) -> float:  # median of words(policy) / words(reference), 1 = same length
-    "Return the median ratio of word counts, policy to reference."
+def length_ratio(policy_responses: list, reference_responses: list) -> float:
+    """Return the median ratio of word counts, policy to reference.
+
+    policy_responses: texts of the policy, (n,); reference_responses: texts of the reference model for the same
+    speeches, (n,), not blank. Returns median of words(policy) / words(reference), 1 = same length."""
     policy, reference = _columns(
         "length_ratio", policy_responses=policy_responses, reference_responses=reference_responses
     )
@@ -584,11 +538,7 @@ def length_ratio(
     return float(np.median(words[0] / words[1]))
 
 # %% ../../nbs/stats/00_scores.ipynb #91f20715
-def _ratings(
-    where: str,  # function that asks, for the message
-    a: list,  # labels of the first rater, (n,)
-    b: list,  # labels of the second rater, (n,)
-) -> list:  # both columns as arrays (n,), all text or all numbers
+def _ratings(where: str, a: list, b: list) -> list:
     "Check that two raters use the same kind of label."
     arrays = _columns(where, a=a, b=b)
     kinds = {"text" if isinstance(value, str) else "number" for array in arrays for value in array.tolist()}
@@ -600,20 +550,20 @@ def _ratings(
     return arrays
 
 # %% ../../nbs/stats/00_scores.ipynb #e25a9834
-def percent_agreement(
-    a: list,  # labels of the first rater, (n,)
-    b: list,  # labels of the second rater for the same items, (n,)
-) -> float:  # items with equal labels in percent, in [0, 100] (§3.4)
-    "Return the percentage of items on which two raters agree."
+def percent_agreement(a: list, b: list) -> float:
+    """Return the percentage of items on which two raters agree.
+
+    a: labels of the first rater, (n,); b: labels of the second rater for the same items, (n,). Returns items with
+    equal labels in percent, in [0, 100] (§3.4)."""
     a, b = _ratings("percent_agreement", a, b)
     return float(100 * np.mean(a == b))
 
 # %% ../../nbs/stats/00_scores.ipynb #8dc8bf59
-def cohen_kappa(
-    a: list,  # labels of the first rater, (n,)
-    b: list,  # labels of the second rater for the same items, (n,)
-) -> float:  # chance-corrected agreement, in [−1, 1]; 0 is chance
-    "Return Cohen's kappa of two raters."
+def cohen_kappa(a: list, b: list) -> float:
+    """Return Cohen's kappa of two raters.
+
+    a: labels of the first rater, (n,); b: labels of the second rater for the same items, (n,). Returns chance-
+    corrected agreement, in [−1, 1]; 0 is chance."""
     a, b = _ratings("cohen_kappa", a, b)
     labels = np.unique(np.concatenate([a, b]))
     if len(labels) < 2:

@@ -73,15 +73,12 @@ def _split(tokenizer, pair) -> dict:
     return {"prompt_ids": start[:n], "chosen_ids": texts[0][n:], "rejected_ids": texts[1][n:]}
 
 
-def dpo_rows(
-    pairs,  # frame with prefID, question, chosen, rejected, and messages where the prompt is not ours
-    tokenizer,  # of the policy
-    max_length: int,  # tokens of prompt plus one response
-    needed: bool = True,  # refuse pairs that are all too long; development pairs can be done without
-) -> tuple[
-    list[dict], list[int]
-]:  # rows with prompt_ids, chosen_ids, rejected_ids, length; prefIDs of pairs that are too long
-    "Tokenise pairs for trl's DPOTrainer; list the overlong ones."
+def dpo_rows(pairs, tokenizer, max_length: int, needed: bool = True) -> tuple[list[dict], list[int]]:
+    """Tokenise pairs for trl's DPOTrainer; list the overlong ones.
+
+    pairs: frame with prefID, question, chosen, rejected, and messages where the prompt is not ours; max_length:
+    tokens of prompt plus one response; needed: refuse pairs that are all too long; development pairs can be done
+    without. Returns rows with prompt_ids, chosen_ids, rejected_ids, length; prefIDs of pairs that are too long."""
     rows, long = [], []
     for pair in pairs.itertuples():
         row = _split(tokenizer, pair)
@@ -101,25 +98,30 @@ def dpo_rows(
 
 # %% ../../nbs/training/05_dpo.ipynb #b44ef05e
 def write_dpo_job(
-    folder: Path,  # of the job
-    start: Weights,  # where the policy starts
-    pairs,  # frame of training pairs
-    settings: DpoSettings,  # how
-    goal: Path | None,  # where the finished policy goes; None where its checkpoints are all that is wanted
-    dtype: str,  # auto, bfloat16 or float32
-    seed: int,  # of batches and adapters
-    reference: Weights | None = None,  # what holds the policy; None takes where it starts
-    dev=None,  # frame of pairs for choosing the checkpoint
-    nll_weight: float = 0.0,  # of the chosen answers' likelihood
-    keep_points: bool = False,  # leave all checkpoints' weights for curves; a goal then gets those of the last step, not of the best
-    schedule: tuple[int, int]
-    | None = None,  # (steps done before, steps in all) where the step size falls across several jobs
-    optimiser: str
-    | Path
-    | None = None,  # a file of moments to go on with, "" to begin; a finished job writes one when this is not None
-    name: str = "DPO",  # shown before the bar
+    folder: Path,
+    start: Weights,
+    pairs,
+    settings: DpoSettings,
+    goal: Path | None,
+    dtype: str,
+    seed: int,
+    reference: Weights | None = None,
+    dev=None,
+    nll_weight: float = 0.0,
+    keep_points: bool = False,
+    schedule: tuple[int, int] | None = None,
+    optimiser: str | Path | None = None,
+    name: str = "DPO",
 ) -> None:
-    "Write a training down, its pairs as tokens; what another job left in the folder is cleared."
+    """Write a training down, its pairs as tokens; what another job left in the folder is cleared.
+
+    start: where the policy starts; pairs: frame of training pairs; goal: where the finished policy goes; None where
+    its checkpoints are all that is wanted; dtype: auto, bfloat16 or float32; seed: of batches and adapters;
+    reference: what holds the policy; None takes where it starts; dev: frame of pairs for choosing the checkpoint;
+    nll_weight: of the chosen answers' likelihood; keep_points: leave all checkpoints' weights for curves; a goal
+    then gets those of the last step, not of the best; schedule: (steps done before, steps in all) where the step
+    size falls across several jobs; optimiser: a file of moments to go on with, "" to begin; a finished job writes
+    one when this is not None; name: shown before the bar."""
     if optimiser is not None and settings.lora.rank:
         raise StudyError(
             "dpo_iter.optimiser: moments can't be kept for adapters, which start anew in each iteration; set it to "
@@ -209,12 +211,10 @@ def _continuing_trainer(schedule: tuple[int, int] | None, optimiser: str | None)
     return ContinuingDPOTrainer
 
 # %% ../../nbs/training/05_dpo.ipynb #d601a9ca
-def clear_checkpoints(
-    folder: Path,  # of a job
-    points: bool,  # whether their weights are kept
-    whole: int = 0,  # newest ones that are left as they are
-) -> None:
-    "Take optimiser and random states out of checkpoints, or all of them away."
+def clear_checkpoints(folder: Path, points: bool, whole: int = 0) -> None:
+    """Take optimiser and random states out of checkpoints, or all of them away.
+
+    points: whether their weights are kept; whole: newest ones that are left as they are."""
     if not points:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     checkpoints = numbered(folder / "checkpoints")
@@ -224,7 +224,7 @@ def clear_checkpoints(
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
-def _slim():  # a transformers.TrainerCallback
+def _slim():
     "Keep two checkpoints whole; the older ones are curve points, nobody goes on from them."
     from transformers import TrainerCallback
 
@@ -237,16 +237,20 @@ def _slim():  # a transformers.TrainerCallback
 
 
 def dpo_config(
-    settings: DpoSettings,  # how
-    plan: dict,  # of step_plan
-    folder: Path,  # for checkpoints
-    seed: int,  # of batches
-    evaluate: bool,  # whether there are development pairs
-    autocast: bool = False,  # compute in bfloat16 above float32 weights
-    nll_weight: float = 0.0,  # of the chosen answers' likelihood
-    keep_points: bool = False,  # leave all checkpoints' weights
-):  # trl.DPOConfig
-    "Translate our settings for trl's DPOTrainer."
+    settings: DpoSettings,
+    plan: dict,
+    folder: Path,
+    seed: int,
+    evaluate: bool,
+    autocast: bool = False,
+    nll_weight: float = 0.0,
+    keep_points: bool = False,
+):
+    """Translate our settings for trl's DPOTrainer.
+
+    folder: for checkpoints; evaluate: whether there are development pairs; autocast: compute in bfloat16 above
+    float32 weights; nll_weight: of the chosen answers' likelihood; keep_points: leave all checkpoints' weights.
+    Returns trl.DPOConfig."""
     from trl import DPOConfig
 
     saved = (
@@ -295,10 +299,10 @@ def _models(job: dict, settings: DpoSettings) -> tuple:
     return add_lora(load_causal_lm(start, dtype), settings.lora, seed=job["seed"]), apart, autocast
 
 
-def build_dpo_trainer(
-    folder: Path,  # of the job
-):  # (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)
-    "Make the trainer of a job; the reference's log-probabilities are computed or found here."
+def build_dpo_trainer(folder: Path):
+    """Make the trainer of a job; the reference's log-probabilities are computed or found here.
+
+    Returns (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)."""
     job, _ = load_job(folder)
     settings, tokenizer = restore(DpoSettings, job["settings"]), load_tokenizer(restore(Weights, job["start"]))
     (rows, long), (dev, dev_long) = _read_rows(folder, "train"), _read_rows(folder, "dev")
@@ -353,10 +357,10 @@ def _save_moments(trainer, place: Path) -> None:
             torch.save(trainer.optimizer.state_dict()["state"], partial)
 
 
-def run_dpo_job(
-    folder: Path,  # of the job
-) -> dict:  # what happened: log, best step, development loss, what was dropped, seconds of this start
-    "Train; go on where an interrupted run was. Every process of a launch calls this."
+def run_dpo_job(folder: Path) -> dict:
+    """Train; go on where an interrupted run was. Every process of a launch calls this.
+
+    Returns what happened: log, best step, development loss, what was dropped, seconds of this start."""
     (job, _), moments = load_job(folder), [time.perf_counter()]
     take_device(restore(DpoSettings, job["settings"]).lora)
     if job["optimiser"] is not None and sharded():
@@ -394,27 +398,30 @@ def run_dpo_job(
 
 # %% ../../nbs/training/05_dpo.ipynb #cf751d7b
 def train_policy(
-    start: Weights,  # where the policy starts
-    pairs,  # frame of training pairs
-    settings: DpoSettings,  # how
-    goal: Path | None,  # where the finished policy goes; None where its checkpoints are all that is wanted
-    scratch: Path,  # folder of the job
-    dtype: str = "auto",  # auto, bfloat16 or float32
-    seed: int = 0,  # of batches and adapters
-    **more,  # reference, dev, nll_weight, keep_points, schedule, optimiser, name: as write_dpo_job takes them
-) -> dict:  # of run_dpo_job
-    "Train a policy by DPO and save it as a plain transformers model; a finished job is not done again."
+    start: Weights,
+    pairs,
+    settings: DpoSettings,
+    goal: Path | None,
+    scratch: Path,
+    dtype: str = "auto",
+    seed: int = 0,
+    **more,
+) -> dict:
+    """Train a policy by DPO and save it as a plain transformers model; a finished job is not done again.
+
+    start: where the policy starts; pairs: frame of training pairs; goal: where the finished policy goes; None where
+    its checkpoints are all that is wanted; scratch: folder of the job; dtype: auto, bfloat16 or float32; seed: of
+    batches and adapters; more: reference, dev, nll_weight, keep_points, schedule, optimiser, name: as write_dpo_job
+    takes them."""
     write_dpo_job(scratch, start, pairs, settings, goal, dtype, seed, **more)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/05_dpo.ipynb #84cacc6c
-def materialise(
-    start: Weights,  # what the adapters belong to
-    checkpoint: Path,  # a trainer's checkpoint, with adapters or a whole model
-    folder: Path,  # where the plain model goes
-    dtype: str = "auto",  # auto, bfloat16 or float32
-) -> Path:  # the folder
-    "Save a checkpoint as a plain transformers model; one that was made of the same checkpoint is kept."
+def materialise(start: Weights, checkpoint: Path, folder: Path, dtype: str = "auto") -> Path:
+    """Save a checkpoint as a plain transformers model; one that was made of the same checkpoint is kept.
+
+    start: what the adapters belong to; checkpoint: a trainer's checkpoint, with adapters or a whole model; folder:
+    where the plain model goes; dtype: auto, bfloat16 or float32. Returns the folder."""
     made_of = [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(checkpoint.glob("*.safetensors"))
     ]

@@ -30,14 +30,10 @@ __all__ = ['DROP_REASONS', 'iteration_prompts', 'choose_pair', 'online_pairs', '
            'iterate']
 
 # %% ../../nbs/training/09_iteration.ipynb #a6df8eb5
-def iteration_prompts(
-    speech_ids: list[str],  # training speeches
-    n: int,  # for one iteration
-    iteration: int,  # 0-based
-    seed: int,
-    draw: str = "rounds",  # rounds / fresh
-) -> list[str]:  # n speech ids, all different
-    "Draw an iteration's speeches."
+def iteration_prompts(speech_ids: list[str], n: int, iteration: int, seed: int, draw: str = "rounds") -> list[str]:
+    """Draw an iteration's speeches.
+
+    speech_ids: training speeches; n: for one iteration; draw: rounds / fresh. Returns n speech ids, all different."""
     known = sorted(speech_ids)
     if not 1 <= n <= len(known):
         raise StudyError(
@@ -73,12 +69,11 @@ def _choices(answers: list[str], rewards: list[float], settings: IterSettings) -
     ]
 
 
-def choose_pair(
-    answers: list[str],  # candidates of one speech
-    rewards: list[float],  # one for each
-    settings: IterSettings,  # pair_choice, length_slack, min_gap
-) -> tuple[int, int] | str:  # places of the chosen and the rejected answer, or why there are none
-    "Choose two answers of a group."
+def choose_pair(answers: list[str], rewards: list[float], settings: IterSettings) -> tuple[int, int] | str:
+    """Choose two answers of a group.
+
+    answers: candidates of one speech; rewards: one for each; settings: pair_choice, length_slack, min_gap. Returns
+    places of the chosen and the rejected answer, or why there are none."""
     told = [(i, j) for i, j in _choices(answers, rewards, settings) if answers[i].strip()]
     if not told:
         return "no pair of similar length" if settings.pair_choice == "similar-length" else "empty answer"
@@ -93,13 +88,14 @@ DROP_REASONS = ("no gap", "same text", "empty answer", "no pair of similar lengt
 
 
 def online_pairs(
-    speeches: dict,  # speech_id -> client speech
-    candidates: dict,  # speech_id -> answers
-    rewards: dict,  # speech_id -> a reward for each answer
-    settings: IterSettings = IterSettings(),  # which two make a pair
-    cut: dict | None = None,  # speech_id -> for each answer whether it was cut at the longest length; None: none was
-):  # (frame with ID, prefID, question, chosen, rejected, their rewards and whether they were cut; counts of dropped groups by reason)
-    "Pair the candidates of each speech; drop and count groups that hold nothing to prefer."
+    speeches: dict, candidates: dict, rewards: dict, settings: IterSettings = IterSettings(), cut: dict | None = None
+):
+    """Pair the candidates of each speech; drop and count groups that hold nothing to prefer.
+
+    speeches: speech_id -> client speech; candidates: speech_id -> answers; rewards: speech_id -> a reward for each
+    answer; settings: which two make a pair; cut: speech_id -> for each answer whether it was cut at the longest
+    length; None: none was. Returns (frame with ID, prefID, question, chosen, rejected, their rewards and whether
+    they were cut; counts of dropped groups by reason)."""
     import pandas as pd
 
     rows, dropped = [], dict.fromkeys(DROP_REASONS, 0)
@@ -138,10 +134,10 @@ def online_pairs(
     ), dropped
 
 
-def cut_answers(
-    samples: dict,  # speech_id -> samples
-) -> dict:  # speech_id -> for each whether it was cut at the longest length
-    "Say which answers have not ended."
+def cut_answers(samples: dict) -> dict:
+    """Say which answers have not ended.
+
+    samples: speech_id -> samples. Returns speech_id -> for each whether it was cut at the longest length."""
     return {name: [sample.finish_reason == "length" for sample in group] for name, group in samples.items()}
 
 # %% ../../nbs/training/09_iteration.ipynb #88d4c8a3
@@ -159,25 +155,16 @@ class Online:
     dtype: str  # auto, bfloat16 or float32
     seed: int  # of the run
 
-    def place(
-        self,
-        number: int,  # 1-based; 0 is the backbone
-    ) -> Path:  # folder of the iteration
-        "Name an iteration's folder."
+    def place(self, number: int) -> Path:
+        "Name an iteration's folder. number: 1-based; 0 is the backbone. Returns folder of the iteration."
         return self.folder / f"iteration-{number}"
 
-    def policy(
-        self,
-        number: int,  # 0 is the backbone
-    ) -> Weights:  # the policy after that iteration
-        "Find the policy of an iteration."
+    def policy(self, number: int) -> Weights:
+        "Find the policy of an iteration. number: 0 is the backbone. Returns the policy after that iteration."
         return find_weights(str(self.place(number) / "policy")) if number else self.base
 
-    def decoding(
-        self,
-        number: int,  # 1-based
-    ) -> Decoding:  # how its candidates are sampled
-        "Say how an iteration samples."
+    def decoding(self, number: int) -> Decoding:
+        "Say how an iteration samples. Returns how its candidates are sampled."
         own = self.settings
         return Decoding(
             own.max_tokens or self.max_tokens,
@@ -204,11 +191,11 @@ class Clock:
         return found
 
 # %% ../../nbs/training/09_iteration.ipynb #cccf69d5
-def candidate_pairs(
-    online: Online,  # with what
-    number: int,  # 1-based iteration
-):  # (frame of pairs, facts: dropped groups by reason, mean reward of the candidates, groups)
-    "Draw speeches, sample and score candidates, pair them; what stands there is read."
+def candidate_pairs(online: Online, number: int):
+    """Draw speeches, sample and score candidates, pair them; what stands there is read.
+
+    number: 1-based iteration. Returns (frame of pairs, facts: dropped groups by reason, mean reward of the
+    candidates, groups)."""
     import numpy as np
 
     folder, own = online.place(number), online.settings
@@ -247,23 +234,18 @@ def candidate_pairs(
     }
 
 # %% ../../nbs/training/09_iteration.ipynb #2ffc563e
-def iteration_schedule(
-    online: Online,  # with what
-    number: int,  # 1-based
-) -> tuple[int, int] | None:  # (steps planned before it, steps planned in all), or None
-    "Say where an iteration stands in a schedule over all."
+def iteration_schedule(online: Online, number: int) -> tuple[int, int] | None:
+    """Say where an iteration stands in a schedule over all.
+
+    Returns (steps planned before it, steps planned in all), or None."""
     if online.settings.schedule == "each":
         return None
     steps = max(1, int(online.settings.epochs * (online.settings.prompts // online.dpo.batch_size)))
     return (number - 1) * steps, online.settings.iterations * steps
 
 
-def learn(
-    online: Online,  # with what
-    number: int,  # 1-based
-    pairs,  # frame of its pairs
-) -> dict:  # of the training
-    "Train an iteration's policy on its pairs."
+def learn(online: Online, number: int, pairs) -> dict:
+    "Train an iteration's policy on its pairs. pairs: frame of its pairs."
     own, folder = online.settings, online.place(number)
     how = dataclasses.replace(
         online.dpo,
@@ -291,11 +273,8 @@ def learn(
     )
 
 # %% ../../nbs/training/09_iteration.ipynb #22deb776
-def run_iteration(
-    online: Online,  # with what
-    number: int,  # 1-based
-) -> dict:  # its receipt
-    "Sample, score, pair, train, save; a finished iteration is read."
+def run_iteration(online: Online, number: int) -> dict:
+    "Sample, score, pair, train, save; a finished iteration is read. Returns its receipt."
     folder = online.place(number)
     if (folder / "done.json").is_file():
         _tidy(online, number)
@@ -337,11 +316,11 @@ def _tidy(online: Online, number: int) -> None:
         (online.place(number) / "optimiser.pt").unlink(missing_ok=True)
 
 # %% ../../nbs/training/09_iteration.ipynb #000a8388
-def best_point(
-    points: list[dict],  # of `training.watching`, one for each candidate
-    select: str,  # reward / win-rate
-) -> int:  # place of the best; the earlier of equals
-    "Choose a point by its development reward or its judged win rate."
+def best_point(points: list[dict], select: str) -> int:
+    """Choose a point by its development reward or its judged win rate.
+
+    points: of `training.watching`, one for each candidate; select: reward / win-rate. Returns place of the best;
+    the earlier of equals."""
     key = {"reward": "reward", "win-rate": "judged"}[select]
     if any(point[key] is None for point in points):
         raise StudyError(
@@ -351,12 +330,8 @@ def best_point(
     return max(range(len(points)), key=lambda i: (points[i][key], -i))
 
 
-def prune(
-    online: Online,  # with what
-    newest: int,  # 1-based
-    best: int,  # 1-based
-) -> list[int]:  # iterations whose weights went now
-    "Take away the weights that nobody will ask for."
+def prune(online: Online, newest: int, best: int) -> list[int]:
+    "Take away the weights that nobody will ask for. Returns iterations whose weights went now."
     keep = online.settings.keep_last
     if keep is None:
         return []
@@ -366,11 +341,10 @@ def prune(
     return gone
 
 
-def check_strategy(
-    settings: IterSettings,  # of DPO-Iter
-    dpo: DpoSettings,  # of its trainings
-) -> None:
-    "Refuse a way to spread a training that loses what it learnt; stages ask before they begin."
+def check_strategy(settings: IterSettings, dpo: DpoSettings) -> None:
+    """Refuse a way to spread a training that loses what it learnt; stages ask before they begin.
+
+    settings: of DPO-Iter; dpo: of its trainings."""
     if accelerate_strategy() == "ZeRO-3" and settings.init == "previous" and not dpo.lora.rank:
         raise StudyError(
             "dpo_iter: DeepSpeed hands weights over in 16 bits, in which the small steps of an iteration are lost "
@@ -379,13 +353,11 @@ def check_strategy(
         )
 
 
-def iterate(
-    online: Online,  # with what
-    look: typing.Callable[
-        ..., dict
-    ],  # called with: finds the policy, its name, pairs trained on, and facts by name -> a point
-) -> dict:  # iterations' receipts, points (first the backbone's), the best iteration, which policies are kept
-    "Do all iterations; go on where an interrupted run was."
+def iterate(online: Online, look: typing.Callable[..., dict]) -> dict:
+    """Do all iterations; go on where an interrupted run was.
+
+    look: called with: finds the policy, its name, pairs trained on, and facts by name -> a point. Returns
+    iterations' receipts, points (first the backbone's), the best iteration, which policies are kept."""
     if online.settings.keep_last is not None and online.settings.keep_last < 1:
         raise StudyError(
             f"dpo_iter.keep_last: found {online.settings.keep_last}, expected at least 1, because the next iteration "

@@ -31,20 +31,18 @@ __all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'load_job', 'restore', 'do_
            'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder']
 
 # %% ../../nbs/training/02_jobs.ipynb #2be54194
-def pair_columns(
-    frame,  # frame of pairs
-) -> list[str]:  # the columns that a training reads
-    "Name the columns of pairs that matter to a training."
+def pair_columns(frame) -> list[str]:
+    """Name the columns of pairs that matter to a training.
+
+    frame: frame of pairs. Returns the columns that a training reads."""
     known = ("prefID", "question", "messages", "chosen", "rejected", "chosen_cut", "rejected_cut", "gap")
     return [name for name in known if name in frame] + [name for name in frame if name.endswith("_rating")]
 
 
-def store_job(
-    folder: Path,  # of the job
-    job: dict,  # kind, goal, and whatever the kind needs; plain data
-    frames: dict,  # name -> frame of pairs, or None
-) -> None:
-    "Write a training down; what another job left in the folder is cleared."
+def store_job(folder: Path, job: dict, frames: dict) -> None:
+    """Write a training down; what another job left in the folder is cleared.
+
+    job: kind, goal, and whatever the kind needs; plain data; frames: name -> frame of pairs, or None."""
     frames = {name: own[pair_columns(own)] for name, own in frames.items() if own is not None and len(own)}
     hashes = {name: hashlib.sha256(own.to_json(orient="records").encode()).hexdigest() for name, own in frames.items()}
     job = json.loads(json.dumps(job | {"goal": None if job["goal"] is None else str(job["goal"]), "pairs": hashes}))
@@ -59,10 +57,8 @@ def store_job(
     write_json(folder / "job.json", job)
 
 # %% ../../nbs/training/02_jobs.ipynb #0db8c535
-def load_job(
-    folder: Path,  # of the job
-) -> tuple[dict, dict]:  # the job, with its goal as a path or None; name -> frame of pairs
-    "Read a training."
+def load_job(folder: Path) -> tuple[dict, dict]:
+    "Read a training. Returns the job, with its goal as a path or None; name -> frame of pairs."
     import pandas as pd
 
     if not (Path(folder) / "job.json").is_file():
@@ -73,11 +69,11 @@ def load_job(
     }
 
 
-def restore(
-    kind,  # a frozen dataclass of `core.settings`, or Weights
-    tree: dict | None,  # its fields as plain data
-):  # an object of it; None stays None
-    "Rebuild settings from plain data."
+def restore(kind, tree: dict | None):
+    """Rebuild settings from plain data.
+
+    kind: a frozen dataclass of `core.settings`, or Weights; tree: its fields as plain data. Returns an object of
+    it; None stays None."""
     if tree is None:
         return None
     hints = typing.get_type_hints(kind)
@@ -99,10 +95,8 @@ JOB_KINDS = {
 }  # kind -> who does it
 
 
-def do_job(
-    folder: Path,  # of the job
-) -> dict:  # its result
-    "Do a job in this process; `psycopref train FOLDER` calls this in each process of a launch."
+def do_job(folder: Path) -> dict:
+    "Do a job in this process; `psycopref train FOLDER` calls this in each process of a launch. Returns its result."
     job, _ = load_job(folder)
     if job.get("kind") not in JOB_KINDS:
         raise StudyError(
@@ -114,12 +108,8 @@ def do_job(
         return getattr(importlib.import_module(module), name)(Path(folder))
 
 # %% ../../nbs/training/02_jobs.ipynb #46239216
-def launch_command(
-    folder: Path,  # of the job
-    processes: int,  # how many
-    config: str = "",  # a configuration file of accelerate
-) -> list[str]:  # a command line
-    "Say how accelerate starts a job."
+def launch_command(folder: Path, processes: int, config: str = "") -> list[str]:
+    "Say how accelerate starts a job. config: a configuration file of accelerate. Returns a command line."
     how = (
         ["--config_file", config]
         if config
@@ -149,10 +139,10 @@ def launch_command(
     ]
 
 
-def launch_plan(
-    batch_size: int,  # pairs in a step
-) -> tuple[int, str]:  # processes; accelerate's configuration file, or ""
-    "Say how jobs are done here: on as many GPUs as divide a batch, unless somebody says otherwise."
+def launch_plan(batch_size: int) -> tuple[int, str]:
+    """Say how jobs are done here: on as many GPUs as divide a batch, unless somebody says otherwise.
+
+    batch_size: pairs in a step. Returns processes; accelerate's configuration file, or ""."""
     import torch
 
     gpus = max(1, torch.cuda.device_count())
@@ -161,8 +151,8 @@ def launch_plan(
     ), os.environ.get("PSYCOPREF_ACCELERATE", "")
 
 
-def accelerate_strategy() -> str:  # DDP, FSDP2 or ZeRO-3
-    "Read how PSYCOPREF_ACCELERATE spreads a training over GPUs."
+def accelerate_strategy() -> str:
+    "Read how PSYCOPREF_ACCELERATE spreads a training over GPUs. Returns DDP, FSDP2 or ZeRO-3."
     import yaml
 
     named = os.environ.get("PSYCOPREF_ACCELERATE", "")
@@ -181,10 +171,8 @@ def accelerate_strategy() -> str:  # DDP, FSDP2 or ZeRO-3
 
 # %% ../../nbs/training/02_jobs.ipynb #2af18675
 @contextlib.contextmanager
-def locked(
-    folder: Path,  # of a job
-) -> typing.Iterator[int]:  # file descriptor of the lock, to hand down
-    "Hold a job; wait where another process holds it."
+def locked(folder: Path) -> typing.Iterator[int]:
+    "Hold a job; wait where another process holds it. Returns file descriptor of the lock, to hand down."
     with open(Path(folder) / "lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,9 +188,7 @@ def locked(
 
 
 @contextlib.contextmanager
-def at_work(
-    folder: Path,  # of a job
-) -> typing.Iterator[None]:
+def at_work(folder: Path) -> typing.Iterator[None]:
     "Tell that a process works at a job; several may."
     with open(Path(folder) / "workers", "a") as workers:
         fcntl.flock(workers, fcntl.LOCK_SH)
@@ -267,10 +253,8 @@ def _launch(folder: Path, processes: int, config: str, lock: int) -> None:
     raise StudyError(f"training on {processes} processes ended with {code}: {own[:400]}")
 
 
-def run_or_launch(
-    folder: Path,  # of the job
-) -> dict:  # its result
-    "Do a job, in this process or in several; a finished one is read."
+def run_or_launch(folder: Path) -> dict:
+    "Do a job, in this process or in several; a finished one is read. Returns its result."
     job, _ = load_job(folder)
     with locked(folder) as lock:
         if not ((folder / "result.json").is_file() and (job["goal"] is None or job["goal"].is_dir())):
@@ -283,11 +267,10 @@ def run_or_launch(
 
 # %% ../../nbs/training/02_jobs.ipynb #0d4d61ea
 @contextlib.contextmanager
-def whole_folder(
-    goal: Path,  # where a model goes
-    main: bool = True,  # whether this process moves it
-) -> typing.Iterator[Path]:  # where to write
-    "Put a folder in place when it is complete."
+def whole_folder(goal: Path, main: bool = True) -> typing.Iterator[Path]:
+    """Put a folder in place when it is complete.
+
+    goal: where a model goes; main: whether this process moves it. Returns where to write."""
     partial = goal.with_name(goal.name + ".saving")
     if main:
         shutil.rmtree(partial, ignore_errors=True)

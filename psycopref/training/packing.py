@@ -43,14 +43,12 @@ class Pack:
         return replace(self, **moved)
 
 # %% ../../nbs/training/00_packing.ipynb #c7fba907
-def lay_out(
-    groups: list[list[list[int]]],  # groups of token lists; those of a group start alike
-    kept: int
-    | list[
-        list[int]
-    ] = 1,  # states wanted of each text: its last n, or the number of last ones for each text of each group
-) -> Pack:  # rows are the texts, group after group; a text with fewer states than the longest repeats its last one
-    "Share the prompts of groups of texts."
+def lay_out(groups: list[list[list[int]]], kept: int | list[list[int]] = 1) -> Pack:
+    """Share the prompts of groups of texts.
+
+    groups: groups of token lists; those of a group start alike; kept: states wanted of each text: its last n, or
+    the number of last ones for each text of each group. Returns rows are the texts, group after group; a text with
+    fewer states than the longest repeats its last one."""
     import torch
 
     ids, positions, keys, places, queries, lengths = [], [], [], [], [], []
@@ -196,7 +194,8 @@ def packed_attention(
     softcap=None,
     **others,
 ):
-    "Attend within a pack; the attention function that transformers calls in each layer. Shapes: (1, heads, width, size) in, (1, width, heads, size) out."
+    """Attend within a pack; the attention function that transformers calls in each layer. Shapes: (1, heads, width,
+    size) in, (1, width, heads, size) out."""
     import torch
 
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
@@ -210,10 +209,11 @@ def packed_attention(
     return _by_segments(query, key, value, pack, scaling, sliding_window, softcap), None
 
 # %% ../../nbs/training/00_packing.ipynb #ca6a8e05
-def unwrap(
-    model,  # a transformers model, or one wrapped by peft or accelerate
-):  # the transformers model itself, adapters inside
-    "Take off what peft and accelerate put around a model."
+def unwrap(model):
+    """Take off what peft and accelerate put around a model.
+
+    model: a transformers model, or one wrapped by peft or accelerate. Returns the transformers model itself,
+    adapters inside."""
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
@@ -283,13 +283,12 @@ def _kernels(model, half: bool) -> list[str]:
     return ["varlen", "segments"] if fast else ["segments"]
 
 # %% ../../nbs/training/00_packing.ipynb #0691c77d
-def enable_packing(
-    model,  # transformers model with a decoder backbone, bare or in peft
-    autocast: bool = False,  # whether it will be computed in bfloat16 by autocast
-    tolerance: float
-    | None = None,  # greatest relative difference of states; None: 1e-3 in float32, 0.05 in half precision
-) -> str:  # empty where the model takes packs now, else why it does not
-    "Teach a model's backbone to take packs, and prove that it gives the same states."
+def enable_packing(model, autocast: bool = False, tolerance: float | None = None) -> str:
+    """Teach a model's backbone to take packs, and prove that it gives the same states.
+
+    model: transformers model with a decoder backbone, bare or in peft; autocast: whether it will be computed in
+    bfloat16 by autocast; tolerance: greatest relative difference of states; None: 1e-3 in float32, 0.05 in half
+    precision. Returns empty where the model takes packs now, else why it does not."""
     import torch
     from transformers import AttentionInterface
 
@@ -331,14 +330,12 @@ def enable_packing(
 
 # %% ../../nbs/training/00_packing.ipynb #1d869990
 class PackingCollator:
-    "Wrap trl's collator for preferences: same batch, with a pack of the rows, cut to the columns whose states are wanted."
+    """Wrap trl's collator for preferences: same batch, with a pack of the rows, cut to the columns whose states are
+    wanted."""
 
-    def __init__(
-        self,
-        collator,  # trl's, which pads on the right
-        kernel: str = "segments",  # of the model
-        answers: bool = False,  # keep the answers' columns, for DPO; else the last column, for rewards
-    ):
+    def __init__(self, collator, kernel: str = "segments", answers: bool = False):
+        """collator: trl's, which pads on the right; answers: keep the answers' columns, for DPO; else the last column,
+        for rewards."""
         self.collator, self.kernel, self.answers = collator, kernel, answers
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -366,11 +363,11 @@ class PackingCollator:
         return batch
 
 # %% ../../nbs/training/00_packing.ipynb #ec4a6308
-def even_packs(
-    lengths: list[int],  # computed tokens of each pair of a batch
-    packs: int,  # how many; divides the batch
-) -> list[list[int]]:  # indices, equally many in each pack
-    "Deal a batch into packs of equal number and nearly equal tokens."
+def even_packs(lengths: list[int], packs: int) -> list[list[int]]:
+    """Deal a batch into packs of equal number and nearly equal tokens.
+
+    lengths: computed tokens of each pair of a batch; packs: how many; divides the batch. Returns indices, equally
+    many in each pack."""
     room, found, weight = len(lengths) // packs, [[] for _ in range(packs)], [0] * packs
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         lightest = min((p for p in range(packs) if len(found[p]) < room), key=lambda p: (weight[p], p))
@@ -380,7 +377,8 @@ def even_packs(
 
 # %% ../../nbs/training/00_packing.ipynb #3d4df25a
 class EvenSampler:
-    "Draw whole batches at random, new ones each epoch, and deal each into even packs; a sampler for a torch DataLoader."
+    """Draw whole batches at random, new ones each epoch, and deal each into even packs; a sampler for a torch
+    DataLoader."""
 
     def __init__(self, lengths: list[int], batch_size: int, pack_size: int, seed: int):
         if len(lengths) < batch_size:
@@ -421,7 +419,8 @@ def _packing_reason(models: list, autocast: bool) -> str:
 
 
 class _EvenPacks:
-    "Deal batches into even packs where `batch_rebalance` is asked for and the rows have a `length`; go on in the precision of before."
+    """Deal batches into even packs where `batch_rebalance` is asked for and the rows have a `length`; go on in the
+    precision of before."""
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -451,7 +450,8 @@ class _EvenPacks:
         return self._even
 
     def _tell_epoch(self):
-        "Set the sampler's epoch by the steps that were taken: after a resume on several devices accelerate's own way to do so does not reach it."
+        """Set the sampler's epoch by the steps that were taken: after a resume on several devices accelerate's own
+        way to do so does not reach it."""
         from transformers import TrainerCallback
 
         trainer = self
@@ -464,8 +464,8 @@ class _EvenPacks:
         self.add_callback(Epoch())
 
 # %% ../../nbs/training/00_packing.ipynb #d76b3d64
-def reward_trainer():  # a subclass of trl.RewardTrainer
-    "Make trl's RewardTrainer compute pairs as packs."
+def reward_trainer():
+    "Make trl's RewardTrainer compute pairs as packs. Returns a subclass of trl.RewardTrainer."
     from trl import RewardTrainer
 
     class PackedRewardTrainer(_EvenPacks, RewardTrainer):
@@ -481,8 +481,11 @@ def reward_trainer():  # a subclass of trl.RewardTrainer
     return PackedRewardTrainer
 
 # %% ../../nbs/training/00_packing.ipynb #4723be61
-def dpo_trainer():  # a subclass of trl.DPOTrainer
-    "Make trl's DPOTrainer compute pairs as packs; models are given loaded, as trl's own `model` and `ref_model`. Rows may be tokenised already."
+def dpo_trainer():
+    """Make trl's DPOTrainer compute pairs as packs; models are given loaded, as trl's own `model` and `ref_model`.
+    Rows may be tokenised already.
+
+    Returns a subclass of trl.DPOTrainer."""
     from trl import DPOTrainer
 
     class PackedDPOTrainer(_EvenPacks, DPOTrainer):

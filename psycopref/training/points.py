@@ -24,12 +24,11 @@ from ..models.weights import Weights, load_causal_lm, load_tokenizer, release
 __all__ = ['watched_speeches', 'Watcher']
 
 # %% ../../nbs/training/08_points.ipynb #fcd045c9
-def watched_speeches(
-    speeches,  # frame of kind "speeches"
-    n: int | None,  # at most so many; None takes all
-    seed: int,  # of the choice
-):  # frame of speeches with speech_id and speech
-    "Choose the speeches that are looked at: development speeches, the same at each point."
+def watched_speeches(speeches, n: int | None, seed: int):
+    """Choose the speeches that are looked at: development speeches, the same at each point.
+
+    speeches: frame of kind "speeches"; n: at most so many; None takes all. Returns frame of speeches with speech_id
+    and speech."""
     split = "dev" if (speeches.split == "dev").any() else "train"
     own = speeches[speeches.split == split]
     chosen = sorted(own.speech_id, key=lambda name: derived_seed(seed, "watch", name))[: len(own) if n is None else n]
@@ -112,15 +111,8 @@ def _judge(self, name: str, answers: dict, reference) -> dict | None:
 Watcher.measure_kl, Watcher.judge = _measure_kl, _judge
 
 # %% ../../nbs/training/08_points.ipynb #591ad0b0
-def _look(
-    self,
-    find: typing.Callable[[], Weights],  # finds the policy
-    name: str,  # of the point, and of its folder
-    pairs: int,  # that the policy was trained on
-    curve: str = "",  # which curve the point belongs to; empty for the base model, which begins all of them
-    **more,  # to keep with the point
-) -> dict:  # of watching.summarise
-    "Look at a policy, and draw what was seen so far; a finished point is read."
+def _look(self, find: typing.Callable[[], Weights], name: str, pairs: int, curve: str = "", **more) -> dict:
+    "Look at a policy, and draw what was seen so far; a finished point is read. Returns of watching.summarise."
     folder, own = self.folder / name, self.profile.watch
     if (folder / "point.json").is_file():
         return read_json(folder / "point.json")

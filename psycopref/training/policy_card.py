@@ -54,10 +54,8 @@ NOTICE = (
 )
 
 
-def write_notice(
-    folder: Path,  # of a policy
-) -> Path:  # NOTICE.md
-    "Put the notice beside the weights."
+def write_notice(folder: Path) -> Path:
+    "Put the notice beside the weights. folder: of a policy."
     with atomic_path(Path(folder) / "NOTICE.md") as partial:
         partial.write_text(f"# Read before use\n\n{NOTICE}\n", encoding="utf-8")
     return Path(folder) / "NOTICE.md"
@@ -84,11 +82,11 @@ OTHER_HABITS = (
 )  # of a base, that would change what was measured
 
 
-def generation_defaults(
-    folder: Path,  # a policy, as save_merged leaves it
-    decoding: Decoding,  # how it was measured; the seed is left out
-) -> dict:  # what generation_config.json holds now
-    "Make the measured decoding a policy's default; keep the base's token ids."
+def generation_defaults(folder: Path, decoding: Decoding) -> dict:
+    """Make the measured decoding a policy's default; keep the base's token ids.
+
+    folder: a policy, as save_merged leaves it; decoding: how it was measured; the seed is left out. Returns what
+    generation_config.json holds now."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise StudyError(f"{folder}: holds no config.json, expected a saved policy; train it first")
@@ -128,20 +126,16 @@ def _ends(folder: Path, defaults: dict) -> list[int]:
     return ends
 
 # %% ../../nbs/training/11_policy_card.ipynb #c6445909
-def hub_base(
-    weights: Weights,  # a backbone
-) -> str | None:  # its hub id; None for what lies in a folder
-    "Name a backbone as others can find it."
+def hub_base(weights: Weights) -> str | None:
+    "Name a backbone as others can find it. weights: a backbone. Returns its hub id; None for what lies in a folder."
     return None if Path(weights.location).is_dir() else weights.location
 
 
-def save_adapter(
-    trained,  # a peft model before it is merged, or a trainer's checkpoint with adapters
-    tokenizer,  # of the policy, with its chat template
-    base: Weights,  # what the adapters were trained on
-    folder: Path,  # of the policy
-) -> Path:  # folder/adapter
-    "Save the adapters of a policy apart, for peft and vLLM."
+def save_adapter(trained, tokenizer, base: Weights, folder: Path) -> Path:
+    """Save the adapters of a policy apart, for peft and vLLM.
+
+    trained: a peft model before it is merged, or a trainer's checkpoint with adapters; tokenizer: of the policy,
+    with its chat template; base: what the adapters were trained on. Returns folder/adapter."""
     place = Path(folder) / "adapter"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -179,10 +173,10 @@ def _copy_adapter(checkpoint: Path, place: Path) -> None:
 LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told to hold
 
 
-def on_hub(
-    location: str | Path,  # folder or hub id
-) -> bool:  # True for owner/name, unless such a folder is there
-    "Tell a hub id from a folder."
+def on_hub(location: str | Path) -> bool:
+    """Tell a hub id from a folder.
+
+    location: folder or hub id. Returns True for owner/name, unless such a folder is there."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)) is not None and not Path(location).is_dir()
 
 
@@ -191,12 +185,11 @@ def _shell(*words: str) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 # %% ../../nbs/training/11_policy_card.ipynb #ee6819ca
-def serve_lines(
-    location: str | Path,  # folder or hub id of the policy
-    base: Weights | None = None,  # the backbone, where the adapters are there too; None leaves them out
-    rank: int = 0,  # of the adapters
-) -> str:  # shell
-    "Write the commands that serve a policy on this machine."
+def serve_lines(location: str | Path, base: Weights | None = None, rank: int = 0) -> str:
+    """Write the commands that serve a policy on this machine.
+
+    location: folder or hub id of the policy; base: the backbone, where the adapters are there too; None leaves them
+    out."""
     place, listen = str(location), ("--host", "127.0.0.1", "--port", "8000")
     lines = [
         f"# {NOTICE}",
@@ -259,12 +252,10 @@ def _request(decoding: Decoding) -> dict:
     )
 
 
-def curl_line(
-    location: str | Path,  # folder or hub id, as it is served
-    speech: str,  # what the client said
-    decoding: Decoding,  # how it is answered
-) -> str:  # shell
-    "Write the command that asks a served policy."
+def curl_line(location: str | Path, speech: str, decoding: Decoding) -> str:
+    """Write the command that asks a served policy.
+
+    location: folder or hub id, as it is served; speech: what the client said; decoding: how it is answered."""
     body = {"model": str(location), "messages": prompt_messages(speech), **_request(decoding)}
     return (
         _shell(
@@ -280,11 +271,11 @@ def curl_line(
     )
 
 # %% ../../nbs/training/11_policy_card.ipynb #1660d605
-def ask_lines(
-    location: str | Path,  # folder or hub id, as it is served
-    decoding: Decoding,  # how it is answered
-) -> str:  # Python; reads `prompt`, leaves `answer`
-    "Write the lines that ask a served policy through the openai package."
+def ask_lines(location: str | Path, decoding: Decoding) -> str:
+    """Write the lines that ask a served policy through the openai package.
+
+    location: folder or hub id, as it is served; decoding: how it is answered. Returns Python; reads `prompt`,
+    leaves `answer`."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in _request(decoding).items())
     return f"""from openai import OpenAI
 
@@ -294,10 +285,10 @@ answer = client.chat.completions.create(model={json.dumps(str(location), ensure_
 """
 
 
-def use_lines(
-    location: str | Path,  # folder or hub id of the policy
-) -> str:  # Python; reads `prompt`, leaves `answer`
-    "Write the lines of plain transformers that ask a policy; its defaults say how it samples."
+def use_lines(location: str | Path) -> str:
+    """Write the lines of plain transformers that ask a policy; its defaults say how it samples.
+
+    location: folder or hub id of the policy. Returns Python; reads `prompt`, leaves `answer`."""
     return f"""from transformers import pipeline
 
 policy = pipeline("text-generation", model={json.dumps(str(location), ensure_ascii=False)})
@@ -334,12 +325,8 @@ class PolicyFacts:
     adapter: bool = False  # whether adapters that fit the backbone lie in the folder too; `hand_over` looks
     deviations: tuple[str, ...] = ()  # further ones, a sentence each
 
-    def fact(
-        self,
-        stage: str,  # folder of a stage
-        *keys: str,  # way to the fact in its receipt
-    ):  # the fact
-        "Look a fact up in a receipt."
+    def fact(self, stage: str, *keys: str):
+        "Look a fact up in a receipt. stage: folder of a stage; keys: way to the fact in its receipt."
         return _look(
             self.receipts.get(stage),
             keys,
@@ -357,11 +344,10 @@ def _look(found, keys: typing.Sequence[str], where: str, expected: str):
     return found
 
 
-def precision_words(
-    lora: LoraSettings,  # rank 0 trains every weight
-    dtype: str = "auto",  # of the profile
-) -> str:  # for the card
-    "Say in which precision a policy is trained on this machine."
+def precision_words(lora: LoraSettings, dtype: str = "auto") -> str:
+    """Say in which precision a policy is trained on this machine.
+
+    lora: rank 0 trains every weight. Returns for the card."""
     kept, autocast = training_precision(lora, dtype)
     name = str(pick_dtype(kept)).removeprefix("torch.")
     return f"weights kept in {name}, computed with in {'bfloat16' if autocast else name}"
@@ -376,10 +362,8 @@ PolicyFacts.name = property(lambda self: f"{self.run}-{self.weights.slug}-{self.
 PolicyFacts.online = property(lambda self: self.kind == "dpo-iter", doc="Whether it learned from its own answers.")
 
 
-def check_facts(
-    facts: PolicyFacts,  # what is known
-) -> None:
-    "Refuse facts that don't belong together."
+def check_facts(facts: PolicyFacts) -> None:
+    "Refuse facts that don't belong together. facts: what is known."
     found = len(facts.trainings)
     if facts.online:
         if facts.iter_settings is None:
@@ -405,10 +389,10 @@ def check_facts(
         )
 
 # %% ../../nbs/training/11_policy_card.ipynb #ae83aadb
-def quoted(
-    value,  # text, or plain data or a dataclass that holds texts
-):  # the same, with harmless texts
-    "Take line breaks and the beginnings of markup out of every text."
+def quoted(value):
+    """Take line breaks and the beginnings of markup out of every text.
+
+    value: text, or plain data or a dataclass that holds texts. Returns the same, with harmless texts."""
     if isinstance(value, str):
         return re.sub(
             r"[\[\]`*<>]",
@@ -426,10 +410,10 @@ def quoted(
     return value
 
 # %% ../../nbs/training/11_policy_card.ipynb #90ff7c4e
-def policy_header(
-    facts: PolicyFacts,  # what is known
-) -> str:  # YAML, without the lines around it
-    "Write the hub's metadata. Development numbers are no evaluation, so none stands here."
+def policy_header(facts: PolicyFacts) -> str:
+    """Write the hub's metadata. Development numbers are no evaluation, so none stands here.
+
+    facts: what is known. Returns YAML, without the lines around it."""
     from huggingface_hub import ModelCardData
 
     licence = hub_licence(base_licence(facts.weights), [one["licence"] for one in facts.fact("01_speeches", "origins")])
@@ -635,10 +619,8 @@ GIVEN_ONLINE = {
 }  # of IterSettings, in §4.2
 
 
-def policy_deviations(
-    facts: PolicyFacts,  # what is known
-) -> list[str]:  # sentences
-    "List what differs from the paper."
+def policy_deviations(facts: PolicyFacts) -> list[str]:
+    "List what differs from the paper. facts: what is known."
     found, online = [], facts.iter_settings if facts.online else None
     settings = (
         replace(facts.settings, learning_rate=online.learning_rate)
@@ -725,10 +707,10 @@ Research on preference learning: to compare ways of training, to study what a re
 - Optimised against a reward model, it may have learned that model's mistakes: answers that score well and help nobody."""
 
 # %% ../../nbs/training/11_policy_card.ipynb #37ebdec0
-def policy_card(
-    facts: PolicyFacts,  # what is known
-) -> str:  # README.md of the policy's folder
-    "Write the model card from receipts, trainings and development numbers."
+def policy_card(facts: PolicyFacts) -> str:
+    """Write the model card from receipts, trainings and development numbers.
+
+    facts: what is known. Returns README.md of the policy's folder."""
     check_facts(facts)
     facts = quoted(facts)
     pairs = sum(one["pairs"] for one in facts.trainings[: facts.chosen])
@@ -773,11 +755,10 @@ def _adapter_base(folder: Path) -> str | None:
     return read_json(config).get("base_model_name_or_path") if config.is_file() else None
 
 
-def hand_over(
-    folder: Path,  # a policy, as save_merged leaves it, and its adapters where they are kept apart
-    facts: PolicyFacts,  # what is known
-) -> Path:  # README.md
-    "Write card, notice and defaults beside a policy's weights."
+def hand_over(folder: Path, facts: PolicyFacts) -> Path:
+    """Write card, notice and defaults beside a policy's weights.
+
+    folder: a policy, as save_merged leaves it, and its adapters where they are kept apart; facts: what is known."""
     folder = Path(folder)
     fits = _adapter_base(folder) == facts.weights.location and (
         hub_base(facts.weights) is not None or not on_hub(facts.location)
@@ -814,13 +795,11 @@ def _kept_here(folder: Path) -> list[str]:
     return [*LEFT_OUT, *([] if base is None or on_hub(base) else ["adapter/*"])]
 
 # %% ../../nbs/training/11_policy_card.ipynb #faa4a91e
-def push_policy(
-    folder: Path,  # a policy that was handed over
-    repo: str,  # owner/name
-    private: bool = True,  # False lets everybody read it
-    endpoint: str | None = None,  # address of the hub; None takes huggingface_hub's
-) -> str:  # address of the commit
-    "Upload a policy to the hub."
+def push_policy(folder: Path, repo: str, private: bool = True, endpoint: str | None = None) -> str:
+    """Upload a policy to the hub.
+
+    folder: a policy that was handed over; repo: owner/name; private: False lets everybody read it; endpoint:
+    address of the hub; None takes huggingface_hub's. Returns address of the commit."""
     folder = Path(folder)
     check_repo(repo)
     _checked_policy(folder, repo)

@@ -24,10 +24,10 @@ __all__ = ['TABLE_1_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'METRICS', 'SCALE
            'card_notice', 'made_by', 'python_literal', 'reward_card', 'check_repo', 'push_folder', 'push_reward_model']
 
 # %% ../../nbs/training/10_reward_card.ipynb #922f339c
-def five_lines(
-    location: str | Path,  # folder or hub id of the reward model
-) -> str:  # Python; reads `prompt` and `response`, leaves `score`
-    "Write the lines of plain transformers that load a reward model and score one exchange."
+def five_lines(location: str | Path) -> str:
+    """Write the lines of plain transformers that load a reward model and score one exchange.
+
+    location: folder or hub id of the reward model. Returns Python; reads `prompt` and `response`, leaves `score`."""
     place = json.dumps(str(location), ensure_ascii=False)
     return f"""import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -71,12 +71,8 @@ class HandOver:
     ece_by_bins: dict[int, float] = field(default_factory=dict)  # number of bins -> ECE on the test pairs
     dtype: str = "auto"  # of the profile: what the rows were computed in
 
-    def fact(
-        self,
-        stage: str,  # folder of a stage
-        *keys: str,  # way to the fact in its receipt
-    ):  # the fact
-        "Look a fact up in a receipt."
+    def fact(self, stage: str, *keys: str):
+        "Look a fact up in a receipt. stage: folder of a stage; keys: way to the fact in its receipt."
         found = self.receipts.get(stage)
         for key in keys:
             if not isinstance(found, dict) or key not in found:
@@ -118,26 +114,23 @@ BASE_LICENCES = {
 UNKNOWN_FACT = "unknown"  # the hub's word
 
 
-def base_licence(weights: Weights) -> str:  # an identifier of the hub
-    "Name a backbone's licence."
+def base_licence(weights: Weights) -> str:
+    "Name a backbone's licence. Returns an identifier of the hub."
     return BASE_LICENCES.get(weights.name.partition("@")[0], UNKNOWN_FACT)
 
 
-def hub_licence(
-    base: str,  # of the backbone
-    data: typing.Iterable[str],  # licences of the texts, as `corpus.sources` words them
-) -> str:  # an identifier of the hub
-    "Choose the one licence that the header can name."
+def hub_licence(base: str, data: typing.Iterable[str]) -> str:
+    """Choose the one licence that the header can name.
+
+    data: licences of the texts, as `corpus.sources` words them. Returns an identifier of the hub."""
     data = list(data)
     if base == UNKNOWN_FACT or UNKNOWN_LICENCE in data:
         return UNKNOWN_FACT
     return base if all(licence.partition(",")[0] == "MIT" for licence in data) else "other"
 
 # %% ../../nbs/training/10_reward_card.ipynb #a900d672
-def licence_section(
-    facts,  # HandOver, or PolicyFacts of `training.policy_card`
-) -> str:  # Markdown
-    "Say which terms apply."
+def licence_section(facts) -> str:
+    "Say which terms apply. facts: HandOver, or PolicyFacts of `training.policy_card`."
     base = base_licence(facts.weights)
     writers = "; ".join(sorted({one["label"] for one in facts.fact("04_pairs", "models").values()}))
     texts = "\n".join(
@@ -183,10 +176,8 @@ def _results(facts: HandOver) -> list:
     ]
 
 
-def card_header(
-    facts: HandOver,  # what is known
-) -> str:  # YAML, without the lines around it
-    "Write the hub's metadata."
+def card_header(facts: HandOver) -> str:
+    "Write the hub's metadata. facts: what is known. Returns YAML, without the lines around it."
     from huggingface_hub import ModelCardData
 
     weights = facts.weights
@@ -212,10 +203,8 @@ SCALE = {
 }
 
 
-def card_notice(
-    facts: HandOver,  # what is known
-) -> str:  # quoted lines
-    "Say what stands behind the preferences, and at what scale."
+def card_notice(facts: HandOver) -> str:
+    "Say what stands behind the preferences, and at what scale. facts: what is known. Returns quoted lines."
     if "stand-in" in facts.rater:
         rater = (
             f"The preferences are those of the {facts.rater.replace(' (stand-in)', '')}: a stand-in, no clinical judge."
@@ -259,10 +248,8 @@ Client speeches from {sources}; each stands in one part only, with all its pairs
 - made by {made_by(pairs)}"""
 
 
-def made_by(
-    receipt: dict,  # of a stage
-) -> str:  # for the card
-    "Name the code that signed a receipt."
+def made_by(receipt: dict) -> str:
+    "Name the code that signed a receipt. receipt: of a stage. Returns for the card."
     commit = f"commit {receipt['commit'][:12]}" if receipt.get("commit") else "an unknown commit"
     return ", ".join(
         [
@@ -350,10 +337,8 @@ On the test pairs, this model first. Intervals resample client speeches; ECE has
 Only differences of two scores under the same prompt mean something: σ(r₁ − r₂) is the probability that the first response is preferred. {f"ECE: {eces}. " if eces else ""}{scale}"""
 
 # %% ../../nbs/training/10_reward_card.ipynb #98d5c23b
-def python_literal(
-    text: str,  # any
-) -> str:  # Python that evaluates to it
-    "Write text as Python, in many lines where that is safe."
+def python_literal(text: str) -> str:
+    "Write text as Python, in many lines where that is safe. Returns Python that evaluates to it."
     safe = '"""' not in text and "\\" not in text and not text.endswith('"')
     return f'"""{text}"""' if safe else repr(text)
 
@@ -406,10 +391,10 @@ Research on preference learning: to rank several drafted responses to the same c
 - The best of many candidates under a reward model exploits its mistakes; check what it selects against another rater."""
 
 # %% ../../nbs/training/10_reward_card.ipynb #345aaa64
-def reward_card(
-    facts: HandOver,  # what is known
-) -> str:  # README.md of the model's folder
-    "Write the model card from receipts and measurements."
+def reward_card(facts: HandOver) -> str:
+    """Write the model card from receipts and measurements.
+
+    facts: what is known. Returns README.md of the model's folder."""
     label = Label(
         facts.profile,
         (facts.weights.label,),
@@ -453,10 +438,8 @@ def _checked_folder(folder: Path, repo: str) -> None:
         )
 
 
-def check_repo(
-    repo: str,  # owner/name
-) -> None:
-    "Refuse a name that can't be a repository's, and a session without a token."
+def check_repo(repo: str) -> None:
+    "Refuse a name that can't be a repository's, and a session without a token. repo: owner/name."
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -514,14 +497,17 @@ def _hub_error(repo: str, error: Exception) -> StudyError:
 
 # %% ../../nbs/training/10_reward_card.ipynb #130b67b9
 def push_folder(
-    folder: Path,  # checked
-    repo: str,  # owner/name
-    private: bool,  # False lets everybody read it
-    endpoint: str | None,  # address of the hub; None takes huggingface_hub's
-    message: str,  # of the commit
-    left_out: typing.Iterable[str] = LEFT_OUT,  # patterns of files that stay here
-) -> str:  # address of the commit
-    "Upload a folder to the hub, whole or not at all."
+    folder: Path,
+    repo: str,
+    private: bool,
+    endpoint: str | None,
+    message: str,
+    left_out: typing.Iterable[str] = LEFT_OUT,
+) -> str:
+    """Upload a folder to the hub, whole or not at all.
+
+    repo: owner/name; private: False lets everybody read it; endpoint: address of the hub; None takes
+    huggingface_hub's; left_out: patterns of files that stay here. Returns address of the commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -540,13 +526,11 @@ def push_folder(
         raise _hub_error(repo, error) from None
 
 
-def push_reward_model(
-    folder: Path,  # a reward model with its card
-    repo: str,  # owner/name
-    private: bool = True,  # False lets everybody read it
-    endpoint: str | None = None,  # address of the hub; None takes huggingface_hub's
-) -> str:  # address of the commit
-    "Upload a reward model to the hub."
+def push_reward_model(folder: Path, repo: str, private: bool = True, endpoint: str | None = None) -> str:
+    """Upload a reward model to the hub.
+
+    folder: a reward model with its card; repo: owner/name; private: False lets everybody read it; endpoint: address
+    of the hub; None takes huggingface_hub's. Returns address of the commit."""
     folder = Path(folder)
     check_repo(repo)
     _checked_folder(folder, repo)

@@ -42,10 +42,11 @@ __all__ = ['rating_gaps', 'loss_margins', 'write_reward_job', 'read_job', 'rewar
            'run_reward_job', 'train_reward_model', 'reward_curve_figure']
 
 # %% ../../nbs/training/04_reward_model.ipynb #76e31b60
-def rating_gaps(
-    pairs,  # frame of pairs, with the seven ratings of both answers, or with a column `gap`
-) -> list[float]:  # gap of the means, in rating points
-    "Say how far apart the raters saw the two answers."
+def rating_gaps(pairs) -> list[float]:
+    """Say how far apart the raters saw the two answers.
+
+    pairs: frame of pairs, with the seven ratings of both answers, or with a column `gap`. Returns gap of the means,
+    in rating points."""
     import numpy as np
 
     sides = {side: [f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")}
@@ -64,10 +65,8 @@ def rating_gaps(
     return gaps.tolist()
 
 
-def loss_margins(
-    pairs,  # frame of pairs
-) -> list[float]:  # one for each
-    "Take the gaps as margins; refuse pairs without one."
+def loss_margins(pairs) -> list[float]:
+    "Take the gaps as margins; refuse pairs without one. pairs: frame of pairs. Returns one for each."
     gaps = rating_gaps(pairs)
     if lost := sum(gap != gap for gap in gaps):
         raise StudyError(
@@ -77,16 +76,12 @@ def loss_margins(
 
 # %% ../../nbs/training/04_reward_model.ipynb #7f93cb5f
 def write_reward_job(
-    folder: Path,  # of the job
-    weights: Weights,
-    train,  # frame of training pairs
-    dev,  # frame of development pairs, or None
-    settings: RewardSettings,  # how
-    goal: Path,  # where the finished model goes
-    dtype: str,  # auto, bfloat16 or float32
-    seed: int,
+    folder: Path, weights: Weights, train, dev, settings: RewardSettings, goal: Path, dtype: str, seed: int
 ) -> None:
-    "Write a training down; what another job left in the folder is cleared."
+    """Write a training down; what another job left in the folder is cleared.
+
+    train: frame of training pairs; dev: frame of development pairs, or None; goal: where the finished model goes;
+    dtype: auto, bfloat16 or float32."""
     job = {
         "kind": "reward",
         "weights": dataclasses.asdict(weights),
@@ -98,10 +93,10 @@ def write_reward_job(
     store_job(folder, job, {"train": train, "dev": dev})
 
 
-def read_job(
-    folder: Path,  # of the job
-) -> tuple:  # (Weights, training pairs, development pairs or None, RewardSettings, goal, dtype, seed)
-    "Read a training."
+def read_job(folder: Path) -> tuple:
+    """Read a training.
+
+    Returns (Weights, training pairs, development pairs or None, RewardSettings, goal, dtype, seed)."""
     job, frames = load_job(folder)
     return (
         restore(Weights, job["weights"]),
@@ -115,14 +110,12 @@ def read_job(
 
 # %% ../../nbs/training/04_reward_model.ipynb #8401d90f
 def reward_config(
-    settings: RewardSettings,  # how
-    plan: dict,  # of step_plan
-    folder: Path,  # for checkpoints
-    seed: int,
-    evaluate: bool,  # whether there are development pairs
-    autocast: bool = False,  # compute in bfloat16 above float32 weights
-):  # trl.RewardConfig
-    "Translate our settings for trl's RewardTrainer."
+    settings: RewardSettings, plan: dict, folder: Path, seed: int, evaluate: bool, autocast: bool = False
+):
+    """Translate our settings for trl's RewardTrainer.
+
+    folder: for checkpoints; evaluate: whether there are development pairs; autocast: compute in bfloat16 above
+    float32 weights. Returns trl.RewardConfig."""
     from trl import RewardConfig
 
     best = (
@@ -152,10 +145,8 @@ def reward_config(
     return one_device(RewardConfig(**arguments))
 
 # %% ../../nbs/training/04_reward_model.ipynb #ea2aeae0
-def build_reward_trainer(
-    folder: Path,  # of the job
-):  # (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)
-    "Make the trainer of a job."
+def build_reward_trainer(folder: Path):
+    "Make the trainer of a job. Returns (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)."
     from datasets import Dataset
 
     weights, train, dev, settings, _, dtype, seed = read_job(folder)
@@ -206,10 +197,10 @@ def _save(trainer, tokenizer, goal: Path) -> None:
             name_for_older(partial)  # other people's tools pin transformers 4
 
 # %% ../../nbs/training/04_reward_model.ipynb #6fd1e11c
-def run_reward_job(
-    folder: Path,  # of the job
-) -> dict:  # what happened: log, best step, development loss, what was dropped
-    "Train; go on where an interrupted run was. Every process of a launch calls this."
+def run_reward_job(folder: Path) -> dict:
+    """Train; go on where an interrupted run was. Every process of a launch calls this.
+
+    Returns what happened: log, best step, development loss, what was dropped."""
     weights, _, _, settings, goal, _, _ = read_job(folder)
     take_device(settings.lora)
     trainer, tokenizer, facts = build_reward_trainer(folder)
@@ -233,23 +224,26 @@ def run_reward_job(
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
 def train_reward_model(
     weights: Weights,
-    train,  # frame of training pairs
-    settings: RewardSettings,  # how
-    goal: Path,  # where the finished model goes
-    scratch: Path,  # folder of the job
-    dtype: str = "auto",  # auto, bfloat16 or float32
+    train,
+    settings: RewardSettings,
+    goal: Path,
+    scratch: Path,
+    dtype: str = "auto",
     seed: int = 0,
-    dev=None,  # frame of development pairs, to choose the checkpoint by
-) -> dict:  # of run_reward_job
-    "Train a Bradley-Terry reward model and save it as a plain transformers model; a finished job is not done again."
+    dev=None,
+) -> dict:
+    """Train a Bradley-Terry reward model and save it as a plain transformers model; a finished job is not done again.
+
+    train: frame of training pairs; goal: where the finished model goes; scratch: folder of the job; dtype: auto,
+    bfloat16 or float32; dev: frame of development pairs, to choose the checkpoint by."""
     write_reward_job(scratch, weights, train, dev, settings, goal, dtype, seed)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/04_reward_model.ipynb #21c186c7
-def reward_curve_figure(
-    trainings: dict[str, dict],  # name -> what run_reward_job returned
-):  # matplotlib figure
-    "Draw training and development loss; a ring marks the checkpoint that was kept."
+def reward_curve_figure(trainings: dict[str, dict]):
+    """Draw training and development loss; a ring marks the checkpoint that was kept.
+
+    trainings: name -> what run_reward_job returned. Returns matplotlib figure."""
     from psycopref.core.tables import PALETTE
 
     figure, axes = new_figure(6.2, 3.6)

@@ -79,10 +79,10 @@ def _open_local(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
 MODEL_LENGTH = 8192  # tokens of a prompt and its answer that vLLM makes room for
 
 
-def model_length(
-    policy: Weights,  # a found model
-) -> int:  # tokens of a prompt and its answer
-    "Tell how much room vLLM is asked for: ours, or what the model can take."
+def model_length(policy: Weights) -> int:
+    """Tell how much room vLLM is asked for: ours, or what the model can take.
+
+    policy: a found model. Returns tokens of a prompt and its answer."""
     from transformers import AutoConfig
 
     own = AutoConfig.from_pretrained(policy.location, **pinned(policy)).get_text_config()
@@ -94,11 +94,8 @@ def _type_name(dtype: str) -> str:
     return str(pick_dtype(dtype)).removeprefix("torch.")
 
 # %% ../../nbs/training/06_sampling.ipynb #d8865b1d
-def prompt_seeds(
-    decoding: Decoding,  # how to sample
-    n: int,  # prompts
-) -> list[int]:  # one seed for each prompt
-    "Derive a seed for each prompt of a request."
+def prompt_seeds(decoding: Decoding, n: int) -> list[int]:
+    "Derive a seed for each prompt of a request. decoding: how to sample. Returns one seed for each prompt."
     return [derived_seed(decoding.seed, "prompt", place) for place in range(n)]
 
 
@@ -210,12 +207,10 @@ def _check_length(longest: int, decoding: Decoding, length: int) -> None:
 SERVE = "vllm serve {model} --port {port} --host 127.0.0.1 --served-model-name policy --dtype {dtype} --max-model-len {length} --generation-config vllm"
 
 
-def serve_command(
-    policy: Weights,  # what is served
-    dtype: str,  # auto, bfloat16 or float32
-    port: int,  # where
-) -> list[str]:  # the command and its arguments
-    "Word the command that starts a server."
+def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
+    """Word the command that starts a server.
+
+    policy: what is served; dtype: auto, bfloat16 or float32. Returns the command and its arguments."""
     own = os.environ.get("PSYCOPREF_SERVE")
     if own and not ("{model}" in own and "{port}" in own):
         raise StudyError(f"PSYCOPREF_SERVE is {own!r}, expected a command with {{model}} and {{port}} in it")
@@ -239,10 +234,10 @@ def serve_command(
     return words
 
 # %% ../../nbs/training/06_sampling.ipynb #7275e5d1
-def listed_models(
-    url: str,  # such as http://127.0.0.1:8000/v1
-) -> list[dict]:  # what it serves: id, and root where the server says it
-    "Ask a server what it serves; raises OSError, ValueError or HTTPException where it doesn't say."
+def listed_models(url: str) -> list[dict]:
+    """Ask a server what it serves; raises OSError, ValueError or HTTPException where it doesn't say.
+
+    url: such as http://127.0.0.1:8000/v1. Returns what it serves: id, and root where the server says it."""
     key = server_key(url)
     request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
     opener = urllib.request.build_opener(
@@ -266,13 +261,11 @@ def _same_place(name, location: str) -> bool:
     return bool(name) and Path(location).is_dir() and Path(name).is_dir() and Path(name).samefile(location)
 
 
-def served_name(
-    url: str,  # where
-    cards: list[dict],  # of listed_models
-    policy: Weights,  # what should be served
-    started: bool,  # by us: then a server that does not tell a root is believed
-) -> str:  # the name to ask for
-    "Find the policy among what a server serves."
+def served_name(url: str, cards: list[dict], policy: Weights, started: bool) -> str:
+    """Find the policy among what a server serves.
+
+    policy: what should be served; started: by us: then a server that does not tell a root is believed. Returns the
+    name to ask for."""
     for card in cards:
         root = card.get("root")
         if (
@@ -327,8 +320,8 @@ def _stop(process: subprocess.Popen, grace: float) -> None:
             time.sleep(0.1)
 
 
-def free_port() -> int:  # a port that was free a moment ago
-    "Find a port."
+def free_port() -> int:
+    "Find a port. Returns a port that was free a moment ago."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -417,14 +410,11 @@ SAMPLES_IN_FLIGHT, ATTEMPTS, WAIT_SECONDS, SAMPLE_SECONDS = (
 )  # calls at once, tries of a call, the first pause, the longest answer
 
 
-def server_body(
-    client: OpenAIModel,  # who is asked
-    messages: list[dict],  # the conversation
-    decoding: Decoding,  # how to sample; its seed is this prompt's own
-    n: int,  # candidates
-    dated: bool,  # the chat template writes a date
-) -> dict:  # the JSON of the call
-    "Word a call for n candidates."
+def server_body(client: OpenAIModel, messages: list[dict], decoding: Decoding, n: int, dated: bool) -> dict:
+    """Word a call for n candidates.
+
+    client: who is asked; messages: the conversation; decoding: how to sample; its seed is this prompt's own; n:
+    candidates; dated: the chat template writes a date. Returns the JSON of the call."""
     body = client.chat_arguments(ChatRequest(tuple(messages), decoding))
     body |= {
         "n": n if decoding.temperature else 1,
@@ -435,12 +425,10 @@ def server_body(
     return body | ({"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {})
 
 # %% ../../nbs/training/06_sampling.ipynb #18164310
-def read_choices(
-    reader,  # of completion_reader
-    body: bytes,  # as it came
-    n: int,  # candidates that were asked for
-) -> list[tuple[str, str]] | Failure:  # (text, stop or length) of each
-    "Read the candidates of a call."
+def read_choices(reader, body: bytes, n: int) -> list[tuple[str, str]] | Failure:
+    """Read the candidates of a call.
+
+    body: as it came; n: candidates that were asked for. Returns (text, stop or length) of each."""
     import pydantic
 
     try:
@@ -541,14 +529,11 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
 ENGINES = {"local": _open_local, "vllm": _open_vllm, "server": _open_server}
 
 
-def open_sampler(
-    engine: str,  # local, vllm or server
-    policy: Weights,  # who answers
-    dtype: str = "auto",  # auto, bfloat16 or float32
-) -> typing.ContextManager[
-    Sampler
-]:  # of sample(prompts as messages, decoding, n=1, name="") -> n samples for each prompt
-    "Open an engine; all its memory is handed back at the end."
+def open_sampler(engine: str, policy: Weights, dtype: str = "auto") -> typing.ContextManager[Sampler]:
+    """Open an engine; all its memory is handed back at the end.
+
+    engine: local, vllm or server; policy: who answers; dtype: auto, bfloat16 or float32. Returns of sample(prompts
+    as messages, decoding, n=1, name="") -> n samples for each prompt."""
     if engine not in ENGINES:
         raise StudyError(f"engine {engine!r}: is not known. {suggest(engine, ENGINES)}")
     release()  # another process will want what this one keeps for itself
@@ -565,10 +550,8 @@ _BESIDE = (
 )
 
 
-def weights_identity(
-    weights: Weights,  # a found model
-) -> str:  # 64 hexadecimal digits
-    "Hash what a model's answers hang on."
+def weights_identity(weights: Weights) -> str:
+    "Hash what a model's answers hang on. weights: a found model. Returns 64 hexadecimal digits."
     digest, folder = hashlib.sha256(weights.revision.encode()), Path(weights.location)
     for name in _BESIDE:
         if (folder / name).is_file():
@@ -578,29 +561,24 @@ def weights_identity(
     return digest.hexdigest()
 
 
-def fingerprint(
-    *parts,  # plain data
-) -> str:  # 64 hexadecimal digits
-    "Hash plain data."
+def fingerprint(*parts) -> str:
+    "Hash plain data. parts: plain data. Returns 64 hexadecimal digits."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 # %% ../../nbs/training/06_sampling.ipynb #0b20d9c6
-def speech_blocks(
-    speeches: dict,  # speech_id -> client speech
-    size: int,  # speeches in a block
-) -> list[list[str]]:  # speech ids, the longest first
-    "Cut speeches into blocks of similar length."
+def speech_blocks(speeches: dict, size: int) -> list[list[str]]:
+    """Cut speeches into blocks of similar length.
+
+    speeches: speech_id -> client speech; size: speeches in a block. Returns speech ids, the longest first."""
     names = sorted(speeches)
     return [[names[i] for i in block] for block in length_batches([len(speeches[name]) for name in names], size)]
 
 # %% ../../nbs/training/06_sampling.ipynb #c2112e87
-def read_block(
-    path: Path,  # block-0000.json
-    made_of: str,  # its fingerprint
-    names: list[str],  # its speech ids
-    n: int,  # candidates for each
-) -> dict | None:  # speech_id -> samples; None where there is no such block
-    "Read a block, if it is whole and ours."
+def read_block(path: Path, made_of: str, names: list[str], n: int) -> dict | None:
+    """Read a block, if it is whole and ours.
+
+    path: block-0000.json; made_of: its fingerprint; names: its speech ids; n: candidates for each. Returns
+    speech_id -> samples; None where there is no such block."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         found = {name: [Sample(*own) for own in group] for name, group in kept["samples"].items()}
@@ -610,12 +588,10 @@ def read_block(
     return found if whole else None
 
 
-def write_block(
-    path: Path,  # block-0000.json
-    made_of: str,  # its fingerprint
-    samples: dict,  # speech_id -> samples
-) -> None:
-    "Write a block, whole or not at all."
+def write_block(path: Path, made_of: str, samples: dict) -> None:
+    """Write a block, whole or not at all.
+
+    path: block-0000.json; made_of: its fingerprint; samples: speech_id -> samples."""
     write_json(
         path,
         {
@@ -639,15 +615,12 @@ class SampleBlock:
 
 
 def plan_blocks(
-    identity: str,  # of the policy
-    speeches: dict,  # speech_id -> client speech
-    folder: Path,  # where blocks stand
-    settings: IterSettings,  # engine and size of a block
-    decoding: Decoding,  # how to sample
-    n: int,  # candidates for each speech
-    dtype: str,  # auto, bfloat16 or float32
-) -> list[SampleBlock]:  # in order
-    "Say what each block will be made of."
+    identity: str, speeches: dict, folder: Path, settings: IterSettings, decoding: Decoding, n: int, dtype: str
+) -> list[SampleBlock]:
+    """Say what each block will be made of.
+
+    speeches: speech_id -> client speech; folder: where blocks stand; settings: engine and size of a block;
+    decoding: how to sample; n: candidates for each speech; dtype: auto, bfloat16 or float32."""
     found = []
     for place, names in enumerate(speech_blocks(speeches, settings.block)):
         prompts, how = (
@@ -667,16 +640,21 @@ def _clear_strays(folder: Path, known: set) -> None:
 
 # %% ../../nbs/training/06_sampling.ipynb #00436d1b
 def sample_candidates(
-    policy: Weights,  # who answers
-    speeches: dict,  # speech_id -> client speech
-    folder: Path,  # where blocks stand
-    settings: IterSettings,  # engine and size of a block
-    decoding: Decoding,  # how to sample
-    n: int,  # candidates for each speech
-    dtype: str = "auto",  # auto, bfloat16 or float32
-    name: str = "sampling candidates",  # shown before the progress bar
-) -> dict:  # speech_id -> n samples, in the order of `speeches`
-    "Sample candidates block by block; blocks that stand there are read, and the engine is opened only if one is missing."
+    policy: Weights,
+    speeches: dict,
+    folder: Path,
+    settings: IterSettings,
+    decoding: Decoding,
+    n: int,
+    dtype: str = "auto",
+    name: str = "sampling candidates",
+) -> dict:
+    """Sample candidates block by block; blocks that stand there are read, and the engine is opened only if one is
+    missing.
+
+    policy: who answers; speeches: speech_id -> client speech; folder: where blocks stand; settings: engine and size
+    of a block; decoding: how to sample; n: candidates for each speech; dtype: auto, bfloat16 or float32; name: shown
+    before the progress bar. Returns speech_id -> n samples, in the order of `speeches`."""
     blocks = plan_blocks(weights_identity(policy), speeches, folder, settings, decoding, n, dtype)
     found = {block.path: read_block(block.path, block.made_of, block.names, n) for block in blocks}
     missing = [block for block in blocks if found[block.path] is None]
@@ -698,11 +676,11 @@ def _rewards_now(scorer: str, speeches: dict, answers: dict, dtype: str, name: s
     return dict(zip(answers, score_groups(model, tokenizer, groups, name=name)))
 
 
-def read_rewards(
-    path: Path,  # rewards.json
-    made_of: str,  # its fingerprint
-) -> dict | None:  # speech_id -> a reward for each answer; None where there are no such rewards
-    "Read rewards, if they are whole and of these answers."
+def read_rewards(path: Path, made_of: str) -> dict | None:
+    """Read rewards, if they are whole and of these answers.
+
+    path: rewards.json; made_of: its fingerprint. Returns speech_id -> a reward for each answer; None where there
+    are no such rewards."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept["rewards"] if kept["made_of"] == made_of else None
@@ -711,14 +689,13 @@ def read_rewards(
 
 # %% ../../nbs/training/06_sampling.ipynb #b913c1fc
 def score_candidates(
-    scorer: str,  # folder of a reward model, or a name of `training.scoring`
-    speeches: dict,  # speech_id -> client speech
-    answers: dict,  # speech_id -> answers
-    folder: Path,  # where rewards.json stands
-    dtype: str = "auto",  # auto, bfloat16 or float32
-    name: str = "scoring candidates",  # shown before the progress bar
-) -> dict:  # speech_id -> a reward for each answer
-    "Score candidates; rewards of the same answers are read, not computed again."
+    scorer: str, speeches: dict, answers: dict, folder: Path, dtype: str = "auto", name: str = "scoring candidates"
+) -> dict:
+    """Score candidates; rewards of the same answers are read, not computed again.
+
+    scorer: folder of a reward model, or a name of `training.scoring`; speeches: speech_id -> client speech;
+    answers: speech_id -> answers; folder: where rewards.json stands; dtype: auto, bfloat16 or float32; name: shown
+    before the progress bar. Returns speech_id -> a reward for each answer."""
     where = find_scorer(scorer)
     asked = [[own, prompt_messages(speeches[own]), texts] for own, texts in answers.items()]
     made_of = fingerprint(weights_identity(find_weights(where.location)), where.head, dtype, asked)

@@ -38,10 +38,10 @@ SCORERS = {
 }
 
 
-def find_scorer(
-    name: str,  # a name above, name=FOLDER for a copy of it, a folder, or a hub id
-) -> Scorer:  # where it is
-    "Find a reward model by name."
+def find_scorer(name: str) -> Scorer:
+    """Find a reward model by name.
+
+    name: a name above, name=FOLDER for a copy of it, a folder, or a hub id. Returns where it is."""
     known, _, folder = name.partition("=")
     if folder and known in SCORERS:
         return replace(SCORERS[known], location=folder)
@@ -50,7 +50,8 @@ def find_scorer(
 # %% ../../nbs/training/03_scoring.ipynb #30782009
 @functools.cache
 def _float_linear():
-    "Make a linear layer that computes in float32, under autocast too; made on demand, because torch is heavy to import."
+    """Make a linear layer that computes in float32, under autocast too; made on demand, because torch is heavy to
+    import."""
     import torch
 
     class FloatLinear(torch.nn.Linear):
@@ -111,14 +112,13 @@ def _clear_errors(location: str):
         ) from None
 
 # %% ../../nbs/training/03_scoring.ipynb #855fc251
-def load_reward_model(
-    location: str,  # folder or hub id of a reward model, or of a language model where a new head is wanted
-    tokenizer,  # its tokenizer
-    dtype: str = "auto",  # auto, bfloat16 or float32
-    new_head: int | None = None,  # seed of a new head; None refuses a checkpoint without one
-    **keywords,  # passed to from_pretrained, e.g. revision or device_map
-):  # transformers sequence-classification model with one label, on the chosen device
-    "Load a reward model with its head in float32."
+def load_reward_model(location: str, tokenizer, dtype: str = "auto", new_head: int | None = None, **keywords):
+    """Load a reward model with its head in float32.
+
+    location: folder or hub id of a reward model, or of a language model where a new head is wanted; tokenizer: its
+    tokenizer; dtype: auto, bfloat16 or float32; new_head: seed of a new head; None refuses a checkpoint without
+    one; keywords: passed to from_pretrained, e.g. revision or device_map. Returns transformers sequence-
+    classification model with one label, on the chosen device."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -137,11 +137,10 @@ def load_reward_model(
     return (model if "device_map" in keywords else model.to(pick_device())).eval()
 
 # %% ../../nbs/training/03_scoring.ipynb #8e752bbf
-def load_scorer(
-    scorer: Scorer,  # where and how
-    dtype: str = "auto",  # auto, bfloat16 or float32
-):  # (model, tokenizer, weights found)
-    "Load a reward model of either kind, over several GPUs where one is too small."
+def load_scorer(scorer: Scorer, dtype: str = "auto"):
+    """Load a reward model of either kind, over several GPUs where one is too small.
+
+    scorer: where and how; dtype: auto, bfloat16 or float32. Returns (model, tokenizer, weights found)."""
     import torch
 
     weights = find_weights(scorer.location)
@@ -160,12 +159,12 @@ def load_scorer(
     return (model if spread else model.to(pick_device())).eval(), tokenizer, weights
 
 # %% ../../nbs/training/03_scoring.ipynb #12753108
-def token_batches(
-    sizes: list[int],  # tokens of each item
-    tokens: int,  # budget of a batch; an item above it makes a batch of its own
-    padded: bool = False,  # count each item as long as the longest of its batch
-) -> list[list[int]]:  # indices; the longest first, so memory runs out at once or never
-    "Fill batches up to a budget of tokens."
+def token_batches(sizes: list[int], tokens: int, padded: bool = False) -> list[list[int]]:
+    """Fill batches up to a budget of tokens.
+
+    sizes: tokens of each item; tokens: budget of a batch; an item above it makes a batch of its own; padded: count
+    each item as long as the longest of its batch. Returns indices; the longest first, so memory runs out at once or
+    never."""
     found, room, width = [], 0, 0
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if not found or (width if padded else sizes[i]) > room:
@@ -219,13 +218,13 @@ def _padded(model, tokenizer, ids: list, tokens: int, name: str) -> list[list[fl
 
 # %% ../../nbs/training/03_scoring.ipynb #d789f358
 def score_groups(
-    model,  # reward model of one number
-    tokenizer,  # with a padding token of its own
-    groups: list[list[str]],  # rendered texts; those of one group share a prompt
-    tokens: int = 8192,  # computed in one pass
-    name: str = "scoring",  # shown before the progress bar; empty shows none
-) -> list[list[float]]:  # one reward for each text
-    "Score groups of answers with a reward model, each prompt computed once."
+    model, tokenizer, groups: list[list[str]], tokens: int = 8192, name: str = "scoring"
+) -> list[list[float]]:
+    """Score groups of answers with a reward model, each prompt computed once.
+
+    model: reward model of one number; tokenizer: with a padding token of its own; groups: rendered texts; those of
+    one group share a prompt; tokens: computed in one pass; name: shown before the progress bar; empty shows none.
+    Returns one reward for each text."""
     import torch
 
     ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in group] for group in groups]
@@ -240,13 +239,11 @@ def score_groups(
         )
 
 
-def score_pairs(
-    model,  # reward model
-    tokenizer,  # its tokenizer
-    pairs,  # frame of pairs
-    name: str = "scoring",  # shown before the progress bar
-) -> tuple[list[float], list[float]]:  # rewards of the chosen and of the rejected responses
-    "Score both answers of each pair."
+def score_pairs(model, tokenizer, pairs, name: str = "scoring") -> tuple[list[float], list[float]]:
+    """Score both answers of each pair.
+
+    model: reward model; tokenizer: its tokenizer; pairs: frame of pairs; name: shown before the progress bar.
+    Returns rewards of the chosen and of the rejected responses."""
     groups = [
         [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
         for pair in pairs.itertuples()

@@ -23,49 +23,46 @@ __all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'pair_rows'
            'numbered', 'best_checkpoint', 'last_checkpoint', 'train_quietly', 'evaluate_last']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
-def prompt_messages(
-    client_speech: str,  # what the client said
-) -> list[dict]:  # one user message
-    "Word the prompt of a counselling pair."
+def prompt_messages(client_speech: str) -> list[dict]:
+    "Word the prompt of a counselling pair. client_speech: what the client said. Returns one user message."
     return [{"role": "user", "content": responding_prompt(client_speech)}]
 
 
-def pair_messages(
-    pair,  # a row of a frame of pairs, as itertuples gives it
-) -> list[dict]:  # the conversation before the answers
-    "Return a pair's own conversation, or the counselling prompt with its question."
+def pair_messages(pair) -> list[dict]:
+    """Return a pair's own conversation, or the counselling prompt with its question.
+
+    pair: a row of a frame of pairs, as itertuples gives it. Returns the conversation before the answers."""
     own = getattr(pair, "messages", None)
     return (
         prompt_messages(pair.question) if own is None or isinstance(own, float) else [dict(message) for message in own]
     )
 
 
-def render(
-    tokenizer,  # with a chat template
-    messages: list[dict],  # the conversation before the answer
-    response: str,  # the answer
-) -> str:  # the rendered exchange
-    "Render a conversation and an answer as a reward model reads them."
+def render(tokenizer, messages: list[dict], response: str) -> str:
+    """Render a conversation and an answer as a reward model reads them.
+
+    tokenizer: with a chat template; messages: the conversation before the answer; response: the answer. Returns the
+    rendered exchange."""
     return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
 
 
-def dialogue(
-    tokenizer,  # with a chat template
-    client_speech: str,  # what the client said
-    response: str,  # what the therapist answered
-) -> str:  # the rendered exchange
-    "Render a counselling exchange as a reward model reads it."
+def dialogue(tokenizer, client_speech: str, response: str) -> str:
+    """Render a counselling exchange as a reward model reads it.
+
+    tokenizer: with a chat template; client_speech: what the client said; response: what the therapist answered.
+    Returns the rendered exchange."""
     return render(tokenizer, prompt_messages(client_speech), response)
 
 # %% ../../nbs/training/01_texts.ipynb #eac01cd2
 def pair_rows(
-    pairs,  # frame with prefID, question, chosen, rejected, and messages where the prompt is not ours
-    tokenizer,  # of the backbone
-    max_length: int,  # tokens of prompt plus one response
-    margins: typing.Sequence[float] | None = None,  # one for each pair, for a loss with margins
-    needed: bool = True,  # refuse pairs that are all too long; development pairs can be done without
-) -> tuple[list[dict], list[int]]:  # rows with chosen_ids, rejected_ids, length; and prefIDs of pairs that are too long
-    "Tokenise pairs for trl's RewardTrainer."
+    pairs, tokenizer, max_length: int, margins: typing.Sequence[float] | None = None, needed: bool = True
+) -> tuple[list[dict], list[int]]:
+    """Tokenise pairs for trl's RewardTrainer.
+
+    pairs: frame with prefID, question, chosen, rejected, and messages where the prompt is not ours; max_length:
+    tokens of prompt plus one response; margins: one for each pair, for a loss with margins; needed: refuse pairs
+    that are all too long; development pairs can be done without. Returns rows with chosen_ids, rejected_ids,
+    length; and prefIDs of pairs that are too long."""
     from psycopref.models.generation import common_prefix
 
     rows, long = [], []
@@ -87,17 +84,16 @@ def pair_rows(
     return rows, long
 
 # %% ../../nbs/training/01_texts.ipynb #0377e9df
-def devices() -> int:  # processes of the training
-    "Count the processes that accelerate or torchrun started."
+def devices() -> int:
+    "Count the processes that accelerate or torchrun started. Returns processes of the training."
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def accumulation_steps(
-    batch_size: int,  # pairs in an optimiser step, over all devices
-    micro_batch_size: int,  # pairs in a forward pass on one device
-    processes: int = 1,  # devices
-) -> int:  # forward passes for one step
-    "Split the global batch, or refuse: another batch size is another experiment."
+def accumulation_steps(batch_size: int, micro_batch_size: int, processes: int = 1) -> int:
+    """Split the global batch, or refuse: another batch size is another experiment.
+
+    batch_size: pairs in an optimiser step, over all devices; micro_batch_size: pairs in a forward pass on one
+    device. Returns forward passes for one step."""
     each = micro_batch_size * processes
     if batch_size % each:
         raise StudyError(
@@ -107,15 +103,11 @@ def accumulation_steps(
     return batch_size // each
 
 # %% ../../nbs/training/01_texts.ipynb #2f1b501b
-def pack_size(
-    lengths: list[int],  # computed tokens of each pair
-    batch_size: int,  # pairs in an optimiser step, over all devices
-    tokens: int,  # budget of a forward pass
-    epochs: float,  # of the training
-    seed: int,  # of its batches
-    processes: int = 1,  # devices
-) -> int:  # pairs in a pack; divides the batch
-    "Return the largest pack whose tokens stay in the budget in every step of the training."
+def pack_size(lengths: list[int], batch_size: int, tokens: int, epochs: float, seed: int, processes: int = 1) -> int:
+    """Return the largest pack whose tokens stay in the budget in every step of the training.
+
+    lengths: computed tokens of each pair; batch_size: pairs in an optimiser step, over all devices; tokens: budget
+    of a forward pass; seed: of its batches. Returns pairs in a pack; divides the batch."""
     accumulation_steps(batch_size, 1, processes)
     for size in sorted((n for n in range(1, batch_size + 1) if batch_size % (n * processes) == 0), reverse=True):
         sampler, heaviest = EvenSampler(lengths, batch_size, size, seed), 0
@@ -130,12 +122,11 @@ def pack_size(
             return size
 
 # %% ../../nbs/training/01_texts.ipynb #273b23f3
-def step_plan(
-    lengths: list[int],  # computed tokens of each training pair
-    settings,  # RewardSettings or DpoSettings
-    seed: int,
-) -> dict:  # pairs in a pass and in a step, steps, steps between checkpoints, pairs that sit out an epoch
-    "Plan the steps of a training."
+def step_plan(lengths: list[int], settings, seed: int) -> dict:
+    """Plan the steps of a training.
+
+    lengths: computed tokens of each training pair; settings: RewardSettings or DpoSettings. Returns pairs in a pass
+    and in a step, steps, steps between checkpoints, pairs that sit out an epoch."""
     size = pack_size(lengths, settings.batch_size, settings.pack_tokens, settings.epochs, seed, devices())
     steps = max(1, int(settings.epochs * (len(lengths) // settings.batch_size)))
     return {
@@ -146,12 +137,10 @@ def step_plan(
     }
 
 
-def check_batch(
-    trainer,  # a transformers Trainer
-    settings,  # RewardSettings or DpoSettings
-    section: str,  # reward / dpo, for the error
-) -> None:
-    "Refuse a trainer whose steps are not of the asked size."
+def check_batch(trainer, settings, section: str) -> None:
+    """Refuse a trainer whose steps are not of the asked size.
+
+    trainer: a transformers Trainer; settings: RewardSettings or DpoSettings; section: reward / dpo, for the error."""
     batch_size = settings.batch_size
     whole = (
         trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
@@ -163,11 +152,11 @@ def check_batch(
         )
 
 # %% ../../nbs/training/01_texts.ipynb #95fe43b4
-def training_precision(
-    lora: LoraSettings,  # rank 0 trains every weight
-    dtype: str,  # auto, bfloat16 or float32
-) -> tuple[str, bool]:  # type to load weights in; whether to compute in bfloat16 by autocast
-    "Choose the precision of weights and of computation."
+def training_precision(lora: LoraSettings, dtype: str) -> tuple[str, bool]:
+    """Choose the precision of weights and of computation.
+
+    lora: rank 0 trains every weight; dtype: auto, bfloat16 or float32. Returns type to load weights in; whether to
+    compute in bfloat16 by autocast."""
     import torch
 
     full = not lora.rank and dtype != "float32" and torch.cuda.is_available()
@@ -178,13 +167,12 @@ _LINEAR = {"gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_t
 _LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def add_lora(
-    model,  # transformers model
-    lora: LoraSettings,  # rank 0 leaves the model as it is
-    head: bool = False,  # True for reward models: train and save the score head too
-    seed: int = 0,  # of the adapters' start, so that it hangs on nothing that ran before
-):  # the model, or a peft model around it
-    "Add low-rank adapters in the model's own dtype."
+def add_lora(model, lora: LoraSettings, head: bool = False, seed: int = 0):
+    """Add low-rank adapters in the model's own dtype.
+
+    model: transformers model; lora: rank 0 leaves the model as it is; head: True for reward models: train and save
+    the score head too; seed: of the adapters' start, so that it hangs on nothing that ran before. Returns the
+    model, or a peft model around it."""
     if not lora.rank:
         return model
     import torch
@@ -208,24 +196,18 @@ def add_lora(
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 # %% ../../nbs/training/01_texts.ipynb #d3a66a8b
-def save_merged(
-    model,  # transformers or peft model
-    tokenizer,  # its tokenizer
-    folder: Path,  # where to
-) -> None:
-    "Save a model with its adapters merged, loadable by plain transformers."
+def save_merged(model, tokenizer, folder: Path) -> None:
+    """Save a model with its adapters merged, loadable by plain transformers.
+
+    model: transformers or peft model; tokenizer: its tokenizer."""
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     with quiet_transformers():
         merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/training/01_texts.ipynb #cb8a1403
-def save_trained(
-    trainer,  # a transformers Trainer; every process calls this
-    tokenizer,  # of the model
-    folder: Path,  # where to
-) -> None:
-    "Save what was trained as plain transformers weights."
+def save_trained(trainer, tokenizer, folder: Path) -> None:
+    "Save what was trained as plain transformers weights. trainer: a transformers Trainer; every process calls this."
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(folder))
     elif trainer.is_world_process_zero():
@@ -233,14 +215,14 @@ def save_trained(
     trainer.accelerator.wait_for_everyone()
 
 
-def sharded() -> bool:  # whether FSDP or DeepSpeed cuts this process's weights into shards
-    "Tell how accelerate started this process."
+def sharded() -> bool:
+    """Tell how accelerate started this process.
+
+    Returns whether FSDP or DeepSpeed cuts this process's weights into shards."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-def take_device(
-    lora: LoraSettings,  # of the training
-) -> None:
+def take_device(lora: LoraSettings) -> None:
     "Take this process's own GPU, before weights are loaded; refuse what could not be saved in the end."
     import torch
 
@@ -280,10 +262,11 @@ def _older_tokenizer(config: dict) -> dict:
     return older
 
 # %% ../../nbs/training/01_texts.ipynb #d43a7a4a
-def name_for_older(
-    folder: Path,  # a model with its tokenizer, as save_pretrained wrote it
-) -> list[str]:  # the files that were changed
-    "Write a saved model's settings so that transformers 4.51, which rewardbench needs, reads them like transformers 5."
+def name_for_older(folder: Path) -> list[str]:
+    """Write a saved model's settings so that transformers 4.51, which rewardbench needs, reads them like
+    transformers 5.
+
+    folder: a model with its tokenizer, as save_pretrained wrote it. Returns the files that were changed."""
     files, changed = {"config.json": _older_config, "tokenizer_config.json": _older_tokenizer}, []
     for path in (Path(folder) / name for name in files):
         if not path.is_file():
@@ -300,14 +283,12 @@ def name_for_older(
     return changed
 
 # %% ../../nbs/training/01_texts.ipynb #d63a077e
-def common_arguments(
-    settings,  # RewardSettings or DpoSettings
-    folder,  # where checkpoints go
-    seed: int,
-    micro_batch_size: int,  # pairs in one forward pass on one device
-    **more,  # passed to the trainer's configuration
-) -> dict:  # keyword arguments of trl's RewardConfig and DPOConfig
-    "Translate our settings into trl's."
+def common_arguments(settings, folder, seed: int, micro_batch_size: int, **more) -> dict:
+    """Translate our settings into trl's.
+
+    settings: RewardSettings or DpoSettings; folder: where checkpoints go; micro_batch_size: pairs in one forward
+    pass on one device; more: passed to the trainer's configuration. Returns keyword arguments of trl's RewardConfig
+    and DPOConfig."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -338,10 +319,11 @@ def common_arguments(
     return own | alone | more
 
 # %% ../../nbs/training/01_texts.ipynb #11543826
-def one_device(
-    arguments,  # a transformers TrainingArguments
-):  # the same
-    "Let a process use one of several visible GPUs; otherwise transformers would split batches by itself, which trl refuses."
+def one_device(arguments):
+    """Let a process use one of several visible GPUs; otherwise transformers would split batches by itself, which trl
+    refuses.
+
+    arguments: a transformers TrainingArguments."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
@@ -358,11 +340,11 @@ def silence() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
-def progress_callback(
-    name: str,  # shown before the bar
-    steps: int | None = None,  # known number of steps; None asks the trainer
-):  # a transformers.TrainerCallback
-    "Show a trainer's steps as our progress bar."
+def progress_callback(name: str, steps: int | None = None):
+    """Show a trainer's steps as our progress bar.
+
+    name: shown before the bar; steps: known number of steps; None asks the trainer. Returns a
+    transformers.TrainerCallback."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -376,29 +358,28 @@ def progress_callback(
     return Progress()
 
 # %% ../../nbs/training/01_texts.ipynb #fb8cd04a
-def numbered(
-    folder: Path,  # holds checkpoint-8, checkpoint-16, ...
-) -> list[tuple[int, Path]]:  # (step, checkpoint), ascending
-    "List a trainer's checkpoints in order."
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """List a trainer's checkpoints in order.
+
+    folder: holds checkpoint-8, checkpoint-16, .... Returns (step, checkpoint), ascending."""
     return sorted((int(path.name.split("-")[-1]), path) for path in Path(folder).glob("checkpoint-*"))
 
 
-def best_checkpoint(
-    state,  # the trainer's TrainerState
-) -> tuple[int, float | None]:  # step of the weights that were kept; their development loss
-    "Say which step was kept."
+def best_checkpoint(state) -> tuple[int, float | None]:
+    """Say which step was kept.
+
+    state: the trainer's TrainerState. Returns step of the weights that were kept; their development loss."""
     step = (
         int(Path(state.best_model_checkpoint).name.split("-")[-1]) if state.best_model_checkpoint else state.global_step
     )
     return step, float(state.best_metric) if state.best_model_checkpoint else None
 
 
-def last_checkpoint(
-    folder: Path,  # of a trainer
-    steps: int
-    | None = None,  # of the whole training: where it ended is no place to go on, for a trainer would take a step more
-) -> Path | None:  # the newest whole checkpoint
-    "Find where to go on; take half-written checkpoints away."
+def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
+    """Find where to go on; take half-written checkpoints away.
+
+    folder: of a trainer; steps: of the whole training: where it ended is no place to go on, for a trainer would
+    take a step more. Returns the newest whole checkpoint."""
     for number, path in reversed(numbered(folder)):
         try:
             if number >= (steps or math.inf) or not [
@@ -414,12 +395,11 @@ def last_checkpoint(
     return None
 
 # %% ../../nbs/training/01_texts.ipynb #81734a08
-def train_quietly(
-    trainer,  # a transformers Trainer
-    name: str,  # shown before the bar
-    resume: Path | None = None,  # checkpoint to go on from
-) -> list[dict]:  # the trainer's log, one entry for each step
-    "Train with our progress bar; return the log."
+def train_quietly(trainer, name: str, resume: Path | None = None) -> list[dict]:
+    """Train with our progress bar; return the log.
+
+    trainer: a transformers Trainer; name: shown before the bar; resume: checkpoint to go on from. Returns the
+    trainer's log, one entry for each step."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -428,8 +408,10 @@ def train_quietly(
     return trainer.state.log_history
 
 
-def evaluate_last():  # a transformers.TrainerCallback
-    "Evaluate after the last step too, so that the best checkpoint may be the last one."
+def evaluate_last():
+    """Evaluate after the last step too, so that the best checkpoint may be the last one.
+
+    Returns a transformers.TrainerCallback."""
     from transformers import TrainerCallback
 
     class Last(TrainerCallback):

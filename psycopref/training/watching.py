@@ -27,13 +27,12 @@ __all__ = ['answer_tokens', 'head_only', 'position_kl', 'kl_along', 'kl_to_base'
            'training_curves_figure']
 
 # %% ../../nbs/training/07_watching.ipynb #f54ce63f
-def answer_tokens(
-    tokenizer,  # with a chat template
-    messages: list[dict],  # the conversation before the answer
-    answer: str,  # may be empty: then the end token is all of it
-    ends: set[int],  # tokens that end a turn, of stop_tokens
-) -> tuple[list[int], int]:  # the exchange up to its end token; how many of its last tokens are the answer's
-    "Tokenise an exchange and say where its answer begins."
+def answer_tokens(tokenizer, messages: list[dict], answer: str, ends: set[int]) -> tuple[list[int], int]:
+    """Tokenise an exchange and say where its answer begins.
+
+    tokenizer: with a chat template; messages: the conversation before the answer; answer: may be empty: then the
+    end token is all of it; ends: tokens that end a turn, of stop_tokens. Returns the exchange up to its end token;
+    how many of its last tokens are the answer's."""
     before = tokenizer(
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False
     ).input_ids
@@ -49,10 +48,10 @@ def answer_tokens(
 
 # %% ../../nbs/training/07_watching.ipynb #6c1bc007
 @contextlib.contextmanager
-def head_only(
-    model,  # transformers causal language model
-) -> typing.Iterator[typing.Callable]:  # states (positions, hidden) -> logits (positions, vocabulary)
-    "Use a model's own way from states to logits, without its backbone."
+def head_only(model) -> typing.Iterator[typing.Callable]:
+    """Use a model's own way from states to logits, without its backbone.
+
+    model: transformers causal language model. Returns states (positions, hidden) -> logits (positions, vocabulary)."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     backbone, before = model.base_model, model.base_model.__dict__.get("forward")
@@ -70,13 +69,11 @@ def head_only(
 _SCORES = 2**24  # logits in a chunk, 64 MB in float32
 
 
-def position_kl(
-    policy,  # transformers causal language model
-    base,  # one with the same vocabulary
-    states,  # (positions, hidden) of the policy
-    others,  # (positions, hidden) of the base at the same places
-):  # (positions,) nats
-    "Compute the divergence of the next token at each position, a chunk of positions at a time."
+def position_kl(policy, base, states, others):
+    """Compute the divergence of the next token at each position, a chunk of positions at a time.
+
+    policy: transformers causal language model; base: one with the same vocabulary; states: (positions, hidden) of
+    the policy; others: (positions, hidden) of the base at the same places. Returns (positions,) nats."""
     import torch
 
     found, size = [], max(1, _SCORES // policy.config.get_text_config().vocab_size)
@@ -107,7 +104,8 @@ def _answer_states(model, groups: list[list[list[int]]], own: list[list[int]], p
 def _passes(
     groups: list[list[list[int]]], own: list[list[int]], tokens: int, packed: bool
 ) -> list[list[list[tuple[int, int]]]]:
-    "Deal texts to passes: whole groups where prompts are shared, else text by text. A text is named by its group and place."
+    """Deal texts to passes: whole groups where prompts are shared, else text by text. A text is named by its group
+    and place."""
     items = [[(i, j) for j, n in enumerate(counts) if n] for i, counts in enumerate(own)]
     items = [item for item in (items if packed else [[place] for item in items for place in item]) if item]
     texts = [[groups[i][j] for i, j in item] for item in items]
@@ -133,14 +131,14 @@ def _comparable(policy, base, groups: list[list[list[int]]], own: list[list[int]
 
 # %% ../../nbs/training/07_watching.ipynb #151988d2
 def kl_along(
-    policy,  # transformers or peft model
-    base,  # the model that the policy was trained from, with the same vocabulary
-    groups: list[list[list[int]]],  # token lists of prompt and answer; those of a group have one prompt
-    own: list[list[int]],  # how many of the last tokens of each are the answer's; 0 gives 0 nats
-    tokens: int = 8192,  # computed in one pass
-    name: str = "",  # shown before the progress bar; empty shows none
-) -> list[list[float]]:  # nats of each text
-    "Sum the divergence of the next token along given tokens; both models are put in evaluation mode."
+    policy, base, groups: list[list[list[int]]], own: list[list[int]], tokens: int = 8192, name: str = ""
+) -> list[list[float]]:
+    """Sum the divergence of the next token along given tokens; both models are put in evaluation mode.
+
+    policy: transformers or peft model; base: the model that the policy was trained from, with the same vocabulary;
+    groups: token lists of prompt and answer; those of a group have one prompt; own: how many of the last tokens of
+    each are the answer's; 0 gives 0 nats; tokens: computed in one pass; name: shown before the progress bar; empty
+    shows none. Returns nats of each text."""
     import torch
 
     policy, base = (unwrap(model).eval() for model in (policy, base))
@@ -166,15 +164,20 @@ def kl_along(
 
 # %% ../../nbs/training/07_watching.ipynb #1e5b498b
 def kl_to_base(
-    policy,  # transformers or peft model
-    base,  # the model that the policy was trained from
-    tokenizer,  # of both, with a chat template
-    conversations: list[list[dict]],  # messages before the answers
-    answers: list[list[str]],  # the policy's own answers to each conversation
-    tokens: int = 8192,  # computed in one pass
-    name: str = "KL to base",  # shown before the progress bar; empty shows none
-) -> list[list[float]]:  # nats of each answer
-    "Measure how far a policy is from its base along its own answers, the end of the turn included."
+    policy,
+    base,
+    tokenizer,
+    conversations: list[list[dict]],
+    answers: list[list[str]],
+    tokens: int = 8192,
+    name: str = "KL to base",
+) -> list[list[float]]:
+    """Measure how far a policy is from its base along its own answers, the end of the turn included.
+
+    policy: transformers or peft model; base: the model that the policy was trained from; tokenizer: of both, with a
+    chat template; conversations: messages before the answers; answers: the policy's own answers to each
+    conversation; tokens: computed in one pass; name: shown before the progress bar; empty shows none. Returns nats
+    of each answer."""
     if len(conversations) != len(answers):
         raise StudyError(
             f"watching: found {len(conversations)} conversations and answers to {len(answers)}, expected one list of "
@@ -192,20 +195,20 @@ def kl_to_base(
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
-def distinct_n(
-    texts: list[str],  # answers of one model
-    n: int,  # words in an n-gram
-) -> float:  # in [0, 1]; 0 where no text has n words
-    "Return the share of n-grams that are different, over all texts."
+def distinct_n(texts: list[str], n: int) -> float:
+    """Return the share of n-grams that are different, over all texts.
+
+    texts: answers of one model; n: words in an n-gram. Returns in [0, 1]; 0 where no text has n words."""
     words = [_WORD.findall(text.lower()) for text in texts]
     grams = [gram for own in words for gram in zip(*(own[start:] for start in range(n)))]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 # %% ../../nbs/training/07_watching.ipynb #822c2cb3
-def answer_statistics(
-    samples: list[Sample],  # answers of one model
-) -> dict:  # words and tokens, means; cut_share, in [0, 1]; distinct_1 and distinct_2, in [0, 1]
-    "Describe answers by their length, how many were cut, and how varied they are."
+def answer_statistics(samples: list[Sample]) -> dict:
+    """Describe answers by their length, how many were cut, and how varied they are.
+
+    samples: answers of one model. Returns words and tokens, means; cut_share, in [0, 1]; distinct_1 and distinct_2,
+    in [0, 1]."""
     if not samples:
         raise StudyError("watching: found no answers, expected at least one; look at the sampling")
     texts, n = [sample.text for sample in samples], len(samples)
@@ -218,12 +221,7 @@ def answer_statistics(
     }
 
 # %% ../../nbs/training/07_watching.ipynb #f37d1da2
-def _with_interval(
-    name: str,  # of the number
-    values: dict[str, list[float]] | None,  # speech id -> numbers
-    samples: int,  # bootstrap resamples
-    seed: int,  # of the bootstrap
-) -> dict:  # name, name_low, name_high
+def _with_interval(name: str, values: dict[str, list[float]] | None, samples: int, seed: int) -> dict:
     "Take the mean of all values and its interval over speeches; None where there is none."
     import numpy as np
 
@@ -257,11 +255,12 @@ def _same_answers(name: str, answers: dict, values: dict | None) -> None:
         )
 
 # %% ../../nbs/training/07_watching.ipynb #3f92d714
-def proxy_wins(
-    rewards: dict[str, list[float]],  # speech id -> rewards of the policy's answers
-    references: dict[str, list[float]],  # speech id -> rewards of the reference's answers, one or several
-) -> dict[str, list[float]]:  # speech id -> for each answer the percentage of the reference's answers that it beats
-    "Let the reward model compare each answer with the reference's to the same speech; a tie is no win."
+def proxy_wins(rewards: dict[str, list[float]], references: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Let the reward model compare each answer with the reference's to the same speech; a tie is no win.
+
+    rewards: speech id -> rewards of the policy's answers; references: speech id -> rewards of the reference's
+    answers, one or several. Returns speech id -> for each answer the percentage of the reference's answers that it
+    beats."""
     lost = [speech for speech in rewards if not references.get(speech)]
     if lost:
         raise StudyError(
@@ -275,19 +274,24 @@ def proxy_wins(
 
 # %% ../../nbs/training/07_watching.ipynb #a2562000
 def summarise(
-    pairs: int,  # preference pairs that the policy saw, repeats counted
-    answers: dict[str, list[Sample]],  # speech id -> the policy's answers
-    rewards: dict[str, list[float]],  # speech id -> their rewards
-    references: dict[str, list[float]],  # speech id -> rewards of the reference's answers
-    kl: dict[str, list[float]] | None = None,  # speech id -> nats of each answer, of kl_to_base
-    judged: dict[str, list[float]]
-    | None = None,  # speech id -> 1 for each battle won, 0 for each other; speeches may be missing
-    step: int | None = None,  # optimiser steps
-    samples: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the bootstrap
-    **more,  # plain numbers or words to keep with the point, e.g. dropped_share
-) -> dict:  # the keys above, plain JSON
-    "Summarise one checkpoint as a point."
+    pairs: int,
+    answers: dict[str, list[Sample]],
+    rewards: dict[str, list[float]],
+    references: dict[str, list[float]],
+    kl: dict[str, list[float]] | None = None,
+    judged: dict[str, list[float]] | None = None,
+    step: int | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    **more,
+) -> dict:
+    """Summarise one checkpoint as a point.
+
+    pairs: preference pairs that the policy saw, repeats counted; answers: speech id -> the policy's answers;
+    rewards: speech id -> their rewards; references: speech id -> rewards of the reference's answers; kl: speech id
+    -> nats of each answer, of kl_to_base; judged: speech id -> 1 for each battle won, 0 for each other; speeches
+    may be missing; step: optimiser steps; more: plain numbers or words to keep with the point, e.g. dropped_share.
+    Returns the keys above, plain JSON."""
     for name, values in (("rewards", rewards), ("kl", kl)):
         _same_answers(name, answers, values)
     if strangers := [speech for speech in judged or {} if speech not in answers]:
@@ -320,15 +324,11 @@ def summarise(
 _MARKERS = "osD^vPX"  # told apart without colour
 
 
-def draw_curve(
-    axes,  # where to
-    points: list[dict],  # of one policy, in the order of training
-    key: str,  # what is drawn
-    place: int,  # of the curve, for its colour and marker
-    scale: float = 1.0,  # numbers are multiplied by it
-    **style,  # of the line
-) -> None:
-    "Draw one number along the pairs trained on, with its interval."
+def draw_curve(axes, points: list[dict], key: str, place: int, scale: float = 1.0, **style) -> None:
+    """Draw one number along the pairs trained on, with its interval.
+
+    points: of one policy, in the order of training; key: what is drawn; place: of the curve, for its colour and
+    marker; scale: numbers are multiplied by it."""
     known, colour = [point for point in points if point.get(key) is not None], PALETTE[place % len(PALETTE)]
     axes.plot(
         [p["pairs"] for p in known],
@@ -379,7 +379,7 @@ def _legend_above(figure, axes, more: list, columns: int = 3) -> None:
     )
 
 # %% ../../nbs/training/07_watching.ipynb #6408e8e5
-def _watch_panels(curves: dict) -> list[tuple]:  # (title, [(key, line style)], scale)
+def _watch_panels(curves: dict) -> list[tuple]:
     "Choose the six panels: iterations show dropped groups, trainings on given pairs the answers that were cut."
     dropped = any(point.get("dropped_share") is not None for points in curves.values() for point in points)
     last = (
@@ -397,10 +397,10 @@ def _watch_panels(curves: dict) -> list[tuple]:  # (title, [(key, line style)], 
     ]
 
 # %% ../../nbs/training/07_watching.ipynb #9e161aa7
-def watch_figure(
-    curves: dict[str, list[dict]],  # name -> points in the order of training
-):  # matplotlib figure
-    "Draw everything that is watched along the pairs trained on; bands are 95% over speeches."
+def watch_figure(curves: dict[str, list[dict]]):
+    """Draw everything that is watched along the pairs trained on; bands are 95% over speeches.
+
+    curves: name -> points in the order of training. Returns matplotlib figure."""
     from matplotlib.lines import Line2D
 
     _checked_curves("watch_figure", curves)
@@ -516,11 +516,11 @@ def _overoptimisation_panel(axes, name: str, points: list[dict], along: str) -> 
     axes.grid(linewidth=0.5)
 
 # %% ../../nbs/training/07_watching.ipynb #aec64c8a
-def overoptimisation_figure(
-    curves: dict[str, list[dict]],  # name -> points in the order of training, first the base model's
-    along: str = "kl",  # kl draws along its square root, pairs along the pairs trained on
-):  # matplotlib figure, one panel for each policy
-    "Draw proxy and judged win rates on one axis; bars are 95% over speeches."
+def overoptimisation_figure(curves: dict[str, list[dict]], along: str = "kl"):
+    """Draw proxy and judged win rates on one axis; bars are 95% over speeches.
+
+    curves: name -> points in the order of training, first the base model's; along: kl draws along its square root,
+    pairs along the pairs trained on. Returns matplotlib figure, one panel for each policy."""
     _checked_curves("overoptimisation_figure", curves)
     if along not in ("kl", "pairs"):
         raise StudyError(f"overoptimisation_figure: along is {along!r}, expected kl or pairs")
@@ -548,10 +548,11 @@ def overoptimisation_figure(
     return figure
 
 # %% ../../nbs/training/07_watching.ipynb #2352a242
-def global_steps(
-    log: list,  # trl log entries, or one such list for each iteration
-) -> tuple[list[dict], list[int]]:  # all entries with steps counted through; steps at which a new iteration began
-    "Lay the logs of iterations behind one another."
+def global_steps(log: list) -> tuple[list[dict], list[int]]:
+    """Lay the logs of iterations behind one another.
+
+    log: trl log entries, or one such list for each iteration. Returns all entries with steps counted through; steps
+    at which a new iteration began."""
     logs = log if log and isinstance(log[0], list) else [log]
     entries, borders, done = [], [], 0
     for own in logs:
@@ -572,7 +573,8 @@ _LOG_PANELS = (
 
 
 def _draw_log(axes, entries: list[dict], key: str, place: int, label: str) -> None:
-    "Draw one logged number: a line for training batches, marks for development pairs. What concerns rejected answers is dotted."
+    """Draw one logged number: a line for training batches, marks for development pairs. What concerns rejected
+    answers is dotted."""
     scale, colour = 100 if key.endswith("accuracies") else 1, PALETTE[place % len(PALETTE)]
     style = ":" if key.endswith("rejected") else "-"
     for name, look in (
@@ -625,10 +627,10 @@ def _log_legend(grid, signs: list) -> None:
     grid[1, 2].legend([*handles, *signs], labels, loc="center left", fontsize=8.5, frameon=False)
 
 # %% ../../nbs/training/07_watching.ipynb #afff49b2
-def training_curves_figure(
-    logs: dict[str, list],  # name -> trl log entries, or one list of them for each iteration
-):  # matplotlib figure
-    "Draw loss, accuracy, margins, implicit rewards and log-probabilities along optimiser steps."
+def training_curves_figure(logs: dict[str, list]):
+    """Draw loss, accuracy, margins, implicit rewards and log-probabilities along optimiser steps.
+
+    logs: name -> trl log entries, or one list of them for each iteration. Returns matplotlib figure."""
     _checked_curves("training_curves_figure", logs)
     figure, grid = new_figure(9.6, 5.4, 2, 3, sharex=True)
     for axes, (title, keys) in zip(grid.flat, _LOG_PANELS):
