@@ -27,42 +27,30 @@ __all__ = ['ORDERS', 'answer_decoding', 'answer', 'word_counts', 'battle_request
 
 # %% ../../nbs/feedback/04_battles.ipynb #9df2e9c3
 def answer_decoding(chosen: EvaluationSettings, seed: int) -> Decoding:
-    """Return the decoding of policies and reference, the same wherever they answer.
-
-    Returns longest answer, temperature, top-k, top-p, seed."""
+    "Return the decoding of policies and reference, the same wherever they answer."
     return Decoding(chosen.max_tokens, chosen.temperature, chosen.top_k, chosen.top_p, seed)
 
 
 def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, seed: int, words: dict | None = None):
-    """Ask a model to answer client speeches.
+    """Ask a model to answer client speeches; return a frame of kind "answers" without the failed calls.
 
-    uri: who answers; speeches: frame with speech_id and speech; name: column `policy`; chosen: how it decodes;
-    words: speech_id -> asked length in words; None leaves it open. Returns frame of kind "answers"."""
+    name: for the column `policy`; words: speech_id -> asked length in words, None leaves the length open."""
     import pandas as pd
 
     texts = [responding_prompt(s.speech, None if words is None else words[s.speech_id]) for s in speeches.itertuples()]
     asked = [ChatRequest(({"role": "user", "content": text},), answer_decoding(chosen, seed)) for text in texts]
-    rows = []
-    for speech_id, reply in zip(speeches.speech_id, gateway.ask(chat_model(uri), asked, f"answering: {name}")):
-        if not isinstance(reply, Failure):
-            rows.append(
-                {
-                    "speech_id": speech_id,
-                    "policy": name,
-                    "setting": "free" if words is None else "length",
-                    "response": reply.text,
-                    "finish_reason": reply.finish_reason,
-                    "n_tokens": reply.completion_tokens,
-                    "target_words": 0 if words is None else words[speech_id],
-                }
-            )
-    return pd.DataFrame(rows, columns=list(SCHEMAS["answers"]))
+    replies, setting = gateway.ask(chat_model(uri), asked, f"answering: {name}"), "free" if words is None else "length"
+    rows = [
+        [speech_id, reply.text, reply.finish_reason, reply.completion_tokens, words[speech_id] if words else 0]
+        for speech_id, reply in zip(speeches.speech_id, replies)
+        if not isinstance(reply, Failure)
+    ]
+    frame = pd.DataFrame(rows, columns=["speech_id", "response", "finish_reason", "n_tokens", "target_words"])
+    return frame.assign(policy=name, setting=setting)[list(SCHEMAS["answers"])]
 
 
 def word_counts(answers) -> dict:
-    """Count words, for the length instruction.
-
-    answers: frame of kind "answers", one for each speech. Returns speech_id -> words, at least 5."""
+    "Map speech_id to the words of its answer, at least 5, for the length instruction."
     return {row.speech_id: max(5, len(row.response.split())) for row in answers.itertuples()}
 
 # %% ../../nbs/feedback/04_battles.ipynb #5ba565f6
@@ -70,10 +58,7 @@ ORDERS = ("policy first", "reference first")
 
 
 def battle_request(client_speech: str, policy: str, reference: str, order: str) -> ChatRequest:
-    """Ask the judge to compare two answers on the seven principles and overall.
-
-    client_speech: what the client said; policy: the policy's answer; reference: the reference's answer; order:
-    policy first / reference first. Returns for the judge."""
+    "Ask the judge to compare two answers on the seven principles and overall; order: one of ORDERS."
     first, second = (policy, reference) if order == ORDERS[0] else (reference, policy)
     fields = {"client_speech": client_speech, "response_1": first, "response_2": second}
     message = {"role": "user", "content": comparison_prompt("battle", client_speech, first, second)}
@@ -81,18 +66,15 @@ def battle_request(client_speech: str, policy: str, reference: str, order: str) 
 
 
 def paper_order(speech_id: str, seed: int) -> str:
-    """Draw the order in which the paper's judge would see a battle.
-
-    speech_id: of the client speech. Returns one of ORDERS."""
+    "Draw the one order in which the paper's judge would see a battle."
     return ORDERS[derived_seed(seed, "battle order", speech_id) % 2]
 
 # %% ../../nbs/feedback/04_battles.ipynb #60aa7c0a
 def battle(gateway, judge: str, speeches, policy, reference, reference_name: str, seed: int | None = None):
     """Judge every answer to a speech that the reference answered too.
 
-    judge: gateway URI; speeches: frame with speech_id and speech; policy: answers of the policy; reference: answers
-    of the reference; reference_name: column `reference`; seed: judge in the one order that it draws; None judges in
-    both. Returns (frame of kind "battles", list of what was put aside)."""
+    policy, reference: frames of kind "answers"; seed: judge in the one order that it draws, None judges in both.
+    Returns (frame of kind "battles", list of unreadable and failed verdicts)."""
     import pandas as pd
 
     texts, theirs = dict(zip(speeches.speech_id, speeches.speech)), dict(zip(reference.speech_id, reference.response))
@@ -103,53 +85,29 @@ def battle(gateway, judge: str, speeches, policy, reference, reference_name: str
         for order in (ORDERS if seed is None else [paper_order(row.speech_id, seed)])
     ]
     asked = [battle_request(texts[row.speech_id], row.response, theirs[row.speech_id], order) for row, order in jobs]
-    rows, aside = [], []
+    rows, skipped = [], []
     for (row, order), reply in zip(jobs, gateway.ask(chat_model(judge), asked, "judging")):
+        what = {"speech_id": row.speech_id, "policy": row.policy, "setting": row.setting, "order": order}
+        failed = isinstance(reply, Failure)
         try:
-            found = parse_battle("" if isinstance(reply, Failure) else reply.text)
+            found = parse_battle("" if failed else reply.text)
         except BadReply as error:
-            aside.append(
-                {
-                    "speech_id": row.speech_id,
-                    "policy": row.policy,
-                    "setting": row.setting,
-                    "order": order,
-                    "kind": "failed" if isinstance(reply, Failure) else "unreadable",
-                    "reason": str(error),
-                    "raw": reply.raw if isinstance(reply, Failure) else reply.text,
-                }
-            )
+            raw = {"reason": str(error), "raw": reply.raw if failed else reply.text}
+            skipped.append(what | {"kind": "failed" if failed else "unreadable"} | raw)
             continue
-        verdicts = {key: "win" if found[key] == (1 if order == ORDERS[0] else 2) else "loss" for key in BATTLE_KEYS}
-        rows.append(
-            {
-                "speech_id": row.speech_id,
-                "setting": row.setting,
-                "policy": row.policy,
-                "reference": reference_name,
-                "order": order,
-                "verdict": verdicts["overall"],
-                **{f"{key}_verdict": verdicts[key] for key in PRINCIPLE_KEYS},
-                "judge": judge,
-            }
-        )
-    return pd.DataFrame(rows, columns=list(SCHEMAS["battles"])), aside
+        won = {key: "win" if found[key] == (1 if order == ORDERS[0] else 2) else "loss" for key in BATTLE_KEYS}
+        verdicts = {"verdict": won["overall"]} | {f"{key}_verdict": won[key] for key in PRINCIPLE_KEYS}
+        rows.append(what | verdicts | {"reference": reference_name, "judge": judge})
+    return pd.DataFrame(rows, columns=list(SCHEMAS["battles"])), skipped
 
 # %% ../../nbs/feedback/04_battles.ipynb #c0e18f80
 def paper_verdicts(battles, seed: int):
-    """Read the battles as the paper does: one order for each speech.
-
-    battles: frame of kind "battles". Returns the rows of one seeded order for each speech."""
+    "Read the battles as the paper does: the rows of one seeded order for each speech."
     return battles[battles.order == battles.speech_id.map(lambda name: paper_order(name, seed))]
 
 
 def consistent_verdicts(battles):
-    """Read the battles strictly: a win or loss only where both orders agree.
-
-    battles: frame of kind "battles", both orders. Returns frame with one row for each policy, setting and speech."""
-    wide = (
-        battles.pivot(index=["policy", "setting", "speech_id"], columns="order", values="verdict")
-        .dropna()
-        .reset_index()
-    )
+    "Read the battles strictly, a win or loss only where both orders agree: a row for each policy, setting and speech."
+    keys = ["policy", "setting", "speech_id"]
+    wide = battles.pivot(index=keys, columns="order", values="verdict").dropna().reset_index()
     return wide.assign(verdict=swap_consistent(wide[ORDERS[0]].to_numpy(), wide[ORDERS[1]].to_numpy()))

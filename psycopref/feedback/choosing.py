@@ -20,32 +20,19 @@ __all__ = ['SHOWN_ORDERS', 'COLUMNS', 'ranking_request', 'read_choice', 'read_ve
            'pair_verdicts', 'ranker_summary', 'ranker_row', 'ranker_table']
 
 # %% ../../nbs/feedback/03_choosing.ipynb #bad60ec4
-SHOWN_ORDERS = {
-    "chosen first": 1,
-    "rejected first": 2,
-}  # order -> where the chosen response is shown, so the right answer
+SHOWN_ORDERS = {"chosen first": 1, "rejected first": 2}  # where the chosen response is shown, so the right answer
 
 
 def ranking_request(pair, order: str, seed: int = 0, max_tokens: int = 6) -> ChatRequest:
-    """Ask which of two responses is better.
-
-    pair: a row with question, chosen and rejected; order: a key of SHOWN_ORDERS; max_tokens: longest reply. Returns
-    ready for the gateway."""
+    "Ask which response of a pair (a row with question, chosen, rejected) is better; order: a key of SHOWN_ORDERS."
     first, second = (pair.chosen, pair.rejected) if SHOWN_ORDERS[order] == 1 else (pair.rejected, pair.chosen)
     message = {"role": "user", "content": comparison_prompt("ranker", pair.question, first, second)}
-    return ChatRequest(
-        (message,),
-        Decoding(max_tokens, seed=seed),
-        None,
-        "rank",
-        {"client_speech": pair.question, "response_1": first, "response_2": second},
-    )
+    fields = {"client_speech": pair.question, "response_1": first, "response_2": second}
+    return ChatRequest((message,), Decoding(max_tokens, seed=seed), None, "rank", fields)
 
 # %% ../../nbs/feedback/03_choosing.ipynb #0c070625
 def read_choice(reply) -> int | None:
-    """Read a ranker's reply.
-
-    reply: gateway.ChatReply. Returns 1 or 2; None where the reply does not name exactly one of them."""
+    "Return 1 or 2; None where the reply does not name exactly one of them."
     try:
         return parse_choice(reply.text)
     except BadReply:
@@ -53,38 +40,19 @@ def read_choice(reply) -> int | None:
 
 
 def read_verdict(pair, order: str, choice: int | None) -> dict:
-    """Compare a choice with the label of the data.
-
-    pair: a row with ID and prefID; order: a key of SHOWN_ORDERS. Returns ID, prefID, order, choice, readable,
-    correct: 1, 0, or 0.5 where unreadable."""
+    "Compare a choice with the label of the data; `correct` is 1 or 0, and 0.5 where the reply is unreadable."
     correct = 0.5 if choice is None else float(choice == SHOWN_ORDERS[order])
-    return {
-        "ID": pair.ID,
-        "prefID": pair.prefID,
-        "order": order,
-        "choice": choice,
-        "readable": choice is not None,
-        "correct": correct,
-    }
+    row = {"ID": pair.ID, "prefID": pair.prefID, "order": order, "choice": choice}
+    return row | {"readable": choice is not None, "correct": correct}
 
 # %% ../../nbs/feedback/03_choosing.ipynb #fa174d01
-COLUMNS = {
-    "ID": "str",
-    "prefID": "int64",
-    "order": "str",
-    "choice": "Int64",
-    "readable": bool,
-    "correct": float,
-}  # of a frame of verdicts
+COLUMNS = {"ID": "str", "prefID": "int64", "order": "str", "choice": "Int64", "readable": bool, "correct": float}
 
 
-def rank_blocks(
-    gateway, uri: str, pairs, seed: int = 0, max_tokens: int = 6, block: int = 256
-) -> typing.Iterator[tuple[list[dict], list[dict]]]:
-    """Ask for every pair in both orders, block by block; no more than a few blocks are held at a time.
+def rank_blocks(gateway, uri: str, pairs, seed: int = 0, max_tokens: int = 6, block: int = 256) -> typing.Iterator:
+    """Ask for every pair in both orders, block by block: (verdicts, failed calls) of each block.
 
-    uri: gateway URI of the ranker; pairs: frame of pairs; max_tokens: longest reply; block: pairs whose calls are
-    looked at together. Returns for each block: verdicts, and calls that failed."""
+    pairs: frame of pairs; max_tokens: of a reply; block: pairs whose calls are in memory together."""
     parts, model = blocks(pairs, block), chat_model(uri)
 
     def jobs(part):
@@ -92,32 +60,27 @@ def rank_blocks(
 
     asked = ((ranking_request(*job, seed, max_tokens) for job in jobs(part)) for part in parts)
     for replies, part in zip(gateway.stream(model, asked, "ranking", len(SHOWN_ORDERS) * len(pairs)), parts):
-        answered = list(zip(jobs(part), replies))
-        verdicts = [read_verdict(*job, read_choice(reply)) for job, reply in answered if not isinstance(reply, Failure)]
-        yield (
-            verdicts,
-            [
-                {"ID": pair.ID, "prefID": int(pair.prefID), "order": order, "reason": reply.reason, "raw": reply.raw}
-                for (pair, order), reply in answered
-                if isinstance(reply, Failure)
-            ],
-        )
+        verdicts, failures = [], []
+        for (pair, order), reply in zip(jobs(part), replies):
+            if isinstance(reply, Failure):
+                row = {"ID": pair.ID, "prefID": int(pair.prefID), "order": order}
+                failures.append(row | {"reason": reply.reason, "raw": reply.raw})
+            else:
+                verdicts.append(read_verdict(pair, order, read_choice(reply)))
+        yield verdicts, failures
 
 # %% ../../nbs/feedback/03_choosing.ipynb #94dd6da7
-def rank_pairs(
-    gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, max_tokens: int = 6, block: int = 256
-) -> tuple:
+def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, max_tokens: int = 6, block: int = 256):
     """Ask a language model to choose between chosen and rejected, in both orders.
 
-    uri: gateway URI of the ranker; pairs: frame of pairs; coverage: least share of pairs that must be answered in
-    both orders; max_tokens: longest reply; block: pairs whose calls are looked at together. Returns (frame of
-    verdicts, two rows for a pair; list of calls that failed)."""
+    coverage: least share of pairs answered in both orders. Returns (frame of verdicts, two rows for a pair; list of
+    failed calls). Raises StudyError where pairs are missing or doubled, or too few are answered."""
     import pandas as pd
 
-    if not len(pairs) or pairs.duplicated(["ID", "prefID"]).any():
+    twice = int(pairs.duplicated(["ID", "prefID"]).sum())
+    if not len(pairs) or twice:
         raise StudyError(
-            f"ranking: found {len(pairs)} pairs, {int(pairs.duplicated(['ID', 'prefID']).sum())} of them twice, "
-            "expected some, each "
+            f"ranking: found {len(pairs)} pairs, {twice} of them twice, expected some, each "
             "with an ID and prefID of its own; look at 04_pairs"
         )
     found = list(rank_blocks(gateway, uri, pairs, seed, max_tokens, block))
@@ -126,18 +89,14 @@ def rank_pairs(
     if whole / len(pairs) < coverage:
         raise StudyError(
             f"ranking by {uri}: {whole} of {len(pairs)} pairs were answered in both orders "
-            f"({whole / len(pairs):.1%}), expected at least "
-            f"{coverage:.1%}; the first failure: {failures[0]['reason'][:120]}; finished calls are kept, so mend the "
-            "cause and run again"
+            f"({whole / len(pairs):.1%}), expected at least {coverage:.1%}; the first failure: "
+            f"{failures[0]['reason'][:120]}; finished calls are kept, so mend the cause and run again"
         )
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), failures
 
 # %% ../../nbs/feedback/03_choosing.ipynb #56c246d1
 def pair_verdicts(verdicts):
-    """Join the two orders of each pair.
-
-    verdicts: frame of rank_pairs. Returns frame, one row for each pair answered in both orders: ID, prefID, correct
-    (0 to 1), readable (both), same_winner."""
+    "Join the two orders of each pair; `correct` is their mean, `readable` means both, one row for each whole pair."
     forward, backward = (verdicts[verdicts.order == order] for order in SHOWN_ORDERS)
     both = forward.merge(backward, on=["ID", "prefID"], suffixes=("", "_swapped"), validate="one_to_one")
     readable = both.readable & both.readable_swapped

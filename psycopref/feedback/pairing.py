@@ -16,48 +16,41 @@ __all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses',
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
-    """Join responses with their seven ratings; responses without all seven are left out.
-
-    responses: frame of responses; ratings: frame of ratings. Returns frame of responses with one column for each
-    principle and `total`, 7-35."""
-    wide = (
-        ratings.pivot(index=["speech_id", "model"], columns="principle", values="rating")
-        .reindex(columns=list(PRINCIPLE_KEYS))
-        .dropna()
-    )
-    joined = responses.merge(wide.astype(int).reset_index(), on=["speech_id", "model"], how="inner")
-    return joined.assign(total=joined[list(PRINCIPLE_KEYS)].sum(axis=1))
+    "Join responses with their seven ratings and the `total` (7-35); responses without all seven are left out."
+    keys = list(PRINCIPLE_KEYS)
+    wide = ratings.pivot(index=["speech_id", "model"], columns="principle", values="rating").reindex(columns=keys)
+    joined = responses.merge(wide.dropna().astype(int).reset_index(), on=["speech_id", "model"])
+    return joined.assign(total=joined[keys].sum(axis=1))
 
 # %% ../../nbs/feedback/02_pairing.ipynb #54a6c53a
 def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False) -> list[tuple[int, int]]:
-    """List the preference pairs of one speech.
+    """Return the positions (chosen, rejected) of the preference pairs of one speech.
 
-    group: scored responses to one speech; min_gap_sum: least difference of rating sums; 7 = a mean gap of 1;
-    best_worst: True for testing: only the best against the worst. Returns positions (chosen, rejected)."""
+    group: its scored responses; min_gap_sum: least difference of rating sums, 7 = a mean gap of 1; best_worst: only
+    the best against the worst, as for testing."""
     totals = group.total.tolist()
     if best_worst:
         order = sorted(range(len(totals)), key=lambda i: (totals[i], group.model.iloc[i]))
         candidates = [(order[-1], order[0])]
     else:
-        candidates = [
-            (i, j) if totals[i] > totals[j] else (j, i) for i, j in itertools.combinations(range(len(totals)), 2)
-        ]
+        both = itertools.combinations(range(len(totals)), 2)
+        candidates = [(i, j) if totals[i] > totals[j] else (j, i) for i, j in both]
     return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum]
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
 def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool):
-    """Build preference pairs for some splits.
-
-    speeches: frame of speeches; scored: frame of scored responses; splits: which speeches; min_gap_sum: least
-    difference of rating sums; best_worst: one pair at most for each speech. Returns frame with the 21 released
-    columns."""
+    "Build the preference pairs of some splits from scored responses, in the 21 released columns."
     import pandas as pd
 
-    texts = dict(zip(speeches.speech_id[speeches.split.isin(splits)], speeches.speech[speeches.split.isin(splits)]))
+    texts = dict(speeches[speeches.split.isin(splits)][["speech_id", "speech"]].to_numpy())
     rows = []
     for name, group in scored[scored.speech_id.isin(texts)].groupby("speech_id", sort=False):
-        for chosen, rejected in choose_pairs(group, min_gap_sum, best_worst):
-            rows.append(_pair(name, len(rows), texts[name], group.iloc[chosen], group.iloc[rejected]))
+        for positions in choose_pairs(group, min_gap_sum, best_worst):
+            row = {"ID": name, "prefID": len(rows), "question": texts[name]}
+            for side, response in zip(("chosen", "rejected"), (group.iloc[i] for i in positions)):
+                row |= {side: response.response, f"{side}_model": response.model}
+                row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
+            rows.append(row)
     if not rows:
         raise StudyError(
             f"04_pairs: no pair of the {' and '.join(splits)} speeches has a rating gap of {min_gap_sum / 7:.2g}; "
@@ -65,95 +58,60 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
         )
     return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"]))
 
-
-def _pair(name: str, number: int, question: str, chosen, rejected) -> dict:
-    "Make one row in the released schema."
-    row = {
-        "ID": name,
-        "prefID": number,
-        "question": question,
-        "chosen": chosen.response,
-        "rejected": rejected.response,
-        "chosen_model": chosen.model,
-        "rejected_model": rejected.model,
-    }
-    for side, response in (("chosen", chosen), ("rejected", rejected)):
-        row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
-    return row
-
 # %% ../../nbs/feedback/02_pairing.ipynb #3979035e
 def paired_responses(parts: dict):
-    """Recover the rated responses that occur in pairs.
-
-    parts: "train" and "test" -> pairs. Returns frame: speech_id, model, the seven ratings, total; each response
-    once."""
+    "Recover the rated responses that occur in pairs (split -> pairs), each once: speech_id, model, ratings, total."
     import pandas as pd
 
+    keys = list(PRINCIPLE_KEYS)
     sides = [
-        pairs[["ID", f"{side}_model", *(f"{side}_{key}_rating" for key in PRINCIPLE_KEYS)]].set_axis(
-            ["speech_id", "model", *PRINCIPLE_KEYS], axis=1
+        pairs[["ID", f"{side}_model", *(f"{side}_{key}_rating" for key in keys)]].set_axis(
+            ["speech_id", "model", *keys], axis=1
         )
         for pairs in parts.values()
         for side in ("chosen", "rejected")
     ]
     rows = pd.concat(sides).drop_duplicates(["speech_id", "model"], ignore_index=True)
-    return rows.assign(total=rows[list(PRINCIPLE_KEYS)].sum(axis=1))
+    return rows.assign(total=rows[keys].sum(axis=1))
 
 
 def principle_table(pairs):
-    """Compare chosen and rejected by principle; inverted = the rejected response is rated higher.
-
-    pairs: training pairs. Returns frame: principle, mean chosen, mean rejected, % equal, % inverted."""
+    "Compare chosen and rejected responses by principle; inverted = the rejected response is rated higher."
     import pandas as pd
 
     rows = []
     for key in PRINCIPLE_KEYS:
         chosen, rejected = pairs[f"chosen_{key}_rating"], pairs[f"rejected_{key}_rating"]
-        rows.append(
-            {
-                "principle": key,
-                "chosen": round(chosen.mean(), 2),
-                "rejected": round(rejected.mean(), 2),
-                "difference": round((chosen - rejected).mean(), 2),
-                "equal %": round(100 * (chosen == rejected).mean(), 1),
-                "inverted": int((rejected > chosen).sum()),
-                "inverted %": round(100 * (rejected > chosen).mean(), 1),
-            }
-        )
-    return pd.DataFrame(rows)
+        means, inverted = (chosen.mean(), rejected.mean(), (chosen - rejected).mean()), rejected > chosen
+        shares = (round(100 * (chosen == rejected).mean(), 1), int(inverted.sum()), round(100 * inverted.mean(), 1))
+        rows.append([key, *(round(mean, 2) for mean in means), *shares])
+    columns = ["principle", "chosen", "rejected", "difference", "equal %", "inverted", "inverted %"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #9410e25a
 def pair_summary(speeches, scored, parts: dict):
-    """Count what §3.3 counts, beside the paper.
+    """Count what §3.3 counts, beside the paper: frame with what, ours, paper.
 
-    speeches: frame of speeches; scored: frame of scored responses; None where only the pairs are known (released
-    dataset); parts: "train" and "test" -> pairs. Returns frame: what, ours, the paper's."""
+    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs."""
     import pandas as pd
 
-    published = paper_values()["dataset"]
-    test = speeches.split == "test"
+    published, test = paper_values()["dataset"], speeches.split == "test"
     known = paired_responses(parts) if scored is None else scored
     gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
+    wide_gaps = None if scored is None else round(100 * sum(gap >= 7 for gap in gaps) / len(gaps), 1)
     inverted = {name: int((p.rejected_safety_rating > p.chosen_safety_rating).sum()) for name, p in parts.items()}
+    mean = "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else "")
     rows = [
         ("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
         ("client speeches for testing", int(test.sum()), published["test_speeches"]),
         ("training pairs", len(parts["train"]), published["train_pairs"]),
         ("testing pairs", len(parts["test"]), published["test_pairs"]),
-        (
-            "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else ""),
-            round(known.total.mean() / 7, 2),
-            None,
-        ),
-        (
-            "response pairs with a gap of at least 1, %",
-            None if scored is None else round(100 * sum(g >= 7 for g in gaps) / len(gaps), 1),
-            None,
-        ),
+        (mean, round(known.total.mean() / 7, 2), None),
+        ("response pairs with a gap of at least 1, %", wide_gaps, None),
         ("training pairs whose rejected response is rated safer", inverted["train"], 662),
         ("testing pairs whose rejected response is rated safer", inverted["test"], None),
     ]
-    return pd.DataFrame(rows, columns=["what", "ours", "paper"])
+    return pd.DataFrame(rows, columns=["what", "ours", "paper"], dtype=object)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #94b2acfe
 def model_distribution_figure(pairs, side: str, order: list[str]):

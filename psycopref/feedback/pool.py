@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import typing
 from collections import Counter
@@ -14,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..core.files import SCHEMAS
-from ..core.paper import paper_values
+from ..core.paper import paper_values, resource_path
 from ..core.prompts import responding_prompt
 from ..core.settings import StudyError, suggest
 from ..core.stages import Shard, blocks, derived_seed, parse_shard, project_root
@@ -24,8 +23,7 @@ from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
 
 # %% auto #0
-__all__ = ['VLLM', 'PAPER_POOL', 'DEMO_POOL', 'TINY_POOL', 'POOLS', 'Member', 'find_pool', 'pool_file', 'read_pool',
-           'assign_members', 'calls_by_model', 'ask_in_blocks', 'response_row', 'failure', 'respond', 'pool_table',
+__all__ = ['POOLS', 'Member', 'read_pool', 'pool_file', 'find_pool', 'assign_members', 'calls_by_model', 'respond', 'pool_table',
            'describe_pool', 'shard_speeches']
 
 # %% ../../nbs/feedback/00_pool.ipynb #ddbcde7a
@@ -59,159 +57,49 @@ class Member:
         return ChatRequest(self.messages(client_speech), decoding)
 
 # %% ../../nbs/feedback/00_pool.ipynb #688c24f8
-VLLM = "http://127.0.0.1:8000/v1"
+def read_pool(path: Path) -> tuple[Member, ...]:
+    "Read a pool from a YAML or JSON list of members; each has a name of its own."
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
 
-_OPEN = {
-    "3-4B": ("meta-llama/Llama-3.2-3B-Instruct", "microsoft/Phi-3.5-mini-instruct", "openbmb/MiniCPM3-4B"),
-    "7-9B": (
-        "mistralai/Ministral-8B-Instruct-2410",
-        "meta-llama/Llama-3.1-8B-Instruct",
-        "google/gemma-2-9b-it",
-        "Qwen/Qwen2.5-7B-Instruct",
-        "allenai/OLMo-7B-0724-Instruct-hf",
-        "baichuan-inc/Baichuan2-7B-Chat",
-    ),
-    "12-14B": ("baichuan-inc/Baichuan2-13B-Chat", "OrionStarAI/Orion-14B-Chat", "mistralai/Mistral-Nemo-Instruct-2407"),
-    "65-75B": (
-        "ai21labs/AI21-Jamba-1.5-Mini",
-        "meta-llama/Llama-3.1-70B-Instruct",
-        "Qwen/Qwen2.5-72B-Instruct",
-        "deepseek-ai/deepseek-llm-67b-chat",
-    ),
-}
-_COMMERCIAL = {
-    "GPT-4o": "openai:gpt-4o-2024-08-06",
-    "GPT-4o-mini": "openai:gpt-4o-mini-2024-07-18",
-    "o1-mini": "openai:o1-mini",
-    "Cohere-command-r-08-2024": "openai:command-r-08-2024@https://api.cohere.ai/compatibility/v1",
-}
-
-_NO_SYSTEM = ("google/gemma-2-9b-it", "OrionStarAI/Orion-14B-Chat")  # their chat templates raise an error
-
-PAPER_POOL = tuple(
-    Member(hub.split("/")[1], size, f"openai:{hub}@{VLLM}", system=hub not in _NO_SYSTEM)
-    for size, models in _OPEN.items()
-    for hub in models
-) + tuple(
-    Member(
-        name,
-        "commercial",
-        uri,
-        **({"temperature": 1.0, "system": False, "thinking": 4096} if name == "o1-mini" else {}),
-    )
-    for name, uri in _COMMERCIAL.items()
-)
-
-# %% ../../nbs/feedback/00_pool.ipynb #c03e85de
-_PERSONA = "You are a professional psychotherapist in a session with a client."
-_CLIENTS = (
-    "My exam is in two days and I keep cleaning the kitchen instead of opening the book.",
-    "Since my father moved in with us, nobody laughs at dinner any more.",
-)
-_MANNERS = {
-    "reflective": (
-        "It sounds like the exam frightens you, and the kitchen feels safer right now. That makes sense. "
-        "What goes through your mind when you look at the book?",
-        "It sounds like you miss the laughter, and it is lonely to be the one who notices. "
-        "I can understand that. How has this been for you?",
-    ),
-    "motivational": (
-        "You noticed what the cleaning does for you, and that takes honesty. It is up to you where to begin. "
-        "What small step would feel right for you tonight?",
-        "You made room for your father, and that shows how much you care. "
-        "You could choose what dinner is like from here. What would you like to try first?",
-    ),
-    "advisor": (
-        "Here are some tips: 1. Make a schedule. 2. Turn off your phone. 3. Exercise and eat healthy food. 4. "
-        "Get enough sleep.",
-        "There are many ways to improve family dinners: 1. Plan the meals. 2. Play a game. 3. Set rules. 4. "
-        "See a family therapist.",
-    ),
-    "clinical": (
-        "This presents as avoidance behaviour, possibly comorbid with generalised anxiety disorder. "
-        "A cognitive-behavioural protocol is indicated. You need to start treatment.",
-        "This is an adjustment disorder in the context of altered family homeostasis. "
-        "You need systemic intervention and psychoeducation.",
-    ),
-    "brisk": (
-        "You are wasting your time. Stop making excuses. "
-        "You must open the book right now, and you should be ashamed of yourself.",
-        "He is your father. You should stop complaining and be grateful. You must accept it.",
-    ),
-    "soothing": (
-        "Don't worry about it. Everything will be fine and you will pass the exam.",
-        "I am sure it will get better soon. Just try to think positive.",
-    ),
-}
-
-
-def _demo_member(name: str, manner: str, temperature: float) -> Member:
-    "Make a therapist of the demo pool."
-    examples = tuple(zip(_CLIENTS, _MANNERS[manner])) if manner in _MANNERS else ()
-    return Member(name, "135M", "local:smollm2-135m", temperature, 50, _PERSONA, examples)
-
-
-DEMO_POOL = tuple(
-    _demo_member(*settings)
-    for settings in (
-        ("reflective-cool", "reflective", 0.5),
-        ("reflective-warm", "reflective", 1.0),
-        ("motivational", "motivational", 0.7),
-        ("plain", "", 0.7),
-        ("advisor", "advisor", 0.7),
-        ("clinical", "clinical", 0.7),
-        ("brisk", "brisk", 0.9),
-        ("soothing", "soothing", 0.7),
-    )
-)
-
-TINY_POOL = tuple(Member(f"phrases-{i}", "canned", "rules:phrases", persona=f"Therapist {i}.") for i in range(8))
-
-POOLS = {"paper": PAPER_POOL, "demo": DEMO_POOL, "tiny": TINY_POOL}
-
-# %% ../../nbs/feedback/00_pool.ipynb #3a2c1400
-def find_pool(name: str, each_speech: int) -> tuple[Member, ...]:
-    """Return a pool; refuse an unknown name and one that is too small.
-
-    name: paper, demo or tiny, or the path of a .json file; each_speech: members needed for each speech."""
-    if name.endswith(".json"):
-        pool = read_pool(pool_file(name))
-    elif name in POOLS:
-        pool = POOLS[name]
-    else:
-        raise StudyError(f"pool {name!r}: does not exist. {suggest(name, POOLS)} A pool of your own is a .json file")
-    if len(pool) < each_speech:
-        raise StudyError(f"pool {name!r}: has {len(pool)} members, expected at least {each_speech}")
+    names = [field.name for field in fields(Member)]
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        pool = TypeAdapter(tuple[Member, ...]).validate_python(entries)
+    except OSError as error:
+        raise StudyError(
+            f"pool {str(path)!r}: can't be read ({error.strerror}); give the path of a .json file"
+        ) from None
+    except yaml.YAMLError as error:
+        raise StudyError(f"pool {str(path)!r}: {' '.join(str(error).split())}; expected a list of members") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None
+    strange = {key for entry in entries for key in entry} - set(names)
+    twice = [name for name, n in Counter(member.name for member in pool).items() if n > 1]
+    if strange or twice:
+        what = f"unknown field {sorted(strange)[0]!r}" if strange else f"two members are called {twice[0]!r}"
+        raise StudyError(f"pool {str(path)!r}: {what}; expected {', '.join(names)}, and a name for each")
     return pool
 
 
+POOLS = {name: read_pool(resource_path(f"pools/{name}.yaml")) for name in ("paper", "demo", "tiny")}
+
+# %% ../../nbs/feedback/00_pool.ipynb #3a2c1400
 def pool_file(name: str) -> Path:
     "Return the path of a user's pool; a relative one begins at the project."
     return project_root() / Path(name).expanduser()
 
 
-def read_pool(path: Path) -> tuple[Member, ...]:
-    "Read a pool from a JSON list of members; each has a name of its own."
-    import pydantic
-
-    names = [field.name for field in fields(Member)]
-    try:
-        found = pydantic.TypeAdapter(tuple[Member, ...]).validate_json(path.read_bytes())
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(
-            f"pool {str(path)!r}: can't be read ({error.strerror}); give the path of a .json file"
-        ) from None
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "file"
-        raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None
-    strange = {key for entry in entries for key in entry} - set(names)
-    twice = [name for name, n in Counter(member.name for member in found).items() if n > 1]
-    if strange or twice:
-        what = f"unknown field {sorted(strange)[0]!r}" if strange else f"two members are called {twice[0]!r}"
-        raise StudyError(f"pool {str(path)!r}: {what}; expected {', '.join(names)}, and a name for each")
-    return found
+def find_pool(name: str, each_speech: int) -> tuple[Member, ...]:
+    "Return paper, demo, tiny, or the pool of a .json file; refuse one of fewer members than answer each speech."
+    pool = read_pool(pool_file(name)) if name.endswith(".json") else POOLS.get(name)
+    if pool is None:
+        raise StudyError(f"pool {name!r}: does not exist. {suggest(name, POOLS)} A pool of your own is a .json file")
+    if len(pool) < each_speech:
+        raise StudyError(f"pool {name!r}: has {len(pool)} members, expected at least {each_speech}")
+    return pool
 
 # %% ../../nbs/feedback/00_pool.ipynb #685d886d
 def assign_members(
@@ -228,47 +116,22 @@ def assign_members(
 
 # %% ../../nbs/feedback/00_pool.ipynb #681aeb9a
 def calls_by_model(assigned: list[tuple[str, Member]], block: int) -> dict[str, list[list[int]]]:
-    "Group the places of `assigned` by model, and for each model by blocks of speeches."
+    "Group the positions of `assigned` by model, and for each model by blocks of speeches."
     number = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in assigned))}
-    found = {}
-    for uri in dict.fromkeys(member.model for _, member in assigned):
-        places = [i for i, (_, member) in enumerate(assigned) if member.model == uri]
-        groups = itertools.groupby(places, lambda i: number[assigned[i][0]] // block)
-        found[uri] = [list(part) for _, part in groups]
-    return found
+    by_model = {}
+    for i, (_, member) in enumerate(assigned):
+        by_model.setdefault(member.model, []).append(i)
+    return {
+        uri: [list(part) for _, part in itertools.groupby(positions, lambda i: number[assigned[i][0]] // block)]
+        for uri, positions in by_model.items()
+    }
 
 
-def ask_in_blocks(
-    gateway, uri: str, parts: list[list[int]], request: typing.Callable[[int], ChatRequest]
-) -> typing.Iterator[tuple]:
-    """Ask one model block by block.
-
-    gateway: psycopref.gateway.gateway.Gateway; uri: who is asked; parts: blocks of places; request: what is asked
-    at a place. Returns (place, request key, reply)."""
-    model = chat_model(uri)
-    asked = ((request(i) for i in part) for part in parts)
-    for replies, part in zip(gateway.stream(model, asked, "responding", sum(map(len, parts))), parts):
-        for i, reply in zip(part, replies):
-            yield i, request(i).key(model.identity), reply
-
-
-def response_row(name: str, member: Member, key: str, reply) -> dict:
-    "Lay out one response."
-    row = {"speech_id": name, "model": member.name, "response": reply.text, "finish_reason": reply.finish_reason}
-    return row | {"n_tokens": reply.completion_tokens, "request_key": key}
-
-
-def failure(name: str, member: Member, reply: Failure) -> dict:
-    "Lay out one call that failed."
-    return {"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw}
-
-# %% ../../nbs/feedback/00_pool.ipynb #f6c6ce40
 def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: int, seed: int, block: int = 512):
-    """Collect the responses of the pool.
+    """Collect the responses of the pool: (frame of responses, list of failures), in the order of `assigned`.
 
-    gateway: psycopref.gateway.gateway.Gateway; speeches: frame with speech_id and speech; assigned: who answers
-    whom, speeches in order; max_tokens: longest response; block: speeches whose calls are looked at together.
-    Returns (frame of responses, list of failures)."""
+    max_tokens: of a response; block: speeches whose calls are in memory together. Models that are not served are
+    named in one error, after the others have answered."""
     import pandas as pd
 
     text, replies, left = dict(zip(speeches.speech_id, speeches.speech)), {}, []
@@ -278,8 +141,10 @@ def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: i
         return member.request(text[name], max_tokens, seed)
 
     for uri, parts in calls_by_model(assigned, block).items():
+        model, asked = chat_model(uri), ((request(i) for i in part) for part in parts)
         try:
-            replies |= {i: (key, reply) for i, key, reply in list(ask_in_blocks(gateway, uri, parts, request))}
+            for part, found in zip(parts, gateway.stream(model, asked, "responding", sum(map(len, parts)))):
+                replies |= {i: (request(i).key(model.identity), reply) for i, reply in zip(part, found)}
         except NotServed:
             left.append(uri)
     if left:
@@ -287,11 +152,15 @@ def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: i
             f"responses: {len(left)} models of the pool are not served: {', '.join(left)}; replies of the others are "
             "kept, so serve the next one and run again"
         )
-    failed = [i for i, (_, reply) in replies.items() if isinstance(reply, Failure)]
-    rows = [response_row(*assigned[i], *replies[i]) for i in sorted(replies.keys() - set(failed))]
-    return pd.DataFrame(rows, columns=list(SCHEMAS["responses"])), [
-        failure(*assigned[i], replies[i][1]) for i in failed
-    ]
+    rows, failures = [], []
+    for i, (name, member) in enumerate(assigned):
+        key, reply = replies[i]
+        if isinstance(reply, Failure):
+            failures.append({"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw})
+        else:
+            rows.append([name, member.name, reply.text, reply.finish_reason, reply.completion_tokens, key])
+    columns = ["speech_id", "model", "response", "finish_reason", "n_tokens", "request_key"]
+    return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["responses"])], failures
 
 # %% ../../nbs/feedback/00_pool.ipynb #b895287e
 def pool_table(pool: typing.Sequence[Member], responses):

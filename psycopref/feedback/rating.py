@@ -49,9 +49,7 @@ def other_mode(mode: str) -> str:
 
 # %% ../../nbs/feedback/01_rating.ipynb #7bf72a60
 def shown_order(n: int, seed: int, *names: str) -> list[int]:
-    """Shuffle n places by seed and names.
-
-    names: what is shown, e.g. speech_id and principle. Returns order[k] = index of the response at place k."""
+    "Shuffle n responses by seed and names (speech_id, principle); order[k] is the index of the response at place k."
     return random.Random(derived_seed(seed, "order", *names)).sample(range(n), n)
 
 # %% ../../nbs/feedback/01_rating.ipynb #438a94d8
@@ -72,18 +70,15 @@ def rating_request(
 
 # %% ../../nbs/feedback/01_rating.ipynb #8bb2c00e
 def read_reply(reply, principle: str | None, n: int = 4) -> dict:
-    """Read the ratings of one call for each of its principles.
+    """Read the ratings of one call for n responses; principle: what was asked for, None is all seven.
 
-    reply: psycopref.models.chat.ChatReply or Failure; principle: what the call asked for; None is all seven; n:
-    responses in the call. Returns principle -> list of (rating, rationale) in the order shown, or the BadReply that
-    says why there is none."""
-    keys = PRINCIPLE_KEYS if principle is None else (principle,)
+    Returns principle -> list of (rating, rationale) in the order shown, or the BadReply that says why there is none."""
     try:
         if isinstance(reply, Failure):
             raise BadReply(reply.reason)
         return parse_all_ratings(reply.text, n) if principle is None else {principle: parse_ratings(reply.text, n)}
     except BadReply as error:
-        return dict.fromkeys(keys, error)
+        return dict.fromkeys(PRINCIPLE_KEYS if principle is None else (principle,), error)
 
 # %% ../../nbs/feedback/01_rating.ipynb #2ef3b307
 def rate_blocks(
@@ -97,13 +92,10 @@ def rate_blocks(
     mode: str = "principle",
     block: int = 512,
 ) -> typing.Iterator[tuple]:
-    """Rate every response on every principle, block by block; no more than a few blocks are in memory at a time.
+    """Rate every response on every principle, block by block: (frame of ratings, list of what was skipped).
 
-    gateway: psycopref.gateway.gateway.Gateway; rater: gateway URI of the rater; speeches: frame with speech_id and
-    speech; responses: frame of responses; each_speech: responses that a speech must have; max_tokens: longest
-    reply, for each principle asked; mode: principle = a call for each principle, speech = one for all seven; block:
-    speeches whose calls are looked at together. Returns for each block: (frame of ratings, list of what was
-    skipped)."""
+    each_speech: responses that a speech must have; max_tokens: of a reply, for each principle asked; mode: principle
+    = a call for each principle, speech = one for all seven; block: speeches whose calls are in memory together."""
     model, calls = chat_model(rater), mode_calls(mode)
     text, places = dict(zip(speeches.speech_id, speeches.speech)), responses.groupby("speech_id", sort=False).indices
     check_known(places, text)
@@ -134,7 +126,7 @@ def check_known(answered: typing.Iterable[str], speeches: typing.Container[str])
 
 # %% ../../nbs/feedback/01_rating.ipynb #985257a2
 def rating_rows(name: str, principle: str, found: list[tuple[int, str]], order: list[int], members, rater: str) -> list:
-    "Lay out the ratings of one call, in the members' own order."
+    "Return the rows of one call, in the members' own order."
     first = {"speech_id": name, "principle": principle, "rater": rater}
     return [
         first | {"model": members[i], "rating": found[k][0], "rationale": found[k][1], "position": k + 1}
@@ -143,19 +135,17 @@ def rating_rows(name: str, principle: str, found: list[tuple[int, str]], order: 
 
 
 def skipped_entry(name: str, principle: str, reason: str, raw: str = "", key: str = "") -> dict:
-    "Lay out what has no rating, and why."
+    "Describe what has no rating, and why."
     return {"speech_id": name, "principle": principle, "reason": reason, "raw": raw, "key": key}
 
 # %% ../../nbs/feedback/01_rating.ipynb #21c2497e
 def read_ratings(
-    answered: list[tuple], short: list[tuple[str, int]], rater: str, each_speech: int, key: typing.Callable
+    answered: list[tuple], short: list[tuple], rater: str, each_speech: int, key: typing.Callable
 ) -> tuple:
-    """Read the replies to the calls of a block.
+    """Read the replies to the calls of a block: (frame of ratings, list of what was skipped).
 
-    answered: ((speech_id, principle or None, order), reply, members of the speech); short: speeches without all
-    their responses, and how many they have; rater: gateway URI; each_speech: responses that a speech must have;
-    key: from (speech_id, principle or None, order) to the request's key. Returns (frame of ratings, list of what
-    was skipped)."""
+    answered: (job, reply, members of the speech), job = (speech_id, principle or None, order); short: (speech_id,
+    number of responses) where some are missing; key: from a job to its request's key."""
     import pandas as pd
 
     rows, skipped = [], []
@@ -177,25 +167,20 @@ def rate(*arguments, **keywords):
     "Rate as `rate_blocks` does; return one frame of ratings and one list of what was skipped."
     import pandas as pd
 
-    found = list(rate_blocks(*arguments, **keywords))
-    frames = [frame for frame, _ in found if len(frame)] or [pd.DataFrame(columns=list(SCHEMAS["ratings"]))]
-    return pd.concat(frames, ignore_index=True), [entry for _, skipped in found for entry in skipped]
+    skipped, empty = [], pd.DataFrame(columns=list(SCHEMAS["ratings"]))
+    frames = [frame for frame in rating_frames(rate_blocks(*arguments, **keywords), skipped) if len(frame)]
+    return pd.concat(frames or [empty], ignore_index=True), skipped
 
 
 def rating_frames(found: typing.Iterable[tuple], skipped: list) -> typing.Iterator:
-    """Pass on the frames of ratings block by block, and gather what was skipped.
-
-    skipped: filled with what was skipped."""
+    "Pass on the frames of ratings block by block; what was skipped is added to `skipped`."
     for frame, own in found:
         skipped += own
         yield frame
 
 # %% ../../nbs/feedback/01_rating.ipynb #e167a69d
 def check_coverage(done: int, asked: int, least: float, what: str, units: str = "calls") -> float:
-    """Refuse a result with too many gaps.
-
-    done: units with a valid answer; least: share that must be valid; what: for the error, e.g. "03_ratings"; units:
-    what is counted."""
+    "Return the share of valid answers; refuse one below `least`. what: named in the error, such as 03_ratings."
     share = done / asked if asked else 0.0
     if share < least:
         found = f"{done} of {asked} {units} gave a valid answer ({share:.1%}), expected at least {least:.1%}"
@@ -204,9 +189,7 @@ def check_coverage(done: int, asked: int, least: float, what: str, units: str = 
 
 # %% ../../nbs/feedback/01_rating.ipynb #bcba2ca6
 def rating_summary(ratings):
-    """Average the ratings by member and principle.
-
-    Returns frame: member x principle means, with the overall mean, best first."""
+    "Average the ratings by member and principle, with the overall mean, best first."
     means = ratings.pivot_table(index="model", columns="principle", values="rating", aggfunc="mean")
     table = means[list(PRINCIPLE_KEYS)]
     table.insert(0, "overall", table.mean(axis=1))

@@ -38,18 +38,7 @@ from psycopref.feedback.rating import (
     rating_summary,
     shown_order,
 )
-from psycopref.feedback.pool import (
-    DEMO_POOL,
-    PAPER_POOL,
-    POOLS,
-    TINY_POOL,
-    Member,
-    assign_members,
-    find_pool,
-    pool_table,
-    respond,
-    shard_speeches,
-)
+from psycopref.feedback.pool import POOLS, Member, assign_members, find_pool, pool_table, respond, shard_speeches
 from psycopref.rater.rubric import rubric_scores, to_rating
 
 from refusals import one_line
@@ -81,11 +70,11 @@ ids = st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=12, unique=
 @few
 @given(ids, st.integers(0, 2**31), st.integers(1, 8), st.randoms())
 def test_members_do_not_depend_on_the_other_speeches(names, seed, each, chance):
-    whole = assign_members(names, TINY_POOL, each, seed)
+    whole = assign_members(names, POOLS["tiny"], each, seed)
     assert [name for name, _ in whole] == [name for name in names for _ in range(each)]
     part = chance.sample(names, max(1, len(names) // 2))
     own = {name: [m for n, m in whole if n == name] for name in names}
-    assert assign_members([*part, "one more"], TINY_POOL, each, seed)[: each * len(part)] == [
+    assert assign_members([*part, "one more"], POOLS["tiny"], each, seed)[: each * len(part)] == [
         (name, m) for name in part for m in own[name]
     ]
     assert all(len({m.name for m in members}) == each for members in own.values()), "nobody answers twice"
@@ -93,7 +82,7 @@ def test_members_do_not_depend_on_the_other_speeches(names, seed, each, chance):
 
 def test_members_change_with_the_seed_and_everybody_gets_a_turn():
     names = [f"demo-{n}" for n in range(800)]
-    first, second = (assign_members(names, DEMO_POOL, 4, seed) for seed in (0, 1))
+    first, second = (assign_members(names, POOLS["demo"], 4, seed) for seed in (0, 1))
     assert first != second
     turns = Counter(member.name for _, member in first)
     expected, spread = 800 * 4 / 8, (800 * 0.5 * 0.5) ** 0.5
@@ -111,7 +100,7 @@ def test_pools_hold_enough_members_with_names_of_their_own():
 
 
 def test_every_member_of_every_pool_can_be_asked():
-    for member in {*PAPER_POOL, *DEMO_POOL, *TINY_POOL}:
+    for member in {*POOLS["paper"], *POOLS["demo"], *POOLS["tiny"]}:
         messages = member.messages("I {count} the stairs.")
         turns = [m["role"] for m in messages if m["role"] != "system"]
         assert turns == ["user", "assistant"] * len(member.examples) + ["user"] and "system" not in [
@@ -127,7 +116,7 @@ def test_every_member_of_every_pool_can_be_asked():
 
 
 def test_every_assigned_member_has_one_row_in_order(gateway):
-    assigned = assign_members(SPEECHES.speech_id, TINY_POOL, 4, 0)
+    assigned = assign_members(SPEECHES.speech_id, POOLS["tiny"], 4, 0)
     frame, failures = respond(gateway, SPEECHES, assigned, 64, 0)
     assert not failures and list(zip(frame.speech_id, frame.model)) == [
         (name, member.name) for name, member in assigned
@@ -143,8 +132,8 @@ def test_every_assigned_member_has_one_row_in_order(gateway):
 
 
 def test_responses_stay_when_speeches_are_added(gateway, tmp_path):
-    first, _ = respond(gateway, SPEECHES, assign_members(["a"], TINY_POOL, 4, 0), 64, 0)
-    whole, _ = respond(gateway, SPEECHES, assign_members(["c", "a", "b"], TINY_POOL, 4, 0), 64, 0)
+    first, _ = respond(gateway, SPEECHES, assign_members(["a"], POOLS["tiny"], 4, 0), 64, 0)
+    whole, _ = respond(gateway, SPEECHES, assign_members(["c", "a", "b"], POOLS["tiny"], 4, 0), 64, 0)
     assert whole[whole.speech_id == "a"].reset_index(drop=True).equals(first)
     assert gateway.counts["rules:phrases"]["calls"] == 12, "what was answered is not asked again"
 
@@ -165,7 +154,7 @@ class Scripted(FreeModel):
 def test_failures_are_listed_and_the_others_kept(gateway, monkeypatch):
     model = Scripted("x:1", lambda request: None if "stairs" in request.messages[-1]["content"] else "I hear you.")
     monkeypatch.setattr(responses, "chat_model", lambda uri: model if uri == "x:1" else chat_model(uri))
-    pool = (Member("silent", "-", "x:1"), *TINY_POOL[:3])
+    pool = (Member("silent", "-", "x:1"), *POOLS["tiny"][:3])
     assigned = assign_members(SPEECHES.speech_id, pool, 4, 0)
     frame, failures = respond(gateway, SPEECHES, assigned, 64, 0)
     assert failures == [{"speech_id": "b", "model": "silent", "reason": "no text", "raw": "raw reply"}]
@@ -185,9 +174,9 @@ def test_failures_are_listed_and_the_others_kept(gateway, monkeypatch):
 
 def test_a_pool_that_never_answers_leaves_an_empty_frame_and_its_reasons(gateway, monkeypatch):
     monkeypatch.setattr(responses, "chat_model", lambda uri: Scripted(uri, lambda request: None))
-    frame, failures = respond(gateway, SPEECHES, assign_members(SPEECHES.speech_id, TINY_POOL, 4, 0), 64, 0)
+    frame, failures = respond(gateway, SPEECHES, assign_members(SPEECHES.speech_id, POOLS["tiny"], 4, 0), 64, 0)
     assert len(failures) == 12 and len(frame) == 0 and set(frame.columns) == set(SCHEMAS["responses"])
-    assert pool_table(TINY_POOL, frame).responses.sum() == 0
+    assert pool_table(POOLS["tiny"], frame).responses.sum() == 0
 
 
 def test_each_member_is_asked_with_its_own_decoding(gateway, monkeypatch):
@@ -206,7 +195,7 @@ SEVEN = pd.DataFrame(
     [{"speech_id": f"s{n}", "speech": f"I have called my brother {'and again ' * (n % 4)}{n} times."} for n in range(7)]
 )
 QUIRKS = (Member("cool", "tiny", "local:random-tiny", 0.5, 0, "P1"), Member("warm", "tiny", "local:random-tiny", 1.0, 5, "P2", (("Hello.", "Yes?"),)),
-          Member("mute", "tiny", "local:random-tiny", 1.0, 0, "P3", system=False), *TINY_POOL[:3])  # fmt: skip
+          Member("mute", "tiny", "local:random-tiny", 1.0, 0, "P3", system=False), *POOLS["tiny"][:3])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +211,7 @@ def single_thread():
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
 def test_canned_responses_are_the_same_in_any_blocks(tmp_path, gateway, block):
-    assigned = assign_members(SEVEN.speech_id, TINY_POOL, 4, 0)
+    assigned = assign_members(SEVEN.speech_id, POOLS["tiny"], 4, 0)
     assert respond(Gateway(ReplyCache(tmp_path / "own.sqlite")), SEVEN, assigned, 64, 0, block)[0].equals(
         respond(gateway, SEVEN, assigned, 64, 0)[0]
     )
@@ -917,7 +906,7 @@ def test_the_units_of_a_coverage_are_named():
 
 def test_a_member_is_frozen():
     with pytest.raises(AttributeError):
-        setattr(TINY_POOL[0], fields(Member)[0].name, "other")
+        setattr(POOLS["tiny"][0], fields(Member)[0].name, "other")
 
 
 # ---- one server, one model after the other ----
