@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..core.settings import Profile, StudyError, check_policy_settings
+from ..core.settings import Profile, StudyError
 from ..core.stages import cache_root, project_root, stages_of
 from psycopref.run.estimates import (
     Sizes,
@@ -811,13 +811,7 @@ def missing_for_policies(profile: Profile, sizes: Sizes) -> list[str]:
     "Say what this machine lacks for the policies; the network is not asked. Returns one line each, with its remedy."
     if "06_policy" not in stages_of(profile):
         return []
-    try:
-        check_policy_settings(profile)
-        wrong = []
-    except StudyError as error:
-        wrong = [str(error)]
     return [
-        *wrong,
         *missing_engine(profile),
         *missing_accelerate(profile),
         *missing_policy_gpu(profile),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import importlib
@@ -70,23 +69,10 @@ def load_job(folder: Path) -> tuple[dict, dict]:
 
 
 def restore(kind, tree: dict | None):
-    """Rebuild settings from plain data.
+    "Rebuild settings or Weights from plain data; None stays None."
+    from pydantic import TypeAdapter
 
-    kind: a frozen dataclass of `core.settings`, or Weights; tree: its fields as plain data. Returns an object of
-    it; None stays None."""
-    if tree is None:
-        return None
-    hints = typing.get_type_hints(kind)
-    return kind(
-        **{
-            name: restore(hints[name], value)
-            if dataclasses.is_dataclass(hints[name])
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-            for name, value in tree.items()
-        }
-    )
+    return None if tree is None else TypeAdapter(kind).validate_json(json.dumps(tree))
 
 # %% ../../nbs/training/02_jobs.ipynb #171b5510
 JOB_KINDS = {

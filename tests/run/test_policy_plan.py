@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycopref.run import policy_plan
-from psycopref.core.settings import DEMO, PAPER, PROFILES, TINY, DpoSettings, StudyError, load_profile
+from psycopref.core.settings import DEMO, PAPER, TINY, DpoSettings, load_profile
 from psycopref.core.paper import resource_path
 from psycopref.run.estimates import merge, parameters, plan_sizes
-from psycopref.run.plan import TABLE_WIDTH, missing, plan_stages, plan_text, sized_stages
+from psycopref.run.plan import TABLE_WIDTH, plan_stages, plan_text, sized_stages
 from psycopref.run.policy_plan import (
     CARDS,
     COUNTS,
@@ -40,7 +40,6 @@ from psycopref.run.policy_plan import (
     watch_plans,
     watching,
 )
-from psycopref.core.settings import check_policy_settings
 from psycopref.training.jobs import accelerate_strategy
 from psycopref.models.weights import find_weights, load_causal_lm
 
@@ -396,25 +395,6 @@ def test_a_disk_that_is_too_small_is_said(monkeypatch, sizes):
 
 
 # ---- what goes together, what is here ----
-
-
-def test_a_choice_by_verdicts_needs_a_judge():
-    for name in ("dpo.select", "dpo_iter.select"):
-        profile = load_profile("tiny", {name: "win-rate", "watch.judged": False})
-        line = one_line(lambda: check_policy_settings(profile))
-        assert line.startswith(f"{name}: found 'win-rate'") and line in missing(profile)
-        check_policy_settings(load_profile("tiny", {name: "win-rate"}))
-    for overrides in (
-        {"dpo_iter.optimiser": "keep"},
-        {"watch.answers": 0},
-        {"watch.speeches": 0},
-        {"dpo.checkpoints": 0},
-        {"dpo_iter.keep_last": 0},
-    ):
-        with pytest.raises(StudyError):
-            check_policy_settings(load_profile("tiny", overrides))
-    for profile in PROFILES.values():
-        check_policy_settings(profile)
 
 
 def test_the_engine_is_looked_for_and_not_opened(monkeypatch):
