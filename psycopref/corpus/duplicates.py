@@ -13,7 +13,7 @@ import typing
 from ..core.settings import StudyError
 
 # %% auto #0
-__all__ = ['SHINGLE', 'CHUNK', 'BLOCK', 'SHARED', 'STEP', 'CROWD', 'SLOTS', 'MISSED', 'EXACT_ROWS', 'same_text', 'shingles',
+__all__ = ['SHINGLE', 'CHUNK', 'BLOCK', 'SHARED', 'JOIN_ROWS', 'CROWD', 'SLOTS', 'MISSED', 'EXACT_ROWS', 'same_text', 'shingles',
            'shingle_matrix', 'jaccard', 'exact_join', 'near_pairs', 'clusters', 'canonical_key', 'keep_one',
            'cluster_report', 'leakage']
 
@@ -117,14 +117,14 @@ def _rare_candidates(matrix, left: slice, right: slice, threshold: float):
     offsets = np.concatenate([[0], np.cumsum(keep)])
     rare = csr_array((matrix.data[inside], matrix.indices[inside], offsets), shape=matrix.shape)
     other = rare[right].T.tocsr()
-    for start in range(left.start, left.stop, STEP):
-        shared = (rare[start : min(start + STEP, left.stop)] @ other).tocoo()
+    for start in range(left.start, left.stop, JOIN_ROWS):
+        shared = (rare[start : min(start + JOIN_ROWS, left.stop)] @ other).tocoo()
         i, j = shared.row.astype(np.int64) + start, shared.col.astype(np.int64) + right.start
         enough = (i < j) & (shared.data >= np.minimum(SHARED, np.maximum(least[i], least[j])))
         yield i[enough], j[enough]
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #9c8ef4c2
-STEP = 256  # rows whose candidates are held at once
+JOIN_ROWS = 256  # rows whose candidates are held at once
 CROWD = 50  # twins of a row above which connected rows are not listed pair by pair
 
 
@@ -140,7 +140,7 @@ def _verified(candidates, compare, threshold: float, n: int):
         index = compare(i, j)
         near, compared = index >= threshold, compared + len(i)
         found.append(np.stack([i[near], j[near], index[near]]))
-        if near.sum() > CROWD * STEP:
+        if near.sum() > CROWD * JOIN_ROWS:
             groups = clusters(n, dict(zip("ij", np.concatenate(found, axis=1))))
     i, j, index = np.concatenate(found, axis=1)
     frame = pd.DataFrame({"i": i.astype(np.int64), "j": j.astype(np.int64), "jaccard": index})
@@ -192,13 +192,13 @@ def _sketch_candidates(texts: list[str], threshold: float, seed: int):
 
     bands, rows = _bands(threshold)
     index, sketches = RMinHashLSH(threshold, bands * rows, bands), []
-    for start in range(0, len(texts), STEP):
-        part = map(shingles, texts[start : start + STEP])
+    for start in range(0, len(texts), JOIN_ROWS):
+        part = map(shingles, texts[start : start + JOIN_ROWS])
         tokens = [[shingle.encode("utf-8", "surrogatepass") for shingle in sorted(own)] for own in part]
         sketches += RMinHash.from_token_sets(tokens, bands * rows, seed)
     index.insert_many(sketches)
-    for start in range(0, len(texts), STEP):
-        found = index.query_all(sketches[start : start + STEP])
+    for start in range(0, len(texts), JOIN_ROWS):
+        found = index.query_all(sketches[start : start + JOIN_ROWS])
         i = np.repeat(np.arange(len(found)) + start, list(map(len, found)))
         j = np.fromiter(itertools.chain.from_iterable(found), np.int64, len(i))
         yield i[i < j], j[i < j]

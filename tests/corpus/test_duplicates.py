@@ -189,7 +189,7 @@ def test_few_pairs_at_the_very_threshold_are_missed():
 @pytest.mark.parametrize("exact_rows", [0, 10**6])
 def test_same_seed_same_pairs_in_steps_of_any_size(made, monkeypatch, exact_rows):
     first = near_pairs(made[0], seed=5, exact_rows=exact_rows)
-    for name, value in (("CHUNK", 37), ("BLOCK", 64), ("STEP", 11)):
+    for name, value in (("CHUNK", 37), ("BLOCK", 64), ("JOIN_ROWS", 11)):
         monkeypatch.setattr(duplicates, name, value)
     pd.testing.assert_frame_equal(first, near_pairs(made[0], seed=5, exact_rows=exact_rows))
 
@@ -226,7 +226,7 @@ def test_senseless_thresholds_are_one_line(threshold, find):
 def test_a_crowd_hangs_together_without_all_its_pairs(demo, monkeypatch, exact_rows):
     """Families that drift apart: rows at, below and above the threshold, far more alike than CROWD."""
     monkeypatch.setattr(duplicates, "CROWD", 1)
-    monkeypatch.setattr(duplicates, "STEP", 16)
+    monkeypatch.setattr(duplicates, "JOIN_ROWS", 16)
     dice = random.Random(3)
     texts = []
     for text in demo[:2]:
