@@ -10,15 +10,15 @@ import math
 import re
 
 import numpy as np
+import yaml
 
-from ..core.tables import PALETTE, new_figure
 from ..core.files import PRINCIPLE_KEYS
+from ..core.paper import coarse_topics, paper_values, resource_path
+from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import ORDERS, consistent_verdicts, paper_verdicts, word_counts
 from ..stats.intervals import compare_policies
-from ..stats.scores import win_interval
-from ..core.paper import coarse_topics, paper_values
 from ..stats.length_control import FEWEST_SPEECHES, length_controlled
-from ..stats.scores import flip_rate, verdict_counts
+from ..stats.scores import VERDICTS, flip_rate, win_interval
 
 # %% auto #0
 __all__ = ['SETTINGS', 'TRAININGS', 'READINGS', 'MEAN', 'GROUPINGS', 'FAMILIES', 'QUANTILES', 'policy_key', 'places',
@@ -34,10 +34,9 @@ TRAININGS = ("", "DPO", "DPO-Iter")  # of a policy's name, behind " + "
 
 
 def policy_key(policy: str) -> tuple:
-    """Place a policy as the paper's Table 2 does.
+    """Return the sort key that orders policies as in the paper's Table 2: size, base model, training, name.
 
-    policy: name, such as "Llama-3.2-3B-Instruct + DPO". Returns for sorting: billions of parameters, base model,
-    place of the training, name."""
+    policy: name, such as "Llama-3.2-3B-Instruct + DPO"."""
     base, _, training = policy.partition(" + ")
     found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", base, re.IGNORECASE)
     size = float(found[1]) * {"b": 1, "m": 0.001}[found[2].lower()] if found else math.inf
@@ -45,113 +44,75 @@ def policy_key(policy: str) -> tuple:
 
 
 def places(frame) -> list[tuple[str, str]]:
-    """List the rows of Table 2 that a frame can fill.
-
-    frame: with columns setting and policy. Returns (setting, policy), each once."""
+    "Return the (setting, policy) pairs of a frame in the order of Table 2."
     pairs = set(zip(frame.setting, frame.policy))
     return sorted(pairs, key=lambda pair: (list(SETTINGS).index(pair[0]), policy_key(pair[1])))
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #a2025af7
-_NEEDED = ("speech_id", "setting", "policy", "reference", "order", "verdict", "judge")
-
-
-def _refuse(found, expected: str, remedy: str) -> None:
-    "Raise if something was found that cannot be right."
-    if len(found):
-        raise ValueError(f"win_rates: found {list(found)[:3]}, expected {expected}; {remedy}")
-
-
-def checked_battles(battles, speeches):
-    """Join battles and topics; refuse what cannot be tabulated.
-
-    battles: frame of kind "battles", one judge; speeches: frame with speech_id, topic and coarse_topic. Returns the
-    battles, sorted, with topic and coarse_topic."""
-    _refuse(
-        [name for name in _NEEDED if name not in battles.columns],
-        "every column of the battles in place of these missing ones",
-        "pass the battles as stored",
-    )
-    _refuse(
-        sorted(set(battles.setting) - set(SETTINGS)), f"settings among {', '.join(SETTINGS)}", "correct the setting"
-    )
-    _refuse(sorted(set(battles.order) - set(ORDERS)), f"orders among {', '.join(ORDERS)}", "correct the order")
-    _refuse(sorted(set(battles.judge))[1:], "one judge beside the first", "choose the rows of one judge")
-    _refuse(
-        battles.speech_id[battles.duplicated(["setting", "policy", "speech_id", "order"])],
-        "one verdict for each speech, policy, setting and order",
-        "drop the repeated battles",
-    )
-    _refuse(
-        sorted(set(battles.speech_id) - set(speeches.speech_id)),
-        "speeches that are in the speeches' frame",
-        "pass the speeches that were judged",
-    )
-    _refuse(
-        sorted(set(speeches.coarse_topic) - set(coarse_topics())),
-        f"coarse topics among {', '.join(coarse_topics())}",
-        "map the topics first",
-    )
-    joined = battles.merge(
-        speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id"), on="speech_id"
-    )
-    return joined.sort_values(["setting", "policy", "speech_id", "order"], ignore_index=True)
-
-# %% ../../nbs/evaluation/00_win_rates.ipynb #484438f8
-READINGS = ("one order", "swap-consistent")
 _KEYS = ["setting", "policy", "speech_id"]
 
 
-def judged_twice(verdicts, keys: list[str] = _KEYS):
-    """Leave out battles of which one order is missing.
+def checked_battles(battles, speeches):
+    """Return sorted battles of one judge with topic and coarse_topic; raise ValueError for rows that would miscount.
 
-    verdicts: frame with setting, policy, speech_id and order; keys: what names a battle. Returns the rows of
-    battles that were judged in both orders."""
+    battles: frame of kind "battles"; speeches: frame with speech_id, topic and coarse_topic."""
+    repeated = battles.duplicated([*_KEYS, "order"])
+    unknown = set(battles.speech_id) - set(speeches.speech_id)
+    wrong = {
+        "settings": (set(battles.setting) - set(SETTINGS), f"{', '.join(SETTINGS)}; correct them"),
+        "orders": (set(battles.order) - set(ORDERS), f"{', '.join(ORDERS)}; correct them"),
+        "further judges": (sorted(set(battles.judge))[1:], "one; choose the rows of one judge"),
+        "repeated battles of": (battles.speech_id[repeated], "one of each; drop the others"),
+        "unknown speeches": (unknown, "none; pass the speeches that were judged"),
+        "coarse topics": (set(speeches.coarse_topic) - set(coarse_topics()), "the paper's eight; map the topics first"),
+    }
+    for what, (found, expected) in wrong.items():
+        if len(found):
+            raise ValueError(f"win_rates: found {what} {sorted(set(found))[:3]}, expected {expected}")
+    topics = speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id")
+    return battles.merge(topics, on="speech_id").sort_values([*_KEYS, "order"], ignore_index=True)
+
+# %% ../../nbs/evaluation/00_win_rates.ipynb #484438f8
+READINGS = ("one order", "swap-consistent")
+
+
+def judged_twice(verdicts, keys: list[str] = _KEYS):
+    "Return the verdicts of battles that were judged in both orders. keys: columns that name a battle."
     return verdicts[verdicts.groupby(keys).order.transform("nunique") == len(ORDERS)]
 
 
 def read_verdicts(battles, reading: str, seed: int, column: str = "verdict"):
-    """Read one verdict for each speech, policy and setting.
+    """Return one verdict for each speech, policy and setting: setting, policy, speech_id, verdict.
 
-    battles: frame of kind "battles"; reading: one of READINGS; seed: of the run; draws the order of the first
-    reading; column: or "<principle>_verdict". Returns frame: setting, policy, speech_id, verdict."""
-    if reading not in READINGS:
-        raise ValueError(
-            f"win_rates: reading {reading!r} found, expected one of {', '.join(READINGS)}; correct the name"
-        )
-    told = battles[[*_KEYS, "order"]].assign(verdict=battles[column])
+    reading: one of READINGS; seed: draws the order of the first reading; column: or "<principle>_verdict"."""
+    found = battles[[*_KEYS, "order"]].assign(verdict=battles[column])
     if reading == READINGS[0]:
-        told = paper_verdicts(told, seed)
-    else:
-        told = judged_twice(told)
-        told = consistent_verdicts(told) if len(told) else told
-    return told[[*_KEYS, "verdict"]].sort_values(_KEYS, ignore_index=True)
+        found = paper_verdicts(found, seed)
+    elif len(found := judged_twice(found)):
+        found = consistent_verdicts(found)
+    return found[[*_KEYS, "verdict"]].sort_values(_KEYS, ignore_index=True)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #79cde6f0
-def rate_row(verdicts, samples: int = 1000, level: float = 0.95, seed: int = 0) -> dict:
-    """Count verdicts and rate them.
+def rate_row(verdicts, **interval) -> dict:
+    """Return n, wins, losses, ties, win_rate, low and high (percent) of verdicts, which may be none.
 
-    verdicts: frame: speech_id, verdict; may be empty; level: coverage of the interval. Returns n, wins, losses,
-    ties, win_rate, low, high (percent)."""
-    if not len(verdicts):
-        return {"n": 0, "wins": 0, "losses": 0, "ties": 0, "win_rate": np.nan, "low": np.nan, "high": np.nan}
-    counts = verdict_counts(verdicts.verdict.to_numpy())
-    wins = (verdicts.verdict == "win").to_numpy().astype(int)
-    low, high = win_interval(wins, verdicts.speech_id.to_numpy(), samples=samples, level=level, seed=seed)
-    return {
-        "n": counts["n"],
-        "wins": counts["win"],
-        "losses": counts["loss"],
-        "ties": counts["tie"],
-        "win_rate": 100 * wins.mean(),
-        "low": low,
-        "high": high,
-    }
+    verdicts: frame with speech_id and verdict; interval: samples, level, seed."""
+    wins, losses, ties = (int((verdicts.verdict == word).sum()) for word in VERDICTS)
+    row = {"n": len(verdicts), "wins": wins, "losses": losses, "ties": ties}
+    rate, low, high = _share(verdicts.verdict == "win", verdicts.speech_id, **interval)
+    return {**row, "win_rate": rate, "low": low, "high": high}
+
+
+def _share(hits, speeches, **interval) -> tuple[float, float, float]:
+    "Return a share of rows in percent with its interval over speeches; NaN without rows."
+    if not len(hits):
+        return np.nan, np.nan, np.nan
+    hits = np.asarray(hits, int)
+    return 100 * hits.mean(), *win_interval(hits, speeches.to_numpy(), **interval)
 
 
 def macro_row(rows: list[dict]) -> dict:
-    """Average topics that have speeches.
-
-    rows: of rate_row, one for each topic. Returns the same keys; counts are sums."""
+    "Return the mean over topics that have speeches, as `rate_row` does; counts are sums."
     rows = [row for row in rows if row["n"]]
     sums = {name: sum(row[name] for row in rows) for name in ("n", "wins", "losses", "ties")}
     if not rows:
@@ -165,29 +126,18 @@ MEAN = "mean over topics"
 
 
 def group_rows(verdicts, by: str, groups: list[str], **interval) -> list[dict]:
-    """Rate verdicts by topic.
-
-    verdicts: frame of one policy, setting and reading, with the group's column; by: topic / coarse_topic; groups:
-    in order; one without verdicts keeps its row; interval: samples, level, seed. Returns rows of rate_row with
-    "group", the mean over topics last."""
+    "Return a `rate_row` with `group` for each group, those without verdicts too, and the mean over them last."
     parts = dict(tuple(verdicts.groupby(by)))
     rows = [{"group": group, **rate_row(parts.get(group, verdicts.iloc[:0]), **interval)} for group in groups]
     return [*rows, {"group": MEAN, **macro_row(rows)}]
 
 
 def fine_topics(speeches) -> list[str]:
-    """List the fine topics that the speeches have, in the paper's order; a topic of the user's own comes last in its
-    coarse topic.
-
-    speeches: frame with topic and coarse_topic. Returns slugs, coarse topic after coarse topic."""
+    "Return the fine topics that speeches have, in the paper's order; a user's own come last in their coarse topic."
     have = dict(zip(speeches.topic, speeches.coarse_topic))
     known = {slug: list(node["topics"]) for slug, node in coarse_topics().items()}
-    return [
-        topic
-        for slug, own in known.items()
-        for topic in [*own, *sorted(set(have) - set(own))]
-        if have.get(topic) == slug
-    ]
+    ordered = [(slug, topic) for slug, own in known.items() for topic in [*own, *sorted(set(have) - set(own))]]
+    return [topic for slug, topic in ordered if have.get(topic) == slug]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #50658562
 GROUPINGS = ("all", "coarse topic", "fine topic", "principle")
@@ -196,48 +146,36 @@ GROUPINGS = ("all", "coarse topic", "fine topic", "principle")
 def win_rate_cells(battles, speeches, seed: int, samples: int = 1000, level: float = 0.95):
     """Rate every policy in every setting, reading and group.
 
-    battles: frame of kind "battles", one judge; speeches: frame of the speeches that were judged: speech_id, topic,
-    coarse_topic; level: coverage of the intervals. Returns frame: setting, policy, reading, grouping, group, n,
-    wins, losses, ties, win_rate, low, high (percent)."""
+    battles: frame of kind "battles", one judge; speeches: those that were judged, with topic and coarse_topic.
+    Returns frame: setting, policy, reading, grouping, group, n, wins, losses, ties, win_rate, low, high (percent)."""
     import pandas as pd
 
     battles, rows, interval = checked_battles(battles, speeches), [], {"samples": samples, "level": level, "seed": seed}
     topics = battles[["speech_id", "topic", "coarse_topic"]].drop_duplicates()
     for reading in READINGS:
-        told = read_verdicts(battles, reading, seed).merge(topics, on="speech_id")
+        overall = read_verdicts(battles, reading, seed).merge(topics, on="speech_id")
         aspects = {key: read_verdicts(battles, reading, seed, f"{key}_verdict") for key in PRINCIPLE_KEYS}
         for setting, policy in places(battles):
-            where, own = {"setting": setting, "policy": policy, "reading": reading}, _of(told, setting, policy)
-            rows.append({**where, "grouping": GROUPINGS[0], "group": "Overall", **rate_row(own, **interval)})
-            rows += [
-                {**where, "grouping": GROUPINGS[1], **row}
-                for row in group_rows(own, "coarse_topic", list(coarse_topics()), **interval)
-            ]
-            rows += [
-                {**where, "grouping": GROUPINGS[2], **row}
-                for row in group_rows(own, "topic", fine_topics(speeches), **interval)
-            ]
-            rows += [
-                {**where, "grouping": GROUPINGS[3], "group": key, **rate_row(_of(part, setting, policy), **interval)}
-                for key, part in aspects.items()
-            ]
+            own = pick(overall, setting=setting, policy=policy)
+            parts = {key: pick(part, setting=setting, policy=policy) for key, part in aspects.items()}
+            found = {
+                "all": [{"group": "Overall", **rate_row(own, **interval)}],
+                "coarse topic": group_rows(own, "coarse_topic", list(coarse_topics()), **interval),
+                "fine topic": group_rows(own, "topic", fine_topics(speeches), **interval),
+                "principle": [{"group": key, **rate_row(part, **interval)} for key, part in parts.items()],
+            }
+            where = {"setting": setting, "policy": policy, "reading": reading}
+            rows += [{**where, "grouping": name, **row} for name, group in found.items() for row in group]
     return pd.DataFrame(rows)
 
 
-def _of(frame, setting: str, policy: str):
-    "Take the rows of one policy in one setting."
-    return frame[(frame.setting == setting) & (frame.policy == policy)]
-
-
-def pick(cells, **wanted):
-    "Choose cells. wanted: column = value. Returns the rows with these values."
-    return cells[np.logical_and.reduce([cells[name] == value for name, value in wanted.items()])]
+def pick(frame, **wanted):
+    "Return the rows with these values. wanted: column = value."
+    return frame[np.logical_and.reduce([frame[name] == value for name, value in wanted.items()])]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #18d3009f
 class Marked(float):
-    "A number that is printed bold, underlined, or both."
-
-    marks: frozenset = frozenset()  # of "bold", "underlined"
+    "A number that tables print bold, underlined, or both."
 
     def __new__(cls, value: float, *marks: str):
         number = super().__new__(cls, value)
@@ -245,52 +183,38 @@ class Marked(float):
         return number
 
 
-_COLUMNS = {slug: node["short"] for slug, node in coarse_topics().items()} | {"overall": "Overall"}
+_SHORT = {slug: node["short"] for slug, node in coarse_topics().items()}
+_COLUMNS = [*_SHORT.values(), "Overall"]
 
 
 def mark_best(rows: list[dict]) -> list[dict]:
-    """Mark the best of each column, if there is anything to be better than, and overall rates above 50%.
+    """Return the rows of a section with the best of each column bold, and overall rates above 50% underlined.
 
-    rows: of one section: column -> rate in percent, or None. Returns the same rows, marked."""
-
-    def marks(name, value):
-        rates = [row[name] for row in rows if row[name] is not None]
-        return [
-            *(["bold"] if len(rates) > 1 and value == max(rates) else []),
-            *(["underlined"] if name == "Overall" and value > 50 else []),
-        ]
-
-    return [
-        {
-            name: Marked(value, *marks(name, value)) if name in _COLUMNS.values() and value is not None else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
+    rows: column -> rate in percent, or None."""
+    found = [dict(row) for row in rows]
+    for name in _COLUMNS:
+        rates = [row[name] for row in rows if row.get(name) is not None]
+        for row in found:
+            if (value := row.get(name)) is not None:
+                bold = ["bold"] if len(rates) > 1 and value == max(rates) else []
+                row[name] = Marked(value, *bold, *(["underlined"] if name == "Overall" and value > 50 else []))
+    return found
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #02fc1b00
 def summary_rows(cells, trust) -> list[dict]:
-    "Summarise each policy in each setting, for the report. Returns one for each policy and setting, plain numbers."
+    "Summarise each policy in each setting in plain numbers, for Table 2 and the report."
     rows = []
     for setting, policy in places(cells):
         own = pick(cells, setting=setting, policy=policy)
         rates = pick(own, reading=READINGS[0], grouping="coarse topic").set_index("group").win_rate
         plain, strict = (pick(own, reading=reading, grouping="all").iloc[0] for reading in READINGS)
         about = pick(trust, setting=setting, policy=policy).iloc[0]
-        rows.append(
-            {
-                "setting": SETTINGS[setting],
-                "model": policy,
-                **{node["short"]: _number(rates[slug]) for slug, node in coarse_topics().items()},
-                "Overall": _number(plain.win_rate),
-                "95% interval": _interval(plain.low, plain.high),
-                "swap-consistent": _number(strict.win_rate),
-                "flips %": _number(about.flips),
-                "length ratio": _number(about.length_ratio, 2),
-                "length-controlled": _number(about.controlled),
-                "n": int(plain.n),
-            }
-        )
+        row = {"setting": SETTINGS[setting], "model": policy}
+        row |= {short: _number(rates[slug]) for slug, short in _SHORT.items()}
+        row |= {"Overall": _number(plain.win_rate), "95% interval": _interval(plain.low, plain.high)}
+        row |= {"swap-consistent": _number(strict.win_rate), "flips %": _number(about.flips)}
+        row |= {"length ratio": _number(about.length_ratio, 2), "length-controlled": _number(about.controlled)}
+        rows.append(row | {"n": int(plain.n)})
     return rows
 
 
@@ -300,123 +224,84 @@ def _number(value: float, digits: int = 1) -> float | None:
 
 
 def _interval(low: float, high: float) -> str | None:
-    "Print an interval in percent; None where there is none."
+    "Format an interval in percent; None where there is none."
     return None if math.isnan(low) else f"{low:.1f} to {high:.1f}"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e8502d56
-def _section(title: str, rows: list[dict]) -> list[dict]:
+def _section(title: str, rows: list[dict], prefix: str = "") -> list[dict]:
     "Put a title above rows, and name a trained policy by its training where its base stands above it."
     named, base = [], None
     for row in mark_best(rows):
         own, plus, training = row["model"].partition(" + ")
-        named.append(
-            {**row, "model": f"{row['of']}+ {training}" if plus and own == base else f"{row['of']}{row['model']}"}
-        )
+        named.append({**row, "model": prefix + (f"+ {training}" if plus and own == base else row["model"])})
         base = base if plus else own
     return [{"model": title, **dict.fromkeys(rows[0].keys() - {"model"}, "")}, *named]
 
 
-def _published(setting: str) -> list[dict]:
-    "Return the paper's rows of one setting, in the paper's order."
-    n = paper_values()["dataset"]["test_speeches"]
-    return [
-        {
-            "of": "paper: ",
-            "model": model,
-            **{_COLUMNS[slug]: rate for slug, rate in rates.items()},
-            "95% interval": None,
-            "n": n,
-        }
-        for model, rates in paper_values()["table_2"][setting].items()
-    ]
-
-
 def table_2(rows: list[dict], reference: str):
-    """Print win rates as the paper does: ours, then the paper's.
+    """Tabulate win rates as the paper does: ours, then the paper's.
 
-    reference: label of the reference. Returns frame: model, eight coarse topics, Overall, interval, n."""
+    rows: of summary_rows; reference: its label. Returns frame: model, eight coarse topics, Overall, interval, n."""
     import pandas as pd
 
-    printed = []
+    printed, n = [], paper_values()["dataset"]["test_speeches"]
     for title in dict.fromkeys(row["setting"] for row in rows):
-        own = [{"of": "", **row} for row in rows if row["setting"] == title]
-        printed += _section(f"{title}, against {reference}", own)
+        printed += _section(f"{title}, against {reference}", [row for row in rows if row["setting"] == title])
     for setting, title in SETTINGS.items():
-        printed += _section(f"paper: {title}, against GPT-4o", _published(setting))
-    frame = pd.DataFrame(printed, dtype=object)[["model", *_COLUMNS.values(), "95% interval", "n"]]
+        published = paper_values()["table_2"][setting].items()
+        own = [
+            {"model": model, **dict(zip(_COLUMNS, _in_order(rates))), "95% interval": None, "n": n}
+            for model, rates in published
+        ]
+        printed += _section(f"paper: {title}, against GPT-4o", own, "paper: ")
+    frame = pd.DataFrame(printed, dtype=object)[["model", *_COLUMNS, "95% interval", "n"]]
     return frame.where(frame.notna(), None)
 
+
+def _in_order(rates: dict) -> list[float]:
+    "Return published rates in the order of the columns."
+    return [rates[slug] for slug in [*_SHORT, "overall"]]
+
 # %% ../../nbs/evaluation/00_win_rates.ipynb #626f3873
-FAMILIES = {
-    "gpt": r"(chat)?gpt(?!-?(neo|j))|o[134](?![a-z0-9])",
-    "claude": "claude",
-    "gemini": "gemini|gemma",
-    "llama": "(meta|code)?llama(?!index)",
-    "qwen": "qwen|qwq",
-    "mistral": "(mi|mini|mix|code|magi)stral|mixtral",
-    "smollm": "smollm",
-    "phi": "phi",
-    "deepseek": "deepseek",
-    "command": "command-r|cohere|c4ai",
-    "olmo": "olmo",
-    "minicpm": "minicpm",
-    "baichuan": "baichuan",
-    "jamba": "jamba",
-    "orion": "orion",
-    "granite": "granite",
-    "yi": "yi",
-    "random-tiny": "random[- ](tiny|two-layer)",
-}
+FAMILIES = yaml.safe_load(resource_path("model_families.yaml").read_text(encoding="utf-8"))  # family -> pattern
 
 
 def family(name: str) -> str:
-    """Say who a model's kin are: the family whose name stands first in its name. Gemma counts as Gemini's kin, made
-    from the same research.
+    """Return the family of a model: the one whose name stands first in its name; without one, the name itself.
 
-    name: of a model: label, hub id, folder or gateway URI. Returns a key of FAMILIES; for others, the rubric among
-    them, the name itself."""
+    name: label, hub id, folder or gateway URI. Gemma counts as Gemini's family, made from the same research."""
     name = name.lower().partition("@")[0]  # the address of a server tells nothing
-    found = [
-        (match.start(), own)
-        for own, pattern in FAMILIES.items()
-        if (match := re.search(rf"(?<![a-z])({pattern})(?![a-z]{{3}})", name))
-    ]
+    found = [(re.search(rf"(?<![a-z])({pattern})(?![a-z]{{3}})", name), own) for own, pattern in FAMILIES.items()]
+    found = [(match.start(), own) for match, own in found if match]
     return min(found)[1] if found else re.split(r"[:/]", re.split(r" [(+]|, ", name)[0])[-1]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #85130dbf
 def shown_first(battles):
-    """Tell for each verdict whether the answer that stood first won.
+    """Return for each decided verdict whether the answer that stood first won: speech_id, first (0 or 1).
 
-    battles: frame of kind "battles". Returns frame: speech_id, first (1 where the answer shown first won); decided
-    verdicts of speeches judged in both orders."""
+    battles: frame of kind "battles"; only speeches judged in both orders count."""
     both = judged_twice(battles)
     decided = both[both.verdict != "tie"]
-    first = (decided.verdict == "win") == (decided.order == ORDERS[0])
-    return decided[["speech_id"]].assign(first=first.astype(int))
+    return decided[["speech_id"]].assign(first=((decided.verdict == "win") == (decided.order == ORDERS[0])).astype(int))
 
 
 def same_family(judge: str, reference: str, policy: str) -> str:
-    "Name those of the judge's family. judge: URI or label. Returns whom the judge may favour."
+    "Return who is of the judge's family: reference, policy, both or neither. judge: URI or label."
     kin = [word for word, name in (("reference", reference), ("policy", policy)) if family(name) == family(judge)]
     return " and ".join(kin) or "neither"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #c7ea1b0e
 def matched_words(answers):
-    """Count the words of the policies' answers beside the reference's; what was asked for is the reference's number,
-    at least 5.
+    """Count the words of the policies' answers beside the reference's.
 
     answers: frame of kind "answers", the reference's among them. Returns frame: setting, policy, speech_id, words,
-    reference_words, asked, ratio (words over asked), cut."""
+    reference_words, asked (the reference's words, at least 5), ratio (words over asked), cut."""
     reference = answers[answers.policy == "reference"]
-    _refuse(
-        [] if len(reference) else ["no answers of the reference"],
-        "policy 'reference' in the answers",
-        "pass the answers as stored",
-    )
+    if reference.empty:
+        raise ValueError("win_rates: found no answers of the reference, expected some; pass the answers as stored")
     theirs, asked = dict(zip(reference.speech_id, reference.response)), word_counts(reference)
-    own = answers[(answers.policy != "reference") & answers.speech_id.isin(theirs)].sort_values(
-        _KEYS, ignore_index=True
-    )
+    own = answers[(answers.policy != "reference") & answers.speech_id.isin(theirs)]
+    own = own.sort_values(_KEYS, ignore_index=True)
     own = own[_KEYS].assign(
         words=own.response.str.split().str.len(),
         reference_words=[len(theirs[name].split()) for name in own.speech_id],
@@ -427,307 +312,167 @@ def matched_words(answers):
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e7b7c8e2
 def trust_row(battles, words, asked: int, seed: int, **interval) -> dict:
-    """Say how far one row of Table 2 can be trusted.
+    """Measure how far one row of Table 2 can be trusted, in percent.
 
-    battles: checked battles of one policy and setting; words: of matched_words, the same policy and setting; asked:
-    verdicts asked; interval: samples, level. Returns plain numbers, in percent."""
+    battles: checked battles of one policy and setting; words: of matched_words, the same; asked: verdicts asked;
+    interval: samples, level."""
     plain, strict = (read_verdicts(battles, reading, seed) for reading in READINGS)
-    first, wide = (
-        shown_first(battles),
-        battles.pivot(index="speech_id", columns="order", values="verdict").reindex(columns=ORDERS).dropna(),
-    )
-    bounds = (
-        win_interval(first["first"].to_numpy(), first.speech_id.to_numpy(), seed=seed, **interval)
-        if len(first)
-        else (np.nan, np.nan)
-    )
-    counts = {
-        f"{name}_{word}": int((told.verdict == word).sum())
-        for name, told in (("plain", plain), ("strict", strict))
-        for word in ("win", "loss", "tie")
-    }
+    first = shown_first(battles)
+    share, low, high = _share(first["first"], first.speech_id, seed=seed, **interval)
+    wide = battles.pivot(index="speech_id", columns="order", values="verdict").reindex(columns=ORDERS).dropna()
     judge, reference, policy = (battles[name].iloc[0] for name in ("judge", "reference", "policy"))
-    return {
-        "n": len(plain),
-        **counts,
-        "flips": flip_rate(*(wide[order].to_numpy() for order in ORDERS)) if len(wide) else np.nan,
-        "first": 100 * first["first"].mean() if len(first) else np.nan,
-        "first_low": bounds[0],
-        "first_high": bounds[1],
-        "judge_family": family(judge),
-        "kin": same_family(judge, reference, policy),
-        "asked": asked,
-        "coverage": 100 * len(battles) / asked,
-        **length_row(plain, words, seed=seed, **interval),
-    }
+    row = {"n": len(plain)}
+    for name, found in (("plain", plain), ("strict", strict)):
+        row |= {f"{name}_{word}": int((found.verdict == word).sum()) for word in ("win", "loss", "tie")}
+    row |= {"flips": flip_rate(*(wide[order].to_numpy() for order in ORDERS)) if len(wide) else np.nan}
+    row |= {"first": share, "first_low": low, "first_high": high}
+    row |= {"judge_family": family(judge), "kin": same_family(judge, reference, policy)}
+    row |= {"asked": asked, "coverage": 100 * len(battles) / asked}
+    return row | length_row(plain, words, seed=seed, **interval)
 
 
 def length_row(verdicts, words, **interval) -> dict:
-    """Rate a policy as if its answers were as long as the reference's.
+    """Rate a policy as if its answers were as long as the reference's; NaN under FEWEST_SPEECHES speeches.
 
     verdicts: of read_verdicts, one policy and setting; words: of matched_words, the same; interval: samples, level,
-    seed of the resampling. Returns length_ratio, longer, raw, controlled, controlled_low, controlled_high,
-    length_effect."""
+    seed. Returns length_ratio, longer, raw, controlled, controlled_low, controlled_high, length_effect."""
     joined = verdicts.merge(words, on=_KEYS).sort_values("speech_id", ignore_index=True)
-    found = dict.fromkeys(
-        ("length_ratio", "longer", "raw", "controlled", "controlled_low", "controlled_high", "length_effect"), np.nan
-    )
-    if not len(joined):
-        return found
-    wins, extra = (joined.verdict == "win").to_numpy().astype(int), (joined.words - joined.reference_words).to_numpy()
-    found |= {
-        "length_ratio": float((joined.words / joined.reference_words.clip(lower=1)).median()),
-        "longer": 100 * float((extra > 0).mean()),
-        "raw": 100 * wins.mean(),
-    }
-    told_apart = (
-        len(set(extra)) > 1 or not extra.any()
-    )  # else always the same number of words more: what length does cannot be told
-    if told_apart and joined.speech_id.nunique() >= FEWEST_SPEECHES:
-        fit = length_controlled(wins, extra, joined.speech_id.to_numpy(), **interval)
-        found |= {
-            "controlled": fit["controlled"],
-            "controlled_low": fit["low"],
-            "controlled_high": fit["high"],
-            "length_effect": fit["length_effect"],
-        }
-    return found
+    fit = dict.fromkeys(("controlled", "low", "high", "length_effect"), np.nan)
+    ratio, longer, raw = np.nan, np.nan, np.nan
+    if len(joined):
+        wins, extra = (joined.verdict == "win").to_numpy(int), (joined.words - joined.reference_words).to_numpy()
+        ratio = float((joined.words / joined.reference_words.clip(lower=1)).median())
+        longer, raw = 100 * float((extra > 0).mean()), 100 * wins.mean()
+        varied = len(set(extra)) > 1 or not extra.any()  # else the effect of length can't be told from the policy's
+        if varied and joined.speech_id.nunique() >= FEWEST_SPEECHES:
+            fit = length_controlled(wins, extra, joined.speech_id.to_numpy(), **interval)
+    row = {"length_ratio": ratio, "longer": longer, "raw": raw, "controlled": fit["controlled"]}
+    return row | {"controlled_low": fit["low"], "controlled_high": fit["high"], "length_effect": fit["length_effect"]}
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #7fca7edf
 def trust_rows(battles, answers, speeches, seed: int, samples: int = 1000, level: float = 0.95):
-    """Say for each policy and setting how far its win rate can be trusted.
+    """Measure for each policy and setting how far its win rate can be trusted.
 
-    battles: frame of kind "battles", one judge; answers: frame of kind "answers", the reference's among them;
-    speeches: frame of the speeches that were to be judged; level: coverage of the intervals. Returns frame:
-    setting, policy, and the keys of trust_row."""
+    battles: frame of kind "battles", one judge; answers: frame of kind "answers"; speeches: those that were to be
+    judged. Returns frame: setting, policy, and the keys of trust_row."""
     import pandas as pd
 
-    battles, words, asked = (
-        checked_battles(battles, speeches),
-        matched_words(answers),
-        len(ORDERS) * speeches.speech_id.nunique(),
-    )
-    return pd.DataFrame(
-        [
-            {
-                "setting": setting,
-                "policy": policy,
-                **trust_row(
-                    _of(battles, setting, policy),
-                    _of(words, setting, policy),
-                    asked,
-                    seed,
-                    samples=samples,
-                    level=level,
-                ),
-            }
-            for setting, policy in places(battles)
-        ]
-    )
-
-
-def _ratio(value: float | None) -> str | None:
-    "Print a ratio with two digits."
-    return None if value is None or math.isnan(value) else f"{value:.2f}"
+    battles, words = checked_battles(battles, speeches), matched_words(answers)
+    asked, rows = len(ORDERS) * speeches.speech_id.nunique(), []
+    for setting, policy in places(battles):
+        where = {"setting": setting, "policy": policy}
+        own = trust_row(pick(battles, **where), pick(words, **where), asked, seed, samples=samples, level=level)
+        rows.append(where | own)
+    return pd.DataFrame(rows)
 
 
 def trust_table(trust):
-    "Print how far each win rate can be trusted. Returns frame with names for readers, Table S28."
+    "Tabulate how far each win rate can be trusted (Table S28)."
     import pandas as pd
 
-    def counts(row, reading):
-        return " / ".join(str(getattr(row, f"{reading}_{word}")) for word in ("win", "loss", "tie"))
+    rows = []
+    for row in trust.itertuples():
+        cells = {"setting": SETTINGS[row.setting], "model": row.policy, "n": row.n}
+        cells["wins / losses / ties"] = f"{row.plain_win} / {row.plain_loss} / {row.plain_tie}"
+        cells["swap-consistent: wins / losses / ties"] = f"{row.strict_win} / {row.strict_loss} / {row.strict_tie}"
+        cells |= {"flips %": _number(row.flips), "shown first wins, %": _number(row.first)}
+        cells |= {"95% interval": _interval(row.first_low, row.first_high), "judge's family": row.judge_family}
+        cells |= {"same family": row.kin, "coverage %": _number(row.coverage)}
+        cells |= {"length ratio": _ratio(row.length_ratio), "longer than the reference, %": _number(row.longer)}
+        cells |= {"win rate %": _number(row.raw), "length-controlled %": _number(row.controlled)}
+        cells["95% interval, length-controlled"] = _interval(row.controlled_low, row.controlled_high)
+        rows.append(cells)
+    return pd.DataFrame(rows, dtype=object)
 
-    return pd.DataFrame(
-        [
-            {
-                "setting": SETTINGS[row.setting],
-                "model": row.policy,
-                "n": row.n,
-                "wins / losses / ties": counts(row, "plain"),
-                "swap-consistent: wins / losses / ties": counts(row, "strict"),
-                "flips %": _number(row.flips),
-                "shown first wins, %": _number(row.first),
-                "95% interval": _interval(row.first_low, row.first_high),
-                "judge's family": row.judge_family,
-                "same family": row.kin,
-                "coverage %": _number(row.coverage),
-                "length ratio": _ratio(row.length_ratio),
-                "longer than the reference, %": _number(row.longer),
-                "win rate %": _number(row.raw),
-                "length-controlled %": _number(row.controlled),
-                "95% interval, length-controlled": _interval(row.controlled_low, row.controlled_high),
-            }
-            for row in trust.itertuples()
-        ],
-        dtype=object,
-    )
+
+def _ratio(value: float | None) -> str | None:
+    "Format a ratio with two digits."
+    return None if value is None or math.isnan(value) else f"{value:.2f}"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #1f082fc1
-def _titles(grouping: str) -> dict[str, str]:
-    "Name the groups for readers."
-    coarse = {slug: node["short"] for slug, node in coarse_topics().items()}
-    return coarse if grouping == GROUPINGS[1] else {}
-
-
 def cell_table(cells, grouping: str):
-    """Print every cell, the mean over topics and all speeches.
+    """Tabulate every cell in both readings, the mean over topics and all speeches (Table S26 or S27).
 
-    grouping: "coarse topic" or "fine topic". Returns frame, Table S26 or S27: counts, rate and interval of both
-    readings."""
+    grouping: "coarse topic" or "fine topic"."""
     import pandas as pd
 
-    rows, titles = [], _titles(grouping)
+    rows, titles = [], _SHORT if grouping == GROUPINGS[1] else {}
     for setting, policy in places(cells):
         own = pick(cells, setting=setting, policy=policy)
-        own = (
-            own[own.grouping.isin([grouping, GROUPINGS[0]])]
-            .assign(last=own.group.eq("Overall"))
-            .sort_values("last", kind="stable")
-        )
-        plain, strict = (list(pick(own, reading=reading).itertuples()) for reading in READINGS)
-        for one, two in zip(plain, strict):
-            told = {"win rate %": one, "swap-consistent %": two}
-            rows.append(
-                {
-                    "setting": SETTINGS[setting],
-                    "model": policy,
-                    grouping: titles.get(one.group, one.group),
-                    "n": one.n,
-                    "wins / losses / ties": f"{one.wins} / {one.losses} / {one.ties}",
-                    "win rate %": _number(one.win_rate),
-                    "95% interval": _interval(one.low, one.high),
-                    "swap-consistent: n": two.n,
-                    "swap-consistent: wins / losses / ties": f"{two.wins} / {two.losses} / {two.ties}",
-                    "swap-consistent %": _number(two.win_rate),
-                    "its 95% interval": _interval(two.low, two.high),
-                }
-            )
+        own = pd.concat([own[own.grouping == grouping], own[own.grouping == "all"]])
+        for one, two in zip(*(pick(own, reading=reading).itertuples() for reading in READINGS)):
+            row = {"setting": SETTINGS[setting], "model": policy, grouping: titles.get(one.group, one.group)}
+            row |= {"n": one.n, "wins / losses / ties": f"{one.wins} / {one.losses} / {one.ties}"}
+            row |= {"win rate %": _number(one.win_rate), "95% interval": _interval(one.low, one.high)}
+            row["swap-consistent: n"] = two.n
+            row["swap-consistent: wins / losses / ties"] = f"{two.wins} / {two.losses} / {two.ties}"
+            row |= {"swap-consistent %": _number(two.win_rate), "its 95% interval": _interval(two.low, two.high)}
+            rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
 
 def principle_win_rates(cells):
-    """Print win rates by principle, with intervals.
-
-    Returns frame, Table S36: a row for each policy, setting and reading, a column for each principle."""
+    "Tabulate win rates by principle with intervals, a row for each policy, setting and reading (Table S36)."
     import pandas as pd
 
     rows = []
-    for setting, policy in places(cells):
-        for reading in READINGS:
-            own = pick(cells, setting=setting, policy=policy, reading=reading)
-            rates = {
-                row.group: f"{row.win_rate:.1f} ({_interval(row.low, row.high)})" if row.n else None
-                for row in own[own.grouping.isin([GROUPINGS[0], GROUPINGS[3]])].itertuples()
-            }
-            rows.append(
-                {
-                    "setting": SETTINGS[setting],
-                    "model": policy,
-                    "reading": reading,
-                    **{key: rates[key] for key in PRINCIPLE_KEYS},
-                    "overall verdict": rates["Overall"],
-                    "n": int(pick(own, grouping=GROUPINGS[0]).n.iloc[0]),
-                }
-            )
+    for (setting, policy), reading in itertools.product(places(cells), READINGS):
+        own = pick(cells, setting=setting, policy=policy, reading=reading)
+        own = own[own.grouping.isin(["all", "principle"])].set_index("group")
+        text = {r.Index: f"{r.win_rate:.1f} ({_interval(r.low, r.high)})" if r.n else None for r in own.itertuples()}
+        row = {"setting": SETTINGS[setting], "model": policy, "reading": reading}
+        row |= {key: text[key] for key in PRINCIPLE_KEYS}
+        rows.append(row | {"overall verdict": text["Overall"], "n": int(own.n["Overall"])})
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #aa1bef66
+_DIFFERENCES = "setting first second group n difference low high better worse p p_holm".split()
+_DIFFERENCE_TITLES = (
+    "setting; model; compared with; topic; n; difference, points; 95% interval; wins only here; wins only there; "
+    "p, sign test; p, Holm over topics"
+).split("; ")
+
+
 def difference_rows(battles, speeches, seed: int, samples: int = 1000, level: float = 0.95):
     """Compare every two policies of a setting, the later row of Table 2 with the earlier one.
 
-    battles: frame of kind "battles", one judge; speeches: frame with speech_id, topic and coarse_topic; level:
-    coverage of the intervals. Returns frame: setting, first, second, and the columns of compare_policies."""
+    battles: frame of kind "battles", one judge; speeches: frame with topic and coarse_topic. Returns the columns of
+    compare_policies with setting, first and second."""
     import pandas as pd
 
     battles, parts = checked_battles(battles, speeches), []
     topics = battles[["speech_id", "coarse_topic"]].drop_duplicates()
-    told = read_verdicts(battles, READINGS[0], seed).merge(topics, on="speech_id").sort_values(_KEYS, ignore_index=True)
-    for setting, group in itertools.groupby(places(battles), key=lambda place: place[0]):
-        for (_, earlier), (_, later) in itertools.combinations(group, 2):
-            one, two = (
-                _of(told, setting, policy)[["speech_id", "verdict", "coarse_topic"]] for policy in (later, earlier)
-            )
-            if set(one.speech_id) & set(two.speech_id):
-                parts.append(
-                    compare_policies(one, two, by="coarse_topic", samples=samples, level=level, seed=seed).assign(
-                        setting=setting, first=later, second=earlier
-                    )
-                )
-    return (
-        pd.concat(parts, ignore_index=True)
-        if parts
-        else pd.DataFrame(
-            columns=[
-                "setting",
-                "first",
-                "second",
-                "group",
-                "n",
-                "difference",
-                "low",
-                "high",
-                "better",
-                "worse",
-                "p",
-                "p_holm",
-            ]
-        )
-    )
+    verdicts = read_verdicts(battles, READINGS[0], seed).merge(topics, on="speech_id")
+    own = {place: part.drop(columns=_KEYS[:2]) for place, part in verdicts.groupby(_KEYS[:2])}
+    for earlier, later in itertools.combinations(places(battles), 2):
+        one, two = own.get(later, verdicts[:0]), own.get(earlier, verdicts[:0])
+        if earlier[0] == later[0] and set(one.speech_id) & set(two.speech_id):
+            found = compare_policies(one, two, by="coarse_topic", samples=samples, level=level, seed=seed)
+            parts.append(found.assign(setting=later[0], first=later[1], second=earlier[1]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_DIFFERENCES)
 
 
 def difference_table(differences):
-    "Print differences between policies in percentage points. Returns frame, Table S35."
+    "Tabulate differences between policies in percentage points (Table S35)."
     import pandas as pd
 
-    titles = _titles(GROUPINGS[1])
-    place = {name: number for number, name in enumerate([*titles, "Overall"])}
-    order = sorted(
-        differences.itertuples(),
-        key=lambda row: (
-            list(SETTINGS).index(row.setting),
-            policy_key(row.second),
-            policy_key(row.first),
-            place[row.group],
-        ),
-    )
-    rows = [
-        {
-            "setting": SETTINGS[row.setting],
-            "model": row.first,
-            "compared with": row.second,
-            "topic": titles.get(row.group, row.group),
-            "n": row.n,
-            "difference, points": _number(row.difference),
-            "95% interval": _interval(row.low, row.high),
-            "wins only here": row.better,
-            "wins only there": row.worse,
-            "p, sign test": _p(row.p),
-            "p, Holm over topics": _p(row.p_holm) if row.group in titles else None,
-        }
-        for row in order
-    ]
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "setting",
-            "model",
-            "compared with",
-            "topic",
-            "n",
-            "difference, points",
-            "95% interval",
-            "wins only here",
-            "wins only there",
-            "p, sign test",
-            "p, Holm over topics",
-        ],
-        dtype=object,
-    )
+    place = {name: number for number, name in enumerate([*_SHORT, "Overall"])}
+
+    def order(row):
+        return list(SETTINGS).index(row.setting), policy_key(row.second), policy_key(row.first), place[row.group]
+
+    rows = []
+    for row in sorted(differences.itertuples(), key=order):
+        cells = {"setting": SETTINGS[row.setting], "model": row.first, "compared with": row.second}
+        cells |= {"topic": _SHORT.get(row.group, row.group), "n": row.n}
+        cells |= {"difference, points": _number(row.difference), "95% interval": _interval(row.low, row.high)}
+        cells |= {"wins only here": row.better, "wins only there": row.worse, "p, sign test": _p(row.p)}
+        rows.append(cells | {"p, Holm over topics": _p(row.p_holm) if row.group in _SHORT else None})
+    return pd.DataFrame(rows, columns=_DIFFERENCE_TITLES, dtype=object)
 
 
 def _p(value: float) -> str | None:
-    "Print a p-value."
+    "Format a p-value."
     return None if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #1ec9e07f
@@ -735,245 +480,154 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def compliance_rows(answers) -> list[dict]:
-    """Describe the ratio of words to asked words.
-
-    answers: frame of kind "answers", the reference's among them. Returns one for each policy in the length setting,
-    plain numbers."""
+    "Describe the ratio of words to asked words for each policy in the length setting, in plain numbers."
     words, rows = matched_words(answers), []
-    for setting, policy in places(words):
-        own = _of(words, setting, policy)
-        if setting == "length":
-            free = _of(words, "free", policy).ratio
-            shares = {
-                ("median of words / asked words" if q == 0.5 else f"{100 * q:.0f}th percentile"): round(
-                    float(own.ratio.quantile(q)), 2
-                )
-                for q in QUANTILES
-            }
-            rows.append(
-                {
-                    "model": policy,
-                    **shares,
-                    "within 20% of the asked length, %": round(float(100 * own.ratio.between(0.8, 1.2).mean()), 1),
-                    "cut off %": round(float(100 * own.cut.mean()), 1),
-                    "median without the instruction": _number(free.median(), 2) if len(free) else None,
-                    "n": len(own),
-                }
-            )
+    for setting, policy in places(words[words.setting == "length"]):
+        own = pick(words, setting=setting, policy=policy)
+        free = pick(words, setting="free", policy=policy).ratio
+        titles = ["median of words / asked words" if q == 0.5 else f"{100 * q:.0f}th percentile" for q in QUANTILES]
+        row = {"model": policy} | {title: round(float(own.ratio.quantile(q)), 2) for title, q in zip(titles, QUANTILES)}
+        row["within 20% of the asked length, %"] = round(float(100 * own.ratio.between(0.8, 1.2).mean()), 1)
+        row["cut off %"] = round(float(100 * own.cut.mean()), 1)
+        row["median without the instruction"] = _number(free.median(), 2)
+        rows.append(row | {"n": len(own)})
     return rows
 
-# %% ../../nbs/evaluation/00_win_rates.ipynb #62d28efe
+
 def compliance_table(rows: list[dict]):
-    "Print the distribution of words over asked words. Returns frame, Table S4."
+    "Tabulate the distribution of words over asked words (Table S4)."
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {name: _ratio(value) if "percentile" in name or "median" in name else value for name, value in row.items()}
-            for row in rows
-        ],
-        dtype=object,
-    )
+    frame = pd.DataFrame(rows, dtype=object)
+    ratios = [name for name in frame if "percentile" in name or "median" in name]
+    return frame.assign(**{name: frame[name].map(_ratio) for name in ratios})
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #946f7f94
 _LOOKS = {"free": (PALETTE[0], "o"), "length": (PALETTE[1], "s")}  # colour and marker of a setting
 
 
-def _wrapped(policy: str) -> str:
-    "Break a policy's name where its training begins."
-    return policy.replace(" + ", "\n+ ")
-
-
 def _spread(values) -> str:
-    "Print one count, or the span of several."
+    "Format one count, or the range of several."
     low, high = int(min(values)), int(max(values))
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
-def _draw_rates(axes, rows, y, setting: str, filled: bool = True, **looks) -> None:
-    "Draw win rates with their intervals; a rate without speeches is left out."
-    colour, marker = _LOOKS[setting]
-    bars = np.clip([rows.win_rate - rows.low, rows.high - rows.win_rate], 0, None)
-    axes.errorbar(
-        rows.win_rate,
-        y,
-        xerr=bars,
-        fmt=marker,
-        color=colour,
-        markerfacecolor=colour if filled else "white",
-        markersize=5,
-        linewidth=1.2,
-        capsize=2,
-        **looks,
-    )
+def _lines_of(frame) -> tuple[list[str], list[str]]:
+    "Return the policies of a frame, one a line of a figure, and its settings."
+    return sorted(set(frame.policy), key=policy_key), [name for name in SETTINGS if name in set(frame.setting)]
 
 
-def _share_axis(axes, label: str) -> None:
-    "Give an axis percent from 0 to 100 and a line where two sides win equally often."
-    axes.axvline(50, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
-    axes.set(xlim=(-3, 103), xticks=range(0, 101, 25), xlabel=label)
+def _name_lines(axes, policies: list[str]) -> None:
+    "Name the lines of a figure by policies, from the top down."
+    labels = [policy.replace(" + ", "\n+ ") for policy in policies]
+    axes.set(yticks=range(len(policies)), yticklabels=labels, ylim=(len(policies) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
+
+
+def _draw_rates(axes, rows, policies: list[str], offset: float, setting: str, filled: bool = True, label=None) -> None:
+    "Draw win rates with their intervals on a percent axis with a line at 50."
+    colour, marker = _LOOKS[setting]
+    y = np.array([policies.index(policy) for policy in rows.policy]) + offset
+    bars = np.clip([rows.win_rate - rows.low, rows.high - rows.win_rate], 0, None)
+    looks = {"fmt": marker, "color": colour, "markerfacecolor": colour if filled else "white", "markersize": 5}
+    axes.errorbar(rows.win_rate, y, xerr=bars, linewidth=1.2, capsize=2, label=label, **looks)
+    axes.set(xlim=(-3, 103), xticks=range(0, 101, 25))
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #5e667e8d
 def win_rate_figure(cells, reference: str):
-    """Draw overall win rates with their intervals, in both readings.
-
-    reference: label of the reference. Returns matplotlib figure, S3."""
-    policies = sorted(set(cells.policy), key=policy_key)
-    settings, overall = [s for s in SETTINGS if s in set(cells.setting)], pick(cells, grouping=GROUPINGS[0])
+    "Draw overall win rates with their intervals in both readings (Fig. S3). reference: its label."
+    policies, settings = _lines_of(cells)
+    overall, looks = pick(cells, grouping="all"), list(itertools.product(settings, READINGS))
     figure, axes = new_figure(7.6, 0.62 * len(policies) + 1.9)
-    looks = list(itertools.product(settings, READINGS))
     for place, (setting, reading) in enumerate(looks):
-        rows = pick(overall, setting=setting, reading=reading)
-        y = np.array([policies.index(policy) for policy in rows.policy]) + (place - (len(looks) - 1) / 2) * 0.18
-        _draw_rates(axes, rows, y, setting, reading == READINGS[0], label=f"{SETTINGS[setting]}, {reading}")
+        rows, offset = pick(overall, setting=setting, reading=reading), (place - (len(looks) - 1) / 2) * 0.18
+        label = f"{SETTINGS[setting]}, {reading}"
+        _draw_rates(axes, rows, policies, offset, setting, reading == READINGS[0], label)
     for line in np.arange(len(policies) - 1) + 0.5:
         axes.axhline(line, color="#dddddd", linewidth=0.8, zorder=0)
-    _share_axis(axes, f"win rate against {reference}, %\n(95% interval over n = {_spread(overall.n)} speeches)")
-    axes.set(
-        yticks=range(len(policies)), yticklabels=[_wrapped(name) for name in policies], ylim=(len(policies) - 0.5, -0.5)
-    )
+    axes.axvline(50, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
+    axes.set_xlabel(f"win rate against {reference}, %\n(95% interval over n = {_spread(overall.n)} speeches)")
+    _name_lines(axes, policies)
     figure.legend(frameon=False, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
-# %% ../../nbs/evaluation/00_win_rates.ipynb #105df0e4
-def topic_figure(cells, reference: str):
-    """Draw win rates by coarse topic, a panel for each.
 
-    reference: label of the reference. Returns matplotlib figure, S4."""
-    policies = sorted(set(cells.policy), key=policy_key)
-    settings = [s for s in SETTINGS if s in set(cells.setting)]
+def topic_figure(cells, reference: str):
+    "Draw win rates by coarse topic, a panel for each (Fig. S4). reference: its label."
+    policies, settings = _lines_of(cells)
     figure, panels = new_figure(10, 2 * (0.38 * len(policies) + 1) + 0.6, rows=2, columns=4, sharex=True, sharey=True)
-    for axes, (slug, node) in zip(panels.flat, coarse_topics().items()):
-        own = pick(cells, grouping=GROUPINGS[1], reading=READINGS[0], group=slug)
+    for axes, (slug, title) in zip(panels.flat, _SHORT.items()):
+        own = pick(cells, grouping="coarse topic", reading=READINGS[0], group=slug)
         for place, setting in enumerate(settings):
-            rows = pick(own, setting=setting)
-            y = np.array([policies.index(policy) for policy in rows.policy]) + (place - (len(settings) - 1) / 2) * 0.3
-            _draw_rates(
-                axes, rows, y, setting, label=SETTINGS[setting] if slug == next(iter(coarse_topics())) else None
-            )
-        _share_axis(axes, "")
-        axes.set(
-            yticks=range(len(policies)),
-            yticklabels=[_wrapped(name) for name in policies],
-            ylim=(len(policies) - 0.5, -0.5),
-        )
-        axes.set_title(f"{node['short']} (n = {_spread(own.n)})", fontsize=9)
+            label = SETTINGS[setting] if axes is panels.flat[0] else None
+            offset = (place - (len(settings) - 1) / 2) * 0.3
+            _draw_rates(axes, pick(own, setting=setting), policies, offset, setting, label=label)
+        axes.axvline(50, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
+        _name_lines(axes, policies)
+        axes.set_title(f"{title} (n = {_spread(own.n)})", fontsize=9)
         axes.tick_params(labelsize=8)
     figure.supxlabel(f"win rate against {reference}, % (95% interval over speeches, one order)", fontsize=9)
     figure.legend(frameon=False, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e525dd5d
-def _colours():
-    "Make a colour map from the reference's side over white to the policy's."
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("sides", [PALETTE[1], "#ffffff", PALETTE[0]])
-
-
-def _fine_rows(cells, topics: list[str], columns: list[tuple[str, str]], name: str):
-    "Lay one value of the cells out: (topics, columns)."
-    own = pick(cells, grouping=GROUPINGS[2], reading=READINGS[0])
-    return (
-        own.pivot(index="group", columns=["setting", "policy"], values=name)
-        .reindex(index=topics, columns=columns)
-        .to_numpy(float)
-    )
-
-
 def _write_rates(axes, rates, sure) -> None:
-    "Write each rate into its field."
+    "Write each rate into its field, bold where its interval leaves out 50%."
     for (row, column), rate in np.ndenumerate(rates):
         if not np.isnan(rate):
             strong = sure[row, column]
-            axes.text(
-                column,
-                row,
-                f"{rate:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if strong and abs(rate - 50) > 38 else "#222222",
-                fontweight="bold" if strong else "normal",
-            )
+            looks = {"fontsize": 7, "fontweight": "bold" if strong else "normal", "ha": "center", "va": "center"}
+            colour = "white" if strong and abs(rate - 50) > 38 else "#222222"
+            axes.text(column, row, f"{rate:.0f}", color=colour, **looks)
 
 
-def _mark_groups(axes, labels: list[str], width: int) -> None:
-    "Separate runs of equal labels by a line and name them at the right."
-    for label, own in itertools.groupby(range(len(labels)), key=labels.__getitem__):
-        own = list(own)
-        axes.axhline(own[-1] + 0.5, color="#444444", linewidth=0.8)
-        axes.text(width - 0.3, (own[0] + own[-1]) / 2, label, fontsize=7.5, va="center")
+def _runs(labels: list) -> list[tuple]:
+    "Return (label, first, last) of each run of equal labels."
+    runs = [(label, list(own)) for label, own in itertools.groupby(range(len(labels)), key=labels.__getitem__)]
+    return [(label, own[0], own[-1]) for label, own in runs]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #4ed1a748
 def fine_topic_figure(cells, speeches, reference: str):
-    """Draw win rates by fine topic as a map.
+    "Draw win rates by fine topic as a map (Fig. S14). speeches: frame with topic and coarse_topic."
+    from matplotlib.colors import LinearSegmentedColormap
 
-    speeches: frame with topic and coarse_topic; reference: label of the reference. Returns matplotlib figure, S14."""
-    topics, columns = (
-        [t for t in fine_topics(speeches) if t in set(pick(cells, grouping=GROUPINGS[2]).group)],
-        places(cells),
+    own = pick(cells, grouping="fine topic", reading=READINGS[0])
+    topics, columns = [topic for topic in fine_topics(speeches) if topic in set(own.group)], places(cells)
+    wide = own.pivot(index="group", columns=["setting", "policy"]).reindex(index=topics)
+    rates, low, high, n = (
+        wide[name].reindex(columns=columns).to_numpy(float) for name in ("win_rate", "low", "high", "n")
     )
-    rates, low, high, n = (_fine_rows(cells, topics, columns, name) for name in ("win_rate", "low", "high", "n"))
-    coarse = dict(zip(speeches.topic, speeches.coarse_topic))
     figure, axes = new_figure(max(5.2, 3.8 + 0.42 * len(columns)), 2.4 + 0.205 * len(topics))
     sure = (low > 50) | (high < 50)
-    axes.imshow(rates, cmap=_colours(), vmin=0, vmax=100, aspect="auto", alpha=np.where(sure, 1.0, 0.3))
+    colours = LinearSegmentedColormap.from_list("sides", [PALETTE[1], "#ffffff", PALETTE[0]])
+    axes.imshow(rates, cmap=colours, vmin=0, vmax=100, aspect="auto", alpha=np.where(sure, 1.0, 0.3))
     axes.grid(visible=False)
     _write_rates(axes, rates, sure)
-    _mark_groups(axes, [coarse_topics()[coarse[topic]]["short"] for topic in topics], len(columns))
-    for setting, own in itertools.groupby(range(len(columns)), key=lambda c: columns[c][0]):
-        own = list(own)
-        axes.axvline(own[-1] + 0.5, color="#444444", linewidth=1.2)
-        axes.text(
-            (own[0] + own[-1]) / 2,
-            len(topics) + 0.1,
-            SETTINGS[setting].replace(" length", "\nlength"),
-            ha="center",
-            va="top",
-            fontsize=8,
-        )
+    coarse = dict(zip(speeches.topic, speeches.coarse_topic))
+    for label, first, last in _runs([_SHORT[coarse[topic]] for topic in topics]):
+        axes.axhline(last + 0.5, color="#444444", linewidth=0.8)
+        axes.text(len(columns) - 0.3, (first + last) / 2, label, fontsize=7.5, va="center")
+    for setting, first, last in _runs([setting for setting, _ in columns]):
+        axes.axvline(last + 0.5, color="#444444", linewidth=1.2)
+        title = SETTINGS[setting].replace(" length", "\nlength")
+        axes.text((first + last) / 2, len(topics) + 0.1, title, ha="center", va="top", fontsize=8)
     axes.xaxis.tick_top()
-    axes.set_xticks(
-        range(len(columns)),
-        [policy for _, policy in columns],
-        rotation=55,
-        ha="left",
-        rotation_mode="anchor",
-        fontsize=7.5,
-    )
-    axes.set_yticks(
-        range(len(topics)), [f"{topic} (n = {_spread(n[row])})" for row, topic in enumerate(topics)], fontsize=7.5
-    )
+    turned = {"rotation": 55, "ha": "left", "rotation_mode": "anchor", "fontsize": 7.5}
+    axes.set_xticks(range(len(columns)), [policy for _, policy in columns], **turned)
+    names = [f"{topic} (n = {_spread(n[row])})" for row, topic in enumerate(topics)]
+    axes.set_yticks(range(len(topics)), names, fontsize=7.5)
     axes.tick_params(length=0)
-    axes.set_xlabel(
-        f"win rate against {reference}, % (one order);\nbold, full colour: the 95% interval leaves out 50%",
-        fontsize=8,
-        labelpad=34,
-    )
+    text = f"win rate against {reference}, % (one order);\nbold, full colour: the 95% interval leaves out 50%"
+    axes.set_xlabel(text, fontsize=8, labelpad=34)
     axes.xaxis.set_label_position("bottom")
     return figure
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e87118bc
-def _ratio_ticks(low: float, high: float) -> list[float]:
-    "Choose ticks of a ratio axis."
-    return [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
-
-
 def _draw_ratios(axes, ratios, y: float, setting: str, label: str | None) -> None:
     "Draw a row of ratios: dots, the middle half as a bar, 5th to 95th percentile as a line, the median as a tick."
-    colour, _ = _LOOKS[setting]
-    jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(ratios))
-    axes.scatter(
-        ratios,
-        y + jitter,
-        s=6,
-        color=colour,
-        alpha=max(0.08, min(0.6, 60 / len(ratios))),
-        linewidths=0,
-        rasterized=True,
-    )
+    colour, jitter = _LOOKS[setting][0], np.random.default_rng(0).uniform(-0.13, 0.13, len(ratios))
+    alpha = max(0.08, min(0.6, 60 / len(ratios)))
+    axes.scatter(ratios, y + jitter, s=6, color=colour, alpha=alpha, linewidths=0, rasterized=True)
     low, first, middle, third, high = np.quantile(ratios, QUANTILES)
     axes.hlines(y, low, high, color=colour, linewidth=1)
     axes.hlines(y, first, third, color=colour, linewidth=5, alpha=0.75, label=label)
@@ -981,41 +635,26 @@ def _draw_ratios(axes, ratios, y: float, setting: str, label: str | None) -> Non
 
 
 def compliance_figure(answers):
-    """Draw by policy how long answers are against the asked length, with and without the instruction.
+    """Draw by policy how long answers are against the asked length, with and without the instruction (Fig. S12).
 
-    answers: frame of kind "answers", the reference's among them. Returns matplotlib figure, S12."""
+    answers: frame of kind "answers", the reference's among them."""
     words = matched_words(answers)
     words = words.assign(ratio=words.ratio.clip(lower=1 / words.asked))  # a blank answer stands where one word would
-    policies, settings = sorted(set(words.policy), key=policy_key), [s for s in SETTINGS if s in set(words.setting)]
+    policies, settings = _lines_of(words)
     figure, axes = new_figure(7.6, 0.62 * len(policies) + 1.8)
     axes.axvspan(0.8, 1.2, color="#dddddd", alpha=0.6, zorder=0, label="within 20% of the asked length")
-    for place, setting in enumerate(settings):
-        for row, policy in enumerate(policies):
-            own = _of(words, setting, policy).ratio.to_numpy()
-            if len(own):
-                _draw_ratios(
-                    axes,
-                    own,
-                    row + (place - (len(settings) - 1) / 2) * 0.4,
-                    setting,
-                    SETTINGS[setting] if row == 0 else None,
-                )
-    low, high = words.ratio.min() / 1.15, words.ratio.max() * 1.15
-    axes.set(
-        xscale="log",
-        xlim=(min(low, 0.45), max(high, 2.2)),
-        ylim=(len(policies) - 0.5, -0.5),
-        yticks=range(len(policies)),
-        yticklabels=[_wrapped(name) for name in policies],
-    )
-    ticks = _ratio_ticks(*axes.get_xlim())
+    for (place, setting), (row, policy) in itertools.product(enumerate(settings), enumerate(policies)):
+        if len(own := pick(words, setting=setting, policy=policy)):
+            y = row + (place - (len(settings) - 1) / 2) * 0.4
+            _draw_ratios(axes, own.ratio.to_numpy(), y, setting, SETTINGS[setting] if row == 0 else None)
+    low, high = min(words.ratio.min() / 1.15, 0.45), max(words.ratio.max() * 1.15, 2.2)
+    axes.set(xscale="log", xlim=(low, high))
+    _name_lines(axes, policies)
+    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.grid(axis="y", visible=False)
-    n = words.groupby(["policy", "setting"]).size()
-    axes.set_xlabel(
-        f"words of the answer / words of the reference (n = {_spread(n)} answers in each row;\nmedian, middle half, "
-        "5th to 95th percentile)"
-    )
+    n = _spread(words.groupby(["policy", "setting"]).size())
+    text = f"words of the answer / words of the reference (n = {n} answers in each row;\nmedian, middle half, "
+    axes.set_xlabel(text + "5th to 95th percentile)")
     figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=8)
     return figure
