@@ -7,6 +7,7 @@ SEED ?= 0
 OVERRIDES ?= {}
 SOURCES ?=
 SHARDS ?= 1
+JOBS ?= 2
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 VENV := .venv
@@ -14,13 +15,13 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup reproduce test bench notebooks clean
+.PHONY: setup reproduce test test-chains bench notebooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup       environment in .venv, versions as in constraints.txt"
 	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED, OVERRIDES, SOURCES, SHARDS"
-	@echo "make test        notebooks and tests"
+	@echo "make test        notebooks and tests, JOBS=2 at a time; make test-chains: chains of notebooks that CI runs too"
 	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/; RUN"
 	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=ROUNDS=1 does one of them"
 	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
@@ -41,9 +42,14 @@ reproduce: setup
 	@psycopref seconds $(RUN)
 	@echo "Open outputs/$(RUN)/report.html"
 
+test: export OMP_NUM_THREADS = 1
 test: setup
-	nbdev_test --n_workers 1
-	pytest
+	nbdev_test --n_workers $(JOBS)
+	pytest -n $(JOBS) --dist loadfile
+
+test-chains: export OMP_NUM_THREADS = 1
+test-chains: setup
+	pytest -n $(JOBS) --dist loadfile -m chain
 
 WHAT ?= bench bench_gateway bench_generation bench_reward bench_policy
 

@@ -162,8 +162,7 @@ def backbone_curves(
 ) -> dict[str, list[dict]]:
     """Judge the base model, then each checkpoint of both arms and of the policies.
 
-    pairs: of equal_arms: arm -> frame; policies: of 06_policy's policies.json. Returns title -> points, the base
-    model's first."""
+    pairs: of equal_arms: arm -> frame. Returns title -> points, the base model's first."""
     backbone, places = arms.weights.name, run.stage("06_policy")
     curves, base = {}, judge.point("base", backbone, 0)
     for arm, title in ARM_TITLES.items():

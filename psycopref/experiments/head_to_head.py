@@ -32,8 +32,7 @@ def policy_uri(run: Run, policy: dict) -> str:
 def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen, seed: int) -> list:
     """Collect the answers of the reference and each policy, in both settings.
 
-    policies: of 06_policy's policies.json; speeches: frame with speech_id and speech; chosen:
-    core.settings.EvaluationSettings. Returns frames of kind "answers", the reference's first."""
+    chosen: core.settings.EvaluationSettings. Returns frames of kind "answers", the reference's first."""
     reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(seed, "reference"))
     words = word_counts(reference)
     asked = speeches[speeches.speech_id.isin(words)]
@@ -102,8 +101,7 @@ CASES = (
 def pick_cases(policy: str, battles, answers, speeches, reference: str, seed: int) -> list[tuple[str, str, str, Case]]:
     """Choose the cases of Tables 3 and 6, a loss and the median.
 
-    policy: whose battles; battles: frame of kind "battles"; answers: frame of kind "answers"; speeches: frame with
-    speech_id and speech; reference: name of the reference. Returns number, title, speech_id, case without scores."""
+    policy: whose battles; reference: name of the reference. Returns number, title, speech_id, case without scores."""
     found = []
     for number, setting, rule in CASES:
         own = battles[(battles.policy == policy) & (battles.setting == setting)]
@@ -120,10 +118,7 @@ def pick_cases(policy: str, battles, answers, speeches, reference: str, seed: in
 def scored_cases(
     gateway, profile: Profile, cases: list[tuple], answers, speeches, seed: int
 ) -> list[tuple[str, str, Case]]:
-    """Add the rater's scores to the cases.
-
-    profile: whose rater scores; answers: frame of kind "answers"; speeches: frame with speech_id and speech.
-    Returns number, title, case."""
+    "Add the rater's scores to the cases. profile: whose rater scores. Returns number, title, case."
     from dataclasses import replace
 
     own, found = profile.ratings, []

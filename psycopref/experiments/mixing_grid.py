@@ -50,7 +50,7 @@ def collect_domains(train, test, speeches, settings: Profile, seed: int, release
     """Split the counselling pairs, and read the general pairs that the settings name.
 
     train: frame of kind "pairs", training and development speeches; test: frame of kind "pairs", test speeches;
-    speeches: frame of kind "speeches"; released: whether the released dataset is the input."""
+    released: whether the released dataset is the input."""
     chosen = settings.mixing
     psy = {part: train[train.ID.isin(speeches.speech_id[speeches.split == part])] for part in ("train", "dev")}
     if chosen.rule not in (*RULES, "ready"):
@@ -263,9 +263,7 @@ def _distances(row: dict, domain: str) -> list[list[float]]:
 
 
 def mixing_figure(rows: list[dict], general: str):
-    """Draw each model by its accuracy in both domains, with intervals; `general` names the general pairs.
-
-    Returns matplotlib figure."""
+    "Draw each model by its accuracy in both domains, with intervals; `general` names the general pairs."
     figure, axes = new_figure(6.4, 5.6)
     alone = len({row["model"] for row in rows}) == 1
     for place, row in enumerate(rows):

@@ -52,8 +52,8 @@ def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> di
 def train_policies(watcher: Watcher, speeches, pairs, folder: Path, scratch: Path) -> dict:
     """Train a backbone by DPO on the dataset's pairs, and by DPO-Iter on its own.
 
-    speeches: frame of kind "speeches"; pairs: frame of kind "pairs", of training and development speeches; folder:
-    for the policies; scratch: for the offline job. Returns a result: label, dpo, iter."""
+    pairs: frame of kind "pairs", of training and development speeches; folder: for the policies; scratch: for the
+    offline job. Returns a result: label, dpo, iter."""
     weights, settings = watcher.base, watcher.profile
     train, dev = (speeches[speeches.split == split] for split in ("train", "dev"))
     fit, held_out = (pairs[pairs.ID.isin(own.speech_id)] for own in (train, dev))
@@ -137,8 +137,8 @@ def write_policy_cards(
 ) -> None:
     """Write card, notice and decoding of the chosen policies, and save the offline policy's adapters.
 
-    work: folder of the stage; scratch: of the offline job; run: name of the run; receipts: stage -> receipt of
-    01_speeches, 04_pairs and, where there are ratings, 03_ratings."""
+    work: folder of the stage; scratch: of the offline job; receipts: stage -> receipt of 01_speeches, 04_pairs and,
+    where there are ratings, 03_ratings."""
     offline = entries[1]
     if watcher.profile.dpo.lora.rank:
         checkpoint = scratch / "job" / "checkpoints" / f"checkpoint-{result['dpo']['chosen']}"

@@ -61,10 +61,7 @@ def _holds(path, name: str, pairs) -> bool:
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b9354ab4
 def model_scores(name: str, model, tokenizer, tests: dict) -> dict:
-    """Score pairs with a reward model.
-
-    model: reward model; tokenizer: its tokenizer; tests: name -> frame of pairs. Returns name -> frame of kind
-    "scores"."""
+    """Score pairs with a reward model. tests: name -> frame of pairs. Returns name -> frame of kind "scores"."""
     return {
         test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}"))
         for test, pairs in tests.items()
@@ -82,8 +79,7 @@ BASELINES = {
 def baseline_scores(name: str, train, tests: dict) -> dict:
     """Score pairs with a cheap baseline.
 
-    name: a key of BASELINES; train: frame of training pairs; tests: name -> frame of pairs. Returns name -> frame
-    of kind "scores"."""
+    name: a key of BASELINES; tests: name -> frame of pairs. Returns name -> frame of kind "scores"."""
     if BASELINES[name] is None:
         return {test: score_frame(pairs, name, *length_scores(pairs)) for test, pairs in tests.items()}
     return BASELINES[name](train, tests)[0]
@@ -92,8 +88,8 @@ def baseline_scores(name: str, train, tests: dict) -> dict:
 def score_row(name: str, kind: str, scores, calibrated: bool = True, bins: int = 10, samples: int = 1000) -> dict:
     """Summarise a scorer.
 
-    kind: reward model, baseline, other reward model; scores: frame of kind "scores"; calibrated: False where
-    differences are no log-odds, as with word counts. Returns one row of Table 1."""
+    kind: reward model, baseline, other reward model; calibrated: False where differences are no log-odds, as with
+    word counts."""
     chosen, rejected = scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy()
     found, right = pairwise_metrics(chosen, rejected, bins), (chosen > rejected).astype(float)
     interval = None
@@ -148,8 +144,8 @@ def table_1(rows: list[dict]):
 def slice_tables(scores, pairs, speeches, samples: int = 1000) -> dict:
     """Cut accuracy by topic, by gap of the ratings and by length.
 
-    scores: frame of kind "scores" of one model; pairs: frame of the same pairs; speeches: frame with speech_id and
-    coarse_topic. Returns title -> frame of calibration.slice_table."""
+    scores: frame of kind "scores" of one model; speeches: frame with speech_id and coarse_topic. Returns title ->
+    frame of calibration.slice_table."""
     groups = {
         "coarse topic of the client speech": topic_groups(pairs, speeches),
         "gap of the mean ratings": gap_groups(pairs),

@@ -52,7 +52,7 @@ COLUMNS = {"ID": "str", "prefID": "int64", "order": "str", "choice": "Int64", "r
 def rank_blocks(gateway, uri: str, pairs, seed: int = 0, max_tokens: int = 6, block: int = 256) -> typing.Iterator:
     """Ask for every pair in both orders, block by block: (verdicts, failed calls) of each block.
 
-    pairs: frame of pairs; max_tokens: of a reply; block: pairs whose calls are in memory together."""
+    max_tokens: of a reply; block: pairs whose calls are in memory together."""
     parts, model = blocks(pairs, block), chat_model(uri)
 
     def jobs(part):

@@ -117,8 +117,7 @@ def pair_summary(speeches, scored, parts: dict):
 def model_distribution_figure(pairs, side: str, order: list[str]):
     """Draw which models' responses were chosen, or rejected (Figs. 5 and 6).
 
-    pairs: training pairs; side: "chosen" or "rejected"; order: members, in the order of the pool. Returns
-    matplotlib figure."""
+    pairs: training pairs; side: "chosen" or "rejected"; order: members, in the order of the pool."""
     counts = pairs[f"{side}_model"].value_counts().reindex(order, fill_value=0).sort_values()
     figure, axes = new_figure(6.4, 0.28 * len(order) + 1.2)
     bars = axes.barh(counts.index, counts / len(pairs) * 100, color=PALETTE[0 if side == "chosen" else 1])
