@@ -4,18 +4,20 @@
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #da9de055
 from __future__ import annotations
+
 import math
 import typing
 from pathlib import Path
+
 import numpy as np
-from ..core.tables import PALETTE, new_figure
+
 from ..core.files import PRINCIPLE_KEYS, progress
-from ..core.settings import StudyError
 from ..core.paper import resource_path
+from ..core.settings import StudyError
+from ..core.tables import PALETTE, new_figure
 from ..corpus.labelled_text import ALL_SCORES, COMPARISONS, CORPORA, TITLES, Comparison, Labelled, read_labelled
 from ..rater.rubric import RATER, rubric_scores
 from ..rater.rules import RulesModel
-from ..corpus.sources import read_columns
 
 # %% auto #0
 __all__ = ['PAIR_FIELDS', 'SETS', 'LABEL_MEASURES', 'NOT_NAMED', 'LENGTH', 'read_minimal_pairs', 'score_texts', 'share_interval',
@@ -30,36 +32,12 @@ PAIR_FIELDS = ("id", "principle", "construct", "client", "better", "worse", "set
 SETS = ("develop", "held-out")
 
 
-def read_minimal_pairs(path: Path | None = None):
-    """Read minimal pairs, by default those of the package; refuse a row that is no pair.
-
-    Returns frame with PAIR_FIELDS."""
+def read_minimal_pairs():
+    "Return a frame of the package's minimal pairs, with PAIR_FIELDS."
     import pandas as pd
 
-    path = path or resource_path("minimal_pairs.jsonl")
-    columns = read_columns(path)
-    missing = [name for name in PAIR_FIELDS if name not in columns]
-    if missing:
-        raise StudyError(
-            f"{path}: fields {missing} are missing, found {list(columns)[:9]}; "
-            f"write all of {', '.join(PAIR_FIELDS)} in each line"
-        )
-    pairs = pd.DataFrame({name: columns[name] for name in PAIR_FIELDS}, dtype=object)
-    texts = pairs.map(lambda value: isinstance(value, str) and bool(value.strip())).all(axis=1)
-    for what, wrong in (
-        ("an empty field", ~texts),
-        ("an unknown principle", ~pairs.principle.isin(PRINCIPLE_KEYS)),
-        ("an unknown set", ~pairs.set.isin(SETS)),
-        ("two answers alike", pairs.better == pairs.worse),
-        ("an id that was there before", pairs.id.duplicated()),
-    ):
-        if wrong.any():
-            raise StudyError(
-                f"{path}, pair {int(wrong.to_numpy().argmax())} (from 0): has {what}; "
-                f"expected principle of {', '.join(PRINCIPLE_KEYS)}, "
-                "set develop or held-out, two different answers, an id of its own"
-            )
-    return pairs
+    path = resource_path("minimal_pairs.jsonl")
+    return pd.read_json(path, lines=True, dtype=False)[list(PAIR_FIELDS)]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #cfaa864e
 def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequence[str]):
@@ -85,9 +63,7 @@ def share_interval(right: int, n: int) -> tuple[float, float]:
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #9beb9cd5
 def score_minimal_pairs(pairs):
-    """Score both sides of every minimal pair.
-
-    Returns the same with own, mean, words: better minus worse; own is on the pair's principle."""
+    "Score both sides of every pair; adds own (on the pair's principle), mean and words, each better minus worse."
     better, worse = (score_texts(pairs.client.tolist(), pairs[side].tolist()) for side in ("better", "worse"))
     gap = (better - worse).round(9)
     own = [gap[principle][row] for row, principle in enumerate(pairs.principle)]
@@ -95,30 +71,24 @@ def score_minimal_pairs(pairs):
 
 
 def _share(judged) -> dict:
-    "Count how often the better answer scores above the other. Returns a row of the table, in percent."
+    "Count how often the better answer scores above the other: a row of the table, in percent."
     n, right = len(judged), int((judged.own > 0).sum())
     low, high = share_interval(right, n)
-    percent = {
-        "better one above %": right,
-        "ties %": int((judged.own == 0).sum()),
-        "mean of seven above %": int((judged["mean"] > 0).sum()),
-        "longer is better %": int((judged.words > 0).sum()),
-        "shorter is better %": int((judged.words < 0).sum()),
+    counts = {
+        "ties %": judged.own == 0,
+        "mean of seven above %": judged["mean"] > 0,
+        "longer is better %": judged.words > 0,
+        "shorter is better %": judged.words < 0,
     }
-    shares = {name: round(100 * count / n, 1) for name, count in percent.items()}
-    return {
-        "n": n,
-        "better one above %": shares.pop("better one above %"),
-        "95% interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        **shares,
-    }
+    shares = {name: round(100 * int(wanted.sum()) / n, 1) for name, wanted in counts.items()}
+    interval = f"{100 * low:.1f} to {100 * high:.1f}"
+    return {"n": n, "better one above %": round(100 * right / n, 1), "95% interval": interval, **shares}
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #7e54a253
 def minimal_table(judged, by: str | None = None):
-    """Tabulate the minimal pairs; held-out first, since only these are evidence.
+    """Tabulate scored minimal pairs by set and principle, in percent; held-out first, since only these are evidence.
 
-    judged: frame of `score_minimal_pairs`; by: "construct" gives a row for each construct of a principle. Returns
-    frame, a row for each set and principle; shares in percent."""
+    by: "construct" gives a row for each construct of a principle."""
     import pandas as pd
 
     rows = []
@@ -126,11 +96,10 @@ def minimal_table(judged, by: str | None = None):
         own = judged[judged.set == name]
         for principle in PRINCIPLE_KEYS:
             group = own[own.principle == principle]
-            parts = [(None, group)] if by is None else group.groupby(by, sort=True)
+            parts = group.groupby(by, sort=True) if by else [(None, group)] * bool(len(group))
             rows += [
-                {"set": name, "principle": principle, **({by: part} if by else {}), **_share(rows_)}
-                for part, rows_ in parts
-                if len(rows_)
+                {"set": name, "principle": principle, **({by: part} if by else {}), **_share(pairs)}
+                for part, pairs in parts
             ]
         if by is None and len(own):
             rows.append({"set": name, "principle": "all, each on its own", **_share(own)})
@@ -202,25 +171,26 @@ def percentile_interval(draws: np.ndarray) -> tuple[float, float] | None:
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #21290dc9
 def observations(comparison: Comparison, rows):
-    """Select the scored rows that a comparison is about; means of groups where these are its unit.
+    """Select the scored rows that a comparison is about: ALL_SCORES, words, label, group.
 
-    Returns frame: ALL_SCORES, words, label, group."""
-    own = rows.loc[rows.construct == comparison.construct, [*ALL_SCORES, "words", "label", "group"]]
+    Means of groups where these are its unit; for pairs, better minus worse of two texts of one group."""
+    columns = [*ALL_SCORES, "words", "label"]
+    own = rows.loc[rows.construct == comparison.construct, [*columns, "group"]]
     if comparison.unit == "group":
         own = own.groupby("group", sort=True, as_index=False).mean()
+    if comparison.kind == "pair":
+        own = own.reset_index(drop=True).reset_index()
+        both = own.merge(own, on="group", suffixes=("", " other")).query("label > `label other`")
+        both = both.sort_values(["index", "index other"])
+        own = both[columns] - both[[f"{name} other" for name in columns]].to_numpy()
+        own = own.assign(label=1.0, group=both.group)
     return own.round(9).reset_index(drop=True)
 
 
 def score_rows(rows):
-    """Score the responses of a corpus, a frame with the columns of `corpus.labelled_text`.
-
-    Returns the same with ALL_SCORES and words; for a pair response minus other."""
-    scores = score_texts(rows.client_speech.tolist(), rows.response.tolist())
-    paired = (rows.kind == "pair").to_numpy()
-    if paired.any():
-        others = score_texts(rows.client_speech[paired].tolist(), rows.other[paired].tolist())
-        scores.loc[paired] = scores[paired].to_numpy() - others.to_numpy()
-    return rows.reset_index(drop=True).join(scores.round(9))
+    "Score the texts of a corpus: adds ALL_SCORES and words."
+    scores = score_texts(rows.context.tolist(), rows.text.tolist())
+    return rows.reset_index(drop=True).join(scores)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #bc003340
 def compare_with_length(comparison: Comparison, observed, kind: str, samples: int, seed: int) -> list[dict]:
@@ -282,89 +252,54 @@ def _bounds(bounds: tuple[float, float] | None) -> str | None:
 def _head(comparison: Comparison, scores: typing.Sequence[str]) -> dict:
     "Return the cells that name a comparison."
     construct = comparison.construct + (" (mean of its responses)" if comparison.unit == "group" else "")
-    return {
-        "corpus": TITLES[comparison.corpus],
-        "construct": construct,
-        "compared with": ", ".join(scores) + (", lower" if comparison.expected == "lower" else ""),
-    }
+    compared = ", ".join(scores) + (", lower" if comparison.expected == "lower" else "")
+    return {"corpus": TITLES[comparison.corpus], "construct": construct, "compared with": compared}
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #dbbeece3
-def _why_not(comparison: Comparison, observed, kind: str | None, labelled: Labelled) -> str | None:
+def _why_not(comparison: Comparison, observed, labelled: Labelled) -> str | None:
     "Return the reason why a comparison can't be made, if there is one."
     if not len(observed):
         left = "; ".join(f"{count} {reason}" for reason, count in labelled.dropped.items())
-        return f"not measured: nothing to compare in {', '.join(path.name for path in labelled.paths)}" + (
-            f" (left out: {left})" if left else ""
-        )
-    return "not measured: all labels are alike" if kind != "pair" and observed.label.nunique() < 2 else None
+        files = ", ".join(path.name for path in labelled.paths)
+        return f"not measured: nothing to compare in {files}" + (f" (left out: {left})" if left else "")
+    alike = comparison.kind != "pair" and observed.label.nunique() < 2
+    return "not measured: all labels are alike" if alike else None
 
 
-def corpus_results(
-    labelled: Labelled, samples: int, seed: int
-) -> list[tuple[Comparison, str | None, list[dict], str | None]]:
-    "Make all comparisons of one corpus. Returns comparison, kind, results, why there are none."
-    rows, name, found = score_rows(labelled.rows), labelled.origin["source"], []
-    for comparison in (c for c in COMPARISONS if c.corpus == name):
+def corpus_results(labelled: Labelled, samples: int, seed: int) -> list[tuple[Comparison, list[dict], str | None]]:
+    "Make all comparisons of one corpus. Returns comparison, results, why there are none."
+    rows, found = score_rows(labelled.rows), []
+    for comparison in (c for c in COMPARISONS if c.corpus == labelled.origin["source"]):
         observed = observations(comparison, rows)
-        kind = next(iter(rows.kind[rows.construct == comparison.construct]), None)
-        reason = _why_not(comparison, observed, kind, labelled)
-        found.append(
-            (comparison, kind, [] if reason else compare_with_length(comparison, observed, kind, samples, seed), reason)
-        )
+        reason = _why_not(comparison, observed, labelled)
+        results = [] if reason else compare_with_length(comparison, observed, comparison.kind, samples, seed)
+        found.append((comparison, results, reason))
     return found
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #acdc5656
-def corpus_table(results: list):
-    """Tabulate the results of all corpora, and what was not measured.
+_INTERVALS = {"value": "95% interval", "length": "length, 95% interval", "difference": "difference, 95% interval"}
 
-    Returns frame, one row for each comparison and score; empty cells where nothing was measured."""
+
+def _cells(comparison: Comparison, one: dict) -> dict:
+    "Return the cells of one result."
+    cells = {**_head(comparison, (one["score"],)), "measure": LABEL_MEASURES[comparison.kind][0]}
+    for name, interval in _INTERVALS.items():
+        cells |= {"rubric" if name == "value" else name: round(one[name], 3)}
+        cells |= {interval: _bounds(one["interval" if name == "value" else f"{name} interval"])}
+    return {**cells, **{name: one[name] for name in ("n", "groups", "baseline")}, "reading": _reading(one)}
+
+
+def corpus_table(results: list):
+    "Tabulate the results of all corpora; a comparison that was not made gets a row with its reason and empty cells."
     import pandas as pd
 
     made, rows = {comparison: rest for comparison, *rest in results}, []
     for comparison in COMPARISONS:
-        kind, found, reason = made.get(comparison, (None, [], NOT_NAMED))
-        if not found:
-            rows.append(
-                {
-                    **_head(
-                        comparison, ("all seven", "mean") if comparison.scores == ALL_SCORES else comparison.scores
-                    ),
-                    "reading": reason,
-                }
-            )
-        for one in found:
-            rows.append(
-                {
-                    **_head(comparison, (one["score"],)),
-                    "measure": LABEL_MEASURES[kind][0],
-                    "n": one["n"],
-                    "groups": one["groups"],
-                    "rubric": round(one["value"], 3),
-                    "95% interval": _bounds(one["interval"]),
-                    "baseline": one["baseline"],
-                    "length": round(one["length"], 3),
-                    "length, 95% interval": _bounds(one["length interval"]),
-                    "difference": round(one["difference"], 3),
-                    "difference, 95% interval": _bounds(one["difference interval"]),
-                    "reading": _reading(one),
-                }
-            )
-    columns = [
-        "corpus",
-        "construct",
-        "compared with",
-        "measure",
-        "n",
-        "groups",
-        "rubric",
-        "95% interval",
-        "baseline",
-        "length",
-        "length, 95% interval",
-        "difference",
-        "difference, 95% interval",
-        "reading",
-    ]
+        found, reason = made.get(comparison, ([], NOT_NAMED))
+        scores = ("all seven", "mean") if comparison.scores == ALL_SCORES else comparison.scores
+        rows += [_cells(comparison, one) for one in found] or [{**_head(comparison, scores), "reading": reason}]
+    columns = ["corpus", "construct", "compared with", "measure", "n", "groups", "rubric", "95% interval", "baseline"]
+    columns += ["length", "length, 95% interval", "difference", "difference, 95% interval", "reading"]
     return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=columns, dtype=object)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #5181e135
@@ -437,11 +372,8 @@ def minimal_sentences(table) -> list[str]:
     held, develop, weak = _all_row(table, "held-out"), _all_row(table, "develop"), weak_principles(table)
     interval = held["95% interval"].replace(" to ", "–")
     gap = develop["better one above %"] - held["better one above %"]
-    more = (
-        f"{gap:.1f} points more, which the rules may owe to their examples"
-        if gap > 0
-        else "no more: nothing was overfitted"
-    )
+    more = f"{gap:.1f} points more, which the rules may owe to their examples"
+    more = more if gap > 0 else "no more: nothing was overfitted"
     return [
         f"On the {held.n} held-out pairs the better answer scores above the other on its own principle in"
         f" {held['better one above %']}% (95% interval {interval}%), and ties in {held['ties %']}%.",
@@ -482,7 +414,7 @@ def construct_sentences(constructs) -> list[str]:
 
 def corpus_sentences(results: list) -> list[str]:
     "Report labelled text in sentences; say so where none was measured."
-    found = [_reading(one) for _, _, measured, _ in results for one in measured]
+    found = [_reading(one) for _, measured, _ in results for one in measured]
     if not found:
         return [
             "Not measured: no labelled corpus is named in `trial.corpora`."
@@ -503,82 +435,48 @@ LENGTH = "length (the better of longer and shorter)"
 def _minimal_panel(axes, table) -> None:
     "Draw the minimal pairs: held-out filled, develop hollow, length as crosses."
     names = list(dict.fromkeys(table.principle))
-    for name, colour, shift, face in (
-        ("held-out", PALETTE[0], -0.14, PALETTE[0]),
-        ("develop", PALETTE[5], 0.14, "white"),
-    ):
+    for name, colour, shift in (("held-out", PALETTE[0], -0.14), ("develop", PALETTE[5], 0.14)):
         own = table[table.set == name]
         y = [names.index(principle) + shift for principle in own.principle]
-        bounds = np.array([[float(bound) for bound in text.split(" to ")] for text in own["95% interval"]]).reshape(
-            -1, 2
-        )
-        axes.hlines(y, bounds[:, 0], bounds[:, 1], color=colour, linewidth=1.6)
-        axes.plot(
-            own["better one above %"],
-            y,
-            "o",
-            color=colour,
-            markerfacecolor=face,
-            markersize=5.5,
-            label=f"rubric, {name} pairs",
-        )
-        axes.plot(
-            own[["longer is better %", "shorter is better %"]].max(axis=1),
-            y,
-            "x",
-            color="#777777",
-            markersize=5,
-            label=LENGTH if name == "develop" else None,
-        )
+        bounds = own["95% interval"].str.split(" to ", expand=True).astype(float).reindex(columns=[0, 1])
+        axes.hlines(y, bounds[0], bounds[1], color=colour, linewidth=1.6)
+        style = {"color": colour, "markerfacecolor": colour if name == "held-out" else "white", "markersize": 5.5}
+        axes.plot(own["better one above %"], y, "o", label=f"rubric, {name} pairs", **style)
+        length = own[["longer is better %", "shorter is better %"]].max(axis=1)
+        axes.plot(length, y, "x", color="#777777", markersize=5, label=LENGTH if name == "develop" else None)
     counts = table.groupby("principle", sort=False).n.sum()
-    axes.set(
-        yticks=range(len(names)),
-        yticklabels=[f"{name} ({counts[name]})" for name in names],
-        xlim=(-3, 103),
-        xlabel="better answer scored above, % (pairs in brackets)",
-    )
+    labels, title = [f"{name} ({counts[name]})" for name in names], "better answer scored above, % (pairs in brackets)"
+    axes.set(yticks=range(len(names)), yticklabels=labels, xlim=(-3, 103), xlabel=title)
     axes.set_title("Minimal pairs", loc="left", fontsize=10)
     axes.axvline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #37450896
 def _corpus_panel(axes, drawn: list[tuple[str, dict]], chance: float, title: str) -> None:
     "Draw one measure: the rubric, and length below it."
-    for key, bounds, colour, shift, marker, label in (
-        ("value", "interval", PALETTE[0], -0.14, "o", "rubric"),
-        ("length", "length interval", "#777777", 0.14, "x", LENGTH),
+    for key, bounds, colour, shift, marker in (
+        ("value", "interval", PALETTE[0], -0.14, "o"),
+        ("length", "length interval", "#777777", 0.14, "x"),
     ):
-        axes.plot(
-            [one[key] for _, one in drawn],
-            [i + shift for i in range(len(drawn))],
-            marker,
-            color=colour,
-            markersize=5.5,
-            linestyle="none",
-            label=label,
-        )
-        for i, (_, one) in enumerate(drawn):
+        y = [i + shift for i in range(len(drawn))]
+        axes.plot([one[key] for _, one in drawn], y, marker, color=colour, markersize=5.5)
+        for place, (_, one) in zip(y, drawn):
             if one[bounds]:
-                axes.hlines(i + shift, *one[bounds], color=colour, linewidth=1.6)
+                axes.hlines(place, *one[bounds], color=colour, linewidth=1.6)
     axes.set(yticks=range(len(drawn)), yticklabels=[name for name, _ in drawn], xlabel=title)
     axes.axvline(chance, color="#888888", linewidth=1, linestyle="--", zorder=1)
 
 
 def _panels(results: list) -> list[tuple]:
     "Sort results by scale: shares have their chance at one half, correlations at zero."
-    drawn = [
-        (kind, f"{head['corpus']}: {head['construct']}\n{head['compared with']} (n = {one['n']})", one)
-        for comparison, kind, found, _ in results
-        for one in found
-        if len(found) < len(ALL_SCORES) or one["score"] == "mean"
-        for head in [_head(comparison, (one["score"],))]
-    ]
-    shares = [(name, one) for kind, name, one in drawn if kind != "ordinal"]
-    ranks = [(name, one) for kind, name, one in drawn if kind == "ordinal"]
-    return [
-        panel
-        for panel in ((shares, 0.5, "AUC, or share of pairs right"), (ranks, 0.0, "Spearman's rank correlation"))
-        if panel[0]
-    ]
+    shares, ranks = [], []
+    for comparison, found, _ in results:
+        for one in found:
+            if len(found) < len(ALL_SCORES) or one["score"] == "mean":
+                head = _head(comparison, (one["score"],))
+                name = f"{head['corpus']}: {head['construct']}\n{head['compared with']} (n = {one['n']})"
+                (ranks if comparison.kind == "ordinal" else shares).append((name, one))
+    panels = ((shares, 0.5, "AUC, or share of pairs right"), (ranks, 0.0, "Spearman's rank correlation"))
+    return [panel for panel in panels if panel[0]]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #e6fb6972
 def trial_figure(table, results: list):

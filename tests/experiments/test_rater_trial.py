@@ -1,7 +1,7 @@
 """The rubric on trial: measures equal references, groups are drawn whole, planted labels are found."""
 
-import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,21 +14,13 @@ from psycopref.experiments import rater_trial as trial
 from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.core.settings import StudyError
 from psycopref.core.stages import stage_settings
-from psycopref.corpus.labelled_text import (
-    ALL_SCORES,
-    LABEL_COLUMNS,
-    COMPARISONS,
-    MI_QUALITY,
-    TITLES,
-    UPVOTES,
-    Comparison,
-    Labelled,
-)
+from psycopref.corpus.labelled_text import ALL_SCORES, COMPARISONS, LABEL_COLUMNS, TITLES, Comparison, Labelled
 from psycopref.stats.scores import bootstrap, roc_auc
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 rows_of = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 3)), min_size=4, max_size=30)
-PLANTED = Comparison("annomi", "open question, not closed", ("exploration",), "planted")
+PLANTED = Comparison("annomi", "open question, not closed", "binary", "planted", ("exploration",))
+QUALITY, UPVOTES = "high-quality session", "more upvotes, same question"
 
 
 @given(rows_of)
@@ -119,8 +111,8 @@ def test_planted_labels_are_found_and_length_is_not_mistaken_for_them():
 
 def test_lower_is_higher_turned_around():
     frame = scored().assign(label=np.tile([0.0, 1.0], 120))
-    lower = Comparison("esconv", "suggestion, not another strategy", ("autonomy",), "planted", expected="lower")
-    higher = Comparison("esconv", "suggestion, not another strategy", ("autonomy",), "planted")
+    higher = Comparison("esconv", "suggestion, not another strategy", "binary", "planted", ("autonomy",))
+    lower = replace(higher, expected="lower")
     (down,), (up,) = (trial.compare_with_length(c, frame, "binary", 50, 0) for c in (lower, higher))
     assert down["value"] == pytest.approx(1 - up["value"]) and down["length"] == up["length"]
 
@@ -137,47 +129,40 @@ def test_one_group_has_a_value_and_no_interval():
 
 
 def labelled(rows, name="annomi", dropped=None):
-    return Labelled(
-        pd.DataFrame([dict(zip(LABEL_COLUMNS, row)) for row in rows], columns=list(LABEL_COLUMNS)),
-        dropped or {},
-        {"source": name},
-        (),
-    )
+    frame = pd.DataFrame(rows, columns=list(LABEL_COLUMNS))
+    return Labelled(frame, dropped or {}, {"source": name}, ())
 
 
-def test_a_session_is_one_observation(monkeypatch):
-    monkeypatch.setattr(
-        trial, "rubric_scores", lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(len(response)))
-    )
-    rows = [
-        ("annomi", f"{s}-{i}", str(s), "I drink.", "x" * (1 + i + 3 * (s % 2)), "", MI_QUALITY, "binary", float(s % 2))
-        for s in range(12)
-        for i in range(3)
-    ]
-    found = {
-        (c.unit, c.construct): (kind, results) for c, kind, results, _ in trial.corpus_results(labelled(rows), 100, 0)
-    }
-    single, whole = found["response", MI_QUALITY][1], found["group", MI_QUALITY][1]
-    assert (
-        [one["score"] for one in whole] == list(ALL_SCORES)
-        and {one["n"] for one in single} == {36}
-        and {one["n"] for one in whole} == {12}
-    )
-    assert {one["value"] for one in whole} == {1.0}
+@pytest.fixture
+def rubric(monkeypatch):
+    """Let a function of the response stand for every principle."""
+
+    def install(score):
+        found = lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(score(response)))  # noqa: E731
+        monkeypatch.setattr(trial, "rubric_scores", found)
+
+    return install
 
 
-def test_pairs_are_read_from_the_preferred_side(monkeypatch):
-    monkeypatch.setattr(
-        trial, "rubric_scores", lambda said, response: dict.fromkeys(PRINCIPLE_KEYS, float(response.count("!")))
-    )
+def test_a_session_is_one_observation(rubric):
+    rubric(len)
+    rows = [("I drink.", "x" * (1 + i + 3 * (s % 2)), QUALITY, s % 2, str(s)) for s in range(12) for i in range(3)]
+    found = {c.unit: results for c, results, _ in trial.corpus_results(labelled(rows), 100, 0) if results}
+    assert [one["score"] for one in found["group"]] == list(ALL_SCORES)
+    assert {one["n"] for one in found["response"]} == {36} and {one["n"] for one in found["group"]} == {12}
+    assert {one["value"] for one in found["group"]} == {1.0}
+
+
+def test_pairs_are_read_from_the_preferred_side(rubric):
+    rubric(lambda response: response.count("!"))
     texts = [("Yes! Go on", "No"), ("No", "Yes!"), ("Same", "Thing"), ("Oh! Well! So", "Hm!")] * 3
-    rows = [
-        ("counsel-chat", str(i), str(i // 2), "I worry.", better, UPVOTES, "pair", 1.0, worse)
-        for i, (better, worse) in enumerate(texts)
-    ]
-    rows = [(*row[:5], row[8], *row[5:8]) for row in rows]
-    [(comparison, kind, results, reason)] = trial.corpus_results(labelled(rows, "counsel-chat"), 100, 0)
-    assert kind == "pair" and reason is None and {one["value"] for one in results} == {0.5}
+    rows = [("I worry.", text, UPVOTES, votes, i) for i, pair in enumerate(texts) for votes, text in zip((4, 2), pair)]
+    rows += [("I worry.", "As many votes", UPVOTES, 4, i) for i in range(len(texts))]
+    [(comparison, results, reason)] = trial.corpus_results(labelled(rows, "counsel-chat"), 100, 0)
+    assert reason is None and results[0]["n"] == 24 and results[0]["groups"] == 12
+    rows = rows[:24]
+    [(comparison, results, reason)] = trial.corpus_results(labelled(rows, "counsel-chat"), 100, 0)
+    assert reason is None and {one["value"] for one in results} == {0.5} and results[0]["n"] == 12
     assert results[0]["baseline"] == "longer" and results[0]["length"] == 0.5, "ties are no success"
 
 
@@ -201,65 +186,22 @@ def test_what_was_not_measured_is_empty_and_says_why():
     assert len(table) == len(COMPARISONS) and set(table.corpus) == set(TITLES.values())
     filled = [name for name in table.columns if table[name].notna().any()]
     assert filled == ["corpus", "construct", "compared with", "reading"] and set(table.reading) == {trial.NOT_NAMED}
-    nothing = trial.corpus_table(
-        trial.corpus_results(labelled([], "counsel-chat", {"pairs of answers with as many upvotes": 3}), 50, 0)
-    )
+    ties = [("I drink.", f"So {i}.", UPVOTES, 0, 1) for i in range(4)]
+    dropped = {"labels without a context": 3}
+    nothing = trial.corpus_table(trial.corpus_results(labelled(ties, "counsel-chat", dropped), 50, 0))
     [reading] = nothing.reading[nothing.corpus == "counsel-chat"]
-    assert "nothing to compare" in reading and "3 pairs of answers" in reading and nothing.rubric.isna().all()
-    alike = labelled(
-        [("annomi", f"1-{i}", "1", "I drink.", f"So {i}.", "", MI_QUALITY, "binary", 1.0) for i in range(4)]
-    )
-    readings = {reason for c, _, results, reason in trial.corpus_results(alike, 50, 0) if c.construct == MI_QUALITY}
+    assert "nothing to compare" in reading and "3 labels without" in reading and nothing.rubric.isna().all()
+    alike = labelled([("I drink.", f"So {i}.", QUALITY, 1, 1) for i in range(4)])
+    readings = {reason for c, results, reason in trial.corpus_results(alike, 50, 0) if c.construct == QUALITY}
     assert readings == {"not measured: all labels are alike"}
-
-
-PAIR = {
-    "id": "a",
-    "principle": "exploration",
-    "construct": "open-closed",
-    "client": "I can't sleep.",
-    "better": "What goes through your mind?",
-    "worse": "Do you lie awake?",
-    "set": "develop",
-}
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"principle": "wit"}, "unknown principle"),
-        ({"set": "test"}, "unknown set"),
-        ({"worse": PAIR["better"]}, "two answers alike"),
-        ({"id": "a"}, "there before"),
-        ({"client": ""}, "empty field"),
-        ({"better": 3}, "empty field"),
-    ],
-)
-def test_wrong_minimal_pairs_are_one_line(tmp_path, change, told):
-    with pytest.raises(StudyError, match=told) as error:
-        trial.read_minimal_pairs(write(tmp_path / "pairs.jsonl", PAIR, {**PAIR, "id": "b", **change}))
-    assert "\n" not in str(error.value) and "pair 1" in str(error.value)
-
-
-def test_minimal_pairs_need_their_fields_and_a_file(tmp_path):
-    for path, told in (
-        (write(tmp_path / "few.jsonl", {"id": "a"}), "missing"),
-        (tmp_path / "none.jsonl", "cannot be read"),
-        (write(tmp_path / "empty.jsonl"), "is empty"),
-    ):
-        with pytest.raises(StudyError, match=told):
-            trial.read_minimal_pairs(path)
 
 
 def test_the_packages_minimal_pairs_can_be_judged():
     pairs = trial.read_minimal_pairs()
     counts = pairs.groupby(["principle", "set"]).size().unstack()
     assert set(counts.index) == set(PRINCIPLE_KEYS) and (counts.sum(axis=1) >= 30).all() and (counts > 9).all().all()
+    assert pairs.map(lambda value: isinstance(value, str) and bool(value.strip())).all(axis=None)
+    assert pairs.id.is_unique and (pairs.better != pairs.worse).all() and set(pairs.set) == set(trial.SETS)
 
 
 def test_the_minimal_table_counts_wins_ties_and_lengths(monkeypatch):
@@ -316,13 +258,6 @@ def test_corpora_are_opened_before_anything_is_scored(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_the_published_counsel_chat_file_gives_an_honest_row(counsel_chat):
-    [corpus] = trial.open_corpora((f"counsel-chat={counsel_chat}",))
-    table = trial.corpus_table(trial.corpus_results(corpus, 50, 0))
-    [reading] = table.reading[table.corpus == "counsel-chat"]
-    assert reading.startswith("not measured: nothing to compare in counselchat-data.csv") and table.rubric.isna().all()
-
-
 @pytest.mark.parametrize("with_corpora", [False, True])
 def test_the_figure_draws_what_there_is(with_corpora):
     import matplotlib.pyplot as plt
@@ -339,8 +274,8 @@ def test_the_figure_draws_what_there_is(with_corpora):
     frame = scored(40).assign(label=np.tile([0.0, 1.0], 20))
     results = (
         [
-            (PLANTED, "binary", trial.compare_with_length(PLANTED, frame, "binary", 50, 0), None),
-            (COMPARISONS[-1], None, [], "not measured"),
+            (PLANTED, trial.compare_with_length(PLANTED, frame, "binary", 50, 0), None),
+            (COMPARISONS[-1], [], "not measured"),
         ]
         if with_corpora
         else []
@@ -388,22 +323,23 @@ def test_labelled_text_is_reported_only_where_it_was_measured():
         trial.compare_with_length(PLANTED, frame.assign(label=label.astype(float)), "binary", 100, 0)
         for label in (frame.exploration > 0, frame.words > 20)
     ]
-    sentences = trial.corpus_sentences([(PLANTED, "binary", one, None) for one in found])
+    sentences = trial.corpus_sentences([(PLANTED, one, None) for one in found])
     assert sentences[0].startswith("2 comparisons") and "above length: 1; below length: 1" in sentences[0]
-    assert [trial.corpus_sentences(results) for results in ([], [(PLANTED, None, [], "all labels are alike")])] == [
+    assert [trial.corpus_sentences(results) for results in ([], [(PLANTED, [], "all labels are alike")])] == [
         ["Not measured: no labelled corpus is named in `trial.corpora`."],
         ["Not measured: the corpora hold nothing to compare."],
     ]
 
 
-def test_a_receipt_names_what_was_read(counsel_chat):
-    corpora = trial.open_corpora((f"counsel-chat={counsel_chat}",))
+def test_a_receipt_names_what_was_read(tmp_path):
+    path = tmp_path / "votes.csv"
+    path.write_text(",".join(LABEL_COLUMNS) + f'\nI drink.,So.,"{UPVOTES}",0,1\n,So.,"{UPVOTES}",0,1\n')
+    corpora = trial.open_corpora((f"counsel-chat={path}",))
     facts = trial.corpora_facts(corpora)["counsel-chat"]
-    assert (facts["labels"], facts["source"]) == (0, "counsel-chat") and facts["dropped"] == corpora[0].dropped
-    assert [path.name for path in trial.trial_inputs(corpora)] == [
-        "minimal_pairs.jsonl",
-        "counselchat-data.csv",
-    ] and trial.trial_size(range(3), corpora) == "3 minimal pairs"
+    assert (facts["labels"], facts["groups"], facts["source"]) == (1, 1, "counsel-chat")
+    assert facts["dropped"] == corpora[0].dropped and sum(facts["dropped"].values()) == 1
+    assert [path.name for path in trial.trial_inputs(corpora)] == ["minimal_pairs.jsonl", "votes.csv"]
+    assert trial.trial_size(range(3), corpora) == "3 minimal pairs, 1 labels of counsel-chat"
 
 
 def test_the_stage_reads_its_own_settings():
