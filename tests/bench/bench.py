@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import random
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import typing
+from pathlib import Path
 
-from psycopref.core.tables import new_figure
-from psycopref.core.files import write_json
+from psycopref.core.files import read_json, write_json
 from psycopref.core.paper import resource_path
-from psycopref.core.stages import project_root
-from bench_duplicates import growth, library_comparison
-from psycopref.models.weights import find_weights
+from psycopref.core.stages import cache_root, project_root
+from psycopref.core.tables import new_figure
 
 
 def given(arguments: list[str], known: dict) -> dict:
@@ -29,11 +33,45 @@ def given(arguments: list[str], known: dict) -> dict:
     return found
 
 
-def in_turn(
-    sides: dict[str, typing.Callable[[], float]],  # each does its work and returns how many units it did
-    rounds: int = 3,  # counted measurements of each side
-) -> dict[str, list[float]]:  # units/s of each side, round by round
-    "Measure several ways in turn; the first round warms up and isn't counted."
+def demo_speeches() -> list[str]:
+    "Read the speeches of the demo corpus."
+    lines = resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["speech"] for line in lines]
+
+
+def device_name() -> str:
+    "Name what torch computes on."
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def keep(name: str, found: dict, what: str, unit: str, device: str | None = None) -> dict:
+    "Write a result with its unit, device and date to outputs/bench/NAME.json, and return it."
+    found = {**found, "unit": unit, "device": device or device_name(), "what": what, "date": time.strftime("%Y-%m-%d")}
+    write_json(project_root() / "outputs" / "bench" / f"{name}.json", found)
+    return found
+
+
+def keep_rows(name: str, rows: list[dict]) -> list[dict]:
+    "Write several comparisons into one file, the first of which stands for all."
+    write_json(project_root() / "outputs" / "bench" / f"{name}.json", {**rows[0], "rows": rows})
+    return rows
+
+
+def save_figure(name: str, figure) -> None:
+    "Save a figure as figures/bench/NAME.png."
+    folder = project_root() / "figures" / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=160)
+
+
+def in_turn(sides: dict[str, typing.Callable[[], float]], rounds: int = 3) -> dict[str, list[float]]:
+    """Measure several ways in turn; the first round warms up and isn't counted.
+
+    sides: each does its work and returns how many units it did. Returns units/s of each side, round by round."""
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side, work in sides.items():
@@ -44,143 +82,74 @@ def in_turn(
     return rates
 
 
-def device_name() -> str:  # for a result
-    "Name what is computed on."
-    import torch
+def side_by_side(name: str, what: str, unit: str, sides: dict, rounds: int = 3) -> dict:
+    """Measure "ours", "theirs" and any other sides in turn, keep medians and ratios of ours to each.
 
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-
-
-def side_by_side(
-    name: str,  # of the benchmark
-    what: str,  # what is measured, in a sentence
-    unit: str,  # of both figures; more is better
-    ours: typing.Callable[[], float],  # does the work, returns how many units it did
-    theirs: typing.Callable[[], float],  # the same work
-    rounds: int = 3,  # counted measurements of each side
-) -> dict:  # ours, theirs, ratio, unit, device, what
-    "Measure two ways in turn and keep the medians."
-    rates = in_turn({"ours": ours, "theirs": theirs}, rounds)
-    medians = {side: statistics.median(own) for side, own in rates.items()}
-    ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
-    found = {
-        **medians,
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "unit": unit,
-        "device": device_name(),
-        "what": what,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    write_json(project_root() / "outputs" / "bench" / f"{name}.json", found)
-    return found
+    unit: more is better; sides: as `in_turn` takes them."""
+    rates = in_turn(sides, rounds)
+    ratios = {side: [a / b for a, b in zip(rates["ours"], own)] for side, own in rates.items() if side != "ours"}
+    found = {side: statistics.median(own) for side, own in rates.items()}
+    found |= {"ratio": statistics.median(ratios["theirs"]), "ratios": ratios["theirs"]}
+    found |= {f"{side} ratio": statistics.median(own) for side, own in ratios.items() if side != "theirs"}
+    return keep(name, found, what, unit)
 
 
-def mixed_speeches(
-    n: int,  # how many
-    seed: int = 0,  # of the mixture
-    copies: float = 0.1,  # share that repeats an earlier one with a greeting before it
-) -> list[str]:  # speeches of three to six sentences
-    "Mix the sentences of the demo corpus into many different speeches."
-    import random
-    import re
+def mixed_speeches(n: int, seed: int = 0, copies: float = 0.1) -> list[str]:
+    """Mix the sentences of the demo corpus into n different speeches of three to six.
 
+    copies: share that repeats an earlier one with a greeting before it."""
     chance = random.Random(seed)
-    lines = [
-        json.loads(line)["speech"]
-        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    sentences = [part for line in lines for part in re.split(r"(?<=[.?!]) ", line) if len(part) > 30]
+    sentences = [part for speech in demo_speeches() for part in re.split(r"(?<=[.?!]) ", speech) if len(part) > 30]
     made: list[str] = []
     while len(made) < n:
-        again = made and chance.random() < copies
-        made.append(
-            "Hello, thanks for reading. " + chance.choice(made)
-            if again
-            else " ".join(chance.sample(sentences, chance.randint(3, 6)))
-        )
+        if made and chance.random() < copies:
+            made.append("Hello, thanks for reading. " + chance.choice(made))
+        else:
+            made.append(" ".join(chance.sample(sentences, chance.randint(3, 6))))
     return made
 
 
-def stage_bench(
-    n: int,  # rows of the source
-) -> dict:  # seconds, peak_mb, rows, kept
-    "Run chapter 1 on a made source in a process of its own, embeddings not cached."
-    import os
+def stage_bench(n: int) -> dict:
+    "Run chapter 1 on a made source of n rows in a process of its own, embeddings not cached."
     import resource
-    import subprocess
-    import sys
-    from pathlib import Path
 
-    from psycopref.core.stages import cache_root
+    from psycopref.models.weights import find_weights
 
     find_weights("minilm")
     with tempfile.TemporaryDirectory() as folder:
         cache, source = Path(folder) / "cache", Path(folder) / "combined_dataset.json"
         cache.mkdir()
         (cache / "weights").symlink_to(cache_root() / "weights")
-        source.write_text(
-            "".join(json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n)),
-            encoding="utf-8",
-        )
-        command = [
-            sys.executable,
-            "-c",
-            "import sys; from psycopref.run.cli import main; sys.exit(main())",
-            "run",
-            str(project_root() / "nbs/01_speeches.ipynb"),
-            "-p",
-            "RUN=bench",
-            "-p",
-            f'SOURCES=["demo", "amod-counsel={source}"]',
-        ]
+        lines = (json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n))
+        source.write_text("".join(lines), encoding="utf-8")
+        code = "import sys; from psycopref.run.cli import main; sys.exit(main())"
+        chapter, sources = str(project_root() / "nbs/01_speeches.ipynb"), f'SOURCES=["demo", "amod-counsel={source}"]'
+        command = [sys.executable, "-c", code, "run", chapter, "-p", "RUN=bench", "-p", sources]
+        environment = os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder}
         start = time.perf_counter()
-        subprocess.run(
-            command,
-            env=os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder},
-            check=True,
-            capture_output=True,
-        )
+        subprocess.run(command, env=environment, check=True, capture_output=True)
         took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
-        receipt = json.loads((Path(folder) / "outputs/bench/01_speeches/receipt.json").read_text())
-        drops = json.loads((Path(folder) / "outputs/bench/01_speeches/drops.json").read_text())[-1]
-    found = {
-        "seconds": round(took, 1),
-        "stage_seconds": receipt["seconds"],
-        "peak_mb": round(peak),
-        "rows": drops["rows"],
-        "kept": drops["kept"],
-        "what": f"chapter 1 on {n} made speeches and the demo corpus, embeddings not cached",
-        "unit": "s",
-        "device": f"{os.cpu_count()} cores",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    write_json(project_root() / "outputs" / "bench" / "speech_stage.json", found)
-    return found
+        stage = Path(folder) / "outputs/bench/01_speeches"
+        receipt, drops = read_json(stage / "receipt.json"), read_json(stage / "drops.json")[-1]
+    found = {"seconds": round(took, 1), "stage_seconds": receipt["seconds"], "peak_mb": round(peak)}
+    found |= {"rows": drops["rows"], "kept": drops["kept"]}
+    what = f"chapter 1 on {n} made speeches and the demo corpus, embeddings not cached"
+    return keep("speech_stage", found, what, "s", f"{os.cpu_count()} cores")
 
 
-def duplicates_bench(
-    sizes: list[int],  # numbers of synthetic speeches
-) -> tuple:  # (frame comparing libraries, frame of growth, figure)
-    "Compare rensa with datasketch, and follow time and memory of the search as it grows."
+def duplicates_bench(sizes: list[int]) -> tuple:
+    """Compare rensa with datasketch, and follow time and memory of the search as it grows.
+
+    sizes: numbers of synthetic speeches. Returns (frame comparing libraries, frame of growth, figure)."""
     import pandas as pd
+
+    from bench_duplicates import growth, library_comparison
 
     compared = pd.DataFrame(library_comparison(min(15000, max(sizes))))
     grown = pd.DataFrame(growth(sizes, 0))
-    write_json(
-        project_root() / "outputs" / "bench" / "near_duplicates.json",
-        {
-            "libraries": compared.to_dict("records"),
-            "growth": grown.to_dict("records"),
-            "date": time.strftime("%Y-%m-%d"),
-            "what": "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its "
-            "own",
-        },
-    )
+    what = "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its own"
+    rows = {"libraries": compared.to_dict("records"), "growth": grown.to_dict("records")}
+    keep("near_duplicates", rows, what, "s", f"{os.cpu_count()} cores")
     figure, axes = new_figure(7.5, 3.2, 1, 2)
     for axis, column, unit in zip(axes, ("seconds", "peak_mb"), ("seconds", "peak memory, MB")):
         axis.plot(grown.n, grown[column], marker="o")
@@ -195,10 +164,7 @@ ROWS = [10000, 30000, 100000, 300000, 1000000]  # sizes of the search for near-d
 
 if __name__ == "__main__":
     globals().update(given(sys.argv[1:], globals()))
-    stage_found = stage_bench(SPEECHES)
-    print(stage_found)
+    print(stage_bench(SPEECHES))
     compared, grown, figure = duplicates_bench(ROWS)
-    folder = project_root() / "figures" / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "near_duplicates.png", dpi=160)
+    save_figure("near_duplicates", figure)
     print(compared, grown)

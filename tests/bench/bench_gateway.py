@@ -1,12 +1,12 @@
-"""Calls a second, processor time, memory and kills: the gateway against a loopback server whose own log is the witness."""
+"""Calls a second, processor time, memory and kills: the gateway against a loopback server whose log is the witness."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -15,46 +15,38 @@ import time
 import typing
 from pathlib import Path
 
-from psycopref.core.tables import new_figure
-from psycopref.core.files import sha256_file, write_json, write_rows
-from psycopref.gateway.cache import ReplyCache
-from psycopref.models.chat import ChatRequest
+from bench import demo_speeches, given, keep, save_figure
+from psycopref.core.files import PRINCIPLE_KEYS, sha256_file, write_rows
 from psycopref.core.stages import blocks, derived_seed, project_root
-from psycopref.core.paper import resource_path
-from psycopref.gateway.gateway import Gateway, chat_model
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.tables import new_figure
 from psycopref.feedback.rating import rating_request, read_ratings, shown_order
+from psycopref.gateway.cache import ReplyCache
+from psycopref.gateway.gateway import Gateway, chat_model
+from psycopref.models.chat import ChatRequest
 
 HERE = Path(__file__).parent
 
 
 @functools.cache
-def sentences() -> list[str]:  # of the demo corpus
+def sentences() -> list[str]:
     "Split the demo corpus into sentences to make texts of."
-    lines = resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
-    return [part.strip() + "." for line in lines for part in json.loads(line)["speech"].split(".") if len(part) > 20]
+    return [part.strip() + "." for speech in demo_speeches() for part in speech.split(".") if len(part) > 20]
 
 
 @functools.lru_cache(maxsize=64)
-def texts_of(
-    speech: str,  # speech_id
-) -> tuple[str, ...]:  # a client speech and four responses
-    "Make the texts of one speech; in the study they are there already."
+def texts_of(speech: str) -> tuple[str, ...]:
+    "Make a client speech and four responses for a speech_id; in the study they are there already."
     chance = random.Random(derived_seed(0, speech))
     return tuple(" ".join(chance.choices(sentences(), k=k)) for k in (6, 12, 12, 12, 12))
 
 
-def job_of(
-    n: int,  # number of the call
-) -> tuple[str, str, list[int]]:  # speech_id, principle, order
-    "Say what the n-th rating call of an endless study is about."
+def job_of(n: int) -> tuple[str, str, list[int]]:
+    "Say what the n-th rating call of an endless study is about: speech_id, principle, order."
     speech, principle = f"bench-{n // len(PRINCIPLE_KEYS)}", PRINCIPLE_KEYS[n % len(PRINCIPLE_KEYS)]
     return speech, principle, shown_order(4, 0, speech, principle)
 
 
-def call_of(
-    n: int,  # number of the call
-) -> ChatRequest:  # what is asked
+def call_of(n: int) -> ChatRequest:
     "Word the n-th rating call."
     speech, principle, order = job_of(n)
     client, *responses = texts_of(speech)
@@ -91,20 +83,15 @@ def by_openai(base_url: str, n: int, in_flight: int, folder: Path, seen: typing.
         gate = asyncio.Semaphore(in_flight)
         async with openai.AsyncOpenAI(base_url=base_url, api_key="none") as client:
 
-            async def call(i):
+            async def call(request):
+                schema = {"name": "reply", "strict": True, "schema": request.schema}
+                own = dict(model="bench", messages=list(request.messages), max_completion_tokens=512)
                 async with gate:
-                    how = {
-                        "type": "json_schema",
-                        "json_schema": {"name": "reply", "strict": True, "schema": requests[i].schema},
-                    }
                     await client.chat.completions.create(
-                        model="bench",
-                        messages=list(requests[i].messages),
-                        max_completion_tokens=512,
-                        response_format=how,
+                        **own, response_format={"type": "json_schema", "json_schema": schema}
                     )
 
-            await asyncio.gather(*map(call, range(n)))
+            await asyncio.gather(*map(call, requests))
 
     requests = [call_of(i) for i in range(n)]
     seen(0)  # the clock starts when the prompts are there
@@ -121,15 +108,13 @@ def by_aiohttp(base_url: str, n: int, in_flight: int, folder: Path, seen: typing
 
             async def worker():
                 for body in left:
-                    async with session.post(
-                        f"{base_url}/chat/completions", data=body, headers={"Content-Type": "application/json"}
-                    ) as response:
+                    async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
                         json.loads(await response.read())
 
             await asyncio.gather(*(worker() for _ in range(in_flight)))
 
     model = chat_model(f"openai:bench@{base_url}")
-    bodies = [json.dumps(model.chat_arguments(call_of(i))) for i in range(n)]
+    url, bodies = f"{base_url}/chat/completions", [json.dumps(model.chat_arguments(call_of(i))) for i in range(n)]
     seen(0)
     asyncio.run(work())
 
@@ -137,14 +122,10 @@ def by_aiohttp(base_url: str, n: int, in_flight: int, folder: Path, seen: typing
 CLIENTS = {"gateway": by_gateway, "openai": by_openai, "aiohttp": by_aiohttp}
 
 
-def client(
-    name: str,  # a key of CLIENTS
-    base_url: str,  # of the server
-    n: int,  # calls
-    in_flight: int,  # at once
-    folder: str,  # for the cache and the rows
-) -> None:
-    "Be a client process: do the calls, print one JSON line of what they took."
+def client(name: str, base_url: str, n: int, in_flight: int, folder: str) -> None:
+    """Be a client process: do n calls, print one JSON line of what they took.
+
+    name: a key of CLIENTS; folder: for the cache and the rows."""
     import psutil
 
     process, trace = psutil.Process(), []
@@ -162,15 +143,11 @@ def client(
 
 def start_client(*arguments) -> subprocess.Popen:
     "Start a client process."
-    code = "import sys; from bench_gateway import client; client(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])"
-    environment = os.environ | {"NO_PROXY": "127.0.0.1", "PSYCOPREF_PROGRESS": os.devnull, "PYTHONPATH": str(HERE)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    code = "import sys, bench_gateway as own; a = sys.argv; own.client(a[1], a[2], int(a[3]), int(a[4]), a[5])"
+    path = os.pathsep.join([str(HERE), *sys.path])
+    environment = os.environ | {"NO_PROXY": "127.0.0.1", "PSYCOPREF_PROGRESS": os.devnull, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def server(folder: Path, **options):
@@ -181,39 +158,28 @@ def server(folder: Path, **options):
     return start_server(folder, **options)
 
 
-def bench_facts(
-    what: str,  # what was measured
-) -> dict:  # what, device, date
-    "Say where and when a benchmark ran."
-    return {"what": what, "device": f"{platform.machine()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
+@contextlib.contextmanager
+def scratch_server(**options):
+    "Open a scratch folder and a server beside it."
+    with tempfile.TemporaryDirectory() as scratch, server(Path(scratch), **options) as opened:
+        yield Path(scratch), opened
 
 
 def throughput(
-    name: str,  # a key of CLIENTS, or of `rivals`
-    n: int,  # calls
-    in_flight: int = 128,  # at once
-    latency: float = 0.3,  # seconds
-    command: typing.Sequence[str] = (),  # of a rival
-) -> dict:  # client, calls, calls_s, share of the ideal, cpu_ms a call, most in flight
-    "Measure one client."
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        server(Path(scratch), latency=latency, calls=n + 100, seconds=900) as opened,
-    ):
+    name: str, n: int, in_flight: int = 128, latency: float = 0.3, command: typing.Sequence[str] = ()
+) -> dict:
+    """Measure one client: calls a second, share of the ideal, processor time a call.
+
+    name: a key of CLIENTS, or of RIVALS with its command; latency: of the server, in seconds."""
+    with scratch_server(latency=latency, calls=n + 100, seconds=900) as (scratch, opened):
         if command:
-            prompts = Path(scratch) / "prompts.jsonl"
+            prompts = scratch / "prompts.jsonl"
             prompts.write_text("".join(json.dumps(list(call_of(i).messages)) + "\n" for i in range(n)))
-            done = subprocess.run(
-                [*command, opened.base_url, str(prompts), str(in_flight)],
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=project_root(),
-            )
+            rival = [*command, opened.base_url, str(prompts), str(in_flight)]
+            said = subprocess.run(rival, capture_output=True, text=True, check=True, cwd=project_root()).stdout
         else:
-            process = start_client(name, opened.base_url, n, in_flight, scratch)
-            done = subprocess.CompletedProcess([], 0, process.communicate()[0])
-        found = json.loads(done.stdout.splitlines()[-1])
+            said = start_client(name, opened.base_url, n, in_flight, scratch).communicate()[0]
+        found = json.loads(said.splitlines()[-1])
         times = [event["t"] for event in opened.log() if event["event"] in ("asked", "answered")]
         stats = opened.stats()
     rate = n / (max(times) - min(times))
@@ -230,18 +196,11 @@ def throughput(
     }
 
 
-def memory(
-    n: int,  # calls
-    in_flight: int = 128,  # at once
-) -> dict:  # calls, peak MB, trace of (calls, MB)
-    "Follow a client's resident memory while it asks, reads and writes n calls."
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        server(Path(scratch), latency=0.02, calls=n + 100, seconds=1800) as opened,
-    ):
-        found = json.loads(
-            start_client("gateway", opened.base_url, n, in_flight, scratch).communicate()[0].splitlines()[-1]
-        )
+def memory(n: int, in_flight: int = 128) -> dict:
+    "Follow a client's resident memory in MB while it asks, reads and writes n calls."
+    with scratch_server(latency=0.02, calls=n + 100, seconds=1800) as (scratch, opened):
+        said = start_client("gateway", opened.base_url, n, in_flight, scratch).communicate()[0]
+    found = json.loads(said.splitlines()[-1])
     return {
         "calls": n,
         "peak_mb": max(mb for _, mb in found["trace"]),
@@ -251,37 +210,24 @@ def memory(
     }
 
 
-def memory_figure(
-    runs: list[dict],  # of memory
-):  # figure
-    "Draw resident memory against calls."
+def memory_figure(runs: list[dict]):
+    "Draw resident memory against calls. runs: of memory."
     figure, axis = new_figure(6.4, 3.4)
     for run in runs:
         axis.plot(*zip(*run["trace"]), marker=".", label=f"{run['calls']:,} calls")
-    axis.set(
-        xscale="log",
-        ylim=(0, None),
-        xlabel="calls done",
-        ylabel="resident memory, MB",
-        title="Memory of the asking process",
-    )
+    axis.set(xscale="log", ylim=(0, None), xlabel="calls done", ylabel="resident memory, MB")
+    axis.set_title("Memory of the asking process")
     axis.legend()
     return figure
 
 
-def kill_run(
-    n: int = 5000,  # calls
-    kills: int = 30,  # SIGKILLs
-    in_flight: int = 64,  # at once
-    seed: int = 0,  # of the moments
-) -> dict:  # what was asked twice, what was lost, whether the rows are the same
-    "Kill a client again and again, and let the server's log say what was asked twice."
+def kill_run(n: int = 5000, kills: int = 30, in_flight: int = 64, seed: int = 0) -> dict:
+    """Kill a client of n calls again and again; count by the server's log what was asked twice or lost.
+
+    kills: SIGKILLs; seed: of their moments."""
     moments = sorted(random.Random(seed).sample(range(1, n), kills))
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        server(Path(scratch), latency=0.1, calls=3 * n + 9999, seconds=1800) as opened,
-    ):
-        whole, broken, kept = Path(scratch) / "whole", Path(scratch) / "broken", []
+    with scratch_server(latency=0.1, calls=3 * n + 9999, seconds=1800) as (scratch, opened):
+        whole, broken, kept = scratch / "whole", scratch / "broken", []
         for folder in (whole, broken):
             folder.mkdir()
         finish(start_client("gateway", opened.base_url, n, in_flight, whole))
@@ -294,17 +240,11 @@ def kill_run(
             process.wait()
             kept.append((time.monotonic(), kept_keys(broken / "replies.sqlite")))
         finish(start_client("gateway", opened.base_url, n, in_flight, broken))
-        log, same = (
-            opened.log()[before:],
-            sha256_file(whole / "ratings.parquet") == sha256_file(broken / "ratings.parquet"),
-        )
+        log = opened.log()[before:]
+        same = sha256_file(whole / "ratings.parquet") == sha256_file(broken / "ratings.parquet")
         identity = chat_model(f"openai:bench@{opened.base_url}").identity
-    return {
-        "calls": n,
-        "in flight": in_flight,
-        **kill_verdict(identity, n, kept, log),
-        "rows equal an unbroken run's": same,
-    }
+    verdict = kill_verdict(identity, n, kept, log)
+    return {"calls": n, "in flight": in_flight, **verdict, "rows equal an unbroken run's": same}
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -326,22 +266,19 @@ def kept_keys(path: Path) -> set[str]:
         opened.close()
 
 
-def kill_verdict(
-    identity: str,  # of the model
-    n: int,  # calls
-    kept: list[tuple[float, set[str]]],  # (moment of a kill, keys that were kept)
-    log: list[dict],  # of the server, from the first of these clients on
-) -> dict:  # counts
-    "Count what was asked though it was kept, asked twice, and answered well before a kill and yet lost."
+def kill_verdict(identity: str, n: int, kept: list[tuple[float, set[str]]], log: list[dict]) -> dict:
+    """Count what was asked though it was kept, asked twice, and answered well before a kill and yet lost.
+
+    identity: of the model; n: calls; kept: moment of each kill with the keys that were kept; log: of the server."""
     import hashlib
 
-    requests = [call_of(i) for i in range(n)]
-    shown = {
-        request.key(identity): hashlib.sha256(json.dumps(list(request.messages), sort_keys=True).encode()).hexdigest()
-        for request in requests
-    }
-    asked = [(event["t"], event["key"]) for event in log if event["event"] == "asked"]
-    answered = [(event["t"], event["key"]) for event in log if event["event"] == "answered"]
+    shown = {}
+    for request in map(call_of, range(n)):
+        text = json.dumps(list(request.messages), sort_keys=True)
+        shown[request.key(identity)] = hashlib.sha256(text.encode()).hexdigest()
+    asked, answered = (
+        [(event["t"], event["key"]) for event in log if event["event"] == kind] for kind in ("asked", "answered")
+    )
     kept = [(moment, {shown[key] for key in keys}) for moment, keys in kept]
     again = sum(any(t > moment and key in keys for t, key in asked) for moment, keys in kept)
     before = [0.0, *(moment for moment, _ in kept)]  # what comes in the half second after a kill was meant for the dead
@@ -370,40 +307,20 @@ RIVALS = {}  # name and command of other libraries, see above
 
 
 if __name__ == "__main__":
-    from bench import given
-
-    globals().update(given(sys.argv[1:], globals()))
     import pandas as pd
 
+    globals().update(given(sys.argv[1:], globals()))
+    cores, load = f"{os.cpu_count()} cores", f"at {LATENCY} s, {IN_FLIGHT} in flight"
     rows = [throughput(name, CALLS, IN_FLIGHT, LATENCY) for name in CLIENTS]
-    write_json(
-        project_root() / "outputs" / "bench" / "gateway_throughput.json",
-        {
-            "rows": rows,
-            **bench_facts(
-                f"{CALLS} rating calls at {LATENCY} s, {IN_FLIGHT} in flight, each client in a process of its own"
-            ),
-        },
-    )
+    what = f"{CALLS} rating calls {load}, each client in a process of its own"
+    keep("gateway_throughput", {"rows": rows}, what, "calls/s", cores)
     print(pd.DataFrame(rows))
     rows = [throughput(name, RIVAL_CALLS, IN_FLIGHT, LATENCY, RIVALS.get(name, ())) for name in ("gateway", *RIVALS)]
-    write_json(
-        project_root() / "outputs" / "bench" / "gateway_rivals.json",
-        {"rows": rows, **bench_facts(f"{RIVAL_CALLS} rating calls at {LATENCY} s, {IN_FLIGHT} in flight")},
-    )
+    keep("gateway_rivals", {"rows": rows}, f"{RIVAL_CALLS} rating calls {load}", "calls/s", cores)
     print(pd.DataFrame(rows))
     killed = kill_run(kills=KILLS)
-    write_json(
-        project_root() / "outputs" / "bench" / "gateway_kills.json",
-        killed | bench_facts("a run killed with SIGKILL again and again"),
-    )
-    print(killed)
+    print(keep("gateway_kills", killed, "a run killed with SIGKILL again and again", "calls", cores))
     runs = [memory(n) for n in MEMORY_CALLS]
-    write_json(
-        project_root() / "outputs" / "bench" / "gateway_memory.json",
-        {"runs": runs, **bench_facts("resident memory of the asking process, replies read and rows written")},
-    )
-    figure = memory_figure(runs)
-    folder = project_root() / "figures" / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "gateway_memory.png", dpi=160)
+    what = "resident memory of the asking process, replies read and rows written"
+    keep("gateway_memory", {"runs": runs}, what, "MB", cores)
+    save_figure("gateway_memory", memory_figure(runs))

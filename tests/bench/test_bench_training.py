@@ -1,0 +1,359 @@
+"""All sides of the training bench do the same work: equal losses and gradients, no pair left out, true counts."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench_policy import candidates_bench
+from bench_training import (
+    LENGTHS,
+    STRATEGIES,
+    Side,
+    Way,
+    Work,
+    bench_figure,
+    child_memory,
+    demo_settings,
+    first_losses,
+    gpu_bench,
+    keep_gpu,
+    load_start,
+    lora_bench,
+    made_groups,
+    made_pairs,
+    memory_bench,
+    model_flops,
+    our_way,
+    peak_mb,
+    random_model,
+    reference_gap,
+    same_work,
+    shape_bench,
+    try_ways,
+    twin,
+    useful_work,
+    work_flops,
+)
+from psycopref.core.files import read_json
+from psycopref.core.settings import LoraSettings, RewardSettings
+from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+from psycopref.training.packing import enable_packing, lay_out
+from refusals import one_line
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = pytest.mark.parametrize("kind", ["reward", "policy"])
+LORA = LoraSettings(rank=4, alpha=8, last_layers=1)
+SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, head_dim=16, vocab_size=1024)
+TRL = Way("trl", 2)
+STOCK = Way("stock")
+
+
+def small(kind):
+    return replace(demo_settings(kind, 1000), learning_rate=1e-3, warmup_ratio=0.0, lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(find_weights("random-tiny"))
+
+
+@pytest.fixture(scope="module")
+def works(tokenizer):
+    "A work of eight pairs for each kind."
+    found = {}
+    for kind in ("reward", "policy"):
+        model = load_start(kind, find_weights("random-tiny"), tokenizer, "float32")
+        found[kind] = Work(kind, lambda own=model: twin(own), tokenizer, made_pairs(tokenizer, 8, "demo"), small(kind))
+    return found
+
+
+def sides_of(work, optimiser=None):
+    return [
+        Side(work, way, optimiser)
+        for way in (our_way(work), TRL, *([STOCK] if work.kind == "policy" and work.settings.lora.rank else []))
+    ]
+
+
+def gradients(side):
+    "Of what is trained, over a whole batch."
+    trainer = side.trainer
+    trainer.model.train()
+    for batch in trainer.get_train_dataloader():
+        (trainer.compute_loss(trainer.model, batch) / trainer.args.gradient_accumulation_steps).backward()
+    return {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+
+
+# The work
+
+
+def test_texts_have_the_wished_lengths_and_are_the_same_each_time(tokenizer):
+    for profile, (_, (low, high)) in LENGTHS.items():
+        groups = made_groups(tokenizer, 8, 2, profile)
+        found = [len(tokenizer(answer).input_ids) for _, own in groups for answer in own]
+        assert all(low - 3 <= n <= high + 3 for n in found), "the seam of a cut may cost a token"
+        assert groups == made_groups(tokenizer, 8, 2, profile)
+
+
+def test_pairs_that_are_too_long_or_make_no_whole_batch_are_refused(works, tokenizer):
+    work = works["policy"]
+    pairs = pd.concat([made_pairs(tokenizer, 7, "demo"), made_pairs(tokenizer, 1, "paper")])
+    short = replace(work.settings, max_length=300)
+    assert "7 of 8 pairs" in one_line(lambda: replace(work, pairs=pairs, settings=short))
+    assert "whole batches of 8" in one_line(lambda: replace(work, pairs=work.pairs[:6]))
+
+
+# The same work
+
+
+@KINDS
+def test_all_sides_start_from_the_same_adapters_and_leave_the_same_gradients(kind, works):
+    sides = sides_of(works[kind])
+    starts = [{n: w for n, w in side.trainer.model.named_parameters() if w.requires_grad} for side in sides]
+    for name, weight in starts[0].items():
+        assert all(torch.equal(weight, own[name]) for own in starts), name
+    first, *others = map(gradients, sides)
+    for own in others:
+        assert own.keys() == first.keys()
+        for name, gradient in first.items():
+            assert (own[name].float() - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-6), name
+
+
+@KINDS
+def test_losses_under_the_same_adapters_are_equal_and_the_sides_own_are_put_back(kind, works):
+    sides = sides_of(works[kind])
+    before = [weight.clone() for weight in sides[0].trainer.model.parameters()]
+    losses, plain = first_losses(sides, scale=0.05), first_losses(sides[:1], scale=0.0)
+    assert max(losses) - min(losses) < 1e-4 and abs(losses[0] - plain[0]) > 1e-3, "the adapters reach the loss"
+    assert all(map(torch.equal, before, sides[0].trainer.model.parameters()))
+
+
+def test_all_sides_of_dpo_have_the_same_tokens(works):
+    sides = sides_of(works["policy"])
+    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert all(list(own.trainer.train_dataset[part]) == [row[part] for row in own.work.rows] for own in sides)
+    stock, ours = sides[2].trainer.args, sides[0].trainer.args
+    assert stock.gradient_checkpointing and not stock.precompute_ref_log_probs and not ours.gradient_checkpointing
+
+
+@KINDS
+def test_another_start_or_other_pairs_are_refused(kind, works, tokenizer):
+    work, shifted = works[kind], load_start(kind, find_weights("random-tiny"), tokenizer, "float32")
+    with torch.no_grad():
+        (shifted.lm_head if kind == "policy" else shifted.score).weight.mul_(1.5)
+    ours = Side(work, our_way(work))
+    theirs = Side(replace(work, fresh=lambda: twin(shifted)), TRL)
+    assert kind == "reward" or reference_gap(ours, theirs) > 1e-3
+    others = [Side(replace(work, pairs=work.pairs.assign(chosen="No.")), TRL)] + [theirs] * (kind == "policy")
+    for other in others:
+        with pytest.raises(RuntimeError, match="not the same work"):
+            same_work([ours, other])
+
+
+def test_the_trl_side_s_modules_are_not_touched_and_its_parameters_shared(tokenizer):
+    model = random_model("reward", SHAPE, tokenizer, "float32")
+    other = twin(model)
+    assert enable_packing(model) == ""
+    assert "forward" in vars(model.base_model) and "forward" not in vars(other.base_model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters())) and model.config is not other.config
+
+
+# Training
+
+
+@KINDS
+def test_a_call_trains_all_pairs_and_can_be_repeated(kind, works):
+    for side in sides_of(works[kind]):
+        own = {name: weight for name, weight in side.trainer.model.named_parameters() if weight.requires_grad}
+        before = {name: weight.detach().clone() for name, weight in own.items()}
+        for _ in range(2):
+            assert side() == 8 and side.trainer.state.global_step == 1
+        after = dict(side.trainer.model.named_parameters())
+        assert any(not torch.equal(after[name], weight) for name, weight in before.items() if name in after)
+        assert (side.reference_seconds > 0) == side.knows_reference
+
+
+def test_a_side_that_leaves_steps_out_is_refused(works):
+    side = Side(works["policy"], TRL)
+    side.trainer.train = lambda: setattr(side.trainer.state, "global_step", 0)
+    with pytest.raises(RuntimeError, match="expected all 8 pairs"):
+        side()
+
+
+def test_the_reference_is_computed_anew_in_each_measurement(works, monkeypatch):
+    side, seen = Side(works["policy"], Way("ours", 4, "batch_rebalance")), []
+    compute = side.trainer.compute_ref_log_probs
+
+    def record(model, batch):
+        seen.append((model, len(batch["completion_mask"])))
+        return compute(model, batch)
+
+    monkeypatch.setattr(side.trainer, "compute_ref_log_probs", record)
+    side(), side()
+    assert [rows for _, rows in seen] == [8, 8] * 2, "two packs of four pairs, twice"
+    assert all(model is side.reference for model, _ in seen) and side.trainer.ref_model is None
+
+
+def test_a_way_out_of_memory_loses_and_the_next_is_tried(works):
+    class Full(Side):
+        def __call__(self):
+            if self.way.pairs == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__()
+
+    tried = try_ways(lambda way: Full(works["policy"], way), [Way("trl", 4), Way("trl", 8)])
+    assert tried[0] == (0.0, Way("trl", 4)) and tried[1][0] > 0
+
+
+@KINDS
+def test_full_training_shares_weights_and_optimiser(kind, tokenizer):
+    model = random_model(kind, SHAPE, tokenizer, "float32")
+    own = replace(small(kind), lora=LoraSettings(), batch_size=4)
+    work = Work(kind, lambda: twin(model), tokenizer, made_pairs(tokenizer, 4, "demo"), own, checkpointing=True)
+    sides = sides_of(work, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert same_work(sides)["reference gap"] < 1e-5
+    first = next(model.parameters())
+    before = first.clone()
+    for side in sides:
+        assert next(side.trainer.model.parameters()) is first and side.trainer.args.gradient_checkpointing
+        assert side() == 4 and not torch.equal(before, first)
+        before = first.clone()
+
+
+def test_packs_go_to_the_device_with_the_batch(works):
+    from accelerate.utils import send_to_device
+
+    trainer = Side(works["policy"], our_way(works["policy"])).trainer
+    batch = send_to_device(trainer.data_collator(list(trainer.train_dataset)), "meta")
+    assert batch["pack"].input_ids.device.type == "meta" == batch["completion_mask"].device.type
+
+
+# Counting
+
+
+def counted(module, **inputs):
+    "Operations of forward and backward; the plain kernel is made of matrix products, counted whole, masked too."
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(**inputs, use_cache=False)[0].sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("more", [{}, dict(num_key_value_heads=4, intermediate_size=96), dict(hidden_size=128)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_of_a_padded_pass_are_those_torch_counts(more, checkpointing, tokenizer):
+    model, (rows, width) = random_model("reward", SHAPE | more, tokenizer, "float32").train(), (3, 70)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    found = counted(model, input_ids=torch.randint(3, 900, (rows, width)))
+    expected = model_flops(model.config, rows * width, rows * width**2)
+    if checkpointing:  # computes nearly all of the forward twice, which is not credited
+        assert 1.25 * expected < found < 1.34 * expected
+    else:
+        assert expected == pytest.approx(found, rel=0.01)
+
+
+def test_operations_of_a_pack_are_those_torch_counts(tokenizer):
+    model = random_model("reward", SHAPE, tokenizer, "float32")
+    assert enable_packing(model) == ""
+    pack = lay_out([[[*range(3, 43), *range(100, 130)], [*range(3, 43), *range(200, 255)]]])
+    attended = sum(q * k for q, k in zip(pack.query_lengths, pack.key_lengths))
+    expected = model_flops(model.config, pack.input_ids.numel(), attended)
+    assert expected == pytest.approx(counted(model.model, pack=pack), rel=0.01)
+
+
+def test_operations_of_dpo_are_those_torch_counts(tokenizer):
+    model, width = random_model("policy", SHAPE, tokenizer, "float32"), 70
+    found = counted(model, input_ids=torch.randint(3, 900, (1, width)))
+    one, other = ([{"prompt_ids": [], "chosen_ids": [*range(n)], "rejected_ids": [1000]}] for n in (width, 1))
+    masked = 4 / 3 * 3 * 2 * 4 * 4 * 16 * (width * width - width * (width + 1) // 2)  # 2 layers, 4 heads of 16
+    alone = work_flops("policy", model.config, one) - work_flops("policy", model.config, other) / 2
+    assert (alone + masked) * 3 / 4 == pytest.approx(found, rel=0.01)
+
+
+ids = st.lists(st.integers(3, 6), min_size=1, max_size=12)
+
+
+@given(pairs=st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_useful_work_is_what_a_pack_computes(pairs):
+    groups = [[shared + first, shared + second] for shared, first, second in pairs]
+    pack = lay_out(groups)
+    tokens, attended = useful_work([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in groups])
+    looked = sum(k - q + i + 1 for q, k in zip(pack.query_lengths, pack.key_lengths) for i in range(q))
+    again = sum(
+        len(own[0]) == len(shared) or own[1][: len(own[0])] == own[0] or own[0][: len(own[1])] == own[1]
+        for (shared, _, _), own in zip(pairs, groups)
+    )
+    assert 0 <= pack.input_ids.numel() - tokens <= again, "a text that begins the other one costs a token"
+    assert 0 <= looked - attended <= 24 * again
+
+
+def test_a_child_is_not_charged_with_the_memory_of_its_parent():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ballast = bytearray(os.urandom(1000) * 600_000)
+    command = [sys.executable, "-c", "from bench_training import peak_mb; print(peak_mb())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert 5 < float(done.stdout) < len(ballast) / 1e6 <= peak_mb()
+
+
+# Whole benches, at the smallest size
+
+
+@KINDS
+def test_adapters_are_compared_and_kept(kind, tmp_path):
+    found = lora_bench(kind, "random-tiny", 1, 1, small(kind), "float32", ["demo"], sizes=(4, 8))
+    written = read_json(tmp_path / "outputs" / "bench" / f"{kind}_training.json")
+    assert written["rows"] == found and [row["label"] for row in found] == ["demo's lengths"]
+    assert {"ours", "theirs", "ratio", "ratios", "unit", "device", "what", "date"} <= written.keys()
+    assert len(written["tried"]) == (4 if kind == "reward" else 2) and ("stock ratio" in written) == (kind == "policy")
+    positions = written["positions"]
+    assert positions["ours"] <= positions["useful"] < positions["theirs"]
+    if kind == "policy":
+        remembered = memory_bench("random-tiny", found, small(kind), "float32")
+        sides = remembered[0]["sides"]
+        assert set(sides) == {"ours", "theirs", "stock"} and remembered[0]["ours"] == sides["ours"]["peak_mb"]
+        assert all(own["peak_mb"] >= own["loaded_mb"] > 50 and own["steps"] == 1 for own in sides.values())
+        axes = bench_figure({"time": found, "memory": remembered, "GPU": []}).axes
+        assert [len(axis.patches) for axis in axes] == [3, 3] and len(axes[0].texts) == 2
+
+
+def test_a_child_that_fails_says_its_last_words():
+    with pytest.raises(RuntimeError, match="random-tiny"):
+        child_memory({"backbone": "random-tin", "way": "none"})
+
+
+@KINDS
+def test_every_weight_of_a_shape_is_compared(kind):
+    found = shape_bench(kind, "small", SHAPE, 1, pairs=4, matmul=256)
+    assert len(found["tried"]) >= len(STRATEGIES) and "AdamW" in found["what"] and found["reference gap"] < 0.02
+    assert min(found["share"].values()) > 0 and found["positions"]["ours"] <= found["positions"]["useful"]
+    body = found["parameters"] - 64 * (1024 + 1 + 2 * 2)  # without embeddings, head and norms
+    assert found["FLOP a pair"] > 6 * body * found["positions"]["useful"] / 4
+
+
+def test_candidates_are_compared(tokenizer):
+    model = load_causal_lm(find_weights("random-tiny"), "float32")
+    found = candidates_bench("small", model, tokenizer, 1, prompts=3, n=2, tokens=6, rows=(2, 8))
+    assert found["ours"] > 0 and set(found["tried"]) == {"2", "8"}
+    assert all(0 < count <= 3 * 2 * 6 for count in found["tokens"].values())
+
+
+def test_measurements_of_a_gpu_are_kept_by_device_and_day():
+    row = {"device": "Some GPU 80GB", "date": "2026-01-02"}
+    for ratio, label in ((1.0, "small"), (2.0, "small"), (3.0, "large")):
+        path = keep_gpu(row | {"ratio": ratio, "label": label}, "policy")
+    assert path.name == "policy_some-gpu-80gb_2026-01-02.json"
+    assert [own["ratio"] for own in read_json(path)["rows"]] == [2.0, 3.0]
+    assert "llama-3.2-3b" in one_line(lambda: gpu_bench("reward", ["llama-3.2-3"], 1, 8, True))
+    assert RewardSettings().lora.rank == 0, "shapes are trained whole"
