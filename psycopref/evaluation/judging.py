@@ -11,32 +11,31 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.tables import PALETTE, new_figure
 from ..core.files import PRINCIPLE_KEYS
-from ..feedback.battles import ORDERS, battle_request, consistent_verdicts
-from ..models.chat import ChatRequest, Failure
-from ..stats.scores import win_interval
+from ..core.paper import paper_values
+from ..core.prompts import BadReply, parse_battle, parse_choice
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
-from ..core.paper import paper_values
-from ..gateway.gateway import PROVIDERS, chat_model
-from ..stats.scores import cluster_totals, flip_rate, mean_interval
-from ..core.prompts import BadReply, parse_battle, parse_choice
-from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement, rank_correlation
+from ..core.tables import PALETTE, new_figure
+from .win_rates import SETTINGS, family, judged_twice, shown_first
+from ..feedback.battles import ORDERS, battle_request, consistent_verdicts
 from ..feedback.choosing import ranking_request
+from ..gateway.gateway import PROVIDERS, chat_model
+from ..models.chat import ChatRequest, Failure
+from ..models.weights import find_weights
+from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement, rank_correlation
+from ..stats.scores import cluster_totals, flip_rate, mean_interval, win_interval
 from ..training.sampling import score_candidates
 from ..training.scoring import find_scorer
-from ..models.weights import find_weights
-from .win_rates import SETTINGS, family, judged_twice, shown_first
 
 # %% auto #0
-__all__ = ['KEYS', 'BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'NUMBERS', 'NO_DISAGREEMENT', 'Judge', 'parse_judge',
-           'read_judges', 'check_judges', 'open_judges', 'judge_label', 'judge_names', 'panel_labels', 'panel_made_by',
+__all__ = ['KEYS', 'BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'NUMBERS', 'AGREEMENT_COLUMNS', 'NO_DISAGREEMENT', 'Judge',
+           'parse_judge', 'read_judges', 'open_judges', 'judge_label', 'judge_names', 'panel_labels', 'panel_made_by',
            'judged_speeches', 'contests', 'asked_verdicts', 'distinct_texts', 'reward_scores', 'word_scores',
            'scored_verdicts', 'stored_verdicts', 'verdicts_of', 'all_verdicts', 'margin_rows', 'percent_with_interval',
-           'both_orders', 'judge_row', 'judge_family', 'same_family_side', 'judge_families', 'self_preference',
-           'judges_table', 'numbers_of', 'first_shown_names', 'win_rate_spread', 'judges_sentences', 'correlate_judges',
-           'agreements', 'panel_alpha', 'agreement_table', 'agreements_json', 'agreement_sentences', 'kappa_figure',
+           'judge_row', 'judge_family', 'same_family_side', 'judge_families', 'self_preference', 'judges_table',
+           'numbers_of', 'first_shown_names', 'win_rate_spread', 'judges_sentences', 'correlate_judges', 'agreements',
+           'panel_alpha', 'agreement_table', 'agreements_json', 'agreement_sentences', 'kappa_figure',
            'kappa_sentences', 'disagreements', 'disagreement_table', 'disagreement_sentences']
 
 # %% ../../nbs/evaluation/03_judging.ipynb #caf89db8
@@ -46,7 +45,12 @@ class Judge:
 
     spec: str  # as in the profile; column `judge` of the verdicts
     kind: str  # battle, choose, reward or longer
-    place: str = ""  # gateway URI, or a reward model by name; empty for the run's own reward model and for longer
+    place: str = ""  # gateway URI or reward model; empty for the run's own reward model and for longer
+
+    @property
+    def weights(self):
+        "The weights of a reward model that is named."
+        return find_weights(find_scorer(self.place).location)
 
 
 def parse_judge(spec: str) -> Judge:
@@ -60,7 +64,7 @@ def parse_judge(spec: str) -> Judge:
         return Judge(spec, "choose" if kind == "choose" else "battle", uri)
     known = [
         *(f"{name}:" for name in PROVIDERS),
-        *(["reward", "longer", "reward:", "choose:"] if kind != "choose" else []),
+        *("reward longer reward: choose:".split() if kind != "choose" else []),
     ]
     raise StudyError(
         f"judge {spec!r}: found no such judge, expected in judges.others reward, "
@@ -69,23 +73,18 @@ def parse_judge(spec: str) -> Judge:
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f5a4b208
 def read_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:
-    "Parse the names of all judges. Returns the main judge first, each once."
+    "Parse the names of all judges, the main judge first, each once."
     return [parse_judge(spec) for spec in dict.fromkeys([main, *others])]
 
 
-def check_judges(judges: typing.Sequence[Judge]) -> None:
-    "Open every judge once, so that one that is missing or can't be paid is reported before any is asked."
+def open_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:
+    "Parse the names of all judges as `read_judges`, and check that each can be asked before any is asked."
+    judges = read_judges(main, others)
     for judge in judges:
         if judge.kind in ("battle", "choose"):
             chat_model(judge.place)
-        elif judge.kind == "reward" and judge.place:
-            find_weights(find_scorer(judge.place).location)
-
-
-def open_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:
-    "Parse the names of all judges, and check that each can be asked. Returns the main judge first, each once."
-    judges = read_judges(main, others)
-    check_judges(judges)
+        elif judge.place:
+            judge.weights
     return judges
 
 # %% ../../nbs/evaluation/03_judging.ipynb #53b61287
@@ -94,38 +93,36 @@ def judge_label(judge: Judge, reward: str = "") -> str:
     if judge.kind == "longer":
         return "longer answer wins (a baseline, no judge)"
     if judge.kind == "reward":
-        return f"reward model: {reward if not judge.place else find_weights(find_scorer(judge.place).location).label}"
+        return f"reward model: {judge.weights.label if judge.place else reward}"
     return f"{chat_model(judge.place).label}{', asked only to choose' if judge.kind == 'choose' else ''}"
 
 
+def _short_name(judge: Judge) -> str:
+    "Return a judge's name for tables and axes; a stand-in keeps that word."
+    if judge.kind == "longer":
+        return "longer answer (baseline)"
+    if judge.kind == "reward":
+        return judge.weights.short if judge.place else "reward model"
+    label = chat_model(judge.place).label
+    return (label if "stand-in" in label else label.split(" (")[0]) + (", choosing" if judge.kind == "choose" else "")
+
+
 def judge_names(judges: typing.Sequence[Judge]) -> dict[str, str]:
-    "Return short names for tables and axes; a stand-in keeps that word. Returns spec -> short name, each its own."
+    "Return spec -> short name of each judge, no two alike."
     names = {}
     for judge in judges:
-        if judge.kind in ("battle", "choose"):
-            label = chat_model(judge.place).label
-            name = (label if "stand-in" in label else label.split(" (")[0]) + (
-                ", choosing" if judge.kind == "choose" else ""
-            )
-        else:
-            name = (
-                "longer answer (baseline)"
-                if judge.kind == "longer"
-                else find_weights(find_scorer(judge.place).location).short
-                if judge.place
-                else "reward model"
-            )
+        name = _short_name(judge)
         names[judge.spec] = f"{name} ({judge.spec})" if name in names.values() else name
     return names
 
 
 def panel_labels(judges: typing.Sequence[Judge], reward: str) -> dict[str, str]:
-    "Return the full names of all judges. Returns spec -> full name."
+    "Return spec -> full name of each judge. reward: what the run's own reward model is."
     return {judge.spec: judge_label(judge, reward) for judge in judges}
 
 
 def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple, str, str]:
-    "Return what the label of a table of judges says. Returns models, rater, n."
+    "Return models, rater and n for the label of a table of judges. labels: of panel_labels; table: of contests."
     main, *others = labels.values()
     policies, speeches = sorted(set(table.policy)), table.speech_id.nunique()
     rater = f"{main} (main judge); others: {'; '.join(others)}"
@@ -134,48 +131,40 @@ def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple,
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f02e9172
 def judged_speeches(speeches, answers, n: int | None, seed: int):
-    """Choose the speeches that all judges see.
-
-    speeches: frame of kind "speeches"; answers: frame of kind "answers"; n: at most so many; None takes all.
-    Returns frame of test speeches that the reference answered."""
+    "Return the test speeches that all judges see: n of those that the reference answered, by hash; None takes all."
     if n is not None and n < 1:
         raise StudyError(f"judges.speeches: found {n}, expected at least 1; null takes all test speeches")
-    answered = set(answers.speech_id[answers.policy == "reference"])
+    answered = answers.speech_id[answers.policy == "reference"]
     own = speeches[(speeches.split == "test") & speeches.speech_id.isin(answered)]
     if own.empty:
-        raise StudyError(
-            "judges: found no test speech that the reference answered, expected some; run 07_win_rates again"
-        )
+        expected = "expected some; run 07_win_rates again"
+        raise StudyError(f"judges: found no test speech that the reference answered, {expected}")
     chosen = sorted(own.speech_id, key=lambda name: derived_seed(seed, "judges", name))[:n]
     return own[own.speech_id.isin(chosen)].reset_index(drop=True)
 
 
+_BATTLE = ["policy", "setting", "speech_id"]
 KEYS = ["speech_id", "setting", "policy", "order"]  # what names one question to a judge
 BASELINE = "longer"  # compared with the judges, and never counted as one
 
 
 def contests(speeches, answers):
-    """List what is judged: each answer of a policy against the reference's, in both orders.
+    """Return each answer of a policy beside the reference's, in both orders.
 
     speeches: frame with speech_id and speech; answers: frame of kind "answers". Returns frame: KEYS, speech,
     response (of the policy), against (of the reference)."""
     import pandas as pd
 
-    texts, reference = (
-        dict(zip(speeches.speech_id, speeches.speech)),
-        answers[answers.policy == "reference"].set_index("speech_id").response,
+    reference = answers[answers.policy == "reference"][["speech_id", "response"]].rename(
+        columns={"response": "against"}
     )
-    own = answers[
-        (answers.policy != "reference") & answers.speech_id.isin(list(texts)) & answers.speech_id.isin(reference.index)
-    ]
-    both = own.assign(speech=own.speech_id.map(texts), against=own.speech_id.map(reference)).merge(
-        pd.DataFrame({"order": ORDERS}), how="cross"
-    )
+    own = answers[answers.policy != "reference"].merge(speeches[["speech_id", "speech"]], on="speech_id")
+    both = own.merge(reference, on="speech_id").merge(pd.DataFrame({"order": ORDERS}), how="cross")
     return both[[*KEYS, "speech", "response", "against"]]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #c5cba860
 def _ask_choice(row) -> ChatRequest:
-    "Build the question for the number of the better response, as `feedback.choosing` asks rankers."
+    "Ask for the number of the better response, as `feedback.choosing` asks rankers."
     pair = types.SimpleNamespace(question=row.speech, chosen=row.response, rejected=row.against)
     return ranking_request(pair, "chosen first" if row.order == ORDERS[0] else "rejected first")
 
@@ -189,7 +178,7 @@ JUDGE_PROMPTS = {  # kind -> how it is asked, and how its reply is read
 def _policy_verdict(found: dict, order: str) -> dict:
     "Convert a reply to the policy's verdict and margin."
     verdicts = {key: "win" if (number == 1) == (order == ORDERS[0]) else "loss" for key, number in found.items()}
-    points = [(verdict == "win") - (verdict == "loss") for key, verdict in verdicts.items() if key != "overall"]
+    points = [1 if verdict == "win" else -1 for key, verdict in verdicts.items() if key != "overall"]
     return {"verdict": verdicts["overall"], "margin": sum(points) / len(points) if points else None}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #740f8592
@@ -197,70 +186,60 @@ VERDICT_COLUMNS = [*KEYS, "judge", "verdict", "margin"]  # margin: missing where
 
 
 def asked_verdicts(gateway, judge: Judge, table):
-    """Ask a language model about every contest.
-
-    Returns (frame with VERDICT_COLUMNS, list of what could not be read or asked)."""
+    "Ask a language model about every contest; return verdicts (VERDICT_COLUMNS) and a list of what has none, and why."
     import pandas as pd
 
     request, read = JUDGE_PROMPTS[judge.kind]
     parts, rows, skipped = [own for _, own in table.groupby(["policy", "setting"], sort=False)], [], []
     asked = ((request(row) for row in own.itertuples()) for own in parts)
-    for replies, own in zip(
-        gateway.stream(chat_model(judge.place), asked, f"judging: {judge.spec}", len(table)), parts
+    stream = gateway.stream(chat_model(judge.place), asked, f"judging: {judge.spec}", len(table))
+    for row, reply in (
+        (row, reply) for replies, own in zip(stream, parts) for row, reply in zip(own.itertuples(), replies)
     ):
-        for row, reply in zip(own.itertuples(), replies):
-            place = {key: getattr(row, key) for key in KEYS} | {"judge": judge.spec}
-            if isinstance(reply, Failure):
-                skipped.append({**place, "kind": "failed", "reason": reply.reason, "raw": reply.raw})
-                continue
-            try:
-                rows.append({**place, **_policy_verdict(read(reply.text), row.order)})
-            except BadReply as error:
-                skipped.append({**place, "kind": "unreadable", "reason": str(error), "raw": reply.text})
+        place = {key: getattr(row, key) for key in KEYS} | {"judge": judge.spec}
+        if isinstance(reply, Failure):
+            skipped.append({**place, "kind": "failed", "reason": reply.reason, "raw": reply.raw})
+            continue
+        try:
+            rows.append({**place, **_policy_verdict(read(reply.text), row.order)})
+        except BadReply as error:
+            skipped.append({**place, "kind": "unreadable", "reason": str(error), "raw": reply.text})
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS).astype({"margin": float}), skipped
 
 # %% ../../nbs/evaluation/03_judging.ipynb #d0396078
 def distinct_texts(table) -> dict[str, list[str]]:
-    "Collect the answers that are scored. Returns speech_id -> answers, each once."
-    return {
-        name: list(dict.fromkeys([*own.against, *own.response])) for name, own in table.groupby("speech_id", sort=False)
-    }
+    "Return speech_id -> the answers to it, each once."
+    parts = table.groupby("speech_id", sort=False)
+    return {name: list(dict.fromkeys([*own.against, *own.response])) for name, own in parts}
 
 
 def reward_scores(scorer: str, table, folder: Path, dtype: str = "auto", name: str = "scoring") -> dict:
-    """Score every answer with a reward model; read what an interrupted run has scored.
+    """Return (speech_id, text) -> reward of every answer; what an interrupted run has scored is read.
 
-    scorer: folder of a reward model, or a name of `training.scoring`; folder: where the rewards are kept; dtype:
-    auto, bfloat16 or float32; name: shown before the progress bar. Returns (speech_id, text) -> reward."""
+    scorer: folder of a reward model, or a name of `training.scoring`; folder: where rewards are kept; name: shown
+    before the progress bar."""
     texts, speeches = distinct_texts(table), dict(zip(table.speech_id, table.speech))
     rewards = score_candidates(scorer, speeches, texts, folder, dtype, name)
     return {(own, text): reward for own, said in texts.items() for text, reward in zip(said, rewards[own])}
 
 
 def word_scores(table) -> dict:
-    "Score every answer by its number of words. Returns (speech_id, text) -> words."
+    "Return (speech_id, text) -> number of words of every answer."
     return {(own, text): len(text.split()) for own, said in distinct_texts(table).items() for text in said}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #4cdbf03c
 def scored_verdicts(judge: Judge, table, scores: dict):
-    """Let the higher score win.
-
-    judge: of kind reward or longer; scores: (speech_id, text) -> score. Returns frame with VERDICT_COLUMNS; the
-    margin is the difference of the scores, policy less reference."""
+    "Let the higher score win; the margin is the difference of scores. scores: (speech_id, text) -> score."
     import numpy as np
 
     own, theirs = ([scores[key] for key in zip(table.speech_id, table[side])] for side in ("response", "against"))
     margin = np.subtract(own, theirs).astype(float)
-    return table[KEYS].assign(
-        judge=judge.spec, verdict=np.select([margin > 0, margin < 0], ["win", "loss"], "tie"), margin=margin
-    )
+    verdict = np.select([margin > 0, margin < 0], ["win", "loss"], "tie")
+    return table[KEYS].assign(judge=judge.spec, verdict=verdict, margin=margin)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #079229cf
 def stored_verdicts(judge: Judge, battles, table):
-    """Read the main judge's verdicts from the stored battles.
-
-    judge: evaluation.judge; battles: frame of kind "battles". Returns frame with VERDICT_COLUMNS, of the contests
-    that it judged."""
+    "Return the main judge's verdicts (VERDICT_COLUMNS) on the contests that it judged, from the stored battles."
     if set(battles.judge) != {judge.spec}:
         found = ", ".join(sorted(set(battles.judge))) or "nobody"
         raise StudyError(
@@ -274,68 +253,45 @@ def stored_verdicts(judge: Judge, battles, table):
 
 # %% ../../nbs/evaluation/03_judging.ipynb #e24afe52
 def verdicts_of(judge: Judge, table, gateway, scorer: str, folder: Path, dtype: str = "auto"):
-    """Collect one judge's verdicts.
+    """Return one judge's verdicts (VERDICT_COLUMNS) and a list of what has none.
 
-    scorer: folder of the run's own reward model; folder: where rewards are kept; dtype: of reward models. Returns
-    (frame with VERDICT_COLUMNS, list of what could not be read or asked)."""
+    scorer: folder of the run's own reward model; folder: where rewards are kept; dtype: of reward models."""
     if judge.kind in JUDGE_PROMPTS:
         return asked_verdicts(gateway, judge, table)
     if judge.kind == "longer":
         return scored_verdicts(judge, table, word_scores(table)), []
     own = Path(folder) / f"{derived_seed(0, judge.spec):x}"
-    return scored_verdicts(
-        judge, table, reward_scores(judge.place or scorer, table, own, dtype, f"scoring: {judge.spec}")
-    ), []
+    scores = reward_scores(judge.place or scorer, table, own, dtype, f"scoring: {judge.spec}")
+    return scored_verdicts(judge, table, scores), []
 
-# %% ../../nbs/evaluation/03_judging.ipynb #40bf45e8
-def all_verdicts(
-    judges: typing.Sequence[Judge], table, battles, gateway, scorer: str, folder: Path, dtype: str = "auto"
-):
-    """Collect the verdicts of all judges; those of the main judge are stored already.
 
-    judges: the main judge first; battles: frame of kind "battles", with the main judge's verdicts; scorer: folder
-    of the run's own reward model; folder: where rewards are kept; dtype: of reward models. Returns (frame with
-    VERDICT_COLUMNS, list of what could not be read or asked)."""
+def all_verdicts(judges: typing.Sequence[Judge], table, battles, *how):
+    """Return the verdicts of all judges and a list of what has none.
+
+    judges: the main judge first; battles: frame of kind "battles", with the main judge's verdicts; how: gateway,
+    scorer, folder and dtype, as in `verdicts_of`."""
     import pandas as pd
 
     main, *others = judges
-    found, skipped = [stored_verdicts(main, battles, table)], []
-    for judge in others:
-        own, missed = verdicts_of(judge, table, gateway, scorer, folder, dtype)
-        found.append(own)
-        skipped += missed
-    return pd.concat(found, ignore_index=True), skipped
+    found = [verdicts_of(judge, table, *how) for judge in others]
+    verdicts = pd.concat([stored_verdicts(main, battles, table), *(own for own, _ in found)], ignore_index=True)
+    return verdicts, [entry for _, missed in found for entry in missed]
 
 
 def margin_rows(judged) -> list[dict]:
-    "List the margins of judges that have them."
-    columns = ["judge", "policy", "setting", "speech_id", "order", "margin"]
-    return judged.loc[judged.margin.notna(), columns].to_dict("records")
+    "Return the margins of judges that have them, as rows for JSON."
+    return judged.loc[judged.margin.notna(), ["judge", *_BATTLE, "order", "margin"]].to_dict("records")
 
 # %% ../../nbs/evaluation/03_judging.ipynb #b7910494
 def percent_with_interval(values, speeches, samples: int) -> str | None:
-    """Format a share in percent with its interval over speeches.
-
-    values: booleans or numbers, one for each verdict; speeches: the speech of each. Returns such as "62.5 (50.1 to
-    75.0)"; None where there is nothing."""
+    'Format a share in percent with its interval over speeches, such as "62.5 (50.1 to 75.0)"; None without values.'
     if not len(values):
         return None
-    low, high = (
-        win_interval(values.to_numpy(), clusters=speeches.to_numpy(), samples=samples)
-        if speeches.nunique() > 1
-        else (None, None)
-    )
-    return f"{100 * values.mean():.1f}" + ("" if low is None else f" ({low:.1f} to {high:.1f})")
-
-
-def both_orders(own):
-    "Arrange one judge's verdicts by order. Returns frame with a column for each order, of the battles read in both."
-    return (
-        own.pivot(index=["policy", "setting", "speech_id"], columns="order", values="verdict")
-        .reindex(columns=list(ORDERS))
-        .dropna()
-        .reset_index()
-    )
+    share = f"{100 * values.mean():.1f}"
+    if speeches.nunique() < 2:
+        return share
+    low, high = win_interval(values.to_numpy(), clusters=speeches.to_numpy(), samples=samples)
+    return f"{share} ({low:.1f} to {high:.1f})"
 
 
 def _longer_chosen(own, table):
@@ -346,35 +302,29 @@ def _longer_chosen(own, table):
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f80bc85c
 def judge_row(own, table, skipped: typing.Sequence[dict], samples: int) -> dict:
-    """Summarise a judge in a setting.
+    """Return one row of Table S29, without its names.
 
-    own: verdicts of one judge in one setting; table: of contests, in that setting; skipped: what that judge did not
-    answer there. Returns one row of Table S29, without its names."""
-    wide, first = both_orders(own), shown_first(own)
+    own: verdicts of one judge in one setting; table: of contests in it; skipped: what that judge did not answer."""
+    wide = own.pivot(index=_BATTLE, columns="order", values="verdict").reindex(columns=list(ORDERS)).dropna()
+    first, row = shown_first(own), {}
+    for policy in table.policy.unique():
+        said = own[own.policy == policy]
+        row[f"{policy}: win rate %"] = percent_with_interval(said.verdict == "win", said.speech_id, samples)
     complete = len(own) + len(skipped) == len(table)  # else 07_win_rates skipped replies and knows why
-    rates = {
-        policy: percent_with_interval(
-            own.verdict[own.policy == policy] == "win", own.speech_id[own.policy == policy], samples
-        )
-        for policy in table.policy.unique()
-    }
     failed = sum(entry["kind"] == "failed" for entry in skipped)
-    return {
-        **{f"{policy}: win rate %": rate for policy, rate in rates.items()},
-        "ties %": round(100 * float((own.verdict == "tie").mean()), 1) if len(own) else None,
-        "coverage %": round(100 * len(own) / len(table), 1),
-        "unreadable": len(skipped) - failed if complete else None,
-        "failed calls": failed if complete else None,
-        "flips %": round(flip_rate(wide[ORDERS[0]].to_numpy(), wide[ORDERS[1]].to_numpy()), 1) if len(wide) else None,
-        "for the first shown %": percent_with_interval(first["first"], first.speech_id, samples),
-        "for the longer %": percent_with_interval(*_longer_chosen(own, table), samples),
-    }
+    row["ties %"] = round(100 * float((own.verdict == "tie").mean()), 1) if len(own) else None
+    row["coverage %"] = round(100 * len(own) / len(table), 1)
+    row |= {"unreadable": len(skipped) - failed, "failed calls": failed} if complete else _NO_COUNTS
+    row["flips %"] = round(flip_rate(*(wide[order].to_numpy() for order in ORDERS)), 1) if len(wide) else None
+    row["for the first shown %"] = percent_with_interval(first["first"], first.speech_id, samples)
+    return row | {"for the longer %": percent_with_interval(*_longer_chosen(own, table), samples)}
+
+
+_NO_COUNTS = {"unreadable": None, "failed calls": None}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2ede16fa
 def judge_family(judge: Judge, backbone: str) -> str:
-    """Return the family of models that a judge belongs to.
-
-    backbone: weights that the run's own reward model was trained from. Returns empty for rules and baselines."""
+    "Return a judge's family; empty for rules and baselines. backbone: what the run's reward model was trained from."
     if judge.kind == "longer" or judge.place.startswith("rules:"):
         return ""
     if judge.kind == "reward":
@@ -383,64 +333,43 @@ def judge_family(judge: Judge, backbone: str) -> str:
 
 
 def same_family_side(judge: str, policy: str, reference: str) -> str:
-    "Return the side of a battle that is of the judge's family. Returns policy, reference, both or neither."
-    sides = [name for name, family in (("policy", policy), ("reference", reference)) if judge and family == judge]
+    "Return the side of a battle that is of the judge's family: policy, reference, both or neither. All are families."
+    sides = [name for name, own in (("policy", policy), ("reference", reference)) if judge and own == judge]
     return sides[0] if len(sides) == 1 else "both" if sides else "neither"
 
 
 def judge_families(judges: typing.Sequence[Judge], backbone: str, answers, reference: str) -> dict[str, str]:
-    """Return the families of all that judge or answer.
+    """Return judge, policy or "reference" -> family; empty for rules and baselines.
 
-    backbone: weights that the run's own reward model was trained from; answers: frame of kind "answers"; reference:
-    gateway URI of the reference model. Returns judge, policy or "reference" -> family; empty for rules and
-    baselines."""
-    policies = [name for name in answers.policy.unique() if name != "reference"]
-    return (
-        {judge.spec: judge_family(judge, backbone) for judge in judges}
-        | {name: family(name) for name in policies}
-        | {"reference": family(reference)}
-    )
+    backbone: what the run's own reward model was trained from; reference: gateway URI of the reference model."""
+    found = {judge.spec: judge_family(judge, backbone) for judge in judges}
+    found |= {name: family(name) for name in answers.policy.unique() if name != "reference"}
+    return found | {"reference": family(reference)}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #9f514ccc
 def self_preference(judged, judge: str, families: dict[str, str], samples: int = 1000) -> dict:
-    """Compare how often a judge chooses its own family with how often others do.
+    """Compare how often a judge chooses its own family with how often judges of other families do.
 
-    judged: frame with VERDICT_COLUMNS of all judges; families: judge, policy or "reference" -> family; empty where
-    there is none. Returns side, points (percentage points) or None, low, high, n battles."""
+    judged: verdicts of all judges; families: of judge_families. Returns side, points (percentage points) or None,
+    low, high, n battles."""
     import numpy as np
 
     wide = judged.pivot(index=KEYS, columns="judge", values="verdict").reset_index()
-    sides = {
-        policy: same_family_side(families[judge], families[policy], families["reference"])
-        for policy in wide.policy.unique()
-    }
-    side = " and ".join(
-        dict.fromkeys([side for side in sides.values() if side in ("policy", "reference")] or sides.values())
-    )
-    others = [
-        name
-        for name in judged.judge.unique()
-        if name not in (judge, BASELINE) and (not families[name] or families[name] != families[judge])
-    ]
-    own = (
-        wide[
-            wide.policy.map(sides).isin(["policy", "reference"])
-            & wide[judge].notna()
-            & wide[others].notna().any(axis=1)
-        ]
-        if judge in wide
-        else wide.head(0)
-    )
+    theirs, ours = families["reference"], families[judge]
+    sides = {policy: same_family_side(ours, families[policy], theirs) for policy in wide.policy.unique()}
+    single = [side for side in sides.values() if side in ("policy", "reference")]
+    side = " and ".join(dict.fromkeys(single or sides.values()))
+    strangers = [name for name in judged.judge.unique() if not (families[name] and families[name] == ours)]
+    others = [name for name in strangers if name not in (judge, BASELINE)]
+    own = wide[wide.policy.map(sides).isin(single)]
+    own = own[own[judge].notna() & own[others].notna().any(axis=1)] if judge in wide else own.head(0)
     if own.empty:
         return {"side": side, "points": None, "low": None, "high": None, "n": 0}
     wanted = np.where(own.policy.map(sides) == "policy", "win", "loss")
-    theirs = np.column_stack(
-        [np.where(own[name].notna(), own[name] == wanted, np.nan).astype(float) for name in others]
-    )
-    gap = ((own[judge] == wanted) - np.nanmean(theirs, axis=1)).to_numpy()
-    totals = cluster_totals(
-        "judges.self_preference", np.column_stack([gap, np.ones(len(gap))]), own.speech_id.to_numpy()
-    )
+    votes = np.column_stack([np.where(own[name].notna(), own[name] == wanted, np.nan).astype(float) for name in others])
+    gap = ((own[judge] == wanted) - np.nanmean(votes, axis=1)).to_numpy()
+    columns = np.column_stack([gap, np.ones(len(gap))])
+    totals = cluster_totals("judges.self_preference", columns, own.speech_id.to_numpy())
     low, high = (100 * end for end in mean_interval(totals, samples, 0.95, 0)) if len(totals) > 1 else (None, None)
     return {"side": side, "points": 100 * float(gap.mean()), "low": low, "high": high, "n": len(own)}
 
@@ -454,13 +383,11 @@ def _self_preference_text(found: dict) -> str:
     return f"{found['points']:+.1f}{interval}, {found['side']} of its family"
 
 
-def judges_table(
-    judged, table, skipped: typing.Sequence[dict], names: dict[str, str], families: dict[str, str], samples: int = 1000
-):
-    """Tabulate the judges (Table S29).
+def judges_table(judged, table, skipped: typing.Sequence[dict], names: dict, families: dict, samples: int = 1000):
+    """Tabulate the judges, a row for each setting and judge (Table S29).
 
-    judged: frame with VERDICT_COLUMNS of all judges; skipped: what was not answered, of all; families: judge,
-    policy or "reference" -> family. Returns frame, one row for each setting and judge."""
+    judged: verdicts of all judges; table: of contests; skipped: what has no verdict; names: of judge_names;
+    families: of judge_families."""
     import pandas as pd
 
     rows = []
@@ -468,34 +395,27 @@ def judges_table(
         seen = judged[judged.setting == setting]
         for spec, name in names.items():
             missed = [entry for entry in skipped if (entry["judge"], entry["setting"]) == (spec, setting)]
-            own = self_preference(seen, spec, families, samples)
-            rows.append(
-                {
-                    "setting": SETTINGS[setting],
-                    "judge": name,
-                    **judge_row(seen[seen.judge == spec], part, missed, samples),
-                    "self-preference, points": _self_preference_text(own),
-                    "n": int((seen.judge == spec).sum()),
-                }
-            )
+            row = {"setting": SETTINGS[setting], "judge": name}
+            row |= judge_row(seen[seen.judge == spec], part, missed, samples)
+            row["self-preference, points"] = _self_preference_text(self_preference(seen, spec, families, samples))
+            rows.append(row | {"n": int((seen.judge == spec).sum())})
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #30b59e4c
 def numbers_of(cell: str | None) -> tuple[float, float, float] | None:
-    "Parse a cell such as 62.5 (50.1 to 75.0). Returns value, low, high; None where there is no interval."
+    "Parse a cell such as 62.5 (50.1 to 75.0) to value, low, high; None where there is no interval."
     found = re.fullmatch(r"([-\d.]+) \(([-\d.]+) to ([-\d.]+)\)", cell or "")
     return tuple(map(float, found.groups())) if found else None
 
 
 def _by_setting(each, column: str) -> dict[str, list]:
-    "Collect the cells of a column that are there. Returns judge -> numbers of each setting."
+    "Return judge -> the cells of a column that are there, one for each setting."
     return {judge: own[column].dropna().tolist() for judge, own in each.groupby("judge", sort=False)}
 
 
 def first_shown_names(each) -> list[str]:
-    "List judges whose interval of the share for the first shown excludes 50% in a setting."
-    cells = _by_setting(each, "for the first shown %").items()
-    found = {judge: [numbers_of(cell) for cell in own] for judge, own in cells}
+    "Return the judges whose interval of the share for the first shown excludes 50% in a setting."
+    found = {j: map(numbers_of, own) for j, own in _by_setting(each, "for the first shown %").items()}
     return [judge for judge, own in found.items() if any(one and not one[1] <= 50 <= one[2] for one in own)]
 
 
@@ -503,16 +423,13 @@ def win_rate_spread(each) -> tuple | None:
     """Find the win rate on which the judges (without the baseline) differ most.
 
     Returns policy, setting, lowest judge, its win rate, highest judge, its win rate."""
-    found = []
-    for policy in [name.removesuffix(": win rate %") for name in each if name.endswith(": win rate %")]:
+    found, ending = [], ": win rate %"
+    for column in [name for name in each if name.endswith(ending)]:
         for setting, own in each[~each.judge.str.contains("baseline")].groupby("setting", sort=False):
-            rates = {
-                row.judge: float(cell.split()[0])
-                for row, cell in zip(own.itertuples(), own[f"{policy}: win rate %"])
-                if cell
-            }
-            low, high = (min(rates, key=rates.get), max(rates, key=rates.get)) if rates else (None, None)
-            found += [(policy, setting, low, rates[low], high, rates[high])] if len(rates) > 1 else []
+            rates = {judge: float(cell.split()[0]) for judge, cell in zip(own.judge, own[column]) if cell}
+            if len(rates) > 1:
+                low, high = min(rates, key=rates.get), max(rates, key=rates.get)
+                found.append((column.removesuffix(ending), setting, low, rates[low], high, rates[high]))
     return max(found, key=lambda one: one[5] - one[3], default=None)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #95ed2b8d
@@ -543,26 +460,20 @@ def judges_sentences(each, enough: float = 90) -> list[str]:
 # %% ../../nbs/evaluation/03_judging.ipynb #1206739d
 def _rates(judged):
     "Return each judge's win rates by policy and setting, from battles that all in the frame judged."
-    whole = judged.groupby(KEYS).judge.transform("nunique") == judged.judge.nunique()
-    return (
-        judged[whole]
-        .assign(won=lambda f: f.verdict == "win")
-        .pivot_table(index=["policy", "setting"], columns="judge", values="won")
-    )
+    whole = judged[judged.groupby(KEYS).judge.transform("nunique") == judged.judge.nunique()]
+    won = whole.assign(won=whole.verdict == "win")
+    return won.pivot_table(index=["policy", "setting"], columns="judge", values="won")
 
 
 def _margins(judged):
     "Return each judge's margin of each answer, the mean of both orders."
-    return judged_twice(judged, ["policy", "setting", "speech_id", "judge"]).pivot_table(
-        index=["policy", "setting", "speech_id"], columns="judge", values="margin"
-    )
+    return judged_twice(judged, [*_BATTLE, "judge"]).pivot_table(index=_BATTLE, columns="judge", values="margin")
 
 
 def correlate_judges(wide, first: str, second: str, kind: str) -> tuple:
-    """Correlate two judges; None where one of them is constant, or there are fewer than three rows.
+    """Return the correlation of two judges, or None where one is constant or rows are fewer than three, and the rows.
 
-    wide: frame with a column for each of two judges; kind: kendall or spearman. Returns (correlation or None, rows
-    that both have)."""
+    wide: frame with a column for each judge; kind: kendall or spearman."""
     if not {first, second} <= set(wide.columns):
         return None, 0
     both = wide[[first, second]].dropna()
@@ -576,10 +487,8 @@ def _agreement(judged, samples: int) -> dict[tuple, dict]:
     if judged.judge.nunique() < 2:
         return {}
     long = judged.assign(item=judged[KEYS].agg("\t".join, axis=1), rater=judged.judge, label=judged.verdict)
-    return {
-        (row["first"], row["second"]): row
-        for row in pairwise_agreement(long, samples, cluster="speech_id").to_dict("records")
-    }
+    rows = pairwise_agreement(long, samples, cluster="speech_id").to_dict("records")
+    return {frozenset([row["first"], row["second"]]): row for row in rows}
 
 
 def _why_no_kappa(wide, first: str, second: str, names: dict) -> str:
@@ -587,10 +496,9 @@ def _why_no_kappa(wide, first: str, second: str, names: dict) -> str:
     both = wide[[first, second]].dropna() if {first, second} <= set(wide.columns) else wide.head(0)
     if both.empty:
         return "no battle was judged by both"
-    single = [
-        f"{names[judge]} always says {both[judge].iloc[0]}" for judge in (first, second) if both[judge].nunique() == 1
-    ]
-    return f"no κ: {', '.join(single)}" if single else ""
+    single = [judge for judge in (first, second) if both[judge].nunique() == 1]
+    always = ", ".join(f"{names[judge]} always says {both[judge].iloc[0]}" for judge in single)
+    return f"no κ: {always}" if single else ""
 
 # %% ../../nbs/evaluation/03_judging.ipynb #4cd138e4
 NUMBERS = ("agreement", "low", "high", "kappa", "kappa_low", "kappa_high")
@@ -599,54 +507,30 @@ NUMBERS = ("agreement", "low", "high", "kappa", "kappa_low", "kappa_high")
 def agreements(judged, names: dict[str, str], samples: int = 1000):
     """Compare each two judges on what both judged; κ is missing where it says nothing.
 
-    judged: frame with VERDICT_COLUMNS of all judges. Returns frame: first, second, n, NUMBERS, tau, places (rows of
-    tau), rho, answers (rows of rho), remark."""
+    judged: verdicts of all judges. Returns frame: first, second, n, NUMBERS, tau, places (rows of tau), rho, answers
+    (rows of rho), remark."""
     import itertools
     import math
 
     import pandas as pd
 
-    wide, margins, found, rows = (
-        judged.pivot(index=KEYS, columns="judge", values="verdict"),
-        _margins(judged),
-        _agreement(judged, samples),
-        [],
-    )
-    for first, second in itertools.combinations(names, 2):
-        row, remark = (
-            found.get((first, second)) or found.get((second, first)) or {"n": 0},
-            _why_no_kappa(wide, first, second, names),
-        )
-        numbers = {
-            name: math.nan if remark and (not row["n"] or name.startswith("kappa")) else row[name] for name in NUMBERS
-        }
-        (tau, places), (rho, answers) = (
-            correlate_judges(_rates(judged[judged.judge.isin([first, second])]), first, second, "kendall"),
-            correlate_judges(margins, first, second, "spearman"),
-        )
-        rows.append(
-            {
-                "first": first,
-                "second": second,
-                "n": row["n"],
-                **numbers,
-                "tau": tau,
-                "places": places,
-                "rho": rho,
-                "answers": answers,
-                "remark": remark,
-            }
-        )
-    return pd.DataFrame(
-        rows, columns=["first", "second", "n", *NUMBERS, "tau", "places", "rho", "answers", "remark"]
-    ).astype({"tau": float, "rho": float})
+    wide = judged.pivot(index=KEYS, columns="judge", values="verdict")
+    margins, found, rows = _margins(judged), _agreement(judged, samples), []
+    for pair in itertools.combinations(names, 2):
+        row, remark = found.get(frozenset(pair), {"n": 0}), _why_no_kappa(wide, *pair, names)
+        missing = NUMBERS if not row["n"] else NUMBERS[3:] if remark else ()
+        numbers = [math.nan if name in missing else row[name] for name in NUMBERS]
+        tau, places = correlate_judges(_rates(judged[judged.judge.isin(pair)]), *pair, "kendall")
+        rho, answers = correlate_judges(margins, *pair, "spearman")
+        rows.append([*pair, row["n"], *numbers, tau, places, rho, answers, remark])
+    columns = ["first", "second", "n", *NUMBERS, "tau", "places", "rho", "answers", "remark"]
+    return pd.DataFrame(rows, columns=columns).astype({"tau": float, "rho": float})
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2a52c1c0
 def panel_alpha(judged, samples: int = 1000) -> dict:
-    """Compute Krippendorff's α of all judges, without the baseline.
+    """Compute Krippendorff's α of all judges without the baseline.
 
-    judged: frame with VERDICT_COLUMNS of all judges. Returns alpha, low, high (None where undefined), n battles
-    that at least two judged."""
+    Returns alpha, low, high (None where undefined), n battles that at least two judged."""
     wide = judged[judged.judge != BASELINE].pivot(index=KEYS, columns="judge", values="verdict")
     wide = wide[wide.notna().sum(axis=1) >= 2]
     if wide.empty or wide.stack().nunique() < 2:
@@ -656,92 +540,64 @@ def panel_alpha(judged, samples: int = 1000) -> dict:
     return {"alpha": krippendorff_alpha(labels), "low": low, "high": high, "n": len(wide)}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2c508dff
-def _with_interval(value, low, high, digits: int) -> str | None:
+_S30 = (
+    "judge; with; n; agreement %; κ; Krippendorff's α; order of policies, τ; policies × settings; margins, ρ; answers"
+)
+AGREEMENT_COLUMNS = [*_S30.split("; "), "paper agreement %", "remark"]
+
+
+def _with_interval(value, low=None, high=None, digits: int = 2) -> str | None:
     "Format a number with its interval; None where there is no number."
     if value is None or value != value:
         return None
-    return f"{value:.{digits}f}" + (
-        f" ({low:.{digits}f} to {high:.{digits}f})" if low is not None and low == low else ""
-    )
+    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if low is not None and low == low else ""
+    return f"{value:.{digits}f}{interval}"
 
 
 def agreement_table(pairs, alpha: dict, names: dict[str, str]):
-    """Tabulate the agreement of the judges (Table S30).
+    """Tabulate the agreement of the judges, with the paper's number in a column of its own (Table S30).
 
-    Returns frame: pairs of judges, all together, and the paper's number in a column of its own."""
+    pairs: of agreements; alpha: of panel_alpha; names: of judge_names."""
     import pandas as pd
 
-    rows = [
-        {
-            "judge": names[row.first],
-            "with": names[row.second],
-            "n": row.n,
-            "agreement %": _with_interval(row.agreement, row.low, row.high, 1),
-            "κ": _with_interval(row.kappa, row.kappa_low, row.kappa_high, 2),
-            "order of policies, τ": _with_interval(row.tau, None, None, 2),
-            "policies × settings": row.places,
-            "margins, ρ": _with_interval(row.rho, None, None, 2),
-            "answers": row.answers,
-            "remark": row.remark,
-        }
-        for row in pairs.itertuples()
-    ]
-    rows.append(
-        {
-            "judge": "all judges, without the baseline",
-            "with": "each other",
-            "n": alpha["n"],
-            "Krippendorff's α": _with_interval(alpha["alpha"], alpha["low"], alpha["high"], 2),
-            "remark": "α undefined: one word only, or one judge" if alpha["alpha"] is None else "",
-        }
-    )
-    published = paper_values()["agreement"]
-    rows.append(
-        {
-            "judge": "GPT-4o",
-            "with": "experts",
-            "paper agreement %": published["experts_with_judge_percent"],
-            "remark": f"the paper's, {published['pairs']} pairs (§4.2); not measured here",
-        }
-    )
-    columns = [
-        "judge",
-        "with",
-        "n",
-        "agreement %",
-        "κ",
-        "Krippendorff's α",
-        "order of policies, τ",
-        "policies × settings",
-        "margins, ρ",
-        "answers",
-        "paper agreement %",
-        "remark",
-    ]
-    frame = pd.DataFrame(rows, columns=columns, dtype=object)
+    rows = []
+    for row in pairs.itertuples():
+        cells = {"judge": names[row.first], "with": names[row.second], "n": row.n, "remark": row.remark}
+        cells["agreement %"] = _with_interval(row.agreement, row.low, row.high, 1)
+        cells["κ"] = _with_interval(row.kappa, row.kappa_low, row.kappa_high)
+        cells |= {"order of policies, τ": _with_interval(row.tau), "policies × settings": row.places}
+        rows.append(cells | {"margins, ρ": _with_interval(row.rho), "answers": row.answers})
+    all_of_them = {"judge": "all judges, without the baseline", "with": "each other", "n": alpha["n"]}
+    all_of_them["Krippendorff's α"] = _with_interval(alpha["alpha"], alpha["low"], alpha["high"])
+    all_of_them["remark"] = "α undefined: one word only, or one judge" if alpha["alpha"] is None else ""
+    paper = paper_values()["agreement"]
+    theirs = {"judge": "GPT-4o", "with": "experts", "paper agreement %": paper["experts_with_judge_percent"]}
+    theirs["remark"] = f"the paper's, {paper['pairs']} pairs (§4.2); not measured here"
+    frame = pd.DataFrame([*rows, all_of_them, theirs], columns=AGREEMENT_COLUMNS, dtype=object)
     return frame.where(frame.notna(), None)
 
-# %% ../../nbs/evaluation/03_judging.ipynb #30cad3dc
+
 def agreements_json(pairs) -> list[dict]:
     "Convert `agreements` to rows for JSON; what is missing is None."
     return pairs.astype(object).where(pairs.notna(), None).to_dict("records")
 
 # %% ../../nbs/evaluation/03_judging.ipynb #92b05c32
-def _pair_text(row, names: dict[str, str]) -> str:
-    "Format the agreement of two judges for a sentence."
-    kappa = f", κ = {_with_interval(row.kappa, row.kappa_low, row.kappa_high, 2)}" if row.kappa == row.kappa else ""
-    return f"{names[row.second]} {_with_interval(row.agreement, row.low, row.high, 1)}{kappa}"
+def _kappa_text(row) -> str:
+    "Format κ of two judges with its interval."
+    return _with_interval(row.kappa, row.kappa_low, row.kappa_high)
 
 
 def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
     "Report Table S30 in sentences: the main judge with others, and how many κ differ from chance."
-    main = next(iter(names))
-    own, known = pairs[(pairs["first"] == main) & (pairs.n > 0)], pairs[pairs.kappa.notna() & pairs.kappa_low.notna()]
+    main, others = next(iter(names)), []
+    for row in pairs[(pairs["first"] == main) & (pairs.n > 0)].itertuples():
+        kappa = f", κ = {_kappa_text(row)}" if row.kappa == row.kappa else ""
+        others.append(f"{names[row.second]} {_with_interval(row.agreement, row.low, row.high, 1)}{kappa}")
+    known = pairs[pairs.kappa.notna() & pairs.kappa_low.notna()]
     sure = known[(known.kappa_low > 0) | (known.kappa_high < 0)]
-    others = "; ".join(_pair_text(row, names) for row in own.itertuples())
-    text = _with_interval(alpha["alpha"], alpha["low"], alpha["high"], 2)
+    text = _with_interval(alpha["alpha"], alpha["low"], alpha["high"])
     return [
-        f"With {names[main]} agree, in percent of verdicts: {others}."
+        f"With {names[main]} agree, in percent of verdicts: {'; '.join(others)}."
         if others
         else "No other judge gave verdicts to compare.",
         f"κ differs from 0 beyond chance for {len(sure)} of {len(known)} pairs of judges; the others show nothing."
@@ -753,10 +609,11 @@ def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
 
 # %% ../../nbs/evaluation/03_judging.ipynb #bacd5b28
 def kappa_figure(pairs, names: dict[str, str]):
-    "Draw κ of each two judges (`agreements`) as a heat map with numbers. Returns matplotlib figure."
+    "Draw κ of each two judges (`agreements`) as a heat map with numbers; a dash where κ is undefined (Fig. S13)."
     import textwrap
 
     import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
 
     place, n = {spec: i for i, spec in enumerate(names)}, len(names)
     values = np.full((n, n), np.nan)
@@ -764,41 +621,21 @@ def kappa_figure(pairs, names: dict[str, str]):
         values[place[row.first], place[row.second]] = values[place[row.second], place[row.first]] = row.kappa
     figure, axes = new_figure(3.6 + 0.95 * n, 2.2 + 0.72 * n)
     labels = [textwrap.fill(name.replace("stand-in", "stand\u2011in"), 24) for name in names.values()]
-    image = axes.imshow(values, vmin=-1, vmax=1, cmap=_diverging())
-    axes.set(xticks=range(n), yticks=range(n), xticklabels=labels, yticklabels=labels)
-    axes.tick_params(axis="x", labelrotation=40)
-    for text in axes.get_xticklabels():
-        text.set(ha="right", rotation_mode="anchor")
-    _write_numbers(axes, values)
+    colours = LinearSegmentedColormap.from_list("kappa", [PALETTE[1], "#ffffff", PALETTE[0]]).with_extremes(
+        bad="#e4e4e4"
+    )
+    image = axes.imshow(values, vmin=-1, vmax=1, cmap=colours)
+    axes.set_xticks(range(n), labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(n), labels)
+    for (i, j), value in np.ndenumerate(values):
+        if i == j:
+            axes.fill_between([j - 0.5, j + 0.5], i - 0.5, i + 0.5, color="#9a9a9a")
+        else:
+            text, colour = "—" if np.isnan(value) else f"{value:.2f}".replace("-", "−"), "#1a1a1a"
+            axes.text(j, i, text, ha="center", va="center", color="#ffffff" if abs(value) > 0.75 else colour)
     axes.grid(visible=False)
     figure.colorbar(image, shrink=0.8, label="Cohen's κ\n1 alike, 0 by chance, −1 opposite")
     return figure
-
-
-def _diverging():
-    "Return colours for −1 to 1 that the colour-blind can tell apart; grey where there is no value."
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("kappa", [PALETTE[1], "#ffffff", PALETTE[0]]).with_extremes(bad="#e4e4e4")
-
-
-def _write_numbers(axes, values) -> None:
-    "Write each number into its field; a dash where it is undefined, and the diagonal dark."
-    import matplotlib.pyplot as plt
-
-    for i, line in enumerate(values):
-        for j, value in enumerate(line):
-            if i == j:
-                axes.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, color="#9a9a9a"))
-            else:
-                axes.text(
-                    j,
-                    i,
-                    "—" if value != value else f"{value:.2f}".replace("-", "−"),
-                    ha="center",
-                    va="center",
-                    color="#ffffff" if abs(value) > 0.75 else "#1a1a1a",
-                )
 
 # %% ../../nbs/evaluation/03_judging.ipynb #51fc8368
 def kappa_sentences(pairs, names: dict[str, str]) -> list[str]:
@@ -806,98 +643,71 @@ def kappa_sentences(pairs, names: dict[str, str]) -> list[str]:
     known = pairs[pairs.kappa.notna()].sort_values("kappa")
     if known.empty:
         return ["Not measured: no two judges have a κ."]
-
-    def text(row):
-        kappa = _with_interval(row.kappa, row.kappa_low, row.kappa_high, 2)
-        return f"{names[row['first']]} and {names[row['second']]}, {kappa}"
-
     low, high = known.iloc[0], known.iloc[-1]
-    return [
-        f"κ is highest for {text(high)}"
-        + (f", and lowest for {text(low)}." if len(known) > 1 else "; no other pair has one."),
-        "That pair includes the longer answer, so it may share no more than a liking for length."
-        if BASELINE in (high["first"], high["second"])
-        else "",
-    ]
+    lowest, highest = (f"{names[row['first']]} and {names[row['second']]}, {_kappa_text(row)}" for row in (low, high))
+    rest = f", and lowest for {lowest}." if len(known) > 1 else "; no other pair has one."
+    shared = "That pair includes the longer answer, so it may share no more than a liking for length."
+    return [f"κ is highest for {highest}{rest}", shared if BASELINE in (high["first"], high["second"]) else ""]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #6dc214c5
 def disagreements(judged, main: str, n: int = 3, seed: int = 0):
-    """Find answers on which most judges contradict the main judge.
+    """Find answers on which most judges contradict the main judge, one a speech, at most n.
 
-    judged: frame with VERDICT_COLUMNS of all judges; main: spec of the main judge; n: examples, at most; seed:
-    breaks ties. Returns frame: policy, setting, speech_id, opposed, judges, then a column for each judge with win,
-    loss, tie or missing."""
+    judged: verdicts of all judges; main: spec of the main judge; seed: breaks ties. Returns frame: policy, setting,
+    speech_id, opposed, judges, then a column for each judge with win, loss, tie or missing."""
     import pandas as pd
 
-    keys, opposite = ["policy", "setting", "speech_id"], {"win": "loss", "loss": "win"}
-    strict = [
-        consistent_verdicts(own).assign(judge=spec)
-        for spec, own in judged_twice(judged, [*keys, "judge"]).groupby("judge", sort=False)
-    ]
-    wide = pd.concat(strict or [pd.DataFrame(columns=[*keys, "judge", "verdict"])]).pivot(
-        index=keys, columns="judge", values="verdict"
+    opposite, parts = (
+        {"win": "loss", "loss": "win"},
+        judged_twice(judged, [*_BATTLE, "judge"]).groupby("judge", sort=False),
     )
+    strict = [consistent_verdicts(own).assign(judge=spec) for spec, own in parts]
+    empty = pd.DataFrame(columns=[*_BATTLE, "judge", "verdict"])
+    wide = pd.concat(strict or [empty]).pivot(index=_BATTLE, columns="judge", values="verdict")
     decided = wide[wide[main].isin(list(opposite))] if main in wide else wide.head(0)
     others = decided.drop(columns=[main, BASELINE], errors="ignore")
-    found = decided.assign(
-        opposed=others.eq(decided[main].map(opposite), axis=0).sum(axis=1) if len(decided) else [],
-        judges=others.isin(list(opposite)).sum(axis=1),
-    ).reset_index()
+    opposed = others.eq(decided[main].map(opposite), axis=0).sum(axis=1) if len(decided) else []
+    found = decided.assign(opposed=opposed, judges=others.isin(list(opposite)).sum(axis=1)).reset_index()
     found = found[2 * found.opposed > found.judges]
-    order = sorted(
-        found.index,
-        key=lambda i: (-found.opposed[i], found.judges[i], derived_seed(seed, "disagreement", *found.loc[i, keys])),
-    )
-    return (
-        found.loc[order]
-        .drop_duplicates("speech_id")
-        .head(n)[[*keys, "opposed", "judges", *wide.columns]]
-        .reset_index(drop=True)
-    )
+
+    def order(i):
+        return -found.opposed[i], found.judges[i], derived_seed(seed, "disagreement", *found.loc[i, _BATTLE])
+
+    shown = found.loc[sorted(found.index, key=order)].drop_duplicates("speech_id").head(n)
+    return shown[[*_BATTLE, "opposed", "judges", *wide.columns]].reset_index(drop=True)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #3142b99d
 NO_DISAGREEMENT = (
     "found no answer that most other judges see otherwise than the main judge, both saying the same in both orders"
 )
+_VERDICT_WORDS = {"win": "policy better", "loss": "reference better", "tie": "tie, or by the order"}
 
 
 def disagreement_table(found, table, names: dict[str, str], characters: int = 320):
-    """Tabulate disagreements, with shortened texts (Table S37).
+    """Tabulate disagreements, with texts shortened to so many characters (Table S37).
 
-    names: of judge_names, the main judge first; characters: of each text. Returns frame, one row for each example."""
+    found: of disagreements; table: of contests; names: of judge_names, the main judge first."""
     import textwrap
 
     import pandas as pd
 
-    texts, rows = (
-        table.drop_duplicates(["policy", "setting", "speech_id"]).set_index(["policy", "setting", "speech_id"]),
-        [],
-    )
-    said = {"win": "policy better", "loss": "reference better", "tie": "tie, or by the order"}
-    for place, case in found.iterrows():
-        own = texts.loc[(case.policy, case.setting, case.speech_id)]
-        verdicts = {name: said.get(case.get(spec)) for spec, name in names.items()}
-        (main, verdict), *others = verdicts.items()
-        rows.append(
-            {
-                "policy": case.policy,
-                "setting": case.setting,
-                "client speech": textwrap.shorten(own.speech, characters, placeholder=" …"),
-                "policy's answer (machine text)": textwrap.shorten(own.response, characters, placeholder=" …"),
-                "reference's answer (machine text)": textwrap.shorten(own.against, characters, placeholder=" …"),
-                f"main judge: {main}": verdict,
-                "others": "; ".join(f"{name}: {verdict}" for name, verdict in others if verdict),
-                "against the main judge": f"{case.opposed} of {case.judges}",
-            }
+    texts, rows = table.drop_duplicates(_BATTLE).set_index(_BATTLE), []
+    for _, case in found.iterrows():
+        own = texts.loc[tuple(case[_BATTLE])]
+        speech, mine, theirs = (
+            textwrap.shorten(own[name], characters, placeholder=" …") for name in ("speech", "response", "against")
         )
+        (main, verdict), *others = {name: _VERDICT_WORDS.get(case.get(spec)) for spec, name in names.items()}.items()
+        row = {"policy": case.policy, "setting": case.setting, "client speech": speech}
+        row |= {"policy's answer (machine text)": mine, "reference's answer (machine text)": theirs}
+        row |= {f"main judge: {main}": verdict, "others": "; ".join(f"{name}: {said}" for name, said in others if said)}
+        rows.append(row | {"against the main judge": f"{case.opposed} of {case.judges}"})
     return pd.DataFrame(rows or [{"remark": NO_DISAGREEMENT}])
 
-# %% ../../nbs/evaluation/03_judging.ipynb #8b95c523
+
 def disagreement_sentences(found, speeches: int) -> list[str]:
     "Report how many speeches have a disagreement of most judges with the main judge."
     whole = int((found.opposed == found.judges).sum())
-    return [
-        f"Most other judges contradict the main judge on an answer to {len(found)} of {speeches} speeches"
-        + (f", all others on {whole}." if len(found) else "."),
-        "Who is right can't be read from votes; these are the answers to read first." if len(found) else "",
-    ]
+    most = f"Most other judges contradict the main judge on an answer to {len(found)} of {speeches} speeches"
+    votes = "Who is right can't be read from votes; these are the answers to read first."
+    return [f"{most}, all others on {whole}.", votes] if len(found) else [f"{most}.", ""]
