@@ -39,10 +39,7 @@ def curve_speeches(speeches, n: int | None, seed: int):
 
 
 def curve_point(battles, pairs_seen: int, seed: int, samples: int = 1000) -> dict:
-    """Summarise the battles of one checkpoint, in the paper's reading.
-
-    battles: frame of one checkpoint's battles, in the paper's order or in both; pairs_seen: preference pairs it was
-    trained on. Returns pairs, win_rate, low, high (percent), n."""
+    "Summarise a checkpoint's battles in the paper's reading: pairs it has seen, win_rate, low, high (percent), n."
     read = paper_verdicts(battles, seed)
     won = (read.verdict == "win").to_numpy(float) * 100
     low, high = bootstrap(np.mean, won, clusters=read.speech_id.to_numpy(), samples=samples)
@@ -63,9 +60,7 @@ class Arms:
 
 
 def base_pairs(arms: Arms):
-    """Sample candidates of the base model, and pair them by reward.
-
-    Returns (frame of pairs, counts of dropped groups by reason)."""
+    "Sample candidates of the base model, and pair them by reward: (pairs, counts of dropped groups by reason)."
     import pandas as pd
 
     asked, known, seed = arms.profile.ablation.pairs, list(arms.speeches), arms.seed
@@ -95,9 +90,7 @@ def _candidate_pairs(arms: Arms, speeches: dict, folder: Path, seed: int):
 
 
 def equal_arms(arms: Arms) -> tuple[dict, dict]:
-    """Make equally many pairs for both arms.
-
-    Returns {"offline": frame, "online": frame}; dropped groups by reason."""
+    """Make equally many pairs for both arms: {"offline": frame, "online": frame}, and dropped groups by reason."""
     online, dropped = base_pairs(arms)
     offline = arms.pairs[arms.pairs.ID.isin(arms.speeches)]
     n, batch = min(arms.profile.ablation.pairs, len(online), len(offline)), arms.profile.dpo.batch_size
@@ -111,9 +104,7 @@ def equal_arms(arms: Arms) -> tuple[dict, dict]:
 
 # %% ../../nbs/experiments/03_arms.ipynb #67158125
 def train_arm(arms: Arms, name: str, pairs) -> list[tuple[int, Path]]:
-    """Train one arm for one epoch; keep its checkpoints as plain models.
-
-    name: offline or online. Returns (pairs trained on, plain model) of each checkpoint."""
+    "Train an arm for one epoch: (pairs trained on, plain model) of each checkpoint; name: offline or online."
     settings, dtype = arms.profile.dpo, arms.profile.dtype
     settings = dataclasses.replace(settings, epochs=1.0, checkpoints=arms.profile.ablation.checkpoints)
     folder, title = arms.folder / name, f"{name} arm, {arms.weights.slug}"
@@ -134,13 +125,11 @@ class CheckpointJudge:
     seed: int
 
     def answers(self, uri: str, name: str, seed_name: str):
-        """Let a model answer. Returns frame of kind "answers"."""
+        """Let a model answer; return a frame of kind "answers"."""
         return answer(self.gateway, uri, self.speeches, name, self.settings, derived_seed(self.seed, seed_name))
 
     def point(self, name: str, location: str | Path, pairs_seen: int) -> dict:
-        """Let a checkpoint answer and be judged in the paper's order.
-
-        location: weights, as find_weights takes them; pairs_seen: preference pairs it was trained on."""
+        "Let a checkpoint (weights, as find_weights takes them) answer and be judged in the paper's order."
         chosen = self.settings
         reference = self.answers(chosen.reference, "reference", "reference")  # asked once, then cached
         answers = self.answers(f"local:{location}", name, "curve")
@@ -148,7 +137,7 @@ class CheckpointJudge:
         return curve_point(battles, pairs_seen, self.seed, chosen.bootstrap)
 
     def labels(self) -> tuple[str, str]:
-        "Return who judged, and who was compared with. Returns judge, reference."
+        "Return who judged, and who was compared with."
         counts = self.gateway.counts
         return counts[self.settings.judge]["label"], counts[self.settings.reference]["label"]
 
@@ -157,12 +146,10 @@ ARM_TITLES = {"offline": "offline: the dataset's pairs", "online": "online: the 
 POLICY_TITLES = {"dpo": "offline DPO of chapter 6", "dpo-iter": "DPO-Iter: the newest policy's own pairs"}
 
 
-def backbone_curves(
-    arms: Arms, pairs: dict, judge: CheckpointJudge, policies: list[dict], run: Run
-) -> dict[str, list[dict]]:
-    """Judge the base model, then each checkpoint of both arms and of the policies.
+def backbone_curves(arms: Arms, pairs: dict, judge: CheckpointJudge, policies: list[dict], run: Run) -> dict:
+    """Judge the base model, then each checkpoint of both arms and of the policies: title -> points, the base's first.
 
-    pairs: of equal_arms: arm -> frame. Returns title -> points, the base model's first."""
+    pairs: of equal_arms; policies: of 06_policy's policies.json."""
     backbone, places = arms.weights.name, run.stage("06_policy")
     curves, base = {}, judge.point("base", backbone, 0)
     for arm, title in ARM_TITLES.items():
@@ -184,22 +171,15 @@ def join_curves(found: dict[str, dict]) -> dict[str, list[dict]]:
 
 # %% ../../nbs/experiments/03_arms.ipynb #4145cd44
 def curves_table(curves: dict[str, list[dict]]):
-    "List the points of all curves. Returns pandas.DataFrame."
+    "List the points of all curves."
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "curve": title,
-                "pairs seen": point["pairs"],
-                "win rate %": round(point["win_rate"], 1),
-                "95% interval": f"{point['low']:.1f} to {point['high']:.1f}",
-                "n": point["n"],
-            }
-            for title, points in curves.items()
-            for point in points
-        ]
-    )
+    rows = [
+        [title, p["pairs"], round(p["win_rate"], 1), f"{p['low']:.1f} to {p['high']:.1f}", p["n"]]
+        for title, points in curves.items()
+        for p in points
+    ]
+    return pd.DataFrame(rows, columns=["curve", "pairs seen", "win rate %", "95% interval", "n"])
 
 
 def curves_figure(curves: dict[str, list[dict]], reference: str):

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.paper import coarse_topics
-from ..core.settings import Profile
+from ..core.settings import EvaluationSettings, Profile
 from ..core.stages import Run, derived_seed
 from ..core.tables import Label
 from ..evaluation.cases import CASE_RULES, Case, case_latex, case_markdown, cases_page, choose_cases
@@ -25,40 +25,24 @@ __all__ = ['CASES', 'policy_uri', 'all_answers', 'reference_name', 'Battles', 'b
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #e138315f
 def policy_uri(run: Run, policy: dict) -> str:
-    "Name the weights of a policy. policy: of 06_policy's policies.json. Returns gateway URI."
+    "Return the gateway URI of a policy of 06_policy's policies.json."
     return f"local:{run.stage('06_policy') / policy['path'] if policy['path'] else policy['backbone']}"
 
 
-def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen, seed: int) -> list:
-    """Collect the answers of the reference and each policy, in both settings.
-
-    chosen: core.settings.EvaluationSettings. Returns frames of kind "answers", the reference's first."""
+def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen: EvaluationSettings, seed: int) -> list:
+    'Collect the answers of the reference (first) and each policy in both settings, as frames of kind "answers".'
     reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(seed, "reference"))
-    words = word_counts(reference)
+    words, frames = word_counts(reference), [reference]
     asked = speeches[speeches.speech_id.isin(words)]
-    return [
-        reference,
-        *(
-            answer(
-                gateway,
-                policy_uri(run, policy),
-                asked,
-                policy["policy"],
-                chosen,
-                derived_seed(seed, "answers", policy["kind"], setting),
-                target,
-            )
-            for policy in policies
-            for setting, target in (("free", None), ("length", words))
-        ),
-    ]
+    for policy in policies:
+        for setting, target in (("free", None), ("length", words)):
+            own = derived_seed(seed, "answers", policy["kind"], setting)
+            frames.append(answer(gateway, policy_uri(run, policy), asked, policy["policy"], chosen, own, target))
+    return frames
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #50edfbd5
 def reference_name(label: str, untrained: bool) -> str:
-    """Name the reference.
-
-    label: of the reference, e.g. "SmolLM2-135M-Instruct (4-bit-dequantised start)"; untrained: whether it is a
-    backbone of the run. Returns for tables."""
+    "Shorten the label of the reference for tables; untrained: whether it is a backbone of the run."
     return label.split(" (")[0] + (", untrained" if untrained else "")
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #2fef8016
@@ -90,54 +74,32 @@ def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Prof
     return Battles(answers, battles, unread, coverage, gateway.counts[chosen.judge]["label"], name)
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #d486816f
-CASES = (
-    ("3", "length", "largest"),
-    ("6", "free", "largest"),
-    ("S5", "free", "loss"),
-    ("S39", "free", "median"),
-)  # number of the table, setting, rule
+CASES = (("3", "length", "largest"), ("6", "free", "largest"), ("S5", "free", "loss"), ("S39", "free", "median"))
 
 
 def pick_cases(policy: str, battles, answers, speeches, reference: str, seed: int) -> list[tuple[str, str, str, Case]]:
-    """Choose the cases of Tables 3 and 6, a loss and the median.
+    """Choose the cases of Tables 3 and 6, a loss and the median: (number, title, speech_id, case without scores).
 
-    policy: whose battles; reference: name of the reference. Returns number, title, speech_id, case without scores."""
+    policy: whose battles; reference: its name."""
     found = []
     for number, setting, rule in CASES:
         own = battles[(battles.policy == policy) & (battles.setting == setting)]
         if speech_id := choose_cases(own, seed).get(rule):
-            title = f"Case study, {SETTINGS[setting]}: {CASE_RULES[rule]}" + (
-                " (not in the paper)" if number.startswith("S") else ""
-            )
-            found.append(
-                (number, title, speech_id, make_case(rule, speech_id, own, answers, speeches, (policy, reference)))
-            )
+            title = f"Case study, {SETTINGS[setting]}: {CASE_RULES[rule]}"
+            title += " (not in the paper)" * number.startswith("S")
+            case = make_case(rule, speech_id, own, answers, speeches, (policy, reference))
+            found.append((number, title, speech_id, case))
     return found
 
 
-def scored_cases(
-    gateway, profile: Profile, cases: list[tuple], answers, speeches, seed: int
-) -> list[tuple[str, str, Case]]:
-    "Add the rater's scores to the cases. profile: whose rater scores. Returns number, title, case."
-    from dataclasses import replace
-
+def scored_cases(gateway, profile: Profile, cases: list[tuple], answers, speeches, seed: int) -> list[tuple]:
+    "Add the scores of the profile's rater to picked cases: (number, title, case)."
     own, found = profile.ratings, []
     for number, title, speech_id, case in cases:
-        scores = score_case(
-            gateway,
-            own.rater,
-            speech_id,
-            answers,
-            speeches,
-            case,
-            case.names[0],
-            seed,
-            max_tokens=own.max_tokens,
-            mode=own.mode,
-        )
-        found.append(
-            (number, title, replace(case, scores=scores, rater=gateway.counts[own.rater]["label"] if scores else ""))
-        )
+        policy, how = case.names[0], {"max_tokens": own.max_tokens, "mode": own.mode}
+        scores = score_case(gateway, own.rater, speech_id, answers, speeches, case, policy, seed, **how)
+        rater = gateway.counts[own.rater]["label"] if scores else ""
+        found.append((number, title, replace(case, scores=scores, rater=rater)))
     return found
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #04069d76

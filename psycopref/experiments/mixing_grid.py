@@ -49,8 +49,7 @@ class Domains:
 def collect_domains(train, test, speeches, settings: Profile, seed: int, released: bool = False) -> Domains:
     """Split the counselling pairs, and read the general pairs that the settings name.
 
-    train: frame of kind "pairs", training and development speeches; test: frame of kind "pairs", test speeches;
-    released: whether the released dataset is the input."""
+    train, test: pairs, train with the development speeches; released: whether the input is the released dataset."""
     chosen = settings.mixing
     psy = {part: train[train.ID.isin(speeches.speech_id[speeches.split == part])] for part in ("train", "dev")}
     if chosen.rule not in (*RULES, "ready"):
@@ -64,9 +63,7 @@ def collect_domains(train, test, speeches, settings: Profile, seed: int, release
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #ed4c5aac
 def cell_mixes(budget: int, domains: Domains) -> dict[str, Mix]:
-    """Return the mixture of each cell; budget is the number of pairs of a budgeted cell.
-
-    Returns cell -> mixture, named by what is drawn."""
+    "Return cell -> mixture, named by what is drawn; budget: pairs of a budgeted cell."
     return dict(zip(MIXES, grid(budget, (domains.own, domains.title))))
 
 
@@ -89,10 +86,7 @@ def _with_gaps(pairs, domains: Domains):
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #ffbbe6a5
 def score_domains(name: str, folder: Path, tokenizer, domains: Domains, dtype: str) -> dict:
-    """Score the test pairs of both domains.
-
-    dtype: auto, bfloat16 or float32. Returns psy, general and, where there is RewardBench, bench -> frame of kind
-    "scores"."""
+    'Score the test pairs of psy, general and, where there is RewardBench, bench: name -> frame of kind "scores".'
     model = load_reward_model(str(folder), tokenizer, dtype)
     tests = {"psy": domains.psy["test"], "general": domains.general["test"]}
     if domains.bench is not None:
@@ -151,9 +145,7 @@ def counselling_entry(weights: Weights, run: Run, domains: Domains, dtype: str) 
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #280df15d
 def gather_grid(run: Run, folders: dict[Cell, Path], domains: Domains, settings: Profile) -> list[GridEntry]:
-    """Collect all models of the grid with their scores.
-
-    folders: finished cells. Returns for each backbone the model of chapter 5 first, then its cells."""
+    "Collect all models of the grid with their scores: for each backbone the model of chapter 5, then its cells."
     entries = []
     for backbone in settings.backbones:
         entries.append(counselling_entry(find_weights(backbone), run, domains, settings.dtype))
@@ -162,9 +154,7 @@ def gather_grid(run: Run, folders: dict[Cell, Path], domains: Domains, settings:
 
 
 def started_with_cells(folders: typing.Iterable[Path]) -> float:
-    """Return when the grid would have started, had its cells been made one by one before now.
-
-    Returns seconds since the epoch."""
+    "Return when (seconds since the epoch) the grid would have started, had its cells been made one by one before now."
     return time.time() - sum(read_json(folder / "receipt.json")["seconds"] for folder in folders)
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #aa191030
@@ -179,9 +169,7 @@ def _accuracy(scores, samples: int) -> tuple[float, str]:
 
 
 def paper_row(cell: str, backbone: str) -> dict:
-    """Return the row of the paper's later version for a cell; it has Llama-3B and Llama-8B.
-
-    Returns accuracy, auc, brier, rewardbench, name, as far as printed."""
+    "Return the row of the paper's later version for a cell, as far as printed; it has Llama-3B and Llama-8B."
     published = paper_values()["mixing_v2"]
     names = dict(zip(MIXES[1:], ("HelpSteer2", "HelpSteer2 + PsyCoPref", "Psy10k", "Help10k", "Psy5kHelp5k")))
     size = "Llama-3B" if re.search(r"(?<![0-9.])3b", backbone.lower()) else "Llama-8B"

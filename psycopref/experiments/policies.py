@@ -31,9 +31,8 @@ def check_trainings(settings: Profile) -> None:
 def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> dict:
     """Train by DPO on given pairs; measure each checkpoint and choose one.
 
-    fit: frame of training pairs; dev: frame of development pairs, may be empty; folder: for the checkpoints as
-    plain models; scratch: for the job. Returns what train_policy returns, with points (the backbone's first) and
-    the chosen step."""
+    fit, dev: pairs, dev may be empty; folder: of the checkpoints as plain models; scratch: of the job. Returns what
+    train_policy returns, with points (the backbone's first) and the chosen step."""
     weights, settings, dtype = watcher.base, watcher.profile.dpo, watcher.profile.dtype
     points = [
         watcher.look(lambda: weights, "base", 0)
@@ -50,10 +49,7 @@ def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> di
 
 # %% ../../nbs/experiments/01_policies.ipynb #c08ae630
 def train_policies(watcher: Watcher, speeches, pairs, folder: Path, scratch: Path) -> dict:
-    """Train a backbone by DPO on the dataset's pairs, and by DPO-Iter on its own.
-
-    pairs: frame of kind "pairs", of training and development speeches; folder: for the policies; scratch: for the
-    offline job. Returns a result: label, dpo, iter."""
+    "Train a backbone by DPO on the dataset's pairs, and by DPO-Iter on its own; return label, dpo, iter."
     weights, settings = watcher.base, watcher.profile
     train, dev = (speeches[speeches.split == split] for split in ("train", "dev"))
     fit, held_out = (pairs[pairs.ID.isin(own.speech_id)] for own in (train, dev))
@@ -67,8 +63,7 @@ def train_policies(watcher: Watcher, speeches, pairs, folder: Path, scratch: Pat
 def policy_entries(weights: Weights, result: dict, batch_size: int) -> list[dict]:
     """List the three policies of a backbone: untrained, DPO, DPO-Iter.
 
-    batch_size: pairs in a step. Returns policy, kind, backbone, path below 06_policy (None for the backbone), curve
-    of [pairs, path]."""
+    Returns policy, kind, backbone, path below 06_policy (None for the backbone), curve of [pairs, path]."""
     slug, offline, online = weights.slug, result["dpo"], result["iter"]
     names = {"base": weights.short, "dpo": f"{weights.short} + DPO", "dpo-iter": f"{weights.short} + DPO-Iter"}
     places = {"dpo": f"{slug}/dpo/step-{{}}", "dpo-iter": f"{slug}/iter/iteration-{{}}/policy"}
@@ -78,11 +73,8 @@ def policy_entries(weights: Weights, result: dict, batch_size: int) -> list[dict
         "dpo": [[step * batch_size, places["dpo"].format(step)] for step in steps],
         "dpo-iter": [[online["points"][n]["pairs"], places["dpo-iter"].format(n)] for n in online["kept"]],
     }
-    paths = {
-        "base": None,
-        "dpo": places["dpo"].format(offline["chosen"]),
-        "dpo-iter": places["dpo-iter"].format(online["best"]),
-    }
+    dpo, dpo_iter = places["dpo"].format(offline["chosen"]), places["dpo-iter"].format(online["best"])
+    paths = {"base": None, "dpo": dpo, "dpo-iter": dpo_iter}
     return [
         {"policy": names[kind], "kind": kind, "backbone": weights.name, "path": paths[kind], "curve": curves[kind]}
         for kind in names

@@ -35,10 +35,9 @@ __all__ = ['BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #67784f04
 def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict]) -> dict:
-    """Read the scores of a scorer, or make and write them; a torn file, and scores of others, are made again.
+    """Read the scores of a scorer, or make and write them; a torn file, and scores of other pairs, are made again.
 
-    folder: where score files go; tests: name -> frame of pairs, e.g. dev and test; score: name -> frame of kind
-    "scores"; called where a file is missing. Returns name -> frame of kind "scores"."""
+    folder: of score files; tests: name -> pairs, such as dev and test; score: makes name -> frame of kind "scores"."""
     slug = "".join(c if c.isalnum() or c in "-." else "-" for c in name).lower()
     paths = {test: folder / f"{slug}.{test}.parquet" for test in tests}
     if not all(_holds(path, name, tests[test]) for test, path in paths.items()):
@@ -53,15 +52,12 @@ def _holds(path, name: str, pairs) -> bool:
         frame = read_rows(path, "scores") if path.is_file() else None
     except StudyError:
         return False
-    return (
-        frame is not None
-        and set(frame.model) <= {name}
-        and [*zip(frame.ID, frame.prefID)] == [*zip(pairs.ID, pairs.prefID)]
-    )
+    own = frame is not None and set(frame.model) <= {name}
+    return own and [*zip(frame.ID, frame.prefID)] == [*zip(pairs.ID, pairs.prefID)]
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b9354ab4
 def model_scores(name: str, model, tokenizer, tests: dict) -> dict:
-    """Score pairs with a reward model. tests: name -> frame of pairs. Returns name -> frame of kind "scores"."""
+    'Score pairs (name -> frame) with a reward model; return name -> frame of kind "scores".'
     return {
         test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}"))
         for test, pairs in tests.items()
@@ -77,19 +73,14 @@ BASELINES = {
 
 
 def baseline_scores(name: str, train, tests: dict) -> dict:
-    """Score pairs with a cheap baseline.
-
-    name: a key of BASELINES; tests: name -> frame of pairs. Returns name -> frame of kind "scores"."""
+    'Score pairs (name -> frame) with a key of BASELINES; return name -> frame of kind "scores".'
     if BASELINES[name] is None:
         return {test: score_frame(pairs, name, *length_scores(pairs)) for test, pairs in tests.items()}
     return BASELINES[name](train, tests)[0]
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #107dfd80
 def score_row(name: str, kind: str, scores, calibrated: bool = True, bins: int = 10, samples: int = 1000) -> dict:
-    """Summarise a scorer.
-
-    kind: reward model, baseline, other reward model; calibrated: False where differences are no log-odds, as with
-    word counts."""
+    "Summarise a scorer as a row of Table 1; calibrated: False where differences are no log-odds, as with word counts."
     chosen, rejected = scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy()
     found, right = pairwise_metrics(chosen, rejected, bins), (chosen > rejected).astype(float)
     interval = None
@@ -109,43 +100,29 @@ def score_row(name: str, kind: str, scores, calibrated: bool = True, bins: int =
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #988abbef
 def table_1(rows: list[dict]):
-    "Build Table 1: our scorers above the paper's. Returns frame: ours, then the paper's models as published."
+    "Build Table 1: our scorers, then the paper's models as published; a model of both stands in one row."
     import pandas as pd
 
     names = {"accuracy": "paper accuracy %", "auc": "paper AUC", "ece": "paper ECE", "brier": "paper Brier"}
-    published = {
-        r["model"]: {title: r[key] for key, title in names.items()} | {"kind": r["kind"]}
-        for r in paper_values()["table_1"]
-    }
-    alike = {
-        row["model"]: name
-        for row in rows
-        for name in published
-        if re.match(re.escape(name) + r"(-HF)?(?![\w.-])", row["model"], re.IGNORECASE)
-    }
-    ours = [
-        row | {k: v for k, v in published[alike[row["model"]]].items() if k != "kind"} if row["model"] in alike else row
-        for row in rows
-    ]
+    published = {row["model"]: row for row in paper_values()["table_1"]}
+    values = {model: {title: row[key] for key, title in names.items()} for model, row in published.items()}
+
+    def alike(model: str) -> str | None:
+        known = [name for name in published if re.match(re.escape(name) + r"(-HF)?(?![\w.-])", model, re.IGNORECASE)]
+        return known[-1] if known else None
+
+    ours = [row | values.get(alike(row["model"]), {}) for row in rows]
     theirs = [
-        {
-            "model": name,
-            "kind": f"paper: {values['kind']}",
-            "95% interval": "not run here",
-            **{k: v for k, v in values.items() if k != "kind"},
-        }
-        for name, values in published.items()
-        if name not in alike.values()
+        {"model": name, "kind": f"paper: {row['kind']}", "95% interval": "not run here"} | values[name]
+        for name, row in published.items()
+        if name not in map(alike, (row["model"] for row in rows))
     ]
     frame = pd.DataFrame([*ours, *theirs], dtype=object)
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #88165b0c
 def slice_tables(scores, pairs, speeches, samples: int = 1000) -> dict:
-    """Cut accuracy by topic, by gap of the ratings and by length.
-
-    scores: frame of kind "scores" of one model; speeches: frame with speech_id and coarse_topic. Returns title ->
-    frame of calibration.slice_table."""
+    "Cut a model's accuracy by topic, gap of the ratings and length: title -> frame of calibration.slice_table."
     groups = {
         "coarse topic of the client speech": topic_groups(pairs, speeches),
         "gap of the mean ratings": gap_groups(pairs),
@@ -155,13 +132,11 @@ def slice_tables(scores, pairs, speeches, samples: int = 1000) -> dict:
 
 
 def one_table(tables: dict, column: str):
-    "Stack tables under their titles. tables: title -> frame with the same columns; column: what the titles are."
+    "Stack tables (title -> frame) under their titles, which stand in `column`."
     import pandas as pd
 
-    return pd.concat(
-        [table.assign(**{column: title})[[column, *table.columns]] for title, table in tables.items()],
-        ignore_index=True,
-    )
+    titled = [table.assign(**{column: title})[[column, *table.columns]] for title, table in tables.items()]
+    return pd.concat(titled, ignore_index=True)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b98eb7f4
 @dataclass(frozen=True)
