@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 import time
 import typing
@@ -15,33 +14,31 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.files import clear_disk_errors
-from ..models.chat import ChatReply, ChatRequest, Failure
 from ..core.settings import StudyError
-from .limits import LONGEST_AFTER, pause
-from .servers import OpenAIModel, prices, read_completion, read_error, without_keys
+from .limits import LONGEST_AFTER, whole_number
+from .servers import OpenAIModel, completion_reader, prices, read_completion, read_error, read_status
+from .servers import without_keys
+from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
-__all__ = ['MOST_REQUESTS', 'MOST_BYTES', 'ENDPOINT', 'PATIENCE', 'STUCK', 'ENDED', 'STARTED', 'LOOK_BACK', 'FULL',
-           'most_requests', 'cut', 'Forgetful', 'write_line', 'read_line', 'split_lines', 'BatchModel', 'why_failed']
+__all__ = ['MOST_REQUESTS', 'MOST_BYTES', 'ENDPOINT', 'RETRY_STATUS', 'PATIENCE', 'STUCK', 'ENDED', 'STARTED', 'LOOK_BACK',
+           'FULL', 'most_requests', 'cut', 'Forgetful', 'write_line', 'read_line', 'split_lines', 'BatchModel',
+           'transport_errors', 'why_failed']
 
 # %% ../../nbs/gateway/03_batches.ipynb #c7af9834
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # in one file, OpenAI
 
 
 def most_requests() -> int:
-    "Return how many questions a batch may hold. Returns in one batch."
-    text = os.environ.get("PSYCOPREF_BATCH_REQUESTS", "")
-    if text and not (text.isdigit() and int(text)):
-        raise StudyError(f"PSYCOPREF_BATCH_REQUESTS is {text!r}, expected a whole number of requests, at least 1")
-    return min(MOST_REQUESTS, int(text)) if text else MOST_REQUESTS
+    "Return how many questions a batch may hold."
+    return min(MOST_REQUESTS, whole_number("PSYCOPREF_BATCH_REQUESTS") or MOST_REQUESTS)
 
 
 def cut(sizes: list[int], most_lines: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> list[range]:
-    """Cut a row of lines into pieces that are small enough.
-
-    sizes: bytes of each line; most_lines: in one piece; most_bytes: in one piece; a longer line is a piece of its
-    own. Returns the lines of each piece, in order."""
+    "Cut lines of these bytes into pieces that are small enough; a line that is longer is a piece of its own."
     pieces, start, filled = [], 0, 0
     for i, size in enumerate(sizes):
         if i > start and (i - start == most_lines or filled + size > most_bytes):
@@ -56,12 +53,10 @@ class Forgetful:
 
     def __init__(self):
         self.notes: dict[str, str] = {}
+        self.keep_jobs = self.notes.update
 
     def jobs(self, names: list[str]) -> dict[str, str]:
         return {name: self.notes[name] for name in names if name in self.notes}
-
-    def keep_jobs(self, rows: dict[str, str]) -> None:
-        self.notes |= rows
 
     def drop_jobs(self, names: list[str]) -> None:
         for name in names:
@@ -69,17 +64,16 @@ class Forgetful:
 
 # %% ../../nbs/gateway/03_batches.ipynb #1b8678e4
 ENDPOINT = "/v1/chat/completions"
+RETRY_STATUS = (408, 409, 425, 429, 503)
 
 
 def write_line(key: str, body: dict) -> bytes:
-    "Write a question as a batch takes it. body: what a direct call would send. Returns a line of the file."
+    "Write a question as a line of a batch's file. body: what a direct call would send."
     return json.dumps({"custom_id": key, "method": "POST", "url": ENDPOINT, "body": body}).encode() + b"\n"
 
 
 def read_line(reader, line: bytes) -> tuple[str, ChatReply | Failure] | None:
-    """Read an answer as a batch gives it.
-
-    line: of the output or error file. Returns the request's key and its answer; None where it can't be read."""
+    "Read a line of an output or error file: the request's key and its answer; None where it can't be read."
     try:
         done = json.loads(line)
         key, error, response = done["custom_id"], done.get("error") or {}, done.get("response") or {}
@@ -91,12 +85,12 @@ def read_line(reader, line: bytes) -> tuple[str, ChatReply | Failure] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     again = "final" if status and 400 <= status < 500 else "broken"
-    refused = error.get("code") in ("batch_expired", "batch_cancelled") or status in (408, 409, 425, 429, 503)
+    refused = error.get("code") in ("batch_expired", "batch_cancelled") or status in RETRY_STATUS
     return key, Failure(without_keys(" ".join(said.split()))[:200], kind="refused" if refused else again)
 
 # %% ../../nbs/gateway/03_batches.ipynb #c35556ff
 async def split_lines(chunks: typing.AsyncIterator[bytes]) -> typing.AsyncIterator[bytes]:
-    "Split a stream at its line feeds. chunks: a file, as it comes. Returns its lines, without the empty ones."
+    "Split a stream at its line feeds, and leave empty lines out."
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -112,12 +106,11 @@ class BatchModel(OpenAIModel):
     concurrency = 32  # batches in flight at once, at most
     look, whole, ahead, queued = None, False, 64, True
 
-    def __init__(
-        self, name: str, max_retries: int = 3, timeout: float = 120.0, poll: tuple[float, float] = (1.0, 60.0)
-    ):
+    def __init__(self, name: str, max_retries: int = 3, timeout: float = 120.0, poll: tuple = (1.0, 60.0)):
+        "poll: seconds between two looks at a batch, at first and at last."
         super().__init__(name, max_retries, timeout, "batch")
         self.price = {kind: usd * prices()["batch_discount"]["factor"] for kind, usd in self.price.items()}
-        self.poll, self.memory = poll, Forgetful()  # seconds between two looks at a batch: at first, at last
+        self.poll, self.memory = poll, Forgetful()
 
     @property
     def orders(self):
@@ -140,50 +133,80 @@ ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 STARTED = ENDED | {"in_progress", "finalizing", "cancelling"}
 
 
-def _begin(self) -> None:
+@patch
+def begin(self: BatchModel) -> None:
     "Set up what belongs to one event loop."
-    self.door, self.looking = (
-        asyncio.Lock(),
-        asyncio.Lock(),
-    )  # one at a time tries a full queue again; one reads the list
+    self.door, self.looking = asyncio.Lock(), asyncio.Lock()  # one tries a full queue again, one reads the list
     self.listed, self.working, self.ended = None, 0, 0  # the provider's list; our batches at work, and over
+    self.reader = completion_reader()
 
 
-def _open_client(self):
-    "Open an async client without retries of its own."
+@patch
+def open_client(self: BatchModel):
+    "Open an openai.AsyncOpenAI without retries of its own."
+    import openai
+
     self.begin()
-    return OpenAIModel.open_client(self)
-
-
-BatchModel.begin, BatchModel.open_client = _begin, _open_client
+    address, key, proxy = self.access()
+    http = openai.DefaultAioHttpClient(timeout=self.timeout, trust_env=proxy)
+    return openai.AsyncOpenAI(
+        api_key=key or "none", base_url=address, max_retries=0, timeout=self.timeout, http_client=http
+    )
 
 # %% ../../nbs/gateway/03_batches.ipynb #474ad83c
-async def _patiently(self, ask: typing.Callable, *arguments):
-    "Ask for what is ours, again and again."
+def transport_errors() -> tuple[type[Exception], ...]:
+    "Return what the openai client raises where a call fails."
     import aiohttp
     import httpx2
     import openai
 
-    start, attempt = time.monotonic(), 0
-    while True:
-        try:
-            return await ask(*arguments)
-        except openai.NotFoundError:
-            raise
-        except (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
-            failure, attempt = read_error(self, error), min(attempt + 1, 20)
-        if not failure.again or time.monotonic() - start > PATIENCE:
-            raise StudyError(
-                f"model {self.uri!r}: {failure.reason}; what was ordered stays ordered, so look after the connection "
-                "and run again"
-            )
-        await asyncio.sleep(pause(attempt, failure.after))
+    return openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, TimeoutError, ValueError
 
 
-BatchModel.patiently = _patiently
+@patch
+def sort_error(self: BatchModel, error: Exception) -> Failure:
+    "Sort one of these by what can be done about it; an order that came to be after all is found and booked later."
+    import aiohttp
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        failure = read_status(self, error.status_code, error.response.content, error.response.headers)
+    else:
+        cause = error
+        while cause.__cause__ and not isinstance(cause, aiohttp.ClientError):  # what the transport saw
+            cause = cause.__cause__
+        failure = read_error(self, cause)
+    return replace(failure, unsure=False)
+
+
+@patch
+async def patiently(self: BatchModel, ask: typing.Callable, *arguments):
+    "Ask for what is ours, again and again."
+    import openai
+    import stamina
+
+    def pause(error):
+        if isinstance(error, openai.NotFoundError) or not isinstance(error, transport_errors()):
+            return False
+        failure = self.sort_error(error)
+        return min(failure.after, LONGEST_AFTER) if failure.again and failure.after else failure.again
+
+    stamina.instrumentation.set_on_retry_hooks(())  # they would log errors as they are, keys included
+    try:
+        async for attempt in stamina.retry_context(pause, None, PATIENCE, wait_initial=0.5, wait_max=60.0):
+            with attempt:
+                return await ask(*arguments)
+    except openai.NotFoundError:
+        raise
+    except transport_errors() as error:
+        raise StudyError(
+            f"model {self.uri!r}: {self.sort_error(error).reason}; what was ordered stays ordered, so look after the "
+            "connection and run again"
+        ) from None
 
 # %% ../../nbs/gateway/03_batches.ipynb #e108d98d
-async def _upload(self, asked: dict[str, ChatRequest]) -> str:
+@patch
+async def upload(self: BatchModel, asked: dict[str, ChatRequest]) -> str:
     "Upload questions; returns the file's id."
     import openai
 
@@ -191,22 +214,17 @@ async def _upload(self, asked: dict[str, ChatRequest]) -> str:
         for key, request in asked.items():
             file.write(write_line(key, self.chat_arguments(request)))
         file.seek(0)
+        sent, patience = ("requests.jsonl", file), max(self.timeout, 3600.0)
         try:
-            return (
-                await self.opened.files.create(
-                    file=("requests.jsonl", file), purpose="batch", timeout=max(self.timeout, 3600.0)
-                )
-            ).id
+            return (await self.opened.files.create(file=sent, purpose="batch", timeout=patience)).id
         except openai.NotFoundError:
             raise StudyError(
                 f"model {self.uri!r}: the server has no batch API (404); use openai:{self.uri.partition(':')[2]}"
             ) from None
 
-
-BatchModel.upload = _upload
-
 # %% ../../nbs/gateway/03_batches.ipynb #1052aea6
-async def _create(self, file_id: str, name: str):
+@patch
+async def create(self: BatchModel, file_id: str, name: str):
     "Order a batch, and note its id."
     self.orders.drop_jobs([name])  # the id of one that found the queue full
     try:
@@ -220,20 +238,19 @@ async def _create(self, file_id: str, name: str):
     return batch
 
 
-async def _order(self, asked: dict[str, ChatRequest]):
+@patch
+async def order(self: BatchModel, asked: dict[str, ChatRequest]):
     "Place a new order: its name and its batch."
     file_id, name = await self.upload(asked), uuid.uuid4().hex
     self.orders.keep_jobs(dict.fromkeys(asked, name))
     return name, await self.create(file_id, name)
 
-
-BatchModel.create, BatchModel.order = _create, _order
-
 # %% ../../nbs/gateway/03_batches.ipynb #d03e4be4
 LOOK_BACK = 30 * 24 * 3600  # seconds
 
 
-async def _list_orders(self) -> dict:
+@patch
+async def list_orders(self: BatchModel) -> dict:
     "Read the provider's list: name -> newest batch that came, or can still come, to something."
     found, oldest = {}, time.time() - LOOK_BACK
     async for batch in self.opened.batches.list(limit=100):
@@ -244,11 +261,9 @@ async def _list_orders(self) -> dict:
             found.setdefault(name, batch)
     return found
 
-
-BatchModel.list_orders = _list_orders
-
 # %% ../../nbs/gateway/03_batches.ipynb #765f8e0a
-async def _under_way(self, name: str):
+@patch
+async def under_way(self: BatchModel, name: str):
     "Find the batch of an order; None where it was never created."
     import openai
 
@@ -268,17 +283,12 @@ async def _under_way(self, name: str):
         self.orders.keep_jobs({name: batch.id})
     return batch
 
-
-BatchModel.under_way = _under_way
-
 # %% ../../nbs/gateway/03_batches.ipynb #738a835e
 FULL = ("token_limit_exceeded", "request_limit_exceeded", "rate_limit_exceeded")
 
 
 def why_failed(batch) -> tuple[bool, str]:
-    """Tell why a batch was refused as a whole.
-
-    batch: openai's Batch. Returns whether the queue was full, and what the provider said."""
+    "Tell whether a batch was refused since the queue was full, and what the provider said."
     errors = (batch.errors and batch.errors.data) or []
     full = any(error.code in FULL or "enqueued" in (error.message or "").lower() for error in errors)
     said = "; ".join(
@@ -287,7 +297,8 @@ def why_failed(batch) -> tuple[bool, str]:
     return full, without_keys(" ".join((said or "no reason given").split()))[:300]
 
 # %% ../../nbs/gateway/03_batches.ipynb #861342b5
-async def _wait(self, batch, until: frozenset[str]):
+@patch
+async def wait(self: BatchModel, batch, until: frozenset[str]):
     "Look at a batch from time to time until it has come so far."
     seconds = self.poll[0]
     while batch.status not in until:
@@ -301,11 +312,9 @@ async def _wait(self, batch, until: frozenset[str]):
         batch = await self.patiently(self.opened.batches.retrieve, batch.id)
     return batch
 
-
-BatchModel.wait = _wait
-
 # %% ../../nbs/gateway/03_batches.ipynb #9525e13a
-async def _end_of(self, batch, name: str):
+@patch
+async def end_of(self: BatchModel, batch, name: str):
     "Wait for the end of a batch, and first for its place in the queue."
     batch = await self.wait(batch, STARTED)
     while batch.status == "failed" and why_failed(batch)[0] and self.working:
@@ -320,11 +329,9 @@ async def _end_of(self, batch, name: str):
     finally:
         self.working, self.ended = self.working - 1, self.ended + 1
 
-
-BatchModel.end_of = _end_of
-
 # %% ../../nbs/gateway/03_batches.ipynb #34f3a655
-async def _read_file(self, file_id: str) -> dict[str, ChatReply | Failure]:
+@patch
+async def read_file(self: BatchModel, file_id: str) -> dict[str, ChatReply | Failure]:
     "Read the answers in a file."
     found = {}
     async with self.opened.files.with_streaming_response.content(file_id) as response:
@@ -334,7 +341,8 @@ async def _read_file(self, file_id: str) -> dict[str, ChatReply | Failure]:
     return found
 
 
-async def _read(self, batch) -> tuple[dict[str, ChatReply | Failure], Failure]:
+@patch
+async def read(self: BatchModel, batch) -> tuple[dict[str, ChatReply | Failure], Failure]:
     "Read what came of a batch: the answers, and what to say of any other question."
     import openai
 
@@ -348,11 +356,9 @@ async def _read(self, batch) -> tuple[dict[str, ChatReply | Failure], Failure]:
         return found, Failure(f"batch {batch.id} ended without this question", kind="broken", unsure=True)
     return found, Failure(f"batch {batch.id} {batch.status} before this question", kind="refused")
 
-
-BatchModel.read_file, BatchModel.read = _read_file, _read
-
 # %% ../../nbs/gateway/03_batches.ipynb #53e62ad1
-def _judge(self, batch, asked: dict) -> tuple[dict, Failure] | None:
+@patch
+def judge(self: BatchModel, batch, asked: dict) -> tuple[dict, Failure] | None:
     "Say what to do about a batch that was refused as a whole; None for any other."
     if batch.status != "failed":
         return None
@@ -365,15 +371,10 @@ def _judge(self, batch, asked: dict) -> tuple[dict, Failure] | None:
         "again"
     )
 
-
-BatchModel.judge = _judge
-
 # %% ../../nbs/gateway/03_batches.ipynb #9c918e8a
-async def _one(self, requests: list[ChatRequest]) -> dict[str, ChatReply | Failure]:
+@patch
+async def one(self: BatchModel, requests: list[ChatRequest]) -> dict[str, ChatReply | Failure]:
     "Answer the questions of one batch, under way or new."
-    import aiohttp
-    import openai
-
     asked = {request.key(self.identity): request for request in requests}
     try:
         name = next(iter(self.orders.jobs(list(asked)).values()), None)
@@ -381,10 +382,8 @@ async def _one(self, requests: list[ChatRequest]) -> dict[str, ChatReply | Failu
         if not batch:
             name, batch = await self.order(asked)
         batch = await self.end_of(batch, name)
-    except (openai.OpenAIError, aiohttp.ClientError, TimeoutError, ValueError) as error:
-        failure = replace(
-            read_error(self, error), unsure=False
-        )  # if it was created after all, it is found and booked then
+    except transport_errors() as error:
+        failure = self.sort_error(error)
         if not failure.again:
             raise StudyError(f"model {self.uri!r}: the server refused the batch: {failure.reason}") from None
         return dict.fromkeys(asked, failure)
@@ -393,11 +392,9 @@ async def _one(self, requests: list[ChatRequest]) -> dict[str, ChatReply | Failu
     self.orders.drop_jobs([key for key, reply in replies.items() if isinstance(reply, Failure) or self.jobs is None])
     return replies
 
-
-BatchModel.one = _one
-
 # %% ../../nbs/gateway/03_batches.ipynb #9f1297df
-async def _answer(self, requests) -> list[ChatReply | Failure]:
+@patch
+async def answer(self: BatchModel, requests) -> list[ChatReply | Failure]:
     "Make one attempt at a group."
     self.opened = self.opened or self.open_client()
     groups = [[requests[i] for i in group] for group in self.groups(requests)]
@@ -408,6 +405,3 @@ async def _answer(self, requests) -> list[ChatReply | Failure]:
             f"model {self.uri!r}: interrupted; what was ordered stays ordered, run again to fetch it"
         ) from None
     return [found[request.key(self.identity)] for request in requests]
-
-
-BatchModel.answer = _answer

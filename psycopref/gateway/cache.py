@@ -13,70 +13,82 @@ import typing
 import uuid
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.files import open_database
-from ..models.chat import ChatReply
-from ..core.stages import Run, Shard
 from ..core.settings import StudyError
+from ..core.stages import Run, Shard
+from ..models.chat import ChatReply
 
 # %% auto #0
-__all__ = ['TABLES', 'KEEP', 'DONE', 'BOOK', 'AT_WORK', 'ReplyCache', 'look_up', 'select', 'ReadOnly', 'take_in', 'working',
-           'open_cache', 'run_bill']
+__all__ = ['TABLES', 'ASK_AGAIN', 'KEEP', 'DONE', 'BOOK', 'BILL', 'AT_WORK', 'damage_named', 'ReplyCache', 'select',
+           'open_finished', 'read_bill', 'claim', 'merge_shard', 'open_cache', 'run_bill']
 
 # %% ../../nbs/gateway/01_cache.ipynb #401851d0
 TABLES = (
     "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS spent (id TEXT PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL, calls INTEGER "
-    "NOT NULL, "
-    "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS spent (id TEXT PRIMARY KEY, stage TEXT NOT NULL, model TEXT NOT NULL, "
+    "calls INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL)",
     "CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, id TEXT NOT NULL)",
 )
+ASK_AGAIN = "move it away, replies will be asked for again"
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, what: str, remedy: str) -> typing.Iterator[None]:
+    "Say in one line what SQLite can't do with a file."
+    try:
+        yield
+    except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
+        raise StudyError(f"{path}: {what} ({error}); {remedy}") from None
 
 
 class ReplyCache:
-    "Keep replies by request key, what was spent, and the jobs that a provider works on for us."
+    "Keep replies by request key, what was spent, and the jobs that a provider works on for us, in a SQLite file."
 
     def __init__(self, path: Path, also: tuple[Path, ...] = ()):
-        """path: a SQLite file, made where it is not there; also: other caches, to look replies up in; nobody writes
-        them meanwhile."""
-        self.path, self.also, self.lock = Path(path), [ReadOnly(other) for other in also], threading.Lock()
+        "also: other caches to look replies up in; nobody writes them meanwhile."
+        self.path, self.lock, self.also = (
+            Path(path),
+            threading.Lock(),
+            [(other, open_finished(other)) for other in also],
+        )
         self.books: dict[tuple[str, str], str] = {}  # (stage, model) -> our row in `spent`
         self.mark = contextlib.ExitStack()  # says that this process works with the file, where that matters
-        try:
+        with damage_named(self.path, "is no reply cache", ASK_AGAIN):
             self.db = open_database(self.path, *TABLES)
-        except sqlite3.DatabaseError as error:
-            raise StudyError(
-                f"{self.path}: is no reply cache ({error}); move it away, replies will be asked for again"
-            ) from None
 
     def get(self, keys: list[str]) -> dict[str, ChatReply]:
         "Return the known replies among the keys."
-        found = look_up(self.db, self.path, keys)
-        for other in self.also:
-            found |= look_up(other.db, other.path, [key for key in keys if key not in found])
+        found = {}
+        for path, db in ((self.path, self.db), *self.also):
+            with damage_named(path, "the reply cache is damaged", ASK_AGAIN):
+                rows = select(
+                    db, "SELECT key, reply FROM replies WHERE key IN", [key for key in keys if key not in found]
+                )
+                found |= {key: ChatReply(**json.loads(reply)) for key, reply in rows}
         return found
-
-    def put(self, replies: dict[str, ChatReply]) -> None:
-        "Keep replies, all or none."
-        self._write((KEEP, _as_rows(replies)), (DONE, [(key,) for key in replies]))
-
-    def forget(self, keys: list[str]) -> None:
-        "Drop replies, so that they are asked for again."
-        self._write(("DELETE FROM replies WHERE key = ?", [(key,) for key in keys]))
 
     def close(self) -> None:
         "Give the files back."
-        for own in (self, *self.also):
-            own.db.close()
+        for _, db in ((self.path, self.db), *self.also):
+            db.close()
         self.mark.close()
+
+
+def select(db: sqlite3.Connection, query: str, names: list[str]) -> typing.Iterator[tuple]:
+    "Ask for any number of names, as many at a time as SQLite takes. query: ends in IN."
+    for start in range(0, len(names), 500):
+        part = names[start : start + 500]
+        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
 
 # %% ../../nbs/gateway/01_cache.ipynb #4ab7467f
 KEEP = "INSERT OR REPLACE INTO replies VALUES (?, ?)"
 DONE = "DELETE FROM jobs WHERE name = ?"
 BOOK = (
     "INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET calls = calls + excluded.calls, "
-    "prompt_tokens = "
-    "prompt_tokens + excluded.prompt_tokens, completion_tokens = completion_tokens + excluded.completion_tokens, usd "
-    "= usd + excluded.usd"
+    "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
+    "completion_tokens = completion_tokens + excluded.completion_tokens, usd = usd + excluded.usd"
 )
 
 
@@ -85,222 +97,168 @@ def _as_rows(replies: dict[str, ChatReply]) -> list[tuple[str, str]]:
     return [(key, json.dumps(vars(reply), ensure_ascii=False)) for key, reply in replies.items()]
 
 
-def _write(self, *work: tuple[str, list[tuple]]) -> None:
+@patch
+def _write(self: ReplyCache, *work: tuple[str, typing.Iterable[tuple]]) -> None:
     "Carry statements out on their rows, in one transaction."
-    try:
+    with damage_named(self.path, "can't be written", "free some space or mend the file, and run again"):
         with self.lock, self.db:  # one transaction at a time: threads share the connection
             for statement, rows in work:
                 self.db.executemany(statement, rows)
-    except sqlite3.DatabaseError as error:
-        raise StudyError(
-            f"{self.path}: can't be written ({error}); free some space or mend the file, and run again"
-        ) from None
 
 
-ReplyCache._write = _write
-
-
-def look_up(db, path: Path, keys: list[str]) -> dict[str, ChatReply]:
-    "Read replies from one file. db: sqlite3.Connection; path: for the error. Returns the known among them."
-    try:
-        return {
-            key: ChatReply(**json.loads(reply))
-            for key, reply in select(db, "SELECT key, reply FROM replies WHERE key IN", keys)
-        }
-    except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
-        raise StudyError(
-            f"{path}: the reply cache is damaged ({error}); move it away, replies will be asked for again"
-        ) from None
-
-
-def select(db, query: str, names: list[str]) -> typing.Iterator[tuple]:
-    """Ask for any number of names, as many at a time as SQLite takes.
-
-    db: sqlite3.Connection; query: ends in IN; names: what it is asked for."""
-    for start in range(0, len(names), 500):
-        part = names[start : start + 500]
-        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
-
-# %% ../../nbs/gateway/01_cache.ipynb #5e960d6e
-class ReadOnly:
-    "Read a cache that nobody writes meanwhile."
-
-    def __init__(self, path: Path):
-        from filelock import FileLock
-
-        self.path = Path(path)
-        with FileLock(self.path.with_suffix(".lock")):
-            opened = sqlite3.connect(self.path, timeout=60)
-            try:
-                opened.execute("PRAGMA journal_mode=DELETE")
-                for table in TABLES:  # a kill may have come before they were made
-                    opened.execute(table)
-            except sqlite3.DatabaseError as error:
-                raise StudyError(
-                    f"{self.path}: can't be read as a reply cache ({error}); move it away, or end the process that "
-                    "uses it"
-                ) from None
-            finally:
-                opened.close()
-        self.db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False)
-
-# %% ../../nbs/gateway/01_cache.ipynb #9b6bbc49
-def _spend(self, stage: str, model: str, calls: int, prompt_tokens: int, completion_tokens: int, usd: float) -> None:
-    "Book calls of a stage to a model."
-    self.keep([({}, stage, model, calls, prompt_tokens, completion_tokens, usd)])
-
-
-def _keep(self, done: list[tuple]) -> None:
-    """Keep replies and book what they took in one transaction: `done` holds (replies, stage, model, calls, tokens,
-    tokens, USD)."""
-    rows = [
+@patch
+def keep(self: ReplyCache, done: list[tuple]) -> None:
+    "Keep replies and book what they took, all or none. done: (replies, stage, model, calls, tokens in, out, USD)."
+    books = [
         (self.books.setdefault((stage, model), uuid.uuid4().hex), stage, model, *spent)
         for _, stage, model, *spent in done
     ]
-    answered = [(key,) for replies, *_ in done for key in replies]
-    self._write((KEEP, [row for replies, *_ in done for row in _as_rows(replies)]), (DONE, answered), (BOOK, rows))
+    rows = [row for replies, *_ in done for row in _as_rows(replies)]
+    self._write((KEEP, rows), (DONE, [(key,) for key, _ in rows]), (BOOK, books))
 
 
-def _spent(self) -> float:
-    "Return what this file has booked, in US dollars."
-    return self.db.execute("SELECT coalesce(sum(usd), 0) FROM spent").fetchone()[0]
+@patch
+def put(self: ReplyCache, replies: dict[str, ChatReply]) -> None:
+    "Keep replies that took nothing."
+    self._write((KEEP, _as_rows(replies)), (DONE, [(key,) for key in replies]))
 
 
-def _spent_before(self) -> float:
-    "Return what the other caches have booked, in US dollars."
-    return sum(other.db.execute("SELECT coalesce(sum(usd), 0) FROM spent").fetchone()[0] for other in self.also)
+@patch
+def forget(self: ReplyCache, keys: list[str]) -> None:
+    "Drop replies, so that they are asked for again."
+    self._write(("DELETE FROM replies WHERE key = ?", [(key,) for key in keys]))
 
+# %% ../../nbs/gateway/01_cache.ipynb #5e960d6e
+def open_finished(path: Path) -> sqlite3.Connection:
+    "Open a cache that nobody writes meanwhile."
+    from filelock import FileLock
 
-def _bill(self) -> list[dict]:
-    "Return the books of this file: stage, model, calls, tokens and US dollars."
-    names = ("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd")
-    rows = self.db.execute(
-        "SELECT stage, model, sum(calls), sum(prompt_tokens), sum(completion_tokens), sum(usd) FROM spent GROUP BY "
-        "stage, model ORDER BY stage, model"
-    )
-    return [dict(zip(names, row)) for row in rows]
+    with (
+        FileLock(path.with_suffix(".lock")),
+        damage_named(path, "can't be read as a reply cache", "move it away, or end the process that uses it"),
+    ):
+        db = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        for statement in ("PRAGMA journal_mode=DELETE", *TABLES):  # a kill may have come before the tables were made
+            db.execute(statement)
+    return db
 
-
-ReplyCache.spend, ReplyCache.keep, ReplyCache.spent, ReplyCache.spent_before, ReplyCache.bill = (
-    _spend,
-    _keep,
-    _spent,
-    _spent_before,
-    _bill,
+# %% ../../nbs/gateway/01_cache.ipynb #9b6bbc49
+BILL = (
+    "SELECT stage, model, sum(calls), sum(prompt_tokens), sum(completion_tokens), sum(usd) FROM spent "
+    "GROUP BY stage, model ORDER BY stage, model"
 )
 
+
+def read_bill(db: sqlite3.Connection) -> list[dict]:
+    "Return stage, model, calls, tokens and US dollars of all books in a file."
+    names = ("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd")
+    return [dict(zip(names, row)) for row in db.execute(BILL)]
+
+
+@patch
+def spend(self: ReplyCache, stage: str, model: str, *spent) -> None:
+    "Book calls of a stage to a model: calls, tokens in and out, US dollars."
+    self.keep([({}, stage, model, *spent)])
+
+
+@patch
+def bill(self: ReplyCache) -> list[dict]:
+    "Return the books of this file."
+    return read_bill(self.db)
+
+
+@patch
+def spent(self: ReplyCache) -> float:
+    "Return what this file has booked, in US dollars."
+    return sum(row["usd"] for row in read_bill(self.db))
+
+
+@patch
+def spent_before(self: ReplyCache) -> float:
+    "Return what the other caches have booked, in US dollars."
+    return sum(row["usd"] for _, db in self.also for row in read_bill(db))
+
 # %% ../../nbs/gateway/01_cache.ipynb #7748343a
-def _jobs(self, names: list[str]) -> dict[str, str]:
+@patch
+def jobs(self: ReplyCache, names: list[str]) -> dict[str, str]:
     "Return what is noted of the names, here or in the other caches."
     found = {}
-    for db in (*(other.db for other in self.also), self.db):
+    for db in (*(db for _, db in self.also), self.db):
         found |= dict(select(db, "SELECT name, id FROM jobs WHERE name IN", names))
     return found
 
 
-def _keep_jobs(self, rows: dict[str, str]) -> None:
+@patch
+def keep_jobs(self: ReplyCache, rows: dict[str, str]) -> None:
     "Note which batch a question is in, or which id a batch has."
-    self._write(("INSERT OR REPLACE INTO jobs VALUES (?, ?)", list(rows.items())))
+    self._write(("INSERT OR REPLACE INTO jobs VALUES (?, ?)", rows.items()))
 
 
-def _drop_jobs(self, names: list[str]) -> None:
+@patch
+def drop_jobs(self: ReplyCache, names: list[str]) -> None:
     "Forget notes, so that questions are ordered anew."
     self._write((DONE, [(name,) for name in names]))
-
-
-ReplyCache.jobs, ReplyCache.keep_jobs, ReplyCache.drop_jobs = _jobs, _keep_jobs, _drop_jobs
 
 # %% ../../nbs/gateway/01_cache.ipynb #fb8d1b6e
 AT_WORK = "it is still at work; wait for it, or end it"
 
 
-def take_in(cache: ReplyCache, path: Path) -> None:
-    """Copy a shard's replies, books and jobs into the run's cache, then remove its file.
+def claim(path: Path, otherwise: str = AT_WORK) -> typing.ContextManager:
+    "Lock a shard's file for this process; raises StudyError where another has it."
+    import filelock
 
-    path: a shard's file; gone afterwards."""
-    with working(path, AT_WORK):
-        ReadOnly(path).db.close()
-        try:
-            cache.db.execute("ATTACH ? AS shard", (str(path),))
-            with cache.db:
-                for table in ("replies", "spent", "jobs"):
-                    cache.db.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM shard.{table}")
-                cache.db.execute("DELETE FROM jobs WHERE name IN (SELECT key FROM replies)")
-            cache.db.execute("DETACH shard")
-        except sqlite3.DatabaseError as error:
-            raise StudyError(
-                f"{path}: can't be taken into {cache.path} ({error}); free some space or move the file away"
-            ) from None
+    try:
+        return filelock.FileLock(path.with_suffix(".working")).acquire(timeout=0)
+    except filelock.Timeout:
+        raise StudyError(f"{path}: {otherwise}") from None
+
+
+def merge_shard(cache: ReplyCache, path: Path) -> None:
+    "Copy a shard's replies, books and jobs into the run's cache, then remove its file."
+    with claim(path), damage_named(path, f"can't be merged into {cache.path}", "free some space or move the file away"):
+        open_finished(path).close()
+        cache.db.execute("ATTACH ? AS shard", (str(path),))
+        with cache.db:
+            for table in ("replies", "spent", "jobs"):
+                cache.db.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM shard.{table}")
+            cache.db.execute("DELETE FROM jobs WHERE name IN (SELECT key FROM replies)")
+        cache.db.execute("DETACH shard")
         for gone in (path, path.with_suffix(".lock"), path.with_suffix(".working")):
             gone.unlink(missing_ok=True)
 
-
-@contextlib.contextmanager
-def working(path: Path, otherwise: str):
-    """Hold the mark that says who works with a shard's file.
-
-    path: a shard's file; otherwise: what to say where somebody else works with it."""
-    import filelock
-
-    lock = filelock.FileLock(path.with_suffix(".working"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise StudyError(f"{path}: {otherwise}") from None
-    try:
-        yield lock
-    finally:
-        lock.release()
-
 # %% ../../nbs/gateway/01_cache.ipynb #791a6d95
 def open_cache(run: Run, stage: str = "", shard: Shard | None = None) -> ReplyCache:
-    """Open the cache of a run, or of a shard of one of its stages.
-
-    stage: who asks, e.g. 03_ratings; shard: which part of the stage; None = all of it. Returns the run's own, or
-    the shard's with the others to read."""
+    "Open the cache of a run, or a shard's own file with the others to read. stage: who asks, e.g. 03_ratings."
     folder = run.outputs / "cache"
     folder.mkdir(parents=True, exist_ok=True)
     parts, main = sorted(folder.glob("replies-*.sqlite")), folder / "replies.sqlite"
     if shard is None:
         for part in parts:  # looked at before anything is opened, since an open cache is in the way of other shards
-            with working(part, AT_WORK):
+            with claim(part):
                 pass
         cache = ReplyCache(main)
         for part in parts:
-            take_in(cache, part)
+            merge_shard(cache, part)
         return cache
-    own = folder / f"replies-{stage}-{shard}.sqlite"
-    beside = {
-        folder / f"replies-{stage}-{Shard(i, shard.n)}.sqlite" for i in range(1, shard.n + 1)
-    }  # may be at work now
+    own, *beside = [
+        folder / f"replies-{stage}-{part}.sqlite"
+        for part in (shard, *(Shard(i, shard.n) for i in range(1, shard.n + 1)))
+    ]
     others = [part for part in parts if part not in beside]  # left by another number of shards, or another stage
-    with contextlib.ExitStack() as mark:  # first of all: from now on nobody takes the file in
-        mark.enter_context(working(own, "another process works on this shard; wait for it, or end it"))
-        cache = ReplyCache(own, tuple([main] if main.is_file() else []) + tuple(others))
+    with contextlib.ExitStack() as mark:  # first of all: from now on nobody merges the file
+        mark.enter_context(claim(own, "another process works on this shard; wait for it, or end it"))
+        cache = ReplyCache(own, (*([main] if main.is_file() else []), *others))
         cache.mark = mark.pop_all()
     return cache
 
 # %% ../../nbs/gateway/01_cache.ipynb #2c3b2e84
 def run_bill(run: Run) -> list[dict]:
-    """Return the books of a run, its shards' included.
-
-    Returns stage, model, calls, tokens and US dollars, in order; empty where the run has no cache."""
-    rows = {}
-    for path in sorted((run.outputs / "cache").glob("replies*.sqlite")):
-        try:
-            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
-                rows |= {
-                    row: spent
-                    for row, *spent in db.execute(
-                        "SELECT id, stage, model, calls, prompt_tokens, completion_tokens, usd FROM spent"
-                    )
-                }
-        except sqlite3.DatabaseError as error:
-            raise StudyError(f"{path}: its books can't be read ({error}); move the file away, or mend it") from None
-    sums: dict[tuple, list] = {}
-    for stage, model, *spent in rows.values():
-        sums[stage, model] = [a + b for a, b in zip(sums.get((stage, model), [0, 0, 0, 0.0]), spent)]
-    return [
-        dict(zip(("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd"), (*key, *sums[key])))
-        for key in sorted(sums)
-    ]
+    "Return the books of a run, its shards' included: stage, model, calls, tokens and US dollars."
+    with contextlib.closing(sqlite3.connect("file::memory:", uri=True, isolation_level=None)) as whole:
+        whole.execute(TABLES[1])
+        for path in sorted((run.outputs / "cache").glob("replies*.sqlite")):
+            with damage_named(path, "its books can't be read", "move the file away, or mend it"):
+                whole.execute("ATTACH ? AS part", (f"{path.resolve().as_uri()}?mode=ro",))
+                whole.execute("INSERT OR IGNORE INTO spent SELECT * FROM part.spent")
+                whole.execute("DETACH part")
+        return read_bill(whole)

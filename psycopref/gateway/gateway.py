@@ -12,39 +12,34 @@ import contextlib
 import itertools
 import os
 import queue
-import sys
 import threading
 import time
 import typing
 from dataclasses import dataclass, field
 
+from fastcore.basics import patch
+
 from ..core.files import progress
+from ..core.settings import StudyError
+from ..core.stages import Run, Shard
 from .batches import BatchModel
 from .cache import ReplyCache, open_cache
+from .limits import AdaptiveLimit, Budget, pause
+from .servers import OpenAIModel
 from ..models.chat import ChatModel, ChatReply, ChatRequest, Failure
-from ..core.stages import Run, Shard
-from ..core.settings import StudyError
-from .limits import Pace, Purse, pause
 from ..models.local import LocalModel
 from ..rater.rules import RulesModel
-from .servers import OpenAIModel
 
 # %% auto #0
-__all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'Turns', 'looping', 'call_soon', 'run_ahead', 'Block', 'Stream',
-           'open_gateway']
+__all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
-PROVIDERS: dict[str, typing.Callable] = {
-    "openai": OpenAIModel,
-    "batch": BatchModel,
-    "local": LocalModel,
-    "rules": RulesModel,
-}
+PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "rules": RulesModel}
 
 
 def chat_model(uri: str, **options) -> ChatModel:
-    "Open a model by its URI. uri: provider:name; options: passed to the provider. Returns who answers."
-    provider, colon, name = uri.partition(":")
+    "Open a model by its URI, provider:name; options are passed to the provider."
+    provider, _, name = uri.partition(":")
     if provider not in PROVIDERS or not name:
         raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(PROVIDERS)}")
     return PROVIDERS[provider](name, **options)
@@ -57,40 +52,29 @@ class Gateway:
     cache: ReplyCache  # where replies are kept
     budget_usd: float = 0.0  # the most that may be spent
     calls: str = "record"  # record: ask what the cache lacks; replay: refuse it; live: ask everything again
-    spent: float = 0.0  # before this process
+    spent: float = 0.0  # US dollars, those of earlier processes included
     stage: str = ""  # whose calls these are, for the books
     counts: dict = field(default_factory=dict)  # for each model: calls, cached, failed, retries, tokens, usd
     busy: bool = False  # a stream is under way
 
-    def __post_init__(self):
-        self.purse = Purse(self.budget_usd, self.spent)
-
     def ask(self, model: ChatModel, requests: list[ChatRequest], name: str = "asking") -> list[ChatReply | Failure]:
-        """Answer all requests.
-
-        model: who answers; requests: what is asked; name: shown before the progress bar. Returns in the order of
-        the requests."""
+        "Answer all requests, in their order. name: shown before the progress bar."
         [replies] = self.stream(model, [requests], name, len(requests))
         return replies
 
     def stream(
-        self,
-        model: ChatModel,
-        blocks: typing.Iterable[typing.Iterable[ChatRequest]],
-        name: str = "asking",
-        total: int | None = None,
+        self, model: ChatModel, blocks: typing.Iterable, name: str = "asking", total: int | None = None
     ) -> typing.Iterator[list[ChatReply | Failure]]:
-        """Answer blocks of requests.
+        """Answer blocks of requests; return a list for each block, in order.
 
-        model: who answers; blocks: what is asked; read as the work goes on; name: shown before the progress bar;
-        total: requests in all, where that is known. Returns a list for each block, in order."""
+        blocks: iterables of requests, read as the work goes on; total: requests in all, where that is known."""
         if self.busy:
             raise StudyError("gateway: one stream at a time; read the first to its end, or close it")
-        self.busy = True
+        self.busy, stream = True, Stream(self, model, name, total)
         try:
-            yield from run_ahead(Stream(self, model, name, total).blocks(blocks))
+            yield from read_ahead(stream.blocks(blocks))
         finally:
-            self.busy, self.spent = False, self.purse.spent
+            self.busy, self.spent = False, stream.budget.spent
 
     def models(self) -> dict:
         "Return counts for each model: what a receipt says of this process."
@@ -100,112 +84,46 @@ class Gateway:
         "Return what the stage took so far, over all its runs, by model: calls, tokens and US dollars."
         return [row for row in self.cache.bill() if row["stage"] == self.stage]
 
-# %% ../../nbs/gateway/04_gateway.ipynb #b0347217
-class Turns:
-    """Let threads take turns ten times as often while calls are under way: the loop has little to do at a time and
-    should not wait for the reader."""
+# %% ../../nbs/gateway/04_gateway.ipynb #e28e0890
+def read_ahead(work: typing.AsyncGenerator, ahead: int = 2) -> typing.Iterator:
+    "Iterate over an async generator that runs in another thread. ahead: items that may wait to be read."
+    items = queue.SimpleQueue()
 
-    streams, before, lock = 0, 0.0, threading.Lock()
-
-    def __enter__(self):
-        with Turns.lock:
-            if not Turns.streams:
-                Turns.before = sys.getswitchinterval()
-                sys.setswitchinterval(Turns.before / 10)
-            Turns.streams += 1
-
-    def __exit__(self, *error):
-        with Turns.lock:
-            Turns.streams -= 1
-            if not Turns.streams:
-                sys.setswitchinterval(Turns.before)
-
-# %% ../../nbs/gateway/04_gateway.ipynb #7ca1a92f
-@contextlib.contextmanager
-def looping(
-    work: typing.Coroutine, failed: typing.Callable[[BaseException], None]
-) -> typing.Iterator[asyncio.AbstractEventLoop]:
-    """Run a coroutine in a loop of its own, in another thread; at the end it is cancelled and awaited.
-
-    work: what is done in the loop; failed: is told of an error."""
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(work)
+    async def pump():
+        free = asyncio.Semaphore(ahead)
+        items.put((asyncio.get_running_loop(), asyncio.current_task(), free))
+        async with contextlib.aclosing(work):
+            async for item in work:
+                items.put((item,))
+                await free.acquire()
 
     def run():
         try:
-            loop.run_until_complete(task)
+            items.put(asyncio.run(pump()))
         except BaseException as error:
-            failed(error)
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
-            loop.close()
+            items.put(error)
+
+    def call(action):
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            loop.call_soon_threadsafe(action)
 
     def stop():
-        call_soon(loop, task.cancel)
+        call(task.cancel)
         thread.join()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    loop, task, free = items.get()
     atexit.register(stop)  # a reader that nobody closed holds up no exit
     try:
-        yield loop
+        while isinstance(item := items.get(), tuple):
+            yield item[0]
+            call(free.release)
+        if item is not None:
+            raise item
     finally:
         stop()
         atexit.unregister(stop)
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, action: typing.Callable) -> None:
-    "Schedule an action on a loop that may have ended by itself. loop: perhaps closed; action: without arguments."
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(action)
-
-# %% ../../nbs/gateway/04_gateway.ipynb #e28e0890
-def run_ahead(work: typing.AsyncIterator, ahead: int = 2) -> typing.Iterator:
-    "Read an async generator from synchronous code. work: an async generator; ahead: items that may wait to be read."
-    found, room = queue.SimpleQueue(), asyncio.Semaphore(ahead)
-
-    async def pump():
-        try:
-            async for item in work:
-                found.put((item, None))
-                await room.acquire()
-            found.put((None, StopIteration()))
-        finally:
-            await work.aclose()
-
-    with Turns(), looping(pump(), lambda error: found.put((None, error))) as loop:
-        while True:
-            item, error = found.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-            call_soon(loop, room.release)
-
-# %% ../../nbs/gateway/04_gateway.ipynb #cc3d5b2e
-class Block:
-    "Follow the requests of one block until each has its reply."
-
-    def __init__(self):
-        self.keys, self.known, self.missing, self.read = [], {}, set(), False
-        self.ready = asyncio.Event()
-
-    def take(self, key: str, reply: ChatReply | Failure) -> None:
-        "Note a reply."
-        self.known[key] = reply
-        self.missing.discard(key)
-        self.check()
-
-    def check(self) -> None:
-        "Be ready when all requests were read and none is missing."
-        if self.read and not self.missing:
-            self.ready.set()
-
-    def replies(self) -> list[ChatReply | Failure]:
-        "Return the replies in the order of the requests."
-        return [self.known[key] for key in self.keys]
 
 # %% ../../nbs/gateway/04_gateway.ipynb #7f4a3550
 class Stream:
@@ -213,285 +131,226 @@ class Stream:
 
     def __init__(self, gateway: Gateway, model: ChatModel, name: str, total: int | None):
         self.gateway, self.model, self.error, self.lost, self.over = gateway, model, None, 0, asyncio.Event()
-        self.pace, self.room = (
-            Pace(model.concurrency),
-            asyncio.Semaphore(2 * model.concurrency + 64),
-        )  # who pauses or waits for the disk holds room, not pace
-        self.due: collections.deque[Block] = collections.deque()  # blocks not given back yet
-        self.waiting: dict[str, list[Block]] = {}  # key of a call in flight -> blocks that wait for it
-        self.tasks: set[asyncio.Task] = set()
-        self.unwritten, self.writer = [], None  # replies on their way to the disk
-        self.count = gateway.counts.setdefault(
-            model.uri,
-            dict(
-                label=model.label, calls=0, cached=0, failed=0, retries=0, prompt_tokens=0, completion_tokens=0, usd=0.0
-            ),
-        )
-        self.bar = iter(
-            progress(
-                itertools.repeat(None) if total is None else range(total), f"{name} [{model.label[:24]}]", total, "call"
-            )
-        )
+        self.budget, self.limit = Budget(gateway.budget_usd, gateway.spent), AdaptiveLimit(model.concurrency)
+        self.started = asyncio.Semaphore(2 * model.concurrency + 64)  # in flight, pausing or waiting for the disk
+        self.calls: dict[str, asyncio.Task] = {}  # request key -> the call that will answer it
+        self.unwritten, self.writing = [], asyncio.Lock()  # replies on their way to the disk
+        numbers = dict.fromkeys(("calls", "cached", "failed", "retries", "prompt_tokens", "completion_tokens"), 0)
+        self.count = gateway.counts.setdefault(model.uri, {"label": model.label, **numbers, "usd": 0.0})
+        self.bar = progress(None, f"{name} [{model.label[:24]}]", total, "call")
         model.jobs = gateway.cache
 
-    def fail(self, error: Exception) -> None:
-        "Send nothing more; wake whoever waits for a block; leave what is queued elsewhere for the next run."
+    def fail(self, error: BaseException) -> None:
+        "Send nothing more, and end all pauses; what a provider has queued is left for the next run."
         self.error = self.error or error
         self.over.set()
-        for task in self.tasks if self.model.queued else ():
-            task.cancel()
-        for block in self.due:
-            block.ready.set()
-
-    def tick(self, n: int) -> None:
-        "Move the progress bar."
-        for _ in range(n):
-            next(self.bar, None)
+        for call in set(self.calls.values()) - {asyncio.current_task()} if self.model.queued else ():
+            call.cancel()
 
 # %% ../../nbs/gateway/04_gateway.ipynb #89ee4932
-async def _blocks(self, source) -> typing.AsyncIterator[list[ChatReply | Failure]]:
-    "Send block after block, give back what is complete, in order."
+@patch
+async def blocks(self: Stream, source) -> typing.AsyncIterator[list[ChatReply | Failure]]:
+    "Send block after block; give back what is complete, in order."
+    due: collections.deque[asyncio.Task] = collections.deque()  # blocks not given back yet
     try:
         for requests in source:
-            self.due.append(block := Block())
-            await self.send_block(block, iter(requests))
-            while self.due and not self.error and (self.due[0].ready.is_set() or len(self.due) > self.model.ahead):
-                await self.due[0].ready.wait()
-                if not self.error:
-                    yield self.due.popleft().replies()
-            if self.error:
-                break
-        while self.due and not self.error:
-            await self.due[0].ready.wait()
-            if not self.error:
-                yield self.due.popleft().replies()
+            due.append(asyncio.create_task(self.collect(*await self.send(requests))))
+            await asyncio.sleep(0)
+            while due and (due[0].done() or len(due) > self.model.ahead):
+                yield await due.popleft()
+        while due:
+            yield await due.popleft()
     except (asyncio.CancelledError, GeneratorExit):
-        for task in self.tasks:
-            task.cancel()
+        for call in self.calls.values():
+            call.cancel()
         raise
-    except Exception as error:  # the source's, or a refusal of the cache
+    except Exception as error:  # also the source's, or a refusal of the cache
         self.fail(error)
-        raise
+        raise self.error
     finally:
-        await asyncio.gather(*self.tasks, return_exceptions=True)  # what is in flight is paid for: let it come
-        await (self.writer or self.write())
-        self.tick(1)
+        await asyncio.gather(*self.calls.values(), *due, return_exceptions=True)  # paid for: let them come
+        await self.write()
+        self.bar.close()
         await self.model.close()
+
+
+@patch
+async def send(self: Stream, requests: typing.Iterable[ChatRequest]) -> tuple[list[str], dict]:
+    "Start the calls of a block as there is room. Returns its keys, and for each a reply or the call that brings it."
+    keys, found, requests = [], {}, iter(requests)
+    while some := list(itertools.islice(requests, self.model.look)):
+        own = [request.key(self.model.identity) for request in some]
+        keys += own
+        for group in self.look_up(found, dict(zip(own, some)), len(own)):
+            await self.started.acquire()
+            if self.error:
+                raise self.error
+            call = asyncio.create_task(self.call(group))
+            found |= {key: self.calls.setdefault(key, call) for key in group if key not in found}
+        await asyncio.sleep(0)
+    return keys, found
+
+
+@patch
+async def collect(self: Stream, keys: list[str], found: dict) -> list[ChatReply | Failure]:
+    "Wait for the replies of a block."
+    await asyncio.gather(*{it for it in found.values() if isinstance(it, asyncio.Task)}, return_exceptions=True)
     if self.error:
         raise self.error
-
-
-async def _send_block(self, block: Block, requests: typing.Iterator[ChatRequest]) -> None:
-    "Read a block's requests and send what nobody knows, as fast as there is room."
-    while not self.error and (some := list(itertools.islice(requests, self.model.look))):
-        for keys, asked in self.unknown(block, some):
-            await self.room.acquire()
-            if self.error:
-                return
-            task = asyncio.create_task(self.run(keys, asked))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-        await asyncio.sleep(0)
-    block.read = True
-    block.check()
-
-
-Stream.blocks, Stream.send_block = _blocks, _send_block
+    replies = {key: it.result()[key] if isinstance(it, asyncio.Task) else it for key, it in found.items()}
+    return [replies[key] for key in keys]
 
 # %% ../../nbs/gateway/04_gateway.ipynb #a973fba9
-def _unknown(self, block: Block, requests: list[ChatRequest]) -> list[tuple[list[str], list[ChatRequest]]]:
-    "Look requests up; return those to send, in groups, with their keys."
+@patch
+def look_up(self: Stream, found: dict, asked: dict[str, ChatRequest], n: int) -> list[dict[str, ChatRequest]]:
+    "Add to `found` what is in flight or kept. Returns the groups to send; n: requests, the repeated ones included."
     model, gateway = self.model, self.gateway
-    keys = [request.key(model.identity) for request in requests]
-    fresh = [key for key in dict.fromkeys(keys) if key not in block.known]
-    flying = {
-        key for key in fresh if key in self.waiting
-    }  # not looked up: the reply may be written, but not yet for good
-    known = {} if gateway.calls == "live" else gateway.cache.get([key for key in fresh if key not in flying])
-    block.keys += keys
-    block.known |= known
-    left = {key for key in fresh if key not in known}
+    found |= {key: self.calls[key] for key in asked if key in self.calls and key not in found}
+    if gateway.calls != "live":
+        found |= gateway.cache.get([key for key in asked if key not in found])
+    left = {key: request for key, request in asked.items() if key not in found}
     if left and gateway.calls == "replay":
         raise StudyError(
-            _unseen(self, [request for key, request in zip(keys, requests) if key in left], len(set(keys)))
+            f"replay: {len(left)} of {len(asked)} calls to {model.uri} are not in {gateway.cache.path}, the first asks "
+            f"{next(iter(left.values())).messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them"
         )
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    open_ = sorted(first[key] for key in (set(keys) if model.whole else left - flying))
-    groups = [[open_[i] for i in group] for group in model.groups([requests[i] for i in open_])]
-    groups = [group for group in groups if any(keys[i] in left - flying for i in group)]
-    for key in left:
-        self.waiting.setdefault(key, []).append(block)
-    block.missing |= left
-    sent = sum(len(group) for group in groups)
-    self.count["cached"] += len(keys) - sent
-    self.tick(len(keys) - sent)
-    return [([keys[i] for i in group], [requests[i] for i in group]) for group in groups]
-
-
-def _unseen(self, requests: list[ChatRequest], n: int) -> str:
-    "Word the refusal of a replay."
-    return (
-        f"replay: {len(requests)} of {n} calls to {self.model.uri} are not in {self.gateway.cache.path}, the first "
-        "asks "
-        f"{requests[0].messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them"
-    )
-
-
-Stream.unknown = _unknown
+    pool = list(asked if model.whole else left)
+    groups = [[pool[i] for i in group] for group in model.groups([asked[key] for key in pool])]
+    groups = [{key: asked[key] for key in group} for group in groups if not left.keys().isdisjoint(group)]
+    cached = n - sum(map(len, groups))
+    self.count["cached"] += cached
+    self.bar.update(cached)
+    return groups
 
 # %% ../../nbs/gateway/04_gateway.ipynb #99a40ec3
 LOST = 2  # times the calls in flight, and at least 50: so many lost calls in a row end the run
 
 
-async def _run(self, keys: list[str], requests: list[ChatRequest]) -> None:
-    "Answer one group, whatever it takes, and tell the blocks."
+@patch
+async def call(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatReply | Failure]:
+    "Answer one group, whatever it takes; nothing where the stream has failed."
     try:
-        self.count["calls"] += len(keys)
-        replies = await self.insist(keys, requests)
-        lost = all(isinstance(reply, Failure) and reply.again for reply in replies)
-        self.lost = self.lost + 1 if lost else 0
+        self.count["calls"] += len(group)
+        replies = await self.insist(group)
+        self.lost = self.lost + 1 if all(map(_again, replies.values())) else 0
         if self.lost >= max(50, LOST * self.model.concurrency):
             raise StudyError(
-                f"model {self.model.uri!r}: {self.lost} calls in a row found no answer, the last: {replies[0].reason}; "
-                "finished calls are kept, so look after the server and run again"
+                f"model {self.model.uri!r}: {self.lost} calls in a row found no answer, the last: "
+                f"{[*replies.values()][0].reason}; finished calls are kept, so look after the server and run again"
             )
-        self.count["failed"] += sum(isinstance(reply, Failure) for reply in replies)
-        for key, reply in zip(keys, replies):
-            for block in self.waiting.pop(key, ()):
-                block.take(key, reply)
-    except Exception as error:
+        self.count["failed"] += sum(isinstance(reply, Failure) for reply in replies.values())
+        return replies
+    except (Exception, asyncio.CancelledError) as error:
         self.fail(error)
+        return {}
     finally:
-        self.room.release()
-        self.tick(len(keys))
+        for key in [key for key in group if self.calls.get(key) is asyncio.current_task()]:
+            del self.calls[key]
+        self.started.release()
+        self.bar.update(len(group))
 
 
-async def _insist(self, keys: list[str], requests: list[ChatRequest]) -> list[ChatReply | Failure]:
+def _again(reply: ChatReply | Failure) -> bool:
+    "Tell whether a call should be tried again."
+    return isinstance(reply, Failure) and reply.again
+
+
+@patch
+async def insist(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatReply | Failure]:
     "Make attempts until every request has an answer, or none is left."
-    found: dict[int, ChatReply | Failure] = {}
-    left = list(range(len(keys)))
+    replies: dict[str, ChatReply | Failure] = {}
     for attempt in itertools.count(1):
-        replies = await self.once([requests[i] for i in left], [keys[i] for i in left])
-        found |= dict(zip(left, replies))
-        left = [i for i in left if isinstance(found[i], Failure) and found[i].again]
+        replies |= await self.once(
+            {key: request for key, request in group.items() if key not in replies or _again(replies[key])}
+        )
+        left = [reply for reply in replies.values() if _again(reply)]
         if not left or attempt == self.model.attempts or self.error:
-            return [found[i] for i in range(len(keys))]
+            return replies
         self.count["retries"] += len(left)
-        seconds = pause(attempt, max((found[i].after for i in left if found[i].after is not None), default=None))
+        seconds = pause(attempt, max((reply.after for reply in left if reply.after is not None), default=None))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.over.wait()  # an error elsewhere ends the pause
-
-
-Stream.run, Stream.insist = _run, _insist
+            await asyncio.wait_for(self.over.wait(), seconds)  # an error elsewhere ends the pause
 
 # %% ../../nbs/gateway/04_gateway.ipynb #c0bfc099
-async def _once(self, requests: list[ChatRequest], keys: list[str]) -> list[ChatReply | Failure]:
-    "Make one attempt at a group, and learn from it."
-    async with self.pace:
+@patch
+async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatReply | Failure]:
+    "Make one attempt at a group; return when what came is on the disk."
+    async with self.limit:
         if self.error:
-            return [Failure("not sent")] * len(requests)
-        replies, usd = await self.pay(requests)
-    good = {key: reply for key, reply in zip(keys, replies) if isinstance(reply, ChatReply)}
-    await self.keep(
-        good,
-        len(replies),
-        sum(reply.prompt_tokens for reply in replies),
-        sum(reply.completion_tokens for reply in replies),
-        usd,
+            raise self.error
+        found, usd = await self.pay(list(group.values()))
+    replies, sums = (
+        dict(zip(group, found)),
+        (sum(r.prompt_tokens for r in found), sum(r.completion_tokens for r in found)),
     )
+    self.book({key: reply for key, reply in replies.items() if isinstance(reply, ChatReply)}, len(found), *sums, usd)
+    await self.write()
     return replies
 
 
-async def _pay(self, requests: list[ChatRequest]) -> tuple[list[ChatReply | Failure], float]:
-    "Reserve, answer, settle; return the replies and what they cost."
-    model, purse, most = self.model, self.gateway.purse, [self.model.most(request) for request in requests]
-    if reserved := sum(most):
-        await purse.reserve(reserved, model.uri)
-    usd, replies = 0.0, []
-    start = time.monotonic()
+@patch
+async def pay(self: Stream, requests: list[ChatRequest]) -> tuple[list[ChatReply | Failure], float]:
+    "Reserve, answer, settle. Returns the replies and what they cost, in US dollars."
+    model, most = self.model, [self.model.most(request) for request in requests]
+    await self.budget.reserve(sum(most), model.uri)
+    usd, start = sum(most), time.monotonic()
     try:
         replies = await model.answer(requests)
-        if not model.queued:
-            self.pace.note(
-                time.monotonic() - start,
-                any(isinstance(reply, Failure) and reply.kind == "refused" for reply in replies),
-            )
         usd = sum(map(self.price, replies, most))
+        if not model.queued:
+            refused = any(isinstance(reply, Failure) and reply.kind == "refused" for reply in replies)
+            self.limit.note(time.monotonic() - start, refused)
+        return replies, usd
     except StudyError:
-        raise  # refused before it cost anything
+        usd = 0.0  # refused before it cost anything
+        raise
     except BaseException:  # interrupted or broken on its way, so perhaps on the bill
-        usd = reserved
-        self.book({}, len(requests), 0, 0, usd).cancel()  # nobody waits for this entry
+        self.book({}, len(requests), 0, 0, usd)
         raise
     finally:
-        if reserved:
-            purse.settle(reserved, usd)
-    return replies, usd
+        self.budget.settle(sum(most), usd)
 
 
-def _price(self, reply: ChatReply | Failure, most: float) -> float:
+@patch
+def price(self: Stream, reply: ChatReply | Failure, most: float) -> float:
     "Price a reply; one that may be billed and does not say how long it was is taken at its most."
-    if isinstance(reply, ChatReply):
-        return self.model.cost(reply) if reply.prompt_tokens and reply.completion_tokens else most
-    return most if reply.unsure else self.model.cost(reply)
-
-
-Stream.once, Stream.pay, Stream.price = _once, _pay, _price
+    unknown = reply.unsure if isinstance(reply, Failure) else not (reply.prompt_tokens and reply.completion_tokens)
+    return most if unknown else self.model.cost(reply)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #46dd3134
-def _book(self, replies: dict[str, ChatReply], *spent) -> asyncio.Future:
-    """Count replies and what they took (calls, tokens, tokens, US dollars), for the next write; the future tells
-    when it is done."""
+@patch
+def book(self: Stream, replies: dict[str, ChatReply], *spent) -> None:
+    "Count replies and what they took (calls, tokens, tokens, US dollars), for the next write."
     for name, value in zip(("prompt_tokens", "completion_tokens", "usd"), spent[1:]):
         self.count[name] += value
-    done = asyncio.get_running_loop().create_future()
-    self.unwritten.append((replies, spent, done))
-    return done
+    self.unwritten.append((replies, self.gateway.stage, self.model.uri, *spent))
 
 
-async def _keep(self, replies: dict[str, ChatReply], *spent) -> None:
-    "Return when replies, and what they took, are on the disk."
-    done = self.book(replies, *spent)
-    if self.writer is None:
-        self.writer = asyncio.create_task(self.write())
-    await done
-
-
-async def _write(self) -> None:
-    "Write what waits, and what comes meanwhile, each time in one transaction, in another thread."
-    while self.unwritten:
-        await asyncio.sleep(0)  # whoever ends in the same moment comes along
+@patch
+async def write(self: Stream) -> None:
+    "Return when everything booked is on the disk; who comes first writes for all who wait, in one transaction."
+    async with self.writing:
         some, self.unwritten = self.unwritten, []
-        error = await self.store(some)
-        for entry in some:
-            own = await self.store([entry]) if error and len(some) > 1 else error  # each for itself: what fits is kept
-            if not entry[2].done():
-                entry[2].set_exception(own) if own else entry[2].set_result(None)
-    self.writer = None
+        await self.store(some)
 
 
-async def _store(self, some: list[tuple]) -> Exception | None:
-    "Write entries in one transaction; return what went wrong, since those who wait for the disk must hear of it."
+@patch
+async def store(self: Stream, some: list[tuple]) -> None:
+    "Write entries in another thread, together, or each for itself where that fails: what fits is kept."
     try:
-        await asyncio.to_thread(
-            self.gateway.cache.keep,
-            [(replies, self.gateway.stage, self.model.uri, *spent) for replies, spent, _ in some],
-        )
+        if some:
+            await asyncio.to_thread(self.gateway.cache.keep, some)
     except Exception as error:
-        return error
-    return None
-
-
-Stream.book, Stream.keep, Stream.write, Stream.store = _book, _keep, _write, _store
+        self.fail(error)
+        for entry in some if len(some) > 1 else ():
+            await self.store([entry])
 
 # %% ../../nbs/gateway/04_gateway.ipynb #5aebc660
 def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shard | None = None) -> Gateway:
-    """Open the gateway of a run; budget and way of calling are no settings of a stage, so that changing them redoes
-    nothing.
+    """Open the gateway of a run, or of a shard of one of its stages.
 
-    run: whose cache; budget_usd: the most that the run may spend; the environment's BUDGET_USD goes before; stage:
-    who asks, for the books; shard: which part of the stage. Returns with the run's cache, or the shard's."""
+    budget_usd: the most that the run may spend, unless the environment's BUDGET_USD says otherwise. Budget and way of
+    calling (PSYCOPREF_CALLS) are no settings of a stage, so that changing them redoes nothing."""
     calls = os.environ.get("PSYCOPREF_CALLS", "record")
     if calls not in ("record", "replay", "live"):
         raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")

@@ -6,120 +6,81 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import math
 import os
 import random
 import statistics
 
-from ..models.chat import ChatRequest
+import anyio
+
 from ..core.settings import StudyError
+from ..models.chat import ChatRequest
 
 # %% auto #0
-__all__ = ['HASTE', 'AT_ONCE', 'QUICK', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGEST_AFTER', 'Pace', 'minute_limits',
-           'expected_tokens', 'pause', 'Purse']
+__all__ = ['START_CALLS', 'FAST_SECONDS', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGEST_AFTER', 'AdaptiveLimit', 'whole_number',
+           'minute_limits', 'expected_tokens', 'pause', 'Budget']
 
 # %% ../../nbs/gateway/00_limits.ipynb #11a40c56
-HASTE, AT_ONCE = 1.5, 4  # starts are this much faster than places become free; so many may start in one moment
+START_CALLS, FAST_SECONDS = (
+    32,
+    0.05,
+)  # calls in flight at first; answers that take twice as long or less are fast anyway
 
 
-class Pace:
-    "Hold the calls in flight to what a server takes; who comes first goes first."
+class AdaptiveLimit:
+    "Limit the calls in flight to what a server takes: half as many after a refusal, more after each round without one."
 
-    def __init__(self, most: int, start: int = 32):
-        self.most, self.limit, self.flying = most, float(min(most, start)), 0
-        self.unhurt, self.best, self.times, self.since_cut = True, math.inf, [], 0
-        self.queue: collections.deque[asyncio.Future] = collections.deque()
-        self.credit, self.seen, self.alarm = (
-            float(AT_ONCE),
-            0.0,
-            None,
-        )  # starts allowed now, since when, and when to look again
+    def __init__(self, most: int, start: int = START_CALLS):
+        self.most, self.places = most, anyio.CapacityLimiter(min(most, start))
+        self.doubling, self.times, self.best, self.unheard = True, [], math.inf, 0
 
     async def __aenter__(self):
-        turn = asyncio.get_running_loop().create_future()
-        self.queue.append(turn)
-        self.admit()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was our turn already
-                await self.__aexit__()
-            raise
+        await self.places.acquire()
 
     async def __aexit__(self, *error):
-        self.flying -= 1
-        self.admit()
+        self.places.release()
 
-    def admit(self) -> None:
-        "Let in whoever fits, a few at a time; each is counted here, so that nobody slips in between."
-        loop, gap = asyncio.get_running_loop(), self.gap()
-        now = loop.time()
-        self.credit = min(AT_ONCE, self.credit + (now - self.seen) / gap) if gap else math.inf
-        self.seen = now
-        while self.queue and self.flying < self.limit and self.credit >= 1:
-            turn = self.queue.popleft()
-            if not turn.done():
-                self.flying, self.credit = self.flying + 1, self.credit - 1
-                turn.set_result(None)
-        if self.queue and self.flying < self.limit and self.alarm is None:
-            self.alarm = loop.call_later((1 - self.credit) * gap, self.look_again)
+    @property
+    def limit(self) -> int:
+        return self.places.total_tokens
 
-    def look_again(self) -> None:
-        "Let the next in when its time has come."
-        self.alarm = None
-        self.admit()
+    def note(self, seconds: float, refused: bool) -> None:
+        "Learn from one answer: how long it took, and whether the server refused it."
+        self.unheard -= 1
+        if refused and self.unheard < 0:
+            self.places.total_tokens = max(1, self.limit // 2)
+            self.doubling, self.unheard = False, self.places.borrowed_tokens - 1  # these were sent before the cut
+        self.times = [] if refused else [*self.times, seconds]
+        if len(self.times) >= self.limit:
+            self._grow(statistics.median(self.times))
+            self.times = []
 
-    def gap(self) -> float:
-        "Return the seconds between two starts; 0 while it is not known how long an answer takes."
-        return self.best / (HASTE * self.limit) if self.best < math.inf else 0.0
-
-# %% ../../nbs/gateway/00_limits.ipynb #3d155ab6
-QUICK = 0.05  # seconds; nobody is overrun who answers in twice this time, the rest is noise
-
-
-def _note(self, seconds: float, refused: bool) -> None:
-    "Learn from one answer: how long it took, and whether the server refused it."
-    self.since_cut += 1
-    if refused:
-        if self.unhurt or self.since_cut >= self.limit:
-            self.limit, self.unhurt, self.since_cut = max(1.0, self.limit / 2), False, 0
-        self.times.clear()
-        return
-    self.times.append(seconds)
-    if len(self.times) >= self.limit:
-        typical = statistics.median(self.times)
+    def _grow(self, typical: float) -> None:
+        "Raise the limit after a round without a refusal, unless its answers took twice as long as the best."
         self.best = min(self.best * 1.002, typical)  # forgets slowly, since answers may become longer
-        quick = typical <= 2 * max(self.best, QUICK)
-        self.unhurt = self.unhurt and quick
-        grown = self.limit * 2 if self.unhurt else self.limit * 1.1 + 1
-        self.limit = min(self.most, grown) if quick else max(1.0, self.limit * 0.8)
-        self.times.clear()
-        if self.queue:
-            self.admit()
-
-
-Pace.note = _note
+        fast = typical <= 2 * max(self.best, FAST_SECONDS)
+        if fast:
+            self.places.total_tokens = min(self.most, self.limit * 2 if self.doubling else self.limit + 1)
 
 # %% ../../nbs/gateway/00_limits.ipynb #1664b29a
+def whole_number(name: str) -> int:
+    "Read a whole number of at least 1 from the environment. Returns 0 where it is not set."
+    text = os.environ.get(name, "")
+    if text and not (text.isdigit() and int(text)):
+        raise StudyError(f"{name} is {text!r}, expected a whole number, at least 1")
+    return int(text or 0)
+
+
 def minute_limits() -> list:
     "Make the limiters that the environment asks for. Returns (limiter, True for tokens)."
     from aiolimiter import AsyncLimiter
 
-    found = []
-    for name, tokens in (("PSYCOPREF_RPM", False), ("PSYCOPREF_TPM", True)):
-        text = os.environ.get(name, "")
-        if text and not (text.isdigit() and int(text)):
-            raise StudyError(f"{name} is {text!r}, expected a whole number a minute, at least 1")
-        if text:
-            found.append((AsyncLimiter(int(text), 60), tokens))
-    return found
+    wanted = ((whole_number("PSYCOPREF_RPM"), False), (whole_number("PSYCOPREF_TPM"), True))
+    return [(AsyncLimiter(most, 60), tokens) for most, tokens in wanted if most]
 
 
 def expected_tokens(request: ChatRequest) -> int:
-    """Estimate the tokens of a request: four characters each, and the longest answer.
-
-    request: what is asked. Returns tokens that a server reserves for it, roughly."""
+    "Estimate the tokens that a server reserves for a request: four characters each, and the longest answer."
     return sum(len(m["content"]) for m in request.messages) // 4 + request.decoding.max_tokens
 
 # %% ../../nbs/gateway/00_limits.ipynb #f79e096a
@@ -127,40 +88,34 @@ FIRST_PAUSE, LONGEST_PAUSE, LONGEST_AFTER = 0.5, 60.0, 300.0  # seconds
 
 
 def pause(attempt: int, after: float | None = None) -> float:
-    """Choose how long to wait before the next attempt.
-
-    attempt: attempts made so far, from 1; after: seconds that the server asked for. Returns seconds to wait."""
+    "Choose the seconds before the next attempt. attempt: made so far; after: seconds that the server asked for."
     if after is not None and 0 < after <= LONGEST_AFTER:
         return after * random.uniform(1.0, 1.25)
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 # %% ../../nbs/gateway/00_limits.ipynb #90c8abf8
-class Purse:
-    "Hold what may be spent."
+class Budget:
+    "Hold what may be spent, in US dollars."
 
-    def __init__(self, budget_usd: float = 0.0, spent: float = 0.0):
-        self.budget_usd, self.spent, self.reserved, self.flying = budget_usd, spent, 0.0, 0
-        self.queue: collections.deque[asyncio.Future] = collections.deque()
+    def __init__(self, limit_usd: float = 0.0, spent: float = 0.0):
+        self.limit_usd, self.spent, self.reserved, self.in_flight = limit_usd, spent, 0.0, 0
+        self.settled = asyncio.Event()
 
     async def reserve(self, usd: float, who: str) -> None:
         "Set the most that a call can cost aside; raises StudyError where it can't fit."
-        while self.flying and self.spent + self.reserved + usd > self.budget_usd:
-            turn = asyncio.get_running_loop().create_future()
-            self.queue.append(turn)
-            await turn
-        if self.spent + self.reserved + usd > self.budget_usd:
+        while self.in_flight and self.spent + self.reserved + usd > self.limit_usd:
+            self.settled.clear()
+            await self.settled.wait()
+        if usd and self.spent + self.reserved + usd > self.limit_usd:
             raise StudyError(
-                f"budget: {self.spent:.2f} USD are spent, the next call to {who} could pass {self.budget_usd:.2f}; "
+                f"budget: {self.spent:.2f} USD are spent, the next call to {who} could pass {self.limit_usd:.2f}; "
                 "raise `budget_usd`, finished calls are kept"
             )
-        self.reserved, self.flying = self.reserved + usd, self.flying + 1
+        self.reserved, self.in_flight = self.reserved + usd, self.in_flight + 1
 
     def settle(self, reserved: float, usd: float) -> None:
         "Book what a call cost and free what was set aside for it."
-        self.flying -= 1
-        self.reserved = self.reserved - reserved if self.flying else 0.0  # no rounding remains
+        self.in_flight -= 1
+        self.reserved = self.reserved - reserved if self.in_flight else 0.0  # no rounding remains
         self.spent += usd
-        while self.queue:
-            turn = self.queue.popleft()
-            if not turn.done():
-                turn.set_result(None)
+        self.settled.set()

@@ -5,40 +5,39 @@
 # %% ../../nbs/gateway/02_servers.ipynb #78aca559
 from __future__ import annotations
 
-import asyncio
+import email.utils
 import json
 import os
 import re
+import time
 from urllib.parse import urlsplit
 
-from ..models.chat import ChatReply, ChatRequest, Failure
-from ..core.settings import StudyError
+from fastcore.basics import patch
+
 from ..core.paper import resource_path
+from ..core.settings import StudyError
 from .limits import expected_tokens, minute_limits
+from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'LOOPBACK', 'host_key_name', 'server_key', 'without_keys', 'completion_reader', 'read_completion',
-           'prices', 'most_tokens', 'OpenAIModel', 'read_error', 'NotServed']
+           'prices', 'most_tokens', 'OpenAIModel', 'read_error', 'NotServed', 'read_status']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
 def host_key_name(base_url: str) -> str:
-    """Name the variable that holds the key of a server.
-
-    base_url: e.g. https://api.example.org/v1. Returns name of an environment variable."""
+    "Name the environment variable that holds the key of a server. base_url: e.g. https://api.example.org/v1."
     return "PSYCOPREF_KEY_" + re.sub(r"\W", "_", urlsplit(base_url).hostname or "").upper()
 
 
 def server_key(base_url: str) -> str:
-    """Find the key of a server in the environment.
-
-    base_url: "" for OpenAI itself. Returns the key; "" where none is set."""
+    """Return the key of a server ("" for OpenAI itself), "" where none is set."""
     if not base_url:
         return os.environ.get("OPENAI_API_KEY", "")
     return os.environ.get(host_key_name(base_url)) or os.environ.get("PSYCOPREF_SERVER_KEY", "")
 
 
 def without_keys(text: str) -> str:
-    "Take API keys out of a text. text: what a server sent, or an error said. Returns the same, each key as [key]."
+    "Replace each API key in a text by [key]."
     for name, value in os.environ.items():
         if (name.endswith(("API_KEY", "_SERVER_KEY")) or name.startswith("PSYCOPREF_KEY_")) and len(value) > 4:
             text = text.replace(value, "[key]")
@@ -46,9 +45,7 @@ def without_keys(text: str) -> str:
 
 # %% ../../nbs/gateway/02_servers.ipynb #8fa5acf0
 def completion_reader():
-    """Declare a chat completion, as far as we rely on it.
-
-    Returns pydantic.TypeAdapter of the part of a chat completion that we read."""
+    "Return a pydantic.TypeAdapter of the part of a chat completion that we read."
     import pydantic
     from typing_extensions import NotRequired, TypedDict
 
@@ -63,67 +60,55 @@ MOST_TOKENS = 10**8  # a count below 0 or of this size is no count
 
 
 def read_completion(reader, body: bytes) -> ChatReply | Failure:
-    "Read a chat completion. body: as it came. Returns the answer, or why there is none."
+    "Read a chat completion: the answer, or why there is none."
     import pydantic
 
-    def raw():
-        return without_keys(body[:8000].decode("utf-8", "replace"))[
-            :4000
-        ]  # in this order: half a key would not be found
+    def failure(reason, tokens=(0, 0), kind="final"):
+        raw = without_keys(body[:8000].decode("utf-8", "replace"))[:4000]  # in this order: half a key isn't found
+        return Failure(reason, raw, *tokens, kind=kind, unsure=not any(tokens))
 
     try:
         done = reader.validate_json(body)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        return Failure(f"no chat completion: {where}: {first['msg']}"[:200], raw(), kind="broken", unsure=True)
-    usage = done.get("usage") or {}
-    tokens = tuple(
-        n if 0 <= (n := usage.get(name) or 0) < MOST_TOKENS else 0 for name in ("prompt_tokens", "completion_tokens")
-    )
+        return failure(f"no chat completion: {where}: {first['msg']}"[:200], kind="broken")
+    counts = [(done.get("usage") or {}).get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    tokens = [n if 0 <= n < MOST_TOKENS else 0 for n in counts]
     if not done["choices"]:
-        return Failure("the reply holds no choice", raw(), *tokens, kind="broken", unsure=not any(tokens))
+        return failure("the reply holds no choice", tokens, "broken")
     reason, text = done["choices"][0].get("finish_reason"), done["choices"][0]["message"].get("content")
     if reason == "content_filter" or not text:
-        return Failure(f"no text (finish_reason {reason})", raw(), *tokens, unsure=not any(tokens))
+        return failure(f"no text (finish_reason {reason})", tokens)
     return ChatReply(text, "length" if reason == "length" else "stop", *tokens)
 
 # %% ../../nbs/gateway/02_servers.ipynb #54a16803
 def prices() -> dict:
-    """Return the dated price table.
-
-    Returns model -> US dollars for a million input and output tokens, with the date of the table."""
+    "Return the dated price table: US dollars for a million input and output tokens of each model."
     return json.loads(resource_path("prices.json").read_text(encoding="utf-8"))
 
 
 def most_tokens(request: ChatRequest) -> int:
-    """Bound the tokens of a prompt without the model's tokenizer.
-
-    request: what is asked. Returns tokens that it can't exceed: a token is never less than a byte, and a message
-    costs a few more."""
-    return sum(len(m["content"].encode("utf-8", "surrogatepass")) + 8 for m in request.messages) + len(
-        json.dumps(request.schema or "")
-    )
+    "Bound the tokens of a prompt without a tokenizer: a token has at least a byte, a message costs a few more."
+    texts = [m["content"].encode("utf-8", "surrogatepass") for m in request.messages]
+    return sum(len(text) + 8 for text in texts) + len(json.dumps(request.schema or ""))
 
 
 class OpenAIModel:
     "Answer through the chat completions API."
 
-    concurrency = 256  # the most in flight; how many there are says the pace
+    concurrency = 256  # calls in flight at the most
     look, whole, ahead, queued, jobs = 16, False, 8, False, None
 
     def __init__(self, name: str, max_retries: int = 6, timeout: float = 120.0, scheme: str = "openai"):
         self.model, _, self.base_url = name.partition("@")
         self.uri, self.label, self.identity = f"{scheme}:{name}", self.model, f"openai:{name}"
-        self.attempts, self.timeout, self.opened, self.limits = max_retries + 1, timeout, None, []
-        self.price = {"input": 0.0, "output": 0.0}
-        if not self.base_url:
-            table = prices()["models"]
-            if self.model not in table:
-                raise StudyError(
-                    f"model {self.uri!r}: has no price in data/prices.json, so a budget can't be held; add it there"
-                )
-            self.price = table[self.model]
+        self.attempts, self.timeout, self.opened = max_retries + 1, timeout, None
+        self.price = {"input": 0.0, "output": 0.0} if self.base_url else prices()["models"].get(self.model)
+        if not self.price:
+            raise StudyError(
+                f"model {self.uri!r}: has no price in data/prices.json, so a budget can't be held; add it there"
+            )
 
     def groups(self, requests):
         return [[i] for i in range(len(requests))]
@@ -134,147 +119,129 @@ class OpenAIModel:
     def cost(self, reply):
         return (reply.prompt_tokens * self.price["input"] + reply.completion_tokens * self.price["output"]) / 1e6
 
+    async def close(self):
+        if self.opened is not None:
+            opened, self.opened = self.opened, None
+            await opened.close()
+
 # %% ../../nbs/gateway/02_servers.ipynb #f91837ea
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def _open_client(self):
-    "Open an async client without retries of its own."
-    import httpx2
-    import openai
-
+@patch
+def access(self: OpenAIModel) -> tuple[str, str, bool]:
+    "Return the server's address, its key, and whether the environment's proxy may lie between: not on this machine."
     key = server_key(self.base_url)
     if not key and not self.base_url:
         raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key")
+    address = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    return address.rstrip("/"), key, urlsplit(self.base_url).hostname not in LOOPBACK
+
+
+@patch
+def open_client(self: OpenAIModel):
+    "Open an aiohttp.ClientSession."
+    import aiohttp
+
+    self.address, key, proxy = self.access()
     self.limits, self.reader, self.secret = minute_limits(), completion_reader(), key.encode()
-    near = (
-        urlsplit(self.base_url).hostname in LOOPBACK
-    )  # a proxy of the environment can't reach this machine's own servers
-    http = openai.DefaultAioHttpClient(
-        limits=httpx2.Limits(max_connections=2 * self.concurrency), timeout=self.timeout, trust_env=not near
+    headers = {"Authorization": f"Bearer {key or 'none'}"}
+    for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
+        if not self.base_url and os.environ.get(variable):
+            headers[name] = os.environ[variable]
+    return aiohttp.ClientSession(
+        headers=headers,
+        trust_env=proxy,
+        timeout=aiohttp.ClientTimeout(total=self.timeout),
+        connector=aiohttp.TCPConnector(limit=2 * self.concurrency),
     )
-    return openai.AsyncOpenAI(
-        api_key=key or "none", base_url=self.base_url or None, max_retries=0, timeout=self.timeout, http_client=http
-    )
 
 
-async def _close_client(self):
-    "Close what was opened."
-    if self.opened is not None:
-        opened, self.opened = self.opened, None
-        await opened.close()
-
-
-def _chat_arguments(self, request: ChatRequest) -> dict:
+@patch
+def chat_arguments(self: OpenAIModel, request: ChatRequest) -> dict:
     "Translate a request into the API's arguments."
     how = {
         "model": self.model,
         "messages": list(request.messages),
         "max_completion_tokens": request.decoding.max_tokens,
-        "temperature": request.decoding.temperature,
-        "top_p": request.decoding.top_p,
-        "seed": request.decoding.seed,
     }
+    how |= {name: getattr(request.decoding, name) for name in ("temperature", "top_p", "seed")}
     if request.schema:
-        how["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "reply", "strict": True, "schema": request.schema},
-        }
+        schema = {"name": "reply", "strict": True, "schema": request.schema}
+        how["response_format"] = {"type": "json_schema", "json_schema": schema}
     if self.base_url and request.decoding.top_k:
         how["top_k"] = request.decoding.top_k
     return how
 
-
-OpenAIModel.open_client, OpenAIModel.close, OpenAIModel.chat_arguments = _open_client, _close_client, _chat_arguments
-
 # %% ../../nbs/gateway/02_servers.ipynb #73b4cc43
-async def _answer(self, requests) -> list[ChatReply | Failure]:
+@patch
+async def answer(self: OpenAIModel, requests: list[ChatRequest]) -> list[ChatReply | Failure]:
     "Make one attempt at one request."
-    import aiohttp
-    import httpx2
-    import openai
-
     [request] = requests
     self.opened = self.opened or self.open_client()
     for limiter, tokens in self.limits:
         await limiter.acquire(min(expected_tokens(request), limiter.max_rate) if tokens else 1)
-    try:
-        async with asyncio.timeout(self.timeout):
-            response = await self.opened.post(
-                "/chat/completions", body=self.chat_arguments(request), cast_to=httpx2.Response
-            )
-    except (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
-        return [read_error(self, error)]
-    body = response.content
-    if len(self.secret) >= 16:  # a shorter one, such as EMPTY, is no secret and may be a word
-        body = body.replace(self.secret, b"[key]")
-    return [read_completion(self.reader, body)]
+    body = await self.post(self.chat_arguments(request))
+    return [body if isinstance(body, Failure) else read_completion(self.reader, body)]
 
 
-def read_error(model, error: Exception) -> Failure:
-    """Sort an error by what can be done about it.
-
-    model: who was asked; error: what the client raised. Returns for this call; raises StudyError where every other
-    call would fail alike."""
+@patch
+async def post(self: OpenAIModel, arguments: dict) -> bytes | Failure:
+    "Make one call; return the body of a good answer."
     import aiohttp
-    import openai
 
-    if isinstance(error, openai.APIStatusError):
-        return _read_status(model, error, _one_line(error))
-    cause = error
-    while cause.__cause__ and not isinstance(
-        cause, aiohttp.ClientError
-    ):  # what the transport saw; its own names for it are too wide
-        cause = cause.__cause__
-    if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        return Failure(f"Connection: {_one_line(cause)}", kind="broken")
-    if isinstance(cause, aiohttp.ClientError) and not isinstance(cause, aiohttp.ServerTimeoutError):
-        return Failure(f"Connection: {_one_line(cause)}", kind="broken", unsure=True)
-    if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+    try:
+        call = self.opened.post(f"{self.address}/chat/completions", json=arguments, allow_redirects=False)
+        async with call as response:
+            body = await response.read()
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        return read_error(self, error)
+    if response.status >= 300:
+        return read_status(self, response.status, body, response.headers)
+    return body.replace(self.secret, b"[key]") if len(self.secret) >= 16 else body  # a shorter one may be a word
+
+
+def read_error(model: OpenAIModel, error: Exception) -> Failure:
+    "Sort what aiohttp raised by what can be done about it; where a call was sent, it may be billed."
+    import aiohttp
+
+    sent = not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+    if sent and isinstance(error, TimeoutError):
         return Failure(f"Timeout: no answer in {model.timeout:g} s", kind="broken", unsure=True)
-    return Failure(_one_line(error), kind="broken", unsure=True)
-
-
-def _one_line(error: Exception) -> str:
-    "Word an error without line breaks and keys."
-    return f"{type(error).__name__}: {without_keys(' '.join(str(error).split()))[:200]}"
-
-
-OpenAIModel.answer = _answer
+    said = without_keys(" ".join(str(error).split()))[:200]
+    return Failure(f"Connection: {type(error).__name__}: {said}", kind="broken", unsure=sent)
 
 # %% ../../nbs/gateway/02_servers.ipynb #a66a9e9e
 class NotServed(StudyError):
     "Say that a server is there but serves another model."
 
 
-def _read_status(model, error, reason: str) -> Failure:
-    "Sort an answer with a status of 400 or more."
-    if error.status_code == 404 and model.base_url:
+def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failure:
+    "Sort an answer without success; raises StudyError where every other call would fail alike."
+    text = body.decode("utf-8", "replace")
+    try:
+        error = json.loads(text)
+        error = error.get("error") or error
+        code, text = error.get("code"), str(error.get("message") or text)
+    except (ValueError, AttributeError):
+        code = None
+    if status == 404 and model.base_url:
         raise NotServed(
-            f"model {model.uri!r}: the server refused (404 {type(error).__name__}); check the model's name, or start "
-            "it there if the server serves another, and run again"
-        ) from None
-    if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
-        why = (
-            "the account is empty"
-            if error.code == "insufficient_quota"
-            else "check the key, the model's name and your access"
+            f"model {model.uri!r}: the server refused (404); check the model's name, or start it there if the server "
+            "serves another, and run again"
         )
-        raise StudyError(
-            f"model {model.uri!r}: the server refused ({error.status_code} {type(error).__name__}); {why}"
-        ) from None  # it may hold the key
-    if error.status_code in (408, 409, 425, 429, 503):
-        return Failure(reason, kind="refused", after=_retry_after(error.response.headers))
-    return Failure(
-        reason, kind="broken" if error.status_code >= 500 else "final", unsure=error.status_code == 504
-    )  # 504: it was passed on
+    if status in (401, 403, 404) or code == "insufficient_quota":
+        empty = code == "insufficient_quota"
+        why = "the account is empty" if empty else "check the key, the model's name and your access"
+        raise StudyError(f"model {model.uri!r}: the server refused ({status}); {why}")
+    reason = f"{status}: {without_keys(' '.join(text.split()))[:200]}"
+    if status in (408, 409, 425, 429, 503):
+        return Failure(reason, kind="refused", after=_retry_after(headers))
+    return Failure(reason, kind="broken" if status >= 500 else "final", unsure=status == 504)  # 504: it was passed on
 
 
 def _retry_after(headers) -> float | None:
     "Read how long the server asks us to wait: seconds, milliseconds or a date to come; None where it does not say."
-    import email.utils
-    import time
-
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = headers.get(name, "").strip()
         if re.fullmatch(r"\d+(\.\d+)?", text):

@@ -31,11 +31,11 @@ from ..core.files import progress, read_json, write_json
 from ..models.chat import ChatRequest, Failure
 from ..core.settings import IterSettings, StudyError, suggest
 from ..core.stages import derived_seed
-from ..gateway.gateway import run_ahead
+from ..gateway.gateway import read_ahead
 from ..models.generation import Decoding, Sample, generate, length_batches
 from ..models.local import render_chat
 from .scoring import find_scorer, load_scorer, score_groups
-from ..gateway.servers import LOOPBACK, OpenAIModel, completion_reader, read_error, server_key
+from ..gateway.servers import LOOPBACK, OpenAIModel, completion_reader, server_key
 from .texts import dialogue, prompt_messages
 from psycopref.models.weights import (
     TEMPLATE_DATE,
@@ -447,16 +447,8 @@ def read_choices(reader, body: bytes, n: int) -> list[tuple[str, str]] | Failure
 # %% ../../nbs/training/06_sampling.ipynb #5d8b4de0
 async def _attempt(client: OpenAIModel, body: dict, reader) -> list[tuple[str, str]] | Failure:
     "Make one attempt at one call."
-    import aiohttp
-    import httpx2
-    import openai
-
-    try:
-        async with asyncio.timeout(client.timeout):
-            response = await client.opened.post("/chat/completions", body=body, cast_to=httpx2.Response)
-    except (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
-        return read_error(client, error)
-    return read_choices(reader, response.content, body["n"])
+    found = await client.post(body)
+    return found if isinstance(found, Failure) else read_choices(reader, found, body["n"])
 
 # %% ../../nbs/training/06_sampling.ipynb #0ba9d6a7
 async def _ask(server: Server, client: OpenAIModel, body: dict, reader) -> list[tuple[str, str]]:
@@ -517,7 +509,7 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
         def sample(prompts, decoding, n=1, name=""):
             own = [replace(decoding, seed=seed) for seed in prompt_seeds(decoding, len(prompts))]
             bodies = [server_body(client, messages, how, n, dated) for messages, how in zip(prompts, own)]
-            found, answers = [None] * len(prompts), run_ahead(_ask_all(server, client, bodies), SAMPLES_IN_FLIGHT)
+            found, answers = [None] * len(prompts), read_ahead(_ask_all(server, client, bodies), SAMPLES_IN_FLIGHT)
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
                 group = [_server_sample(tokenizer, text, reason, decoding) for text, reason in choices]
                 found[place] = group * (n // len(group))

@@ -20,7 +20,7 @@ from psycopref.models.chat import ChatReply, ChatRequest, Failure
 from psycopref.core.settings import StudyError
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.models.generation import Decoding
-from psycopref.gateway.limits import Pace
+from psycopref.gateway.limits import AdaptiveLimit
 from psycopref.gateway.servers import completion_reader, read_completion
 
 from refusals import one_line
@@ -390,11 +390,11 @@ PRICE = {
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_breaks_the_server_s_bill_stays_below_the_cap(server, tmp_path, pauses, monkeypatch, seed):
-    class Steady(Pace):
+    class Steady(AdaptiveLimit):
         def note(self, *learnt):
             "Stay where it began, at the ceiling."
 
-    monkeypatch.setattr(gateway_module, "Pace", lambda most: Steady(most, most))
+    monkeypatch.setattr(gateway_module, "AdaptiveLimit", lambda most: Steady(most, most))
     chance, most, charged, all_there = random.Random(seed), {}, [], asyncio.Event()
     model = open_model(server, attempts=4, concurrency=200, timeout=30.0)
     model.price = PRICE
@@ -434,11 +434,7 @@ def test_whatever_breaks_the_server_s_bill_stays_below_the_cap(server, tmp_path,
         and server.most == 200
     )
     [row], count = gateway.cache.bill(), gateway.counts[server.uri]
-    assert (
-        row["usd"] == pytest.approx(gateway.spent)
-        and row["usd"] == pytest.approx(count["usd"])
-        and gateway.purse.reserved == 0 == gateway.purse.flying
-    )
+    assert row["usd"] == pytest.approx(gateway.spent) and row["usd"] == pytest.approx(count["usd"]) and not gateway.busy
     assert (row["prompt_tokens"], row["completion_tokens"]) == (count["prompt_tokens"], count["completion_tokens"])
     assert row["calls"] == len(server.log), "every call that was sent is in the books"
 
@@ -536,11 +532,7 @@ def test_a_key_is_nowhere_afterwards(server, gateway, tmp_path, monkeypatch, cap
     ) >= len(ECHOES), "the key was planted where it is read"
     seen += [repr(gateway), json.dumps(gateway.models()), repr(gateway.cache.bill()), *capfd.readouterr()]
     text = "\n".join(seen)
-    assert (
-        KEY[:12] not in text
-        and "[key]" in text
-        and "openai" in {record.name.partition(".")[0] for record in caplog.records}
-    )
+    assert KEY[:12] not in text and "[key]" in text
     assert KEY not in "\n".join(record.getMessage() for record in caplog.records)
     assert KEY.encode() not in files_below(tmp_path) and b"said the server" in files_below(tmp_path)
 
