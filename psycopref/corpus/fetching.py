@@ -5,11 +5,9 @@
 # %% ../../nbs/corpus/00_fetching.ipynb #78d4fb7e
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-import time
 import typing
 import urllib.parse
 from pathlib import Path
@@ -19,312 +17,186 @@ from ..core.settings import StudyError
 from ..core.stages import cache_root
 
 # %% auto #0
-__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'Choose', 'short_reason', 'url_place', 'fetch_url', 'url_is_here', 'parse_hub',
-           'hub_note', 'fetch_hub', 'hub_is_here']
+__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'FETCH_TIMEOUT', 'Choose', 'short_reason', 'url_place', 'fetch_url',
+           'url_is_here', 'parse_hub', 'hub_note', 'fetch_hub', 'hub_is_here']
 
 # %% ../../nbs/corpus/00_fetching.ipynb #4c665cc1
 def short_reason(error: Exception) -> str:
-    """Bring an error of another library to one short line.
-
-    error: of another library. Returns one line, at most 120 characters; its class where it says nothing."""
+    "Shorten an error of another library to one line of at most 120 characters; its class where it says nothing."
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 # %% ../../nbs/corpus/00_fetching.ipynb #66a32c81
 def url_place(url: str) -> Path:
-    "Say where the file of a URL is kept. url: http or https. Returns where its file lies in the cache."
+    "Return where the file of a URL lies in the cache."
     try:
         parts = urllib.parse.urlsplit(url)
         host, name = parts.hostname, urllib.parse.unquote(parts.path).rsplit("/", 1)[-1]
     except ValueError as error:
-        raise StudyError(f"{url}: is no valid URL ({error}); expected https://host/path/to/file") from None
+        host, why = None, str(error)
+    else:
+        why = "it has no host"
     if not host:
-        raise StudyError(f"{url}: is no valid URL (it has no host); expected https://host/path/to/file")
+        raise StudyError(f"{url}: is no valid URL ({why}); expected https://host/path/to/file")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".")[-80:] or "file"
     return cache_root() / "sources" / f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:12]}" / safe
 
 # %% ../../nbs/corpus/00_fetching.ipynb #f859ead0
-def _beside(path: Path, ending: str) -> Path:
-    "Name a file that belongs to another."
-    return path.with_name(path.name + ending)
-
-
-def _check_kept(path: Path, found: dict, pinned: str | None = None) -> None:
-    "Refuse a kept file whose hash is not the one noted, or not the one pinned."
-    for expected, why in (
-        (found["sha256"], "has changed since it was downloaded"),
-        (pinned, "is not the pinned version"),
-    ):
+def _check_kept(path: Path, noted: str | None, pinned: str | None = None) -> None:
+    "Refuse a kept file whose sha256 is not the one noted, or not the one pinned."
+    reasons = {"has changed since it was downloaded": noted, "is not the pinned version": pinned}
+    for why, expected in reasons.items():
         if expected and (now := sha256_file(path)) != expected:
             raise StudyError(f"{path}: {why} (sha256 {now[:12]}…, expected {expected[:12]}…); delete it and run again")
-
-# %% ../../nbs/corpus/00_fetching.ipynb #19472698
-def _marks_of(response) -> dict:
-    "Read the server's marks of a file."
-    return {
-        key: response.headers[header]
-        for key, header in (("etag", "etag"), ("last_modified", "last-modified"))
-        if header in response.headers
-    }
-
-
-def _validator(marks: dict) -> str | None:
-    "Choose the mark that a resumed download must meet; a weak ETag promises too little."
-    etag = marks.get("etag", "")
-    return etag if etag.startswith('"') else marks.get("last_modified")
-
-
-def _resume_headers(part: Path) -> dict:
-    "Ask for the rest of a partial file, if the server's mark of it is known."
-    marks = _beside(part, ".json")
-    size = part.stat().st_size if part.is_file() and marks.is_file() else 0
-    mark = _validator(read_json(marks)) if size else None
-    return {"Range": f"bytes={size}-", "If-Range": mark} if mark else {}
-
-# %% ../../nbs/corpus/00_fetching.ipynb #0200c648
-def _continues(response, part: Path) -> bool:
-    "Say whether a partial response goes on where our part ends, in the same file."
-    start = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
-    if "range" not in response.request.headers:
-        return False
-    known, sent = read_json(_beside(part, ".json")), _marks_of(response)
-    same = all(sent[key] == known[key] for key in sent if key in known)
-    return bool(start) and int(start[1]) == part.stat().st_size and same
-
-
-def _total(response) -> int | None:
-    "Read how long the whole file is."
-    whole = (
-        response.headers.get("content-range", "").rpartition("/")[2]
-        if response.status_code == 206
-        else response.headers.get("content-length", "")
-    )
-    return int(whole) if whole.isdigit() else None
-
-# %% ../../nbs/corpus/00_fetching.ipynb #8f7703f2
-def _take(response, part: Path, url: str, remedy: str) -> str:
-    "Write a response to the partial file; return what went wrong and may be tried again, or nothing."
-    status, marks = response.status_code, _beside(part, ".json")
-    if status == 416 or (status == 206 and not _continues(response, part)):
-        part.unlink(missing_ok=True)
-        return "the server's file is another one than the part that was here"
-    if status == 429 or status == 408 or status >= 500:
-        return f"the server answered {status}"
-    if status not in (200, 206):
-        raise StudyError(f"{url}: the server answered {status} {response.reason_phrase}, expected a file; {remedy}")
-    if response.headers.get("content-type", "").startswith("text/html"):
-        raise StudyError(
-            f"{url}: the server sent a web page, expected a data file; check the address and your network's login "
-            f"page, or {remedy}"
-        )
-    encoded = response.headers.get("content-encoding", "identity") != "identity"
-    if status == 200:
-        part.unlink(missing_ok=True)
-        write_json(marks, {} if encoded else _marks_of(response))
-    total = None if encoded else _total(response)
-    with open(part, "ab") as handle:
-        for block in response.iter_bytes():
-            handle.write(block)
-    size = part.stat().st_size
-    return "" if total in (None, size) else f"{size} of {total} bytes came"
 
 # %% ../../nbs/corpus/00_fetching.ipynb #1cf23286
 FETCH_ATTEMPTS = 5  # for one file
 FETCH_WAIT_SECONDS = 0.5  # before the second attempt; doubles each time
+FETCH_TIMEOUT = (10, 30)  # seconds to connect and to read
 
-# %% ../../nbs/corpus/00_fetching.ipynb #101dfba6
-def _download(url: str, part: Path, remedy: str) -> tuple[Path, dict]:
-    "Download into a partial file within a bounded number of attempts."
-    import httpx
+
+def _passes(error: Exception) -> bool:
+    "Say whether a failed download may work the next time."
+    import requests
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(error, requests.RequestException) and (status is None or status in (408, 429) or status >= 500)
+
+
+def _download(url: str, path: Path, remedy: str) -> None:
+    "Download a file whole within a bounded number of attempts."
+    import pooch
+    import requests
+    import stamina
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise StudyError(f"{url}: is not in the cache, and HF_HUB_OFFLINE forbids downloads; unset it, or {remedy}")
-    problem = ""
-    with httpx.Client(
-        follow_redirects=True, timeout=httpx.Timeout(30, connect=10), headers={"Accept-Encoding": "identity"}
-    ) as client:
-        for attempt in range(FETCH_ATTEMPTS):
-            time.sleep(FETCH_WAIT_SECONDS * 2 ** (attempt - 1) if attempt else 0)
-            try:
-                with client.stream("GET", url, headers=_resume_headers(part)) as response:
-                    problem = _take(response, part, url, remedy)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                problem = f"{type(error).__name__}: {short_reason(error)}"
-            if not problem:
-                marks = _beside(part, ".json")
-                found = read_json(marks)
-                marks.unlink()
-                return part, found
-    raise StudyError(
-        f"{url}: could not be downloaded in {FETCH_ATTEMPTS} attempts ({problem}); check the network, or {remedy}"
-    )
+    pooch.get_logger().setLevel("WARNING")
+    get = pooch.HTTPDownloader(timeout=FETCH_TIMEOUT)
+    try:
+        waits = {"wait_initial": FETCH_WAIT_SECONDS, "wait_jitter": FETCH_WAIT_SECONDS, "timeout": None}
+        for attempt in stamina.retry_context(on=_passes, attempts=FETCH_ATTEMPTS, **waits):
+            with attempt:
+                pooch.retrieve(url, None, path.name, path.parent, downloader=get)
+    except requests.RequestException as error:
+        why = f"{type(error).__name__}: {short_reason(error)}"
+        raise StudyError(
+            f"{url}: could not be downloaded ({why}); check the address and the network, or {remedy}"
+        ) from None
+    if re.match(rb"\s*<(!doctype html|html)\b", path.read_bytes()[:1000], re.I):
+        path.unlink()
+        raise StudyError(
+            f"{url}: the server sent a web page, expected a data file; check the address and your network's login "
+            f"page, or {remedy}"
+        )
 
 # %% ../../nbs/corpus/00_fetching.ipynb #cbe9fbe0
 def fetch_url(url: str, remedy: str, sha256: str | None = None) -> tuple[Path, dict]:
     """Return the file of a URL from the cache, or download it whole; check its hash either way.
 
-    url: http or https; remedy: what a user can do when it fails; sha256: the hash it must have, if known. Returns
-    the file, and where it came from."""
+    remedy: what a user can do when it fails; sha256: the hash it must have, if known. Returns the file, and where it
+    came from."""
     from filelock import FileLock
 
     path = url_place(url)
-    record = _beside(path, ".json")
+    record = path.with_name(f"{path.name}.json")
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_beside(path, ".lock")):
-            if not (path.is_file() and record.is_file()):
-                part, marks = _download(url, _beside(path, ".part"), remedy)
-                found = sha256_file(part)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            if not url_is_here(url):
+                _download(url, path, remedy)
+                found = sha256_file(path)
                 if sha256 and found != sha256:
-                    part.unlink()
-                    raise StudyError(
-                        f"{url}: sent another file than expected (sha256 {found[:12]}…, expected {sha256[:12]}…); "
-                        f"{remedy}"
-                    )
-                write_json(
-                    record, {"file": path.name, "from": url, **marks, "bytes": part.stat().st_size, "sha256": found}
-                )
-                os.replace(part, path)
+                    path.unlink()
+                    hashes = f"sha256 {found[:12]}…, expected {sha256[:12]}…"
+                    raise StudyError(f"{url}: sent another file than expected ({hashes}); {remedy}")
+                write_json(record, {"file": path.name, "from": url, "bytes": path.stat().st_size, "sha256": found})
     origin = read_json(record)
-    _check_kept(path, origin, sha256)
+    _check_kept(path, origin["sha256"], sha256)
     return path, origin
 
-# %% ../../nbs/corpus/00_fetching.ipynb #c2a139ad
+
 def url_is_here(url: str) -> bool:
-    "Say whether the file of a URL is in the cache. url: http or https. Returns True: fetch_url needs no network."
+    "Say whether the file of a URL is in the cache, so that fetch_url needs no network."
     path = url_place(url)
-    return path.is_file() and _beside(path, ".json").is_file()
+    return path.is_file() and path.with_name(f"{path.name}.json").is_file()
 
 # %% ../../nbs/corpus/00_fetching.ipynb #57c5ddc0
 def parse_hub(uri: str) -> tuple[str, str, str]:
-    """Take a hub address apart.
+    """Split hf://datasets/OWNER/NAME@REVISION/PATH.
 
-    uri: hf://datasets/OWNER/NAME@REVISION/PATH. Returns OWNER/NAME, revision (main), path ("" for the whole
-    repository)."""
+    Returns OWNER/NAME, revision (main), path ("" for the whole repository)."""
     found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", uri)
     if not found:
         raise StudyError(f"{uri}: is no dataset of the hub; expected hf://datasets/OWNER/NAME@REVISION/PATH")
     return found[1], urllib.parse.unquote(found[2] or "main"), (found[3] or "").strip("/")
 
-# %% ../../nbs/corpus/00_fetching.ipynb #ea17039f
-def hub_note(uri: str) -> Path:
-    """Say where the look-up of a hub address is kept.
 
-    uri: hf://datasets/OWNER/NAME@REVISION/PATH. Returns where commit, files and hashes are noted."""
+def hub_note(uri: str) -> Path:
+    "Return where the commit, files and hashes of a hub address are noted."
     repo, revision, path = parse_hub(uri)
     slug = re.sub(r"[^A-Za-z0-9._-]", "-", "--".join(filter(None, (repo, revision[:12], path))))[-100:]
     return cache_root() / "sources" / "hub" / f"{slug}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.json"
 
-# %% ../../nbs/corpus/00_fetching.ipynb #ad95b9a2
-@contextlib.contextmanager
-def _clear_hub_errors(what: str, remedy: str) -> typing.Iterator[None]:
-    "Turn the hub's errors into one line."
-    from huggingface_hub import constants, errors
 
-    reasons = (
-        (errors.GatedRepoError, "asks for your agreement: open its page, accept its terms, then `hf auth login`"),
-        (errors.RepositoryNotFoundError, "does not exist, or needs a token (`hf auth login`)"),
-        (errors.RevisionNotFoundError, "has no such revision"),
-        (
-            (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
-            "the hub did not answer and the file is not in its cache; check the network",
-        ),
-        (errors.EntryNotFoundError, "has no such file"),
-    )
-    try:
-        with clear_disk_errors(constants.HF_HUB_CACHE):
-            yield
-    except (
-        OSError,
-        errors.HTTPError,
-        errors.EntryNotFoundError,
-        errors.HFValidationError,
-        errors.XetDownloadError,
-    ) as error:
-        why = next(
-            (words for kind, words in reasons if isinstance(error, kind)),
-            f"failed ({type(error).__name__}: {short_reason(error)})",
-        )
-        if constants.HF_HUB_OFFLINE and isinstance(error, reasons[3][0]):
-            why = "is not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; unset it"
-        raise StudyError(f"hub dataset {what}: {why}; or {remedy}") from None
+def _known(uri: str) -> dict:
+    "Return the commit and the files of a hub address as far as they are known without network."
+    _, revision, path = parse_hub(uri)
+    note = hub_note(uri)
+    return read_json(note) if note.is_file() else {"commit": revision, "files": {path: None} if path else {}}
 
 # %% ../../nbs/corpus/00_fetching.ipynb #fe96e891
-Choose = typing.Callable[
-    [list[str], str], list[str]
-]  # (names in a repository, its address) -> the chosen ones, in reading order
+# (names in a repository, its address) -> the chosen ones, in reading order
+Choose = typing.Callable[[list[str], str], list[str]]
 
 
-def _list_hub(repo: str, revision: str, remedy: str, choose: Choose) -> dict:
-    "Look up the commit of a revision and choose files from its list."
-    from huggingface_hub import HfApi
+def _ask_hub(what: str, remedy: str, ask: typing.Callable, *args, **kwargs):
+    "Call the hub's client; its errors become one line."
+    from huggingface_hub import constants, errors
 
-    with _clear_hub_errors(f"{repo}@{revision}", remedy):
-        info = HfApi().dataset_info(repo, revision=revision, timeout=20)
-    names = choose([sibling.rfilename for sibling in info.siblings or []], f"hf://datasets/{repo}@{revision}")
-    return {"commit": info.sha, "files": dict.fromkeys(names)}
-
-
-def _hub_file(repo: str, name: str, revision: str, remedy: str) -> Path:
-    "Find a file in the hub's cache or download it."
-    from huggingface_hub import hf_hub_download
-
-    with _clear_hub_errors(f"{repo}@{revision[:12]}/{name}", remedy):
-        return Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
+    kinds = (OSError, errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, errors.XetDownloadError)
+    try:
+        with clear_disk_errors(constants.HF_HUB_CACHE):
+            return ask(*args, **kwargs)
+    except kinds as error:
+        raise StudyError(
+            f"hub dataset {what}: {type(error).__name__} ({short_reason(error)}); check name, revision and network, "
+            f"unset HF_HUB_OFFLINE, accept its terms on its page and `hf auth login`, or {remedy}"
+        ) from None
 
 # %% ../../nbs/corpus/00_fetching.ipynb #dc16c4e0
 def fetch_hub(uri: str, remedy: str, choose: Choose, sha256: str | None = None) -> list[tuple[Path, dict]]:
     """Return files of a hub dataset at one commit, from the hub's cache or downloaded; check their hashes.
 
-    uri: hf://datasets/OWNER/NAME@REVISION/PATH; remedy: what a user can do when it fails; choose: picks files where
-    the address has no path; sha256: the hash of a single file, if known. Returns files, and where they came from."""
-    repo, revision, path = parse_hub(uri)
-    note = hub_note(uri)
-    known = (
-        read_json(note)
-        if note.is_file()
-        else {"commit": revision, "files": {path: None}}
-        if path
-        else _list_hub(repo, revision, remedy, choose)
-    )
-    files = []
-    for name, expected in known["files"].items():
-        local = _hub_file(repo, name, known["commit"], remedy)
-        _check_kept(local, {"sha256": expected}, sha256)
+    remedy: what a user can do when it fails; choose: picks files where the address has no path; sha256: the hash of a
+    single file, if known. Returns files, and where they came from."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repo, revision, _ = parse_hub(uri)
+    known, files = _known(uri), []
+    if not known["files"]:
+        info = _ask_hub(f"{repo}@{revision}", remedy, HfApi().dataset_info, repo, revision=revision, timeout=20)
+        names = choose([sibling.rfilename for sibling in info.siblings or []], f"hf://datasets/{repo}@{revision}")
+        known = {"commit": info.sha, "files": dict.fromkeys(names)}
+    for name, noted in known["files"].items():
+        commit = known["commit"]
+        what = f"{repo}@{commit[:12]}/{name}"
+        local = Path(_ask_hub(what, remedy, hf_hub_download, repo, name, repo_type="dataset", revision=commit))
+        _check_kept(local, noted, sha256)
         commit = local.parts[local.parts.index(f"datasets--{repo.replace('/', '--')}") + 2]
-        files.append(
-            (
-                local,
-                {
-                    "file": name,
-                    "from": uri,
-                    "commit": commit,
-                    "bytes": local.stat().st_size,
-                    "sha256": sha256_file(local),
-                },
-            )
-        )
-    if not note.is_file():
-        write_json(
-            note,
-            {
-                "from": uri,
-                "commit": files[0][1]["commit"],
-                "files": {origin["file"]: origin["sha256"] for _, origin in files},
-            },
-        )
+        origin = {"file": name, "from": uri, "commit": commit, "bytes": local.stat().st_size}
+        files.append((local, {**origin, "sha256": sha256_file(local)}))
+    if not hub_note(uri).is_file():
+        hashes = {origin["file"]: origin["sha256"] for _, origin in files}
+        write_json(hub_note(uri), {"from": uri, "commit": files[0][1]["commit"], "files": hashes})
     return files
 
-# %% ../../nbs/corpus/00_fetching.ipynb #845cca7b
-def hub_is_here(uri: str) -> bool:
-    """Say whether the files of a hub address are in the hub's cache.
 
-    uri: hf://datasets/OWNER/NAME@REVISION/PATH. Returns True: fetch_hub needs no network."""
+def hub_is_here(uri: str) -> bool:
+    "Say whether the files of a hub address are in the hub's cache, so that fetch_hub needs no network."
     from huggingface_hub import try_to_load_from_cache
 
-    repo, revision, path = parse_hub(uri)
-    note = hub_note(uri)
-    known = read_json(note) if note.is_file() else {"commit": revision, "files": {path: None} if path else {}}
-    cached = [
-        try_to_load_from_cache(repo, name, revision=known["commit"], repo_type="dataset") for name in known["files"]
-    ]
-    return bool(cached) and all(isinstance(file, str) for file in cached)
+    repo, known = parse_hub(uri)[0], _known(uri)
+    at = {"revision": known["commit"], "repo_type": "dataset"}
+    return bool(known["files"]) and all(
+        isinstance(try_to_load_from_cache(repo, name, **at), str) for name in known["files"]
+    )

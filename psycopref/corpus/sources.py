@@ -506,7 +506,7 @@ class Opened:
 
     source: Source
     paths: tuple[Path, ...]  # in reading order
-    origin: dict  # source, licence, page; and for each file: file, from, commit or etag, bytes, sha256
+    origin: dict  # source, licence, page; and for each file: file, from, commit, bytes, sha256
 
     def read(self) -> RawSpeeches:
         "Read all raw speeches."

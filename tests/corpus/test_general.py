@@ -252,8 +252,8 @@ def test_a_set_of_the_hub_is_read_at_its_commit(tmp_path):
     assert at_commit["files"][0]["from"].endswith(f"@{COMMIT}") and one["rows"] == 2 and one["ids"] == ["general-0"]
     assert pairs["chosen"] == ["one", "two"] and pairs["counts"]["ties"] == 1
     assert (
-        "no such revision" in wrong["error"]
-        and "agreement" in gated["error"]
+        "RevisionNotFound" in wrong["error"]
+        and "GatedRepo" in gated["error"]
         and gated["error"].endswith("give mine=/path/to/it")
     )
     offline = in_child(IN_CHILD, tmp_path, "http://127.0.0.1:9", place, "helpsteer2", offline="1")

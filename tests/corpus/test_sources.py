@@ -479,11 +479,7 @@ def test_a_source_of_the_web_is_read_and_known(own_cache):
     assert "404" in message and message.endswith("and give amod-counsel=/path/to/it")
     assert opened.read().rows == 4000 and is_local(spec) and opened.origin["source"] == "amod-counsel"
     (origin,) = opened.origin["files"]
-    assert (
-        origin["etag"] == '"one"'
-        and origin["sha256"] == sha256_file(opened.paths[0])
-        and origin["from"] == f"{address}/data/a.csv"
-    )
+    assert origin["sha256"] == sha256_file(opened.paths[0]) and origin["from"] == f"{address}/data/a.csv"
     opened.paths[0].write_bytes(BODY[:-1])
     assert "has changed" in one_line(lambda: open_source(spec))
     opened.paths[0].unlink()
