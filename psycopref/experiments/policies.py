@@ -13,7 +13,7 @@ from ..models.weights import Weights, find_weights, load_tokenizer
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import Online, best_point, check_strategy, iterate
 from ..training.points import Watcher
-from ..training.policy_card import SELECTED, PolicyFacts, hand_over, precision_words, save_adapter
+from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, save_adapter
 from ..training.texts import numbered
 from ..training.watching import global_steps
 

@@ -22,7 +22,7 @@ from ..models.weights import Weights, find_weights, load_tokenizer, pinned
 from ..stats.calibration import comparison_table, ece_table, fit_temperature, gap_groups, length_groups
 from ..stats.calibration import no_temperature, slice_table, temperature_table, topic_groups
 from ..stats.scores import bootstrap, pairwise_metrics
-from ..training.reward_card import HandOver, reward_card
+from ..training.cards import RewardFacts, reward_card
 from ..training.reward_model import train_reward_model
 from ..training.scoring import find_scorer, load_reward_model, load_scorer, score_pairs
 
@@ -401,18 +401,18 @@ def write_cards(
         eces = {
             b: pairwise_metrics(test.chosen_score, test.rejected_score, b)["ece"] for b in sorted(settings.ece_bins)
         }
-        facts = HandOver(
-            weights,
-            run,
-            study.settings.name,
-            receipts,
-            trainings[weights.slug],
-            settings,
-            rows,
-            name,
-            repo or f"outputs/{run}/05_reward/{weights.slug}",
-            temperature if name == best else None,
-            eces,
-            study.settings.dtype,
+        facts = RewardFacts(
+            weights=weights,
+            run=run,
+            profile=study.settings.name,
+            receipts=receipts,
+            training=trainings[weights.slug],
+            settings=settings,
+            rows=rows,
+            own=name,
+            location=repo or f"outputs/{run}/05_reward/{weights.slug}",
+            temperature=temperature if name == best else None,
+            ece_by_bins=eces,
+            dtype=study.settings.dtype,
         )
         (study.work / weights.slug / "README.md").write_text(reward_card(facts), encoding="utf-8")

@@ -31,7 +31,7 @@ from psycopref.run.estimates import (
 )
 from ..corpus.general import grid
 from ..training.jobs import accelerate_strategy
-from ..training.reward_card import check_repo
+from ..training.cards import check_repo
 from ..training.scoring import find_scorer
 from ..models.weights import WHEELS
 
