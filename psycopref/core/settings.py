@@ -131,6 +131,7 @@ class DpoSettings:
     select: Literal["loss", "reward", "win-rate"] = "reward"
     lora: LoraSettings = LoraSettings()
     report_to: str = "none"  # where transformers sends training curves: none, wandb, tensorboard, …
+    push_to_hub: str = ""  # hub repositories for the first backbone's policies, private: NAME-dpo and NAME-dpo-iter
 
 
 @dataclass(frozen=True, config=STRICT)

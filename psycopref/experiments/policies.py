@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
-from ..core.settings import Profile
+from ..core.settings import Profile, StudyError
 from ..models.weights import Weights, find_weights, load_tokenizer
+from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy, save_adapter
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import Online, best_point, check_strategy, iterate
 from ..training.points import Watcher
-from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, save_adapter
 from ..training.texts import numbered
 from ..training.watching import global_steps
 
@@ -127,16 +128,25 @@ def _policy_facts(watcher: Watcher, result: dict, entry: dict, run: str, receipt
 def write_policy_cards(
     watcher: Watcher, result: dict, entries: list[dict], work: Path, scratch: Path, run: str, receipts: dict
 ) -> None:
-    """Write card, notice and decoding of the chosen policies, and save the offline policy's adapters.
+    """Write card, notice and decoding of the chosen policies, save the offline policy's adapters, and push the first
+    backbone's policies where `dpo.push_to_hub` says; a push that fails is printed and leaves the folders as they are.
 
     work: folder of the stage; scratch: of the offline job; receipts: stage -> receipt of 01_speeches, 04_pairs and,
     where there are ratings, 03_ratings."""
-    offline = entries[1]
+    offline, repo = entries[1], watcher.profile.dpo.push_to_hub
+    pushed = repo and find_weights(watcher.profile.backbones[0]) == watcher.base
     if watcher.profile.dpo.lora.rank:
         checkpoint = scratch / "job" / "checkpoints" / f"checkpoint-{result['dpo']['chosen']}"
         save_adapter(checkpoint, load_tokenizer(watcher.base), watcher.base, work / offline["path"])
     for entry in entries[1:]:
-        hand_over(work / entry["path"], _policy_facts(watcher, result, entry, run, receipts))
+        facts = _policy_facts(watcher, result, entry, run, receipts)
+        facts = replace(facts, location=f"{repo}-{entry['kind']}") if pushed else facts
+        hand_over(work / entry["path"], facts)
+        if pushed:
+            try:
+                print(push_policy(work / entry["path"], facts.location))
+            except StudyError as error:
+                print(f"dpo.push_to_hub: the policy was not sent; {error} with `training.cards.push_policy`")
 
 # %% ../../nbs/experiments/01_policies.ipynb #0cb37356
 def policy_curves(results: dict[str, dict]) -> dict[str, list[dict]]:

@@ -355,13 +355,15 @@ def missing_scoring_gpu(profile: Profile) -> list[str]:
 
 # %% ../../nbs/run/05_reward_plan.ipynb #0115f4c3
 def missing_token(profile: Profile) -> list[str]:
-    "Say whether the reward model could not be pushed to where the profile wants it. Returns one line, or none."
-    try:
-        if profile.reward.push_to_hub:
-            check_repo(profile.reward.push_to_hub)
-    except StudyError as error:
-        return [f"reward.push_to_hub: {error}"]
-    return []
+    "Say which models could not be pushed to where the profile wants them, a line each."
+    found = []
+    for name, repo in (("reward", profile.reward.push_to_hub), ("dpo", profile.dpo.push_to_hub)):
+        try:
+            if repo:
+                check_repo(repo)
+        except StudyError as error:
+            found.append(f"{name}.push_to_hub: {error}")
+    return found
 
 
 def missing_for_rewards(profile: Profile) -> list[str]:

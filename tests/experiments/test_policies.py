@@ -1,12 +1,17 @@
 """Sentences on policies, arms and mixtures hold for any run: nothing judged or logged, one speech, any direction."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psycopref.core.settings import StudyError, load_profile
 from psycopref.evaluation.baselines import score_frame
 from psycopref.experiments import arms, mixing_grid, policies
+from psycopref.models.generation import Decoding
+from psycopref.models.weights import find_weights
 
 
 def point(proxy, judged, half=5.0):
@@ -81,3 +86,32 @@ def test_mixtures_are_compared_pair_by_pair(wins):
     assert f"against Help4, on general pairs: {gain:+.1f} points" in said[3]
     assert ("one speech" in said[2]) == (len(wins) == 1)
     assert mixing_grid.mixing_figure(rows, "HelpSteer2").axes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_policies_are_pushed_where_a_setting_says_and_a_failure_stops_nothing(fails, monkeypatch, tmp_path, capsys):
+    profile, base = (
+        load_profile("tiny", {"dpo.push_to_hub": "me/mine", "dpo.lora.rank": 0}),
+        find_weights("random-tiny"),
+    )
+    points = [{"name": "base", "step": None}, {"name": "step-4", "step": 4}]
+    result = {"dpo": {"points": points, "chosen": 4}, "iter": {"points": points, "best": 1, "iterations": [{}]}}
+    entries = [{"kind": kind, "path": kind} for kind in ("base", "dpo", "dpo-iter")]
+    gateway = SimpleNamespace(counts={})
+    handed, sent = [], []
+
+    def push(folder, repo):
+        sent.append((folder.name, repo))
+        if fails:
+            raise StudyError("hub repository: full; mend that and push again")
+        return f"https://hub/{repo}"
+
+    monkeypatch.setattr(policies, "push_policy", push)
+    monkeypatch.setattr(policies, "hand_over", lambda folder, facts: handed.append((folder.name, facts.location)))
+    for first in (True, False):
+        own = profile if first else load_profile("tiny", {"dpo.push_to_hub": "", "dpo.lora.rank": 0})
+        watcher = SimpleNamespace(profile=own, base=base, gateway=gateway, decoding=Decoding(8))
+        policies.write_policy_cards(watcher, result, entries, tmp_path, tmp_path, "run", {})
+    wanted = [("dpo", "me/mine-dpo"), ("dpo-iter", "me/mine-dpo-iter")]
+    assert sent == wanted and handed[:2] == wanted and handed[2][1] == "outputs/run/06_policy/dpo"
+    assert ("the policy was not sent" if fails else "https://hub/me/mine-dpo-iter") in capsys.readouterr().out
