@@ -9,24 +9,22 @@ import hashlib
 import inspect
 import json
 
-from . import acts
-from . import language
-from . import rubric
-from ..models.chat import ChatReply, ChatRequest, FreeModel
+from ..core.files import PRINCIPLE_KEYS
+from ..core.paper import resource_path
+from ..core.prompts import BATTLE_KEYS
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
-from ..core.prompts import BATTLE_KEYS
-from ..core.files import PRINCIPLE_KEYS
+from ..models.chat import ChatReply, ChatRequest, FreeModel
+from . import acts, language, rubric
 
 # %% auto #0
 __all__ = ['PHRASES', 'rubric_reply', 'phrase_reply', 'RulesModel']
 
 # %% ../../nbs/rater/03_rules.ipynb #24abfb1c
 def rubric_reply(task: str, fields: dict) -> str:
-    """Answer a rating, ranking or battle request by the offline rubric.
+    """Answer a rating, ranking or battle request by the offline rubric, as a model would have replied.
 
-    task: rate, rate_all, rank or battle; fields: client_speech, response_1 ..., and principle for rate. Returns
-    what a model would have replied."""
+    task: rate, rate_all, rank or battle; fields: client_speech, response_1 …, and principle for rate."""
     speech = fields["client_speech"]
     responses = [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
     scores = [rubric.rubric_scores(speech, response) for response in responses]
@@ -58,9 +56,7 @@ PHRASES = (
 
 
 def phrase_reply(request: ChatRequest) -> str:
-    """Answer with a canned phrase chosen by the request's hash: for testing the wiring only.
-
-    request: a request to respond. Returns one of PHRASES."""
+    "Answer with one of PHRASES, chosen by the request's hash: for testing the wiring only."
     text = request.messages[-1]["content"]
     words = sorted({w for w in text.split() if w.isalpha() and len(w) > 5}) or ["this"]
     seed = derived_seed(request.decoding.seed, text, json.dumps(list(request.messages)))
@@ -74,7 +70,11 @@ class RulesModel(FreeModel):
         labels = {"rubric": "offline rubric (stand-in)", "phrases": "canned phrases (wiring only)"}
         if name not in labels:
             raise StudyError(f"model 'rules:{name}': no such rules. {suggest(name, labels)}")
-        source = "".join(map(inspect.getsource, (language, acts, rubric))) if name == "rubric" else repr(PHRASES)
+        source = repr(PHRASES)
+        if name == "rubric":
+            source = (
+                "".join(map(inspect.getsource, (language, acts, rubric))) + resource_path("rubric.yaml").read_text()
+            )
         self.uri, self.label = f"rules:{name}", labels[name]
         self.identity = f"rules:{name}#{hashlib.sha256(source.encode()).hexdigest()[:16]}"
         self.rubric = name == "rubric"
