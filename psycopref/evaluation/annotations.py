@@ -15,25 +15,29 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
+from ..core.files import PRINCIPLE_KEYS
+from ..core.prompts import BATTLE_KEYS
 from ..core.settings import StudyError
 from ..core.stages import derived_seed, project_root
-from ..core.prompts import BATTLE_KEYS
-from ..core.files import PRINCIPLE_KEYS
+from .kits import TASK_QUESTIONS
 
 # %% auto #0
-__all__ = ['SIMULATED', 'TABLE_SUFFIXES', 'VALUES', 'TASK_QUESTIONS', 'WORDS', 'ANNOTATION_COLUMNS', 'LOSING', 'SHOWN', 'Sheet',
-           'read_text_file', 'read_json_strictly', 'page_sheet', 'said_in', 'label_studio_records', 'csv_records',
+__all__ = ['SIMULATED', 'TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'LOSING', 'SHOWN', 'Sheet', 'read_text_file',
+           'read_json_strictly', 'PageExport', 'page_sheet', 'said_in', 'label_studio_records', 'csv_records',
            'read_sheets', 'to_value', 'check_items', 'sheet_values', 'unanswered', 'left_out', 'sheet_frame',
            'read_annotations', 'completeness', 'annotation_files', 'kit_of', 'gather_annotations',
            'verdict_from_our_side', 'unshuffle', 'simulate']
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #24848f78
 SIMULATED = "simulated"  # how the names of simulated annotators begin
+TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
 class Sheet:
-    "Hold what one annotator wrote about one kit."
+    "What one annotator wrote about one kit."
 
     path: Path  # the file, for errors
     annotator: str  # as the file names them
@@ -48,96 +52,68 @@ class Sheet:
 
 
 def read_text_file(path: Path) -> str:
-    "Read a text whatever program saved it. path: an annotation file."
+    "Read a text in UTF-8, UTF-16 or, where it is a table, the encoding of a spreadsheet (cp1252)."
     try:
         raw = Path(path).read_bytes()
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return raw.decode("utf-16")
-        return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise StudyError(f"{path}: not found; name annotation files by their path") from None
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
-        if Path(path).suffix.lower() not in TABLE_SUFFIXES or raw.startswith(
-            (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        ):
-            raise StudyError(
-                f"{path}: is no text in UTF-8, expected what the page or Label Studio exported; export it again"
-            ) from None
+        if wide or Path(path).suffix.lower() not in TABLE_SUFFIXES:
+            expected = "expected what the page or Label Studio exported; export it again"
+            raise StudyError(f"{path}: is no text in UTF-8, {expected}") from None
         return raw.decode("cp1252", errors="replace")
 
-
-TABLE_SUFFIXES = (".csv", ".tsv")
-
 # %% ../../nbs/evaluation/06_annotations.ipynb #1e3c406f
-def _once(path: Path) -> typing.Callable:
-    "Refuse an object that names something twice."
+def read_json_strictly(path: Path):
+    "Read JSON; two equal names in one object are an error, since Python would keep the last without a word."
 
     def build(pairs):
         twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
         if twice:
-            raise StudyError(
-                f"{path}: {twice[0]!r} stands twice in one object, expected once; keep the answer that is meant"
-            )
+            expected = "expected once; keep the answer that is meant"
+            raise StudyError(f"{path}: {twice[0]!r} stands twice in one object, {expected}")
         return dict(pairs)
 
-    return build
-
-
-def read_json_strictly(path: Path):
-    "Read JSON in which nothing is said twice. path: a JSON file."
     try:
-        return json.loads(read_text_file(path), object_pairs_hook=_once(path))
+        return json.loads(read_text_file(path), object_pairs_hook=build)
     except json.JSONDecodeError as error:
-        raise StudyError(
-            f"{path}: is no whole JSON ({error.msg} in line {error.lineno}); export the annotations again"
-        ) from None
+        found = f"is no whole JSON ({error.msg} in line {error.lineno})"
+        raise StudyError(f"{path}: {found}; export the annotations again") from None
+
+
+class PageExport(BaseModel, strict=True, str_strip_whitespace=True):
+    "What the page of a kit exports; its other fields are not read."
+
+    format: typing.Literal["psycopref-annotations"]
+    version: typing.Literal[1]
+    kit_id: str = ""
+    annotator: str = ""
+    simulated: bool = False
+    answers: dict[str, dict[str, typing.Any]]
 
 
 def page_sheet(path: Path, document: dict) -> Sheet:
-    """Take a sheet from the page's export.
-
-    path: for errors; document: what the page exported. Returns of its annotator."""
-    if (
-        document.get("format") != "psycopref-annotations"
-        or document.get("version") != 1
-        or not isinstance(document.get("answers"), dict)
-    ):
-        found = (
-            "the kit itself"
-            if document.get("format") == "psycopref-kit"
-            else f"format {document.get('format')!r} version {document.get('version')!r}"
-        )
-        raise StudyError(
-            f"{path}: is {found}, expected annotations of version 1; press export on the page and name that file"
-        )
-    wrong = next((item for item, said in document["answers"].items() if not isinstance(said, dict)), None)
-    if wrong is not None:
-        raise StudyError(
-            f"{path}: item {wrong} holds {document['answers'][wrong]!r}, expected an answer for each principle; "
-            "export the annotations again"
-        )
-    return Sheet(
-        Path(path),
-        str(document.get("annotator") or "").strip(),
-        str(document.get("kit_id") or ""),
-        tuple(document["answers"].items()),
-        bool(document.get("simulated")),
-    )
+    "Return the sheet of the page's export. path: for errors."
+    try:
+        page = PageExport.model_validate(document)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        found = f"{'.'.join(map(str, wrong['loc']))} is {str(wrong['input'])[:60]!r}, {wrong['msg'].lower()}"
+        raise StudyError(f"{path}: {found}; press export on the page and name that file") from None
+    return Sheet(Path(path), page.annotator, page.kit_id, tuple(page.answers.items()), page.simulated)
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #b3441190
-def said_in(value: dict):
-    """Take the answer out of a Label Studio value.
+def said_in(value):
+    """Return the answer in a Label Studio value; a list where several things were chosen.
 
-    value: of a Label Studio result: {"choices": […]}, {"rating": n} or {"text": […]}. Returns what was chosen; a
-    list where several things were."""
-    found = next((value[kind] for kind in ("choices", "rating", "number", "text") if kind in value), None)
-    return found[0] if isinstance(found, list) and len(found) == 1 else found
-
-
-def _flat(value):
-    "Take the answer out of a column of JSON-MIN: a word, or a list of one value."
+    value: {"choices": […]}, {"rating": n} or {"text": […]}; in JSON-MIN a word, or a list of one value."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return said_in(value) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return said_in(next((value[kind] for kind in ("choices", "rating", "number", "text") if kind in value), None))
 
 
 def _person(completed_by) -> str:
@@ -148,48 +124,35 @@ def _person(completed_by) -> str:
 
 
 def label_studio_records(path: Path, tasks: list[dict]) -> list[dict]:
-    """List the annotations of a Label Studio export.
+    """Return the annotations of a Label Studio export as flat records: annotator, kit_id, item_id, and what was said.
 
-    path: for errors; tasks: of a JSON or JSON-MIN export. Returns flat: annotator, kit_id, item_id, and what was
-    said."""
+    path: for errors; tasks: of a JSON or JSON-MIN export."""
     found = []
     for task in tasks:
         if not isinstance(task, dict) or "item_id" not in task.get("data", task):
             number = task.get("id") if isinstance(task, dict) else task
-            raise StudyError(
-                f"{path}: task {number} has no item_id, expected the kit's own tasks; import the kit's tasks file as "
-                "it is, and export as JSON"
-            )
+            remedy = "import the kit's tasks file as it is, and export as JSON"
+            raise StudyError(f"{path}: task {number} has no item_id, expected the kit's own tasks; {remedy}")
         if "data" not in task:  # JSON-MIN
-            found.append({name: _flat(value) for name, value in task.items()})
+            found.append({name: said_in(value) for name, value in task.items()})
             continue
-        data = {name: task["data"].get(name, "") for name in ("item_id", "kit_id")}
-        done = task.get("annotations", [])
+        data, done = {name: task["data"].get(name, "") for name in ("item_id", "kit_id")}, task.get("annotations", [])
         kept = {_person(one.get("completed_by")) for one in done if not one.get("was_cancelled")}
         for one in done:
-            person, said = (
-                _person(one.get("completed_by")),
-                {
-                    part["from_name"]: said_in(part.get("value", {}))
-                    for part in one.get("result", [])
-                    if "from_name" in part
-                },
-            )
+            record = data | {"annotator": _person(one.get("completed_by"))}
             if not one.get("was_cancelled"):
-                found.append(data | {"annotator": person} | said)
-            elif person not in kept:
-                found.append(data | {"annotator": person, "note": "skipped"})
+                parts = [part for part in one.get("result", []) if "from_name" in part]
+                found.append(record | {part["from_name"]: said_in(part.get("value", {})) for part in parts})
+            elif record["annotator"] not in kept:
+                found.append(record | {"note": "skipped"})
     return found
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #a62d06f1
 def csv_records(path: Path) -> list[dict]:
-    """Read a filled-in table.
+    """Return the lines of a filled-in table as flat records: annotator, kit_id, item_id, and what was said.
 
-    path: a CSV or TSV file, saved by any spreadsheet. Returns one for each line with an item: annotator, kit_id,
-    item_id, and what was said."""
-    text = re.sub(
-        r"\A\"?sep=.\"?\r?\n", "", read_text_file(path)
-    )  # a line with which spreadsheets name their delimiter
+    path: a CSV or TSV file, saved by any spreadsheet."""
+    text = re.sub(r"\A\"?sep=.\"?\r?\n", "", read_text_file(path))  # with it spreadsheets name their delimiter
     head = text.split("\n", 1)[0]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
@@ -198,16 +161,13 @@ def csv_records(path: Path) -> list[dict]:
         raise StudyError(f"{path}: is no whole table ({error}); save it as CSV again") from None
     names = [name.lower() for name in names]
     if not {"kit_id", "item_id"} <= set(names) or len(set(names)) < len(names):
-        raise StudyError(
-            f"{path}: found columns {names[:12]}, expected kit_id, item_id and each principle, once; leave the first "
-            "line of the kit's table as it is"
-        )
+        remedy = "leave the first line of the kit's table as it is"
+        expected = "expected kit_id, item_id and each principle, once"
+        raise StudyError(f"{path}: found columns {names[:12]}, {expected}; {remedy}")
     for number, line in enumerate(lines, 2):
-        if len(line) > len(names) and any(line[len(names) :]):
-            raise StudyError(
-                f"{path}: row {number} has {len(line)} cells, expected {len(names)}; a cell was moved or a quotation "
-                "mark lost, take it from the kit's table again"
-            )
+        if any(line[len(names) :]):
+            remedy = "a cell was moved or a quotation mark lost, take it from the kit's table again"
+            raise StudyError(f"{path}: row {number} has {len(line)} cells, expected {len(names)}; {remedy}")
     return [dict(zip(names, line)) for line in lines]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #af134419
@@ -215,71 +175,56 @@ def _sheets_of(path: Path, records: list[dict]) -> list[Sheet]:
     "Gather flat records by annotator and kit."
     groups: dict[tuple, list] = {}
     for record in records:
-        kit_id = str(record.get("kit_id") or "").strip()
-        name = str(record.get("annotator") or "").strip() or _named_by(path, kit_id)
+        kit_id, item_id, name = (str(record.get(key) or "").strip() for key in ("kit_id", "item_id", "annotator"))
         said = {key: value for key, value in record.items() if key in (*BATTLE_KEYS, "note")}
-        groups.setdefault((name, kit_id), []).append((str(record.get("item_id") or "").strip(), said))
+        groups.setdefault((name or _named_by(path, kit_id), kit_id), []).append((item_id, said))
     return [Sheet(path, name, kit_id, tuple(answers)) for (name, kit_id), answers in groups.items()]
 
 
 def _named_by(path: Path, kit_id: str) -> str:
-    """Find the annotator in a table's file name; a second download is the same person's, and the kit's own name is
-    nobody's."""
+    "Return the annotator in a table's file name; a second download, NAME (1), is the same person's."
     name = re.sub(r"\s*\(\d+\)$", "", path.stem)
     return "" if name == "kit" else name.removeprefix(f"annotations_{kit_id}_")
 
 
 def read_sheets(path: Path) -> list[Sheet]:
-    """Read an annotation file of any form.
+    """Read an annotation file of any form, a sheet for each annotator and kit.
 
-    path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table. Returns one for each
-    annotator and kit."""
-    path = Path(path)
+    path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table."""
+    path, sheets = Path(path), []
     if path.suffix.lower() in TABLE_SUFFIXES:
         sheets = _sheets_of(path, csv_records(path))
     elif path.suffix.lower() == ".json":
         data = read_json_strictly(path)
-        sheets = (
-            _sheets_of(path, label_studio_records(path, data))
-            if isinstance(data, list)
-            else [page_sheet(path, data)]
-            if isinstance(data, dict)
-            else []
-        )
+        if isinstance(data, list):
+            sheets = _sheets_of(path, label_studio_records(path, data))
+        elif isinstance(data, dict):
+            sheets = [page_sheet(path, data)]
     else:
-        raise StudyError(
-            f"{path}: found a {path.suffix or 'file without a suffix'}, expected .json of the page or of Label "
-            "Studio, .csv or .tsv; save a workbook as CSV first"
-        )
+        expected = "expected .json of the page or of Label Studio, .csv or .tsv; save a workbook as CSV first"
+        raise StudyError(f"{path}: found a {path.suffix or 'file without a suffix'}, {expected}")
     if not any(sheet.answers for sheet in sheets):
-        raise StudyError(
-            f"{path}: holds no annotation, expected at least one; finish the kit and export it, or take the file off "
-            "agreement.annotations"
-        )
+        remedy = "finish the kit and export it, or take the file off agreement.annotations"
+        raise StudyError(f"{path}: holds no annotation, expected at least one; {remedy}")
     return sheets
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #156c2123
 VALUES = {"compare": (1, 2, 0), "score": (1, 2, 3, 4, 5)}  # what may be answered
-TASK_QUESTIONS = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is asked about each item
 WORDS = {"response 1": 1, "response 2": 2, "no difference": 0}  # as the forms word the choices
 
 
 def to_value(written, task: str) -> int | None:
-    """Read one answer.
+    """Return the value of one answer, None where nothing was answered; raise ValueError for anything else.
 
-    written: a number, the text of a cell or of a choice, or None; task: compare / score. Returns the value; None
-    where nothing was answered; raises ValueError."""
+    written: a number, the text of a cell or of a choice, or None; task: compare or score."""
     if isinstance(written, str):
         written = " ".join(written.split()).lower()
         if written.startswith(("[", "{")):  # a rating in Label Studio's CSV
-            found = json.loads(written)
-            written = said_in(found[0] if isinstance(found, list) else found)
-        elif not written:
-            return None
+            written = said_in(json.loads(written))
         elif written in WORDS and task == "compare":
             written = WORDS[written]
         else:
-            written = float(written.replace(",", "."))
+            written = float(written.replace(",", ".")) if written else None
     if written is None:
         return None
     if isinstance(written, bool) or not isinstance(written, (int, float)) or written not in VALUES[task]:
@@ -292,65 +237,45 @@ def _some(names: list) -> str:
     return ", ".join(map(str, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def check_items(sheet: Sheet, kit: dict) -> None:
-    """Refuse a sheet of another kit, unknown items, and items that stand twice.
+def _numbers(kit: dict) -> dict[str, int]:
+    "Return item_id -> number of the item, as annotators see it."
+    return {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}
 
-    sheet: what was read; kit: the kit that it should answer."""
-    if sheet.kit_id != kit["kit_id"]:
-        raise StudyError(
-            f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, expected kit {kit['kit_id']}; name the "
-            "annotations of this kit"
-        )
-    known, found = {item["item_id"] for item in kit["items"]}, Counter(item for item, _ in sheet.answers)
-    strange = [item for item in found if item not in known]
-    if strange:
-        raise StudyError(
-            f"{sheet.where}: item {_some(strange)} is not in kit {kit['kit_id']}, expected its {len(known)} items; "
-            "name the annotations of this kit, and leave its item_id as they are"
-        )
-    twice = [item for item, n in found.items() if n > 1]
-    if twice:
-        raise StudyError(
-            f"{sheet.where}: item {_some(twice)} is answered more than once, expected once; keep the answer that is "
-            "meant and delete the other"
-        )
-    if not sheet.annotator:
-        raise StudyError(
-            f"{sheet.path}: has no annotator, expected a name; enter one on the page, and call a table "
-            f"annotations_{kit['kit_id']}_NAME.csv"
-        )
-    if sheet.simulated and not sheet.annotator.startswith(SIMULATED):
-        raise StudyError(
-            f"{sheet.where}: was simulated, expected a name that begins with {SIMULATED!r}; leave the names of "
-            "simulated annotators as they are"
-        )
+
+def check_items(sheet: Sheet, kit: dict) -> None:
+    "Refuse a sheet of another kit or of nobody, unknown items, and items that stand twice."
+    kit_id, known, found = kit["kit_id"], _numbers(kit), Counter(item for item, _ in sheet.answers)
+    strange, twice = [item for item in found if item not in known], [item for item, n in found.items() if n > 1]
+    other = f"answers kit {sheet.kit_id or 'without a name'}, expected kit {kit_id}; name the annotations of this kit"
+    unknown = f"item {_some(strange)} is not in kit {kit_id}, expected its {len(known)} items; leave item_id as it is"
+    again = f"item {_some(twice)} is answered more than once, expected once; keep the answer that is meant"
+    nobody = f"has no annotator, expected a name; enter one on the page, and call a table annotations_{kit_id}_NAME.csv"
+    made = f"was simulated, expected a name that begins with {SIMULATED!r}; leave the names as they are"
+    false_name = sheet.simulated and not sheet.annotator.startswith(SIMULATED)
+    wrong = [sheet.kit_id != kit_id, strange, twice, not sheet.annotator, false_name]
+    for fault, said in zip(wrong, (other, unknown, again, nobody, made)):
+        if fault:
+            raise StudyError(f"{sheet.where}: {said}")
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #0311820d
 def sheet_values(sheet: Sheet, kit: dict) -> dict:
-    """Read every answer of a sheet; out of range is an error.
-
-    sheet: of this kit; kit: what was asked. Returns (item_id, principle) -> value, or None."""
-    numbers, task, found = {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}, kit["task"], {}
+    "Return (item_id, principle) -> value, or None; a value out of range is an error."
+    task, found = kit["task"], {}
     for item, said in sheet.answers:
         for principle in TASK_QUESTIONS[task]:
             try:
                 found[item, principle] = to_value(said.get(principle), task)
             except (ValueError, TypeError):
-                raise StudyError(
-                    f"{sheet.where}: item {numbers[item]} ({item}) has {principle} = {str(said[principle])[:40]!r}, "
-                    f"expected one of {', '.join(map(str, VALUES[task]))}; mend it and export again"
-                ) from None
+                written = f"item {_numbers(kit)[item]} ({item}) has {principle} = {str(said[principle])[:40]!r}"
+                expected = f"expected one of {', '.join(map(str, VALUES[task]))}; mend it and export again"
+                raise StudyError(f"{sheet.where}: {written}, {expected}") from None
     return found
 
 
 def unanswered(values: dict, kit: dict) -> dict[int, list[str]]:
-    """List what is not answered.
-
-    kit: what was asked. Returns number of an item in the kit, from 1 -> principles without an answer."""
-    gaps = {
-        number: [p for p in TASK_QUESTIONS[kit["task"]] if values.get((item["item_id"], p)) is None]
-        for number, item in enumerate(kit["items"], 1)
-    }
+    "Return number of an item in the kit -> principles without an answer."
+    asked = TASK_QUESTIONS[kit["task"]]
+    gaps = {n: [p for p in asked if values.get((item, p)) is None] for item, n in _numbers(kit).items()}
     return {number: missing for number, missing in gaps.items() if missing}
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #9675424b
@@ -358,64 +283,53 @@ ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
 
 
 def left_out(sheet: Sheet) -> list[str]:
-    "List the items that an annotator left out with a note. sheet: what was read."
-    return [
-        item
-        for item, said in sheet.answers
-        if str(said.get("note") or "").strip()
-        and not any(str(said.get(key) if said.get(key) is not None else "").strip() for key in BATTLE_KEYS)
+    "Return the items that an annotator left out with a note."
+    said = [
+        (item, {key: str(text).strip() for key, text in one.items() if text is not None}) for item, one in sheet.answers
     ]
+    return [item for item, texts in said if texts.get("note") and not any(texts.get(key) for key in BATTLE_KEYS)]
 
 
 def sheet_frame(sheet: Sheet, kit: dict, partial: bool = False):
-    """Check a sheet and make it a frame.
+    """Check a sheet and return its ANNOTATION_COLUMNS, in the order of the kit.
 
-    sheet: what was read; kit: the kit that it answers; partial: take unfinished sheets too. Returns frame:
-    annotator, kit_id, item_id, principle, value; in the order of the kit."""
+    partial: take unfinished sheets too."""
     import pandas as pd
 
     check_items(sheet, kit)
-    values = sheet_values(sheet, kit)
-    aside, numbers = left_out(sheet), {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}
-    gaps = {
-        number: missing
-        for number, missing in unanswered(values, kit).items()
-        if number not in {numbers[item] for item in aside}
-    }
+    values, aside, numbers = sheet_values(sheet, kit), left_out(sheet), _numbers(kit)
+    gaps = {number: missing for number, missing in unanswered(values, kit).items()}
+    for item in aside:
+        gaps.pop(numbers[item], None)
     if gaps and not partial:
         first = next(iter(gaps))
-        raise StudyError(
-            f"{sheet.where}: {len(gaps)} of {len(kit['items'])} items are unfinished: {_some(list(gaps))} (item "
-            f"{first} lacks {', '.join(gaps[first])}); "
-            "finish them, and write a note on an item that was left out on purpose"
-        )
-    if len(aside) == len(kit["items"]):
-        raise StudyError(
-            f"{sheet.where}: every item was left out, expected answers; take the file off agreement.annotations"
-        )
-    rows = [
-        (sheet.annotator, kit["kit_id"], item["item_id"], principle, values.get((item["item_id"], principle)))
-        for item in kit["items"]
-        for principle in TASK_QUESTIONS[kit["task"]]
-    ]
-    frame = pd.DataFrame([row for row in rows if row[-1] is not None], columns=list(ANNOTATION_COLUMNS))
-    return frame.astype({"value": "int64"})
+        found = f"{len(gaps)} of {len(numbers)} items are unfinished: {_some(list(gaps))}"
+        lacks = f"item {first} lacks {', '.join(gaps[first])}"
+        remedy = "finish them, and write a note on an item that was left out on purpose"
+        raise StudyError(f"{sheet.where}: {found} ({lacks}); {remedy}")
+    if len(aside) == len(numbers):
+        remedy = "take the file off agreement.annotations"
+        raise StudyError(f"{sheet.where}: every item was left out, expected answers; {remedy}")
+    asked = [(item, principle) for item in numbers for principle in TASK_QUESTIONS[kit["task"]]]
+    known = [(*place, values[place]) for place in asked if values.get(place) is not None]
+    frame = pd.DataFrame(known, columns=list(ANNOTATION_COLUMNS[2:])).astype({"value": "int64"})
+    frame.insert(0, "annotator", sheet.annotator)
+    frame.insert(1, "kit_id", kit["kit_id"])
+    return frame
 
 
 def read_annotations(path: Path, kit: dict, partial: bool = False):
-    """Read and check the annotations of one kit.
+    """Read, check and return the annotations of one kit: ANNOTATION_COLUMNS.
 
-    path: the page's JSON, a Label Studio export, or a filled-in table; kit: the kit that it answers; partial: take
-    unfinished sheets too. Returns frame: annotator, kit_id, item_id, principle, value."""
+    path: the page's JSON, a Label Studio export, or a filled-in table; partial: take unfinished sheets too."""
     import pandas as pd
 
     sheets = read_sheets(path)
     names = [_same_name(sheet.annotator) for sheet in sheets]
     twice = next((sheet for sheet, name in zip(sheets, names) if names.count(name) > 1), None)
     if twice is not None and len({sheet.kit_id for sheet in sheets}) == 1:
-        raise StudyError(
-            f"{twice.where}: two annotators of this name, expected one sheet of each; tell them apart by name"
-        )
+        expected = "expected one sheet of each; tell them apart by name"
+        raise StudyError(f"{twice.where}: two annotators of this name, {expected}")
     return pd.concat([sheet_frame(sheet, kit, partial) for sheet in sheets], ignore_index=True)
 
 
@@ -425,97 +339,67 @@ def _same_name(annotator: str) -> str:
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #2923f21d
 def completeness(frame, kit: dict):
-    """Report how far the annotators of a kit are.
+    """Count the items that each annotator has finished: annotator, items, finished, unfinished (numbers in the kit).
 
-    frame: of read_annotations with partial=True; kit: what was asked. Returns frame: annotator, items, finished,
-    unfinished (numbers in the kit)."""
+    frame: of read_annotations with partial=True."""
     import pandas as pd
 
-    rows = []
+    rows, items = [], len(kit["items"])
     for annotator, own in frame.groupby("annotator", sort=False):
-        values = {(row.item_id, row.principle): row.value for row in own.itertuples()}
-        gaps = unanswered(values, kit)
-        rows.append(
-            {
-                "annotator": annotator,
-                "items": len(kit["items"]),
-                "finished": len(kit["items"]) - len(gaps),
-                "unfinished": _some(list(gaps)),
-            }
-        )
+        gaps = unanswered(own.set_index(["item_id", "principle"]).value.to_dict(), kit)
+        row = {"annotator": annotator, "items": items, "finished": items - len(gaps)}
+        rows.append(row | {"unfinished": _some(list(gaps))})
     return pd.DataFrame(rows, columns=["annotator", "items", "finished", "unfinished"])
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #7ddace05
 def annotation_files(places: typing.Iterable[str]) -> list[Path]:
-    """List annotation files; in a folder, those of the known forms.
-
-    places: files, or folders of them. Returns files, each once."""
-    found = []
+    "Return annotation files, each once. places: files, or folders of them; a path begins in the project's folder."
+    found = {}
     for given in places:
         place = project_root() / Path(given).expanduser()
         if not place.exists():
-            raise StudyError(
-                f"agreement.annotations: {given} is not there, expected a file or a folder; a path is absolute, or "
-                "begins in the project's folder"
-            )
-        inside = (
-            sorted(
-                p
-                for p in place.rglob("*")
-                if p.suffix.lower() in (".json", *TABLE_SUFFIXES) and not p.name.startswith(".")
-            )
-            if place.is_dir()
-            else [place]
-        )
+            expected = "expected a file or a folder; a path is absolute, or begins in the project's folder"
+            raise StudyError(f"agreement.annotations: {given} is not there, {expected}")
+        suffixes = (".json", *TABLE_SUFFIXES)
+        inside = [p for p in place.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+        inside = sorted(inside) if place.is_dir() else [place]
         if not inside:
-            raise StudyError(
-                f"agreement.annotations: {given} holds no .json, .csv or .tsv, expected annotations; name the folder "
-                "in which the experts' files are"
-            )
-        found += [path for path in inside if path.resolve() not in {p.resolve() for p in found}]
-    return found
+            expected = "expected annotations; name the folder in which the experts' files are"
+            raise StudyError(f"agreement.annotations: {given} holds no .json, .csv or .tsv, {expected}")
+        for path in inside:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def kit_of(sheet: Sheet, kits: list[dict]) -> dict:
-    "Find the kit of a sheet. sheet: what was read. Returns the kit that it answers."
+    "Return the kit that a sheet answers."
     known = {kit["kit_id"]: kit for kit in kits}
-    if sheet.kit_id in known:
-        return known[sheet.kit_id]
-    ids = ", ".join(known)
-    raise StudyError(
-        f"{sheet.where}: answers kit {sheet.kit_id or 'without a name'}, which is not among this run's ({ids}); "
-        "texts, seed or the numbers of agreement "
-        "have changed since it was made: put them back as they were, hand out the new kits, or read the old one by "
-        "kept_kit of chapter 11"
-    )
+    if sheet.kit_id not in known:
+        found = f"answers kit {sheet.kit_id or 'without a name'}, which is not among this run's ({', '.join(known)})"
+        remedy = "put them back as they were, hand out the new kits, or read the old one by kept_kit of chapter 11"
+        why = "texts, seed or the numbers of agreement have changed since it was made"
+        raise StudyError(f"{sheet.where}: {found}; {why}: {remedy}")
+    return known[sheet.kit_id]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #cee34085
 def gather_annotations(files: list[Path], kits: list[dict]):
-    """Read all annotations of a run; nothing simulated, and each annotator once for a kit.
-
-    Returns frame: annotator, kit_id, item_id, principle, value."""
+    "Read all annotations of a run (ANNOTATION_COLUMNS); nothing simulated, and each annotator once for a kit."
     import pandas as pd
 
-    frames, seen = [], {}
+    frames, seen, spelled = [], {}, {}
     for sheet in (sheet for path in files for sheet in read_sheets(path)):
-        if sheet.simulated or _same_name(sheet.annotator).startswith(SIMULATED):
-            raise StudyError(
-                f"{sheet.where}: was simulated, expected a person's annotations; take it off agreement.annotations"
-            )
+        name = _same_name(sheet.annotator)
+        if sheet.simulated or name.startswith(SIMULATED):
+            expected = "expected a person's annotations; take it off agreement.annotations"
+            raise StudyError(f"{sheet.where}: was simulated, {expected}")
         kit = kit_of(sheet, kits)
-        before = seen.setdefault((_same_name(sheet.annotator), kit["kit_id"]), sheet)
+        before = seen.setdefault((name, kit["kit_id"]), sheet)
         if before is not sheet:
-            raise StudyError(
-                f"{sheet.where}: annotated kit {kit['kit_id']} in {before.path} too, expected one file of each "
-                "annotator; take one of the two off agreement.annotations"
-            )
-        frames.append(sheet_frame(replace(sheet, annotator=_known_name(sheet.annotator, seen)), kit))
+            found = f"annotated kit {kit['kit_id']} in {before.path} too, expected one file of each annotator"
+            raise StudyError(f"{sheet.where}: {found}; take one of the two off agreement.annotations")
+        annotator = spelled.setdefault(name, sheet.annotator)  # as it was spelled first
+        frames.append(sheet_frame(replace(sheet, annotator=annotator), kit))
     return pd.concat(frames, ignore_index=True)
-
-
-def _known_name(annotator: str, seen: dict) -> str:
-    "Spell a name as it was spelled first."
-    return next(sheet.annotator for (name, _), sheet in seen.items() if name == _same_name(annotator))
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #8c2f9f27
 LOSING = ("rejected", "reference")  # sides from which no verdict is told
@@ -523,10 +407,9 @@ SHOWN = {1: "first", 2: "second", 0: "tie"}
 
 
 def verdict_from_our_side(shown: str, first: str) -> str:
-    """Convert the place of the better response to the verdict of our side.
+    """Return win, loss or tie from the side of the chosen response or of the policy.
 
-    shown: first / second / tie; first: name of the side that was shown first. Returns win / loss / tie, from the
-    side of the chosen response or of the policy."""
+    shown: first, second or tie; first: name of the side that was shown first."""
     return "tie" if shown == "tie" else "win" if (shown == "first") == (first not in LOSING) else "loss"
 
 
@@ -535,67 +418,49 @@ def unshuffle(annotations, key):
 
     annotations: frame of read_annotations, of one task; key: frame of kind "kit_key". Returns frame: annotator,
     kit_id, setting, speech_id, item_id, principle, and shown and verdict, or rating."""
-    joined = annotations.merge(
-        key.rename(columns={"kit": "kit_id"}), on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False
-    )
+    own = key.rename(columns={"kit": "kit_id"})
+    joined = annotations.merge(own, on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False)
     lost = joined[joined.speech_id.isna()]
     if len(lost):
-        raise StudyError(
-            f"annotations: item {lost.item_id.iloc[0]} of kit {lost.kit_id.iloc[0]} is not in the key, expected every "
-            "item; use the key that was made with this kit"
-        )
-    blurred = joined[(joined.task == "compare") & (joined["first"].isin(LOSING) == joined["second"].isin(LOSING))]
-    if len(blurred):
-        sides = f"{blurred['first'].iloc[0]!r} and {blurred['second'].iloc[0]!r}"
-        raise StudyError(
-            f"annotations: item {blurred.item_id.iloc[0]} compares {sides}, expected one side that is "
-            f"{' or '.join(LOSING)}; a verdict is told from the other side"
-        )
+        found = f"item {lost.item_id.iloc[0]} of kit {lost.kit_id.iloc[0]} is not in the key"
+        raise StudyError(f"annotations: {found}, expected every item; use the key that was made with this kit")
+    if joined.task.nunique() > 1:
+        found = f"found tasks {sorted(set(joined.task))} in one frame"
+        raise StudyError(f"annotations: {found}, expected one; un-shuffle each kit by itself")
     names = ["annotator", "kit_id", "setting", "speech_id", "item_id", "principle"]
     if set(joined.task) == {"score"}:
         return joined[[*names, "value"]].rename(columns={"value": "rating"})
-    if set(joined.task) != {"compare"}:
-        raise StudyError(
-            f"annotations: found tasks {sorted(set(joined.task))} in one frame, expected one; un-shuffle each kit by "
-            "itself"
+    blurred = joined[joined["first"].isin(LOSING) == joined["second"].isin(LOSING)]
+    if len(blurred):
+        found = (
+            f"item {blurred.item_id.iloc[0]} compares {blurred['first'].iloc[0]!r} and {blurred['second'].iloc[0]!r}"
         )
-    joined = joined.assign(shown=joined.value.map(SHOWN))
-    return joined.assign(verdict=[verdict_from_our_side(*pair) for pair in zip(joined.shown, joined["first"])])[
-        [*names, "shown", "verdict"]
-    ]
+        expected = f"expected one side that is {' or '.join(LOSING)}; a verdict is told from the other side"
+        raise StudyError(f"annotations: {found}, {expected}")
+    shown = joined.value.map(SHOWN)
+    verdict = [verdict_from_our_side(*pair) for pair in zip(shown, joined["first"])]
+    return joined[names].assign(shown=shown, verdict=verdict)
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #dc0fd4b4
 def simulate(kit: dict, number: int, seed: int, noise: float = 0.75, threshold: float = 0.25) -> dict:
-    """Fill in a kit by the offline rubric with noise.
+    """Fill in a kit by the offline rubric with noise, seeing nothing but the kit; return what the page would export.
 
-    kit: what is annotated; nothing but the kit is seen; number: of the annotator, from 1; noise: standard deviation
-    of a rating's error, in points; threshold: smaller differences of two ratings are none, in points. Returns an
-    annotations document, as the page exports it."""
+    number: of the annotator, from 1; noise: standard deviation of a rating's error, in points; threshold: smaller
+    differences of two ratings are none, in points."""
     import numpy as np
 
     from psycopref.rater.rubric import rubric_scores, to_rating
 
-    answers = {}
+    answers, n = {}, len(PRINCIPLE_KEYS)
     for item in kit["items"]:
         chance = np.random.default_rng(derived_seed(seed, SIMULATED, number, item["item_id"]))
         exact = [rubric_scores(item["client_speech"], text) for text in item["responses"]]
-        rated = [
-            np.array([scores[key] for key in PRINCIPLE_KEYS]) + chance.normal(0, noise, len(PRINCIPLE_KEYS))
-            for scores in exact
-        ]
+        rated = [np.array([scores[key] for key in PRINCIPLE_KEYS]) + chance.normal(0, noise, n) for scores in exact]
         if kit["task"] == "score":
             answers[item["item_id"]] = {key: to_rating(float(value)) for key, value in zip(PRINCIPLE_KEYS, rated[0])}
         else:
             ahead = rated[0] - rated[1]
             better = {key: 0 if abs(by) < threshold else 1 if by > 0 else 2 for key, by in zip(PRINCIPLE_KEYS, ahead)}
             answers[item["item_id"]] = better | {"overall": 1 if ahead.sum() > 0 else 2}
-    return {
-        "format": "psycopref-annotations",
-        "version": 1,
-        "kit_id": kit["kit_id"],
-        "annotator": f"{SIMULATED} {number}",
-        "simulated": True,
-        "started": "",
-        "saved": "",
-        "answers": answers,
-    }
+    made = {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "simulated": True}
+    return made | {"annotator": f"{SIMULATED} {number}", "started": "", "saved": "", "answers": answers}

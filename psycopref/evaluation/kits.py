@@ -17,30 +17,29 @@ import typing
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jinja2
+
 from ..core.files import PRINCIPLE_KEYS, atomic_path, write_json
 from ..core.settings import AgreementSettings, StudyError
 from ..core.paper import resource_path
 from ..core.prompts import BATTLE_KEYS, principles
 
 # %% auto #0
-__all__ = ['SIDES', 'TASKS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'gap_stratum', 'draw_label_pairs',
-           'side_answers', 'with_speeches', 'draw_answer_pairs', 'draw_answers', 'side_orders', 'check_rows',
-           'make_kit', 'data_block', 'page_policy', 'kit_html', 'item_fields', 'questions_of', 'label_studio_tasks',
+__all__ = ['SIDES', 'TASK_QUESTIONS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'gap_stratum',
+           'draw_label_pairs', 'side_answers', 'with_speeches', 'draw_answer_pairs', 'draw_answers', 'side_orders',
+           'check_rows', 'make_kit', 'data_block', 'page_policy', 'kit_html', 'item_fields', 'label_studio_tasks',
            'label_studio_config', 'safe_cell', 'kit_csv', 'kit_readme', 'write_kits', 'run_kits', 'kit_table']
 
 # %% ../../nbs/evaluation/05_kits.ipynb #0c707319
 def digest(*parts) -> str:
-    """Return a stable random-looking word for some values.
-
-    parts: what the number hangs on: a seed, a purpose, ids. Returns 64 hexadecimal digits."""
+    "Return a stable hash of some values, such as a seed, a purpose and ids: 64 hexadecimal digits."
     return hashlib.sha256(json.dumps([str(part) for part in parts], ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c0b60716
 def allocate_proportionally(sizes: dict[str, int], n: int) -> dict[str, int]:
-    """Share n places out in proportion, by largest remainders.
+    """Share n places out in proportion, by largest remainders; all are drawn where there are no more than n.
 
-    sizes: stratum -> how many there are; n: places to give. Returns stratum -> how many are drawn; all where there
-    are no more than n."""
+    sizes: stratum -> how many there are. Returns stratum -> how many are drawn."""
     total = sum(sizes.values())
     if n >= total:
         return dict(sizes)
@@ -50,20 +49,17 @@ def allocate_proportionally(sizes: dict[str, int], n: int) -> dict[str, int]:
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8edbe005
 def draw_evenly(rows, n: int, seed: int, purpose: str, later: typing.Collection[str] = ()):
-    """Draw rows in proportion to their strata.
+    """Draw n rows in proportion to their strata, at most one of a speech, whatever the order of the input.
 
-    rows: frame with speech_id and stratum; n: how many; fewer come back where there are fewer speeches; purpose:
-    keeps draws of one seed apart; later: speeches that are taken only where the others do not suffice. Returns
-    frame: at most one row of a speech, in an order that does not depend on the order of the input."""
+    rows: frame with speech_id and stratum; purpose: keeps draws of one seed apart; later: speeches that are taken
+    only where the others do not suffice."""
     if n < 1:
         raise StudyError(f"kits: {n} items asked for {purpose}, expected 1 or more; mend the settings of agreement")
     if rows.empty:
         raise StudyError(f"kits: there is nothing to draw for {purpose}; run the stages before with more speeches")
     lots = [digest(seed, purpose, *row) for row in rows.astype(str).itertuples(index=False)]
-    rows = (
-        rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots).sort_values("_lot").drop_duplicates("speech_id")
-    )
-    rows = rows.sort_values(["_late", "_lot"])
+    rows = rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots)
+    rows = rows.sort_values("_lot").drop_duplicates("speech_id").sort_values(["_late", "_lot"])
     given = allocate_proportionally(rows.stratum.value_counts().to_dict(), n)
     taken = rows[rows.groupby("stratum").cumcount() < rows.stratum.map(given)]
     return taken.sort_values("_lot").drop(columns=["_late", "_lot"]).reset_index(drop=True)
@@ -73,33 +69,27 @@ SIDES = ["speech_id", "setting", "stratum", "client_speech", "name_a", "response
 
 
 def gap_stratum(gap: int) -> str:
-    """Name the size of a preference.
-
-    gap: difference of two sums of seven ratings. Returns by steps of half a point of the mean."""
+    "Name the difference of two sums of seven ratings, by steps of half a point of the mean."
     return "gap under 1.5" if gap < 11 else "gap 1.5 to 2" if gap < 14 else "gap of 2 or more"
 
 
 def draw_label_pairs(pairs, n: int, seed: int, speeches=None):
-    """Draw preference pairs, in proportion to topics or to gaps.
+    """Draw n preference pairs (§3.4: 200), in proportion to topics or, without them, to gaps; return SIDES.
 
-    pairs: frame in the released schema; n: pairs to draw (§3.4: 200); speeches: frame with speech_id and
-    coarse_topic; without it strata are gaps. Returns frame with the columns SIDES; setting is "labels"."""
+    pairs: frame in the released schema; speeches: frame with speech_id and coarse_topic."""
     sums = [pairs[[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS]].sum(axis=1) for side in ("chosen", "rejected")]
     stratum = (sums[0] - sums[1]).map(gap_stratum)
     if speeches is not None:
         stratum = pairs.ID.map(dict(zip(speeches.speech_id, speeches.coarse_topic))).fillna("unknown topic")
-    names = {"setting": "labels", "name_a": "chosen", "name_b": "rejected"}
-    rows = pairs.rename(
-        columns={"ID": "speech_id", "question": "client_speech", "chosen": "response_a", "rejected": "response_b"}
-    ).assign(stratum=stratum, **names)
+    names = {"ID": "speech_id", "question": "client_speech", "chosen": "response_a", "rejected": "response_b"}
+    rows = pairs.rename(columns=names).assign(stratum=stratum, setting="labels", name_a="chosen", name_b="rejected")
     return draw_evenly(rows[SIDES], n, seed, "labels")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c92ae0bc
 def side_answers(answers, policy: str, setting: str):
-    """Pick the answers of one side.
+    """Return the answers of one side: speech_id and response.
 
-    answers: frame of answers; policy: a policy, or "reference"; setting: free or length; the reference answers
-    freely in both (§4.2). Returns frame with speech_id and response."""
+    policy: a policy, or "reference", which answers freely in both settings (§4.2); setting: free or length."""
     wanted = "free" if policy == "reference" else setting
     found = answers[(answers.policy == policy) & (answers.setting == wanted)]
     if found.empty:
@@ -112,56 +102,39 @@ def side_answers(answers, policy: str, setting: str):
 
 
 def with_speeches(rows, speeches, **columns):
-    """Add the client's words and the topic.
-
-    rows: frame with speech_id; speeches: frame of speeches; columns: further columns. Returns frame with the
-    columns SIDES."""
-    known = speeches[["speech_id", "speech", "coarse_topic"]].rename(
-        columns={"speech": "client_speech", "coarse_topic": "stratum"}
-    )
+    "Add the client's words and the topic to rows with speech_id; return SIDES. columns: further columns."
+    names = {"speech": "client_speech", "coarse_topic": "stratum"}
+    known = speeches[["speech_id", *names]].rename(columns=names)
     joined = rows.merge(known, on="speech_id", how="left", validate="one_to_one")
     absent = joined.speech_id[joined.client_speech.isna()]
     if len(absent):
-        raise StudyError(
-            f"kits: {len(absent)} answered speeches are not among the speeches, the first is {absent.iloc[0]!r}; "
-            "take speeches and answers of one run"
-        )
+        found = f"{len(absent)} answered speeches are not among the speeches, the first is {absent.iloc[0]!r}"
+        raise StudyError(f"kits: {found}; take speeches and answers of one run")
     return joined.assign(**columns)[SIDES]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #fa0a525d
-def draw_answer_pairs(
-    answers, speeches, policy: str, setting: str, n: int, seed: int, later: typing.Collection[str] = ()
-):
-    """Draw answers of a policy beside the reference's, in proportion to coarse topics.
+def draw_answer_pairs(answers, speeches, policy: str, setting: str, n: int, seed: int, later=()):
+    """Draw n answers of a policy beside the reference's (§4.2: 100 in each setting), by coarse topic; return SIDES.
 
-    answers: frame of answers; speeches: frame of speeches; policy: whose answers; setting: free or length; n: pairs
-    to draw (§4.2: 100 in each setting); later: speeches of an earlier draw, to be left for last. Returns frame with
-    the columns SIDES."""
+    setting: free or length; later: speeches of an earlier draw, to be left for last."""
     own, others = side_answers(answers, policy, setting), side_answers(answers, "reference", setting)
     both = own.merge(others, on="speech_id", suffixes=("_a", "_b"), validate="one_to_one")
     rows = with_speeches(both, speeches, setting=setting, name_a=policy, name_b="reference")
     return draw_evenly(rows, n, seed, f"{policy} beside the reference, {setting}", later)
 
 
-def draw_answers(answers, speeches, policy: str, setting: str, n: int, seed: int, later: typing.Collection[str] = ()):
-    """Draw answers of a policy, in proportion to coarse topics.
-
-    answers: frame of answers; speeches: frame of speeches; policy: whose answers; setting: free or length; n:
-    answers to draw (§4.2, Fig. 3: 100); later: speeches of an earlier draw, to be left for last. Returns frame with
-    the columns SIDES; the second side is empty."""
+def draw_answers(answers, speeches, policy: str, setting: str, n: int, seed: int, later=()):
+    "Draw n answers of a policy alone (§4.2, Fig. 3: 100), as `draw_answer_pairs`; the second side is empty."
     rows = side_answers(answers, policy, setting).rename(columns={"response": "response_a"})
     rows = with_speeches(rows, speeches, setting=setting, name_a=policy, name_b="", response_b="")
     return draw_evenly(rows, n, seed, f"scores of {policy}, {setting}", later)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3824c4a
-TASKS = ("compare", "score")
+TASK_QUESTIONS = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is asked about each item
 
 
 def side_orders(rows) -> list[bool]:
-    """Swap one half of the rows of each setting.
-
-    rows: frame with setting and _lot, a random-looking word for each row. Returns whether the row's sides are
-    swapped."""
+    "Return whether each row's sides are swapped: one half of each setting. rows: frame with setting and _lot, a hash."
     lots = rows.groupby("setting")._lot
     rank, size = lots.rank(method="first").astype(int), lots.transform("size")
     extra = [int(digest("odd", lot)[0], 16) % 2 for lot in lots.transform("min")]
@@ -169,262 +142,150 @@ def side_orders(rows) -> list[bool]:
 
 
 def check_rows(rows, task: str) -> None:
-    "Refuse rows that can't become a kit. rows: frame as the draws return it; task: compare or score."
-    if task not in TASKS:
-        raise StudyError(f"kits: task {task!r} does not exist, expected one of {', '.join(TASKS)}")
+    "Refuse rows that can't become a kit."
     absent = [name for name in SIDES if name not in rows.columns]
-    if absent or rows.empty:
+    odd = [name for name in SIDES if name in rows and not rows[name].map(lambda value: isinstance(value, str)).all()]
+    said = ""
+    if task not in TASK_QUESTIONS:
+        said = f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it"
+    elif absent or rows.empty:
         found = f"columns {', '.join(absent)} are missing" if absent else "no rows"
-        raise StudyError(
-            f"kits: {found}, expected rows as draw_label_pairs, draw_answer_pairs or draw_answers return them"
-        )
-    odd = [name for name in SIDES if not rows[name].map(lambda value: isinstance(value, str)).all()]
-    if odd:
-        raise StudyError(
-            f"kits: {', '.join(odd)} hold values that are no text, expected text everywhere; drop rows without an "
-            "answer first"
-        )
-    if (rows.name_a == "").any() or (task == "compare" and (rows.name_b == "").any()):
-        raise StudyError(
-            "kits: rows with a side that has no name can't be told apart later; a comparison needs two sides, the "
-            "task 'score' one"
-        )
+        said = f"{found}, expected rows as draw_label_pairs, draw_answer_pairs or draw_answers return them"
+    elif odd:
+        said = f"{', '.join(odd)} hold values that are no text, expected text; drop rows without an answer first"
+    elif (rows.name_a == "").any() or (task == "compare" and (rows.name_b == "").any()):
+        said = "found rows with a side that has no name; a comparison needs two sides, the task 'score' one"
+    if said:
+        raise StudyError(f"kits: {said}")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8bb77bcb
 def make_kit(rows, task: str, title: str, seed: int) -> tuple[dict, typing.Any]:
-    """Shuffle rows and sides, and keep what must not be seen apart from what must.
+    """Shuffle rows and sides; return the kit, which may be handed out, and its key, a frame that may not.
 
     rows: frame with the columns SIDES, of one draw or several; task: compare or score; title: what annotators read
-    above the kit; must not tell sides or settings. Returns the kit, which may be handed out; its key, a frame that
-    may not."""
+    above the kit; must not tell sides or settings."""
     import pandas as pd
 
     check_rows(rows, task)
-    rows = (
-        rows.assign(_lot=[digest(seed, title, task, *row) for row in rows[SIDES].itertuples(index=False)])
-        .sort_values("_lot")
-        .reset_index(drop=True)
-    )
-    swaps = (
-        side_orders(rows.assign(_lot=[digest("sides", lot) for lot in rows._lot]))
-        if task == "compare"
-        else [False] * len(rows)
-    )
-    items, key, asked = [], [], [dataclasses.asdict(p) for p in principles()]
+    lots = [digest(seed, title, task, *row) for row in rows[SIDES].itertuples(index=False)]
+    rows = rows.assign(_lot=lots).sort_values("_lot").reset_index(drop=True)
+    swaps, items, key = [False] * len(rows), [], []
+    if task == "compare":
+        swaps = side_orders(rows.assign(_lot=[digest("sides", lot) for lot in rows._lot]))
     for place, (row, swapped) in enumerate(zip(rows.itertuples(index=False), swaps)):
-        sides = _shown(row, task, swapped)
+        sides = [(row.name_a, row.response_a), (row.name_b, row.response_b) if task == "compare" else ("", "")]
+        sides = sides[::-1] if swapped else sides
         item = {"item_id": "i" + digest("item", seed, title, task, place)[:11], "task": task}
-        items.append(
-            item
-            | {"client_speech": row.client_speech.strip(), "responses": [text.strip() for name, text in sides if name]}
-        )
-        key.append(
-            item | {"speech_id": row.speech_id, "setting": row.setting, "first": sides[0][0], "second": sides[1][0]}
-        )
+        texts = [text.strip() for name, text in sides if name]
+        items.append(item | {"client_speech": row.client_speech.strip(), "responses": texts})
+        key.append([*item.values(), row.speech_id, row.setting, sides[0][0], sides[1][0]])
+    asked = [dataclasses.asdict(p) for p in principles()]
     kit_id = "k" + digest(task, json.dumps([asked, items], ensure_ascii=False))[:15]
-    kit = {
-        "format": "psycopref-kit",
-        "version": 1,
-        "kit_id": kit_id,
-        "title": title,
-        "task": task,
-        "principles": asked,
-        "items": items,
-    }
-    return kit, pd.DataFrame(key).assign(kit=kit_id)[
-        ["kit", "item_id", "task", "speech_id", "setting", "first", "second"]
-    ]
-
-
-def _shown(row, task: str, swapped: bool) -> list[tuple[str, str]]:
-    "List names and texts of two sides in the order shown; the second is empty in a scoring task."
-    sides = [(row.name_a, row.response_a), (row.name_b, row.response_b) if task == "compare" else ("", "")]
-    return sides[::-1] if swapped else sides
+    kit = {"format": "psycopref-kit", "version": 1, "kit_id": kit_id, "title": title, "task": task}
+    found = pd.DataFrame(key, columns=["item_id", "task", "speech_id", "setting", "first", "second"])
+    found.insert(0, "kit", kit_id)
+    return kit | {"principles": asked, "items": items}, found
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b92353af
 CONTACT = "the person who gave you this kit"
 
 
 def data_block(value) -> str:
-    "Write JSON that is safe inside a script element. value: plain data. Returns JSON that no text can break out of."
+    "Return plain data as JSON that no text can break out of inside a script element."
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def page_policy(page: str) -> str:
-    """Allow the page's own script and style, by their hashes, and nothing else.
-
-    page: the template. Returns the content security policy."""
-
-    def source(tag):
+    "Return the content security policy that allows a page's own script and style, by their hashes, and nothing else."
+    hashes = []
+    for tag in ("script", "style"):
         body = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
-
-    return f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; base-uri 'none'; form-action 'none'"
+        hashes.append(base64.b64encode(hashlib.sha256(body.encode()).digest()).decode())
+    own = "script-src 'sha256-{}'; style-src 'sha256-{}'".format(*hashes)
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def kit_html(kit: dict, contact: str = CONTACT) -> str:
-    """Make the page of a kit.
-
-    contact: whom an annotator tells what troubles her, and gives the file. Returns a page that needs nothing else."""
+    "Return the page of a kit, which needs nothing else. contact: whom an annotator turns to, and gives the file."
     page = resource_path("kit.html").read_text(encoding="utf-8")
     slots = {"__POLICY__": page_policy(page), "__CONTACT__": html.escape(contact), "__KIT__": data_block(kit)}
     return re.sub("|".join(slots), lambda match: slots[match[0]], page)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #6ab01961
 def item_fields(item: dict) -> dict[str, str]:
-    "Name the texts of an item. Returns client_speech, response_1 and, in a comparison, response_2."
-    return {"client_speech": item["client_speech"]} | {
-        f"response_{i}": text for i, text in enumerate(item["responses"], 1)
-    }
-
-
-def questions_of(kit: dict) -> tuple[str, ...]:
-    """List what is asked of each item.
-
-    Returns keys in the order asked: seven principles and, in a comparison, overall."""
-    return BATTLE_KEYS if kit["task"] == "compare" else PRINCIPLE_KEYS
+    "Return the texts of an item: client_speech, response_1 and, in a comparison, response_2."
+    return {"client_speech": item["client_speech"]} | {f"response_{i}": t for i, t in enumerate(item["responses"], 1)}
 
 
 def label_studio_tasks(kit: dict) -> list[dict]:
-    "Write a kit's items as Label Studio's tasks. Returns to be imported as JSON."
-    return [
-        {"data": {"kit_id": kit["kit_id"], "item_id": item["item_id"], **item_fields(item)}} for item in kit["items"]
-    ]
+    "Return a kit's items as Label Studio's tasks, to be imported as JSON."
+    ids = [{"kit_id": kit["kit_id"], "item_id": item["item_id"]} for item in kit["items"]]
+    return [{"data": own | item_fields(item)} for own, item in zip(ids, kit["items"])]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #d2a37743
 def label_studio_config(kit: dict) -> str:
-    "Write the labelling configuration: texts, a choice or a rating for each question, a note."
-    view = ElementTree.Element("View")
-    ElementTree.SubElement(view, "Style").text = ".htx-text { white-space: pre-wrap; }"
-    ElementTree.SubElement(view, "Header", value=kit["title"], size="3")
+    "Return Label Studio's labelling configuration: texts, a choice or a rating for each question, a note."
+    view, add = ElementTree.Element("View"), ElementTree.SubElement
+    add(view, "Style").text = ".htx-text { white-space: pre-wrap; }"
+    add(view, "Header", value=kit["title"], size="3")
     for name in item_fields(kit["items"][0]):
-        ElementTree.SubElement(view, "Header", value=name.replace("_", " ").capitalize(), size="4")
-        ElementTree.SubElement(view, "Text", name=name, value=f"${name}", valueType="text", selectionEnabled="false")
-    asked = {p["key"]: f"{p['name']}: {p['description']}" for p in kit["principles"]} | {
-        "overall": "Overall: which response would be better for this client?"
-    }
-    for key in questions_of(kit):
-        ElementTree.SubElement(view, "Header", value=asked[key], size="5")
-        _label_studio_question(view, key, kit["task"])
-    ElementTree.SubElement(
-        view,
-        "TextArea",
-        name="note",
-        toName="client_speech",
-        placeholder="Note, if you like",
-        rows="2",
-        maxSubmissions="1",
-    )
+        add(view, "Header", value=name.replace("_", " ").capitalize(), size="4")
+        add(view, "Text", name=name, value=f"${name}", valueType="text", selectionEnabled="false")
+    asked = {p["key"]: f"{p['name']}: {p['description']}" for p in kit["principles"]}
+    asked["overall"] = "Overall: which response would be better for this client?"
+    for key in TASK_QUESTIONS[kit["task"]]:
+        add(view, "Header", value=asked[key], size="5")
+        traits = {"name": key, "required": "true", "requiredMessage": f"Please answer: {key}"}
+        if kit["task"] == "score":
+            add(view, "Rating", toName="response_1", maxRating="5", **traits)
+            continue
+        looks = {"choice": "single-radio", "showInline": "true"}
+        choices = add(view, "Choices", toName="client_speech", **looks, **traits)
+        words = {"1": "Response 1", "2": "Response 2"} | ({} if key == "overall" else {"0": "No difference"})
+        for alias, value in words.items():
+            add(choices, "Choice", value=value, alias=alias)
+    looks = {"placeholder": "Note, if you like", "rows": "2", "maxSubmissions": "1"}
+    add(view, "TextArea", name="note", toName="client_speech", **looks)
     ElementTree.indent(view)
     return ElementTree.tostring(view, encoding="unicode") + "\n"
-
-
-def _label_studio_question(view, key: str, task: str) -> None:
-    "Add the control of one question."
-    traits = {"name": key, "required": "true", "requiredMessage": f"Please answer: {key}"}
-    if task == "score":
-        ElementTree.SubElement(view, "Rating", toName="response_1", maxRating="5", **traits)
-        return
-    choices = ElementTree.SubElement(
-        view, "Choices", toName="client_speech", choice="single-radio", showInline="true", **traits
-    )
-    for alias, value in (("1", "Response 1"), ("2", "Response 2"), ("0", "No difference"))[
-        : 2 if key == "overall" else 3
-    ]:
-        ElementTree.SubElement(choices, "Choice", value=value, alias=alias)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3e968c1
 _FORMULA = "=+\\-@\uff0b\uff0d\uff1d\uff20"  # ASCII and the full-width forms that some spreadsheets take for them
 
 
 def safe_cell(text: str) -> str:
-    "Disarm a cell, line by line and at every separator. Returns the same for a reader, no formula for a spreadsheet."
+    "Disarm a cell, line by line and at every separator: the same for a reader, no formula for a spreadsheet."
     text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = re.sub(rf'(?<=[\n;\t,])([\s"]*)(?=[{_FORMULA}])', "\\1\u00a0", text)
     return f"'{text}" if re.match(rf"[\s\"]*[{_FORMULA}]", text) else text
 
 
 def kit_csv(kit: dict) -> str:
-    "Write a kit as a sheet. Returns one row an item, with empty columns for the answers."
-    texts, asked = list(item_fields(kit["items"][0])), [*questions_of(kit), "note"]
+    "Return a kit as a sheet: one row an item, with empty columns for the answers."
+    texts, asked = list(item_fields(kit["items"][0])), [*TASK_QUESTIONS[kit["task"]], "note"]
     sheet = io.StringIO()
     writer = csv.writer(sheet, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writerow(["kit_id", "item_id", *texts, *asked])
     for item in kit["items"]:
-        writer.writerow(
-            [kit["kit_id"], item["item_id"], *map(safe_cell, item_fields(item).values()), *[""] * len(asked)]
-        )
+        shown = map(safe_cell, item_fields(item).values())
+        writer.writerow([kit["kit_id"], item["item_id"], *shown, *[""] * len(asked)])
     return sheet.getvalue()
 
 # %% ../../nbs/evaluation/05_kits.ipynb #be2eab52
-_KEYS_TOLD = {
-    "compare": "1 or 2 = this response is better, 0 = no difference (for the principles; overall asks for 1 or 2)",
-    "score": "1 = not at all, 2 = a little, 3 = partly, 4 = mostly, 5 = fully in line with the principle",
-}
-
-_README = """{title}
-{line}
-
-{count} items. {what}
-
-Before you begin
-  The responses were written by machines, not by therapists. The client speeches come from public collections; some were written by machines too.
-  They speak of grief, abuse, self-harm and suicide and may be distressing. Take breaks, leave out what you do not want to read, and stop whenever you like.
-  An item that you leave out needs a note and no answers ("left out" is enough). Without a note it counts as unfinished, and a file with unfinished items is refused.
-  If a text troubles you, or if you think that a real person is at risk, tell {contact}.
-  If you need help yourself, call your local emergency number or a crisis line.
-
-How to work: choose ONE of three ways
-  1. kit.html (advised): open it with a browser (Chrome, Edge, Firefox, Safari), from where it will stay. It needs no network and sends nothing. Press ? for its keys.
-     Your answers stay on this computer, in this browser, until you press Export. Only an exported file is safe for long: please export after each sitting. Do not use a
-     private window, and do not move or rename the page meanwhile. The key x leaves an item out and puts the note.
-     The exported file annotations_{kit_id}_NAME.json is what you hand over. It can be imported again to go on elsewhere.
-  2. kit.csv: a sheet for Excel, LibreOffice or Numbers (UTF-8, separated by commas). Fill in the empty columns, change nothing else, and save it as CSV under the name
-     annotations_{kit_id}_NAME.csv, with your name, initials or code in place of NAME. To leave an item out, write into its column "note" and nothing else.
-  3. Label Studio: make a project, paste label_studio_config.xml as its labelling interface, import label_studio_tasks.json, and export as JSON.
-     To leave an item out, press Skip; no note is needed there.
-
-What the answers mean
-  {keys}
-{principles}
-
-Please work alone, and do not talk about items with other annotators before everybody is done.
-Kit {kit_id}. Hand the file over to {contact}.
-"""
-
-
 def kit_readme(kit: dict, contact: str = CONTACT) -> str:
-    "Word what annotators should know before they begin. contact: whom annotators turn to. Returns plain text."
-    what = (
-        "Read what the client said and two responses; say which one is better on each principle and overall."
-        if kit["task"] == "compare"
-        else "Read what the client said and one response; score the response on each principle."
+    "Return what annotators should know before they begin, as plain text. contact: whom they turn to."
+    template = jinja2.Template(
+        resource_path("kit_readme.txt.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True
     )
-    listed = "\n".join(f"  {p['key']}: {p['description']}" for p in kit["principles"])
-    return _README.format(
-        title=kit["title"],
-        line="=" * len(kit["title"]),
-        count=len(kit["items"]),
-        what=what,
-        contact=contact,
-        kit_id=kit["kit_id"],
-        keys=_KEYS_TOLD[kit["task"]],
-        principles=listed,
-    )
+    return template.render(kit=kit, contact=contact)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #04d50eb0
 def write_kits(folder: Path, kit: dict, contact: str = CONTACT) -> list[Path]:
-    """Write a kit in its three forms, with a text for annotators.
-
-    folder: made where it is not there; contact: whom annotators turn to. Returns what may be handed out."""
+    "Write a kit in its three forms, with a text for annotators; return what may be handed out."
     folder = Path(folder)
-    texts = {
-        "kit.html": kit_html(kit, contact),
-        "label_studio_config.xml": label_studio_config(kit),
-        "kit.csv": "\ufeff" + kit_csv(kit),
-        "README.txt": kit_readme(kit, contact),
-    }
+    texts = {"kit.html": kit_html(kit, contact), "label_studio_config.xml": label_studio_config(kit)}
+    texts |= {"kit.csv": "\ufeff" + kit_csv(kit), "README.txt": kit_readme(kit, contact)}
     for name, text in texts.items():
         with atomic_path(folder / name) as partial:
             partial.write_bytes(text.encode())
@@ -433,10 +294,9 @@ def write_kits(folder: Path, kit: dict, contact: str = CONTACT) -> list[Path]:
 
 # %% ../../nbs/evaluation/05_kits.ipynb #94dc290b
 def run_kits(pairs, answers, speeches, policy: str, settings: AgreementSettings, seed: int) -> dict[str, tuple]:
-    """Draw and make the kits of §3.4 and §4.2.
+    """Draw and make the kits of §3.4 and §4.2: labels, answers, scores -> (kit, key).
 
-    pairs: frame of pairs in the released schema; answers: frame of answers; speeches: frame of speeches; policy:
-    whose answers. Returns labels, answers, scores -> (kit, key)."""
+    pairs: frame in the released schema; policy: whose answers."""
     import pandas as pd
 
     labels = draw_label_pairs(pairs, settings.label_pairs, seed, speeches)
@@ -453,27 +313,14 @@ def run_kits(pairs, answers, speeches, policy: str, settings: AgreementSettings,
 
 
 def kit_table(kits: dict[str, tuple], settings: AgreementSettings):
-    """Count what was drawn beside what was asked for: fewer where the run has fewer speeches.
-
-    settings: how many were asked for. Returns frame: kit, kit_id, task, setting, asked, items, how often the chosen
-    response or the policy stands first (empty for scores)."""
+    "Count what was drawn beside what was asked for, and how often the chosen response or the policy stands first."
     import pandas as pd
 
     asked, rows = {"labels": settings.label_pairs, "answers": settings.battle_pairs, "scores": settings.scored}, []
     for name, (kit, key) in kits.items():
         for setting, part in key.groupby("setting"):
-            share = (
-                None if (part.second == "").all() else float(100 * part.second.isin(["rejected", "reference"]).mean())
-            )
-            rows.append(
-                {
-                    "kit": name,
-                    "kit_id": kit["kit_id"],
-                    "task": part.task.iloc[0],
-                    "setting": setting,
-                    "asked": asked[name],
-                    "items": len(part),
-                    "chosen or policy shown first (%)": share,
-                }
-            )
+            share = 100 * float(part.second.isin(["rejected", "reference"]).mean())
+            row = {"kit": name, "kit_id": kit["kit_id"], "task": kit["task"], "setting": setting, "asked": asked[name]}
+            share = None if kit["task"] == "score" else share
+            rows.append(row | {"items": len(part), "chosen or policy shown first (%)": share})
     return pd.DataFrame(rows)
