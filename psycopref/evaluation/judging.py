@@ -24,7 +24,8 @@ from ..gateway.gateway import PROVIDERS, chat_model
 from ..models.chat import ChatRequest, Failure
 from ..models.weights import find_weights
 from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement, rank_correlation
-from ..stats.scores import cluster_totals, flip_rate, mean_interval, win_interval
+from ..stats.intervals import mean_interval, win_interval
+from ..stats.scores import flip_rate
 from ..training.sampling import score_candidates
 from ..training.scoring import find_scorer
 
@@ -368,9 +369,7 @@ def self_preference(judged, judge: str, families: dict[str, str], samples: int =
     wanted = np.where(own.policy.map(sides) == "policy", "win", "loss")
     votes = np.column_stack([np.where(own[name].notna(), own[name] == wanted, np.nan).astype(float) for name in others])
     gap = ((own[judge] == wanted) - np.nanmean(votes, axis=1)).to_numpy()
-    columns = np.column_stack([gap, np.ones(len(gap))])
-    totals = cluster_totals("judges.self_preference", columns, own.speech_id.to_numpy())
-    low, high = (100 * end for end in mean_interval(totals, samples, 0.95, 0)) if len(totals) > 1 else (None, None)
+    low, high = (100 * end for end in mean_interval(gap, own.speech_id.to_numpy(), (-1, 1), samples))
     return {"side": side, "points": 100 * float(gap.mean()), "low": low, "high": high, "n": len(own)}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #878b4b32

@@ -16,9 +16,9 @@ from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import coarse_topics, paper_values, resource_path
 from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import ORDERS, consistent_verdicts, paper_verdicts, word_counts
-from ..stats.intervals import compare_policies
+from ..stats.intervals import compare_policies, win_interval
 from ..stats.length_control import FEWEST_SPEECHES, length_controlled
-from ..stats.scores import VERDICTS, flip_rate, win_interval
+from ..stats.scores import VERDICTS, flip_rate
 
 # %% auto #0
 __all__ = ['SETTINGS', 'TRAININGS', 'READINGS', 'MEAN', 'GROUPINGS', 'FAMILIES', 'QUANTILES', 'policy_key', 'places',

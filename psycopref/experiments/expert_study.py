@@ -21,13 +21,14 @@ from psycopref.evaluation.annotations import (
 from ..core.tables import PALETTE, new_figure
 from ..core.files import PRINCIPLE_KEYS, read_json, write_json
 from ..feedback.battles import consistent_verdicts, paper_verdicts
-from ..stats.scores import win_interval
+from ..stats.intervals import win_interval
 from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
 from ..core.paper import paper_values
 from ..evaluation.kits import run_kits, write_kits
 from ..evaluation.win_rates import SETTINGS
-from ..stats.scores import VERDICTS, checked_settings, cluster_totals, mean_interval
+from ..stats.scores import VERDICTS
+from ..stats.intervals import mean_interval
 from ..core.prompts import BATTLE_KEYS
 from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement
 
@@ -527,20 +528,9 @@ def _share_bars(axes, rows: list[dict]) -> None:
 def score_interval(ratings, speeches, samples: int, seed: int) -> tuple[float, float]:
     """Compute an interval for a mean score, by speech, that holds near 1 and 5 and for few speeches.
 
-    ratings: 1 to 5, (n,); speeches: of each rating, (n,); samples: taken as FEWEST of `stats.scores` if below.
+    ratings: 1 to 5, (n,); speeches: of each rating, (n,).
     Returns (low, high) of the mean, 95%, in [1, 5]."""
-    checked_settings("agreement.score_interval", samples, 0.95)
-    ratings = np.asarray(ratings, float)
-    if not ((ratings >= 1) & (ratings <= 5)).all():
-        raise ValueError(
-            f"expert_study.score_interval: ratings from {ratings.min()} to {ratings.max()} found, expected 1 to 5; "
-            "un-shuffle a kit of scores"
-        )
-    totals = cluster_totals(
-        "agreement.score_interval", np.column_stack([(ratings - 3) / 2, np.ones(len(ratings))]), np.asarray(speeches)
-    )
-    low, high = mean_interval(totals, samples, 0.95, seed)
-    return 3 + 2 * low, 3 + 2 * high
+    return mean_interval(ratings, np.asarray(speeches), (1, 5), samples=samples, seed=seed)
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #082d5c53
 def score_means(unshuffled, samples: int, seed: int) -> list[dict]:

@@ -198,14 +198,10 @@ def rating_summary(ratings):
 
 def member_interval(ratings, member: str, samples: int = 1000) -> tuple[float, float]:
     "Return a 95% interval for a member's mean rating, by speech."
-    import numpy as np
-
-    from psycopref.stats.scores import mean_interval
+    from psycopref.stats.intervals import mean_interval
 
     own = ratings[ratings.model == member].groupby("speech_id").rating.mean()
-    totals = np.column_stack([(own - 3) / 2, np.ones(len(own))])  # ratings from 1 to 5 become values from −1 to 1
-    low, high = mean_interval(totals, samples, 0.95, seed=0)
-    return 3 + 2 * low, 3 + 2 * high
+    return mean_interval(own.to_numpy(), None, (1, 5), samples)
 
 # %% ../../nbs/feedback/01_rating.ipynb #5043c5f7
 def describe_ratings(ratings, summary, coverage: float, skipped: int) -> list[str]:

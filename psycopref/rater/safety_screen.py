@@ -11,7 +11,7 @@ import re
 from ..core.paper import resource_path
 from ..core.settings import StudyError
 from .language import NEVER, found, plain, read_lists, sentences_of
-from ..stats.scores import win_interval
+from ..stats.intervals import win_interval
 
 SCREEN = read_lists("screen.yaml")
 

@@ -9,14 +9,8 @@ import itertools
 
 import numpy as np
 
-from psycopref.stats.scores import (
-    checked_settings,
-    cluster_totals,
-    cohen_kappa,
-    percent_agreement,
-    weighted_totals,
-    win_interval,
-)
+from .scores import cohen_kappa, percent_agreement
+from .intervals import cluster_totals, stretched, weighted_totals, win_interval
 
 # %% auto #0
 __all__ = ['LEVELS', 'MOST_VALUES', 'ratings_matrix', 'krippendorff_alpha', 'alpha_interval', 'pairwise_agreement',
@@ -160,7 +154,6 @@ def alpha_interval(
 
     ratings: labels, (raters, items), NaN or None where missing; level: what a label means: one of LEVELS; clusters:
     id of each item's speech, (items,); None: each item for itself. Returns (low, high)."""
-    checked_settings("agreement.alpha_interval", samples, coverage)
     values, counts = _leveled("alpha_interval", ratings, level)
     if len(values) > MOST_VALUES:
         raise ValueError(
@@ -169,18 +162,12 @@ def alpha_interval(
             "labels, or report α alone"
         )
     cells = _coincidences(counts).reshape(len(counts), -1)
-    totals = cluster_totals("agreement.alpha_interval", cells, clusters)
+    totals = cluster_totals(cells, clusters)
     totals, labels = totals[totals.sum(axis=1) > 0], totals.sum()
     occurs = cells.sum(axis=0).reshape(len(values), -1).sum(axis=1)
     drawn = weighted_totals(totals, _invented_cells(occurs, labels / len(totals)), samples, seed)
     drawn = (drawn * (labels / drawn.sum(axis=1, keepdims=True))).reshape(samples, len(values), -1)
-    return _stretched(_alpha(values, drawn, level, labels), krippendorff_alpha(ratings, level), coverage)
-
-
-def _stretched(draws: np.ndarray, value: float, coverage: float) -> tuple[float, float]:
-    "Take the quantiles of the draws, and stretch them to the value. Returns (low, high), value inside."
-    low, high = np.quantile(draws, [(1 - coverage) / 2, (1 + coverage) / 2])
-    return float(min(low, value)), float(max(high, value))
+    return stretched(_alpha(values, drawn, level, labels), krippendorff_alpha(ratings, level), coverage)
 
 # %% ../../nbs/stats/03_agreement.ipynb #6a95cc28
 def _kappa_interval(
@@ -192,13 +179,13 @@ def _kappa_interval(
     if v < 2:
         return np.nan, np.nan, np.nan
     cells = np.eye(v * v)[code[: len(a)] * v + code[len(a) :]]
-    totals = cluster_totals("agreement.pairwise_agreement", cells, clusters)
+    totals = cluster_totals(cells, clusters)
     invented = _invented_cells(np.bincount(code, minlength=v), len(a) / len(totals))
     table = weighted_totals(totals, invented, samples, seed).reshape(samples, v, v)
     table = table / table.sum(axis=(1, 2), keepdims=True)
     expected = (table.sum(axis=2) * table.sum(axis=1)).sum(axis=1)
     kappa = cohen_kappa(a, b)
-    return kappa, *_stretched((np.trace(table, axis1=1, axis2=2) - expected) / (1 - expected), kappa, coverage)
+    return kappa, *stretched((np.trace(table, axis1=1, axis2=2) - expected) / (1 - expected), kappa, coverage)
 
 # %% ../../nbs/stats/03_agreement.ipynb #521cd006
 def _pair_row(first, second, cluster: str | None, settings: tuple) -> dict:
@@ -221,7 +208,6 @@ def pairwise_agreement(long, samples: int = 1000, seed: int = 0, cluster: str | 
     n (items that both labelled), agreement, low, high (percent), kappa, kappa_low, kappa_high."""
     import pandas as pd
 
-    checked_settings("agreement.pairwise_agreement", samples, coverage)
     _checked_long("pairwise_agreement", long)
     if cluster is not None and cluster not in long.columns:
         raise ValueError(

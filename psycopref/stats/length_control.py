@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from ..core.settings import StudyError
-from .scores import checked_settings
 
 # %% auto #0
 __all__ = ['PRIOR_SD', 'FEWEST_SPEECHES', 'length_controlled', 'alpaca_battles', 'leaderboard']
@@ -116,7 +115,6 @@ def length_controlled(
     characters) or log ratio; clusters: id of each battle's speech, (n,); None: each battle for itself; level:
     coverage, in (0, 1). Returns raw, controlled, low, high (of controlled), longer (share of battles), all in
     percent; length_effect φ, effect_low, effect_high (log-odds); n."""
-    checked_settings("length_control.length_controlled", samples, level)
     won, extra, bend = _checked(wins, extra_words)
     if clusters is not None and len(clusters) != len(won):
         raise ValueError(

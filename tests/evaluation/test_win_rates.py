@@ -17,7 +17,7 @@ from psycopref.evaluation.win_rates import MEAN, READINGS, SETTINGS, pick, trust
 from psycopref.feedback.battles import ORDERS, paper_order
 from psycopref.stats.intervals import compare_policies
 from psycopref.stats.length_control import length_controlled
-from psycopref.stats.scores import win_interval
+from psycopref.stats.intervals import win_interval
 
 SIX = [f"Llama-{base}-Instruct{way}" for base in ("3.2-3B", "3.1-8B") for way in ("", " + DPO", " + DPO-Iter")]
 OPPOSITE = {"win": "loss", "loss": "win", "tie": "tie"}

@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from refusals import value_error
 
-from psycopref.stats.scores import win_interval
+from psycopref.stats.intervals import win_interval
 from psycopref.stats.agreement import (
     LEVELS,
     alpha_interval,

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from refusals import value_error
 
-from psycopref.stats.scores import win_interval
+from psycopref.stats.intervals import win_interval
 from psycopref.core.settings import StudyError
 from psycopref.stats.length_control import PRIOR_SD, alpaca_battles, leaderboard, length_controlled
 

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, cohen_kappa_score, roc_auc_score
 
@@ -21,9 +20,7 @@ from psycopref.stats.scores import (
     expected_calibration_error,
     flip_rate,
     length_ratio,
-    mcnemar,
     opposite,
-    paired_difference,
     pairwise_metrics,
     percent_agreement,
     preference_probability,
@@ -48,9 +45,6 @@ forecasts = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=2, 
 )
 word = st.sampled_from(["win", "loss", "tie"])
 verdict_pairs = st.lists(st.tuples(word, word), min_size=1, max_size=30).map(lambda rows: tuple(map(list, zip(*rows))))
-binary_pairs = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40).map(
-    lambda rows: tuple(map(list, zip(*rows)))
-)
 label_pairs = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=2, max_size=40).map(
     lambda rows: tuple(map(list, zip(*rows)))
 )
@@ -304,38 +298,6 @@ def test_bootstrap_depends_on_the_seed_and_nothing_else():
     assert one == bootstrap(np.mean, values, seed=3) != bootstrap(np.mean, values, seed=4)
 
 
-@few
-@given(pairs)
-def test_paired_difference_is_antisymmetric_and_contains_its_mean_of_resamples(values):
-    a, b = values
-    difference, low, high = paired_difference(a, b, samples=50)
-    mirrored, mirrored_low, mirrored_high = paired_difference(b, a, samples=50)
-    assert difference == pytest.approx(np.mean(a) - np.mean(b), abs=1e-9) == -mirrored
-    assert (low, high) == pytest.approx((-mirrored_high, -mirrored_low), abs=1e-9) and low <= high
-
-
-def test_paired_difference_is_narrower_than_either_model_and_heeds_speeches():
-    rng, speech = np.random.default_rng(0), np.repeat(np.arange(50), 4)
-    hard = rng.normal(0, 5, size=50)[speech]
-    gain = rng.normal(1, 0.5, size=50)[speech]
-    difference, low, high = paired_difference(hard + gain, hard, clusters=speech)
-    alone = bootstrap(np.mean, hard, clusters=speech)
-    assert 0 < low < difference < high and high - low < (alone[1] - alone[0]) / 4
-    _, row_low, row_high = paired_difference(hard + gain, hard)
-    assert high - low > 1.5 * (row_high - row_low)
-
-
-@few
-@given(binary_pairs)
-def test_mcnemar_equals_the_binomial_test_and_is_symmetric(data):
-    a, b = data
-    only_a, only_b = sum(x > y for x, y in zip(a, b)), sum(y > x for x, y in zip(a, b))
-    expected = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected, abs=TIGHT)
-    assert mcnemar(a, b) == pytest.approx(mcnemar(b, a), abs=TIGHT)
-    assert mcnemar(a + [1, 0], b + [1, 0]) == mcnemar(a, b)
-
-
 # ---- win rates ----
 
 
@@ -463,7 +425,6 @@ REFUSED = {
     "one cluster": (lambda: bootstrap(np.mean, [1, 2], clusters=["a", "a"]), "1 cluster"),
     "cluster lengths": (lambda: bootstrap(np.mean, [1, 2], clusters=["a", "b", "c"]), "lengths differ"),
     "NaN statistic": (lambda: bootstrap(lambda v: NAN, [1.0, 2.0], samples=5), "5 of 5"),
-    "graded correctness": (lambda: mcnemar([0.5, 1], [1, 1]), "correct_a 0.5"),
     "unknown verdict": (lambda: win_rate(["win", "WIN"]), "'WIN' at row 1"),
     "missing verdict": (lambda: win_rate(["win", None]), "missing"),
     "verdict of another kind": (lambda: swap_consistent(["win"], ["first"]), "verdict_backward 'first'"),
