@@ -7,14 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binomtest, multinomial
 
-from psycopref.stats.intervals import (
-    compare_policies,
-    holm,
-    mean_interval,
-    sign_test,
-    weighted_totals,
-    win_interval,
-)
+from psycopref.stats.intervals import compare_policies, holm, mean_interval, sign_test, weighted_totals, win_interval
 from psycopref.stats.scores import win_rate
 
 TIGHT = 1e-9  # points; the same sums in another order
@@ -24,7 +17,6 @@ pairs = st.lists(
     st.tuples(st.sampled_from(["win", "loss", "tie"]), st.sampled_from(["win", "loss", "tie"])), min_size=1, max_size=30
 )
 rows = st.lists(st.tuples(st.integers(0, 1), st.sampled_from("abcdefgh")), min_size=1, max_size=40)
-p_values = st.lists(st.floats(0, 1), max_size=12)
 
 
 def frames(both, topics="xy"):
@@ -173,34 +165,9 @@ def test_sign_test_keeps_its_level_when_nothing_differs():
     assert 0.005 < rejected < 0.06  # exact, so never above 5%, and not idle
 
 
-@few
-@given(p_values, st.randoms(use_true_random=False))
-def test_holm_is_monotone_between_p_and_bonferroni_in_any_order(values, random):
-    adjusted = holm(values)
-    assert all(p <= q <= min(1, len(values) * p) + 1e-12 for p, q in zip(values, adjusted))
-    in_order = [q for _, q in sorted(zip(values, adjusted))]
-    assert in_order == sorted(in_order)
-    places = list(range(len(values)))
-    random.shuffle(places)
-    assert holm([values[i] for i in places]) == [adjusted[i] for i in places]
-
-
-@few
-@given(p_values)
-def test_holm_rejects_what_the_step_down_rule_rejects(values):
-    rejected, order = set(), sorted(range(len(values)), key=values.__getitem__)
-    for step, i in enumerate(order):
-        if (len(values) - step) * values[i] > 0.05:
-            break
-        rejected.add(i)
-    assert {i for i, p in enumerate(holm(values)) if p <= 0.05} == rejected
-
-
-def test_holm_keeps_the_family_wise_error():
-    rng = np.random.default_rng(1)
-    p = rng.random((4000, 8))
-    assert 0.035 < np.mean([min(holm(row)) < 0.05 for row in p]) < 0.065
-    assert np.mean(p.min(axis=1) < 0.05) > 0.3  # what would be claimed without it
+def test_holm_is_the_step_down_rule_in_any_order():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
 # ---- two policies ----
