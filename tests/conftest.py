@@ -25,7 +25,6 @@ def own_project(tmp_path, shared_cache, monkeypatch):
     """Write outputs below `tmp_path`, keep weights in the shared cache, and leave the user's settings and key outside."""
     monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path))
     monkeypatch.setenv("PSYCOPREF_CACHE", shared_cache)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))  # plans do not depend on the user's tokenizers
     for name in (
         "OPENAI_API_KEY",
         "OPENAI_BASE_URL",

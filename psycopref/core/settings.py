@@ -6,7 +6,7 @@
 __all__ = ['STRICT', 'TINY', 'DEMO', 'PAPER', 'PROFILES', 'StudyError', 'suggest', 'SpeechSettings', 'ResponseSettings',
            'RatingSettings', 'PairSettings', 'LoraSettings', 'RewardSettings', 'DpoSettings', 'IterSettings',
            'WatchSettings', 'EvaluationSettings', 'JudgesSettings', 'TrialSettings', 'AgreementSettings', 'MixSettings',
-           'AblationSettings', 'Profile', 'read_profile', 'load_profile']
+           'AblationSettings', 'PlanSettings', 'Profile', 'read_profile', 'load_profile']
 
 # %% ../../nbs/core/00_settings.ipynb #7b2341e4
 import dataclasses
@@ -240,6 +240,25 @@ class AblationSettings:
     pairs: int = 34329  # preference pairs in each arm, one epoch (§4.3)
     checkpoints: int = 8  # points on each curve after step 0
 
+
+@dataclass(frozen=True, config=STRICT)
+class PlanSettings:
+    "Speeds that `run.plan` assumes; no result hangs on them."
+
+    gpu: Literal["A100", "H100", "H200", "B200"] = "H100"  # whose hours are counted
+    # operations a second in training and reading: 22.5% of the data sheet's dense bfloat16, the share that
+    # open-instruct's packed DPO of 7 billion parameters has on 16 H100 (5,282 tokens/s each); assumed for the others
+    flops_a100: float = 7.0e13
+    flops_h100: float = 2.2e14
+    flops_h200: float = 2.2e14
+    flops_b200: float = 5.1e14
+    # tokens written a second by 8 billion parameters on an H100. local: 128 answers at once, some 30 ms a step, a third
+    # of the rows on average as a batch waits for its longest (assumed, not measured); server and vllm: Red Hat's MLPerf
+    # Inference 5.1 with vLLM, Llama-3.1-8B in FP8, scenarios server and offline
+    tokens_local: float = 1500.0
+    tokens_server: float = 5100.0
+    tokens_vllm: float = 5800.0
+
 # %% ../../nbs/core/00_settings.ipynb #81010248
 @dataclass(frozen=True, config=STRICT)
 class Profile:
@@ -262,6 +281,7 @@ class Profile:
     trial: TrialSettings = TrialSettings()
     agreement: AgreementSettings = AgreementSettings()
     mixing: MixSettings = MixSettings()
+    plan: PlanSettings = PlanSettings()
     budget_usd: float = 0.0  # no call is sent that could pass this sum
 
     @model_validator(mode="after")

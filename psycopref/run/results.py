@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ..core.files import StageReader, atomic_path
 from ..core.settings import StudyError, load_profile
-from ..core.stages import Run, project_root, stages_of
+from ..core.stages import Run, check_layout, project_root, stages_of
+from .runner import run_notebook
 
 LIMIT = 500_000  # bytes of a chapter with its outputs
 SHOWS = re.compile(r"\b(stage\.(table|figure|preview|say)|display)\(")  # cells that must hold an output
 
 # %% auto #0
-__all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'clean_output', 'cleaned', 'publication_faults', 'with_outputs', 'run_stages',
-           'copy_results']
+__all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'clean_output', 'cleaned', 'publication_faults', 'code_sources', 'with_outputs',
+           'run_stages', 'publish', 'copy_results']
 
 # %% ../../nbs/run/03_results.ipynb #368a1919
 KEPT_FORMS = (
@@ -86,21 +87,25 @@ def publication_faults(notebook: dict) -> list[str]:
     return found + ([f"it has {size} bytes, expected at most {LIMIT}"] if size > LIMIT else [])
 
 # %% ../../nbs/run/03_results.ipynb #2f3dd98c
+def code_sources(notebook: dict) -> dict[str, str]:
+    "Return the code of a notebook's cells by their ids, without the cell of parameters that papermill adds."
+    return {
+        cell["id"]: "".join(cell["source"])
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code"
+        and cell["id"] != "injected"
+        and "injected-parameters" not in cell.get("metadata", {}).get("tags", [])
+    }
+
+
 def with_outputs(chapter: dict, executed: dict, name: str, root: str) -> dict:
     "Give a chapter's cells the outputs of their executed copies; refuse a chapter that was edited since."
-    done = {cell["id"]: cell for cell in executed["cells"] if cell["cell_type"] == "code"}
-    cells = []
-    for cell in chapter["cells"]:
-        if cell["cell_type"] == "code":
-            own = done.get(cell["id"])
-            if own is None or "".join(own["source"]) != "".join(cell["source"]):
-                raise StudyError(
-                    f"{name}: a cell was changed since the run ({''.join(cell['source'])[:60]!r}); run the chapter "
-                    "again"
-                )
-            cell = cell | {"outputs": cleaned(own["outputs"], root), "execution_count": None}
-        cells.append(cell)
-    return chapter | {"cells": cells}
+    own, done = code_sources(chapter), code_sources(executed)
+    if changed := sorted(text for _, text in own.items() ^ done.items()):
+        raise StudyError(f"{name}: a cell was changed since the run ({changed[0][:60]!r}); run the chapter again")
+    outputs = {cell["id"]: cleaned(cell["outputs"], root) for cell in executed["cells"] if cell["id"] in own}
+    more = {key: {"outputs": kept, "execution_count": None} for key, kept in outputs.items()}
+    return chapter | {"cells": [cell | more.get(cell["id"], {}) for cell in chapter["cells"]]}
 
 
 def run_stages(run: Run) -> list[str]:
@@ -109,6 +114,14 @@ def run_stages(run: Run) -> list[str]:
     return list(
         stages_of(load_profile(first["profile"], {"speeches.sources": first["settings"]["speeches"]["sources"]}))
     )
+
+
+def publish(run: Run) -> list[str]:
+    "Execute the index of a finished run and copy all outputs into `nbs/`; return a line for each chapter."
+    check_layout(run)
+    _ = StageReader(run, run_stages(run)[-1]).receipt  # refuses a run that is not finished
+    run_notebook(project_root() / "nbs" / "index.ipynb", {"RUN": run.name})
+    return copy_results(run)
 
 
 def copy_results(run: Run, nbs: Path | None = None) -> list[str]:

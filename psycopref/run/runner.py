@@ -44,7 +44,7 @@ def notebook_parameters(path: Path) -> dict:
     path: a notebook. Returns name -> default value, in order."""
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"{path}: is no notebook ({type(error).__name__}); give a path such as nbs/04_pairs.ipynb"
         ) from None
@@ -313,9 +313,10 @@ def trace(path: Path) -> list[str]:
 
     path = Path(path).resolve()
     root = project_root() / "outputs"
-    if not path.is_relative_to(root) or len(path.relative_to(root).parts) < 2:
-        raise StudyError(f"{path}: is no artefact of a run, expected a path under {root}/<run>/<stage>")
-    run, stage = Run(path.relative_to(root).parts[0]), path.relative_to(root).parts[1]
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+    if len(parts) < 2 or parts[1] not in STAGES or not path.exists():
+        raise StudyError(f"{path}: is no artefact of a run, expected an existing path under {root}/<run>/<stage>")
+    run, stage = Run(parts[0]), parts[1]
     lines, todo, seen = [], [stage], set()
     while todo:
         name = todo.pop(0)

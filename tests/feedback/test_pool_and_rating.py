@@ -22,8 +22,7 @@ from psycopref.models.chat import ChatReply, ChatRequest, Failure, FreeModel
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.rater.rules import PHRASES, rubric_reply
 from psycopref.gateway.servers import OpenAIModel
-from psycopref.run.estimates import plan_sizes, prompt_tokens, reply_tokens, response_tokens
-from psycopref.run.plan import plan_stages, rating_plan
+from psycopref.run.plan import plan_run, usd
 from psycopref.feedback.rating import (
     MODES,
     mode_agreement_row,
@@ -628,7 +627,7 @@ def test_an_unknown_mode_names_both_and_asks_nobody(gateway, wrong):
         assert "ratings.mode" in message and repr(wrong) in message and "principle" in message and "speech" in message
     assert gateway.counts == {}
     if wrong is not None:
-        assert "ratings.mode" in one_line(lambda: plan_stages(load_profile("demo", {"ratings.mode": wrong}), 10))
+        assert "ratings.mode" in one_line(lambda: plan_run(load_profile("demo", {"ratings.mode": wrong}), 10).work())
 
 
 def test_an_api_is_asked_for_a_strict_form_on_all_principles():
@@ -652,43 +651,22 @@ def test_an_api_is_asked_for_a_strict_form_on_all_principles():
 
 @pytest.mark.parametrize("mode, calls", [("principle", 185_381), ("speech", 26_483)])
 def test_the_plan_counts_the_calls_and_tokens_of_the_mode(mode, calls):
-    profile = load_profile("paper", {"ratings.mode": mode})
-    sizes = plan_sizes(profile, 26_483)
-    [row] = [row for row in plan_stages(profile, 26_483) if row.stage == "03_ratings"]
-    request = rating_request(MODES[mode][0], "x" * sizes.characters, ["x" * 4 * response_tokens(1024)] * 4)
-    kind = request.task
-    assert (
-        row.calls == calls
-        and row.input_tokens == calls * prompt_tokens(sizes.characters, 350)[kind]
-        and row.output_tokens == calls * reply_tokens()[kind]
-    )
-    assert row.input_tokens / calls == pytest.approx(len(request.messages[0]["content"]) / 4, rel=0.03), (
-        "the mean over the principles"
-    )
-    assert row.usd == pytest.approx((row.input_tokens * 2.5 + row.output_tokens * 10) / 1e6)
+    found = plan_run(load_profile("paper", {"ratings.mode": mode}), 26_483)
+    [row] = found.ratings()
+    requests = [rating_request(key, "x" * found.characters, ["x" * 4 * 350] * 4) for key in MODES[mode]]
+    asked = sum(len(request.messages[0]["content"]) for request in requests) / len(requests)
+    assert row.calls == calls and row.tokens_in / calls == pytest.approx(found.tokens(asked, row.who), abs=1)
+    assert usd(row) == pytest.approx((row.tokens_in * 2.5 + row.tokens_out * 10) / 1e6)
 
 
 def test_the_plan_adds_a_comparison_in_the_other_mode():
     for mode, other, each in (("principle", "speech", 1), ("speech", "principle", 7)):
         profile = load_profile("paper", {"ratings.mode": mode, "ratings.compare_mode_speeches": 500})
-        own, second = [row for row in plan_stages(profile, 1000) if row.stage == "03_ratings"]
-        assert own.calls == 1000 * len(MODES[mode]) and second.calls == 500 * each and other in second.work
-        alone = [
-            row
-            for row in plan_stages(load_profile("paper", {"ratings.mode": other}), 1000)
-            if row.stage == "03_ratings"
-        ]
-        assert second.input_tokens * 2 == alone[0].input_tokens and second.usd == pytest.approx(alone[0].usd / 2)
-        assert [row.calls for row in plan_stages(profile, 100) if row.stage == "03_ratings"] == [
-            100 * len(MODES[mode]),
-            100 * each,
-        ], "there are no more"
-
-
-def test_the_plan_holds_a_reply_to_its_longest():
-    profile = load_profile("paper", {"ratings.max_tokens": 10})
-    for mode, calls, longest in (("principle", 70, 10), ("speech", 10, 70)):
-        assert rating_plan(profile, plan_sizes(profile, 10), 10, mode, "x").output_tokens == calls * longest
+        own, second = plan_run(profile, 1000).ratings()
+        assert own.calls == 1000 * len(MODES[mode]) and second.calls == 500 * each and other in second.what
+        [alone] = plan_run(load_profile("paper", {"ratings.mode": other}), 1000).ratings()
+        assert second.tokens_in * 2 == alone.tokens_in and usd(second) == pytest.approx(usd(alone) / 2)
+        assert [row.calls for row in plan_run(profile, 100).ratings()] == [100 * len(MODES[mode]), 100 * each]
 
 
 # ---- agreement ----
