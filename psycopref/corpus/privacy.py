@@ -12,20 +12,22 @@ import re
 import typing
 import unicodedata
 from collections import Counter
+from pathlib import Path
+
+import yaml
 
 from ..core.files import progress
-from ..core.settings import StudyError
 from ..core.paper import resource_path
+from ..core.settings import StudyError
 
 # %% auto #0
-__all__ = ['PRIORITY', 'PERSONAL_KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'LOCALES', 'MORE_NAMES', 'MOSTLY_NAMES', 'MOSTLY_WORDS',
-           'PLACES', 'KEPT_WORDS', 'WORD', 'TAIL', 'KIND_TITLES', 'ABBREVIATED', 'RELATION', 'NAME_CUE', 'MY_NAME',
-           'PERSON_BEFORE', 'ARTICLES', 'SAYS', 'IS', 'PLACE_BEFORE', 'PLACE_LINKS', 'PLACE_AFTER', 'ONLY_PERSONS',
-           'VERBAL', 'PARTICLES', 'STREET_TYPE', 'POSTCODE', 'STREET', 'MAYBE_ADDRESS', 'REGIONS', 'BARE_SUFFIXES',
-           'WEB_PATTERNS', 'NO_HANDLES', 'HANDLE', 'PHONE_LIKE', 'PHONE_WORDS', 'LOCAL_PHONE', 'ENTITIES', 'name_key',
-           'name_lexicon', 'WordLists', 'word_lists', 'Word', 'split_words', 'supported', 'starts_name', 'name_end',
-           'find_names', 'find_addresses', 'is_web_address', 'kept_recognisers', 'own_recognisers', 'load_pipeline',
-           'make_analyzer', 'mask_found', 'mask_text', 'mask_texts', 'privacy_cases', 'masking_quality']
+__all__ = ['PRIORITY', 'PERSONAL_KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'NAME_WORDS', 'WORD', 'TAIL', 'ABBREVIATED', 'RELATION',
+           'NAME_CUE', 'MY_NAME', 'VERBAL', 'STREET_TYPE', 'POSTCODE', 'STREET', 'MAYBE_ADDRESS', 'REGIONS',
+           'BARE_SUFFIXES', 'WEB_PATTERNS', 'NO_HANDLES', 'HANDLE', 'PHONE_LIKE', 'PHONE_WORDS', 'LOCAL_PHONE',
+           'ENTITIES', 'name_key', 'name_lexicon', 'WordLists', 'word_lists', 'Word', 'split_words', 'supported',
+           'starts_name', 'name_end', 'find_names', 'find_addresses', 'is_web_address', 'kept_recognisers',
+           'own_recognisers', 'load_pipeline', 'make_analyzer', 'mask_found', 'mask_text', 'mask_texts',
+           'privacy_cases', 'masking_quality']
 
 # %% ../../nbs/corpus/03_privacy.ipynb #565d8a08
 PRIORITY = ("email", "url", "address", "phone", "handle", "person")
@@ -34,100 +36,30 @@ PLACEHOLDERS = {kind: "[name]" if kind == "person" else f"[{kind}]" for kind in 
 PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
 # %% ../../nbs/corpus/03_privacy.ipynb #920094cc
-LOCALES = (
-    "en en_GB en_IE en_IN en_KE en_NG en_NZ en_PK en_US es_ES es_MX es_CO es_AR fr_FR fr_CA de_DE it_IT pt_BR nl_NL "
-    "pl_PL "
-    "sv_SE no_NO da_DK fi_FI tr_TR ro_RO hr_HR cs_CZ hu_HU zu_ZA yo_NG ig_NG ha_NG tw_GH sw id_ID vi_VN ja_JP zh_CN "
-    "fr_DZ "
-    "sk_SK en_TH"
-).split()
-
-MORE_NAMES = """rajesh deepika sanjay anil sunil vijay ajay suresh ramesh mahesh rakesh manoj vinod ashok rohit vikram karthik
-    sunita kavita geeta meena swati shanti krishnan harpreet gurpreet manpreet jaspreet ananya dmitri dmitry sergey aleksei oleg
-    yelena oksana volodymyr taras stoyan georgi giorgos yannis kostas nikos dimitra noura zeinab faisal hossein parisa shirin farhad
-    behnam nasrin shlomo avraham rivka itai minjun jihoon hyunwoo minho jisoo seoyeon jiwoo eunji sunghoon youngjae soojin oluwaseun
-    oluwatobi temitope olumide chidi chioma folake efua sipho nomsa tendai tatenda rudo farai xiaoming weiwei jiahui mei ling hui
-    feng somchai nattapong""".split()
+NAME_WORDS = {
+    name: frozenset(words.split())
+    for name, words in yaml.safe_load(resource_path("privacy_words.yaml").read_text(encoding="utf-8")).items()
+}
 
 # %% ../../nbs/corpus/03_privacy.ipynb #4c983c95
 def name_key(name: str) -> str:
-    "Bring a name to lower case without accents. name: a word as written. Returns the word as it is looked up."
-    plain = name.lower().replace("’", "'").replace("ø", "o").replace("ł", "l")
-    return (
-        plain
-        if plain.isascii()
-        else "".join(c for c in unicodedata.normalize("NFD", plain) if not unicodedata.combining(c))
-    )
+    "Return a word in lower case without accents, as it is looked up."
+    plain = unicodedata.normalize("NFD", name.lower().replace("’", "'").replace("ø", "o").replace("ł", "l"))
+    return "".join(c for c in plain if not unicodedata.combining(c))
 
 
 @functools.cache
 def name_lexicon() -> tuple[frozenset[str], frozenset[str]]:
-    "Gather first and last names of faker's locales. Returns first names and last names, as keys."
-    names: dict[str, set[str]] = {"first": set(MORE_NAMES), "last": set()}
-    for locale in LOCALES:
+    "Gather first names and last names of faker's locales, as keys."
+    names: dict[str, set[str]] = {"first": set(NAME_WORDS["more_names"]), "last": set()}
+    for locale in NAME_WORDS["locales"]:
         provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
         for attribute in dir(provider):
             listed, part = getattr(provider, attribute), attribute.split("_")[0]
             if part in names and "names" in attribute and isinstance(listed, (list, tuple, dict)):
                 names[part].update(name_key(word) for name in listed for word in re.split(r"[\s-]+", name))
     latin = re.compile(r"[a-zß-ɏ]+(?:'[a-zß-ɏ]+)*")
-    return tuple(
-        frozenset(name for name in names[part] if len(name) > 1 and latin.fullmatch(name)) for part in ("first", "last")
-    )
-
-# %% ../../nbs/corpus/03_privacy.ipynb #c3539ebf
-MOSTLY_NAMES = frozenset(
-    """al amber bill bo brandy candy carol clay crystal dale dawn dean dick don dot drew earl ed fern flo frank
-    gale gene ginger grant gray hazel heather herb holly iris ivy jack jade jasmine jay jean jewel jo kit lance lane laurel mark mat
-    max melody miles myrtle nan olive opal pat pearl peg penny piper poppy randy ray reed rex rob robin rod rose rosemary ruby rusty
-    sandy sky stew sue tad ted teddy trace tucker ty violet wade willow""".split()
-)
-MOSTLY_WORDS = frozenset(
-    """ace ah ally alpha alto amen angel arch arrow art ash aspen aster atlas autumn banks barb basil bee
-    bell berry bird bishop blessing blossom bode brain branch brook buck bud buddy bunny burns butch cap cash cat charity charm
-    chase cherish cherry chi chin cinnamon clove collie colon colt comfort con coral council cove crew cricket crown
-    dandy darling del delta destiny diamond dimple dove dream duke dusty echo elder ember emerald era essence eta ether eve
-    faith fancy favor fed fisher flint flora fortune forum forest foster fox fuller gage gang gauge gay gem giant gift glory golden
-    grace graves guide hale hall ham handy happy harden harm harmony harsh haven heaven hill honey hung hunt hunter icy infant
-    innocent jail journey joy junior justice karma keen kick king kitty knight lake lam lark lavender lea lemma lemon
-    liberty light lim linden link lotus love loyal""".split()
-)
-MOSTLY_WORDS |= frozenset(
-    """lucky luna lux mace mack mad maiden male marry mate math meadow mercy merit merry meta metta mile mini
-    minor miracle misty moody moon nail noble nova ocean odd oral orange owe park patience patron peer pepper petal pilot
-    pink pleasant press pride prince princess prosper prudence queen rain rand raven relish remedy rice ridge rip river roan rocket
-    rocky roll rowan royal rush sage said sailor sand scarlet scout segundo serenity shade shadow shepherd silver sincere sine skip
-    sole sonny spice steel sterling steward stone storm sugar sunny sunshine sweet tab tag tai tan tawny tea teal temple tex theta
-    ties tiger till tiny toma tone tory toy trinket truth unknown unnamed unique vale valor van velvet venture versa victory virtue
-    walker wage ward wash welcome whit wing winner winter wish wit wolf wood worth yang yoga zen zion buena durante ella esa esta
-    hasta hoy les nada paz pero salud tal una uno vida sep tri wm dev von""".split()
-)
-
-# %% ../../nbs/corpus/03_privacy.ipynb #3a3c6efb
-PLACES = frozenset(
-    """adelaide alexa america april armani asia atlanta august austin barbie bethlehem boston brooklyn buddha cairo
-    cali cambria camden carolina chanel charlotte columbia chelsea christ christian cleveland dakota dallas dayton dell denver devon
-    diego easter eden egypt everest florence francisco geneva genesis holland houston jackson jan jericho jerusalem jesus june kent
-    krishna lexus lincoln lisbon london lourdes madison madrid mercedes messiah milan moses oakland orlando oxford paisley paris
-    phoenix portland preston princeton raleigh regina richmond rochester roma roman romeo salem savannah siena sierra siri sunday
-    sydney tesla trinity troy valencia valentine venice verona vienna york zeus""".split()
-)
-
-# %% ../../nbs/corpus/03_privacy.ipynb #eae844c0
-KEPT_WORDS = frozenset(
-    """i god lord bible satan santa mom mum mommy mummy mama mother dad daddy papa father grandma grandpa granny
-    nana gran aunt auntie saint boss judge pastor doctor coach chief baby babe lady guy man doc officer lawyer author uncle brother
-    sister bro sis son daughter cousin husband wife sir madam dr mr mrs ms miss mx monday tuesday wednesday thursday friday saturday
-    mondays tuesdays wednesdays thursdays fridays saturdays sundays january february july september october november december
-    christmas halloween thanksgiving hanukkah ramadan diwali eid zoloft prozac xanax lexapro celexa paxil ativan klonopin valium
-    wellbutrin effexor cymbalta lamictal seroquel abilify adderall ritalin vyvanse concerta strattera buspar buspirone trazodone
-    lithium depakote risperdal zyprexa latuda ambien lunesta suboxone methadone tylenol advil benadryl sertraline fluoxetine
-    escitalopram citalopram venlafaxine quetiapine cbt dbt emdr adhd ocd ptsd bpd gad asd lgbt lgbtq autism asperger alzheimer
-    catholic catholics protestant mormon baptist muslim muslims jewish hindu buddhist islam christians christianity facebook google
-    instagram twitter tiktok snapchat whatsapp reddit youtube netflix tinder bumble hinge grindr skype zoom amazon walmart starbucks
-    uber lyft messenger xbox playstation iphone android discord linkedin spotify telegram microsoft american americans african asian
-    hispanic latino latina british european indian internet tv usa uk""".split()
-)
+    return tuple(frozenset(name for name in own if len(name) > 1 and latin.fullmatch(name)) for own in names.values())
 
 # %% ../../nbs/corpus/03_privacy.ipynb #60b3cbb7
 class WordLists(typing.NamedTuple):
@@ -143,7 +75,7 @@ class WordLists(typing.NamedTuple):
 # %% ../../nbs/corpus/03_privacy.ipynb #6b2f7fbe
 @functools.cache
 def word_lists() -> WordLists:
-    "Sort faker's names by what else they are. Returns every list the rules look at."
+    "Sort faker's names by what else they are."
     from faker.providers.address.en_US import Provider as Places
     from faker.providers.lorem.en_US import Provider as Vocabulary
     from faker.providers.person.en_US import Provider as Persons
@@ -152,9 +84,13 @@ def word_lists() -> WordLists:
     first, last = name_lexicon()
     areas = {name.lower() for name in (*Places.countries, *Places.states, *Persons.language_names)}
     common = frozenset(STOP_WORDS) | {word.lower() for word in Vocabulary.word_list}
-    kept = KEPT_WORDS | (areas - first) | {word for word in STOP_WORDS if len(word) < 4 and word != "may"}
-    needy = dict.fromkeys({name for name in first if len(name) == 2} | (first & common) | MOSTLY_WORDS, "word")
-    needy |= dict.fromkeys(MOSTLY_NAMES, "name") | dict.fromkeys(PLACES | (areas & first), "place")
+    kept = NAME_WORDS["kept"] | (areas - first) | {word for word in STOP_WORDS if len(word) < 4 and word != "may"}
+    needy = dict.fromkeys(
+        {name for name in first if len(name) == 2} | (first & common) | NAME_WORDS["mostly_words"], "word"
+    )
+    needy |= dict.fromkeys(NAME_WORDS["mostly_names"], "name") | dict.fromkeys(
+        NAME_WORDS["places"] | (areas & first), "place"
+    )
     needy = {name: group for name, group in needy.items() if name not in kept}
     return WordLists(frozenset(STOP_WORDS), common, kept, first - needy.keys() - kept, needy, last - kept)
 
@@ -173,35 +109,31 @@ class Word(typing.NamedTuple):
 
 WORD = re.compile(PLACEHOLDER.pattern + r"|[^\W\d_]+(?:['’][^\W\d_]+)*")
 TAIL = re.compile(r"['’](?:s|ll|d|ve|re|m)$", re.IGNORECASE)
-KIND_TITLES = frozenset("mr mrs ms miss mx dr prof professor sir madam rev reverend".split())
-ABBREVIATED = KIND_TITLES | {"st", "mt", "ft"}  # their full stop ends no sentence
+ABBREVIATED = NAME_WORDS["titles"] | {"st", "mt", "ft"}  # their full stop ends no sentence
+
+
+def _shape(raw: str, bare: str) -> str:
+    "Return how a word is written."
+    if raw[0] == "[":
+        return "mask"
+    return "lower" if not bare[0].isupper() else "CAPS" if len(bare) > 1 and bare.isupper() else "Title"
 
 # %% ../../nbs/corpus/03_privacy.ipynb #e8de3fa8
 def split_words(text: str) -> list[Word]:
-    "Split text into words for the rules on names. Returns its words in order."
+    "Split text into words for the rules on names."
     words: list[Word] = []
     for match in WORD.finditer(text):
         raw, start = match[0], match.start()
-        bare = TAIL.sub("", raw)
-        shape = (
-            "mask"
-            if raw[0] == "["
-            else "lower"
-            if not bare[0].isupper()
-            else "CAPS"
-            if len(bare) > 1 and bare.isupper()
-            else "Title"
-        )
-        gap = text[words[-1].end : start] if words else "."
-        short = (
-            bool(words)
-            and words[-1].shape != "lower"
-            and (words[-1].key in ABBREVIATED or words[-1].end - words[-1].start == 1)
-        )
-        gap = gap[2:] if words and words[-1].owner else gap
-        opens = any(mark in gap for mark in '.!?:;\n\r…•"“”') and not (short and gap in (".", ". "))
-        joined = bool(words) and not words[-1].owner and (gap in (" ", "-") or short and gap in (".", ". "))
-        words.append(Word(start, start + len(bare), name_key(bare), shape, opens, joined, len(bare) < len(raw)))
+        bare, last = TAIL.sub("", raw), words[-1] if words else None
+        gap = text[last.end : start] if last else "."
+        initial = last and last.shape != "lower" and (last.key in ABBREVIATED or last.end - last.start == 1)
+        owner = bool(last and last.owner)
+        gap = gap[2:] if owner else gap
+        short = bool(initial) and gap in (".", ". ")
+        opens = any(mark in gap for mark in '.!?:;\n\r…•"“”') and not short
+        joined = bool(last) and not owner and (gap in (" ", "-") or short)
+        shape, end = _shape(raw, bare), start + len(bare)
+        words.append(Word(start, end, name_key(bare), shape, opens, joined, len(bare) < len(raw)))
     return words
 
 # %% ../../nbs/corpus/03_privacy.ipynb #09d2024d
@@ -215,28 +147,6 @@ RELATION = re.compile(
 )
 NAME_CUE = re.compile(r"(?:^|\s)(?:(?:names?|name's)(?:\s(?:is|was|are))?|named|called|nicknamed)$")
 MY_NAME = re.compile(r"(?:^|\s)(?:my|his|her|their)\s(?:(?:full|first|last|real|maiden)\s)?name(?:\s(?:is|was))?$")
-PERSON_BEFORE = frozenset(
-    """with told tell telling met meet ask asked asking love loved miss missed married dating dated texted
-    texting hugged kissed confronted divorced hi hey hello dear thanks""".split()
-)
-ARTICLES = frozenset("the a an my your his her our their this that these every each some any no".split())
-SAYS = frozenset(
-    """said says told tells asked asks texted called cheated thinks wants hates loves loved hated moved cried cries
-    yelled yells admitted promised lied proposed apologised apologized refuses refused insists insisted""".split()
-)
-IS = frozenset("is was has had does did doesn't isn't wasn't hasn't didn't won't left died came went".split())
-PLACE_BEFORE = frozenset(
-    "san santa st saint los las el port fort mount mt new north south east west lake british puerto costa".split()
-)
-PLACE_LINKS = frozenset(
-    """in at to from near around of through since until by for on during last next this every late early before
-    after""".split()
-)
-PLACE_AFTER = frozenset(
-    """street avenue road county university college hospital church river beach city park school island islands
-    airport house day eve square bay state hills lake act theory test scale syndrome disease disorder effect method foundation
-    centre center clinic""".split()
-)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #39e651e4
 def _left(words: list[Word], i: int) -> str:
@@ -257,80 +167,68 @@ def _right(words: list[Word], i: int) -> list[str]:
     return [*keys, "", ""][:2]
 
 
+def _title_after(words: list[Word], i: int) -> str:
+    "Take the key of a capitalised word that is joined to this one."
+    after = words[i + 1] if i + 1 < len(words) else None
+    return after.key if after and after.joined and after.shape == "Title" else ""
+
+
 def _before_last_name(words: list[Word], i: int) -> bool:
     "Tell whether a last name that is no common word follows."
-    lists, after = word_lists(), words[i + 1] if i + 1 < len(words) else None
-    return bool(
-        after
-        and after.joined
-        and after.shape == "Title"
-        and after.key in lists.last
-        and not words[i].owner
-        and after.key not in lists.common | PLACE_AFTER
-        and after.key not in lists.needy
-    )
+    lists, after = word_lists(), _title_after(words, i)
+    common = after in lists.common | NAME_WORDS["place_after"] or after in lists.needy
+    return after in lists.last and not words[i].owner and not common
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2bef7062
 def supported(words: list[Word], i: int, group: str) -> bool:
-    """Decide whether a capitalised word that is also something else is a person.
-
-    words: a text's words; i: where the word in question stands; group: its group: name, word or place. Returns
-    whether it is a person here."""
+    "Decide whether a capitalised word that is also something else (its group: name, word or place) is a person."
     word, left, right = words[i], _left(words, i), _right(words, i)
     before, first = words[i - 1].key if left else "", word_lists().first
     if NAME_CUE.search(left) or RELATION.search(left) or _before_last_name(words, i):
         return True
-    if before in ARTICLES or group == "place" and before in PLACE_LINKS:
+    if before in NAME_WORDS["articles"] or group == "place" and before in NAME_WORDS["place_links"]:
         return False
-    if right[0] in SAYS or right[0] == "and" and (right[1] in ("i", "me") or right[1] in first):
+    if right[0] in NAME_WORDS["says"] or right[0] == "and" and (right[1] in ("i", "me") or right[1] in first):
         return True
     if left.endswith(" and") and words[i - 2].key in first and words[i - 2].shape == "Title":
         return True
     if group == "name":
-        return not word.opens or right[0] in IS
-    return group == "word" and bool(left) and (before in PERSON_BEFORE or word.owner and words[i - 1].shape == "lower")
+        return not word.opens or right[0] in NAME_WORDS["is"]
+    person = before in NAME_WORDS["person_before"] or word.owner and words[i - 1].shape == "lower"
+    return group == "word" and bool(left) and person
 
 # %% ../../nbs/corpus/03_privacy.ipynb #de7fa7be
-ONLY_PERSONS = frozenset("told tell met dating dated married texted hugged kissed confronted divorced".split())
 VERBAL = re.compile(r"(?:ed|ing|ly|n't)$")
 
 
 def starts_name(words: list[Word], i: int) -> bool:
-    """Decide whether a word begins a name.
-
-    words: a text's words; i: which word. Returns whether a person's name begins here."""
+    "Decide whether a person's name begins at a word."
     lists, word, before = word_lists(), words[i], words[i - 1] if i else None
     if word.shape == "mask" or word.key in lists.kept or len(word.key) < 2:
         return False
-    if before and word.joined and before.key in KIND_TITLES and before.shape == "Title" and word.shape != "lower":
-        noun = i > 1 and not before.opens and words[i - 2].key in ARTICLES
-        return (
-            word.key in lists.first | lists.last or not noun and word.key not in lists.common and word.shape == "Title"
-        )
+    if (
+        before
+        and word.joined
+        and before.key in NAME_WORDS["titles"]
+        and before.shape == "Title"
+        and word.shape != "lower"
+    ):
+        noun = i > 1 and not before.opens and words[i - 2].key in NAME_WORDS["articles"]
+        free = not noun and word.key not in lists.common and word.shape == "Title"
+        return word.key in lists.first | lists.last or free
     if word.shape == "lower":
         return word.key in lists.first and before is not None and word.joined and _owned(words, i)
-    if before and not word.opens and before.key in PLACE_BEFORE and before.shape == "Title" or _before_place(words, i):
+    place = before and not word.opens and before.key in NAME_WORDS["place_before"] and before.shape == "Title"
+    if place or _title_after(words, i) in NAME_WORDS["place_after"]:
         return False
     if word.key in lists.first:
         return word.shape == "Title" or len(word.key) > 3
     if word.key in lists.needy:
         return word.shape == "Title" and supported(words, i, lists.needy[word.key])
-    return (
-        word.shape == "Title"
-        and word.joined
-        and not word.opens
-        and word.key not in lists.common
-        and not VERBAL.search(word.key)
-        and (
-            _owned(words, i) or before.key in ONLY_PERSONS or _right(words, i)[0] in SAYS and before.key not in ARTICLES
-        )
-    )
-
-# %% ../../nbs/corpus/03_privacy.ipynb #ee0bd8f1
-def _before_place(words: list[Word], i: int) -> bool:
-    "Tell whether a word such as `Street` or `College` follows."
-    after = words[i + 1] if i + 1 < len(words) else None
-    return bool(after and after.joined and after.shape == "Title" and after.key in PLACE_AFTER)
+    if word.shape != "Title" or not word.joined or word.opens or word.key in lists.common or VERBAL.search(word.key):
+        return False
+    said = _right(words, i)[0] in NAME_WORDS["says"] and before.key not in NAME_WORDS["articles"]
+    return _owned(words, i) or before.key in NAME_WORDS["only_persons"] or said
 
 
 def _owned(words: list[Word], i: int) -> bool:
@@ -340,35 +238,21 @@ def _owned(words: list[Word], i: int) -> bool:
     return bool(MY_NAME.search(left) or relation and relation["own"])
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2f61ea96
-PARTICLES = frozenset(
-    "van von der den de del della di da dos das la le bin bint ibn el al ben ter ten mac mc st".split()
-)
-
-
 def name_end(words: list[Word], i: int) -> int:
-    """Take last names, second names and initials along.
-
-    words: a text's words; i: where a name begins. Returns the word after the name."""
+    "Take last names, second names and initials along: the word after a name that begins at word i."
     lists, j = word_lists(), i + 1
     while j < len(words) and words[j].joined and words[j].shape != "mask":
         k = j
-        while (
-            k < len(words) - 1
-            and k < j + 2
-            and words[k].key in PARTICLES
-            and words[k].shape == "lower"
-            and words[k + 1].joined
-        ):
+        while k < min(len(words) - 1, j + 2) and words[k].key in NAME_WORDS["particles"] and words[k].shape == "lower":
+            if not words[k + 1].joined:
+                break
             k += 1
         word = words[k]
         known = word.key in lists.last or word.key in lists.first or word.key in lists.needy
         free = word.key not in lists.common and word.shape == "Title" and not VERBAL.search(word.key)
         initial = len(word.key) == 1 and word.key != "i"
-        fits = (
-            word.shape in ("Title", "CAPS")
-            and word.key not in lists.kept
-            and (initial or known and word.key not in lists.stops or free)
-        )
+        fits = word.shape in ("Title", "CAPS") and word.key not in lists.kept
+        fits = fits and (initial or known and word.key not in lists.stops or free)
         if not fits or word.shape == "CAPS" and words[i].shape != "CAPS":
             break
         j = k + 1
@@ -388,33 +272,13 @@ def find_names(text: str) -> list[tuple[int, int]]:
             known.update(word.key for word in words[i:j] if word.shape != "lower" or j == i + 1)
             i = j
         else:
-            if words[i].shape in ("Title", "CAPS"):
-                loose.append(i)
+            loose += [i] if words[i].shape in ("Title", "CAPS") else []
             i += 1
-    spans += [
-        (words[i].start, words[i].end)
-        for i in loose
-        if words[i].key in known and len(words[i].key) > 1 and not _modal(words, i)
-    ]
+    for i in loose:
+        modal = words[i].opens and _right(words, i)[0] in NAME_WORDS["modal_after"]  # `Will I ever`, `May we`
+        if words[i].key in known and len(words[i].key) > 1 and not modal:
+            spans.append((words[i].start, words[i].end))
     return sorted(spans)
-
-
-def _modal(words: list[Word], i: int) -> bool:
-    "Tell whether a word opens a question, as in `Will I ever` or `May we`."
-    return words[i].opens and _right(words, i)[0] in (
-        "i",
-        "you",
-        "he",
-        "she",
-        "it",
-        "we",
-        "they",
-        "there",
-        "this",
-        "that",
-        "my",
-        "the",
-    )
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2c502097
 STREET_TYPE = r"""(?:Street|St|Avenue|Ave|Road|Rd|Drive|Dr|Lane|Ln|Court|Ct|Place|Pl|Boulevard|Blvd|Way|Close|Crescent|Terrace|Parkway|Pkwy
@@ -445,12 +309,10 @@ def find_addresses(text: str) -> list[tuple[int, int]]:
     for country in ("US", "CA", "GB"):
         for address in pyap.parse(text, country=country):
             parts = re.split(r"[\s,‐‑‒–—―-]+", address.full_address.strip(" ,.;"))
-            if len(parts) > 2 and re.search(
-                r"\d", parts[0] + parts[1]
-            ):  # a number written as a word is too often no house number
-                spans += [
-                    match.span() for match in re.finditer(r"\b" + r"[\s,‐‑‒–—―-]+".join(map(re.escape, parts)), text)
-                ]
+            # a number written as a word is too often no house number
+            if len(parts) > 2 and re.search(r"\d", parts[0] + parts[1]):
+                pattern = r"\b" + r"[\s,‐‑‒–—―-]+".join(map(re.escape, parts))
+                spans += [match.span() for match in re.finditer(pattern, text)]
     return spans
 
 # %% ../../nbs/corpus/03_privacy.ipynb #bbcfb440
@@ -545,9 +407,7 @@ LOCAL_PHONE = (
 
 # %% ../../nbs/corpus/03_privacy.ipynb #73e83539
 def own_recognisers() -> list:
-    """Put our rules behind presidio's interface.
-
-    Returns our recognisers for names, addresses, handles and local phone numbers."""
+    "Return our recognisers for names, addresses, handles and local phone numbers, behind presidio's interface."
     from presidio_analyzer import LocalRecognizer, Pattern, PatternRecognizer, RecognizerResult
 
     class Rule(LocalRecognizer):
@@ -563,11 +423,8 @@ def own_recognisers() -> list:
 
     class Local(PatternRecognizer):
         def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
-            return (
-                super().analyze(text, entities, nlp_artifacts, regex_flags)
-                if re.search(r"\d{3}[-. ]\d{4}", text)
-                else []
-            )
+            found = re.search(r"\d{3}[-. ]\d{4}", text)
+            return super().analyze(text, entities, nlp_artifacts, regex_flags) if found else []
 
     return [
         Rule("PERSON", find_names),
@@ -577,22 +434,12 @@ def own_recognisers() -> list:
     ]
 
 # %% ../../nbs/corpus/03_privacy.ipynb #70978009
-ENTITIES = {
-    "PERSON": "person",
-    "EMAIL_ADDRESS": "email",
-    "PHONE_NUMBER": "phone",
-    "URL": "url",
-    "HANDLE": "handle",
-    "ADDRESS": "address",
-}
+ENTITIES = {"PERSON": "person", "EMAIL_ADDRESS": "email", "PHONE_NUMBER": "phone"}
+ENTITIES |= {kind: kind.lower() for kind in ("URL", "HANDLE", "ADDRESS")}  # presidio's names -> ours
 
 
 def load_pipeline(names: str):
-    """Load an installed spaCy pipeline that can find people.
-
-    names: a spaCy pipeline's name or folder. Returns the loaded pipeline."""
-    from pathlib import Path
-
+    "Load an installed spaCy pipeline that can find people, by its name or folder."
     import spacy
 
     if names not in spacy.util.get_installed_models() and not (Path(names) / "meta.json").is_file():
@@ -653,11 +500,8 @@ def mask_found(text: str, names: str = "lexicon") -> tuple[str, list[tuple[str, 
     they were found."""
     engine, found = make_analyzer(names), []
     while True:
-        hits = [
-            (hit.start, hit.end, ENTITIES[hit.entity_type])
-            for hit in engine.analyze(text, "en", entities=list(ENTITIES))
-        ]
-        spans = _resolve(hits, text)
+        hits = engine.analyze(text, "en", entities=list(ENTITIES))
+        spans = _resolve([(hit.start, hit.end, ENTITIES[hit.entity_type]) for hit in hits], text)
         if not spans:
             return text, found
         found += [(text[start:end], kind) for start, end, kind in spans]
@@ -677,11 +521,10 @@ def mask_text(text: str, names: str = "lexicon") -> tuple[str, dict[str, int]]:
 def mask_texts(
     texts: typing.Sequence[str], names: str = "lexicon", workers: int = 1, name: str = ""
 ) -> tuple[list[str], dict[str, int]]:
-    """Mask many texts.
+    """Mask many texts; returns them in the same order, and the sum of their counts.
 
-    names: lexicon, or an installed spaCy pipeline; workers: processes; each needs some seconds to start, so one is
-    best up to tens of thousands of texts; name: what the progress bar is called, e.g. the source. Returns masked
-    texts in the same order, and the sum of their counts."""
+    names: lexicon, or an installed spaCy pipeline; workers: processes, each of which needs seconds to start; name: of
+    the progress bar, e.g. the source."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 

@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 from psycopref.core.settings import StudyError
 from psycopref.core.paper import resource_path
 from psycopref.corpus.privacy import (
-    KEPT_WORDS,
     PERSONAL_KINDS,
-    MOSTLY_NAMES,
-    MOSTLY_WORDS,
     PLACEHOLDER,
     PLACEHOLDERS,
-    PLACES,
+    NAME_WORDS,
     _resolve,
     find_addresses,
     find_names,
@@ -240,7 +237,7 @@ def test_web_addresses(text, expected):
 
 
 def test_groups_of_words_do_not_overlap():
-    groups = (MOSTLY_NAMES, MOSTLY_WORDS, PLACES, KEPT_WORDS)
+    groups = [NAME_WORDS[name] for name in ("mostly_names", "mostly_words", "places", "kept")]
     assert [(a & b) for i, a in enumerate(groups) for b in groups[i + 1 :] if a & b] == []
     assert all(word == name_key(word) for group in groups for word in group)
 
