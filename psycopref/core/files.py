@@ -4,6 +4,7 @@
 
 # %% ../../nbs/core/04_files.ipynb #b50a4644
 from __future__ import annotations
+
 import contextlib
 import errno
 import functools
@@ -14,11 +15,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+
+from fastcore.basics import patch
+
 from .stages import Cell, Run, Shard, project_root
 from .settings import StudyError
 from .tables import Label, TABLE_STYLE, html_table, latex_table, markdown_table
@@ -85,10 +90,9 @@ def sha256_file(path: Path) -> str:
 
 # %% ../../nbs/core/04_files.ipynb #ead12d0a
 def open_database(path: Path, *tables: str):
-    """Open a database that several processes read and write.
+    """Open a SQLite file, made with its folder where it is missing, that several processes and threads read and write.
 
-    path: a SQLite file, made with its folder where it is not there; tables: CREATE TABLE IF NOT EXISTS …. Returns
-    sqlite3.Connection, usable from any thread; raises sqlite3.DatabaseError."""
+    tables: CREATE TABLE IF NOT EXISTS …. Raises sqlite3.DatabaseError."""
     import sqlite3
 
     from filelock import FileLock
@@ -104,90 +108,27 @@ def open_database(path: Path, *tables: str):
 # %% ../../nbs/core/04_files.ipynb #e293568c
 PRINCIPLE_KEYS = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging")
 
-_PAIR_COLUMNS = {
-    "ID": "str",
-    "prefID": "int",
-    "question": "str",
-    "chosen": "str",
-    "rejected": "str",
-    "chosen_model": "str",
-    "rejected_model": "str",
-    **{f"{side}_{key}_rating": "int" for side in ("chosen", "rejected") for key in PRINCIPLE_KEYS},
-}
+
+def _schema(columns: str) -> dict[str, str]:
+    "Return column -> type of columns written as `name` (text) or `name:type`."
+    return {name: kind or "str" for name, _, kind in (column.partition(":") for column in columns.split())}
+
+
+_RATED = " ".join(f"{side}_{key}_rating:int" for side in ("chosen", "rejected") for key in PRINCIPLE_KEYS)
+_JUDGED = " ".join(f"{key}_verdict" for key in PRINCIPLE_KEYS)
 
 SCHEMAS: dict[str, dict[str, str]] = {
-    "speeches": {
-        "speech_id": "str",
-        "source": "str",
-        "speech": "str",
-        "topic": "str",
-        "coarse_topic": "str",
-        "topic_by": "str",
-        "split": "str",
-    },
-    "responses": {
-        "speech_id": "str",
-        "model": "str",
-        "response": "str",
-        "finish_reason": "str",
-        "n_tokens": "int",
-        "request_key": "str",
-    },
-    "ratings": {
-        "speech_id": "str",
-        "model": "str",
-        "principle": "str",
-        "rating": "int",
-        "rationale": "str",
-        "rater": "str",
-        "position": "int",
-    },
-    "pairs": _PAIR_COLUMNS,
-    "scores": {"ID": "str", "prefID": "int", "model": "str", "chosen_score": "float", "rejected_score": "float"},
-    "answers": {
-        "speech_id": "str",
-        "policy": "str",
-        "setting": "str",
-        "response": "str",
-        "finish_reason": "str",
-        "n_tokens": "int",
-        "target_words": "int",
-    },
-    "battles": {
-        "speech_id": "str",
-        "setting": "str",
-        "policy": "str",
-        "reference": "str",
-        "order": "str",
-        "verdict": "str",
-        **{f"{key}_verdict": "str" for key in PRINCIPLE_KEYS},
-        "judge": "str",
-    },
-    "verdicts": {
-        "speech_id": "str",
-        "setting": "str",
-        "policy": "str",
-        "order": "str",
-        "judge": "str",
-        "verdict": "str",
-    },
-    "kit_key": {
-        "kit": "str",
-        "item_id": "str",
-        "task": "str",
-        "speech_id": "str",
-        "setting": "str",
-        "first": "str",
-        "second": "str",
-    },
+    "speeches": _schema("speech_id source speech topic coarse_topic topic_by split"),
+    "responses": _schema("speech_id model response finish_reason n_tokens:int request_key"),
+    "ratings": _schema("speech_id model principle rating:int rationale rater position:int"),
+    "pairs": _schema(f"ID prefID:int question chosen rejected chosen_model rejected_model {_RATED}"),
+    "scores": _schema("ID prefID:int model chosen_score:float rejected_score:float"),
+    "answers": _schema("speech_id policy setting response finish_reason n_tokens:int target_words:int"),
+    "battles": _schema(f"speech_id setting policy reference order verdict {_JUDGED} judge"),
+    "verdicts": _schema("speech_id setting policy order judge verdict"),
+    "kit_key": _schema("kit item_id task speech_id setting first second"),
 }
-
-
-_PYTHON = {
-    "str": (str, type(None)),
-    "int": (int, type(None)),
-    "float": (float, int, type(None)),
-}  # None is refused later, by name
+_PYTHON = {"str": (str,), "int": (int,), "float": (float, int)}
 
 
 def _arrow_schema(kind: str):
@@ -199,10 +140,7 @@ def _arrow_schema(kind: str):
 
 # %% ../../nbs/core/04_files.ipynb #28fc3281
 def checked_table(path: Path, kind: str, frame):
-    """Check columns and types of rows; missing values are refused.
-
-    path: where the rows will go, for the error; kind: a key of SCHEMAS; frame: pandas.DataFrame with exactly these
-    columns, any order. Returns pyarrow.Table."""
+    "Return rows as a pyarrow.Table in schema order; refuse other columns, types and missing values. path: for errors."
     import pyarrow as pa
 
     expected = list(SCHEMAS[kind])
@@ -210,7 +148,8 @@ def checked_table(path: Path, kind: str, frame):
         odd = sorted(set(frame.columns) ^ set(expected))
         raise StudyError(f"{path}: {kind} rows have other columns than their schema: {odd}")
     for name, type_ in SCHEMAS[kind].items():
-        odd = next((v for v in frame[name].tolist() if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool)), None)
+        values = (v for v in frame[name].tolist() if v is not None)  # None is refused below, by name
+        odd = next((v for v in values if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool)), None)
         if odd is not None:
             raise StudyError(
                 f"{path}: {kind} rows have {name} = {str(odd)[:60]!r} ({type(odd).__name__}), expected {type_}"
@@ -226,10 +165,7 @@ def checked_table(path: Path, kind: str, frame):
 
 # %% ../../nbs/core/04_files.ipynb #9bd0042b
 def write_rows(path: Path, kind: str, frames) -> Path:
-    """Write rows as parquet after checking them; all or nothing.
-
-    path: a .parquet file; kind: a key of SCHEMAS; frames: pandas.DataFrame, or an iterable of them: then no more
-    than one is held at a time."""
+    "Write rows as parquet after checking them, all or nothing; of an iterable of frames one is held at a time."
     import pandas as pd
     import pyarrow.parquet as pq
 
@@ -240,9 +176,7 @@ def write_rows(path: Path, kind: str, frames) -> Path:
 
 
 def read_rows(path: Path, kind: str):
-    """Read rows and check them; a missing, corrupt or foreign file is one clear line.
-
-    path: a .parquet file; kind: a key of SCHEMAS. Returns pandas.DataFrame in schema order."""
+    "Read and check rows, in schema order; a missing, corrupt or foreign file is one clear line."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -253,27 +187,15 @@ def read_rows(path: Path, kind: str):
         missing = [name for name in SCHEMAS[kind] if name not in table.column_names]
         if missing:
             raise StudyError(f"{path}: columns {missing} are missing, so these are no {kind} rows")
-        frame = table.select(list(SCHEMAS[kind])).cast(_arrow_schema(kind)).to_pandas()
+        return table.select(list(SCHEMAS[kind])).cast(_arrow_schema(kind)).to_pandas()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise StudyError(
             f"{path}: cannot be read as {kind} rows ({' '.join(str(error).split())[:120]}); "
             "delete the stage's folder and run it again"
         ) from None
-    return frame
 
 # %% ../../nbs/core/04_files.ipynb #9a10ffe4
-VERSIONED = (
-    "psycopref",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "datasets",
-    "openai",
-    "numpy",
-    "pandas",
-    "scikit-learn",
-)
+VERSIONED = "psycopref torch transformers trl peft datasets openai numpy pandas scikit-learn".split()
 
 
 @functools.cache
@@ -306,21 +228,19 @@ class StageFiles:
 
     @property
     def folder(self) -> Path:
-        "Where the finished stage, or part of it, stands."
-        return (
-            self.run.stage(self.name)
-            if self.part is None
-            else self.run.stage(f"{self.name}.{self.part.kind}s") / str(self.part)
-        )
+        "Return where the finished stage, or part of it, stands."
+        if self.part is None:
+            return self.run.stage(self.name)
+        return self.run.stage(f"{self.name}.{self.part.kind}s") / str(self.part)
 
     @property
     def work(self) -> Path:
-        "Where files are written until the stage is signed; survives an interruption."
+        "Return where files are written until the stage is signed; survives an interruption."
         return self.folder.with_name(self.folder.name + ".partial")
 
     @property
     def old(self) -> Path:
-        "Where the last result stands for the moment in which the new one takes its place."
+        "Return where the last result stands for the moment in which the new one takes its place."
         return self.folder.with_name(self.folder.name + ".old")
 
     def rows(self, kind: str, frames, name: str | None = None) -> Path:
@@ -367,22 +287,16 @@ class StageWriter(StageFiles):
 
     @property
     def origin(self) -> list:
-        "What the results hang on: profile, seed, settings and inputs by hash."
-        return json.loads(
-            json.dumps([self.profile, self.seed, self.settings, {_relative(p): sha256_file(p) for p in self.inputs}])
-        )
+        "Return what the results hang on: profile, seed, settings and inputs by hash, as plain data."
+        inputs = {_relative(path): sha256_file(path) for path in self.inputs}
+        return json.loads(json.dumps([self.profile, self.seed, self.settings, inputs]))
 
     def is_current(self) -> bool:
         "Check whether the finished stage was made from the same profile, seed, settings and inputs."
-        receipt = self.folder / "receipt.json"
-        return (
-            receipt.is_file()
-            and [read_json(receipt)[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
-        )
-
-    def finish(self) -> None:
-        "Sign the stage and move it into place."
-        self._sign()
+        if not (self.folder / "receipt.json").is_file():
+            return False
+        receipt = read_json(self.folder / "receipt.json")
+        return [receipt[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
 
     __enter__ = begin
 
@@ -391,7 +305,13 @@ class StageWriter(StageFiles):
             self.finish()
 
 # %% ../../nbs/core/04_files.ipynb #c26f2c67
-def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> None:
+def _described(folder: Path, stem: str, number: str, slug: str, caption: str, label: Label) -> None:
+    "Write what the report needs of a table or figure."
+    write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
+
+
+@patch
+def table(self: StageWriter, number: str, slug: str, frame, caption: str, label: Label) -> None:
     "Write table `number` as csv, md, tex, html and json; the json carries caption and label for the report."
     stem, folder = f"table_{number}_{slug}", self.work / "tables"
     folder.mkdir(exist_ok=True)
@@ -401,13 +321,12 @@ def _table(self, number: str, slug: str, frame, caption: str, label: Label) -> N
         (folder / f"{stem}.tex").write_text(latex_table(frame, caption, label), encoding="utf-8")
         page = f"<!doctype html><meta charset='utf-8'>{TABLE_STYLE}{html_table(frame, caption, label)}"
         (folder / f"{stem}.html").write_text(page, encoding="utf-8")
-    write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
+    _described(folder, stem, number, slug, caption, label)
 
 
-def _figure(self, number: str, slug: str, figure, caption: str, label: Label) -> None:
+@patch
+def figure(self: StageWriter, number: str, slug: str, figure, caption: str, label: Label) -> None:
     "Write figure `number` as png, pdf and json; the label is printed under the axes."
-    import textwrap
-
     stem, folder = f"fig_{number}_{slug}", self.work / "figures"
     folder.mkdir(exist_ok=True)
     lines = textwrap.wrap(str(label), int(figure.get_figwidth() * 17), break_on_hyphens=False)
@@ -415,10 +334,7 @@ def _figure(self, number: str, slug: str, figure, caption: str, label: Label) ->
     with clear_disk_errors(folder / stem):
         figure.savefig(folder / f"{stem}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
         figure.savefig(folder / f"{stem}.pdf", bbox_inches="tight", metadata={"CreationDate": None, "Producer": None})
-    write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
-
-
-StageWriter.table, StageWriter.figure = _table, _figure
+    _described(folder, stem, number, slug, caption, label)
 
 # %% ../../nbs/core/04_files.ipynb #c61d6af3
 def _relative(path: Path) -> str:
@@ -428,38 +344,40 @@ def _relative(path: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    "Hash every file under a folder; receipts, scratch folders and halves of atomic writes are left out."
-    files = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file()
-        and p.name != "receipt.json"
-        and "scratch" not in p.relative_to(folder).parts
-        and not (p.name.startswith(".") and p.name.endswith(".partial"))
-    )
-    return {str(p.relative_to(folder)): sha256_file(p) for p in files}
+    "Hash every file under a folder but receipts, scratch folders and halves of atomic writes."
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: sha256_file(path)
+        for name, path in files.items()
+        if path.name != "receipt.json"
+        and "scratch" not in Path(name).parts
+        and not (path.name.startswith(".") and path.name.endswith(".partial"))
+    }
 
 
-def _sign(self) -> None:
+@patch
+def receipt(self: StageWriter) -> dict:
+    "Return what the stage signs: what it is, what it read and wrote, and the code that ran."
+    return {
+        "stage": self.name,
+        **({self.part.kind: str(self.part)} if self.part else {}),
+        "run": self.run.name,
+        "profile": self.profile,
+        "seed": self.seed,
+        "settings": self.settings,
+        **self.facts,
+        "inputs": {_relative(path): sha256_file(path) for path in self.inputs},
+        "outputs": _hashes(self.work),
+        **code_version(),
+        "seconds": round(time.time() - self.started, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@patch
+def finish(self: StageWriter) -> None:
     "Write the receipt, then move the stage, its tables and its figures into place."
-    outputs = _hashes(self.work)
-    write_json(
-        self.work / "receipt.json",
-        {
-            "stage": self.name,
-            **({self.part.kind: str(self.part)} if self.part else {}),
-            "run": self.run.name,
-            "profile": self.profile,
-            "seed": self.seed,
-            "settings": self.settings,
-            **self.facts,
-            "inputs": {_relative(p): sha256_file(p) for p in self.inputs},
-            "outputs": outputs,
-            **code_version(),
-            "seconds": round(time.time() - self.started, 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
-    )
+    write_json(self.work / "receipt.json", self.receipt())
     for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)) if self.part is None else ():
         for path in sorted((self.folder / kind).glob("*")):  # what the stage showed before and may not show again
             (goal / path.name).unlink(missing_ok=True)
@@ -475,9 +393,6 @@ def _sign(self) -> None:
     os.replace(self.work, self.folder)
     shutil.rmtree(self.old, ignore_errors=True)
 
-
-StageWriter._sign = _sign
-
 # %% ../../nbs/core/04_files.ipynb #be7ca647
 @dataclass(frozen=True)
 class StageReader:
@@ -488,13 +403,9 @@ class StageReader:
 
     @property
     def folder(self) -> Path:
-        "Where the finished stage stands; after a kill in the very moment of its replacement, the last one."
-        folder = self.run.stage(self.name)
-        return (
-            folder
-            if folder.exists()
-            else next((p for p in [folder.with_name(self.name + ".old")] if p.exists()), folder)
-        )
+        "Return where the finished stage stands; after a kill in the very moment of its replacement, the last one."
+        folder, old = self.run.stage(self.name), self.run.stage(f"{self.name}.old")
+        return old if old.exists() and not folder.exists() else folder
 
     @functools.cached_property
     def receipt(self) -> dict:
@@ -524,25 +435,13 @@ class StageReader:
 
 # %% ../../nbs/core/04_files.ipynb #ce7cbab8
 def progress(items: typing.Iterable, name: str, total: int | None = None, unit: str = "it"):
-    """Show progress with time left, where somebody can see it.
-
-    items: what is worked through; name: what is shown before the bar; total: number of items, where it can't be
-    known from `items`; unit: unit of one item. Returns an iterator over `items`."""
+    "Return an iterator over items that shows progress with time left, where somebody can see it."
     from tqdm.auto import tqdm as tqdm_auto
     from tqdm.std import tqdm as tqdm_text
 
-    follow = os.environ.get("PSYCOPREF_PROGRESS")
-    if follow:
-        return tqdm_text(
-            items,
-            desc=name,
-            total=total,
-            unit=unit,
-            file=open(follow, "a", encoding="utf-8"),
-            mininterval=0.5,
-            ncols=88,
-            ascii=True,
-            disable=False,
-        )
+    shown = dict(desc=name, total=total, unit=unit)
+    if follow := os.environ.get("PSYCOPREF_PROGRESS"):
+        file = open(follow, "a", encoding="utf-8")
+        return tqdm_text(items, file=file, mininterval=0.5, ncols=88, ascii=True, disable=False, **shown)
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
-    return tqdm_auto(items, desc=name, total=total, unit=unit, disable=not seen, leave=False)
+    return tqdm_auto(items, disable=not seen, leave=False, **shown)

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,27 +19,22 @@ from .paper import resource_path
 
 # %% auto #0
 __all__ = ['BATTLE_KEYS', 'prompt_text', 'fill', 'Principle', 'principles', 'responding_prompt', 'rating_prompt',
-           'comparison_prompt', 'BadReply', 'find_json', 'rating_schema', 'parse_ratings', 'rating_reader',
-           'rating_all_schema', 'parse_all_ratings', 'battle_schema', 'parse_battle', 'parse_choice']
+           'comparison_prompt', 'BadReply', 'find_json', 'rating_schema', 'parse_ratings', 'rating_all_schema',
+           'parse_all_ratings', 'battle_schema', 'parse_battle', 'parse_choice']
 
 # %% ../../nbs/core/05_prompts.ipynb #9b53ccb6
-def prompt_text(name: str) -> str:
-    """Read a prompt: the user's file in PSYCOPREF_PROMPTS if it is there, else ours.
+_OWN_PROMPTS = str(resource_path("prompts"))
 
-    name: file name without .txt, or with another suffix."""
+
+def prompt_text(name: str) -> str:
+    "Return a prompt, by its name without .txt or with a suffix: the user's file in PSYCOPREF_PROMPTS, else ours."
     file = name if "." in name else f"{name}.txt"
-    places = [*filter(None, [os.environ.get("PSYCOPREF_PROMPTS")]), _own_prompts()]
+    places = [*filter(None, [os.environ.get("PSYCOPREF_PROMPTS")]), _OWN_PROMPTS]
     for place in places:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             found = os.stat(os.path.join(place, file))
             return _read_prompt(os.path.join(place, file), found.st_mtime_ns, found.st_size)
     raise StudyError(f"prompt {file!r}: not found in {' or '.join(map(os.path.abspath, places))}")
-
-
-@functools.cache
-def _own_prompts() -> str:
-    "Return the folder of our prompts."
-    return str(resource_path("prompts"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,9 +44,7 @@ def _read_prompt(path: str, changed: int, size: int) -> str:
 
 
 def fill(template: str, **values) -> str:
-    """Fill the slots in one pass, so braces inside a client's words are left alone.
-
-    template: text with {slots}; values: one value for each slot. Returns the text with every slot filled."""
+    "Fill each {slot} of a template in one pass, so braces inside a client's words are left alone."
     slots = set(re.findall(r"\{(\w+)\}", template))
     if slots != set(values):
         raise StudyError(f"prompt slots {sorted(slots)} do not match the values {sorted(values)}; mend the prompt file")
@@ -76,9 +68,7 @@ class Principle:
 
 
 def principles() -> tuple[Principle, ...]:
-    """Read the principles from `principles.json`; keys and order are fixed by the released columns.
-
-    Returns seven, in the order of the released columns."""
+    "Read the seven principles from `principles.json`; keys and order are fixed by the released columns."
     return _parse_principles(prompt_text("principles.json"))
 
 
@@ -99,20 +89,14 @@ def _parse_principles(text: str) -> tuple[Principle, ...]:
 
 # %% ../../nbs/core/05_prompts.ipynb #7f6f5a6a
 def responding_prompt(client_speech: str, words: int | None = None) -> str:
-    """Format the request for a therapist's response.
-
-    client_speech: what the client said; words: asked length in words; None leaves it open (§4.2: without length
-    constraint). Returns the user message."""
+    "Format the request for a therapist's response; words: asked length, None leaves it open (§4.2)."
     if words is None:
         return fill(prompt_text("responding"), client_speech=client_speech)
     return fill(prompt_text("responding_length"), client_speech=client_speech, words=words)
 
 
 def rating_prompt(principle: str | None, client_speech: str, responses: list[str]) -> str:
-    """Format the request for four ratings on one principle (Appendix A), or on each of the seven.
-
-    principle: a principle key; None asks for all seven at once; client_speech: what the client said; responses:
-    four responses in the order shown. Returns the user message."""
+    "Format the request to rate responses, in the order shown, on a principle (Appendix A), or for None on all seven."
     shown = {f"response_{i}": response for i, response in enumerate(responses, 1)}
     if principle is None:
         text = "\n\n".join(f"[{p.key}] {p.text}" for p in principles())
@@ -122,10 +106,7 @@ def rating_prompt(principle: str | None, client_speech: str, responses: list[str
 
 
 def comparison_prompt(kind: str, client_speech: str, first: str, second: str) -> str:
-    """Format the request to choose between two responses (Appendix A; §4.2).
-
-    kind: "ranker" or "battle"; client_speech: what the client said; first: response shown first; second: response
-    shown second. Returns the user message."""
+    'Format the request to choose between two responses (Appendix A; §4.2); kind: "ranker" or "battle".'
     values = {"client_speech": client_speech, "response_1": first, "response_2": second}
     if kind == "battle":
         values |= {"principles": "\n\n".join(p.text for p in principles()), "principle_keys": ", ".join(PRINCIPLE_KEYS)}
@@ -137,9 +118,7 @@ class BadReply(ValueError):
 
 
 def find_json(text: str) -> dict:
-    """Return the single JSON object of a reply, alone or in a code fence; prose around it is allowed.
-
-    text: a model's reply. Returns the object in it."""
+    "Return the single JSON object of a reply, alone or in a code fence; prose around it is allowed."
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
         raise BadReply("no JSON object in the reply")
@@ -154,71 +133,52 @@ def find_json(text: str) -> dict:
     return value
 
 # %% ../../nbs/core/05_prompts.ipynb #77bd5771
-def rating_schema(n: int = 4) -> dict:
-    """Return the JSON schema of a rating reply (Appendix A).
+def _object(keys: dict) -> dict:
+    "Return the JSON schema of an object with exactly these keys."
+    return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
 
-    n: responses in one call. Returns JSON schema with the paper's keys."""
+
+def rating_schema(n: int = 4) -> dict:
+    "Return the JSON schema of a reply that rates n responses, with the paper's keys (Appendix A)."
     keys = {}
     for i in range(1, n + 1):
         keys[f"response_{i}_rating"] = {"type": "integer", "minimum": 1, "maximum": 5}
         keys[f"rationale_{i}"] = {"type": "string"}
-    return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
+    return _object(keys)
 
 
 def parse_ratings(text: str, n: int = 4) -> list[tuple[int, str]]:
-    """Read n ratings; refuse missing keys, text in place of numbers and values outside 1-5.
-
-    text: a model's reply; n: responses in the call. Returns (rating 1-5, rationale) in the order shown."""
+    "Return n (rating 1-5, rationale) in the order shown; refuse missing keys, text for numbers and values outside 1-5."
     return _read_ratings(find_json(text), n)
 
 
-@functools.cache
-def rating_reader(n: int):
-    """Declare one principle's ratings.
-
-    n: responses in the call. Returns pydantic model: n ratings, strict, and n rationales, which may be left out;
-    remarks under other keys are ignored."""
-    import pydantic
-
-    Rating = typing.Annotated[int, pydantic.Field(strict=True, ge=1, le=5)]
-    fields = {f"response_{i}_rating": (Rating, ...) for i in range(1, n + 1)} | {
-        f"rationale_{i}": (str, "") for i in range(1, n + 1)
-    }
-    return pydantic.create_model("Ratings", **fields)
-
-
 def _read_ratings(value, n: int) -> list[tuple[int, str]]:
-    "Check one principle's ratings; both forms of reply are read here."
-    import pydantic
-
+    "Check one principle's ratings; rationales may be left out, and remarks under other keys are ignored."
     if not isinstance(value, dict):
         raise BadReply(f"found {str(value)[:60]!r}, expected an object with the ratings of {n} responses")
     if f"response_{n + 1}_rating" in value:
         raise BadReply(
             f"response_{n + 1}_rating is there, expected ratings of {n} responses; so it is not clear which is which"
         )
-    try:
-        found = rating_reader(n).model_validate(value).model_dump()
-    except pydantic.ValidationError as error:
-        name = str(error.errors(include_url=False)[0]["loc"][0])
-        expected = "a whole number from 1 to 5" if name.endswith("_rating") else "text"
-        raise BadReply(f"{name} is {str(value.get(name))[:60]!r}, expected {expected}") from None
-    return [(found[f"response_{i}_rating"], found[f"rationale_{i}"]) for i in range(1, n + 1)]
+    numbers = range(1, n + 1)
+    ratings = {f"response_{i}_rating": value.get(f"response_{i}_rating") for i in numbers}
+    rationales = {f"rationale_{i}": value.get(f"rationale_{i}", "") for i in numbers}
+    wrong = {
+        key: "a whole number from 1 to 5" for key, own in ratings.items() if type(own) is not int or not 1 <= own <= 5
+    }
+    wrong |= {key: "text" for key, own in rationales.items() if not isinstance(own, str)}
+    for key, expected in wrong.items():
+        raise BadReply(f"{key} is {str(value.get(key))[:60]!r}, expected {expected}")
+    return list(zip(ratings.values(), rationales.values()))
 
 # %% ../../nbs/core/05_prompts.ipynb #04f82eea
 def rating_all_schema(n: int = 4) -> dict:
-    """Return the JSON schema of a reply that rates all principles at once.
-
-    n: responses in one call. Returns JSON schema: principle -> an object of `rating_schema`."""
-    keys = {key: rating_schema(n) for key in PRINCIPLE_KEYS}
-    return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
+    "Return the JSON schema of a reply that rates all principles at once: principle -> an object of `rating_schema`."
+    return _object({key: rating_schema(n) for key in PRINCIPLE_KEYS})
 
 
 def parse_all_ratings(text: str, n: int = 4) -> dict[str, list[tuple[int, str]] | BadReply]:
-    """Read n ratings for each principle, each principle by itself.
-
-    text: a model's reply; n: responses in the call. Returns principle -> its ratings in the order shown, or why it
-    can't be read."""
+    "Return principle -> its n ratings in the order shown, or why they can't be read."
     value, found = find_json(text), {}
     for key in PRINCIPLE_KEYS:
         try:
@@ -232,15 +192,12 @@ BATTLE_KEYS = (*PRINCIPLE_KEYS, "overall")
 
 
 def battle_schema() -> dict:
-    "Return the JSON schema of a judge's verdict: 1 or 2 for each principle and overall. Returns JSON schema."
-    keys = {key: {"type": "integer", "enum": [1, 2]} for key in BATTLE_KEYS}
-    return {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
+    "Return the JSON schema of a judge's verdict: 1 or 2 for each principle and overall."
+    return _object({key: {"type": "integer", "enum": [1, 2]} for key in BATTLE_KEYS})
 
 
 def parse_battle(text: str) -> dict[str, int]:
-    """Read a verdict for each principle and overall.
-
-    text: a judge's reply. Returns principle or "overall" -> 1 or 2, the better response as shown."""
+    'Return principle or "overall" -> 1 or 2, the better response as shown.'
     value = find_json(text)
     for key in BATTLE_KEYS:
         if type(value.get(key)) is not int or value[key] not in (1, 2):
@@ -249,9 +206,7 @@ def parse_battle(text: str) -> dict[str, int]:
 
 
 def parse_choice(text: str) -> int:
-    """Read the number of the better response: the reply must hold exactly one of 1 and 2.
-
-    text: a ranker's reply. Returns 1 or 2."""
+    "Return the number of the better response, 1 or 2; a ranker's reply must hold exactly one of them."
     found = set(re.findall(r"(?<![\d.])[12](?![\d.]*\d)", text))
     if len(found) != 1:
         raise BadReply(f"the reply {text[:60]!r} names {sorted(found) or 'neither response'}, expected one of 1 and 2")

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/01_stages.ipynb #12077c20
 from __future__ import annotations
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -34,109 +35,48 @@ class Stage:
 
 _MODELS = ("backbones", "dtype")
 _ALL = tuple(field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "budget_usd"))
+_WATCHED = "reference judge max_tokens temperature top_k top_p coverage bootstrap".split()
+_POLICY = (*_MODELS, "dpo", "dpo_iter", "watch", *(f"evaluation.{name}" for name in _WATCHED))
+_JUDGES = (*_MODELS, "judges", "evaluation.judge", "evaluation.reference", "evaluation.bootstrap")
+_MIXED = (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.bootstrap")
+_BATTLES = (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.max_tokens")
+_MADE = ("01_speeches", "04_pairs", "05_reward")
+_RATED = ("ratings", "responses.each_speech", "responses.block")
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("00_study", "the chain, the weights and the plan", (), _ALL),
-        Stage("01_speeches", "client speeches", (), ("speeches",)),
-        Stage("02_responses", "responses of the pool", ("01_speeches",), ("responses",), True),
-        Stage(
-            "03_ratings",
-            "ratings on seven principles",
-            ("01_speeches", "02_responses"),
-            ("ratings", "responses.each_speech", "responses.block"),
-            True,
-        ),
-        Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs",)),
-        Stage("05_reward", "reward models", ("01_speeches", "04_pairs"), (*_MODELS, "reward", "evaluation.bootstrap")),
-        Stage(
-            "06_policy",
-            "policies by DPO and DPO-Iter",
-            ("01_speeches", "04_pairs", "05_reward"),
-            (
-                *_MODELS,
-                "dpo",
-                "dpo_iter",
-                "watch",
-                *(
-                    f"evaluation.{name}"
-                    for name in (
-                        "reference",
-                        "judge",
-                        "max_tokens",
-                        "temperature",
-                        "top_k",
-                        "top_p",
-                        "coverage",
-                        "bootstrap",
-                    )
-                ),
-            ),
-        ),
-        Stage(
-            "07_win_rates",
-            "battles against the reference",
-            ("01_speeches", "06_policy"),
-            (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.max_tokens"),
-        ),
-        Stage(
-            "08_ablations",
-            "online against offline data",
-            ("01_speeches", "04_pairs", "05_reward", "06_policy"),
-            (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation"),
-        ),
-        Stage(
-            "09_mixing",
-            "counselling and general pairs mixed",
-            ("01_speeches", "04_pairs", "05_reward"),
-            (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.bootstrap"),
-            cells=True,
-        ),
-        Stage(
-            "10_judges",
-            "other judges of the same answers",
-            ("01_speeches", "05_reward", "07_win_rates"),
-            (*_MODELS, "judges", "evaluation.judge", "evaluation.reference", "evaluation.bootstrap"),
-        ),
-        Stage(
-            "11_experts",
-            "experts: kits, agreement, comparison",
-            ("01_speeches", "04_pairs", "07_win_rates"),
-            ("agreement", "evaluation.judge", "evaluation.bootstrap"),
-        ),
-        Stage("12_trial", "the offline rubric on trial", (), ("trial",)),
-        Stage(
-            "13_report",
-            "every table and figure",
-            (
-                "00_study",
-                "01_speeches",
-                "02_responses",
-                "03_ratings",
-                "04_pairs",
-                "05_reward",
-                "06_policy",
-                "07_win_rates",
-                "08_ablations",
-                "09_mixing",
-                "10_judges",
-                "11_experts",
-                "12_trial",
-            ),
-            (),
-        ),
-    )
-}
+_STAGES = [
+    Stage("00_study", "the chain, the weights and the plan", (), _ALL),
+    Stage("01_speeches", "client speeches", (), ("speeches",)),
+    Stage("02_responses", "responses of the pool", ("01_speeches",), ("responses",), shards=True),
+    Stage("03_ratings", "ratings on seven principles", ("01_speeches", "02_responses"), _RATED, shards=True),
+    Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs",)),
+    Stage("05_reward", "reward models", _MADE[:2], (*_MODELS, "reward", "evaluation.bootstrap")),
+    Stage("06_policy", "policies by DPO and DPO-Iter", _MADE, _POLICY),
+    Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"), _BATTLES),
+    Stage(
+        "08_ablations",
+        "online against offline data",
+        (*_MADE, "06_policy"),
+        (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation"),
+    ),
+    Stage("09_mixing", "counselling and general pairs mixed", _MADE, _MIXED, cells=True),
+    Stage("10_judges", "other judges of the same answers", ("01_speeches", "05_reward", "07_win_rates"), _JUDGES),
+    Stage(
+        "11_experts",
+        "experts: kits, agreement, comparison",
+        ("01_speeches", "04_pairs", "07_win_rates"),
+        ("agreement", "evaluation.judge", "evaluation.bootstrap"),
+    ),
+    Stage("12_trial", "the offline rubric on trial", (), ("trial",)),
+]
+_STAGES.append(Stage("13_report", "every table and figure", tuple(stage.name for stage in _STAGES), ()))
+STAGES = {stage.name: stage for stage in _STAGES}
 
-
+# %% ../../nbs/core/01_stages.ipynb #46449f6b
 RELEASED = "released"  # the source that brings responses, ratings and pairs along
 
 
 def is_released(sources: typing.Iterable[str]) -> bool:
-    """Check whether a run starts from the released dataset; it can't be mixed with other sources.
-
-    sources: of a profile: names, or name=place. Returns True where the released dataset is the input."""
+    "Check whether a run starts from the released dataset; its sources, names or name=place, can't hold others beside."
     names = [spec.partition("=")[0] for spec in sources]
     if RELEASED in names and len(names) > 1:
         raise StudyError(
@@ -146,55 +86,38 @@ def is_released(sources: typing.Iterable[str]) -> bool:
 
 
 def stages_of(profile: Profile) -> dict[str, Stage]:
-    """Return the stages of a run; the released dataset needs neither responses nor ratings.
-
-    profile: a resolved profile. Returns name -> stage, in order."""
+    "Return the stages of a run, in order; the released dataset needs neither responses nor ratings."
     gone = {"02_responses", "03_ratings"} if is_released(profile.speeches.sources) else set()
-    return {
-        name: dataclasses.replace(stage, needs=tuple(need for need in stage.needs if need not in gone))
-        for name, stage in STAGES.items()
-        if name not in gone
-    }
+    kept = [stage for stage in _STAGES if stage.name not in gone]
+    needs = [tuple(need for need in stage.needs if need not in gone) for stage in kept]
+    return {stage.name: dataclasses.replace(stage, needs=own) for stage, own in zip(kept, needs)}
 
 # %% ../../nbs/core/01_stages.ipynb #0a85d91c
 BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo_iter.keep_last")  # settings that no result hangs on
 
 
 def stage_settings(profile: Profile, stage: str) -> dict:
-    """Return the parts of a profile that a stage reads.
-
-    profile: a resolved profile; stage: a key of STAGES. Returns section -> plain data, ready for JSON."""
+    "Return the parts of a profile that a stage reads: section -> plain data, ready for JSON."
     tree, found = dataclasses.asdict(profile), {}
     for section in STAGES[stage].reads:
-        value = tree
-        for part in section.split("."):
-            value = value[part]
-        found[section] = (
-            {name: own for name, own in value.items() if f"{section}.{name}" not in BEHAVIOUR}
-            if isinstance(value, dict)
-            else value
-        )
+        value = functools.reduce(dict.__getitem__, section.split("."), tree)
+        if isinstance(value, dict):
+            value = {name: own for name, own in value.items() if f"{section}.{name}" not in BEHAVIOUR}
+        found[section] = value
     return found
 
 # %% ../../nbs/core/01_stages.ipynb #180fb8ab
 def as_dotted(settings: dict) -> dict:
-    """Write a stage's settings as overrides.
-
-    settings: of a receipt: section -> value or tree. Returns dotted setting -> value."""
+    "Return a stage's settings, section -> value or tree, as overrides: dotted setting -> value."
     found = {}
     for name, value in settings.items():
-        found |= (
-            {f"{name}.{below}": leaf for below, leaf in as_dotted(value).items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        below = as_dotted(value) if isinstance(value, dict) else None
+        found |= {name: value} if below is None else {f"{name}.{key}": leaf for key, leaf in below.items()}
     return found
 
 # %% ../../nbs/core/01_stages.ipynb #9ba5f25b
 def project_root() -> Path:
-    """Find the project: PSYCOPREF_ROOT, or the nearest parent with our settings.ini, or the current folder.
-
-    Returns the folder that holds outputs/ and figures/."""
+    "Return the folder of outputs/ and figures/: PSYCOPREF_ROOT, the nearest above with our settings.ini, or this one."
     if os.environ.get("PSYCOPREF_ROOT"):
         return Path(os.environ["PSYCOPREF_ROOT"]).resolve()
     here = Path.cwd().resolve()
@@ -206,9 +129,7 @@ def project_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Return the user's cache folder: PSYCOPREF_CACHE, or psycopref under the XDG cache.
-
-    Returns downloaded and converted weights live here."""
+    "Return the folder of downloaded and converted weights: PSYCOPREF_CACHE, or psycopref below the XDG cache."
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "psycopref"
     return Path(os.environ.get("PSYCOPREF_CACHE", default)).expanduser()
 
@@ -245,8 +166,7 @@ def check_layout(run: Run) -> None:
     if old := sorted(name for name, stage in parts.items() if stage not in STAGES):
         raise StudyError(
             f"outputs/{run.name}: holds {old[0]!r}, which is no stage of this version, expected such as "
-            f"{next(iter(STAGES))!r}; "
-            "name another RUN, or remove the folder"
+            f"{next(iter(STAGES))!r}; name another RUN, or remove the folder"
         )
 
 # %% ../../nbs/core/01_stages.ipynb #fa6d899b
@@ -267,7 +187,7 @@ class Shard:
 
 
 def parse_shard(text: str | None) -> Shard | None:
-    """Read the name of a shard. text: "2/4", "2-of-4"; None is the whole."""
+    'Read the name of a shard, "2/4" or "2-of-4"; None is the whole.'
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)(?:/|-of-)(\d+)", text)
@@ -277,9 +197,7 @@ def parse_shard(text: str | None) -> Shard | None:
 
 # %% ../../nbs/core/01_stages.ipynb #e00f8597
 def blocks(items: typing.Sequence, size: int, shard: Shard | None = None) -> list:
-    """Cut items into blocks, and take those of a shard.
-
-    items: speeches, or their ids; size: of a block; shard: which blocks; None = all. Returns slices of the items."""
+    "Cut speeches, or their ids, into blocks of a size, and return those of a shard; None takes all."
     if size < 1:
         raise StudyError(f"responses.block: found {size}, expected at least 1 speech")
     cut = [items[start : start + size] for start in range(0, len(items), size)]
@@ -287,7 +205,7 @@ def blocks(items: typing.Sequence, size: int, shard: Shard | None = None) -> lis
 
 # %% ../../nbs/core/01_stages.ipynb #54282b4a
 def slug_of(name: str) -> str:
-    "Make a folder name of a model's name. name: of weights: a name, a folder or a hub id. Returns a folder name."
+    "Make a folder name of the name of weights: a name, a folder or a hub id."
     return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(name).name).lower()
 
 
@@ -307,7 +225,7 @@ MIXES = ("psy-all", "help-all", "both-all", "psy", "help", "half")  # psy-all is
 
 
 def grid_cells(profile: Profile) -> list[Cell]:
-    "List the cells of the mixing grid. profile: a resolved profile. Returns in the profile's order."
+    "List the cells of the mixing grid, in the profile's order."
     wrong = [mix for mix in profile.mixing.cells if mix not in MIXES[1:]]
     if wrong or len(set(profile.mixing.cells)) < len(profile.mixing.cells):
         raise StudyError(
@@ -317,7 +235,7 @@ def grid_cells(profile: Profile) -> list[Cell]:
 
 
 def parse_cell(text: str | None, profile: Profile) -> Cell | None:
-    "Find a cell by its name. text: as a cell is printed; None is the whole grid; profile: a resolved profile."
+    "Find a cell by its printed name; None is the whole grid."
     known = {str(cell): cell for cell in grid_cells(profile)}
     if text is not None and text not in known:
         raise StudyError(f"cell {text!r}: is not in the grid. {suggest(text, known)}")
@@ -325,8 +243,6 @@ def parse_cell(text: str | None, profile: Profile) -> Cell | None:
 
 # %% ../../nbs/core/01_stages.ipynb #cd1e3c0c
 def derived_seed(seed: int, *names: str | int) -> int:
-    """Derive an independent seed from a run seed and names (SHA-256).
-
-    names: what the choice is for, e.g. a stage and a speech_id. Returns in [0, 2**32)."""
+    "Derive an independent seed in [0, 2**32) from a run seed and what the choice is for, by SHA-256."
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

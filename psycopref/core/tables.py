@@ -22,17 +22,13 @@ class Label:
     n: str = ""  # how many, with the unit, e.g. "84 test speeches"
 
     def __str__(self) -> str:
-        parts = [f"profile: {self.profile}"]
-        parts += ["models: " + "; ".join(self.models)] if self.models else []
-        parts += [f"rated by: {self.rater}"] if self.rater else []
-        parts += [f"n = {self.n}"] if self.n else []
-        return " · ".join(parts)
+        parts = {"profile": self.profile, "models": "; ".join(self.models), "rated by": self.rater}
+        said = [f"{name}: {value}" for name, value in parts.items() if value or name == "profile"]
+        return " · ".join([*said, f"n = {self.n}"] if self.n else said)
 
 # %% ../../nbs/core/03_tables.ipynb #6ef9c668
 def format_cell(value) -> str:
-    """Format a table cell: integers whole, percentages with one decimal, smaller reals with three, missing as a dash.
-
-    value: a number, text, or None for "not measured". Returns what is printed."""
+    "Format a table cell: integers whole, percentages with one decimal, smaller reals with three, missing as a dash."
     if value is None or (isinstance(value, float) and value != value):
         return "—"
     if isinstance(value, float):
@@ -40,29 +36,26 @@ def format_cell(value) -> str:
     return str(value)
 
 
-def _marked(text: str, value, bold: str, underlined: str) -> str:
-    "Print a number with the marks it carries: best and second best, as the paper prints them."
-    for mark, form in (("bold", bold), ("underlined", underlined)):
-        text = form % text if mark in getattr(value, "marks", ()) else text
-    return text
+def _rendered(frame, escape, bold: str, underlined: str) -> list[list[str]]:
+    "Return header and rows as escaped text; a number's marks, best and second best, become the two forms."
+
+    def cell(value):
+        text = escape(format_cell(value))
+        for mark, form in (("bold", bold), ("underlined", underlined)):
+            text = form % text if mark in getattr(value, "marks", ()) else text
+        return text
+
+    columns = [[escape(str(name)), *map(cell, frame.iloc[:, i].tolist())] for i, name in enumerate(frame.columns)]
+    return [list(row) for row in zip(*columns)]
+
+
+_MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "*": "\\*", "<": "&lt;", "\n": "<br>"})
 
 
 def markdown_table(frame) -> str:
-    "Render a frame as a Markdown pipe table. frame: pandas.DataFrame. Returns a pipe table."
-    rows = [[_markdown_text(str(name)) for name in frame.columns], ["---"] * frame.shape[1]]
-    rows += [[_marked(_markdown_text(format_cell(v)), v, "**%s**", "<u>%s</u>") for v in row] for row in _plain(frame)]
-    return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
-
-
-def _markdown_text(text: str) -> str:
-    "Escape what would end a cell or change its looks."
-    return "".join({"\\": "\\\\", "|": "\\|", "*": "\\*", "<": "&lt;", "\n": "<br>"}.get(c, c) for c in text)
-
-
-def _plain(frame) -> list[list]:
-    "Return the frame's rows as Python values."
-    columns = [frame.iloc[:, i].tolist() for i in range(frame.shape[1])]
-    return [list(row) for row in zip(*columns)]
+    "Render a frame as a Markdown pipe table."
+    head, *rows = _rendered(frame, lambda text: text.translate(_MARKDOWN), "**%s**", "<u>%s</u>")
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 # %% ../../nbs/core/03_tables.ipynb #97bb5fe4
 TABLE_STYLE = (
@@ -75,97 +68,56 @@ TABLE_STYLE = (
 
 
 def html_table(frame, caption: str, label: Label) -> str:
-    """Render a frame as an HTML table with its caption and label.
-
-    frame: pandas.DataFrame; caption: plain text above the table; label: who made it. Returns an HTML fragment."""
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{_marked(html.escape(format_cell(v)), v, '<b>%s</b>', '<u>%s</u>')}</td>".replace("\n", "<br>")
-            for v in row
-        )
-        + "</tr>"
-        for row in _plain(frame)
+    "Render a frame as an HTML fragment with its caption and label."
+    shown = _rendered(frame, lambda text: html.escape(text).replace("\n", "<br>"), "<b>%s</b>", "<u>%s</u>")
+    head, *rows = (
+        f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in row)}</tr>"
+        for tag, row in zip(["th"] + ["td"] * len(frame), shown)
     )
     kind = " class='wide'" if frame.shape[1] > 10 else ""
     return (
-        f"<h3>{html.escape(caption)}</h3><div "
-        f"class='scroll'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<p class='label'>{html.escape(str(label))}</p>"
+        f"<h3>{html.escape(caption)}</h3><div class='scroll'><table{kind}><thead>{head}</thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div><p class='label'>{html.escape(str(label))}</p>"
     )
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{c: "\\" + c for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "—": "---",
-    "–": "--",
-    "…": r"\dots{}",
-    "±": r"$\pm$",
-    "≥": r"$\geq$",
-    "·": r"$\cdot$",
-    "κ": r"$\kappa$",
-    "α": r"$\alpha$",
-    "ρ": r"$\rho$",
-    "−": "$-$",
-    "×": r"$\times$",
-    "§": r"\S{}",
-    "τ": r"$\tau$",
-    "φ": r"$\varphi$",
-    "≤": r"$\leq$",
-    "→": r"$\to$",
-}
+_SIGNS = dict(zip("±≥≤·καρτφ−×→", r"\pm \geq \leq \cdot \kappa \alpha \rho \tau \varphi - \times \to".split()))
+_WORDS = r"\textbackslash{} \textasciitilde{} \textasciicircum{} \textless{} \textgreater{} --- -- \dots{} \S{}".split()
+_LATEX = str.maketrans(
+    {sign: "\\" + sign for sign in "&%$#_{}"}
+    | dict(zip("\\~^<>—–…§", _WORDS))
+    | {sign: f"${name}$" for sign, name in _SIGNS.items()}
+)
 
 
 def latex_text(text: str) -> str:
-    "Escape text for LaTeX. text: plain text. Returns LaTeX source that prints it."
-    return "".join(_LATEX.get(c, c) for c in text)
+    "Return LaTeX source that prints a plain text."
+    return text.translate(_LATEX)
 
 
 def latex_table(frame, caption: str, label: Label) -> str:
-    """Render a frame as a LaTeX table with its caption and label.
+    "Render a frame as a LaTeX table environment (booktabs) with its caption and label."
 
-    frame: pandas.DataFrame; caption: plain text; label: who made it. Returns a LaTeX table environment (booktabs)."""
+    def escape(text):
+        return latex_text(text).strip().replace("\n", r" \newline ")
 
-    def escape(value):
-        return latex_text(format_cell(value)).strip().replace("\n", r" \newline ")
-
-    long = [max((len(format_cell(v)) for v in frame.iloc[:, i]), default=0) > 60 for i in range(frame.shape[1])]
+    shown = _rendered(frame, escape, r"\textbf{%s}", r"\underline{%s}")
+    long = [max(map(len, map(format_cell, frame.iloc[:, i].tolist())), default=0) > 60 for i in range(frame.shape[1])]
     columns = "".join(rf"p{{{0.7 / sum(long):.2f}\textwidth}}" if wraps else "l" for wraps in long)
     wide = frame.shape[1] > 8  # shrunk to the page
-    lines = [
-        r"\begin{table*}" if wide or any(long) else r"\begin{table}",
-        r"\centering",
-        *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-    ]
-    lines += [" & ".join(escape(c) for c in frame.columns) + r" \\", r"\midrule"]
-    lines += [
-        " & ".join(_marked(escape(v), v, r"\textbf{%s}", r"\underline{%s}") for v in row) + r" \\"
-        for row in _plain(frame)
-    ]
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}" + ("}" if wide else ""),
-        rf"\caption{{{escape(caption)}. {escape(str(label))}}}",
-        lines[0].replace("begin", "end"),
-    ]
-    return "\n".join(lines) + "\n"
+    environment = "table*" if wide or any(long) else "table"
+    head, *rows = (" & ".join(row) + r" \\" for row in shown)
+    lines = [rf"\begin{{{environment}}}", r"\centering", *[r"\resizebox{\textwidth}{!}{%"] * wide]
+    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
+    lines += [r"\end{tabular}" + "}" * wide, rf"\caption{{{escape(caption)}. {escape(str(label))}}}"]
+    return "\n".join([*lines, rf"\end{{{environment}}}"]) + "\n"
 
 # %% ../../nbs/core/03_tables.ipynb #d7b4e9f3
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito (2008)
 
 
 def new_figure(width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **keywords):
-    """Open a figure in the project's theme: colour-blind safe, light grid, no frame.
-
-    keywords: passed to plt.subplots. Returns (figure, axes)."""
+    "Open a figure in the project's theme, colour-blind safe and with a light grid; keywords go to plt.subplots."
     import matplotlib.pyplot as plt
     import seaborn as sns
 
