@@ -25,7 +25,7 @@ def work(scorer, folder):
     from psycopref.core.settings import load_profile
     from psycopref.gateway.gateway import Gateway
     from psycopref.training.iteration import Online, iterate
-    from psycopref.training.points import Watcher, watched_speeches
+    from psycopref.training.watching import Watcher, watched_speeches
     from psycopref.models.weights import find_weights
 
     tiny, profile = find_weights("random-tiny"), load_profile("tiny", SETTINGS)

@@ -14,9 +14,8 @@ from ..models.weights import Weights, find_weights, load_tokenizer
 from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy, save_adapter
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import Online, best_point, check_strategy, iterate
-from ..training.points import Watcher
 from ..training.texts import numbered
-from ..training.watching import global_steps
+from ..training.watching import Watcher, global_steps
 
 # %% auto #0
 __all__ = ['check_trainings', 'train_offline', 'train_policies', 'policy_entries', 'chosen_point', 'watcher_labels',

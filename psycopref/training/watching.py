@@ -9,33 +9,40 @@ import contextlib
 import itertools
 import math
 import re
+import textwrap
 import typing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from fastcore.basics import patch
+
+from ..core.files import atomic_path, progress, read_json, write_json
+from ..core.settings import Profile, StudyError
+from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
-from ..core.files import progress
-from ..core.settings import StudyError
-from ..models.generation import Sample, common_prefix, stop_tokens
+from ..feedback.battles import answer, answer_decoding, battle
+from ..feedback.rating import check_coverage
+from ..models.generation import Decoding, Sample, common_prefix, stop_tokens
+from ..models.weights import Weights, load_causal_lm, load_tokenizer, release
 from ..stats.scores import bootstrap
 from .packing import enable_packing, lay_out, unwrap
+from .sampling import sample_candidates, score_candidates
 from .scoring import token_batches
-from .texts import render
+from .texts import prompt_messages, render
 
 # %% auto #0
 __all__ = ['answer_tokens', 'head_only', 'position_kl', 'kl_along', 'kl_to_base', 'distinct_n', 'answer_statistics', 'proxy_wins',
            'summarise', 'draw_curve', 'watch_figure', 'overoptimisation_figure', 'global_steps',
-           'training_curves_figure']
+           'training_curves_figure', 'watched_speeches', 'Watcher']
 
 # %% ../../nbs/training/07_watching.ipynb #f54ce63f
 def answer_tokens(tokenizer, messages: list[dict], answer: str, ends: set[int]) -> tuple[list[int], int]:
     """Tokenise an exchange and say where its answer begins.
 
-    tokenizer: with a chat template; messages: the conversation before the answer; answer: may be empty: then the
-    end token is all of it; ends: tokens that end a turn, of stop_tokens. Returns the exchange up to its end token;
-    how many of its last tokens are the answer's."""
-    before = tokenizer(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False
-    ).input_ids
+    messages: the conversation before the answer; answer: may be empty: then the end token is all of it; ends: of
+    stop_tokens. Returns the exchange up to its end token; how many of its last tokens are the answer's."""
+    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before = tokenizer(opened, add_special_tokens=False).input_ids
     ids = tokenizer(render(tokenizer, messages, answer), add_special_tokens=False).input_ids
     first = common_prefix([before, ids])
     if not first:
@@ -93,10 +100,10 @@ def _answer_states(model, groups: list[list[list[int]]], own: list[list[int]], p
         pack = replace(lay_out(groups, own), kernel=backbone.pack_kernel).to(model.device)
         states = backbone(pack=pack).last_hidden_state
         return torch.cat([row[:n] for row, n in zip(states, wanted)])
-    texts = list(itertools.chain(*groups))
-    width = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
+    texts = [torch.tensor(text, device=model.device) for text in itertools.chain(*groups)]
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (texts, list(map(torch.ones_like, texts)))
+    )
     states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return torch.cat([row[len(text) - n : len(text)] for row, text, n in zip(states, texts, wanted)])
 
@@ -104,30 +111,12 @@ def _answer_states(model, groups: list[list[list[int]]], own: list[list[int]], p
 def _passes(
     groups: list[list[list[int]]], own: list[list[int]], tokens: int, packed: bool
 ) -> list[list[list[tuple[int, int]]]]:
-    """Deal texts to passes: whole groups where prompts are shared, else text by text. A text is named by its group
-    and place."""
+    "Deal texts, named by group and place, to passes: whole groups where prompts are shared, else text by text."
     items = [[(i, j) for j, n in enumerate(counts) if n] for i, counts in enumerate(own)]
     items = [item for item in (items if packed else [[place] for item in items for place in item]) if item]
     texts = [[groups[i][j] for i, j in item] for item in items]
     sizes = [sum(map(len, group)) - (len(group) - 1) * common_prefix(group) for group in texts]
     return [[items[k] for k in batch] for batch in token_batches(sizes, tokens, padded=not packed)]
-
-# %% ../../nbs/training/07_watching.ipynb #70354eaa
-def _comparable(policy, base, groups: list[list[list[int]]], own: list[list[int]]) -> None:
-    "Refuse what can't be compared."
-    sizes = [model.config.get_text_config().vocab_size for model in (policy, base)]
-    if sizes[0] != sizes[1]:
-        raise StudyError(
-            f"watching: the policy has {sizes[0]} tokens and the base {sizes[1]}, expected one vocabulary; compare a "
-            "policy with the model that it was trained from"
-        )
-    if [len(group) for group in groups] != [len(counts) for counts in own] or any(
-        n >= len(text) for group, counts in zip(groups, own) for text, n in zip(group, counts)
-    ):
-        raise StudyError(
-            "watching: found a text without a prompt or without its count of answer tokens, expected both for each; "
-            "render answers behind their conversation"
-        )
 
 # %% ../../nbs/training/07_watching.ipynb #151988d2
 def kl_along(
@@ -135,14 +124,18 @@ def kl_along(
 ) -> list[list[float]]:
     """Sum the divergence of the next token along given tokens; both models are put in evaluation mode.
 
-    policy: transformers or peft model; base: the model that the policy was trained from, with the same vocabulary;
-    groups: token lists of prompt and answer; those of a group have one prompt; own: how many of the last tokens of
-    each are the answer's; 0 gives 0 nats; tokens: computed in one pass; name: shown before the progress bar; empty
-    shows none. Returns nats of each text."""
+    base: the model that the policy was trained from; groups: token lists of prompt and answer, those of a group with
+    one prompt; own: how many of the last tokens of each are the answer's; 0 gives 0 nats; tokens: computed in one
+    pass; name: shown before the progress bar; empty shows none. Returns nats of each text."""
     import torch
 
     policy, base = (unwrap(model).eval() for model in (policy, base))
-    _comparable(policy, base, groups, own)
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, base)]
+    if sizes[0] != sizes[1]:
+        raise StudyError(
+            f"watching: the policy has {sizes[0]} tokens and the base {sizes[1]}, expected one vocabulary; compare a "
+            "policy with the model that it was trained from"
+        )
     packed = not (enable_packing(policy) or enable_packing(base))
     found, passes = [[0.0] * len(counts) for counts in own], _passes(groups, own, tokens, packed)
     for items in progress(passes, name, unit="batch") if name else passes:
@@ -164,29 +157,16 @@ def kl_along(
 
 # %% ../../nbs/training/07_watching.ipynb #1e5b498b
 def kl_to_base(
-    policy,
-    base,
-    tokenizer,
-    conversations: list[list[dict]],
-    answers: list[list[str]],
-    tokens: int = 8192,
-    name: str = "KL to base",
+    policy, base, tokenizer, conversations: list, answers: list[list[str]], tokens: int = 8192, name: str = "KL to base"
 ) -> list[list[float]]:
     """Measure how far a policy is from its base along its own answers, the end of the turn included.
 
-    policy: transformers or peft model; base: the model that the policy was trained from; tokenizer: of both, with a
-    chat template; conversations: messages before the answers; answers: the policy's own answers to each
-    conversation; tokens: computed in one pass; name: shown before the progress bar; empty shows none. Returns nats
-    of each answer."""
-    if len(conversations) != len(answers):
-        raise StudyError(
-            f"watching: found {len(conversations)} conversations and answers to {len(answers)}, expected one list of "
-            "answers for each conversation"
-        )
+    conversations: messages before the answers; answers: one list for each conversation; tokens and name: as in
+    `kl_along`. Returns nats of each answer."""
     ends = stop_tokens(unwrap(policy), tokenizer)
     pieces = [
         [answer_tokens(tokenizer, messages, text, ends) for text in own]
-        for messages, own in zip(conversations, answers)
+        for messages, own in zip(conversations, answers, strict=True)
     ]
     groups, own = ([[piece[side] for piece in group] for group in pieces] for side in (0, 1))
     return kl_along(policy, base, groups, own, tokens, name)
@@ -196,21 +176,14 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 def distinct_n(texts: list[str], n: int) -> float:
-    """Return the share of n-grams that are different, over all texts.
-
-    texts: answers of one model; n: words in an n-gram. Returns in [0, 1]; 0 where no text has n words."""
+    "Return the share of n-grams of words that are different, over all texts; 0 where no text has n words."
     words = [_WORD.findall(text.lower()) for text in texts]
     grams = [gram for own in words for gram in zip(*(own[start:] for start in range(n)))]
     return len(set(grams)) / len(grams) if grams else 0.0
 
-# %% ../../nbs/training/07_watching.ipynb #822c2cb3
-def answer_statistics(samples: list[Sample]) -> dict:
-    """Describe answers by their length, how many were cut, and how varied they are.
 
-    samples: answers of one model. Returns words and tokens, means; cut_share, in [0, 1]; distinct_1 and distinct_2,
-    in [0, 1]."""
-    if not samples:
-        raise StudyError("watching: found no answers, expected at least one; look at the sampling")
+def answer_statistics(samples: list[Sample]) -> dict:
+    "Return means of words and tokens, and shares in [0, 1]: cut_share, distinct_1, distinct_2."
     texts, n = [sample.text for sample in samples], len(samples)
     return {
         "words": sum(len(text.split()) for text in texts) / n,
@@ -226,11 +199,6 @@ def _with_interval(name: str, values: dict[str, list[float]] | None, samples: in
     import numpy as np
 
     flat = [(speech, float(value)) for speech, own in (values or {}).items() for value in own]
-    if not all(math.isfinite(value) for _, value in flat):
-        raise StudyError(
-            f"watching: {name} holds a value that is no finite number, expected finite ones; look at the model that "
-            "gave it"
-        )
     speeches, numbers = [speech for speech, _ in flat], [value for _, value in flat]
     low, high = (
         bootstrap(np.mean, numbers, clusters=speeches, samples=samples, seed=seed)
@@ -239,34 +207,12 @@ def _with_interval(name: str, values: dict[str, list[float]] | None, samples: in
     )
     return {name: float(np.mean(numbers)) if flat else None, f"{name}_low": low, f"{name}_high": high}
 
-# %% ../../nbs/training/07_watching.ipynb #61fc6f97
-def _same_answers(name: str, answers: dict, values: dict | None) -> None:
-    "Refuse numbers that do not belong to the answers."
-    off = (
-        []
-        if values is None
-        else [speech for speech in {**answers, **values} if len(answers.get(speech, ())) != len(values.get(speech, ()))]
-    )
-    if off:
-        raise StudyError(
-            f"watching: {name} of speech {off[0]!r} has {len(values.get(off[0], ()))} values for "
-            f"{len(answers.get(off[0], ()))} answers "
-            f"({len(off)} such speeches), expected one for each answer"
-        )
-
 # %% ../../nbs/training/07_watching.ipynb #3f92d714
 def proxy_wins(rewards: dict[str, list[float]], references: dict[str, list[float]]) -> dict[str, list[float]]:
     """Let the reward model compare each answer with the reference's to the same speech; a tie is no win.
 
-    rewards: speech id -> rewards of the policy's answers; references: speech id -> rewards of the reference's
-    answers, one or several. Returns speech id -> for each answer the percentage of the reference's answers that it
-    beats."""
-    lost = [speech for speech in rewards if not references.get(speech)]
-    if lost:
-        raise StudyError(
-            f"watching: {len(lost)} speeches have no reward of the reference, first {lost[0]!r}; score the "
-            "reference's answers to the same speeches"
-        )
+    Both: speech id -> rewards of its answers. Returns speech id -> for each of the policy's answers the percentage of
+    the reference's answers that it beats."""
     return {
         speech: [100 * sum(own > other for other in references[speech]) / len(references[speech]) for own in found]
         for speech, found in rewards.items()
@@ -285,20 +231,12 @@ def summarise(
     seed: int = 0,
     **more,
 ) -> dict:
-    """Summarise one checkpoint as a point.
+    """Summarise one checkpoint as a point, plain JSON.
 
     pairs: preference pairs that the policy saw, repeats counted; answers: speech id -> the policy's answers;
-    rewards: speech id -> their rewards; references: speech id -> rewards of the reference's answers; kl: speech id
-    -> nats of each answer, of kl_to_base; judged: speech id -> 1 for each battle won, 0 for each other; speeches
-    may be missing; step: optimiser steps; more: plain numbers or words to keep with the point, e.g. dropped_share.
-    Returns the keys above, plain JSON."""
-    for name, values in (("rewards", rewards), ("kl", kl)):
-        _same_answers(name, answers, values)
-    if strangers := [speech for speech in judged or {} if speech not in answers]:
-        raise StudyError(
-            f"watching: speech {strangers[0]!r} was judged and not answered, expected battles of these answers; judge "
-            "the same speeches"
-        )
+    rewards, kl: speech id -> a number for each answer; references: speech id -> rewards of the reference's answers;
+    judged: speech id -> 1 for each battle won, 0 for each other; speeches may be missing; more: plain numbers or
+    words to keep with the point, e.g. dropped_share."""
     every = [sample for own in answers.values() for sample in own]
     statistics = answer_statistics(every)
     percent = judged and {speech: [100 * float(won) for won in own] for speech, own in judged.items()}
@@ -324,26 +262,22 @@ def summarise(
 _MARKERS = "osD^vPX"  # told apart without colour
 
 
-def draw_curve(axes, points: list[dict], key: str, place: int, scale: float = 1.0, **style) -> None:
-    """Draw one number along the pairs trained on, with its interval.
+def draw_curve(
+    axes, x: list, points: list[dict], key: str, place: int, scale: float = 1.0, bars=False, **style
+) -> None:
+    """Draw one number of a policy's points with its interval.
 
-    points: of one policy, in the order of training; key: what is drawn; place: of the curve, for its colour and
-    marker; scale: numbers are multiplied by it."""
-    known, colour = [point for point in points if point.get(key) is not None], PALETTE[place % len(PALETTE)]
-    axes.plot(
-        [p["pairs"] for p in known],
-        [scale * p[key] for p in known],
-        **{"color": colour, "marker": _MARKERS[place % len(_MARKERS)], "markersize": 4, "linewidth": 1.4} | style,
-    )
-    sure = [point for point in known if point.get(f"{key}_low") is not None]
-    x, low, high = (
-        [scale * p[name] if name != "pairs" else p[name] for p in sure]
-        for name in ("pairs", f"{key}_low", f"{key}_high")
-    )
-    if len(sure) == 1:
-        axes.vlines(x, low, high, color=colour, alpha=0.5, linewidth=1.4)
-    elif sure:
-        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    x: where each point stands; place: of the curve, for its colour and marker; bars: in place of a band."""
+    known, colour = [(at, p) for at, p in zip(x, points) if p.get(key) is not None], PALETTE[place % len(PALETTE)]
+    look = {"color": colour, "marker": _MARKERS[place % len(_MARKERS)], "markersize": 4, "linewidth": 1.4}
+    axes.plot([at for at, _ in known], [scale * p[key] for _, p in known], **look | style)
+    ends = [
+        (at, scale * p[f"{key}_low"], scale * p[f"{key}_high"]) for at, p in known if p.get(f"{key}_low") is not None
+    ]
+    if bars or len(ends) == 1:
+        axes.vlines(*(zip(*ends) if ends else ([], [], [])), color=colour, alpha=0.5, linewidth=1.4)
+    elif ends:
+        axes.fill_between(*zip(*ends), color=colour, alpha=0.13, linewidth=0)
 
 
 def _checked_curves(where: str, curves: dict) -> None:
@@ -355,112 +289,71 @@ def _checked_curves(where: str, curves: dict) -> None:
         )
 
 # %% ../../nbs/training/07_watching.ipynb #b5d1206b
-def _thousands(axes) -> None:
-    "Keep the ticks of a narrow panel few and short."
+def _panel(axes, title: str):
+    "Give a narrow panel of a training figure its title, a thin grid, and few and short ticks."
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    axes.set_title(title, loc="left", fontsize=9.5)
+    axes.grid(linewidth=0.5)
+    axes.tick_params(labelsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 1000 else f"{x:g}"))
+    return axes
 
 
-def _legend_above(figure, axes, more: list, columns: int = 3) -> None:
-    "Put one legend for all panels above them."
-    import textwrap
+def _half(axes) -> None:
+    "Mark chance in a panel of win rates."
+    axes.axhline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
+    axes.set(ylim=(-3, 103))
+
+
+def _legend_above(figure, axes, signs: dict[str, str], columns: int = 3) -> None:
+    "Put one legend for all panels above them. signs: line style -> what it means."
+    from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
-    labels = ["\n".join(textwrap.wrap(label, 46)) for label in labels] + [handle.get_label() for handle in more]
-    figure.legend(
-        [*handles, *more],
-        labels,
-        loc="outside upper center",
-        ncols=min(columns, len(labels)),
-        fontsize=8.5,
-        frameon=False,
-    )
+    labels = ["\n".join(textwrap.wrap(label, 46)) for label in labels] + [*signs.values()]
+    handles += [Line2D([], [], color="#555555", linestyle=line) for line in signs]
+    columns = min(columns, len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8.5, frameon=False)
 
 # %% ../../nbs/training/07_watching.ipynb #6408e8e5
 def _watch_panels(curves: dict) -> list[tuple]:
     "Choose the six panels: iterations show dropped groups, trainings on given pairs the answers that were cut."
     dropped = any(point.get("dropped_share") is not None for points in curves.values() for point in points)
-    last = (
-        ("speeches that gave no pair, %", [("dropped_share", "-")], 100)
+    key, what = (
+        ("dropped_share", "speeches that gave no pair, %")
         if dropped
-        else ("answers cut at the longest, %", [("cut_share", "-")], 100)
+        else ("cut_share", "answers cut at the longest, %")
     )
     return [
-        ("reward", [("reward", "-")], 1),
-        ("win rate against the reference, %", [("judged", "-"), ("proxy", ":")], 1),
-        ("KL from the base, nats", [("kl", "-")], 1),
-        ("words in an answer", [("words", "-")], 1),
-        ("distinct-2, %", [("distinct_2", "-")], 100),
-        last,
+        ("reward", ["reward"], 1),
+        ("win rate against the reference, %", ["judged", "proxy"], 1),
+        ("KL from the base, nats", ["kl"], 1),
+        ("words in an answer", ["words"], 1),
+        ("distinct-2, %", ["distinct_2"], 100),
+        (what, [key], 100),
     ]
 
-# %% ../../nbs/training/07_watching.ipynb #9e161aa7
+
 def watch_figure(curves: dict[str, list[dict]]):
-    """Draw everything that is watched along the pairs trained on; bands are 95% over speeches.
-
-    curves: name -> points in the order of training. Returns matplotlib figure."""
-    from matplotlib.lines import Line2D
-
+    "Draw name -> points in the order of training along the pairs trained on; bands are 95% over speeches."
     _checked_curves("watch_figure", curves)
     figure, grid = new_figure(9.6, 5.6, 2, 3, sharex=True)
     for axes, (title, keys, scale) in zip(grid.flat, _watch_panels(curves)):
+        _panel(axes, title)
         for place, (name, points) in enumerate(curves.items()):
-            for key, line in keys:
-                draw_curve(
-                    axes,
-                    points,
-                    key,
-                    place,
-                    scale,
-                    linestyle=line,
-                    **({"label": name} if line == "-" else {"markerfacecolor": "white"}),
-                )
-        axes.set_title(title, loc="left", fontsize=9.5)
-        axes.grid(linewidth=0.5)
-        axes.tick_params(labelsize=8.5)
-        _thousands(axes)
-    grid[0, 1].axhline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
-    grid[0, 1].set(ylim=(-3, 103))
+            x = [point["pairs"] for point in points]
+            for key in keys:
+                look = {"linestyle": ":", "markerfacecolor": "white"} if key == "proxy" else {"label": name}
+                draw_curve(axes, x, points, key, place, scale, **look)
+    _half(grid[0, 1])
     grid[1, 2].set(ylim=(-0.5, max(10, grid[1, 2].get_ylim()[1])))  # a share that is 0 throughout is no noise
     figure.supxlabel("preference pairs seen, repeats counted", fontsize=9.5)
-    _legend_above(
-        figure,
-        grid[0, 0],
-        [
-            Line2D([], [], color="#555555", linestyle=line, label=said)
-            for line, said in (("-", "win rate: judge"), (":", "win rate: reward model"))
-        ],
-    )
+    _legend_above(figure, grid[0, 0], {"-": "win rate: judge", ":": "win rate: reward model"})
     return figure
 
 # %% ../../nbs/training/07_watching.ipynb #db660d4a
-def _win_rates(axes, x: list[float], points: list[dict], key: str, colour: str, marker: str, label: str) -> None:
-    "Draw one kind of win rate at given places, intervals as bars."
-    known = [(at, point) for at, point in zip(x, points) if point.get(key) is not None]
-    axes.plot(
-        [at for at, _ in known],
-        [p[key] for _, p in known],
-        color=colour,
-        marker=marker,
-        markersize=4.5,
-        linewidth=1.5,
-        label=label,
-        zorder=3,
-    )
-    sure = [(at, p) for at, p in known if p[f"{key}_low"] is not None]
-    axes.vlines(
-        [at for at, _ in sure],
-        [p[f"{key}_low"] for _, p in sure],
-        [p[f"{key}_high"] for _, p in sure],
-        color=colour,
-        linewidth=1.4,
-        alpha=0.4,
-        zorder=2,
-    )
-
-
 def _shade_gap(axes, x: list[float], points: list[dict]) -> None:
     "Shade where the reward model's win rate is above the judge's; points may go back and forth in x."
     import numpy as np
@@ -469,90 +362,51 @@ def _shade_gap(axes, x: list[float], points: list[dict]) -> None:
     if len(both) > 1:
         fine = np.linspace(0, len(both) - 1, 40 * len(both))
         at, proxy, judged = (np.interp(fine, range(len(both)), column) for column in zip(*both))
-        axes.fill_between(
-            at,
-            proxy,
-            judged,
-            where=proxy > judged,
-            color="#888888",
-            alpha=0.22,
-            linewidth=0,
-            label="reward model above judge",
-            zorder=1,
-        )
+        look = {"color": "#888888", "alpha": 0.22, "linewidth": 0, "zorder": 1}
+        axes.fill_between(at, proxy, judged, where=proxy > judged, label="reward model above judge", **look)
+        best, where = max((judged, at) for at, _, judged in both)
+        look = {"color": PALETTE[6], "linestyle": "none", "fillstyle": "none", "zorder": 4}
+        axes.plot(where, best, marker="o", markersize=12, markeredgewidth=1.3, label="judged best", **look)
 
-# %% ../../nbs/training/07_watching.ipynb #5e1d901e
-def _overoptimisation_panel(axes, name: str, points: list[dict], along: str) -> None:
-    "Draw one policy's win rates."
-    import textwrap
 
-    drawn = [point for point in points if point.get(along) is not None]
-    if not drawn:
-        raise StudyError(
-            f"overoptimisation_figure: no point of {name!r} has {along}, expected at least one; measure it, or draw "
-            "along pairs"
-        )
-    x = [math.sqrt(max(0.0, p["kl"])) if along == "kl" else p["pairs"] for p in drawn]
-    _shade_gap(axes, x, drawn)
-    _win_rates(axes, x, drawn, "proxy", PALETTE[1], "s", "reward model")
-    _win_rates(axes, x, drawn, "judged", PALETTE[0], "o", "judge")
-    judged = [(p["judged"], at) for at, p in zip(x, drawn) if p.get("judged") is not None]
-    if len(judged) > 1:
-        best, at = max(judged)
-        axes.plot(
-            at,
-            best,
-            marker="o",
-            markersize=12,
-            fillstyle="none",
-            markeredgewidth=1.3,
-            color=PALETTE[6],
-            linestyle="none",
-            label="judged best",
-            zorder=4,
-        )
-    axes.axhline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
-    axes.set_title("\n".join(textwrap.wrap(name, 40)), loc="left", fontsize=9.5)
-    axes.grid(linewidth=0.5)
-
-# %% ../../nbs/training/07_watching.ipynb #aec64c8a
 def overoptimisation_figure(curves: dict[str, list[dict]], along: str = "kl"):
-    """Draw proxy and judged win rates on one axis; bars are 95% over speeches.
+    """Draw proxy and judged win rates on one axis, a panel for each policy; bars are 95% over speeches.
 
     curves: name -> points in the order of training, first the base model's; along: kl draws along its square root,
-    pairs along the pairs trained on. Returns matplotlib figure, one panel for each policy."""
+    pairs along the pairs trained on."""
     _checked_curves("overoptimisation_figure", curves)
-    if along not in ("kl", "pairs"):
-        raise StudyError(f"overoptimisation_figure: along is {along!r}, expected kl or pairs")
     columns = 2 if len(curves) == 4 else min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, grid = new_figure(
-        max(5.4, 3.2 * columns), 0.9 + 2.9 * rows, rows, columns, squeeze=False, sharey=True, sharex=along == "kl"
-    )
-    for axes, (name, points) in itertools.zip_longest(grid.flat, curves.items(), fillvalue=(None, None)):
-        if name is None:
-            axes.set_visible(False)
-            continue
-        _overoptimisation_panel(axes, name, points, along)
-        axes.tick_params(labelbottom=True)  # below some panels there is none
-        _thousands(axes)
-    grid[0, 0].set(ylim=(-3, 103))
-    figure.supxlabel(
-        "square root of the KL from the base, √nats" if along == "kl" else "preference pairs seen, repeats counted",
-        fontsize=9.5,
-    )
+    rows, width, shared = -(-len(curves) // columns), max(5.4, 3.2 * columns), {"sharey": True, "sharex": along == "kl"}
+    figure, grid = new_figure(width, 0.9 + 2.9 * rows, rows, columns, squeeze=False, **shared)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (name, points) in zip(grid.flat, curves.items()):
+        points = [point for point in points if point.get(along) is not None]
+        if not points:
+            raise StudyError(
+                f"overoptimisation_figure: no point of {name!r} has {along}, expected at least one; measure it, or "
+                "draw along pairs"
+            )
+        x = [math.sqrt(max(0.0, p["kl"])) if along == "kl" else p["pairs"] for p in points]
+        _shade_gap(axes, x, points)
+        draw_curve(axes, x, points, "proxy", 1, bars=True, label="reward model", zorder=3)
+        draw_curve(axes, x, points, "judged", 0, bars=True, label="judge", zorder=3)
+        _panel(axes, "\n".join(textwrap.wrap(name, 40))).tick_params(
+            labelbottom=True
+        )  # below some panels there is none
+        _half(axes)
+    said = {"kl": "square root of the KL from the base, √nats", "pairs": "preference pairs seen, repeats counted"}
+    figure.supxlabel(said[along], fontsize=9.5)
     figure.supylabel("win rate against the reference, %", fontsize=9.5)
-    _legend_above(
-        figure, max(grid.flat, key=lambda axes: len(axes.get_legend_handles_labels()[1])), [], columns=4
-    )  # of the panel that has most to say
+    fullest = max(grid.flat, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
+    _legend_above(figure, fullest, {}, columns=4)
     return figure
 
 # %% ../../nbs/training/07_watching.ipynb #2352a242
 def global_steps(log: list) -> tuple[list[dict], list[int]]:
-    """Lay the logs of iterations behind one another.
+    """Lay the logs of iterations behind one another. log: trl's entries, or one such list for each iteration.
 
-    log: trl log entries, or one such list for each iteration. Returns all entries with steps counted through; steps
-    at which a new iteration began."""
+    Returns all entries with steps counted through; steps at which a new iteration began."""
     logs = log if log and isinstance(log[0], list) else [log]
     entries, borders, done = [], [], 0
     for own in logs:
@@ -573,95 +427,181 @@ _LOG_PANELS = (
 
 
 def _draw_log(axes, entries: list[dict], key: str, place: int, label: str) -> None:
-    """Draw one logged number: a line for training batches, marks for development pairs. What concerns rejected
-    answers is dotted."""
-    scale, colour = 100 if key.endswith("accuracies") else 1, PALETTE[place % len(PALETTE)]
-    style = ":" if key.endswith("rejected") else "-"
-    for name, look in (
-        (key, dict(linestyle=style, linewidth=1.4, alpha=0.9)),
-        (
-            f"eval_{key}",
-            dict(
-                linestyle="none",
-                marker=_MARKERS[place % len(_MARKERS)],
-                markersize=5,
-                markeredgecolor="white",
-                zorder=3,
-            ),
-        ),
-    ):
+    "Draw one logged number: a line for batches, marks for development pairs; what concerns rejected answers is dotted."
+    scale, rejected = 100 if key.endswith("accuracies") else 1, key.endswith("rejected")
+    look = {"color": PALETTE[place % len(PALETTE)], "markersize": 5}
+    marks = {"marker": _MARKERS[place % len(_MARKERS)], "markeredgecolor": "white", "linestyle": "none", "zorder": 3}
+    marks |= {"markerfacecolor": "white", "markeredgecolor": look["color"]} if rejected else {}
+    line = {"linestyle": ":" if rejected else "-", "linewidth": 1.4, "alpha": 0.9, "label": None if rejected else label}
+    for name, own_look in ((key, line), (f"eval_{key}", marks)):
         own = [entry for entry in entries if name in entry]
         lone = {"marker": "_", "markersize": 9} if len(own) == 1 and name == key else {}
-        hollow = {"markerfacecolor": "white", "markeredgecolor": colour} if style == ":" else {}
-        axes.plot(
-            [e["step"] for e in own],
-            [scale * e[name] for e in own],
-            color=colour,
-            **look | lone | hollow,
-            label=label if name == key and style == "-" else None,
-        )
+        axes.plot([e["step"] for e in own], [scale * e[name] for e in own], **look | own_look | lone)
 
 # %% ../../nbs/training/07_watching.ipynb #a7ad7486
-def _log_signs(entries: list[dict], iterations: bool) -> list:
-    "Explain the signs that are drawn."
-    from matplotlib.lines import Line2D
-
-    signs = [dict(linestyle="-", label="chosen, where both are drawn"), dict(linestyle=":", label="rejected")]
-    if any("eval_loss" in entry for entry in entries):
-        signs.append(dict(linestyle="none", marker="o", markersize=5, label="development pairs"))
-    if iterations:
-        signs.append(
-            dict(linestyle="none", marker="|", markersize=11, markeredgewidth=0.7, label="a new iteration begins")
-        )
-    return [Line2D([], [], color="#555555", **sign) for sign in signs]
-
-
-def _log_legend(grid, signs: list) -> None:
+def _log_legend(grid, entries: list[dict], iterations: bool) -> None:
     "Use the sixth panel for the legend."
-    import textwrap
+    from matplotlib.lines import Line2D
 
     grid[1, 2].set_axis_off()
     grid[0, 2].tick_params(labelbottom=True)  # nothing stands below it
+    signs = {"chosen, where both are drawn": {"linestyle": "-"}, "rejected": {"linestyle": ":"}}
+    if any("eval_loss" in entry for entry in entries):
+        signs["development pairs"] = {"linestyle": "none", "marker": "o", "markersize": 5}
+    if iterations:
+        border = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 0.7}
+        signs["a new iteration begins"] = border
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    labels = ["\n".join(textwrap.wrap(label, 34)) for label in labels] + [sign.get_label() for sign in signs]
-    grid[1, 2].legend([*handles, *signs], labels, loc="center left", fontsize=8.5, frameon=False)
+    labels = ["\n".join(textwrap.wrap(label, 34)) for label in labels] + [*signs]
+    handles += [Line2D([], [], color="#555555", **sign) for sign in signs.values()]
+    grid[1, 2].legend(handles, labels, loc="center left", fontsize=8.5, frameon=False)
 
 # %% ../../nbs/training/07_watching.ipynb #afff49b2
 def training_curves_figure(logs: dict[str, list]):
     """Draw loss, accuracy, margins, implicit rewards and log-probabilities along optimiser steps.
 
-    logs: name -> trl log entries, or one list of them for each iteration. Returns matplotlib figure."""
+    logs: name -> trl log entries, or one list of them for each iteration."""
     _checked_curves("training_curves_figure", logs)
+    laid = [(name, *global_steps(log)) for name, log in logs.items()]
     figure, grid = new_figure(9.6, 5.4, 2, 3, sharex=True)
     for axes, (title, keys) in zip(grid.flat, _LOG_PANELS):
-        for place, (name, log) in enumerate(logs.items()):
-            entries, borders = global_steps(log)
+        _panel(axes, title)
+        for place, (name, entries, borders) in enumerate(laid):
             for key in keys:
                 _draw_log(axes, entries, key, place, name)
             for border in borders:
                 axes.axvline(border, color=PALETTE[place % len(PALETTE)], linewidth=0.7, alpha=0.45, zorder=1)
-        axes.set_title(title, loc="left", fontsize=9.5)
-        axes.grid(linewidth=0.5)
-        axes.tick_params(labelsize=8.5)
-        _thousands(axes)
     grid[0, 0].axhline(math.log(2), color="#888888", linestyle="--", linewidth=1, zorder=1)
-    grid[0, 0].annotate(
-        "ln 2",
-        (1, math.log(2)),
-        xycoords=("axes fraction", "data"),
-        xytext=(3, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8.5,
-        color="#555555",
-    )
+    beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (3, 0), "va": "center"}
+    grid[0, 0].annotate("ln 2", (1, math.log(2)), **beside, fontsize=8.5, color="#555555")
     grid[0, 1].set(ylim=(-3, 103))
-    _log_legend(
-        grid,
-        _log_signs(
-            list(itertools.chain(*(global_steps(log)[0] for log in logs.values()))),
-            any(global_steps(log)[1] for log in logs.values()),
-        ),
-    )
+    _log_legend(grid, [entry for _, entries, _ in laid for entry in entries], any(borders for _, _, borders in laid))
     figure.supxlabel("optimiser step", fontsize=9.5)
     return figure
+
+# %% ../../nbs/training/07_watching.ipynb #7c39970c
+def watched_speeches(speeches, n: int | None, seed: int):
+    "Choose at most n speeches of a frame to look at: development speeches, the same at each point; None takes all."
+    split = "dev" if (speeches.split == "dev").any() else "train"
+    own = speeches[speeches.split == split]
+    chosen = sorted(own.speech_id, key=lambda name: derived_seed(seed, "watch", name))[: len(own) if n is None else n]
+    return own[own.speech_id.isin(chosen)].reset_index(drop=True)
+
+# %% ../../nbs/training/07_watching.ipynb #d18fbb5d
+@dataclass(frozen=True)
+class Watcher:
+    "Look at the policies of one backbone."
+
+    folder: Path  # of all points
+    base: Weights  # the backbone
+    scorer: str  # folder of the reward model
+    speeches: typing.Any  # of watched_speeches
+    profile: Profile  # whose watch, evaluation and dpo_iter settings
+    seed: int  # of the run
+    gateway: typing.Any  # Gateway, for the reference and the judge
+
+    @property
+    def decoding(self) -> Decoding:
+        "How policies answer: as in the evaluation."
+        return answer_decoding(self.profile.evaluation, derived_seed(self.seed, "watch"))
+
+    @property
+    def texts(self) -> dict[str, str]:
+        "Client speeches by id."
+        return dict(zip(self.speeches.speech_id, self.speeches.speech))
+
+    def reference(self):
+        "The reference model's answers to the watched speeches: frame of kind answers."
+        own = self.profile.evaluation
+        found = answer(
+            self.gateway, own.reference, self.speeches, "reference", own, derived_seed(self.seed, "reference")
+        )
+        check_coverage(
+            len(found), len(self.speeches), own.coverage, "06_policy, answers of the reference to development speeches"
+        )
+        return found
+
+# %% ../../nbs/training/07_watching.ipynb #9d7c81c1
+@patch
+def measure_kl(self: Watcher, policy: Weights, answers: dict) -> dict:
+    "Measure nats from the base, for each answer; both models stand in memory together."
+    if policy == self.base:
+        return {name: [0.0] * len(own) for name, own in answers.items()}
+    models = [load_causal_lm(weights, self.profile.dtype) for weights in (policy, self.base)]
+    prompts, texts = [prompt_messages(self.texts[name]) for name in answers], map(_texts_of, answers.values())
+    found = kl_to_base(*models, load_tokenizer(policy), prompts, list(texts))
+    del models
+    release()
+    return dict(zip(answers, found))
+
+
+def _texts_of(samples: list[Sample]) -> list[str]:
+    "Return the samples' texts."
+    return [sample.text for sample in samples]
+
+
+@patch
+def judge(self: Watcher, name: str, answers: dict, reference) -> dict | None:
+    "Ask the judge about each answer, in one seeded order; None where nobody is asked."
+    import pandas as pd
+
+    if not self.profile.watch.judged:
+        return None
+    rows = [(key, name, "free", text) for key, own in answers.items() for text in _texts_of(own)]
+    said = pd.DataFrame(rows, columns=["speech_id", "policy", "setting", "response"])
+    judge = self.profile.evaluation.judge
+    battles, _ = battle(self.gateway, judge, self.speeches, said, reference, "reference", seed=self.seed)
+    return {key: (own.verdict == "win").astype(int).tolist() for key, own in battles.groupby("speech_id", sort=False)}
+
+# %% ../../nbs/training/07_watching.ipynb #78050fca
+@patch
+def look(self: Watcher, find: typing.Callable[[], Weights], name: str, pairs: int, curve: str = "", **more) -> dict:
+    "Look at a policy, and draw what was seen so far; a finished point is read. Returns as `summarise`."
+    folder, own, dtype = self.folder / name, self.profile.watch, self.profile.dtype
+    if (folder / "point.json").is_file():
+        return read_json(folder / "point.json")
+    policy, reference = find(), self.reference()
+    texts = {key: self.texts[key] for key in reference.speech_id}  # a reference may refuse some
+    how, title = self.profile.dpo_iter, f"{name}: answering"
+    answers = sample_candidates(policy, texts, folder, how, self.decoding, own.answers, dtype, title)
+    said = {key: _texts_of(group) for key, group in answers.items()}
+    rewards = score_candidates(self.scorer, texts, said, folder, dtype, f"{name}: scoring")
+    theirs, place = (
+        dict(zip(reference.speech_id, map(lambda text: [text], reference.response))),
+        self.folder / "reference",
+    )
+    point = summarise(
+        pairs,
+        answers,
+        rewards,
+        score_candidates(self.scorer, texts, theirs, place, dtype, "reference: scoring"),
+        self.measure_kl(policy, answers),
+        self.judge(name, answers, reference),
+        samples=self.profile.evaluation.bootstrap,
+        name=name,
+        curve=curve,
+        split=str(self.speeches.split.iloc[0]),
+        **more,
+    )
+    write_json(folder / "point.json", point)
+    self.draw()
+    return point
+
+# %% ../../nbs/training/07_watching.ipynb #8634fb1d
+@patch
+def curves(self: Watcher) -> dict[str, list[dict]]:
+    "Return what was seen so far: curve -> points along the pairs trained on, the base model first."
+    points = sorted((read_json(path) for path in self.folder.glob("*/point.json")), key=lambda point: point["pairs"])
+    base, names = [point for point in points if not point["curve"]], {point["curve"] for point in points} - {""}
+    return {name: base + [own for own in points if own["curve"] == name] for name in sorted(names)} or {"base": base}
+
+
+@patch
+def draw(self: Watcher) -> None:
+    "Draw what was seen so far to watch.png, for who follows a long training."
+    import matplotlib.pyplot as plt
+
+    figure = watch_figure(self.curves())
+    with atomic_path(self.folder / "watch.png") as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    plt.close(figure)

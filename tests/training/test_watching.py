@@ -1,22 +1,30 @@
-"""Watching a policy: the divergence against the sum written out, points as plain JSON, figures without overlaps."""
+"""Watching a policy: the divergence against the sum written out, points as plain JSON, finished ones read and interrupted
+ones gone on with, figures without overlaps."""
 
 import copy
 import itertools
 import json
-import subprocess
-import sys
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
 
-from psycopref.training import watching
-from psycopref.core.settings import LoraSettings
+from psycopref.core.settings import LoraSettings, load_profile
+from psycopref.gateway.cache import ReplyCache
+from psycopref.gateway.gateway import Gateway
 from psycopref.models.generation import Sample
+from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+from psycopref.training import watching
+from psycopref.training.scoring import load_reward_model
 from psycopref.training.texts import add_lora, prompt_messages, render
 from psycopref.training.watching import (
+    Watcher,
     answer_statistics,
     answer_tokens,
     distinct_n,
@@ -29,8 +37,8 @@ from psycopref.training.watching import (
     summarise,
     training_curves_figure,
     watch_figure,
+    watched_speeches,
 )  # fmt: skip
-from psycopref.models.weights import find_weights, load_tokenizer
 
 SMALL = dict(
     vocab_size=64,
@@ -289,14 +297,9 @@ def test_texts_are_measured_to_the_end_of_the_turn(tokenizer):
     ) == [[]]
 
 
-def test_what_cant_be_compared_is_refused(tokenizer):
+def test_what_cant_be_compared_is_refused():
     base = make("llama")
     assert "one vocabulary" in one_line(lambda: kl_along(make("llama", vocab_size=50), base, GROUPS, OWN))
-    assert "without a prompt" in one_line(lambda: kl_along(base, base, [[[5, 6]]], [[2]]))
-    assert "without a prompt" in one_line(lambda: kl_along(base, base, [[[5, 6]]], [[1, 1]]))
-    assert "1 conversations" in one_line(
-        lambda: kl_to_base(base, base, tokenizer, [prompt_messages("No.")], [], name="")
-    )
     broken = moved(base, float("inf"))
     assert "no finite number" in one_line(lambda: kl_along(broken, base, GROUPS, OWN))
 
@@ -322,7 +325,6 @@ def said(*texts, reason="stop"):
 def test_statistics():
     found = answer_statistics([*said("It is hard.", ""), *said("It is", reason="length")])
     assert found == {"words": 5 / 3, "tokens": 8 / 3, "cut_share": 1 / 3, "distinct_1": 3 / 5, "distinct_2": 2 / 3}
-    assert "no answers" in one_line(lambda: answer_statistics([]))
 
 
 NUMBER = st.floats(-5, 5, allow_nan=False)
@@ -396,13 +398,6 @@ def test_some_speeches_may_be_unjudged():
     point = summarise(0, answers, ones, ones, judged={"a": [1], "c": [0]})
     assert point["judged"] == 50 and point["proxy"] == 0 and point["speeches"] == 3
     assert summarise(0, answers, ones, ones, judged={})["judged"] is None
-    assert "not answered" in one_line(lambda: summarise(0, answers, ones, ones, judged={"d": [1]}))
-    assert "rewards of speech 'c'" in one_line(lambda: summarise(0, answers, {"a": [1.0], "b": [1.0], "c": []}, ones))
-    assert "kl of speech 'd'" in one_line(lambda: summarise(0, answers, ones, ones, {**ones, "d": [1.0]}))
-    assert "no reward of the reference" in one_line(lambda: summarise(0, answers, ones, {"a": [1.0]}))
-    assert "no finite number" in one_line(
-        lambda: summarise(0, answers, ones, ones, {name: [float("inf")] for name in "abc"})
-    )
 
 
 # figures
@@ -410,33 +405,16 @@ def test_some_speeches_may_be_unjudged():
 
 def invented(n, top=8000, judged=True, intervals=True, **more):
     points = []
-    for i in range(n):
-        f = i / max(1, n - 1)
-        values = {
-            "reward": 3 * f,
-            "proxy": 30 + 50 * f,
-            "judged": 30 + 80 * f * (1 - f) if judged else None,
-            "kl": 60 * f,
-            "words": 100 + 80 * f,
-        }
+    for f in (i / max(1, n - 1) for i in range(n)):
+        values = {"reward": 3 * f, "proxy": 30 + 50 * f, "judged": 30 + 80 * f * (1 - f) if judged else None}
+        values |= {"kl": 60 * f, "words": 100 + 80 * f}
         bands = {
-            f"{k}_{side}": v + by if intervals and v is not None else None
-            for k, v in values.items()
+            f"{key}_{side}": value + by if intervals and value is not None else None
+            for key, value in values.items()
             for side, by in (("low", -4), ("high", 4))
         }
-        points.append(
-            {
-                "pairs": int(top * f),
-                "step": None,
-                **values,
-                **bands,
-                "tokens": 130.0,
-                "cut_share": 0.1 * f,
-                "distinct_1": 0.2,
-                "distinct_2": 0.6 - 0.2 * f,
-                **more,
-            }
-        )
+        shares = {"cut_share": 0.1 * f, "distinct_1": 0.2, "distinct_2": 0.6 - 0.2 * f}
+        points.append({"pairs": int(top * f), "step": None, "tokens": 130.0, **values, **bands, **shares, **more})
     return points
 
 
@@ -465,8 +443,11 @@ CURVES = {
     "DPO-Iter: the newest policy's own pairs": invented(17, dropped_share=0.1),
     "online: one round": invented(1),
 }
-LOG = [{"step": i, **{f"{at}{key}": float(i) for at in ("", *(["eval_"] if i == 3 else [])) for key in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen",
-        "rewards/rejected", "logps/chosen", "logps/rejected")}} for i in range(1, 4)]  # fmt: skip
+LOGGED = "loss rewards/margins rewards/accuracies rewards/chosen rewards/rejected logps/chosen logps/rejected".split()
+LOG = [
+    {"step": i, **{f"{at}{key}": float(i) for at in ("", *(["eval_"] if i == 3 else [])) for key in LOGGED}}
+    for i in range(1, 4)
+]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -491,9 +472,10 @@ def test_what_is_none_is_not_drawn():
 
     figure, axes = plt.subplots()
     points = invented(3, judged=False) + invented(1, intervals=False)
-    draw_curve(axes, points, "judged", 0)
+    x = [point["pairs"] for point in points]
+    draw_curve(axes, x, points, "judged", 0)
     assert len(axes.lines[0].get_xdata()) == 1 and not axes.collections
-    draw_curve(axes, points, "reward", 1)
+    draw_curve(axes, x, points, "reward", 1)
     assert len(axes.lines[1].get_xdata()) == 4 and len(axes.collections) == 1
     plt.close(figure)
     figure = overoptimisation_figure({"not judged": invented(4, judged=False)})
@@ -552,8 +534,148 @@ def test_an_iteration_shows_where_it_begins():
     plt.close(figure)
 
 
-def test_importing_is_light():
-    code = "import sys, psycopref.training.watching; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'trl') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+# one point after another
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, shared_cache):
+    "The backbone, a policy beside it, and an untrained reward model."
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PSYCOPREF_CACHE", shared_cache)
+        tiny = find_weights("random-tiny")
+        load_reward_model(tiny.location, load_tokenizer(tiny), "float32", new_head=3).save_pretrained(folder / "scorer")
+        model = load_causal_lm(tiny, "float32")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        model.save_pretrained(folder / "policy")
+        for name in ("scorer", "policy"):
+            load_tokenizer(tiny).save_pretrained(folder / name)
+        return SimpleNamespace(tiny=tiny, policy=find_weights(str(folder / "policy")), scorer=str(folder / "scorer"))
+
+
+@pytest.fixture
+def watcher(models, tmp_path):
+    speeches = pd.DataFrame(
+        [{"speech_id": f"s-{i}", "speech": f"I count the stairs for the {i}th time.", "split": "dev"} for i in range(4)]
     )
+    profile = load_profile(
+        "tiny", {"watch.answers": 2, "dpo_iter.block": 2, "evaluation.max_tokens": 6, "evaluation.bootstrap": 20}
+    )
+    return Watcher(
+        tmp_path / "points",
+        models.tiny,
+        models.scorer,
+        speeches,
+        profile,
+        0,
+        Gateway(ReplyCache(tmp_path / "replies.sqlite")),
+    )
+
+
+def never(*arguments, **named):
+    raise AssertionError("not needed")
+
+
+@given(
+    st.lists(st.sampled_from(["train", "dev", "test"]), min_size=1, max_size=12),
+    st.one_of(st.none(), st.integers(1, 6)),
+    st.integers(0, 3),
+)
+def test_watched_speeches_are_of_one_split_and_the_same_in_any_order(splits, n, seed):
+    frame = pd.DataFrame({"speech_id": [f"s-{i}" for i in range(len(splits))], "speech": "…", "split": splits})
+    found = watched_speeches(frame, n, seed)
+    split = "dev" if "dev" in splits else "train"
+    assert set(found.split) <= {split} and len(found) == min(splits.count(split), 99 if n is None else n)
+    assert set(found.speech_id) == set(watched_speeches(frame[::-1], n, seed).speech_id)
+    assert n is None or set(found.speech_id) <= set(watched_speeches(frame, n + 1, seed).speech_id), (
+        "more speeches keep the ones before"
+    )
+
+
+def test_a_point_is_plain_numbers_and_a_finished_one_needs_no_weights(watcher, models, monkeypatch):
+    point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO", step=4)
+    assert json.loads((watcher.folder / "step-4" / "point.json").read_text()) == point
+    assert (point["speeches"], point["answers"], point["pairs"], point["step"], point["curve"], point["split"]) == (
+        4,
+        8,
+        16,
+        4,
+        "DPO",
+        "dev",
+    )
+    assert point["kl"] > 0.1 and point["kl_low"] <= point["kl"] <= point["kl_high"] and 0 <= point["judged"] <= 100
+    monkeypatch.setattr(watching, "sample_candidates", never)
+    assert watcher.look(never, "step-4", 16) == point
+
+
+def test_the_base_model_is_no_way_from_itself_and_answers_otherwise_than_a_policy(watcher, models, monkeypatch):
+    point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO")
+    with monkeypatch.context() as patch:
+        patch.setattr(watching, "kl_to_base", never)
+        base = watcher.look(lambda: models.tiny, "base", 0)
+    assert (base["kl"], base["kl_low"], base["kl_high"]) == (0, 0, 0) and base["reward"] != point["reward"]
+
+
+@pytest.mark.parametrize(
+    "lost", ["step-4/point.json", "step-4/rewards.json", "step-4/block-0001.json", "reference/rewards.json"]
+)
+def test_an_interrupted_point_is_gone_on_with_and_ends_the_same(lost, watcher, models, monkeypatch):
+    "A block that stands is read: only what was lost is sampled."
+    import psycopref.training.sampling as sampling
+
+    point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO")
+    (watcher.folder / "step-4" / "point.json").unlink()
+    (watcher.folder / lost).unlink(missing_ok=True)
+    opened, real = [], sampling.open_sampler
+    monkeypatch.setattr(sampling, "open_sampler", lambda *arguments: opened.append(arguments) or real(*arguments))
+    assert watcher.look(lambda: models.policy, "step-4", 16, curve="DPO") == point
+    assert len(opened) == ("block" in lost)
+
+
+def test_a_point_of_another_policy_is_not_taken_from_its_blocks(watcher, models):
+    "A folder of the same name, with blocks of the base model in it."
+    base = watcher.look(lambda: models.tiny, "base", 0)
+    shutil.copytree(watcher.folder / "base", watcher.folder / "step-4")
+    (watcher.folder / "step-4" / "point.json").unlink()
+    point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO")
+    assert point["reward"] != base["reward"] and point == replace(watcher, folder=watcher.folder / "anew").look(
+        lambda: models.policy, "step-4", 16, curve="DPO"
+    )
+
+
+def test_nobody_is_asked_where_points_are_not_judged(watcher, models, monkeypatch):
+    monkeypatch.setattr(watching, "battle", never)
+    quiet = replace(watcher, profile=replace(watcher.profile, watch=replace(watcher.profile.watch, judged=False)))
+    point = quiet.look(lambda: models.tiny, "base", 0)
+    assert point["judged"] is None and point["judged_low"] is None and point["reward"] is not None
+
+
+def test_curves_begin_at_the_base_model_and_go_along_the_pairs(watcher):
+    for name, pairs, curve in (
+        ("step-10", 40, "DPO"),
+        ("step-2", 8, "DPO"),
+        ("iteration-1", 20, "DPO-Iter"),
+        ("base", 0, ""),
+    ):
+        (watcher.folder / name).mkdir(parents=True)
+        (watcher.folder / name / "point.json").write_text(json.dumps({"name": name, "pairs": pairs, "curve": curve}))
+    assert {name: [point["name"] for point in own] for name, own in watcher.curves().items()} == {
+        "DPO": ["base", "step-2", "step-10"],
+        "DPO-Iter": ["base", "iteration-1"],
+    }
+
+
+def test_a_reference_may_leave_out_what_the_settings_allow(watcher, models, monkeypatch):
+    whole = watcher.reference()
+    monkeypatch.setattr(watching, "answer", lambda *arguments, **named: whole[1:])
+    assert (
+        "3 of 4" in one_line(lambda: watcher.look(lambda: models.tiny, "base", 0))
+        and not (watcher.folder / "base" / "point.json").exists()
+    )
+    evaluation = replace(watcher.profile.evaluation, coverage=0.7)
+    point = replace(watcher, profile=replace(watcher.profile, evaluation=evaluation)).look(
+        lambda: models.tiny, "base", 0
+    )
+    assert (point["speeches"], point["answers"]) == (3, 6)
