@@ -246,18 +246,17 @@ class PlanSettings:
     "Speeds that `run.plan` assumes; no result hangs on them."
 
     gpu: Literal["A100", "H100", "H200", "B200"] = "H100"  # whose hours are counted
-    # operations a second in training and reading: 22.5% of the data sheet's dense bfloat16, the share that
-    # open-instruct's packed DPO of 7 billion parameters has on 16 H100 (5,282 tokens/s each); assumed for the others
-    flops_a100: float = 7.0e13
-    flops_h100: float = 2.2e14
-    flops_h200: float = 2.2e14
-    flops_b200: float = 5.1e14
-    # tokens written a second by 8 billion parameters on an H100. local: 128 answers at once, some 30 ms a step, a third
-    # of the rows on average as a batch waits for its longest (assumed, not measured); server and vllm: Red Hat's MLPerf
-    # Inference 5.1 with vLLM, Llama-3.1-8B in FP8, scenarios server and offline
+    flops_a100: float = 7.0e13  # operations/s in training and reading: 22.5% of the data sheet's dense bfloat16
+    flops_h100: float = (
+        2.2e14  # 22.5%: open-instruct's packed DPO, 7 billion parameters on 16 H100, 5,282 tokens/s each
+    )
+    flops_h200: float = 2.2e14  # the same share is assumed
+    flops_b200: float = 5.1e14  # the same share is assumed
+    # tokens/s written by 8 billion parameters on an H100, engine local: 128 answers at once, some 30 ms a step, a third
+    # of the rows on average, as a batch waits for its longest answer; assumed, not measured
     tokens_local: float = 1500.0
-    tokens_server: float = 5100.0
-    tokens_vllm: float = 5800.0
+    tokens_server: float = 5100.0  # by a vLLM server: Red Hat's MLPerf Inference 5.1, Llama-3.1-8B in FP8
+    tokens_vllm: float = 5800.0  # by vLLM offline: the same report, scenario offline
 
 # %% ../../nbs/core/00_settings.ipynb #81010248
 @dataclass(frozen=True, config=STRICT)

@@ -27,20 +27,21 @@ class Item:
     "Name one table or figure."
 
     kind: str  # table / figure
-    number: str  # the paper's; S for supplementary, not in the paper
+    number: str  # the paper's
     title: str  # short
     absent: str = "its stage found nothing to show"  # why it may be missing
 
 
 _EXPERTS = "not measured: needs the annotations of licensed experts"
+_NO_CASE = "the best policy won no battle in both orders"
 
 INVENTORY = (
     Item("table", "1", "reward models on the test pairs"),
     Item("table", "2", "win rates against the reference"),
-    Item("table", "3", "case study, with length constraint", "the best policy won no battle in both orders"),
+    Item("table", "3", "case study, with length constraint", _NO_CASE),
     Item("table", "4", "client speeches by topic"),
     Item("table", "5", "model pool", "the run starts from the released dataset"),
-    Item("table", "6", "case study, without length constraint", "the best policy won no battle in both orders"),
+    Item("table", "6", "case study, without length constraint", _NO_CASE),
     Item("figure", "2", "experts' comparison by principle", _EXPERTS),
     Item("figure", "3", "experts' absolute scores", _EXPERTS),
     Item("figure", "4", "online against offline training"),
@@ -50,25 +51,25 @@ INVENTORY = (
 
 # %% ../../nbs/run/01_report_page.ipynb #9396d275
 def gather(run: Run, stages: tuple[str, ...]) -> list[dict]:
-    """List the results that the stages wrote, in the paper's order, supplementary ones last.
+    """List the results of stages in the paper's order, supplementary ones last.
 
-    stages: that are part of the run. Returns for each result: kind, number, slug, caption, label, path of the html
-    or png; paper's items first."""
-    found = []
-    for stage in stages:
-        for kind, suffix in (("table", ".html"), ("figure", ".png")):
-            for path in sorted((run.stage(stage) / f"{kind}s").glob("*.json")):
-                found.append({"kind": kind, **read_json(path), "path": path.with_suffix(suffix)})
+    Returns for each: kind, number, slug, caption, label, path of the html or png."""
+    found = [
+        {"kind": kind, **read_json(path), "path": path.with_suffix(suffix)}
+        for stage in stages
+        for kind, suffix in (("table", ".html"), ("figure", ".png"))
+        for path in sorted((run.stage(stage) / f"{kind}s").glob("*.json"))
+    ]
 
     def order(entry):
         number = entry["number"]
-        return (number.startswith("S"), entry["kind"] == "figure", int(number.lstrip("S")), entry["slug"])
+        return number.startswith("S"), entry["kind"] == "figure", int(number.lstrip("S")), entry["slug"]
 
     return sorted(found, key=order)
 
 
 def absent(found: list[dict]) -> list[tuple[Item, str]]:
-    "List what the paper shows and this run does not. Returns items without a result, and why."
+    "List the paper's items that this run does not show, and why."
     have = {(entry["kind"], entry["number"]) for entry in found}
     return [(item, item.absent) for item in INVENTORY if (item.kind, item.number) not in have]
 
@@ -76,98 +77,49 @@ def absent(found: list[dict]) -> list[tuple[Item, str]]:
 def headlines(reward: list[dict], battles: list[dict], experts: list[dict]):
     """Compare our headline numbers with the paper's.
 
-    reward: rows of Table 1, ours; battles: rows of Table 2, ours; experts: of chapter 11: result, ours, interval or
-    reason, paper. Returns frame: what, ours, interval, paper, difference."""
+    reward, battles: our rows of Tables 1 and 2; experts: of chapter 11: result, ours, interval or reason, paper.
+    Returns a frame: result, ours, 95% interval, paper, difference."""
     import pandas as pd
 
     published, rows = paper_values(), []
     table_1 = {row["model"]: row for row in published["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
-    for row in reward:
-        if row["kind"] == "reward model":
-            rows.append(
-                (
-                    f"reward model accuracy, %: {row['model']}",
-                    row["accuracy %"],
-                    row["95% interval"],
-                    table_1["accuracy"],
-                )
-            )
-            rows += [(f"reward model {key}", row[key], None, table_1[key.lower()]) for key in ("AUC", "ECE", "Brier")]
+    for row in (row for row in reward if row["kind"] == "reward model"):
+        what = f"reward model accuracy, %: {row['model']}"
+        rows.append((what, row["accuracy %"], row["95% interval"], table_1["accuracy"], 1))
+        rows += [(f"reward model {key}", row[key], None, table_1[key.lower()], 3) for key in ("AUC", "ECE", "Brier")]
     for setting, name in (("w/o length constraint", "free"), ("w/ length constraint", "length")):
         for row in (row for row in battles if row["setting"] == setting):
             kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
-            rows.append(
-                (
-                    f"win rate {setting}, %: {row['model']}",
-                    row["Overall"],
-                    row["95% interval"],
-                    published["table_2"][name]["Llama3-8B" + kind]["overall"],
-                )
-            )
-    data = [
-        {
-            "result": what,
-            "ours": ours,
-            "95% interval": interval,
-            "paper (Llama3-8B, GPT-4o)": theirs,
-            "difference": None if ours is None else round(ours - theirs, 1 if "%" in what else 3),
-        }
-        for what, ours, interval, theirs in rows
-    ]
-    data += [
-        {
-            "result": row["result"],
-            "ours": row["ours"],
-            "95% interval": row["interval"],
-            "paper (Llama3-8B, GPT-4o)": row["paper"],
-            "difference": round(row["ours"] - row["paper"], 1) if isinstance(row["ours"], float) else None,
-        }
-        for row in experts
-    ]
-    frame = pd.DataFrame(data, dtype=object)
+            theirs = published["table_2"][name]["Llama3-8B" + kind]["overall"]
+            rows.append((f"win rate {setting}, %: {row['model']}", row["Overall"], row["95% interval"], theirs, 1))
+    rows += [(row["result"], row["ours"], row["interval"], row["paper"], 1) for row in experts]
+    known = [isinstance(ours, (int, float)) for _, ours, *_ in rows]
+    data = [(*row[:4], round(row[1] - row[3], row[4]) if there else None) for row, there in zip(rows, known)]
+    columns = ["result", "ours", "95% interval", "paper (Llama3-8B, GPT-4o)", "difference"]
+    frame = pd.DataFrame(data, columns=columns, dtype=object)
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/run/01_report_page.ipynb #08b87919
 def provenance(run: Run, stages: tuple[str, ...]):
-    """Summarise the receipts.
-
-    Returns frame: stage, seconds, calls, answered from the cache, tokens, US dollars, commit."""
+    "Summarise the receipts in a frame: stage, seconds, calls, from the cache, tokens, US dollars, commit, finished."
     import pandas as pd
 
     rows = []
     for name in stages:
         receipt = StageReader(run, name).receipt
-        used = [m for m in receipt.get("models", {}).values() if "calls" in m]
-        rows.append(
-            {
-                "stage": name,
-                "seconds": receipt["seconds"],
-                "model calls": sum(m["calls"] for m in used),
-                "from the cache": sum(m["cached"] for m in used),
-                "tokens out": sum(m["completion_tokens"] for m in used),
-                "US dollars": round(sum(m["usd"] for m in used), 2),
-                "commit": (receipt["commit"] or "none")[:10] + ("+" if receipt["changed_files"] else ""),
-                "finished": receipt["finished"],
-            }
+        used = [model for model in receipt.get("models", {}).values() if "calls" in model]
+        calls, cached, written, usd = (
+            sum(model[key] for model in used) for key in ("calls", "cached", "completion_tokens", "usd")
         )
-    rows.append(
-        {
-            "stage": "all",
-            **{
-                key: round(sum(row[key] for row in rows), 2)
-                for key in ("seconds", "model calls", "from the cache", "tokens out", "US dollars")
-            },
-            "commit": "",
-            "finished": "",
-        }
-    )
-    return pd.DataFrame(rows, dtype=object)
+        commit = (receipt["commit"] or "none")[:10] + ("+" if receipt["changed_files"] else "")
+        rows.append([name, receipt["seconds"], calls, cached, written, round(usd, 2), commit, receipt["finished"]])
+    sums = [round(sum(column), 2) for column in list(zip(*rows))[1:6]]
+    columns = ["stage", "seconds", "model calls", "from the cache", "tokens out", "US dollars", "commit", "finished"]
+    return pd.DataFrame([*rows, ["all", *sums, "", ""]], columns=columns, dtype=object)
 
 # %% ../../nbs/run/01_report_page.ipynb #59ec0782
 def run_books(run: Run, stages: tuple[str, ...]) -> list[dict]:
-    """Gather the books of a run.
-
-    stages: with receipts. Returns stage, model, calls, tokens and US dollars, in the order of the stages."""
+    "Join the books of the caches and the receipts: stage, model, calls, tokens and US dollars, in order."
     rows = {}
     for row in [*run_bill(run), *(row for name in stages for row in StageReader(run, name).receipt.get("books", []))]:
         known = rows.setdefault((row["stage"], row["model"]), row)
@@ -176,42 +128,28 @@ def run_books(run: Run, stages: tuple[str, ...]) -> list[dict]:
 
 
 def asked_name(run: Run, uri: str) -> str:
-    """Name a model; a run's own weights, which lie in its folder, are one.
-
-    run: whose books; uri: of a model. Returns for the table."""
+    "Name a model for the table; a run's own weights, which lie in its folder, are one."
     return "weights of this run" if uri.startswith("local:") and f"/outputs/{run.name}/" in uri else uri
 
 # %% ../../nbs/run/01_report_page.ipynb #184a1082
 def spending_table(run: Run, books: list[dict]):
-    """Summarise what the run asked and spent, by stage and model.
-
-    run: whose books. Returns frame: stage, model, calls, tokens in and out, US dollars, share of these; the sum
-    last."""
+    "Summarise in a frame what a run asked and spent, by stage and model, the sum last."
     import pandas as pd
 
-    names = ("calls", "prompt_tokens", "completion_tokens", "usd")
-    sums = {}
-    for row in books:
-        key = row["stage"], asked_name(run, row["model"])
-        sums[key] = [a + row[name] for a, name in zip(sums.get(key, (0, 0, 0, 0.0)), names)]
-    total = [sum(values) for values in zip(*sums.values())] or [0, 0, 0, 0.0]
-    data = [
-        {
-            "stage": stage,
-            "model": model,
-            "calls": calls,
-            "tokens in": read,
-            "tokens out": written,
-            "US dollars": f"{usd:.2f}",
-            "share %": f"{100 * usd / total[3]:.1f}" if total[3] else None,
-        }
-        for (stage, model), (calls, read, written, usd) in [*sums.items(), (("all", ""), total)]
-    ]
-    return pd.DataFrame(data, dtype=object)
+    names = ["calls", "prompt_tokens", "completion_tokens", "usd"]
+    rows = [{**row, "model": asked_name(run, row["model"])} for row in books]
+    rows.append({"stage": "all", "model": "", **dict.fromkeys(names, 0)})
+    frame = pd.DataFrame(rows).groupby(["stage", "model"], sort=False)[names].sum().reset_index()
+    frame.loc[len(frame) - 1, names] = frame[names].sum()
+    total = frame.usd.iloc[-1]
+    shares = [f"{100 * usd / total:.1f}" if total else None for usd in frame.usd]
+    frame = frame.astype({name: int for name in names[:3]}).astype(object)
+    frame = frame.assign(usd=[f"{usd:.2f}" for usd in frame.usd], share=shares)
+    return frame.set_axis(["stage", "model", "calls", "tokens in", "tokens out", "US dollars", "share %"], axis=1)
 
 
 def spending_caption(books: list[dict]) -> str:
-    "Caption the table; say where nothing was paid, and where we can't know. Returns plain text."
+    "Caption the table; say where nothing was paid, and where we can't know."
     said = ["What the run asked and spent, by stage and model (not in the paper)"]
     if not any(row["usd"] for row in books):
         said.append("nothing was paid: no model asked has a price")
@@ -220,32 +158,24 @@ def spending_caption(books: list[dict]) -> str:
     return "; ".join(said)
 
 # %% ../../nbs/run/01_report_page.ipynb #b5f82c35
-def overview_page(
-    title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple[Item, str]]
-) -> str:
-    """Write everything on one page; pictures are embedded.
-
-    tables: HTML fragments before the results. Returns a self-contained HTML page."""
-    parts = [
-        f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>",
-        "<p>Numbers in columns or rows named <i>paper</i> are published values; all others were measured in this run. "
-        "Responses here are "
-        "research material: drafts for review by a licensed professional, never advice to a client.</p>",
-        *tables,
-    ]
+def overview_page(title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple]) -> str:
+    "Write everything on one self-contained HTML page. tables: fragments before the results."
+    said = (
+        "Numbers in columns or rows named <i>paper</i> are published values; all others were measured in this run. "
+        "Responses here are research material: drafts for review by a licensed professional, never advice to a client."
+    )
+    parts = [f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>", f"<p>{said}</p>", *tables]
     for entry in found:
         if entry["kind"] == "table":
             parts.append(entry["path"].read_text(encoding="utf-8").split("</style>")[1])
-        else:
-            picture = base64.b64encode(entry["path"].read_bytes()).decode()
-            parts.append(
-                f"<h3>{html.escape(entry['caption'])}</h3><img style='max-width:100%;width:44rem' "
-                f"src='data:image/png;base64,{picture}' alt='{html.escape(entry['caption'])}'>"
-            )
-    rows = "".join(
-        f"<li>{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}.</li>"
-        for item, why in missing
+            continue
+        picture, caption = base64.b64encode(entry["path"].read_bytes()).decode(), html.escape(entry["caption"])
+        style = f"style='max-width:100%;width:44rem' src='data:image/png;base64,{picture}'"
+        parts.append(f"<h3>{caption}</h3><img {style} alt='{caption}'>")
+    reasons = (
+        f"{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}" for item, why in missing
     )
+    rows = "".join(f"<li>{reason}.</li>" for reason in reasons)
     parts.append(f"<h2>Shown in the paper, not in this run</h2><ul>{rows}</ul>")
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
     return f"{head}<body>{''.join(parts)}</body></html>"

@@ -39,9 +39,7 @@ __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_prog
 
 # %% ../../nbs/run/02_runner.ipynb #b543102f
 def notebook_parameters(path: Path) -> dict:
-    """Read the cell tagged `parameters`; its defaults must be plain values.
-
-    path: a notebook. Returns name -> default value, in order."""
+    "Read the cell tagged `parameters`: name -> default, which must be a plain value."
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -50,33 +48,26 @@ def notebook_parameters(path: Path) -> dict:
         ) from None
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
-        raise StudyError(
-            f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one; papermill would ignore what "
-            "you pass"
-        )
-    found = {}
-    for node in ast.parse("".join(tagged[0]["source"])).body:
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise StudyError(f"{path}: the parameters cell may only hold lines like NAME = value")
-        found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+        found = f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one"
+        raise StudyError(f"{found}; papermill would ignore what you pass")
+    try:
+        lines = [(line.targets, line.value) for line in ast.parse("".join(tagged[0]["source"])).body]
+        return {target.id: ast.literal_eval(value) for [target], value in lines}
+    except (AttributeError, ValueError):
+        raise StudyError(f"{path}: the parameters cell may only hold lines like NAME = value") from None
 
 # %% ../../nbs/run/02_runner.ipynb #5e50cdc9
 def check_parameters(path: Path, given: dict) -> dict:
-    """Refuse unknown parameters, wrong types, unknown profiles and unknown overrides.
-
-    path: a notebook; given: what the user passes. Returns the same, checked."""
+    "Refuse unknown parameters, wrong types, unknown profiles and unknown overrides; return what was given."
     known = notebook_parameters(path)
     for name, value in given.items():
         if name not in known:
             raise StudyError(f"{Path(path).name}: there is no parameter {name!r}. {suggest(name, known)}")
-        kind = type(known[name])
-        if known[name] is not None and type(value) is not kind:
-            raise StudyError(
-                f"{Path(path).name}: parameter {name} is {value!r} ({type(value).__name__}), expected {kind.__name__}"
-            )
-        if known[name] is None and not isinstance(value, (str, list, type(None))):
-            raise StudyError(f"{Path(path).name}: parameter {name} is {value!r}, expected text, a list or None")
+        kinds = (type(known[name]),) if known[name] is not None else (str, list, type(None))
+        if type(value) not in kinds:
+            words = kinds[0].__name__ if len(kinds) == 1 else "text, a list or None"
+            found = f"{Path(path).name}: parameter {name} is {value!r} ({type(value).__name__})"
+            raise StudyError(f"{found}, expected {words}")
     if "PROFILE" in known:
         load_profile(given.get("PROFILE", known["PROFILE"]), given.get("OVERRIDES"))
     if given.get("RUN"):
@@ -110,9 +101,7 @@ def followed_progress():
 
 
 def run_notebook(path: Path, given: dict) -> Path:
-    """Check the parameters, execute the notebook, keep the executed copy.
-
-    path: a notebook of nbs/; given: its parameters. Returns the executed notebook."""
+    "Check the parameters, execute a notebook of nbs/, and keep the executed copy; return its path."
     import papermill
 
     path = Path(path).resolve()
@@ -122,31 +111,21 @@ def run_notebook(path: Path, given: dict) -> Path:
     output = run.outputs / "notebooks" / f"{path.stem}{part}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
+    quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
     try:
         with followed_progress():
-            papermill.execute_notebook(
-                str(path),
-                str(output),
-                parameters=given,
-                cwd=str(path.parent),
-                progress_bar=False,
-                log_output=False,
-                extra_arguments=["--log-level=ERROR"],
-            )
+            papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), **quiet)
     except papermill.PapermillExecutionError as error:
         if error.ename == "StudyError":
             raise StudyError(error.evalue) from None
-        raise StudyError(
-            f"{path.name}: cell {error.exec_count} raised {error.ename}: {' '.join(str(error.evalue).split())[:300]}; "
-            f"the traceback is in {output}"
-        ) from None
+        raised = f"{error.ename}: {' '.join(str(error.evalue).split())[:300]}"
+        where = f"{path.name}: cell {error.exec_count} raised {raised}"
+        raise StudyError(f"{where}; the traceback is in {output}") from None
     return output
 
 # %% ../../nbs/run/02_runner.ipynb #2571b563
 def retry(run: Run, stage: str = "03_ratings") -> Path:
-    """Forget the replies that were put aside, and run their stage again.
-
-    stage: a stage with a quarantine. Returns the executed notebook."""
+    "Forget the replies in a stage's quarantine, and run the stage again; return the executed notebook."
     from psycopref.core.files import read_json
     from psycopref.gateway.cache import open_cache
 
@@ -155,30 +134,27 @@ def retry(run: Run, stage: str = "03_ratings") -> Path:
     if place is None:
         raise StudyError(f"retry: {folder} has no quarantine.json; run {stage} first")
     aside = read_json(place / "quarantine.json")
+    keys = [entry["key"] for entry in aside if entry.get("key")]
     if not aside:
         raise StudyError(f"retry: nothing is in the quarantine of {folder}")
-    if not any(entry.get("key") for entry in aside):
-        raise StudyError(
-            f"retry: the quarantine of {folder} has no request keys, expected that of 03_ratings; run {stage} again"
-        )
+    if not keys:
+        found = f"retry: the quarantine of {folder} has no request keys, expected that of 03_ratings"
+        raise StudyError(f"{found}; run {stage} again")
     if (place / "receipt.json").is_file():
-        receipt = read_json(place / "receipt.json")
-        profile, seed, settings = receipt["profile"], receipt["seed"], receipt["settings"]
+        profile, seed, settings = (read_json(place / "receipt.json")[name] for name in ("profile", "seed", "settings"))
     else:
         profile, seed, settings, _ = read_json(place / "scratch" / "origin.json")
     usual = as_dotted(json.loads(json.dumps(stage_settings(load_profile(profile), stage))))
     changed = {name: value for name, value in as_dotted(settings).items() if value != usual.get(name)}
     cache = open_cache(run)
-    cache.forget([entry["key"] for entry in aside if entry.get("key")])
+    cache.forget(keys)
     cache.close()
     given = {"PROFILE": profile, "RUN": run.name, "SEED": seed, "OVERRIDES": changed}
     return run_notebook(project_root() / "nbs" / f"{stage}.ipynb", given)
 
 # %% ../../nbs/run/02_runner.ipynb #4b57e795
 def code_cells(path: Path) -> list[str]:
-    """Read the code of a notebook: what a wing exports, all of a chapter.
-
-    path: a notebook. Returns sources of the cells that papermill runs or the package is made of."""
+    "Read a notebook's code: of a wing what it exports, of a chapter all."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     if any(source.startswith("#| default_exp") for source in found):
@@ -187,27 +163,21 @@ def code_cells(path: Path) -> list[str]:
 
 
 def notebook_of_modules(nbs: Path) -> dict[str, Path]:
-    """Map each module to the notebook that defines it.
-
-    nbs: folder of notebooks. Returns dotted module, e.g. "core.files" -> notebook."""
+    "Map each dotted module, e.g. core.files, to the notebook that defines it."
     found = {}
     for path in sorted(Path(nbs).glob("*/[0-9]*.ipynb")):
-        for source in code_cells(path):
-            if match := re.match(r"#\| default_exp ([\w.]+)", source):
-                found[match[1]] = path
+        matches = (re.match(r"#\| default_exp ([\w.]+)", source) for source in code_cells(path))
+        found |= {match[1]: path for match in matches if match}
     return found
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Read a notebook's imports of our own package.
-
-    path: a notebook. Returns dotted modules of our package, e.g. "core.files"."""
+    "Read which modules of our package a notebook imports, dotted, e.g. core.files."
     found: set[str] = set()
-    for source in code_cells(path):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("psycopref."):
-                dotted = node.module.removeprefix("psycopref.")
-                found |= {dotted} | {f"{dotted}.{alias.name}" for alias in node.names if "." not in dotted}
+    for node in (node for source in code_cells(path) for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("psycopref."):
+            dotted = node.module.removeprefix("psycopref.")
+            found |= {dotted} | {f"{dotted}.{alias.name}" for alias in node.names if "." not in dotted}
     return found
 
 # %% ../../nbs/run/02_runner.ipynb #1bd7912e
@@ -215,9 +185,7 @@ UNHASHED = ("core.settings", "core.stages")  # their values are told to a stage 
 
 
 def code_of(path: Path) -> list[Path]:
-    """Collect a chapter and the notebooks of the modules that it imports, to any depth.
-
-    Returns notebooks whose change makes its results out of date."""
+    "List a chapter and the notebooks of the modules that it imports, to any depth: what its results hang on."
     known, todo, found = notebook_of_modules(Path(path).parent), [Path(path)], []
     left_out = [known.get(name) for name in UNHASHED]
     while todo:
@@ -229,17 +197,13 @@ def code_of(path: Path) -> list[Path]:
 
 
 def code_hash(path: Path) -> str:
-    """Hash the code that a chapter's results hang on; prose, examples of wings and saved outputs do not count.
-
-    Returns SHA-256."""
+    "Hash (SHA-256) the code that a chapter's results hang on; prose, examples and saved outputs do not count."
     parts = [[str(own.relative_to(Path(path).parent)), code_cells(own)] for own in code_of(path)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 # %% ../../nbs/run/02_runner.ipynb #9d1fb687
 def stage_parameters(stage: Stage, profile: str, run: str, seed: int, overrides: dict) -> dict:
-    """Return a stage's parameters, with those overrides that change what it reads.
-
-    profile: tiny, demo or paper; overrides: all overrides of the run. Returns the notebook's parameters."""
+    "Return a stage's parameters, with those overrides that change what it reads."
     load_profile(profile, overrides)
     usual = stage_settings(load_profile(profile), stage.name)
     own = {
@@ -251,32 +215,18 @@ def stage_parameters(stage: Stage, profile: str, run: str, seed: int, overrides:
 
 
 def own_files(profile, stage: str) -> list[str]:
-    """List the user's own files that a stage's settings name: NAME=PLACE or PLACE, a file or a folder.
-
-    profile: core.settings.Profile; stage: name of a stage."""
-    pool = profile.responses.pool
+    "List the user's own files that a stage's settings name: NAME=PLACE or PLACE, a file or a folder."
     if stage == "12_trial":
-        return [
-            str(resource_path("minimal_pairs.jsonl")),
-            *(str(path) for spec in profile.trial.corpora for path in labelled_files(spec)),
-        ]
+        labelled = (path for spec in profile.trial.corpora for path in labelled_files(spec))
+        return [str(resource_path("minimal_pairs.jsonl")), *map(str, labelled)]
+    pool, mixing = profile.responses.pool, profile.mixing
     named = {
         "02_responses": [pool] if pool.endswith(".json") else [],
         "11_experts": profile.agreement.annotations,
-        "09_mixing": [spec.partition("=")[2] or spec for spec in (profile.mixing.general, profile.mixing.reward_bench)],
+        "09_mixing": [spec.partition("=")[2] or spec for spec in (mixing.general, mixing.reward_bench)],
     }
-    return [str(path) for place in named.get(stage, ()) if place for path in _files_at(Path(place))]
-
-
-def _files_at(place: Path) -> list[Path]:
-    "The files of a place on this machine."
-    return (
-        [place]
-        if place.is_file()
-        else sorted(path for path in place.rglob("*") if path.is_file())
-        if place.is_dir()
-        else []
-    )
+    places = [Path(place) for place in named.get(stage, ()) if place]
+    return [str(path) for place in places for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
 
 
 def stage_rules(profile: str, run: str, seed: int = 0, overrides: dict | None = None) -> list[dict]:
@@ -335,34 +285,23 @@ def trace(path: Path) -> list[str]:
 
 
 def compare(first: str, second: str) -> list[str]:
-    """Compare the tables of two runs by hash.
-
-    first: name of a run; second: name of another. Returns one line for each table: same, different, or only in one."""
+    "Compare the tables of two runs by hash: a line for each, same, different, or only in one."
     from psycopref.core.files import sha256_file
 
-    hashes = [{p.name: sha256_file(p) for p in sorted(Run(name).tables.glob("*.csv"))} for name in (first, second)]
-    if not all(hashes):
-        raise StudyError(
-            f"compare: {[n for n, h in zip((first, second), hashes) if not h][0]} has no tables; run it first"
-        )
+    hashes = {name: {p.name: sha256_file(p) for p in Run(name).tables.glob("*.csv")} for name in (first, second)}
+    for name in (name for name, found in hashes.items() if not found):
+        raise StudyError(f"compare: {name} has no tables; run it first")
 
-    def verdict(name):
-        here, there = (h.get(name) for h in hashes)
-        return (
-            "same"
-            if here == there
-            else f"only in {first}"
-            if there is None
-            else f"only in {second}"
-            if here is None
-            else "different"
-        )
+    def verdict(table):
+        owners = [name for name in hashes if table in hashes[name]]
+        same = len({found.get(table) for found in hashes.values()}) == 1
+        return "same" if same else "different" if len(owners) == 2 else f"only in {owners[0]}"
 
-    return [f"{verdict(name):12} {name}" for name in sorted({*hashes[0], *hashes[1]})]
+    return [f"{verdict(table):12} {table}" for table in sorted({*hashes[first], *hashes[second]})]
 
 
 def seconds(name: str) -> list[str]:
-    "Return how long each stage of a run took. Returns one line for each stage, then the sum."
+    "Return how long each stage of a run took: a line for each stage, then the sum."
     from psycopref.core.files import read_json
 
     sources = read_json(Run(name).stage("01_speeches") / "receipt.json")["settings"]["speeches"]["sources"]
