@@ -18,15 +18,15 @@ from fastcore.basics import patch
 
 from ..core.files import clear_disk_errors
 from ..core.settings import StudyError
+from . import servers
 from .limits import LONGEST_AFTER, whole_number
-from .servers import OpenAIModel, completion_reader, prices, read_completion, read_error, read_status
-from .servers import without_keys
+from .servers import OpenAIModel, read_completion, without_keys
 from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
-__all__ = ['MOST_REQUESTS', 'MOST_BYTES', 'ENDPOINT', 'RETRY_STATUS', 'PATIENCE', 'STUCK', 'ENDED', 'STARTED', 'LOOK_BACK',
-           'FULL', 'most_requests', 'cut', 'Forgetful', 'write_line', 'read_line', 'split_lines', 'BatchModel',
-           'transport_errors', 'why_failed']
+__all__ = ['MOST_REQUESTS', 'MOST_BYTES', 'ENDPOINT', 'PATIENCE', 'LOOK_BACK', 'FULL', 'STUCK', 'ENDED', 'STARTED',
+           'most_requests', 'cut', 'write_line', 'read_line', 'split_lines', 'BatchModel', 'transport_errors',
+           'why_failed']
 
 # %% ../../nbs/gateway/03_batches.ipynb #c7af9834
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # in one file, OpenAI
@@ -47,24 +47,8 @@ def cut(sizes: list[int], most_lines: int = MOST_REQUESTS, most_bytes: int = MOS
         filled += size
     return [*pieces, range(start, len(sizes))] if sizes else []
 
-# %% ../../nbs/gateway/03_batches.ipynb #b2b772d7
-class Forgetful:
-    "Note orders as a ReplyCache does, in memory."
-
-    def __init__(self):
-        self.notes: dict[str, str] = {}
-        self.keep_jobs = self.notes.update
-
-    def jobs(self, names: list[str]) -> dict[str, str]:
-        return {name: self.notes[name] for name in names if name in self.notes}
-
-    def drop_jobs(self, names: list[str]) -> None:
-        for name in names:
-            self.notes.pop(name, None)
-
 # %% ../../nbs/gateway/03_batches.ipynb #1b8678e4
 ENDPOINT = "/v1/chat/completions"
-RETRY_STATUS = (408, 409, 425, 429, 503)
 
 
 def write_line(key: str, body: dict) -> bytes:
@@ -85,7 +69,7 @@ def read_line(reader, line: bytes) -> tuple[str, ChatReply | Failure] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     again = "final" if status and 400 <= status < 500 else "broken"
-    refused = error.get("code") in ("batch_expired", "batch_cancelled") or status in RETRY_STATUS
+    refused = error.get("code") in ("batch_expired", "batch_cancelled") or status in servers.RETRY_STATUS
     return key, Failure(without_keys(" ".join(said.split()))[:200], kind="refused" if refused else again)
 
 # %% ../../nbs/gateway/03_batches.ipynb #c35556ff
@@ -101,7 +85,7 @@ async def split_lines(chunks: typing.AsyncIterator[bytes]) -> typing.AsyncIterat
 
 # %% ../../nbs/gateway/03_batches.ipynb #6e90e923
 class BatchModel(OpenAIModel):
-    "Answer through the batch API."
+    "Answer through the batch API; what is under way is noted in `jobs`, the cache that the gateway set."
 
     concurrency = 32  # batches in flight at once, at most
     look, whole, ahead, queued = None, False, 64, True
@@ -109,51 +93,38 @@ class BatchModel(OpenAIModel):
     def __init__(self, name: str, max_retries: int = 3, timeout: float = 120.0, poll: tuple = (1.0, 60.0)):
         "poll: seconds between two looks at a batch, at first and at last."
         super().__init__(name, max_retries, timeout, "batch")
-        self.price = {kind: usd * prices()["batch_discount"]["factor"] for kind, usd in self.price.items()}
-        self.poll, self.memory = poll, Forgetful()
-
-    @property
-    def orders(self):
-        "What is under way, by the cache that the gateway set."
-        return self.jobs or self.memory
+        discount, self.poll = servers.prices()["batch_discount"]["factor"], poll
+        self.price = {kind: usd * discount for kind, usd in self.price.items()}
 
     def groups(self, requests):
         keys = [request.key(self.identity) for request in requests]
-        known, together = self.orders.jobs(keys), {}
+        known, together = self.jobs.jobs(keys), {}
         for i, key in enumerate(keys):
             together.setdefault(known.get(key), []).append(i)
         new = together.pop(None, [])
         sizes = [len(write_line(keys[i], self.chat_arguments(requests[i]))) for i in new]
         return [*together.values(), *([new[i] for i in piece] for piece in cut(sizes, most_requests()))]
 
+    def begin(self) -> None:
+        "Set up what belongs to one event loop."
+        self.door, self.looking = asyncio.Lock(), asyncio.Lock()  # one tries a full queue again, one reads the list
+        self.listed, self.working, self.ended = None, 0, 0  # the provider's list; our batches at work, and over
+        self.reader = servers.completion_reader()
+
+    def open_client(self):
+        "Open an openai.AsyncOpenAI without retries of its own."
+        import openai
+
+        self.begin()
+        address, key, proxy = self.access()
+        http = openai.DefaultAioHttpClient(timeout=self.timeout, trust_env=proxy)
+        options = {"max_retries": 0, "timeout": self.timeout, "http_client": http}
+        return openai.AsyncOpenAI(api_key=key or "none", base_url=address, **options)
+
 # %% ../../nbs/gateway/03_batches.ipynb #fe7c5e50
 PATIENCE = 24 * 3600.0  # seconds without any answer from the provider after which we leave
-STUCK = 48 * 3600.0  # seconds after its creation in which a batch, due within 24 hours, must have ended
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
-STARTED = ENDED | {"in_progress", "finalizing", "cancelling"}
 
 
-@patch
-def begin(self: BatchModel) -> None:
-    "Set up what belongs to one event loop."
-    self.door, self.looking = asyncio.Lock(), asyncio.Lock()  # one tries a full queue again, one reads the list
-    self.listed, self.working, self.ended = None, 0, 0  # the provider's list; our batches at work, and over
-    self.reader = completion_reader()
-
-
-@patch
-def open_client(self: BatchModel):
-    "Open an openai.AsyncOpenAI without retries of its own."
-    import openai
-
-    self.begin()
-    address, key, proxy = self.access()
-    http = openai.DefaultAioHttpClient(timeout=self.timeout, trust_env=proxy)
-    return openai.AsyncOpenAI(
-        api_key=key or "none", base_url=address, max_retries=0, timeout=self.timeout, http_client=http
-    )
-
-# %% ../../nbs/gateway/03_batches.ipynb #474ad83c
 def transport_errors() -> tuple[type[Exception], ...]:
     "Return what the openai client raises where a call fails."
     import aiohttp
@@ -170,13 +141,10 @@ def sort_error(self: BatchModel, error: Exception) -> Failure:
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        failure = read_status(self, error.status_code, error.response.content, error.response.headers)
-    else:
-        cause = error
-        while cause.__cause__ and not isinstance(cause, aiohttp.ClientError):  # what the transport saw
-            cause = cause.__cause__
-        failure = read_error(self, cause)
-    return replace(failure, unsure=False)
+        return servers.read_status(self, error.status_code, error.response.content, error.response.headers)
+    while error.__cause__ and not isinstance(error, aiohttp.ClientError):  # what the transport saw
+        error = error.__cause__
+    return replace(servers.read_error(self, error), unsure=False)
 
 
 @patch
@@ -199,15 +167,13 @@ async def patiently(self: BatchModel, ask: typing.Callable, *arguments):
     except openai.NotFoundError:
         raise
     except transport_errors() as error:
-        raise StudyError(
-            f"model {self.uri!r}: {self.sort_error(error).reason}; what was ordered stays ordered, so look after the "
-            "connection and run again"
-        ) from None
+        said = f"{self.sort_error(error).reason}; what was ordered stays ordered"
+        raise StudyError(f"model {self.uri!r}: {said}, so look after the connection and run again") from None
 
 # %% ../../nbs/gateway/03_batches.ipynb #e108d98d
 @patch
-async def upload(self: BatchModel, asked: dict[str, ChatRequest]) -> str:
-    "Upload questions; returns the file's id."
+async def order(self: BatchModel, asked: dict[str, ChatRequest]) -> tuple:
+    "Place a new order. Returns its name and its batch."
     import openai
 
     with clear_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
@@ -216,34 +182,27 @@ async def upload(self: BatchModel, asked: dict[str, ChatRequest]) -> str:
         file.seek(0)
         sent, patience = ("requests.jsonl", file), max(self.timeout, 3600.0)
         try:
-            return (await self.opened.files.create(file=sent, purpose="batch", timeout=patience)).id
+            uploaded = await self.opened.files.create(file=sent, purpose="batch", timeout=patience)
         except openai.NotFoundError:
-            raise StudyError(
-                f"model {self.uri!r}: the server has no batch API (404); use openai:{self.uri.partition(':')[2]}"
-            ) from None
+            remedy = f"use openai:{self.uri.partition(':')[2]}"
+            raise StudyError(f"model {self.uri!r}: the server has no batch API (404); {remedy}") from None
+    name = uuid.uuid4().hex
+    self.jobs.keep_jobs(dict.fromkeys(asked, name))
+    return name, await self.create(uploaded.id, name)
 
-# %% ../../nbs/gateway/03_batches.ipynb #1052aea6
+
 @patch
 async def create(self: BatchModel, file_id: str, name: str):
-    "Order a batch, and note its id."
-    self.orders.drop_jobs([name])  # the id of one that found the queue full
+    "Create a batch, and note its id."
+    self.jobs.drop_jobs([name])  # the id of one that found the queue full
+    what = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
     try:
-        batch = await self.opened.batches.create(
-            input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", metadata={"psycopref": name}
-        )
+        batch = await self.opened.batches.create(**what, metadata={"psycopref": name})
     except BaseException:
         self.listed = None  # it may have been created all the same
         raise
-    self.orders.keep_jobs({name: batch.id})
+    self.jobs.keep_jobs({name: batch.id})
     return batch
-
-
-@patch
-async def order(self: BatchModel, asked: dict[str, ChatRequest]):
-    "Place a new order: its name and its batch."
-    file_id, name = await self.upload(asked), uuid.uuid4().hex
-    self.orders.keep_jobs(dict.fromkeys(asked, name))
-    return name, await self.create(file_id, name)
 
 # %% ../../nbs/gateway/03_batches.ipynb #d03e4be4
 LOOK_BACK = 30 * 24 * 3600  # seconds
@@ -267,20 +226,18 @@ async def under_way(self: BatchModel, name: str):
     "Find the batch of an order; None where it was never created."
     import openai
 
-    if id := self.orders.jobs([name]).get(name):
+    if id := self.jobs.jobs([name]).get(name):
         try:
             return await self.patiently(self.opened.batches.retrieve, id)
         except openai.NotFoundError:
             if not any(self.price.values()):
                 return None  # a server of our own that was started anew
-            raise StudyError(
-                f"model {self.uri!r}: batch {id} is not known to the server; run with the key that ordered it, "
-                f"or answer the rest by openai:{self.uri.partition(':')[2]}"
-            ) from None
+            remedy = f"run with the key that ordered it, or answer the rest by openai:{self.uri.partition(':')[2]}"
+            raise StudyError(f"model {self.uri!r}: batch {id} is not known to the server; {remedy}") from None
     async with self.looking:
         self.listed = self.listed if self.listed is not None else await self.patiently(self.list_orders)
     if batch := self.listed.get(name):
-        self.orders.keep_jobs({name: batch.id})
+        self.jobs.keep_jobs({name: batch.id})
     return batch
 
 # %% ../../nbs/gateway/03_batches.ipynb #738a835e
@@ -291,22 +248,23 @@ def why_failed(batch) -> tuple[bool, str]:
     "Tell whether a batch was refused since the queue was full, and what the provider said."
     errors = (batch.errors and batch.errors.data) or []
     full = any(error.code in FULL or "enqueued" in (error.message or "").lower() for error in errors)
-    said = "; ".join(
-        f"{error.code}: {error.message}" + (f" (line {error.line})" if error.line else "") for error in errors[:3]
-    )
-    return full, without_keys(" ".join((said or "no reason given").split()))[:300]
+    said = [f"{error.code}: {error.message}{f' (line {error.line})' if error.line else ''}" for error in errors[:3]]
+    return full, without_keys(" ".join(("; ".join(said) or "no reason given").split()))[:300]
 
 # %% ../../nbs/gateway/03_batches.ipynb #861342b5
+STUCK = 48 * 3600.0  # seconds after its creation in which a batch, due within 24 hours, must have ended
+ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+STARTED = ENDED | {"in_progress", "finalizing", "cancelling"}
+
+
 @patch
 async def wait(self: BatchModel, batch, until: frozenset[str]):
     "Look at a batch from time to time until it has come so far."
     seconds = self.poll[0]
     while batch.status not in until:
         if batch.created_at and time.time() - batch.created_at > STUCK:
-            raise StudyError(
-                f"model {self.uri!r}: batch {batch.id} is {batch.status} after {STUCK / 3600:g} h; cancel it at the "
-                "provider and run again"
-            )
+            what = f"batch {batch.id} is {batch.status} after {STUCK / 3600:g} h"
+            raise StudyError(f"model {self.uri!r}: {what}; cancel it at the provider and run again")
         await asyncio.sleep(seconds)
         seconds = min(self.poll[1], seconds * 1.5)
         batch = await self.patiently(self.opened.batches.retrieve, batch.id)
@@ -333,43 +291,34 @@ async def end_of(self: BatchModel, batch, name: str):
 @patch
 async def read_file(self: BatchModel, file_id: str) -> dict[str, ChatReply | Failure]:
     "Read the answers in a file."
-    found = {}
     async with self.opened.files.with_streaming_response.content(file_id) as response:
-        async for line in split_lines(response.iter_bytes()):
-            if read := read_line(self.reader, line):
-                found[read[0]] = read[1]
-    return found
+        return dict(
+            [read async for line in split_lines(response.iter_bytes()) if (read := read_line(self.reader, line))]
+        )
 
 
 @patch
-async def read(self: BatchModel, batch) -> tuple[dict[str, ChatReply | Failure], Failure]:
-    "Read what came of a batch: the answers, and what to say of any other question."
+async def read(self: BatchModel, batch, asked: dict[str, ChatRequest]) -> dict[str, ChatReply | Failure]:
+    "Read what came of a batch that has ended."
     import openai
 
-    found = {}
-    for file_id in filter(None, (batch.error_file_id, batch.output_file_id)):  # an answer goes before an error
+    found, (full, said) = {}, why_failed(batch) if batch.status == "failed" else (False, "")
+    if said and not full:
+        self.jobs.drop_jobs(list(asked))
+        remedy = "nothing was spent on it, mend this and run again"
+        raise StudyError(f"model {self.uri!r}: the server refused batch {batch.id}: {said}; {remedy}")
+    for file_id in filter(None, (batch.error_file_id, batch.output_file_id)) if not full else ():
         try:
-            found |= await self.patiently(self.read_file, file_id)
+            found |= await self.patiently(self.read_file, file_id)  # the output last: an answer goes before an error
         except openai.NotFoundError:
             continue  # no longer kept: its questions are missing
-    if batch.status == "completed":
-        return found, Failure(f"batch {batch.id} ended without this question", kind="broken", unsure=True)
-    return found, Failure(f"batch {batch.id} {batch.status} before this question", kind="refused")
-
-# %% ../../nbs/gateway/03_batches.ipynb #53e62ad1
-@patch
-def judge(self: BatchModel, batch, asked: dict) -> tuple[dict, Failure] | None:
-    "Say what to do about a batch that was refused as a whole; None for any other."
-    if batch.status != "failed":
-        return None
-    full, said = why_failed(batch)
+    rest = Failure(f"batch {batch.id} {batch.status} before this question", kind="refused")
     if full:
-        return {}, Failure(f"no place in the queue: {said}", kind="refused", after=min(LONGEST_AFTER, 5 * self.poll[1]))
-    self.orders.drop_jobs(list(asked))
-    raise StudyError(
-        f"model {self.uri!r}: the server refused batch {batch.id}: {said}; nothing was spent on it, mend this and run "
-        "again"
-    )
+        seconds = min(LONGEST_AFTER, 5 * self.poll[1])
+        rest = Failure(f"no place in the queue: {said}", kind="refused", after=seconds)
+    elif batch.status == "completed":
+        rest = Failure(f"batch {batch.id} ended without this question", kind="broken", unsure=True)
+    return {key: found.get(key, rest) for key in asked}
 
 # %% ../../nbs/gateway/03_batches.ipynb #9c918e8a
 @patch
@@ -377,7 +326,7 @@ async def one(self: BatchModel, requests: list[ChatRequest]) -> dict[str, ChatRe
     "Answer the questions of one batch, under way or new."
     asked = {request.key(self.identity): request for request in requests}
     try:
-        name = next(iter(self.orders.jobs(list(asked)).values()), None)
+        name = next(iter(self.jobs.jobs(list(asked)).values()), None)
         batch = name and await self.under_way(name)
         if not batch:
             name, batch = await self.order(asked)
@@ -387,21 +336,19 @@ async def one(self: BatchModel, requests: list[ChatRequest]) -> dict[str, ChatRe
         if not failure.again:
             raise StudyError(f"model {self.uri!r}: the server refused the batch: {failure.reason}") from None
         return dict.fromkeys(asked, failure)
-    found, rest = self.judge(batch, asked) or await self.read(batch)
-    replies = {key: found.get(key, rest) for key in asked}
-    self.orders.drop_jobs([key for key, reply in replies.items() if isinstance(reply, Failure) or self.jobs is None])
+    replies = await self.read(batch, asked)
+    self.jobs.drop_jobs([key for key, reply in replies.items() if isinstance(reply, Failure)])
     return replies
 
-# %% ../../nbs/gateway/03_batches.ipynb #9f1297df
+
 @patch
-async def answer(self: BatchModel, requests) -> list[ChatReply | Failure]:
+async def answer(self: BatchModel, requests: list[ChatRequest]) -> list[ChatReply | Failure]:
     "Make one attempt at a group."
     self.opened = self.opened or self.open_client()
     groups = [[requests[i] for i in group] for group in self.groups(requests)]
     try:
         found = {key: reply for part in await asyncio.gather(*map(self.one, groups)) for key, reply in part.items()}
     except asyncio.CancelledError:
-        raise StudyError(
-            f"model {self.uri!r}: interrupted; what was ordered stays ordered, run again to fetch it"
-        ) from None
+        what = "interrupted; what was ordered stays ordered, run again to fetch it"
+        raise StudyError(f"model {self.uri!r}: {what}") from None
     return [found[request.key(self.identity)] for request in requests]

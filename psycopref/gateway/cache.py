@@ -13,16 +13,14 @@ import typing
 import uuid
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from ..core.files import open_database
 from ..core.settings import StudyError
 from ..core.stages import Run, Shard
 from ..models.chat import ChatReply
 
 # %% auto #0
-__all__ = ['TABLES', 'ASK_AGAIN', 'KEEP', 'DONE', 'BOOK', 'BILL', 'AT_WORK', 'damage_named', 'ReplyCache', 'select',
-           'open_finished', 'read_bill', 'claim', 'merge_shard', 'open_cache', 'run_bill']
+__all__ = ['TABLES', 'KEEP', 'DONE', 'BOOK', 'BILL', 'AMONG', 'AT_WORK', 'read_bill', 'damage_named', 'open_finished',
+           'ReplyCache', 'claim', 'merge_shard', 'open_cache', 'run_bill']
 
 # %% ../../nbs/gateway/01_cache.ipynb #401851d0
 TABLES = (
@@ -31,7 +29,24 @@ TABLES = (
     "calls INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL)",
     "CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, id TEXT NOT NULL)",
 )
-ASK_AGAIN = "move it away, replies will be asked for again"
+KEEP = "INSERT OR REPLACE INTO replies VALUES (?, ?)"
+DONE = "DELETE FROM jobs WHERE name = ?"
+BOOK = (
+    "INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET calls = calls + excluded.calls, "
+    "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
+    "completion_tokens = completion_tokens + excluded.completion_tokens, usd = usd + excluded.usd"
+)
+BILL = (
+    "SELECT stage, model, sum(calls), sum(prompt_tokens), sum(completion_tokens), sum(usd) FROM spent "
+    "GROUP BY stage, model ORDER BY stage, model"
+)
+AMONG = "IN (SELECT value FROM json_each(?))"  # a JSON list: any number of names
+
+
+def read_bill(db: sqlite3.Connection) -> list[dict]:
+    "Return stage, model, calls, tokens and US dollars of all books in a file."
+    names = ("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd")
+    return [dict(zip(names, row)) for row in db.execute(BILL)]
 
 
 @contextlib.contextmanager
@@ -42,162 +57,107 @@ def damage_named(path: Path, what: str, remedy: str) -> typing.Iterator[None]:
     except (sqlite3.DatabaseError, json.JSONDecodeError, TypeError) as error:
         raise StudyError(f"{path}: {what} ({error}); {remedy}") from None
 
+# %% ../../nbs/gateway/01_cache.ipynb #5e960d6e
+def open_finished(path: Path) -> sqlite3.Connection:
+    "Open a cache that nobody writes meanwhile."
+    from filelock import FileLock
+
+    remedy = "move it away, or end the process that uses it"
+    with FileLock(path.with_suffix(".lock")), damage_named(path, "can't be read as a reply cache", remedy):
+        db = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        for statement in ("PRAGMA journal_mode=DELETE", *TABLES):  # a kill may have come before the tables were made
+            db.execute(statement)
+    return db
+
+# %% ../../nbs/gateway/01_cache.ipynb #4ab7467f
+def _kept(replies: dict[str, ChatReply]) -> list[tuple[str, list[tuple]]]:
+    "Write what keeps replies, as statements with their rows."
+    rows = [(key, json.dumps(vars(reply), ensure_ascii=False)) for key, reply in replies.items()]
+    return [(KEEP, rows), (DONE, [(key,) for key in replies])]
+
 
 class ReplyCache:
     "Keep replies by request key, what was spent, and the jobs that a provider works on for us, in a SQLite file."
 
     def __init__(self, path: Path, also: tuple[Path, ...] = ()):
         "also: other caches to look replies up in; nobody writes them meanwhile."
-        self.path, self.lock, self.also = (
+        self.path, self.lock, self.remedy = (
             Path(path),
             threading.Lock(),
-            [(other, open_finished(other)) for other in also],
+            "move it away, replies will be asked for again",
         )
+        self.also = [(other, open_finished(other)) for other in also]
         self.books: dict[tuple[str, str], str] = {}  # (stage, model) -> our row in `spent`
         self.mark = contextlib.ExitStack()  # says that this process works with the file, where that matters
-        with damage_named(self.path, "is no reply cache", ASK_AGAIN):
+        with damage_named(self.path, "is no reply cache", self.remedy):
             self.db = open_database(self.path, *TABLES)
 
     def get(self, keys: list[str]) -> dict[str, ChatReply]:
         "Return the known replies among the keys."
         found = {}
         for path, db in ((self.path, self.db), *self.also):
-            with damage_named(path, "the reply cache is damaged", ASK_AGAIN):
-                rows = select(
-                    db, "SELECT key, reply FROM replies WHERE key IN", [key for key in keys if key not in found]
-                )
+            with damage_named(path, "the reply cache is damaged", self.remedy):
+                left = json.dumps([key for key in keys if key not in found])
+                rows = db.execute(f"SELECT key, reply FROM replies WHERE key {AMONG}", [left])
                 found |= {key: ChatReply(**json.loads(reply)) for key, reply in rows}
         return found
 
+    def keep(self, done: list[tuple]) -> None:
+        "Keep replies and book what they took, all or none. done: (replies, stage, model, calls, tokens in, out, USD)."
+        books = [(self.books.setdefault(entry[1:3], uuid.uuid4().hex), *entry[1:]) for entry in done]
+        self._write(*(part for replies, *_ in done for part in _kept(replies)), (BOOK, books))
+
+    def put(self, replies: dict[str, ChatReply]) -> None:
+        "Keep replies that took nothing."
+        self._write(*_kept(replies))
+
+    def spend(self, stage: str, model: str, *spent) -> None:
+        "Book calls of a stage to a model: calls, tokens in and out, US dollars."
+        self.keep([({}, stage, model, *spent)])
+
+    def _write(self, *work: tuple[str, typing.Iterable[tuple]]) -> None:
+        "Carry statements out on their rows, in one transaction."
+        with damage_named(self.path, "can't be written", "free some space or mend the file, and run again"):
+            with self.lock, self.db:  # one transaction at a time: threads share the connection
+                for statement, rows in work:
+                    self.db.executemany(statement, rows)
+
+    def forget(self, keys: list[str]) -> None:
+        "Drop replies, so that they are asked for again."
+        self._write(("DELETE FROM replies WHERE key = ?", [(key,) for key in keys]))
+
+    def bill(self) -> list[dict]:
+        "Return the books of this file."
+        return read_bill(self.db)
+
+    def spent(self) -> float:
+        "Return what this file has booked, in US dollars."
+        return sum(row["usd"] for row in self.bill())
+
+    def spent_before(self) -> float:
+        "Return what the other caches have booked, in US dollars."
+        return sum(row["usd"] for _, db in self.also for row in read_bill(db))
+
+    def jobs(self, names: list[str]) -> dict[str, str]:
+        "Return what is noted of the names, here or in the other caches."
+        found = {}
+        for db in (*(db for _, db in self.also), self.db):
+            found |= dict(db.execute(f"SELECT name, id FROM jobs WHERE name {AMONG}", [json.dumps(list(names))]))
+        return found
+
+    def keep_jobs(self, rows: dict[str, str]) -> None:
+        "Note which batch a question is in, or which id a batch has."
+        self._write(("INSERT OR REPLACE INTO jobs VALUES (?, ?)", rows.items()))
+
+    def drop_jobs(self, names: list[str]) -> None:
+        "Forget notes, so that questions are ordered anew."
+        self._write((DONE, [(name,) for name in names]))
+
     def close(self) -> None:
         "Give the files back."
-        for _, db in ((self.path, self.db), *self.also):
+        for db in (self.db, *(db for _, db in self.also)):
             db.close()
         self.mark.close()
-
-
-def select(db: sqlite3.Connection, query: str, names: list[str]) -> typing.Iterator[tuple]:
-    "Ask for any number of names, as many at a time as SQLite takes. query: ends in IN."
-    for start in range(0, len(names), 500):
-        part = names[start : start + 500]
-        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
-
-# %% ../../nbs/gateway/01_cache.ipynb #4ab7467f
-KEEP = "INSERT OR REPLACE INTO replies VALUES (?, ?)"
-DONE = "DELETE FROM jobs WHERE name = ?"
-BOOK = (
-    "INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET calls = calls + excluded.calls, "
-    "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
-    "completion_tokens = completion_tokens + excluded.completion_tokens, usd = usd + excluded.usd"
-)
-
-
-def _as_rows(replies: dict[str, ChatReply]) -> list[tuple[str, str]]:
-    "Write replies as rows."
-    return [(key, json.dumps(vars(reply), ensure_ascii=False)) for key, reply in replies.items()]
-
-
-@patch
-def _write(self: ReplyCache, *work: tuple[str, typing.Iterable[tuple]]) -> None:
-    "Carry statements out on their rows, in one transaction."
-    with damage_named(self.path, "can't be written", "free some space or mend the file, and run again"):
-        with self.lock, self.db:  # one transaction at a time: threads share the connection
-            for statement, rows in work:
-                self.db.executemany(statement, rows)
-
-
-@patch
-def keep(self: ReplyCache, done: list[tuple]) -> None:
-    "Keep replies and book what they took, all or none. done: (replies, stage, model, calls, tokens in, out, USD)."
-    books = [
-        (self.books.setdefault((stage, model), uuid.uuid4().hex), stage, model, *spent)
-        for _, stage, model, *spent in done
-    ]
-    rows = [row for replies, *_ in done for row in _as_rows(replies)]
-    self._write((KEEP, rows), (DONE, [(key,) for key, _ in rows]), (BOOK, books))
-
-
-@patch
-def put(self: ReplyCache, replies: dict[str, ChatReply]) -> None:
-    "Keep replies that took nothing."
-    self._write((KEEP, _as_rows(replies)), (DONE, [(key,) for key in replies]))
-
-
-@patch
-def forget(self: ReplyCache, keys: list[str]) -> None:
-    "Drop replies, so that they are asked for again."
-    self._write(("DELETE FROM replies WHERE key = ?", [(key,) for key in keys]))
-
-# %% ../../nbs/gateway/01_cache.ipynb #5e960d6e
-def open_finished(path: Path) -> sqlite3.Connection:
-    "Open a cache that nobody writes meanwhile."
-    from filelock import FileLock
-
-    with (
-        FileLock(path.with_suffix(".lock")),
-        damage_named(path, "can't be read as a reply cache", "move it away, or end the process that uses it"),
-    ):
-        db = sqlite3.connect(path, timeout=60, check_same_thread=False)
-        for statement in ("PRAGMA journal_mode=DELETE", *TABLES):  # a kill may have come before the tables were made
-            db.execute(statement)
-    return db
-
-# %% ../../nbs/gateway/01_cache.ipynb #9b6bbc49
-BILL = (
-    "SELECT stage, model, sum(calls), sum(prompt_tokens), sum(completion_tokens), sum(usd) FROM spent "
-    "GROUP BY stage, model ORDER BY stage, model"
-)
-
-
-def read_bill(db: sqlite3.Connection) -> list[dict]:
-    "Return stage, model, calls, tokens and US dollars of all books in a file."
-    names = ("stage", "model", "calls", "prompt_tokens", "completion_tokens", "usd")
-    return [dict(zip(names, row)) for row in db.execute(BILL)]
-
-
-@patch
-def spend(self: ReplyCache, stage: str, model: str, *spent) -> None:
-    "Book calls of a stage to a model: calls, tokens in and out, US dollars."
-    self.keep([({}, stage, model, *spent)])
-
-
-@patch
-def bill(self: ReplyCache) -> list[dict]:
-    "Return the books of this file."
-    return read_bill(self.db)
-
-
-@patch
-def spent(self: ReplyCache) -> float:
-    "Return what this file has booked, in US dollars."
-    return sum(row["usd"] for row in read_bill(self.db))
-
-
-@patch
-def spent_before(self: ReplyCache) -> float:
-    "Return what the other caches have booked, in US dollars."
-    return sum(row["usd"] for _, db in self.also for row in read_bill(db))
-
-# %% ../../nbs/gateway/01_cache.ipynb #7748343a
-@patch
-def jobs(self: ReplyCache, names: list[str]) -> dict[str, str]:
-    "Return what is noted of the names, here or in the other caches."
-    found = {}
-    for db in (*(db for _, db in self.also), self.db):
-        found |= dict(select(db, "SELECT name, id FROM jobs WHERE name IN", names))
-    return found
-
-
-@patch
-def keep_jobs(self: ReplyCache, rows: dict[str, str]) -> None:
-    "Note which batch a question is in, or which id a batch has."
-    self._write(("INSERT OR REPLACE INTO jobs VALUES (?, ?)", rows.items()))
-
-
-@patch
-def drop_jobs(self: ReplyCache, names: list[str]) -> None:
-    "Forget notes, so that questions are ordered anew."
-    self._write((DONE, [(name,) for name in names]))
 
 # %% ../../nbs/gateway/01_cache.ipynb #fb8d1b6e
 AT_WORK = "it is still at work; wait for it, or end it"

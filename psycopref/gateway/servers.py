@@ -20,8 +20,8 @@ from .limits import expected_tokens, minute_limits
 from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
-__all__ = ['MOST_TOKENS', 'LOOPBACK', 'host_key_name', 'server_key', 'without_keys', 'completion_reader', 'read_completion',
-           'prices', 'most_tokens', 'OpenAIModel', 'read_error', 'NotServed', 'read_status']
+__all__ = ['MOST_TOKENS', 'LOOPBACK', 'RETRY_STATUS', 'host_key_name', 'server_key', 'without_keys', 'completion_reader',
+           'read_completion', 'prices', 'most_tokens', 'OpenAIModel', 'read_error', 'NotServed', 'read_status']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
 def host_key_name(base_url: str) -> str:
@@ -212,6 +212,9 @@ def read_error(model: OpenAIModel, error: Exception) -> Failure:
     return Failure(f"Connection: {type(error).__name__}: {said}", kind="broken", unsure=sent)
 
 # %% ../../nbs/gateway/02_servers.ipynb #a66a9e9e
+RETRY_STATUS = (408, 409, 425, 429, 503)
+
+
 class NotServed(StudyError):
     "Say that a server is there but serves another model."
 
@@ -235,7 +238,7 @@ def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failur
         why = "the account is empty" if empty else "check the key, the model's name and your access"
         raise StudyError(f"model {model.uri!r}: the server refused ({status}); {why}")
     reason = f"{status}: {without_keys(' '.join(text.split()))[:200]}"
-    if status in (408, 409, 425, 429, 503):
+    if status in RETRY_STATUS:
         return Failure(reason, kind="refused", after=_retry_after(headers))
     return Failure(reason, kind="broken" if status >= 500 else "final", unsure=status == 504)  # 504: it was passed on
 

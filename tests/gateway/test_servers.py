@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import socket
-import struct
 import threading
 import time
 import traceback
@@ -16,164 +15,17 @@ import pytest
 
 from psycopref.gateway import gateway as gateway_module
 from psycopref.gateway.cache import ReplyCache
-from psycopref.models.chat import ChatReply, ChatRequest, Failure
+from psycopref.models.chat import ChatReply, Failure
 from psycopref.core.settings import StudyError
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.models.generation import Decoding
 from psycopref.gateway.limits import AdaptiveLimit
 from psycopref.gateway.servers import completion_reader, read_completion
 
+from raw_server import Closed, Cut, Dribbled, RawServer, Silent, answer, ask, error, open_model, said
 from refusals import one_line
 
 KEY = "sk-planted-0123456789abcdef"
-
-
-def ask(text="Hello", **keywords):
-    return ChatRequest(({"role": "user", "content": text},), **keywords)
-
-
-# ---- a server that controls every byte ----
-
-
-def said(text="fine", usage=(5, 2), **changed) -> bytes:
-    counts = usage and {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
-    return json.dumps(
-        {"choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": counts} | changed
-    ).encode()
-
-
-def answer(body: bytes = b"", status: int = 200, length: int | None = None, **headers) -> bytes:
-    """One HTTP answer; `length` is what it promises."""
-    lines = {"Content-Type": "application/json", "Content-Length": len(body) if length is None else length} | {
-        k.replace("_", "-"): v for k, v in headers.items()
-    }
-    return (f"HTTP/1.1 {status} x\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n").encode() + body
-
-
-def error(status: int, message="no", code=None, **headers) -> bytes:
-    return answer(json.dumps({"error": {"message": message, "type": "x", "code": code}}).encode(), status, **headers)
-
-
-class Cut(bytes):
-    """Send this much, then reset the connection."""
-
-
-class Closed(bytes):
-    """Send this much, then close the connection in order."""
-
-
-class Dribbled(bytes):
-    """Send the first bytes, then one now and then."""
-
-
-class Silent:
-    """Say nothing."""
-
-
-class RawServer:
-    """Answer by `behave(text, attempt)`: bytes to send, or how to misbehave. It ends with its test, or after a minute by itself."""
-
-    def __init__(self):
-        self.behave, self.log, self.bodies, self.headers = lambda text, attempt: answer(said(f"re: {text}")), [], [], []
-        self.flying = self.most = 0
-        started = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.main(started)), daemon=True)
-        self.thread.start()
-        assert started.wait(10)
-        self.uri = f"openai:some/model@http://127.0.0.1:{self.port}/v1"
-
-    async def main(self, started):
-        self.loop, self.over, self.tasks = asyncio.get_running_loop(), asyncio.Event(), set()
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, backlog=512)
-        self.port = self.server.sockets[0].getsockname()[1]
-        started.set()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(60):
-                await self.over.wait()
-        self.server.close()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    async def serve(self, reader, writer):
-        task = asyncio.current_task()
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while await self.one(reader, writer):
-                pass
-        writer.transport.abort()
-
-    async def one(self, reader, writer) -> bool:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:])}
-        body = json.loads(await reader.readexactly(int(headers["content-length"])))
-        text = body["messages"][-1]["content"]
-        attempt = self.log.count(text)
-        self.log.append(text), self.bodies.append(body), self.headers.append(headers)
-        self.flying += 1
-        self.most = max(self.most, self.flying)
-        try:
-            how = self.behave(text, attempt)
-            if asyncio.iscoroutine(how):
-                how = await how
-            if how is Silent:
-                await asyncio.sleep(30)
-            for i in range(0 if not isinstance(how, Dribbled) else len(how)):
-                writer.write(how[i : i + 1])
-                await writer.drain()
-                await asyncio.sleep(0 if i < 80 else 0.04)
-            if not isinstance(how, Dribbled):
-                writer.write(how)
-                await writer.drain()
-        finally:
-            self.flying -= 1
-        if isinstance(how, Cut):
-            await asyncio.sleep(0.02)  # let it arrive
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
-        elif isinstance(how, Closed):
-            writer.close()
-        return not isinstance(how, (Cut, Closed))
-
-    def stop_listening(self):
-        """Vanish: nobody listens any more, and open connections are cut."""
-        self.server.close()
-        for task in self.tasks:
-            task.cancel()
-
-    def stop(self):
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.over.set)
-        self.thread.join(10)
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    running = RawServer()
-    yield running
-    running.stop()
-    assert not running.thread.is_alive()
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    """Make no pauses, and note which ones were asked for."""
-    asked = []
-    monkeypatch.setattr(gateway_module, "pause", lambda attempt, after=None: asked.append((attempt, after)) or 0.0)
-    return asked
-
-
-@pytest.fixture
-def gateway(tmp_path):
-    return Gateway(ReplyCache(tmp_path / "replies.sqlite"))
-
-
-def open_model(server, attempts=2, timeout=5.0, concurrency=None):
-    model = chat_model(server.uri, max_retries=attempts - 1, timeout=timeout)
-    model.concurrency = concurrency or model.concurrency
-    return model
 
 
 # ---- what breaks on its way ----
@@ -246,12 +98,6 @@ def test_a_long_reply_arrives_whole(server, gateway):
     assert Gateway(ReplyCache(gateway.cache.path), calls="replay").ask(open_model(server), [ask()])[
         0
     ].text == text and server.log == ["Hello"]
-
-
-def test_length_is_kept(server, gateway):
-    body = said().replace(b'"stop"', b'"length"')
-    server.behave = lambda text, attempt: answer(body)
-    assert gateway.ask(open_model(server), [ask()]) == [ChatReply("fine", "length", 5, 2)]
 
 
 # ---- what is refused ----
@@ -363,6 +209,36 @@ def test_a_dead_server_stops_the_run_and_keeps_what_was_finished(server, gateway
 # ---- what is read ----
 
 
+BODIES = {  # what came -> what it becomes
+    "length": ({"choices": [{"finish_reason": "length", "message": {"content": "fine"}}]}, ChatReply("fine", "length")),
+    "tool calls": ({"choices": [{"finish_reason": "tool_calls", "message": {"content": "fine"}}]}, ChatReply("fine")),
+    "no usage": ({"usage": None}, ChatReply("fine")),
+    "empty usage": ({"usage": {}}, ChatReply("fine")),
+    "nulls": ({"usage": {"prompt_tokens": None, "completion_tokens": None}}, ChatReply("fine")),
+    "filtered": ({"choices": [{"finish_reason": "content_filter", "message": {"content": "half"}}]}, "content_filter"),
+    "null content": ({"choices": [{"finish_reason": "stop", "message": {"content": None}}]}, "no text"),
+    "empty content": ({"choices": [{"finish_reason": "stop", "message": {"content": ""}}]}, "no text"),
+    "no choices": ({"choices": []}, "no choice"),
+    "null choices": ({"choices": None}, "choices"),
+    "choices no list": ({"choices": {"message": "fine"}}, "choices"),
+    "null message": ({"choices": [{"finish_reason": "stop", "message": None}]}, "message"),
+    "text for a message": ({"choices": [{"finish_reason": "stop", "message": "fine"}]}, "message"),
+    "content in parts": ({"choices": [{"message": {"content": [{"text": "fine"}]}}]}, "content"),
+    "lone surrogate": ({"choices": [{"message": {"content": "half a face \ud83d"}}]}, "no chat completion"),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_a_body_becomes_an_answer_or_one_line(case):
+    changed, expected = BODIES[case]
+    usual = json.loads(said(usage=None if isinstance(expected, ChatReply) else (5, 2)))
+    found = read_completion(completion_reader(), json.dumps(usual | changed).encode())
+    if isinstance(expected, ChatReply):
+        assert found == expected
+    else:
+        assert isinstance(found, Failure) and expected in found.reason and "\n" not in found.reason and found.raw
+
+
 @pytest.mark.parametrize("count", [-7, 10**30, 10**8])
 def test_a_count_that_can_t_be_is_no_count(count):
     reader = completion_reader()
@@ -372,8 +248,8 @@ def test_a_count_that_can_t_be_is_no_count(count):
 
 @pytest.mark.parametrize("usage", [None, (0, 0), (-1000, 2), (5, -(10**9)), (10**30, 10**30), (0, 5), (5, 0)])
 def test_a_server_that_lies_about_its_counts_is_paid_at_the_most(server, tmp_path, usage):
-    gateway, model = Gateway(ReplyCache(tmp_path / "paid.sqlite"), 10.0, stage="s"), open_model(server)
-    model.price = PRICE
+    gateway = Gateway(ReplyCache(tmp_path / "paid.sqlite"), 10.0, stage="s")
+    model = open_model(server, price=PRICE)
     server.behave = lambda text, attempt: answer(said(usage=usage))
     request = ask("a", decoding=Decoding(2))
     gateway.ask(model, [request])
