@@ -4,7 +4,6 @@ import csv
 import errno
 import html
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,22 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.core import files as artifacts
-from psycopref.core.files import (
-    SCHEMAS,
-    StageReader,
-    StageWriter,
-    atomic_path,
-    read_json,
-    read_rows,
-    sha256_file,
-    write_json,
-    write_rows,
-)
-from psycopref.core.tables import Label, format_cell, html_table, latex_table, markdown_table, new_figure
-from psycopref.core.stages import Run
-
 from refusals import one_line
+
+from psycopref.core import files as artifacts
+from psycopref.core.files import SCHEMAS, StageReader, StageWriter, atomic_path, read_json, read_rows, sha256_file
+from psycopref.core.files import write_json, write_rows
+from psycopref.core.stages import Run
+from psycopref.core.tables import Label, format_cell, html_table, latex_table, markdown_table, new_figure
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 LABEL = Label("tiny", ("a model",), "a rater", "3 rows")
@@ -52,23 +42,25 @@ def write_stage(value=1, name="01_speeches", run=RUN):
         stage.rows("scores", pd.DataFrame([score(prefID=value)]))
 
 
-def run_code(code: str, **keywords):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, **keywords
-    )
+def run_code(code: str):
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+
+
+def signed(name="05_reward", run=RUN):
+    """What the receipt of a stage names."""
+    return set(StageReader(run, name).receipt["outputs"])
 
 
 # ---- interruptions ----
 
 
-def test_kill_in_the_middle_of_a_stage_leaves_the_signed_stage_readable(tmp_path):
+def test_kill_in_the_middle_of_a_stage_leaves_the_signed_stage_readable_and_its_halves_unsigned(tmp_path):
     write_stage(1)
     child = run_code("""
         import os, signal
         from psycopref.core.files import StageWriter, atomic_path
         from psycopref.core.stages import Run
         with StageWriter(Run("example"), "01_speeches", "tiny", 0, {}) as stage:
-            stage.json("value", {"n": 2})
             with atomic_path(stage.work / "scores.parquet") as partial:
                 partial.write_bytes(b"half of it")
                 print("inside", flush=True)
@@ -77,6 +69,9 @@ def test_kill_in_the_middle_of_a_stage_leaves_the_signed_stage_readable(tmp_path
     assert child.communicate(timeout=60)[0].split() == ["inside"] and child.returncode == -signal.SIGKILL
     reader = StageReader(RUN, "01_speeches")
     assert reader.json("value") == {"n": 1} and reader.rows("scores").prefID.tolist() == [1]
+    with StageWriter(RUN, "01_speeches", "tiny", 0, {}) as stage:
+        stage.json("other", {"n": 2})
+    assert signed("01_speeches") == {"other.json"}
 
 
 def test_kill_at_any_step_leaves_one_whole_stage_readable(tmp_path):
@@ -145,22 +140,6 @@ def test_an_exception_leaves_no_stage_and_no_tables(tmp_path):
     assert "01_speeches" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores"))
 
 
-def test_what_an_atomic_write_left_behind_is_never_signed():
-    child = run_code("""
-        import os, signal
-        from psycopref.core.files import StageWriter, atomic_path
-        from psycopref.core.stages import Run
-        with StageWriter(Run("example"), "05_reward", "tiny", 0, {}) as stage:
-            with atomic_path(stage.work / "value.json") as partial:
-                partial.write_text("half of it")
-                os.kill(os.getpid(), signal.SIGKILL)
-    """)
-    assert child.wait(timeout=60) == -signal.SIGKILL
-    with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
-        stage.json("value", {"n": 2})
-    assert set(StageReader(RUN, "05_reward").receipt["outputs"]) == {"value.json"}
-
-
 def interrupted(seed=0, settings=None, inputs=()):
     with pytest.raises(KeyboardInterrupt):
         with StageWriter(RUN, "05_reward", "tiny", seed, settings or {}, list(inputs)) as stage:
@@ -171,14 +150,17 @@ def interrupted(seed=0, settings=None, inputs=()):
 
 
 @pytest.mark.parametrize(
-    "first, second", [((0, {"epochs": 1}), (0, {"epochs": 2})), ((0, {}), (1, {}))], ids=["settings", "seed"]
+    "first, second, kept",
+    [((0, {"epochs": 1}), (0, {"epochs": 2}), False), ((0, {}), (1, {}), False), ((0, {}), (0, {}), True)],
+    ids=["settings", "seed", "the same"],
 )
-def test_nothing_of_an_interrupted_run_with_other_settings_is_signed(first, second):
+def test_scratch_is_continued_by_the_same_run_alone_and_never_signed(first, second, kept):
     interrupted(*first)
     with StageWriter(RUN, "05_reward", "tiny", *second) as stage:
-        assert not (stage.work / "scratch" / "step-7").exists()
+        assert (stage.work / "scratch" / "step-7").exists() == kept
         stage.json("value", {"n": 2})
-    assert set(StageReader(RUN, "05_reward").receipt["outputs"]) == {"value.json"}
+    assert signed() - {"abandoned.json"} == {"value.json"} and ("abandoned.json" in signed()) == kept
+    assert not (RUN.stage("05_reward") / "scratch").exists()
 
 
 def test_nothing_of_an_interrupted_run_with_other_inputs_is_signed(tmp_path):
@@ -187,16 +169,7 @@ def test_nothing_of_an_interrupted_run_with_other_inputs_is_signed(tmp_path):
     write_json(source, 2)
     with StageWriter(RUN, "05_reward", "tiny", 0, {}, [source]) as stage:
         stage.json("value", {"n": 2})
-    assert set(StageReader(RUN, "05_reward").receipt["outputs"]) == {"value.json"}
-
-
-def test_scratch_survives_an_interruption_and_is_never_signed():
-    interrupted()
-    with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
-        assert (stage.work / "scratch" / "step-7").read_text() == "half way"
-        stage.json("value", {})
-    assert not [name for name in StageReader(RUN, "05_reward").receipt["outputs"] if "scratch" in name]
-    assert not (RUN.stage("05_reward") / "scratch").exists()
+    assert signed() == {"value.json"}
 
 
 def test_a_project_below_a_folder_named_scratch_can_sign(tmp_path, monkeypatch):
@@ -211,12 +184,8 @@ def test_a_second_run_replaces_the_first_whole():
     with StageWriter(RUN, "01_speeches", "tiny", 1, {}) as stage:
         stage.json("second", 2)
     reader = StageReader(RUN, "01_speeches")
-    assert (
-        reader.json("second") == 2
-        and reader.receipt["seed"] == 1
-        and not (reader.run.stage("01_speeches") / "first.json").exists()
-    )
-    one_line(lambda: reader.json("first"))
+    assert reader.json("second") == 2 and reader.receipt["seed"] == 1 and signed("01_speeches") == {"second.json"}
+    assert not (reader.folder / "first.json").exists() and "first.json" in one_line(lambda: reader.json("first"))
     assert [p.name for p in RUN.outputs.iterdir() if p.name.startswith("01")] == ["01_speeches"]
 
 
@@ -228,10 +197,8 @@ def full(*arguments, **keywords):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    old_json, old_rows = (
-        write_json(tmp_path / "a.json", {"n": 1}),
-        write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()])),
-    )
+    old_json = write_json(tmp_path / "a.json", {"n": 1})
+    old_rows = write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]))
     before = sha256_file(old_json), sha256_file(old_rows)
     real = Path.write_text
 
@@ -239,23 +206,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         real(self, text[: len(text) // 2], **keywords)
         full()
 
-    monkeypatch.setattr(Path, "write_text", half)
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    for action in (
-        lambda: write_json(old_json, {"n": 2}),
-        lambda: write_rows(old_rows, "scores", pd.DataFrame([score(ID="b")])),
-    ):
-        assert "disk is full" in one_line(action)
-    assert (sha256_file(old_json), sha256_file(old_rows)) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.parquet"]
-
-
-def test_a_disk_that_fills_at_the_rename_is_one_line_too(tmp_path, monkeypatch):
-    old = write_json(tmp_path / "a.json", {"n": 1})
-    monkeypatch.setattr(artifacts.os, "replace", full)
-    one_line(lambda: write_json(old, {"n": 2}))
-    monkeypatch.undo()
-    assert read_json(old) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    for target, name, fake in ((Path, "write_text", half), (artifacts.os, "replace", full)):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, fake)
+            patched.setattr(pq.ParquetWriter, "write_table", full)
+            assert "disk is full" in one_line(lambda: write_json(old_json, {"n": 2}))
+            new = pd.DataFrame([score(ID="b")])
+            assert "disk is full" in one_line(lambda: write_rows(old_rows, "scores", new))
+        assert (sha256_file(old_json), sha256_file(old_rows)) == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.parquet"]
 
 
 def test_another_system_error_is_not_called_a_full_disk(tmp_path):
@@ -286,15 +245,8 @@ def test_every_kind_of_bad_file_is_one_line(tmp_path):
     write_stage()
     folder = RUN.stage("01_speeches")
     good = (folder / "scores.parquet").read_bytes()
-    bad_rows = [
-        b"",
-        b"PAR1",
-        good[:-1],
-        good[: len(good) // 2],
-        good[:100] + b"\0" * (len(good) - 100),
-        b"PAR1" + b"x" * 64 + b"PAR1",
-        b"a,b\n1,2\n",
-    ]
+    bad_rows = [b"", b"PAR1", good[:-1], good[: len(good) // 2], good[:100] + b"\0" * (len(good) - 100)]
+    bad_rows += [b"PAR1" + b"x" * 64 + b"PAR1", b"a,b\n1,2\n"]
     for i, content in enumerate(bad_rows):
         (path := tmp_path / f"{i}.parquet").write_bytes(content)
         assert path.name in one_line(lambda: read_rows(path, "scores"))
@@ -320,16 +272,19 @@ def test_a_flipped_byte_in_signed_rows_is_refused():
 def test_an_unsigned_folder_is_refused():
     write_stage()
     folder = RUN.stage("01_speeches")
+
+    def said(name, stage="01_speeches"):
+        return one_line(lambda: StageReader(RUN, stage).json(name))
+
     (folder / "extra.json").write_text("{}")
-    assert "extra.json" in one_line(lambda: StageReader(RUN, "01_speeches").json("extra")), "a file that nobody signed"
+    assert "extra.json" in said("extra"), "a file that nobody signed"
     (folder / "value.json").unlink()
-    assert "value.json" in one_line(lambda: StageReader(RUN, "01_speeches").json("value")), "a signed file that is gone"
-    receipt = (folder / "receipt.json").read_text()
-    (folder / "receipt.json").write_text(receipt[:-20])
-    assert "receipt.json" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores")), "a truncated receipt"
-    (folder / "receipt.json").unlink()
-    assert "receipt.json" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores")), "no receipt"
-    assert "02_responses" in one_line(lambda: StageReader(RUN, "02_responses").json("value")), "no folder"
+    assert "value.json" in said("value"), "a signed file that is gone"
+    receipt = folder / "receipt.json"
+    receipt.write_text(receipt.read_text()[:-20])
+    assert "receipt.json" in said("value"), "a truncated receipt"
+    receipt.unlink()
+    assert "receipt.json" in said("value") and "02_responses" in said("value", "02_responses")
 
 
 def test_rows_of_another_kind_are_refused(tmp_path):
@@ -337,20 +292,17 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     assert "speeches" in one_line(lambda: read_rows(path, "speeches"))
 
 
-@pytest.mark.parametrize("changed", [
-    {"prefID": None}, {"prefID": "3"}, {"prefID": 1.5}, {"prefID": 2**70}, {"ID": 3}, {"ID": None}, {"ID": b"\xff"},
-    {"chosen_score": float("nan")}, {"chosen_score": "high"}, {"extra": 1}])  # fmt: skip
+WRONG = [{"prefID": value} for value in (None, "3", 1.5, 2**70)] + [{"ID": value} for value in (3, None, b"\xff")]
+WRONG += [{"chosen_score": float("nan")}, {"chosen_score": "high"}, {"chosen_score": True}, {"extra": 1}]
+
+
+@pytest.mark.parametrize("changed", WRONG)
 def test_rows_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, changed):
-    assert "a.parquet" in one_line(
-        lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score(**changed)]))
-    )
+    path, frame = tmp_path / "a.parquet", pd.DataFrame([score(**changed)])
+    assert "a.parquet" in one_line(lambda: write_rows(path, "scores", frame))
+    less = pd.DataFrame([score()]).drop(columns="rejected_score")
+    assert "rejected_score" in one_line(lambda: write_rows(path, "scores", less))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_column_is_refused_and_named(tmp_path):
-    assert "rejected_score" in one_line(
-        lambda: write_rows(tmp_path / "a.parquet", "scores", pd.DataFrame([score()]).drop(columns="rejected_score"))
-    )
 
 
 # ---- receipts ----
@@ -360,20 +312,11 @@ def test_a_receipt_tells_inputs_outputs_and_settings(tmp_path):
     source = write_json(tmp_path / "source.json", [1])
     with StageWriter(RUN, "02_responses", "demo", 5, {"responses": {"pool": "demo"}}, [source], {"calls": 3}) as stage:
         path = stage.json("value", [2])
-        signed = sha256_file(path)
+        outputs = {"value.json": sha256_file(path)}
     receipt = StageReader(RUN, "02_responses").receipt
-    assert receipt["inputs"] == {"source.json": sha256_file(source)} and receipt["outputs"] == {"value.json": signed}
-    assert (receipt["stage"], receipt["run"], receipt["profile"], receipt["seed"]) == (
-        "02_responses",
-        "example",
-        "demo",
-        5,
-    )
-    assert (
-        receipt["settings"] == {"responses": {"pool": "demo"}}
-        and receipt["calls"] == 3
-        and receipt["versions"]["pandas"] == pd.__version__
-    )
+    expected = dict(stage="02_responses", run="example", profile="demo", seed=5, calls=3, outputs=outputs)
+    expected |= dict(settings={"responses": {"pool": "demo"}}, inputs={"source.json": sha256_file(source)})
+    assert {key: receipt[key] for key in expected} == expected and receipt["versions"]["pandas"] == pd.__version__
 
 
 # ---- rows ----
@@ -403,8 +346,9 @@ def test_rows_come_back_as_they_were_and_the_bytes_are_the_same(tmp_path_factory
 # ---- tables ----
 
 NASTY = 'a&b %$#_{}~^\\ "x" <i>&amp; | 5 ± 2 ≥ 1 · —'
-SPECIAL_TEX = {r"\textbackslash{}": "\\", r"\&": "&", r"\%": "%", r"\$": "$", r"\#": "#", r"\_": "_", r"\{": "{", r"\}": "}",
-               r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", "---": "—", r"$\pm$": "±", r"$\geq$": "≥", r"$\cdot$": "·", r"\textless{}": "<", r"\textgreater{}": ">"}  # fmt: skip
+SPECIAL_TEX = {"\\" + sign: sign for sign in "&%$#_{}"} | {"---": "—", r"$\pm$": "±", r"$\geq$": "≥", r"$\cdot$": "·"}
+SPECIAL_TEX |= {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^"}
+SPECIAL_TEX |= {r"\textless{}": "<", r"\textgreater{}": ">"}
 
 
 def read_tex(text: str) -> str:
@@ -470,9 +414,8 @@ def test_markdown_rows_keep_their_columns(text, rows):
     assert len(lines) == rows + 2
     for line in lines[2:]:
         cells = re.split(r"(?<!\\)\|", line.strip("\n"))
-        assert cells[0] == cells[-1] == "" and [
-            re.sub(r"\\([|*])", r"\1", c.strip()).replace("&lt;", "<") for c in cells[1:-1]
-        ] == [text, "line<br>line"]
+        plain = [re.sub(r"\\([|*])", r"\1", c.strip()).replace("&lt;", "<") for c in cells]
+        assert plain == ["", text, "line<br>line", ""]
 
 
 def test_a_table_stands_in_five_forms_and_every_form_names_its_makers():
@@ -480,32 +423,36 @@ def test_a_table_stands_in_five_forms_and_every_form_names_its_makers():
     with StageWriter(RUN, "05_reward", "tiny", 0, {}) as stage:
         stage.table("1", "reward", frame, NASTY, LABEL)
     files = {p.suffix: p for p in RUN.tables.iterdir()}
-    assert set(files) == {".csv", ".md", ".tex", ".html", ".json"} and {p.stem for p in files.values()} == {
-        "table_1_reward"
-    }
-    signed = {p.name: sha256_file(p) for p in (RUN.stage("05_reward") / "tables").iterdir()}
-    assert signed == {p.name: sha256_file(p) for p in files.values()}, "the copy for the reader is the signed one"
+    assert {p.name for p in files.values()} == {f"table_1_reward.{form}" for form in "csv md tex html json".split()}
+    kept = {p.name: sha256_file(p) for p in (RUN.stage("05_reward") / "tables").iterdir()}
+    assert kept == {p.name: sha256_file(p) for p in files.values()}, "the copy for the reader is the signed one"
     with open(files[".csv"], newline="", encoding="utf-8") as handle:
         assert list(csv.reader(handle)) == [[NASTY, "accuracy", "n"], [NASTY, "0.8125", "3"], ["", "", "4"]]
-    assert json.loads(files[".json"].read_text()) == {
-        "number": "1",
-        "slug": "reward",
-        "caption": NASTY,
-        "label": str(LABEL),
-    }
+    described = {"number": "1", "slug": "reward", "caption": NASTY, "label": str(LABEL)}
+    assert json.loads(files[".json"].read_text()) == described
     tex, page, md = (files[s].read_text(encoding="utf-8") for s in (".tex", ".html", ".md"))
-    assert (
-        tex.splitlines()[6].split(" & ")[-2:] == ["0.812", r"3 \\"]
-        and r"a\&b \%\$\#\_\{\}\textasciitilde{}\textasciicircum{}" in tex
-    )
-    caption = tex.split(r"\caption{")[1].split("}\n\\end{table")[0]
-    assert read_tex(caption) == f"{NASTY}. {LABEL}"
+    assert tex.splitlines()[6].split(" & ")[-2:] == ["0.812", r"3 \\"]
+    assert r"a\&b \%\$\#\_\{\}\textasciitilde{}\textasciicircum{}" in tex
+    assert read_tex(tex.split(r"\caption{")[1].split("}\n\\end{table")[0]) == f"{NASTY}. {LABEL}"
     assert html.escape(NASTY) in page and "<i>" not in page and "&amp;amp;" in page
     assert str(LABEL) in page and str(LABEL) in md and NASTY in md
 
 
-@pytest.mark.parametrize("value, shown", [(None, "—"), (float("nan"), "—"), (0, "0"), (0.0, "0.0"), (9.2, "9.2"), (0.0312, "0.031"), (9.9994, "9.999"), (-12.34, "-12.3"),
-                                          (1234, "1234"), (True, "True"), ("0.5", "0.5"), (float("inf"), "inf")])  # fmt: skip
+SHOWN = {
+    None: "—",
+    0.0: "0.0",
+    9.2: "9.2",
+    0.0312: "0.031",
+    9.9994: "9.999",
+    -12.34: "-12.3",
+    1234: "1234",
+    "0.5": "0.5",
+}
+
+
+@pytest.mark.parametrize(
+    "value, shown", [*SHOWN.items(), (0, "0"), (True, "True"), (float("inf"), "inf"), (float("nan"), "—")]
+)
 def test_cells(value, shown):
     assert format_cell(value) == shown
 
@@ -519,7 +466,7 @@ def test_an_empty_table_has_a_head():
 # ---- figures ----
 
 
-def test_two_equal_figures_have_equal_bytes(monkeypatch):
+def test_two_equal_figures_have_equal_bytes_and_carry_their_label(monkeypatch):
     for name, clock in (("first", "1000000000"), ("second", "1700000000")):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", clock)  # what a renderer takes for now
         figure, axes = new_figure()
@@ -528,19 +475,10 @@ def test_two_equal_figures_have_equal_bytes(monkeypatch):
         axes.legend()
         with StageWriter(Run(name), "08_ablations", "tiny", 0, {}) as stage:
             stage.figure("4", "curve", figure, "Fig. 4", LABEL)
+        assert " ".join(text.get_text() for text in figure.texts).replace("\n", " ") == str(LABEL)
+        assert read_json(Run(name).figures / "fig_4_curve.json")["label"] == str(LABEL)
     for suffix in ("png", "pdf", "json"):
         first, second = ((Run(n).figures / f"fig_4_curve.{suffix}").read_bytes() for n in ("first", "second"))
         assert first == second and len(first) > 50
-    receipts = [StageReader(Run(n), "08_ablations").receipt["outputs"] for n in ("first", "second")]
-    assert receipts[0] == receipts[1] and set(receipts[0]) == {
-        f"figures/fig_4_curve.{s}" for s in ("json", "pdf", "png")
-    }
-
-
-def test_a_figure_carries_its_label():
-    figure, _ = new_figure()
-    with StageWriter(RUN, "08_ablations", "tiny", 0, {}) as stage:
-        stage.figure("4", "curve", figure, "Fig. 4", LABEL)
-    printed = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-    assert printed == str(LABEL) and read_json(RUN.figures / "fig_4_curve.json")["label"] == str(LABEL)
-    assert os.path.getsize(RUN.figures / "fig_4_curve.png") > 1000
+    first, second = (signed("08_ablations", Run(name)) for name in ("first", "second"))
+    assert first == second == {f"figures/fig_4_curve.{suffix}" for suffix in ("json", "pdf", "png")}
