@@ -19,34 +19,23 @@ __all__ = ['STEPS', 'STRENGTHS', 'score_frame', 'length_scores', 'held_out_losse
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #21d009b8
 def score_frame(pairs, name: str, chosen, rejected):
-    """Put scores beside the ids of their pairs.
-
-    pairs: frame of pairs; chosen: scores of the chosen responses, in the order of the pairs; rejected: scores of
-    the rejected responses. Returns frame of kind "scores"."""
+    'Return scores beside the ids of their pairs, a frame of kind "scores"; they must be finite, one for each pair.'
     import numpy as np
 
-    columns = {
-        f"{side}_score": np.asarray(scores, float) for side, scores in (("chosen", chosen), ("rejected", rejected))
-    }
+    columns = {"chosen_score": np.asarray(chosen, float), "rejected_score": np.asarray(rejected, float)}
     for column, scores in columns.items():
         if scores.shape != (len(pairs),):
-            raise StudyError(
-                f"scores of {name}: {column} has shape {scores.shape}, expected one number for each of {len(pairs)} "
-                "pairs; score this very frame"
-            )
+            expected = f"expected one number for each of {len(pairs)} pairs; score this very frame"
+            raise StudyError(f"scores of {name}: {column} has shape {scores.shape}, {expected}")
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise StudyError(
-                f"scores of {name}: {column} is {scores[row]} for pair {pairs.prefID.iloc[row]}, expected a finite "
-                "number; look at that pair's texts"
-            )
+            found = f"{column} is {scores[row]} for pair {pairs.prefID.iloc[row]}"
+            raise StudyError(f"scores of {name}: {found}, expected a finite number; look at that pair's texts")
     return pairs[["ID", "prefID"]].reset_index(drop=True).assign(model=name, **columns)
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #d687352b
 def length_scores(pairs) -> tuple[list[int], list[int]]:
-    """Score responses by their number of words: the baseline that prefers the longer.
-
-    pairs: frame of pairs. Returns words of the chosen and of the rejected responses."""
+    "Return the number of words of the chosen and of the rejected responses: the baseline that prefers the longer."
     return tuple([len(text.split()) for text in pairs[side]] for side in ("chosen", "rejected"))
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #791edcc6
@@ -65,7 +54,7 @@ def _differences(chosen, rejected):
     found[:-1] -= rejected
     return found
 
-# %% ../../nbs/evaluation/01_baselines.ipynb #c0377798
+
 def _regression(tolerance: float):
     "Make a logistic regression without intercept that starts where it last ended."
     from sklearn.linear_model import LogisticRegression
@@ -83,21 +72,18 @@ def _fitted(model, rows, strength: float):
         try:
             return model.set_params(C=strength).fit(rows, np.arange(rows.shape[0]) < rows.shape[0] - 1).coef_[0]
         except ConvergenceWarning:
-            raise StudyError(
-                f"Bradley-Terry: no convergence at strength {strength:g} in {STEPS} steps; standardise the features, "
-                "or leave out the largest strengths"
-            ) from None
+            remedy = "standardise the features, or leave out the largest strengths"
+            found = f"no convergence at strength {strength:g} in {STEPS} steps"
+            raise StudyError(f"Bradley-Terry: {found}; {remedy}") from None
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #0e791fc1
 STRENGTHS = tuple(float(f"{step}e{power}") for power in range(-5, 5) for step in (1, 3))  # 0.00001 to 30,000
 
 
 def held_out_losses(rows, groups, strengths: typing.Sequence[float], folds: int = 5) -> list[float]:
-    """Cross-validate strengths, by speech.
+    """Cross-validate strengths by speech; return the mean loss of pairs that were not fitted, for each one tried.
 
-    rows: differences of features and a row of zeros, (pairs + 1, dimensions); groups: speech of each pair,
-    (pairs,); folds: parts, or as many as there are speeches. Returns mean -log(probability of the chosen response)
-    of pairs that were not fitted, for each strength tried."""
+    rows: differences of features and a row of zeros, (pairs + 1, dimensions); groups: speech of each pair."""
     import numpy as np
     from sklearn.model_selection import GroupKFold
 
@@ -116,89 +102,65 @@ def held_out_losses(rows, groups, strengths: typing.Sequence[float], folds: int 
 # %% ../../nbs/evaluation/01_baselines.ipynb #8077f4d3
 @dataclass(frozen=True)
 class BradleyTerry:
-    "Hold a fitted linear scorer."
+    "A fitted linear scorer."
 
     weights: typing.Any  # array (dimensions,)
     facts: dict  # strength, at_edge, held_out_loss, losses, dimensions, pairs, speeches; plain data
 
     def score(self, features):
-        """Score responses; the same features have the same score in any company, to the last bit.
-
-        features: array or sparse matrix (responses, dimensions). Returns array (responses,); a difference of two is
-        a log-odds."""
+        "Return a score for each row of features, the same to the last bit in any company; a difference is a log-odds."
         import numpy as np
 
         if isinstance(features, np.ndarray):
             return (features * self.weights).sum(axis=1)  # a product of matrices would round by the place of a row
         return features @ self.weights
 
-# %% ../../nbs/evaluation/01_baselines.ipynb #f6d5829b
-def _deviations(chosen, rejected):
-    "Return the standard deviation of each feature over all responses; 1 for a feature that is constant."
-    import numpy as np
-
-    found = np.concatenate([chosen, rejected]).std(axis=0, dtype=float)
-    return np.where(found > 1e-9, found, 1.0)
-
 # %% ../../nbs/evaluation/01_baselines.ipynb #99f63a63
 def fit_bradley_terry(
     chosen, rejected, groups, standardise: bool = False, strengths: typing.Sequence[float] = STRENGTHS, folds: int = 5
 ) -> BradleyTerry:
-    """Fit a Bradley-Terry model on features.
+    """Fit a Bradley-Terry model on features, arrays or sparse matrices (pairs, dimensions).
 
-    chosen: features of the chosen responses, array or sparse matrix (pairs, dimensions); rejected: features of the
-    rejected responses; groups: speech of each pair, (pairs,); standardise: divide each feature by its standard
-    deviation over the responses; dense features only; strengths: of which one is chosen; small holds the weights
-    back."""
+    groups: speech of each pair; standardise: divide each dense feature by its standard deviation over all responses;
+    strengths: of which one is chosen; small holds the weights back."""
     import numpy as np
     from threadpoolctl import threadpool_limits
 
     groups, strengths = np.asarray(groups), sorted(strengths)
     if (speeches := len(set(groups.tolist()))) < 2:
-        raise StudyError(
-            f"Bradley-Terry: found {len(groups)} pairs of {speeches} speeches, expected at least 2 speeches, since a "
-            "fit is "
-            "checked on speeches it has not seen; give more training pairs"
-        )
-    rows, scale = _differences(chosen, rejected), _deviations(chosen, rejected) if standardise else 1.0
+        expected = "expected at least 2 speeches, since a fit is checked on speeches it has not seen"
+        found = f"found {len(groups)} pairs of {speeches} speeches"
+        raise StudyError(f"Bradley-Terry: {found}, {expected}; give more training pairs")
+    rows, scale = _differences(chosen, rejected), 1.0
     if standardise:
+        scale = np.concatenate([chosen, rejected]).std(axis=0, dtype=float)
+        scale = np.where(scale > 1e-9, scale, 1.0)  # a constant feature stays as it is
         rows /= scale
-    with threadpool_limits(
-        1, user_api="blas"
-    ):  # one order of sums, and on problems this small threads only wait for each other
+    with threadpool_limits(1, user_api="blas"):  # one order of sums; on such small problems threads only wait
         losses = held_out_losses(rows, groups, strengths, folds)
         best = losses.index(min(losses))
         weights = _fitted(_regression(1e-8), rows, strengths[best])
-    facts = {
-        "strength": float(strengths[best]),
-        "at_edge": len(strengths) > 1 and best in (0, len(strengths) - 1),
-        "held_out_loss": losses[best],
-        "losses": {f"{s:g}": loss for s, loss in zip(strengths, losses)},
-        "dimensions": rows.shape[1],
-        "pairs": len(groups),
-        "speeches": speeches,
-    }
+    at_edge = len(strengths) > 1 and best in (0, len(strengths) - 1)
+    facts = {"strength": float(strengths[best]), "at_edge": at_edge, "held_out_loss": losses[best]}
+    facts["losses"] = {f"{s:g}": loss for s, loss in zip(strengths, losses)}
+    facts |= {"dimensions": rows.shape[1], "pairs": len(groups), "speeches": speeches}
     return BradleyTerry(weights / scale, facts)
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #2bf54942
 def bradley_terry_scores(
     name: str, train, tests: dict, features: typing.Callable, standardise: bool = False
 ) -> tuple[dict, BradleyTerry]:
-    """Fit on training pairs, score test pairs.
+    """Fit on training pairs and score test pairs; return name -> frame of kind "scores", and the model.
 
-    train: frame of training pairs; tests: name -> frame of pairs to score, e.g. dev and test; features: from
-    (questions, responses), two lists, to a matrix (responses, dimensions); standardise: see fit_bradley_terry.
-    Returns name -> frame of kind "scores"; the model."""
+    tests: name -> frame of pairs, e.g. dev and test; features: from (questions, responses), two lists, to a matrix
+    (responses, dimensions); standardise: see fit_bradley_terry."""
     if not len(train):
-        raise StudyError(
-            f"{name}: found no training pairs, expected pairs of at least 2 speeches; look at the receipt of 04_pairs"
-        )
+        expected = "expected pairs of at least 2 speeches; look at the receipt of 04_pairs"
+        raise StudyError(f"{name}: found no training pairs, {expected}")
     for test, pairs in tests.items():
         if shared := sorted(set(pairs.ID) & set(train.ID)):
-            raise StudyError(
-                f"{name}: {len(shared)} speeches are in the training and in the {test} pairs, such as {shared[0]!r}; "
-                "split the pairs by speech"
-            )
+            found = f"{len(shared)} speeches are in the training and in the {test} pairs, such as {shared[0]!r}"
+            raise StudyError(f"{name}: {found}; split the pairs by speech")
 
     def sides(pairs):
         return (features(pairs.question.tolist(), pairs[side].tolist()) for side in ("chosen", "rejected"))
@@ -209,10 +171,7 @@ def bradley_terry_scores(
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #c8ad74af
 def length_bradley_terry(train, tests: dict) -> tuple[dict, dict]:
-    """Score responses by the log of their length, as far as it tells.
-
-    train: frame of training pairs; tests: name -> frame of pairs to score. Returns name -> frame of kind "scores";
-    facts, with the weight of the log of the words."""
+    'Score responses by the log of their length; return name -> frame of kind "scores", and facts with its weight.'
     import numpy as np
 
     def features(questions, responses):
@@ -223,29 +182,20 @@ def length_bradley_terry(train, tests: dict) -> tuple[dict, dict]:
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #cf02753c
 def tfidf_features(train, overlap: bool = False, most: int = 100_000) -> tuple[typing.Callable, list[str]]:
-    """Learn a vocabulary from the responses of training pairs.
+    """Learn the vocabulary of training responses; return features for bradley_terry_scores, and names of columns.
 
-    train: frame of training pairs; overlap: one more feature: the cosine of question and response; most: words and
-    phrases, the most frequent ones. Returns features for bradley_terry_scores, and what each column counts."""
+    overlap: one more feature, the cosine of question and response; most: words and phrases, the most frequent."""
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     texts = list(dict.fromkeys([*train.chosen, *train.rejected]))
-    words = TfidfVectorizer(
-        ngram_range=(1, 2),
-        token_pattern=r"(?u)\w+|\?",
-        sublinear_tf=True,
-        strip_accents="unicode",
-        min_df=2 if len(texts) > 500 else 1,
-        max_features=most,
-    )
+    how = {"ngram_range": (1, 2), "token_pattern": r"(?u)\w+|\?", "sublinear_tf": True, "strip_accents": "unicode"}
+    words = TfidfVectorizer(min_df=2 if len(texts) > 500 else 1, max_features=most, **how)
     try:
         words.fit(texts)
     except ValueError as error:  # scikit-learn's word for texts without a word
-        raise StudyError(
-            f"tfidf: the {len(texts)} training responses hold no words ({str(error)[:60]}); look at the pairs of "
-            "04_pairs"
-        ) from None
+        found = f"the {len(texts)} training responses hold no words ({str(error)[:60]})"
+        raise StudyError(f"tfidf: {found}; look at the pairs of 04_pairs") from None
 
     def features(questions, responses):
         said = words.transform(responses)
@@ -253,34 +203,28 @@ def tfidf_features(train, overlap: bool = False, most: int = 100_000) -> tuple[t
 
     return features, [*words.get_feature_names_out(), *["(overlap with the question)"] * overlap]
 
-# %% ../../nbs/evaluation/01_baselines.ipynb #d0e3b018
-def tfidf_scores(train, tests: dict, overlap: bool = False, shown: int = 10) -> tuple[dict, dict]:
-    """Score responses by their words.
 
-    train: frame of training pairs; tests: name -> frame of pairs to score; overlap: also count the overlap with the
-    question; shown: words in the facts, on either side. Returns name -> frame of kind "scores"; facts, with the
-    words that weigh most."""
+def tfidf_scores(train, tests: dict, overlap: bool = False, shown: int = 10) -> tuple[dict, dict]:
+    """Score responses by their words; return name -> frame of kind "scores", and facts with the weightiest words.
+
+    overlap: also count the overlap with the question; shown: words in the facts, on either side."""
     features, names = tfidf_features(train, overlap)
     frames, model = bradley_terry_scores("tfidf-overlap" if overlap else "tfidf", train, tests, features)
     ranked = sorted(zip(model.weights.round(6).tolist(), names))
-    return frames, model.facts | {
-        "speak_against": [n for w, n in ranked[:shown] if w < 0],
-        "speak_for": [n for w, n in ranked[::-1][:shown] if w > 0],
-    }
+    against, in_favour = [n for w, n in ranked[:shown] if w < 0], [n for w, n in ranked[::-1][:shown] if w > 0]
+    return frames, model.facts | {"speak_against": against, "speak_for": in_favour}
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #17d57857
 def minilm_scores(train, tests: dict, weights: Weights | None = None, dtype: str = "auto") -> tuple[dict, dict]:
-    """Score responses by their sentence embeddings.
+    """Score responses by their sentence embeddings; return name -> frame of kind "scores", and facts.
 
-    train: frame of training pairs; tests: name -> frame of pairs to score; weights: the encoder; None takes MiniLM;
-    dtype: auto, bfloat16 or float32. Returns name -> frame of kind "scores"; facts."""
+    weights: the encoder; None takes MiniLM; dtype: auto, bfloat16 or float32."""
     import numpy as np
 
     def features(questions, responses):
         asked, said = (embed(texts, weights, dtype=dtype) for texts in (questions, responses))
         return np.hstack([said, asked * said])
 
-    frames, model = bradley_terry_scores(
-        weights.slug if weights else "minilm", train, tests, features, standardise=True
-    )
+    name = weights.slug if weights else "minilm"
+    frames, model = bradley_terry_scores(name, train, tests, features, standardise=True)
     return frames, model.facts

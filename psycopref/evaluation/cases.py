@@ -5,48 +5,43 @@
 # %% ../../nbs/evaluation/04_cases.ipynb #c46a28dc
 from __future__ import annotations
 
-import html
 import re
 import unicodedata
 from dataclasses import dataclass, field
 
+import jinja2
+
 from ..core.files import PRINCIPLE_KEYS
-from ..core.tables import TABLE_STYLE, Label, latex_text
-from ..feedback.battles import ORDERS
+from ..core.paper import resource_path
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
-from ..stats.scores import swap_consistent
+from ..core.tables import TABLE_STYLE, Label, latex_text
+from ..feedback.battles import ORDERS
 from ..feedback.rating import rate
+from ..stats.scores import swap_consistent
 
 # %% auto #0
-__all__ = ['CASE_RULES', 'SIGNS', 'OTHER', 'CASE_STYLE', 'battle_margins', 'choose_cases', 'Case', 'make_case', 'four_answers',
-           'score_case', 'case_rows', 'case_note', 'case_frame', 'case_html', 'cases_page', 'case_latex',
-           'case_markdown']
+__all__ = ['CASE_RULES', 'SIGNS', 'OTHER', 'battle_margins', 'choose_cases', 'Case', 'make_case', 'four_answers', 'score_case',
+           'case_rows', 'case_note', 'case_frame', 'cases_page', 'case_latex', 'case_markdown']
 
 # %% ../../nbs/evaluation/04_cases.ipynb #d7c0096e
 def battle_margins(battles):
-    """Say how clearly each battle was decided.
+    """Measure how clearly each battle was decided.
 
     battles: frame of one policy and setting, both orders. Returns frame: speech_id, verdict (win, loss or tie in
-    both orders), margin (principles won less principles lost), one consistent verdict for each principle."""
+    both orders), one consistent verdict for each principle, margin (principles won less principles lost)."""
     import pandas as pd
 
     if battles.duplicated(["speech_id", "order"]).any():
-        raise ValueError(
-            "cases.battle_margins: a speech has several rows of one order; pass the battles of one policy, setting "
-            "and judge"
-        )
+        remedy = "pass the battles of one policy, setting and judge"
+        raise ValueError(f"cases.battle_margins: a speech has several rows of one order; {remedy}")
     names = ["verdict", *(f"{key}_verdict" for key in PRINCIPLE_KEYS)]
     first, second = (battles[battles.order == order].set_index("speech_id")[names] for order in ORDERS)
     both = sorted(set(first.index) & set(second.index))
-    found = pd.DataFrame(
-        {name: swap_consistent(first[name][both].tolist(), second[name][both].tolist()) for name in names}
-        if both
-        else {name: [] for name in names},
-        index=both,
-    )
-    points = found[names[1:]].apply(lambda column: column.map({"win": 1, "loss": -1, "tie": 0})).sum(axis=1)
-    return found.assign(margin=points.astype(int)).rename_axis("speech_id").reset_index()
+    told = {name: swap_consistent(first[name][both].tolist(), second[name][both].tolist()) for name in names if both}
+    found = pd.DataFrame(told, index=both, columns=names)
+    margin = (found[names[1:]] == "win").sum(axis=1) - (found[names[1:]] == "loss").sum(axis=1)
+    return found.assign(margin=margin.astype(int)).rename_axis("speech_id").reset_index()
 
 # %% ../../nbs/evaluation/04_cases.ipynb #554fd2cc
 CASE_RULES = {
@@ -57,118 +52,86 @@ CASE_RULES = {
 
 
 def choose_cases(battles, seed: int) -> dict[str, str]:
-    """Choose cases to read by rule.
+    """Choose cases to read: rule -> speech_id; a rule that finds nothing is left out.
 
-    battles: frame of one policy and setting, both orders. Returns rule -> speech_id; a rule that finds nothing is
-    left out."""
+    battles: frame of one policy and setting, both orders; seed: draws among equals."""
     from statistics import median
 
-    rows = sorted(
-        battle_margins(battles).itertuples(), key=lambda row: derived_seed(seed, "case", row.speech_id)
-    )  # min takes the first among equals
-    if not rows:
-        return {}
-    middle = median(row.margin for row in rows)
+    rows = battle_margins(battles).itertuples()
+    rows = sorted(rows, key=lambda row: derived_seed(seed, "case", row.speech_id))  # min takes the first among equals
     wins, losses = ([row for row in rows if row.verdict == verdict] for verdict in ("win", "loss"))
-    chosen = {
-        "largest": min(wins, key=lambda row: -row.margin, default=None),
-        "loss": min(losses, key=lambda row: row.margin, default=None),
-    }
-    left = [row for row in rows if row not in chosen.values()]
+    largest = min(wins, key=lambda row: -row.margin, default=None)
+    chosen = {"largest": largest, "loss": min(losses, key=lambda row: row.margin, default=None)}
+    left, middle = [row for row in rows if row not in chosen.values()], median([row.margin for row in rows] or [0])
     chosen["median"] = min(left, key=lambda row: abs(row.margin - middle), default=None)
     return {rule: row.speech_id for rule, row in chosen.items() if row is not None}
 
 # %% ../../nbs/evaluation/04_cases.ipynb #d989bd33
 @dataclass(frozen=True)
 class Case:
-    "Hold one battle with all that is shown of it."
+    "One battle with all that is shown of it."
 
     rule: str  # a key of CASE_RULES
     setting: str  # free / length
     names: tuple[str, str]  # policy, reference
     speech: str  # what the client said
     texts: tuple[str, str]  # the policy's answer, the reference's
-    verdicts: dict  # principle or "overall" -> win, loss or tie of the policy in both orders
-    scores: dict = field(
-        default_factory=dict
-    )  # principle -> (rating of the policy's answer, of the reference's), 1-5; may be empty
+    verdicts: dict  # "overall" or principle -> win, loss or tie of the policy in both orders
+    scores: dict = field(default_factory=dict)  # principle -> ratings 1-5 of the policy's answer and the reference's
     rater: str = ""  # who gave the scores
 
 
 def make_case(rule: str, speech_id: str, battles, answers, speeches, names: tuple[str, str]) -> Case:
-    """Gather a case.
+    """Gather a case, without scores.
 
     rule: a key of CASE_RULES; battles: frame of one policy and setting, both orders; answers: frame of kind
-    "answers", the reference's among them; speeches: frame with speech_id and speech; names: policy, reference, as
-    shown. Returns without scores."""
+    "answers", the reference's among them; names: policy, reference, as shown."""
     policy, setting = battles.policy.iloc[0], battles.setting.iloc[0]
     own = answers[answers.speech_id == speech_id]
     mine = _only(own[(own.policy == policy) & (own.setting == setting)], f"{policy}, {setting}", speech_id)
     theirs = _only(own[(own.policy == "reference") & (own.setting == "free")], "the reference, free", speech_id)
     [row] = battle_margins(battles[battles.speech_id == speech_id]).to_dict("records")
     verdicts = {"overall": row["verdict"], **{key: row[f"{key}_verdict"] for key in PRINCIPLE_KEYS}}
-    return Case(
-        rule, setting, names, dict(zip(speeches.speech_id, speeches.speech))[speech_id], (mine, theirs), verdicts
-    )
+    speech = dict(zip(speeches.speech_id, speeches.speech))[speech_id]
+    return Case(rule, setting, names, speech, (mine, theirs), verdicts)
 
 
 def _only(found, whose: str, speech_id: str) -> str:
     "Return the one answer that there must be."
     if len(found) != 1:
-        raise StudyError(
-            f"07_win_rates, case {speech_id}: found {len(found)} answers of {whose}, expected 1; run chapter 7 again "
-            "from its answers"
-        )
+        expected = "expected 1; run chapter 7 again from its answers"
+        raise StudyError(f"07_win_rates, case {speech_id}: found {len(found)} answers of {whose}, {expected}")
     return found.response.iloc[0]
 
 # %% ../../nbs/evaluation/04_cases.ipynb #8a9c7b5f
 def four_answers(answers, policy: str, setting: str):
-    """Put together what the rater sees.
+    """Return what the rater sees: the policy, the reference and two others; empty where there are fewer.
 
-    answers: frame of kind "answers" for one speech. Returns frame speech_id, model, response: the policy, the
-    reference and two others; empty where there are fewer."""
-    import pandas as pd
-
-    rank = [
-        (
-            0
-            if row.policy == policy and row.setting == setting
-            else 1
-            if row.policy == "reference"
-            else 2
-            if row.setting == setting
-            else 3,
-            row.policy,
-            row.setting,
-        )
-        for row in answers.itertuples()
-    ]
-    own = (
-        answers.iloc[[place for _, place in sorted((r, i) for i, r in enumerate(rank))]]
-        .drop_duplicates("response")
-        .head(4)
-    )
+    answers: frame of kind "answers" for one speech. Returns frame: speech_id, model, response."""
+    own = answers.assign(rank=3)
+    own.loc[own.setting == setting, "rank"] = 2
+    own.loc[own.policy == "reference", "rank"] = 1
+    own.loc[(own.policy == policy) & (own.setting == setting), "rank"] = 0
+    own = own.sort_values(["rank", "policy", "setting"], kind="stable").drop_duplicates("response").head(4)
     models = own.policy.where(own.policy == "reference", own.policy + ", " + own.setting)
-    found = pd.DataFrame({"speech_id": own.speech_id, "model": models, "response": own.response})
+    found = own.assign(model=models)[["speech_id", "model", "response"]]
     return found if len(found) == 4 else found.iloc[:0]
 
 
 def score_case(
     gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how
 ) -> dict:
-    """Ask the rater for the two answers' scores.
+    """Ask the rater for the two answers' scores: principle -> ratings of the policy's answer and the reference's.
 
-    rater: gateway URI; answers: frame of kind "answers"; speeches: frame with speech_id and speech; case: to be
-    scored; policy: its name in `answers`; how: max_tokens and mode, as in ratings.rate. Returns principle ->
-    (rating of the policy's answer, of the reference's); only what could be read."""
+    rater: gateway URI; policy: its name in `answers`; how: max_tokens and mode, as in `feedback.rating.rate`. What
+    could not be read is left out."""
     shown = four_answers(answers[answers.speech_id == speech_id], policy, case.setting)
     if shown.empty:
         return {}
     ratings, _ = rate(gateway, rater, speeches[speeches.speech_id == speech_id], shown, 4, seed=seed, **how)
     found = {(row.principle, row.model): int(row.rating) for row in ratings.itertuples()}
-    pairs = {
-        key: (found.get((key, f"{policy}, {case.setting}")), found.get((key, "reference"))) for key in PRINCIPLE_KEYS
-    }
+    sides = (f"{policy}, {case.setting}", "reference")
+    pairs = {key: tuple(found.get((key, side)) for side in sides) for key in PRINCIPLE_KEYS}
     return {key: pair for key, pair in pairs.items() if None not in pair}
 
 # %% ../../nbs/evaluation/04_cases.ipynb #ac66a53d
@@ -177,7 +140,7 @@ OTHER = {"win": "loss", "loss": "win", "tie": "tie"}
 
 
 def case_rows(case: Case) -> list[tuple[str, str, str]]:
-    "List what is shown of a case under the client's speech. Returns what, the policy's side, the reference's side."
+    "Return what is shown of a case under the client's speech: what, the policy's side, the reference's side."
     rows = [("response", *case.texts), ("words", *(str(len(text.split())) for text in case.texts))]
     for key, verdict in case.verdicts.items():
         marks = [SIGNS[verdict], SIGNS[OTHER[verdict]]]
@@ -188,73 +151,25 @@ def case_rows(case: Case) -> list[tuple[str, str, str]]:
 
 
 def case_note(case: Case) -> str:
-    "Say how a case was chosen and what its marks mean. Returns plain text."
+    "Return how a case was chosen and what its marks mean, as plain text."
     scored = f" Numbers: 1-5 by {case.rater}, whose view need not be the judge's." if case.scores else ""
-    return f"Chosen by rule: {CASE_RULES[case.rule]}.{scored} Better, worse: the judge's verdict in both orders; undecided: a tie, or the orders disagree."
+    marks = "Better, worse: the judge's verdict in both orders; undecided: a tie, or the orders disagree."
+    return f"Chosen by rule: {CASE_RULES[case.rule]}.{scored} {marks}"
 
 
 def case_frame(case: Case):
-    "Put a case into a table, the client's speech in its first row. Returns frame with three columns."
+    "Tabulate a case, the client's speech in its first row (Tables 3, 6, S5, S39)."
     import pandas as pd
 
-    return pd.DataFrame(
-        [("client speech", case.speech, ""), *case_rows(case)],
-        columns=["", f"{case.names[0]}", f"{case.names[1]} (reference)"],
-    )
+    columns = ["", case.names[0], f"{case.names[1]} (reference)"]
+    return pd.DataFrame([("client speech", case.speech, ""), *case_rows(case)], columns=columns)
 
-# %% ../../nbs/evaluation/04_cases.ipynb #c1247aa3
-CASE_STYLE = (
-    "<style>h1{font-size:1.5rem}.case{margin:2.2rem 0 3rem}.case h3{margin:0 0 "
-    ".6rem;font-size:1.1rem}.who{margin:0;color:#555;font-size:.78rem;letter-spacing:.04em;text-transform:uppercase}"
-    ".said{border-left:4px solid #0072B2;padding:.3rem 1rem;margin:0 0 1rem;max-width:70rem}"
-    ".case table{table-layout:fixed;width:100%;max-width:72rem;font-size:.95rem}.case col.what{width:8rem}.case thead "
-    "th{vertical-align:bottom;overflow-wrap:anywhere}.case tbody "
-    "th{font-weight:600;text-transform:capitalize;color:#333}"
-    ".side{line-height:1.5}.side,.said{white-space:pre-wrap;unicode-bidi:plaintext;text-align:start;overflow-wrap:anywhere}.overall{background:#f4f6f8}.win{color:#00634a;font-weight:600}.loss{color:#8a3c00}.tie{color:#555}"
-    "@media(max-width:45rem){body{margin:.8rem}.case col.what{width:6.6rem}.case table{font-size:.85rem}}</style>"
-)
+# %% ../../nbs/evaluation/04_cases.ipynb #d87c902b
+def _lines(text: str) -> str:
+    "Bring line breaks to one kind."
+    return "\n".join(str(text).splitlines())
 
 
-def _html(text: str) -> str:
-    "Escape text for HTML, with line breaks of one kind."
-    return html.escape("\n".join(str(text).splitlines()))
-
-
-def case_html(title: str, case: Case) -> str:
-    "Show a case with both answers side by side. Returns an HTML fragment."
-    (_, *texts), *rows = case_rows(case)
-    names = (_html(case.names[0]), f"{_html(case.names[1])} (reference)")
-    body = (
-        "<tr><th>response</th>" + "".join(f"<td class='side' dir='auto'>{_html(text)}</td>" for text in texts) + "</tr>"
-    )
-    for key, *cells in rows:
-        verdict = case.verdicts.get(key)
-        kinds = (verdict, OTHER[verdict]) if verdict else ("", "")
-        body += (
-            f"<tr class='{'overall' if key == 'overall' else ''}'><th>{_html(key)}</th>"
-            + "".join(f"<td class='{kind}'>{_html(cell)}</td>" for kind, cell in zip(kinds, cells))
-            + "</tr>"
-        )
-    return (
-        f"<section class='case'><h3>{_html(title)}</h3><p class='who'>client</p><div class='said' "
-        f"dir='auto'>{_html(case.speech)}</div>"
-        "<table><colgroup><col "
-        f"class='what'><col><col></colgroup><thead><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr></thead><tbody>{body}</tbody></table>"
-        f"<p class='label'>{_html(case_note(case))}</p></section>"
-    )
-
-# %% ../../nbs/evaluation/04_cases.ipynb #810137b6
-def cases_page(cases: list[tuple[str, Case]], label: Label) -> str:
-    "Put all cases on one page. cases: titles and cases; label: who made them. Returns a self-contained HTML page."
-    parts = "".join(case_html(title, case) for title, case in cases) or "<p>No battle was decided in both orders.</p>"
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
-        f"content='width=device-width'><title>Cases</title>{TABLE_STYLE}{CASE_STYLE}</head><body><h1>Cases</h1>"
-        "<p>Machine-written answers, shown to be judged: drafts for review by a licensed professional, never advice "
-        f"to a client.</p>{parts}<p class='label'>{_html(label)}</p></body></html>"
-    )
-
-# %% ../../nbs/evaluation/04_cases.ipynb #24634161
 def _typeset(text: str, newline: str = r" \newline ") -> str:
     "Escape text for LaTeX; symbols without a glyph by name, invisible marks dropped, line breaks as asked."
     lines = ("".join(_glyph(sign) for sign in line.strip()) for line in str(text).strip().splitlines())
@@ -262,69 +177,44 @@ def _typeset(text: str, newline: str = r" \newline ") -> str:
 
 
 def _glyph(sign: str) -> str:
-    "Return a character, or what stands for it where LaTeX has none."
+    "Return a character, or its name or nothing where LaTeX has no glyph."
     kind = unicodedata.category(sign)
     if sign.isascii() and sign.isprintable():
         return sign
     if kind in ("So", "Sm", "Sk", "Co", "Cn") and ord(sign) >= 0x2190 and latex_text(sign) == sign:
         return f"[{unicodedata.name(sign, 'symbol').lower()}]"
-    return (
-        " "
-        if kind in ("Zs", "Cc")
-        else ""
-        if kind in ("Cf", "Cs", "Mn") and ord(sign) > 0x200 and not unicodedata.combining(sign)
-        else sign
-    )
+    if kind in ("Zs", "Cc"):
+        return " "
+    return "" if kind in ("Cf", "Cs", "Mn") and ord(sign) > 0x200 and not unicodedata.combining(sign) else sign
 
-# %% ../../nbs/evaluation/04_cases.ipynb #0e7a6a11
-def case_latex(title: str, case: Case, label: Label) -> str:
-    "Typeset a case with both answers side by side. label: who made it. Returns a LaTeX table environment (booktabs)."
-    lines = [
-        r"\begin{table*}",
-        r"\centering\small",
-        r"\begin{tabular}{lp{0.4\textwidth}p{0.4\textwidth}}",
-        r"\toprule",
-        rf"\multicolumn{{3}}{{p{{0.92\textwidth}}}}{{\textbf{{Client speech.}} {_typeset(case.speech)}}} \\",
-        r"\midrule",
-        rf" & \textbf{{{_typeset(case.names[0], ' ')}}} & \textbf{{{_typeset(case.names[1], ' ')} (reference)}} \\",
-        r"\midrule",
-    ]
-    lines += [" & ".join(map(_typeset, row)) + r" \\" for row in case_rows(case)]
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}",
-        rf"\caption{{{_typeset(title, ' ')}. {_typeset(case_note(case), ' ')} {_typeset(label, ' ')}}}",
-        r"\end{table*}",
-    ]
-    return "\n".join(lines) + "\n"
 
-# %% ../../nbs/evaluation/04_cases.ipynb #2dbb7a40
 def _marked_down(text: str, newline: str = "<br>") -> str:
     "Escape text for a cell or a line of Markdown."
     lines = (re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", line.strip()) for line in str(text).strip().splitlines())
-    return newline.join(
-        re.sub(r"^(\d*)([-+.)])(?=\s|$)", r"\1\\\2", line)
-        .replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-        for line in lines
+    lines = [re.sub(r"^(\d*)([-+.)])(?=\s|$)", r"\1\\\2", line) for line in lines]
+    return newline.join(line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in lines)
+
+# %% ../../nbs/evaluation/04_cases.ipynb #69e16791
+def _render(template: str, **values) -> str:
+    "Fill a template of resources/cases; whatever an HTML page is filled with is escaped."
+    environment = jinja2.Environment(
+        autoescape=".html" in template, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters |= {"lines": _lines, "tex": _typeset, "md": _marked_down}
+    return environment.from_string(resource_path(f"cases/{template}").read_text(encoding="utf-8")).render(values)
 
+# %% ../../nbs/evaluation/04_cases.ipynb #c1247aa3
+def cases_page(cases: list[tuple[str, Case]], label: Label) -> str:
+    "Return a self-contained HTML page of all cases. cases: titles and cases; label: who made them."
+    shown = [(title, case, case_rows(case), case_note(case)) for title, case in cases]
+    return _render("cases.html.jinja", cases=shown, label=label, style=TABLE_STYLE, other=OTHER)
 
+# %% ../../nbs/evaluation/04_cases.ipynb #24634161
+def case_latex(title: str, case: Case, label: Label) -> str:
+    "Return a case as a LaTeX table (booktabs), both answers side by side. label: who made it."
+    return _render("case.tex.jinja", title=title, case=case, rows=case_rows(case), note=case_note(case), label=label)
+
+# %% ../../nbs/evaluation/04_cases.ipynb #2dbb7a40
 def case_markdown(title: str, case: Case, label: Label | None = None) -> str:
-    "Write a case as Markdown, both answers side by side. label: who made it; None: left out."
-    rows = [
-        f"| {_marked_down(key)} | {_marked_down(mine)} | {_marked_down(theirs)} |"
-        for key, mine, theirs in case_rows(case)
-    ]
-    head = [
-        f"| | {_marked_down(case.names[0], ' ')} | {_marked_down(case.names[1], ' ')} (reference) |",
-        "|---|---|---|",
-    ]
-    tail = [f"*{_marked_down(case_note(case), ' ')}*", *(["", _marked_down(label, " ")] if label else [])]
-    return (
-        "\n".join(
-            [f"**{_marked_down(title, ' ')}**", "", f"> {_marked_down(case.speech)}", "", *head, *rows, "", *tail]
-        )
-        + "\n"
-    )
+    "Return a case as Markdown, both answers side by side. label: who made it; None: left out."
+    return _render("case.md.jinja", title=title, case=case, rows=case_rows(case), note=case_note(case), label=label)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
+from ..core.paper import resource_path
 from ..core.settings import StudyError, suggest
 from ..stats.scores import _numbers, bootstrap
 from ..corpus.sources import HUB, Source, locate, read_columns
@@ -21,106 +24,54 @@ __all__ = ['SECTIONS', 'PRIOR', 'PRIOR_PAIRS', 'WEIGHTS', 'SECTION_WEIGHT', 'PUB
            'section_shares', 'overall_shares', 'read_reward_bench', 'score_reward_bench']
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #3d8703d7
-SECTIONS = {  # section -> subset -> its weight in the section
-    "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984,
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
-    },
-}
+_DECLARED = yaml.safe_load(resource_path("reward_bench.yaml").read_text(encoding="utf-8"))
+SECTIONS = _DECLARED["sections"]  # section -> subset -> its weight in the section
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #c97015c3
 PRIOR = "Prior Sets"
-PRIOR_PAIRS = {
-    "anthropic_helpful": 6192,
-    "anthropic_hhh": 221,
-    "shp": 1741,
-    "summarize": 9000,
-}  # allenai/preference-test-sets
+PRIOR_PAIRS = _DECLARED["prior_pairs"]
 WEIGHTS = {**SECTIONS, PRIOR: dict.fromkeys(PRIOR_PAIRS, 1)}  # as SECTIONS, and the prior sets
 SECTION_WEIGHT = {**dict.fromkeys(SECTIONS, 1.0), PRIOR: 0.5}  # in the overall score
-PUBLISHED = {
-    **{subset: n for weights in SECTIONS.values() for subset, n in weights.items()},
-    "math-prm": 447,
-    **PRIOR_PAIRS,
-}  # pairs of each subset
+PUBLISHED = {subset: n for weights in SECTIONS.values() for subset, n in weights.items()}  # pairs of each subset
+PUBLISHED |= {"math-prm": _DECLARED["math_prm_pairs"], **PRIOR_PAIRS}
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #cc8cef84
 def section_shares(section: str) -> dict[str, float]:
-    """Say how much each subset counts in a section.
-
-    section: Chat, Chat Hard, Safety, Reasoning or Prior Sets. Returns subset -> its share of the section's score;
-    they sum to 1."""
+    "Return subset -> its share of a section's score; they sum to 1."
     weights = WEIGHTS[section]
     return {subset: weight / sum(weights.values()) for subset, weight in weights.items()}
 
 
 def overall_shares(prior: bool = False) -> dict[str, float]:
-    """Say how much each subset counts in the overall score.
-
-    prior: True: with the prior sets. Returns subset -> its share of the overall score; they sum to 1."""
+    "Return subset -> its share of the overall score, with or without the prior sets; they sum to 1."
     sections = WEIGHTS if prior else SECTIONS
-    whole = sum(SECTION_WEIGHT[section] for section in sections)
-    return {
-        subset: SECTION_WEIGHT[section] / whole * share
-        for section in sections
-        for subset, share in section_shares(section).items()
-    }
+    whole, found = sum(SECTION_WEIGHT[section] for section in sections), {}
+    for section in sections:
+        part = SECTION_WEIGHT[section] / whole
+        found |= {subset: part * share for subset, share in section_shares(section).items()}
+    return found
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #680bde81
 @dataclass(frozen=True)
 class _Bench(Source):
-    "Declare a benchmark; it is named by its place alone."
+    "A benchmark, named by its place alone."
 
     @property
     def remedy(self) -> str:
         "What a user can do when it can't be fetched or read."
-        return (
-            f"download it yourself from {self.page} and name its file or folder, e.g. mixing.reward_bench=/path/to/it"
-        )
+        example = "mixing.reward_bench=/path/to/it"
+        return f"download it yourself from {self.page} and name its file or folder, e.g. {example}"
 
 
-BENCH = _Bench(
-    "reward-bench",
-    "ODC-BY",
-    f"{HUB}/allenai/reward-bench",
-    ("prompt",),
-    ("hf://datasets/allenai/reward-bench@main",),
-    (
-        ("filtered*.parquet",),
-        tuple(f"{name}-*.parquet" for name in PRIOR_PAIRS),
-        ("*.parquet",),
-        ("*.jsonl",),
-        ("*.csv",),
-    ),
-    many=True,
+_FILES = (
+    ("filtered*.parquet",),
+    tuple(f"{name}-*.parquet" for name in PRIOR_PAIRS),
+    ("*.parquet",),
+    ("*.jsonl",),
+    ("*.csv",),
 )
+_HOME = "hf://datasets/allenai/reward-bench@main"
+BENCH = _Bench("reward-bench", "ODC-BY", f"{HUB}/allenai/reward-bench", ("prompt",), (_HOME,), _FILES, many=True)
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #5fb6e1fb
 BENCH_COLUMNS = ("prompt", "chosen", "rejected", "subset", "id")  # what a table must have
@@ -144,52 +95,31 @@ def _named(path: Path) -> dict[str, list]:
         columns = {"id": range(rows), **columns, "subset": [split[1]] * rows}
     missing = [name for name in BENCH_COLUMNS if name not in columns]
     if missing:
-        raise StudyError(
-            f"{path}: columns {missing} are missing, found {list(columns)[:8]}; is it RewardBench? If not, "
-            f"{BENCH.remedy}"
-        )
+        found = f"columns {missing} are missing, found {list(columns)[:8]}"
+        raise StudyError(f"{path}: {found}; is it RewardBench? If not, {BENCH.remedy}")
     return columns
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #d4cd0a13
-def _refuse(path: Path, values: typing.Sequence, wrong: typing.Sequence[bool], found: str, remedy: str = "") -> None:
-    "Name the first wrong cell of a column."
-    if any(wrong):
-        row = list(wrong).index(True)
-        what = found.format(f"{values[row]!r:.60}")
-        raise StudyError(
-            f"{path}, row {row}: {what}{remedy or f'. {suggest(str(values[row]), PUBLISHED)}'} Is it RewardBench? If "
-            f"not, {BENCH.remedy}"
-        )
-
-
-def _check_pairs(path: Path, columns: dict[str, list], messages: list) -> None:
+def _check_pairs(path: Path, columns: dict[str, list]) -> None:
     "Refuse unknown subsets, responses that are no text, prompts that can't be read and rows without an id."
-    subsets = columns["subset"]
-    _refuse(
-        path, subsets, [not isinstance(one, str) or one not in PUBLISHED for one in subsets], "subset {} is not known"
+    text, turns = (
+        "expected text; mend the row.",
+        "expected text, or turns that begin and end with the user's; mend the row.",
     )
-    for name in ("chosen", "rejected"):
-        _refuse(
-            path,
-            columns[name],
-            [not isinstance(text, str) for text in columns[name]],
-            f"{name} is {{}}, expected text",
-            "; mend the row.",
-        )
-    _refuse(
-        path,
-        columns["prompt"],
-        [turns is None for turns in messages],
-        "prompt is {}, expected text, or turns that begin and end with the user's",
-        "; mend the row.",
-    )
-    _refuse(
-        path,
-        columns["id"],
-        [one is None or one == "" for one in columns["id"]],
-        "id is {}, expected a number or a name",
-        "; number the rows.",
-    )
+    rules = {
+        "subset": (lambda value: isinstance(value, str) and value in PUBLISHED, ""),
+        "chosen": (lambda value: isinstance(value, str), text),
+        "rejected": (lambda value: isinstance(value, str), text),
+        "prompt": (lambda value: _turns(value) is not None, turns),
+        "id": (lambda value: value is not None and value != "", "expected a number or a name; number the rows."),
+    }
+    for column, (good, expected) in rules.items():
+        wrong = next((row for row, value in enumerate(columns[column]) if not good(value)), None)
+        if wrong is not None:
+            value = columns[column][wrong]
+            said = f"{column} {value!r:.60} is not known. {suggest(str(value), PUBLISHED)}"
+            said = f"{column} is {value!r:.60}, {expected}" if expected else said
+            raise StudyError(f"{path}, row {wrong}: {said} Is it RewardBench? If not, {BENCH.remedy}")
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #11a9073e
 def _read_pairs(path: Path):
@@ -198,18 +128,12 @@ def _read_pairs(path: Path):
 
     columns = _named(path)
     messages = [_turns(prompt) for prompt in columns["prompt"]]
-    _check_pairs(path, columns, messages)
-    ids = [f"{subset}-{one}" for subset, one in zip(columns["subset"], columns["id"])]
-    return pd.DataFrame(
-        {
-            "ID": ids,
-            "question": [turns[-1]["content"] for turns in messages],
-            "messages": messages,
-            "chosen": columns["chosen"],
-            "rejected": columns["rejected"],
-            "subset": columns["subset"],
-        }
-    )
+    _check_pairs(path, columns)
+    frame = pd.DataFrame({name: columns[name] for name in ("chosen", "rejected", "subset")})
+    frame.insert(0, "ID", [f"{subset}-{one}" for subset, one in zip(columns["subset"], columns["id"])])
+    frame.insert(1, "question", [turns[-1]["content"] for turns in messages])
+    frame.insert(2, "messages", messages)
+    return frame
 
 
 def read_reward_bench(*places: str | Path):
@@ -235,12 +159,12 @@ def _interval(score: float, residuals: np.ndarray, prompts: np.ndarray, samples:
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #6324c60b
 def _size(found: int, published: int) -> str:
-    "Say that there are other than the published pairs."
+    "Return a note where there are other than the published pairs."
     return "" if found == published else f"{found} pairs, {published} are published"
 
 
 def _note(shares: dict[str, float], counts: dict[str, int]) -> tuple[str, bool]:
-    "Say what lacks, or how many pairs there are; and whether the score can be given."
+    "Return what lacks, or how many pairs there are; and whether the score can be given."
     lacking = [subset for subset in shares if not counts.get(subset)]
     if len(lacking) == len(shares):
         return "no pair in the file", False
@@ -266,49 +190,38 @@ def _row(level: str, name: str, shares: dict[str, float], frame, samples: int, s
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #c14dd834
 def _scored(pairs, chosen_scores, rejected_scores):
-    "Put together what a row needs: subset, whether the pair is right, and the number of its prompt."
+    "Return what a row needs: subset, whether the pair is right, and the number of its prompt."
     import pandas as pd
 
     chosen, rejected = _numbers("score_reward_bench", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     if len(chosen) != len(pairs):
-        raise StudyError(
-            f"RewardBench: {len(chosen)} scores for {len(pairs)} pairs; score every pair, in the order of the frame"
-        )
+        remedy = "score every pair, in the order of the frame"
+        raise StudyError(f"RewardBench: {len(chosen)} scores for {len(pairs)} pairs; {remedy}")
     unknown = sorted({str(subset) for subset in pairs.subset} - set(PUBLISHED))
     if unknown:
         raise StudyError(f"RewardBench: subset {unknown[0]!r} is not known. {suggest(unknown[0], PUBLISHED)}")
-    return pd.DataFrame(
-        {
-            "subset": pairs.subset.to_numpy(object),
-            "correct": (chosen > rejected).astype(float),
-            "prompt_number": pd.factorize(pairs.messages.map(str))[0],
-        }
-    )
+    found = pd.DataFrame({"subset": pairs.subset.to_numpy(object), "correct": (chosen > rejected).astype(float)})
+    return found.assign(prompt_number=pd.factorize(pairs.messages.map(str))[0])
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #fce257c9
 def _parts(subsets: typing.Sequence[str]) -> list[tuple[str, str, dict[str, float]]]:
-    "List the rows of the table. Returns level, name, shares."
-    from collections import Counter
-
+    "Return level, name and shares of each row of the table."
     there = Counter(subsets)
     core = {subset: n for subset, n in there.items() if subset not in PRIOR_PAIRS}
     sections = [*SECTIONS, *([PRIOR] if set(PRIOR_PAIRS) & set(there) else [])]
-    return [
-        ("overall", "overall", overall_shares(prior=set(PRIOR_PAIRS) <= set(there))),
-        ("micro", "micro accuracy", {subset: n / sum(core.values()) for subset, n in core.items()}),
-        *(("section", section, section_shares(section)) for section in sections),
-        *(("subset", subset, {subset: 1.0}) for section in sections for subset in WEIGHTS[section] if subset in there),
-    ]
+    found = [("overall", "overall", overall_shares(prior=set(PRIOR_PAIRS) <= set(there)))]
+    found.append(("micro", "micro accuracy", {subset: n / sum(core.values()) for subset, n in core.items()}))
+    found += [("section", section, section_shares(section)) for section in sections]
+    known = [subset for section in sections for subset in WEIGHTS[section] if subset in there]
+    return [*found, *(("subset", subset, {subset: 1.0}) for subset in known)]
 
 
-def score_reward_bench(
-    pairs, chosen_scores: np.ndarray, rejected_scores: np.ndarray, samples: int = 1000, seed: int = 0
-):
+def score_reward_bench(pairs, chosen_scores, rejected_scores, samples: int = 1000, seed: int = 0):
     """Score RewardBench as its leaderboard does, and over all pairs alike; ties lose.
 
-    pairs: frame of read_reward_bench; chosen_scores: of the chosen responses, (n,), any unit; rejected_scores: of
-    the rejected responses, (n,), same unit. Returns frame: level (overall, micro, section, subset), name, n,
-    accuracy, low, high (fractions; NaN where a part lacks), note."""
+    pairs: frame of read_reward_bench; chosen_scores, rejected_scores: of the responses, (n,), any unit. Returns
+    frame: level (overall, micro, section, subset), name, n, accuracy, low, high (fractions; NaN where a part lacks),
+    note."""
     import pandas as pd
 
     frame = _scored(pairs, chosen_scores, rejected_scores)
