@@ -36,22 +36,19 @@ __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomi
 # %% ../../nbs/core/04_files.ipynb #df0eba1a
 @contextlib.contextmanager
 def clear_disk_errors(path: Path) -> typing.Iterator[None]:
-    "Report a full disk in one line. path: what is being written, for the error."
+    "Report a full disk in one line that names the path."
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise StudyError(
-                f"{path}: the disk is full, nothing was replaced; free some space and run again"
-            ) from error
+            said = f"{path}: the disk is full, nothing was replaced; free some space and run again"
+            raise StudyError(said) from error
         raise
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> typing.Iterator[Path]:
-    """Yield a temporary path that replaces `path` when the block ends well; a full disk leaves `path` as it was.
-
-    path: the final place of a file. Returns a temporary place in the same folder."""
+    "Yield a temporary path beside `path` that replaces it when the block ends well; a full disk leaves it as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -64,14 +61,14 @@ def atomic_path(path: Path) -> typing.Iterator[Path]:
 
 
 def write_json(path: Path, value) -> Path:
-    "Write JSON atomically, keys in the order given. value: plain data."
+    "Write plain data as JSON atomically, keys in the order given."
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/core/04_files.ipynb #0932e792
 def read_json(path: Path):
-    "Read JSON; a missing or broken file is one clear line. path: a JSON file."
+    "Read JSON; a missing or broken file is one clear line."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,12 +78,9 @@ def read_json(path: Path):
 
 
 def sha256_file(path: Path) -> str:
-    "Hash a file's bytes. Returns 64 hexadecimal digits."
-    digest = hashlib.sha256()
+    "Return the SHA-256 of a file's bytes as 64 hexadecimal digits."
     with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 # %% ../../nbs/core/04_files.ipynb #ead12d0a
 def open_database(path: Path, *tables: str):

@@ -40,6 +40,8 @@ _POLICY = (*_MODELS, "dpo", "dpo_iter", "watch", *(f"evaluation.{name}" for name
 _JUDGES = (*_MODELS, "judges", "evaluation.judge", "evaluation.reference", "evaluation.bootstrap")
 _MIXED = (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.bootstrap")
 _BATTLES = (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.max_tokens")
+_ARMS = (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation")
+_ASKED = ("agreement", "evaluation.judge", "evaluation.bootstrap")
 _MADE = ("01_speeches", "04_pairs", "05_reward")
 _RATED = ("ratings", "responses.each_speech", "responses.block")
 
@@ -52,20 +54,10 @@ _STAGES = [
     Stage("05_reward", "reward models", _MADE[:2], (*_MODELS, "reward", "evaluation.bootstrap")),
     Stage("06_policy", "policies by DPO and DPO-Iter", _MADE, _POLICY),
     Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"), _BATTLES),
-    Stage(
-        "08_ablations",
-        "online against offline data",
-        (*_MADE, "06_policy"),
-        (*_MODELS, "dpo", "dpo_iter", "evaluation", "ablation"),
-    ),
+    Stage("08_ablations", "online against offline data", (*_MADE, "06_policy"), _ARMS),
     Stage("09_mixing", "counselling and general pairs mixed", _MADE, _MIXED, cells=True),
     Stage("10_judges", "other judges of the same answers", ("01_speeches", "05_reward", "07_win_rates"), _JUDGES),
-    Stage(
-        "11_experts",
-        "experts: kits, agreement, comparison",
-        ("01_speeches", "04_pairs", "07_win_rates"),
-        ("agreement", "evaluation.judge", "evaluation.bootstrap"),
-    ),
+    Stage("11_experts", "experts: kits, agreement, comparison", (*_MADE[:2], "07_win_rates"), _ASKED),
     Stage("12_trial", "the offline rubric on trial", (), ("trial",)),
 ]
 _STAGES.append(Stage("13_report", "every table and figure", tuple(stage.name for stage in _STAGES), ()))
