@@ -41,12 +41,12 @@ from ..training.scoring import SCORERS, find_scorer
 # %% auto #0
 __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', 'BENCH_CHARACTERS', 'POLICIES', 'BATTLE_SETTINGS',
            'BOTH_ORDERS', 'TOKEN_FAMILIES', 'STRATEGIES', 'ASSUMED', 'split_uri', 'own_weights', 'short_names',
-           'stored_parameters', 'parameters', 'of_hub', 'characters_per_token', 'Work', 'usd', 'gpu_hours',
-           'unknown_costs', 'missing_sources', 'missing_general', 'Plan', 'response_tokens', 'count_speeches',
-           'count_general', 'plan_run', 'filled_characters', 'score', 'training_steps', 'train', 'candidate_tokens',
-           'kept_iterations', 'other_judges', 'work_frame', 'worded', 'aligned', 'training_bytes', 'memory_phases',
-           'memory_table', 'asked_uris', 'missing_models', 'missing_weights', 'missing_engine', 'gpu_memory',
-           'missing_memory', 'missing', 'serve_commands', 'money_lines', 'assumption_lines', 'plan_text']
+           'stored_parameters', 'published_sizes', 'parameters', 'of_hub', 'characters_per_token', 'Work', 'usd',
+           'gpu_hours', 'unknown_costs', 'missing_sources', 'missing_general', 'Plan', 'response_tokens',
+           'count_speeches', 'count_general', 'plan_run', 'filled_characters', 'score', 'training_steps', 'train',
+           'candidate_tokens', 'kept_iterations', 'other_judges', 'work_frame', 'worded', 'aligned', 'training_bytes',
+           'memory_phases', 'memory_table', 'asked_uris', 'missing_models', 'missing_weights', 'missing_engine',
+           'gpu_memory', 'missing_memory', 'missing', 'serve_commands', 'money_lines', 'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #71f4cdd8
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -100,15 +100,20 @@ def stored_parameters(folder: Path) -> int | None:
     return total or None
 
 
+@functools.cache
+def published_sizes() -> dict[str, dict[str, float]]:
+    "Read the sizes of known models: billions and active -> model -> billions of parameters."
+    return yaml.safe_load(resource_path("model_sizes.yaml").read_text(encoding="utf-8"))
+
+
 def parameters(name: str, active: bool = False) -> int | None:
     """Return a model's parameters, or None where they are not known here.
 
     name: weights by name, folder or hub id, perhaps with @revision, or a reward model; active: only those that work
     on a token."""
-    published = yaml.safe_load(resource_path("model_sizes.yaml").read_text(encoding="utf-8"))
-    known = published["billions"] | {own.location: own.billions for own in SCORERS.values() if own.billions}
+    known = published_sizes()["billions"] | {own.location: own.billions for own in SCORERS.values() if own.billions}
     place = find_scorer(name).location
-    size = (known | published["active"] if active else known).get(place.partition("@")[0])
+    size = (known | published_sizes()["active"] if active else known).get(place.partition("@")[0])
     return round(1e9 * size) if size else stored_parameters(Path(place).expanduser())
 
 # %% ../../nbs/run/04_plan.ipynb #f17dfe85
@@ -367,7 +372,8 @@ def responses(self: Plan) -> list[Work]:
         prompt = sum(len(message["content"]) for message in member.messages("x" * self.characters))
         read, written = self.tokens(prompt, member.model), response_tokens(chosen.max_tokens) + member.thinking
         what = f"responses, {member.size}" + (f", {member.thinking:,} hidden tokens" if member.thinking else "")
-        rows.append(Work("02_responses", what, member.model, calls, calls * read, calls * written))
+        tokens = (0, 0) if member.model.startswith("rules:") else (calls * read, calls * written)
+        rows.append(Work("02_responses", what, member.model, calls, *tokens))
     return rows
 
 
@@ -568,7 +574,7 @@ def work(self: Plan) -> list[Work]:
 
 # %% ../../nbs/run/04_plan.ipynb #93702d52
 def work_frame(profile: Profile, rows: typing.Sequence[Work], sums: bool = False):
-    """Lay work out in a pandas.DataFrame, with the sum over all below; tokens in millions.
+    """Lay work out in a pandas.DataFrame, with the sum over all below; tokens in thousands.
 
     sums: one row for each stage. Returns stage, work, by, calls, tokens in and out, US dollars, GPU hours."""
     import pandas as pd
@@ -576,7 +582,7 @@ def work_frame(profile: Profile, rows: typing.Sequence[Work], sums: bool = False
     keep = ["stage", "what", "who", "calls", "tokens_in", "tokens_out"]
     frame = pd.DataFrame([dataclasses.asdict(row) for row in rows])[keep]
     frame = frame.assign(usd=[usd(row) or 0 for row in rows], hours=[gpu_hours(row, profile.plan) for row in rows])
-    frame[["tokens_in", "tokens_out"]] /= 1e6
+    frame[["tokens_in", "tokens_out"]] /= 1e3
     how = {"what": "first", "who": lambda who: short_names(who, most=1)} | dict.fromkeys(
         keep[3:] + ["usd", "hours"], "sum"
     )
@@ -584,14 +590,18 @@ def work_frame(profile: Profile, rows: typing.Sequence[Work], sums: bool = False
     parts = frame.groupby("stage", sort=False).agg(how).reset_index() if sums else frame
     whole = pd.concat([parts.assign(who=parts.who.map(lambda who: short_names([who]))), total], ignore_index=True)
     return whole.set_axis(
-        ["stage", "work", "by", "calls", "M tokens in", "M tokens out", "US dollars", "GPU hours"], axis=1
+        ["stage", "work", "by", "calls", "k tokens in", "k tokens out", "US dollars", "GPU hours"], axis=1
     )
 
 
 def worded(frame):
     "Write the numbers of a frame of work as text, each stage named once; zero is a dash."
-    forms = {"calls": ",", "M tokens in": ",.2f", "M tokens out": ",.2f", "US dollars": ",.2f", "GPU hours": ",.1f"}
-    shown = {name: [format(n, form) if n else "—" for n in frame[name]] for name, form in forms.items()}
+    decimals = {"calls": 0, "k tokens in": 1, "k tokens out": 1, "US dollars": 2, "GPU hours": 1}
+
+    def text(n, places):
+        return "—" if not n else f"{n:,.{places}f}" if n >= 0.5 * 10**-places else f"<{10**-places:g}"
+
+    shown = {name: [text(n, places) for n in frame[name]] for name, places in decimals.items()}
     return frame.assign(stage=frame.stage.where(frame.stage != frame.stage.shift(), ""), **shown)
 
 
@@ -739,8 +749,11 @@ def gpu_memory() -> list[int]:
 
 def missing_memory(profile: Profile) -> list[str]:
     "List the trainings, and the scoring of others' reward models, that the GPUs here can't hold."
-    memory, lines, strategy = gpu_memory(), [], accelerate_strategy()
     size, backbone = max((parameters(name) or 0, name) for name in profile.backbones)
+    scored, scorer = max(((parameters(name) or 0, name) for name in profile.reward.scorers), default=(0, ""))
+    if max(size, scored) <= 1e9:
+        return []
+    memory, strategy, lines = gpu_memory(), accelerate_strategy(), []
     here = f"{len(memory)} with {min(memory) / 1e9:.0f} GB for tensors here" if memory else "none here"
     for model, word in (("reward", "a reward model"), ("dpo", "a policy")) if size > 1e9 else ():
         phases = {way: memory_phases(profile, backbone, model, way, max(1, len(memory))) for way in STRATEGIES}
@@ -752,9 +765,8 @@ def missing_memory(profile: Profile) -> list[str]:
         other = f"take more or larger GPUs, a smaller backbone or {model}.pack_tokens, or set {model}.lora.rank"
         wanted = f"{short_names([backbone])} as {word} takes {need[strategy] / 1e9:.0f} GB on each with {strategy}"
         lines.append(f"GPUs: {wanted}, {here}; {remedy or other}")
-    size, name = max(((parameters(name) or 0, name) for name in profile.reward.scorers), default=(0, ""))
-    if size > 1e9 and 2.2 * size > sum(memory):
-        wanted = f"{short_names([name])} takes {2.2 * size / 1e9:.0f} GB over all, {here}"
+    if scored > 1e9 and 2.2 * scored > sum(memory):
+        wanted = f"{short_names([scorer])} takes {2.2 * scored / 1e9:.0f} GB over all, {here}"
         lines.append(f"GPUs to score with: {wanted}; take more, or leave it out of reward.scorers")
     return lines
 

@@ -1,0 +1,79 @@
+"""What a user can mend is one line and exit code 1; help answers without heavy imports."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from refusals import one_line
+
+from psycopref.core.stages import Run, project_root
+from psycopref.run.chapter import open_stage
+from psycopref.run.cli import main
+from psycopref.run.results import publish
+from psycopref.run.runner import notebook_parameters, trace
+
+
+def notebook(path, source):
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": [source]}
+    path.write_text(json.dumps({"cells": [cell]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["run", "."], "is no notebook (IsADirectoryError)"),
+        (["run", "nowhere.ipynb"], "is no notebook (FileNotFoundError)"),
+        (["run", "x", "--parameters", "{RUN: 1}"], "expected a JSON object"),
+        (["run", "x", "--parameters", "[1]"], "expected a JSON object"),
+        (["run", "x", "-p", "OVERRIDES=[1]", "-o", "dpo.beta=1"], "OVERRIDES: found [1]"),
+        (["run", "x", "-p", "SEED"], "expected name=value"),
+        (["plan", "--profile", "papers"], "Did you mean paper"),
+        (["plan", "--profile", "tiny", "-o", "plan.gpu=V100"], "plan.gpu"),
+        (["notebooks", ""], "run name ''"),
+        (["notebooks", "never"], "run 01_speeches first"),
+        (["trace", "outputs/never/01_speeches/speeches.parquet"], "is no artefact of a run"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(arguments, said, capsys):
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and said in shown.err
+
+
+def test_help_imports_no_settings_and_nothing_heavy():
+    code = "import sys; from psycopref.run import cli; cli.build_parser(); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not [name for name in ("pydantic", "yaml", "numpy", "pandas", "torch", "papermill") if f"'{name}'" in loaded]
+
+
+@pytest.mark.parametrize("source", ["A = B = 1", "A, B = 1, 2", "A += 1", "print(1)", "A = f()"])
+def test_a_cell_of_parameters_holds_plain_values(tmp_path, source):
+    assert "lines like NAME = value" in one_line(lambda: notebook_parameters(notebook(tmp_path / "x.ipynb", source)))
+
+
+def test_a_file_that_is_no_text_is_no_notebook(tmp_path):
+    (tmp_path / "x.ipynb").write_bytes(b"\xff\xfe\x00")
+    assert "is no notebook" in one_line(lambda: notebook_parameters(tmp_path / "x.ipynb"))
+
+
+def test_a_trace_begins_at_what_exists():
+    stage = open_stage("01_speeches", "tiny")
+    stage.keep(drops=[])
+    stage.finish()
+    folder = Run("tiny").stage("01_speeches")
+    assert trace(folder / "drops.json") == trace(folder) and trace(folder)[0].startswith(
+        "01_speeches: seed 0, no model"
+    )
+    for path in (folder / "speeches.parquet", Run("tiny").tables, project_root()):
+        assert "expected an existing path" in one_line(lambda: trace(path))
+
+
+def test_chapters_of_an_unfinished_or_older_run_are_not_published():
+    stage = open_stage("01_speeches", "tiny")
+    stage.keep(drops=[])
+    stage.finish()
+    assert "run 13_report first" in one_line(lambda: publish(Run("tiny")))
+    (Run("tiny").outputs / "05_speeches").mkdir()
+    assert "no stage of this version" in one_line(lambda: publish(Run("tiny")))
