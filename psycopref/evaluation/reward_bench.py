@@ -16,7 +16,8 @@ import yaml
 
 from ..core.paper import resource_path
 from ..core.settings import StudyError, suggest
-from ..stats.scores import _numbers, bootstrap
+from ..stats.intervals import interval
+from ..stats.scores import _numbers
 from ..corpus.sources import HUB, Source, locate, read_columns
 
 # %% auto #0
@@ -150,12 +151,19 @@ def read_reward_bench(*places: str | Path):
     return pairs
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #f1c866f3
-def _interval(score: float, residuals: np.ndarray, prompts: np.ndarray, samples: int, seed: int) -> tuple[float, float]:
-    "Bootstrap a score over prompts. Returns 95% interval; NaN where there is one prompt."
-    if len(set(prompts.tolist())) < 2:
-        return np.nan, np.nan
-    low, high = bootstrap(np.sum, residuals, clusters=prompts, samples=samples, seed=seed)
-    return max(0.0, score + low), min(1.0, score + high)
+def _interval(own, shares: dict[str, float], samples: int, seed: int) -> tuple[float, float, float]:
+    "Score the subsets by their shares, with a 95% interval over prompts; half a prompt is right in all, half in none."
+    subsets, share = list(shares), list(shares.values())
+
+    def score(correct, subset, weights):
+        right, every = (np.bincount(subset, part, len(subsets)) for part in (weights * correct, weights))
+        return float(np.average(right / every, weights=share))
+
+    columns = own.correct.to_numpy(float), own.subset.map({name: i for i, name in enumerate(subsets)}).to_numpy(int)
+    unseen = [(np.full(len(subsets), side), np.arange(len(subsets))) for side in (1, 0)]
+    prompts = own.prompt_number.to_numpy()
+    ends = interval(score, *columns, invented=unseen, clusters=prompts, samples=samples, seed=seed)
+    return score(*columns, np.ones(len(own))), *ends
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #6324c60b
 def _size(found: int, published: int) -> str:
@@ -181,11 +189,7 @@ def _row(level: str, name: str, shares: dict[str, float], frame, samples: int, s
     row = {"level": level, "name": name, "n": len(own), "accuracy": np.nan, "low": np.nan, "high": np.nan, "note": note}
     if not complete:
         return row
-    mean = own.groupby("subset").correct.mean()
-    score = float(sum(share * mean[subset] for subset, share in shares.items()) / sum(shares.values()))
-    weight = own.subset.map({subset: share / counts[subset] for subset, share in shares.items()}).to_numpy(float)
-    residuals = weight * (own.correct - own.subset.map(mean)).to_numpy(float)
-    low, high = _interval(score, residuals, own.prompt_number.to_numpy(), samples, seed)
+    score, low, high = _interval(own, shares, samples, seed)
     return {**row, "accuracy": score, "low": low, "high": high}
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #c14dd834

@@ -18,7 +18,7 @@ from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import answer, battle, paper_verdicts
 from ..models.generation import Decoding
 from ..models.weights import Weights, find_weights
-from ..stats.scores import bootstrap
+from ..stats.intervals import win_interval
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import cut_answers, iteration_prompts, online_pairs
 from ..training.sampling import sample_candidates, score_candidates
@@ -41,9 +41,9 @@ def curve_speeches(speeches, n: int | None, seed: int):
 def curve_point(battles, pairs_seen: int, seed: int, samples: int = 1000) -> dict:
     "Summarise a checkpoint's battles in the paper's reading: pairs it has seen, win_rate, low, high (percent), n."
     read = paper_verdicts(battles, seed)
-    won = (read.verdict == "win").to_numpy(float) * 100
-    low, high = bootstrap(np.mean, won, clusters=read.speech_id.to_numpy(), samples=samples)
-    return {"pairs": pairs_seen, "win_rate": float(won.mean()), "low": low, "high": high, "n": len(won)}
+    won = (read.verdict == "win").to_numpy(float)
+    low, high = win_interval(won, read.speech_id.to_numpy(), samples)
+    return {"pairs": pairs_seen, "win_rate": 100 * float(won.mean()), "low": low, "high": high, "n": len(won)}
 
 # %% ../../nbs/experiments/03_arms.ipynb #20130a0f
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ..corpus.general import RULES, Mix, collect_general, grid, mix_pairs, split
 from ..evaluation.baselines import score_frame
 from ..evaluation.reward_bench import read_reward_bench, score_reward_bench
 from ..models.weights import Weights, find_weights, load_tokenizer
-from ..stats.scores import bootstrap, pairwise_metrics
+from ..stats.intervals import mean_interval, win_interval
+from ..stats.scores import pairwise_metrics
 from ..training.reward_model import rating_gaps, train_reward_model
 from ..training.scoring import load_reward_model, score_pairs
 
@@ -161,11 +162,8 @@ def started_with_cells(folders: typing.Iterable[Path]) -> float:
 def _accuracy(scores, samples: int) -> tuple[float, str]:
     "Compute accuracy in percent, and its interval."
     right = (scores.chosen_score > scores.rejected_score).to_numpy(float)
-    accuracy = round(100 * right.mean(), 1)
-    if scores.ID.nunique() < 2:
-        return accuracy, "one speech"
-    low, high = bootstrap(np.mean, right, clusters=scores.ID.to_numpy(), samples=samples)
-    return accuracy, "one speech" if np.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
+    low, high = win_interval(right, scores.ID.to_numpy(), samples)
+    return round(100 * right.mean(), 1), f"{low:.1f} to {high:.1f}"
 
 
 def paper_row(cell: str, backbone: str) -> dict:
@@ -245,8 +243,7 @@ def general_scores(entries: list[GridEntry]) -> list:
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #0f190284
 def _distances(row: dict, domain: str) -> list[list[float]]:
     "Return how far below and above a row's accuracy its interval reaches."
-    value, interval = row[f"{domain} %"], row[f"{domain}, 95%"]
-    low, high = [float(end) for end in interval.split(" to ")] if " to " in interval else [value] * 2
+    value, (low, high) = row[f"{domain} %"], map(float, row[f"{domain}, 95%"].split(" to "))
     return [[value - low], [high - value]]
 
 
@@ -269,8 +266,6 @@ def mixing_figure(rows: list[dict], general: str):
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #1e5632eb
 def _against_chance(interval: str) -> str:
     "Compare an accuracy's interval with a guess between two answers."
-    if " to " not in interval:
-        return "of one speech only"
     low, high = (float(end) for end in interval.split(" to "))
     return "better than a guess" if low > 50 else "worse than a guess" if high < 50 else "which may be a guess"
 
@@ -293,11 +288,9 @@ def describe_transfer(entries: list[GridEntry], rows: list[dict], budgeted: bool
 def _gain(first: GridEntry, second: GridEntry, test: str, samples: int) -> str:
     "Format by how many points the first model ranks more pairs of a test as rated than the second."
     right = [(s.chosen_score > s.rejected_score).to_numpy(float) for s in (first.scores[test], second.scores[test])]
-    difference, speeches = 100 * (right[0] - right[1]), first.scores[test].ID
-    if speeches.nunique() < 2:
-        return f"{difference.mean():+.1f} points (one speech)"
-    low, high = bootstrap(np.mean, difference, clusters=speeches.to_numpy(), samples=samples)
-    return f"{difference.mean():+.1f} points ({low:.1f} to {high:.1f})"
+    gap = right[0] - right[1]
+    low, high = mean_interval(gap, first.scores[test].ID.to_numpy(), (-1, 1), samples)
+    return f"{100 * gap.mean():+.1f} points ({100 * low:.1f} to {100 * high:.1f})"
 
 
 MIXTURES = {"both-all": ("psy-all", "help-all"), "half": ("psy", "help")}  # cell -> the cells of one domain

@@ -18,12 +18,13 @@ from ..core.tables import PALETTE, new_figure
 from ..corpus.labelled_text import ALL_SCORES, COMPARISONS, CORPORA, TITLES, Comparison, Labelled, read_labelled
 from ..rater.rubric import RATER, rubric_scores
 from ..rater.rules import RulesModel
+from ..stats.intervals import interval
 
 # %% auto #0
 __all__ = ['PAIR_FIELDS', 'SETS', 'LABEL_MEASURES', 'NOT_NAMED', 'LENGTH', 'read_minimal_pairs', 'score_texts', 'share_interval',
-           'score_minimal_pairs', 'minimal_table', 'auc_of', 'spearman_of', 'pair_accuracy_of', 'draw_weights',
-           'percentile_interval', 'observations', 'score_rows', 'compare_with_length', 'corpus_results', 'corpus_table',
-           'open_corpora', 'rubric_model', 'trial_inputs', 'trial_size', 'corpora_facts', 'trial_facts', 'minimal_rows',
+           'score_minimal_pairs', 'minimal_table', 'auc', 'spearman', 'pair_accuracy', 'measure_interval',
+           'observations', 'score_rows', 'compare_with_length', 'corpus_results', 'corpus_table', 'open_corpora',
+           'rubric_model', 'trial_inputs', 'trial_size', 'corpora_facts', 'trial_facts', 'minimal_rows',
            'trial_results', 'weak_principles', 'minimal_sentences', 'minimal_range_sentences', 'construct_sentences',
            'corpus_sentences', 'trial_figure']
 
@@ -106,68 +107,56 @@ def minimal_table(judged, by: str | None = None):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #36ba7e36
-def auc_of(score: np.ndarray, label: np.ndarray) -> typing.Callable[[np.ndarray], float]:
-    """Prepare the area under the ROC curve.
-
-    label: 0 or 1, (n,). Returns weights (n,) -> AUC in [0, 1]; NaN where a class is missing."""
+def auc(score: np.ndarray, label: np.ndarray, weights: np.ndarray) -> float:
+    "Return the weighted area under the ROC curve, in [0, 1]; label: 0 or 1."
     place = np.unique(score, return_inverse=True)[1]
-
-    def value(weight):
-        above, below = (np.bincount(place, weight * chosen) for chosen in (label, 1 - label))
-        pairs = above.sum() * below.sum()
-        return float(above @ (np.cumsum(below) - below / 2) / pairs) if pairs else math.nan
-
-    return value
+    above, below = (np.bincount(place, weights * chosen) for chosen in (label, 1 - label))
+    return float(above @ (np.cumsum(below) - below / 2) / (above.sum() * below.sum()))
 
 
-def spearman_of(score: np.ndarray, label: np.ndarray) -> typing.Callable[[np.ndarray], float]:
-    """Prepare Spearman's rank correlation.
-
-    label: any order, (n,). Returns weights (n,) -> rank correlation in [-1, 1]; NaN where one is constant."""
-    places = [np.unique(column, return_inverse=True)[1] for column in (score, label)]
-
-    def value(weight):
-        counts = [np.bincount(place, weight) for place in places]
-        ranks = [(np.cumsum(count) - count / 2)[place] for place, count in zip(places, counts)]
-        first, second = (rank - weight @ rank / weight.sum() for rank in ranks)
-        spread = math.sqrt((weight @ first**2) * (weight @ second**2))
-        return float(weight @ (first * second) / spread) if spread > 1e-12 else math.nan
-
-    return value
+def spearman(score: np.ndarray, label: np.ndarray, weights: np.ndarray) -> float:
+    "Return the weighted rank correlation, in [-1, 1]; NaN where one side is constant."
+    centred = []
+    for column in (score, label):
+        place = np.unique(column, return_inverse=True)[1]
+        count = np.bincount(place, weights)
+        rank = (np.cumsum(count) - count / 2)[place]
+        centred.append(rank - np.average(rank, weights=weights))
+    first, second = centred
+    spread = math.sqrt((weights @ first**2) * (weights @ second**2))
+    return float(weights @ (first * second) / spread) if spread > 1e-12 else math.nan
 
 
-def pair_accuracy_of(score: np.ndarray, label: np.ndarray) -> typing.Callable[[np.ndarray], float]:
-    """Prepare the share of pairs in the right order; ties lose.
-
-    score: preferred minus other, (n,); label: not used: every difference is taken from the preferred side. Returns
-    weights (n,) -> share in [0, 1]."""
-    return lambda weight: float(weight @ (score > 0) / weight.sum())
+def pair_accuracy(score: np.ndarray, label: np.ndarray, weights: np.ndarray) -> float:
+    "Return the weighted share of pairs in the right order (score: preferred minus other; ties lose), in [0, 1]."
+    return float(np.average(score > 0, weights=weights))
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #d4ecd535
 LABEL_MEASURES = {
-    "binary": ("AUC", auc_of, 0.5),
-    "ordinal": ("Spearman", spearman_of, 0.0),
-    "pair": ("pairs right", pair_accuracy_of, 0.5),
+    "binary": ("AUC", auc, 0.5),
+    "ordinal": ("Spearman", spearman, 0.0),
+    "pair": ("pairs right", pair_accuracy, 0.5),
 }  # kind -> name, measure, chance
 
 
-def draw_weights(groups: np.ndarray, samples: int, seed: int) -> typing.Iterator[np.ndarray]:
-    "Draw as many groups as there are, with replacement. Returns weights of rows, (n,)."
-    group_of = np.unique(groups, return_inverse=True)[1]
-    count, rng = group_of.max() + 1, np.random.default_rng(seed)
-    for _ in range(samples):
-        yield np.bincount(rng.integers(count, size=count), minlength=count)[group_of].astype(float)
+def measure_interval(kind: str, score, against, label, groups, samples: int, seed: int) -> tuple[float, float] | None:
+    """Return a 95% interval, by group, of how much better a score measures a label than the scores `against` do.
 
-# %% ../../nbs/experiments/06_rater_trial.ipynb #5b823092
-def percentile_interval(draws: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95% percentile interval.
+    against: None for the measure itself. Half a group is added that the score orders perfectly and `against` in
+    reverse, and half a group with the contrary. Returns low, high; None for a single group."""
+    if len(set(groups)) < 2:
+        return None
+    measure, columns = LABEL_MEASURES[kind][1], [score] if against is None else [score, against]
+    columns = [np.sign(one) if kind == "pair" else np.unique(one, return_inverse=True)[1] for one in columns]
+    up, down, labels = (len(label), -1), (-1, len(label)), (label.max(), label.min())
+    size = 1 if kind == "pair" else 2
+    unseen = [(*(side[:size] for side in sides[: len(columns)]), labels[:size]) for sides in ((up, down), (down, up))]
 
-    draws: a measure on each draw, (samples,), NaN where it is undefined. Returns low, high; None where it is
-    undefined in more than one draw of twenty."""
-    known = draws[~np.isnan(draws)]
-    return (
-        tuple(float(bound) for bound in np.quantile(known, [0.025, 0.975])) if len(known) >= 0.95 * len(draws) else None
-    )
+    def gain(*data):
+        values = [measure(column, *data[-2:]) for column in data[:-2]]
+        return values[0] - sum(values[1:])
+
+    return interval(gain, *columns, label, invented=unseen, clusters=groups, samples=samples, seed=seed)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #21290dc9
 def observations(comparison: Comparison, rows):
@@ -197,40 +186,27 @@ def compare_with_length(comparison: Comparison, observed, kind: str, samples: in
     """Measure how well scores, and length, predict labels.
 
     observed: frame of `observations`. Returns for each score: value, baseline, difference and the intervals."""
-    label, sign = observed.label.to_numpy(), 1 if comparison.expected == "higher" else -1
-    prepare, ones = LABEL_MEASURES[kind][1], np.ones(len(observed))
-    lengths = {
-        name: prepare(side * observed.words.to_numpy(), label) for name, side in (("longer", 1), ("shorter", -1))
+    label, groups = observed.label.to_numpy(), observed.group.to_numpy()
+    words, measure = observed.words.to_numpy(), LABEL_MEASURES[kind][1]
+    value = lambda score: measure(score, label, np.ones(len(label)))
+    within = lambda score, against=None: measure_interval(kind, score, against, label, groups, samples, seed)
+    lengths = {"longer": words, "shorter": -words}
+    baseline = max(lengths, key=lambda name: value(lengths[name]))
+    length = lengths[baseline]
+    shared = {
+        "n": len(label),
+        "groups": len(set(groups)),
+        "baseline": baseline,
+        "length": value(length),
+        "length interval": within(length),
     }
-    baseline = max(lengths, key=lambda name: lengths[name](ones))
-    measures = [*(prepare(sign * observed[name].to_numpy(), label) for name in comparison.scores), lengths[baseline]]
-    point = np.array([measure(ones) for measure in measures])
-    groups = observed.group.nunique()
-    draws = (
-        np.array(
-            [
-                [measure(weight) for measure in measures]
-                for weight in draw_weights(observed.group.to_numpy(), samples, seed)
-            ]
-        )
-        if groups > 1
-        else np.full((1, len(point)), np.nan)
-    )
-    return [
-        {
-            "score": name,
-            "n": len(observed),
-            "groups": groups,
-            "value": point[i],
-            "interval": percentile_interval(draws[:, i]),
-            "baseline": baseline,
-            "length": point[-1],
-            "length interval": percentile_interval(draws[:, -1]),
-            "difference": point[i] - point[-1],
-            "difference interval": percentile_interval(draws[:, i] - draws[:, -1]),
-        }
-        for i, name in enumerate(comparison.scores)
-    ]
+    rows = []
+    for name in comparison.scores:
+        score = observed[name].to_numpy() * (1 if comparison.expected == "higher" else -1)
+        intervals = {"interval": within(score), "difference interval": within(score, length)}
+        point = value(score)
+        rows.append({"score": name, "value": point, "difference": point - shared["length"], **intervals, **shared})
+    return rows
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #e3570297
 NOT_NAMED = "not measured: name a local copy in trial.corpora"

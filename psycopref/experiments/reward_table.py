@@ -10,8 +10,6 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ..core.files import read_rows, write_rows
 from ..core.paper import paper_values
 from ..core.settings import Profile, StudyError
@@ -21,7 +19,8 @@ from ..feedback.choosing import rank_pairs, ranker_row, ranker_summary
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
 from ..stats.calibration import comparison_table, ece_table, fit_temperature, gap_groups, length_groups
 from ..stats.calibration import no_temperature, slice_table, temperature_table, topic_groups
-from ..stats.scores import bootstrap, pairwise_metrics
+from ..stats.intervals import win_interval
+from ..stats.scores import pairwise_metrics
 from ..training.cards import RewardFacts, reward_card
 from ..training.reward_model import train_reward_model
 from ..training.scoring import find_scorer, load_reward_model, load_scorer, score_pairs
@@ -82,16 +81,13 @@ def baseline_scores(name: str, train, tests: dict) -> dict:
 def score_row(name: str, kind: str, scores, calibrated: bool = True, bins: int = 10, samples: int = 1000) -> dict:
     "Summarise a scorer as a row of Table 1; calibrated: False where differences are no log-odds, as with word counts."
     chosen, rejected = scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy()
-    found, right = pairwise_metrics(chosen, rejected, bins), (chosen > rejected).astype(float)
-    interval = None
-    if scores.ID.nunique() > 1:
-        low, high = bootstrap(np.mean, right, clusters=scores.ID.to_numpy(), samples=samples)
-        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+    found = pairwise_metrics(chosen, rejected, bins)
+    low, high = win_interval(chosen > rejected, scores.ID.to_numpy(), samples)
     return {
         "model": name,
         "kind": kind,
         "accuracy %": round(100 * found["accuracy"], 1),
-        "95% interval": interval,
+        "95% interval": f"{low:.1f} to {high:.1f}",
         "AUC": found["auc"],
         "ECE": found["ece"] if calibrated else None,
         "Brier": found["brier"] if calibrated else None,

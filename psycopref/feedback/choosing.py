@@ -12,7 +12,7 @@ from ..core.settings import StudyError
 from ..core.stages import blocks
 from ..gateway.gateway import chat_model
 from ..models.generation import Decoding
-from ..stats.scores import bootstrap
+from ..stats.intervals import mean_interval
 from ..core.prompts import BadReply, comparison_prompt, parse_choice
 
 # %% auto #0
@@ -112,8 +112,6 @@ def ranker_summary(verdicts, failures: typing.Sequence[dict] = (), samples: int 
 
     verdicts: frame of rank_pairs; failures: calls that failed, of rank_pairs. Returns plain data; None where there
     is nothing to take a share of."""
-    import numpy as np
-
     pairs = pair_verdicts(verdicts)
     if not len(pairs):
         raise StudyError(
@@ -122,11 +120,7 @@ def ranker_summary(verdicts, failures: typing.Sequence[dict] = (), samples: int 
         )
     calls = verdicts.merge(pairs[["ID", "prefID"]], on=["ID", "prefID"])
     read, clear, agreed = calls[calls.readable], pairs[pairs.readable], pairs[pairs.same_winner]
-    low, high = (
-        bootstrap(np.mean, pairs.correct.to_numpy(), clusters=pairs.ID.to_numpy(), samples=samples)
-        if pairs.ID.nunique() > 1
-        else (None, None)
-    )
+    low, high = mean_interval(pairs.correct.to_numpy(), pairs.ID.to_numpy(), samples=samples)
     return {
         "pairs": len(pairs),
         "speeches": pairs.ID.nunique(),

@@ -24,7 +24,7 @@ from ..feedback.battles import answer, answer_decoding, battle
 from ..feedback.rating import check_coverage
 from ..models.generation import Decoding, Sample, common_prefix, stop_tokens
 from ..models.weights import Weights, load_causal_lm, load_tokenizer, release
-from ..stats.scores import bootstrap
+from ..stats.intervals import mean_interval
 from .packing import enable_packing, lay_out, unwrap
 from .sampling import sample_candidates, score_candidates
 from .scoring import token_batches
@@ -200,11 +200,8 @@ def _with_interval(name: str, values: dict[str, list[float]] | None, samples: in
 
     flat = [(speech, float(value)) for speech, own in (values or {}).items() for value in own]
     speeches, numbers = [speech for speech, _ in flat], [value for _, value in flat]
-    low, high = (
-        bootstrap(np.mean, numbers, clusters=speeches, samples=samples, seed=seed)
-        if len(set(speeches)) > 1
-        else (None, None)
-    )
+    bounds = (0, 100) if name in ("proxy", "judged") else None
+    low, high = (None if end != end else end for end in mean_interval(numbers, speeches, bounds, samples, seed=seed))
     return {name: float(np.mean(numbers)) if flat else None, f"{name}_low": low, f"{name}_high": high}
 
 # %% ../../nbs/training/07_watching.ipynb #3f92d714

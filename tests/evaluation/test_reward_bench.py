@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import COMMIT, Hub, in_child, one_line, serve
 
-from psycopref.stats.scores import bootstrap
+from psycopref.stats.intervals import win_interval
 from psycopref.evaluation.reward_bench import (
     PRIOR,
     PRIOR_PAIRS,
@@ -204,7 +204,7 @@ def test_the_constants_are_those_of_the_card():
 def test_a_tie_loses_and_the_least_margin_wins(pairs):
     n = len(pairs)
     same = score_reward_bench(pairs, np.full(n, 0.1), np.full(n, 0.1), samples=10)
-    assert (same.accuracy == 0).all() and (same.high == 0).all()
+    assert (same.accuracy == 0).all() and (same.low == 0).all()
     assert (
         score_reward_bench(pairs, np.nextafter(np.full(n, 0.1), 1), np.full(n, 0.1), samples=10).accuracy == 1
     ).all()
@@ -317,11 +317,10 @@ def invented(sizes, prompt="{} {}"):
     )
 
 
-def test_the_interval_of_a_subset_is_the_bootstrap_of_its_pairs():
+def test_the_interval_of_a_subset_is_that_of_a_share():
     pairs, right = invented({"shp": 60}), np.arange(60) % 3 == 0
-    assert scored(pairs, right, samples=300).loc["shp", ["low", "high"]].tolist() == pytest.approx(
-        bootstrap(np.mean, right.astype(float), samples=300), abs=1e-12
-    )
+    found = scored(pairs, right, samples=3000).loc["shp", ["low", "high"]].tolist()
+    assert 100 * np.array(found) == pytest.approx(win_interval(right), abs=1)
 
 
 def test_the_interval_of_a_section_has_the_width_of_the_benchmark_s_design():
@@ -344,9 +343,9 @@ def test_pairs_of_one_prompt_are_drawn_together():
     assert together.accuracy == apart.accuracy == 0.5 and together.high - together.low > 1.5 * (apart.high - apart.low)
 
 
-def test_one_prompt_has_no_interval_and_bounds_stay_fractions():
+def test_one_prompt_says_little_and_bounds_stay_fractions():
     lonely = scored(invented({"shp": 1}), [True]).loc["shp"]
-    assert lonely.accuracy == 1 and np.isnan(lonely.low) and np.isnan(lonely.high)
+    assert lonely.accuracy == lonely.high == 1 and lonely.low < 0.5
     near = scored(invented(dict.fromkeys(SECTIONS["Chat"], 3)), [True] * 14 + [False], samples=300).loc["Chat"]
     assert 0 <= near.low <= near.accuracy <= near.high <= 1
 

@@ -13,7 +13,7 @@ from psycopref.feedback import choosing as ranking
 from psycopref.gateway.cache import ReplyCache
 from psycopref.models.chat import ChatReply, Failure, FreeModel
 from psycopref.gateway.gateway import Gateway
-from psycopref.stats.scores import bootstrap
+from psycopref.stats.intervals import mean_interval
 from psycopref.core.prompts import parse_choice
 from psycopref.feedback.choosing import (
     SHOWN_ORDERS,
@@ -247,8 +247,8 @@ def test_the_interval_draws_whole_speeches(ranked):
         )
     )[0]
     summary = ranker_summary(verdicts, samples=200)
-    assert (summary["low"], summary["high"]) == bootstrap(
-        np.mean, np.array([1.0, 1, 0, 0, 0, 0]), clusters=np.array(["s0", "s0", "s1", "s1", "s2", "s2"]), samples=200
+    assert (summary["low"], summary["high"]) == mean_interval(
+        np.array([1.0, 1, 0, 0, 0, 0]), np.array(["s0", "s0", "s1", "s1", "s2", "s2"]), samples=200
     )
 
 
