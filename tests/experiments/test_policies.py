@@ -84,7 +84,6 @@ def test_mixtures_are_compared_pair_by_pair(wins):
     gain = 100 * (1 - sum(wins) / len(wins))
     assert f"against Psy4, on counselling pairs: {gain:+.1f} points" in said[2]
     assert f"against Help4, on general pairs: {gain:+.1f} points" in said[3]
-    assert ("one speech" in said[2]) == (len(wins) == 1)
     assert mixing_grid.mixing_figure(rows, "HelpSteer2").axes
 
 
