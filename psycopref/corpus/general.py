@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
 import math
 import re
 import typing
 import urllib.parse
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,36 +18,25 @@ from pathlib import Path
 
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
-from .fetching import parse_hub, short_reason
-from psycopref.corpus.sources import (
-    HUB,
-    UNKNOWN_LICENCE,
-    Opened,
-    Source,
-    _columns_of,
-    _decode,
-    _read_csv,
-    _read_json_rows,
-    _text,
-    open_source,
-    read_columns,
-)
 from .collection import split_of
+from .fetching import parse_hub
+from .sources import HUB, UNKNOWN_LICENCE, Opened, Source, as_text, open_source, read_columns
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'GENERAL_COLUMNS', 'REVISION', 'GENERAL_SETS', 'SET_TITLES', 'HELPFULNESS', 'SEVENTY_B', 'RULES',
            'PAIR_COLUMNS', 'FATES', 'VALIDATION_DEV', 'DRAWN_COLUMNS', 'title_of', 'parse_place', 'open_general',
-           'table_columns', 'read_general', 'BadPrompt', 'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule',
-           'weighted_sums', 'pairs_from_ratings', 'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt',
-           'split_general', 'draw_pairs', 'mix_pairs', 'Mix', 'grid']
+           'read_general', 'BadPrompt', 'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule', 'weighted_sums',
+           'pairs_from_ratings', 'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt', 'split_general',
+           'draw_pairs', 'mix_pairs', 'Mix', 'grid']
 
 # %% ../../nbs/corpus/07_general.ipynb #518772c1
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer2, each 0 to 4
 GENERAL_COLUMNS = ("prompt", "response", *ATTRIBUTES)  # HelpSteer2's published schema
 REVISION = "990b2711a36180dd19d9c94b8627844866f8982a"  # the commit of nvidia/HelpSteer2 that is read by default
-_PAGE = f"{HUB}/nvidia/HelpSteer2"
+_AT = f"hf://datasets/nvidia/HelpSteer2@{REVISION}"
 _ENDINGS = ("jsonl.gz", "jsonl", "parquet", "csv")
 _LAYOUTS = (*((f"train*.{end}", f"validation*.{end}") for end in _ENDINGS), *((f"*.{end}",) for end in _ENDINGS))
+_HELPSTEER2 = Source("helpsteer2", "CC-BY-4.0", f"{HUB}/nvidia/HelpSteer2", ("prompt",), (_AT,), _LAYOUTS)
 
 GENERAL_SETS = {
     "demo": Source(
@@ -61,16 +48,9 @@ GENERAL_SETS = {
         _LAYOUTS,
         scraped=False,
     ),
-    "helpsteer2": Source(
-        "helpsteer2", "CC-BY-4.0", _PAGE, ("prompt",), (f"hf://datasets/nvidia/HelpSteer2@{REVISION}",), _LAYOUTS
-    ),
-    "helpsteer2-preference": Source(
-        "helpsteer2-preference",
-        "CC-BY-4.0",
-        _PAGE,
-        ("prompt",),
-        (f"hf://datasets/nvidia/HelpSteer2@{REVISION}/preference/preference.jsonl.gz",),
-        _LAYOUTS,
+    "helpsteer2": _HELPSTEER2,
+    "helpsteer2-preference": dataclasses.replace(
+        _HELPSTEER2, name="helpsteer2-preference", homes=(f"{_AT}/preference/preference.jsonl.gz",)
     ),
 }
 
@@ -79,35 +59,29 @@ SET_TITLES = {"helpsteer2": "HelpSteer2", "helpsteer2-preference": "HelpSteer2-P
 
 
 def title_of(name: str) -> str:
-    "Name a set as papers do; another one keeps its own name. name: of a source. Returns what tables call it."
+    "Return what tables call a set: its name in papers, or its own."
     return SET_TITLES.get(name, name)
 
 # %% ../../nbs/corpus/07_general.ipynb #05e9c4aa
 def parse_place(place: str, revision: str | None = None) -> tuple[Source, str]:
-    """Read the parameter that names a set of the general domain.
+    """Read the parameter that names a set of the general domain: the source, and where its files are.
 
-    place: a declared name, name=WHERE, or a path or an address; revision: branch, tag or commit of a hub dataset;
-    None takes the address as it is. Returns the source, and where its files are."""
+    place: a declared name, name=WHERE, or a path or an address; revision: branch, tag or commit of a hub dataset."""
     name, sign, where = (part.strip() for part in place.partition("="))
     worded = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
     if place.strip() and (not worded or not (sign or name in GENERAL_SETS) and Path(name).exists()):
         name, sign, where = "general", "=", place.strip()
     if not sign and name not in GENERAL_SETS:
-        raise StudyError(
-            f"general set {place!r}: is neither declared nor a file. {suggest(name, GENERAL_SETS)} Or give a path or "
-            "an address"
-        )
+        found = f"is neither declared nor a file. {suggest(name, GENERAL_SETS)} Or give a path or an address"
+        raise StudyError(f"general set {place!r}: {found}")
     if sign and not where:
-        raise StudyError(
-            f"general set {place!r}: nothing follows the sign; give {name}=/path/to/it"
-            + (f", or {name} alone" if name in GENERAL_SETS else "")
-        )
-    source = GENERAL_SETS.get(name) or dataclasses.replace(
-        GENERAL_SETS["helpsteer2"], name=name, licence=UNKNOWN_LICENCE, page="its publisher", homes=()
-    )
+        alone = f", or {name} alone" if name in GENERAL_SETS else ""
+        raise StudyError(f"general set {place!r}: nothing follows the sign; give {name}=/path/to/it{alone}")
+    own = {"name": name, "licence": UNKNOWN_LICENCE, "page": "its publisher", "homes": ()}
+    source = GENERAL_SETS.get(name) or dataclasses.replace(_HELPSTEER2, **own)
     return source, _at_revision(where or source.homes[0], revision)
 
-# %% ../../nbs/corpus/07_general.ipynb #2c171938
+
 def _at_revision(where: str, revision: str | None) -> str:
     "Put a revision into a hub address."
     if revision is None:
@@ -121,73 +95,43 @@ def _at_revision(where: str, revision: str | None) -> str:
 
 # %% ../../nbs/corpus/07_general.ipynb #5136e104
 def open_general(place: str, revision: str | None = None) -> Opened:
-    """Find a set's files, fetching what is not here.
-
-    place: as for parse_place; revision: of a hub dataset. Returns source, paths and origin."""
+    "Find a set's files, fetching what is not here; arguments as for parse_place."
     source, where = parse_place(place, revision)
     if Path(where).expanduser().is_file():  # its neighbours are none of its parts
         source = dataclasses.replace(source, layouts=tuple(layout for layout in source.layouts if len(layout) == 1))
     return open_source(f"{source.name}={where}", {source.name: source})
 
-# %% ../../nbs/corpus/07_general.ipynb #9e9f6e7f
-def _unpacked(path: Path) -> dict[str, list]:
-    "Read a table of JSON lines or CSV that is packed with gzip."
-    try:
-        text = _decode(path, gzip.decompress(Path(path).read_bytes()), None)
-    except (OSError, EOFError, zlib.error) as error:
-        raise StudyError(f"{path}: cannot be unpacked ({short_reason(error)}); download it again") from None
-    as_csv = Path(path).name.lower().removesuffix(".gz").endswith(".csv")
-    columns = _read_csv(path, text) if as_csv and text.strip() else _columns_of(_read_json_rows(path, text))
-    if not any(columns.values()):
-        raise StudyError(f"{path}: holds no rows; download it again")
-    return columns
-
-
-def table_columns(path: Path) -> dict[str, list]:
-    """Read a table of whatever kind.
-
-    path: JSON lines or CSV, plain or packed with gzip; or parquet. Returns column -> values in file order."""
-    try:
-        with open(path, "rb") as handle:
-            packed = handle.read(2) == b"\x1f\x8b"
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    return _unpacked(path) if packed else read_columns(path)
-
 # %% ../../nbs/corpus/07_general.ipynb #8f129359
 def _column(path: Path, columns: dict[str, list], names: typing.Sequence[str], hint: str) -> None:
     "Refuse a table that lacks columns."
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise StudyError(
-            f"{path}: columns {missing} are missing, found {list(columns)[:10]}, expected {', '.join(names)}; {hint}"
-        )
+    if missing := [name for name in names if name not in columns]:
+        found = f"columns {missing} are missing, found {list(columns)[:10]}, expected {', '.join(names)}"
+        raise StudyError(f"{path}: {found}; {hint}")
+
+
+def _values(path: Path, name: str, values: list, read: typing.Callable, expected: str, remedy: str) -> list:
+    "Read each cell of a column; a cell that cannot be read is named."
+    found = [read(value) for value in values]
+    if None in found:
+        row = found.index(None)
+        cell = f"{name} is {values[row]!r:.60} ({type(values[row]).__name__})"
+        raise StudyError(f"{path}, row {row}: {cell}, expected {expected}; mend the row, or {remedy}")
+    return found
 
 
 def _texts(path: Path, name: str, values: list, remedy: str) -> list[str]:
     "Take a column of texts."
-    texts = [_text(value) for value in values]
-    if None in texts:
-        row = texts.index(None)
-        raise StudyError(
-            f"{path}, row {row}: {name} is {values[row]!r:.60} ({type(values[row]).__name__}), expected text; mend "
-            f"the row, or {remedy}"
-        )
-    return texts
+    return _values(path, name, values, as_text, "text", remedy)
 
-# %% ../../nbs/corpus/07_general.ipynb #2d64b84b
+
 def _whole_numbers(path: Path, name: str, values: list, low: int, high: int, remedy: str) -> list[int]:
     "Take a column of whole numbers on a scale; CSV has them as text."
-    numbers = []
-    for row, value in enumerate(values):
+
+    def read(value):
         number = int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]", value.strip()) else value
-        if type(number) is not int or not low <= number <= high:
-            raise StudyError(
-                f"{path}, row {row}: {name} is {value!r:.60}, expected a whole number from {low} to {high}; mend the "
-                f"row, or {remedy}"
-            )
-        numbers.append(number)
-    return numbers
+        return number if type(number) is int and low <= number <= high else None
+
+    return _values(path, name, values, read, f"a whole number from {low} to {high}", remedy)
 
 # %% ../../nbs/corpus/07_general.ipynb #42c5d9c8
 def _rated(opened: Opened):
@@ -195,15 +139,12 @@ def _rated(opened: Opened):
     import pandas as pd
 
     remedy, frames = opened.source.remedy, []
+    hint = (
+        f"these are no ratings in HelpSteer2's schema (read_ready_pairs takes ready pairs); if they should be, {remedy}"
+    )
     for path in opened.paths:
-        columns = table_columns(path)
-        _column(
-            path,
-            columns,
-            GENERAL_COLUMNS,
-            "these are no ratings in HelpSteer2's schema (read_ready_pairs takes ready pairs); if they should be, "
-            f"{remedy}",
-        )
+        columns = read_columns(path)
+        _column(path, columns, GENERAL_COLUMNS, hint)
         texts = {name: _texts(path, name, columns[name], remedy) for name in ("prompt", "response")}
         ratings = {name: _whole_numbers(path, name, columns[name], 0, 4, remedy) for name in ATTRIBUTES}
         frames.append(pd.DataFrame({**texts, **ratings}))
@@ -213,10 +154,9 @@ def _rated(opened: Opened):
 
 
 def read_general(place: str, revision: str | None = None):
-    """Read rated responses in HelpSteer2's published schema.
+    """Read rated responses in HelpSteer2's published schema; arguments as for parse_place.
 
-    place: a declared name (demo, helpsteer2), name=WHERE, or a path or an address; revision: of a hub dataset; None
-    takes the address as it is. Returns frame with GENERAL_COLUMNS; its index is the row over all files."""
+    Returns a frame with GENERAL_COLUMNS; its index is the row over all files."""
     return _rated(open_general(place, revision))
 
 # %% ../../nbs/corpus/07_general.ipynb #1b190648
@@ -255,21 +195,17 @@ def _conversations(prompts: typing.Iterable[str]) -> tuple[dict[str, list[dict]]
 
 
 def unreadable_prompts(rows):
-    """List the prompts that are set aside.
-
-    rows: frame with a column prompt. Returns frame: row (its first), why, excerpt."""
+    "List the prompts that are set aside: a frame of row (its first), why, excerpt."
     import pandas as pd
 
-    first = {prompt: row for row, prompt in sorted(zip(rows.index.tolist(), rows.prompt), reverse=True)}
+    first = rows.sort_index().prompt.drop_duplicates().reset_index(name="prompt").set_index("prompt").iloc[:, 0]
     reasons = _conversations(rows.prompt)[1]
-    listed = sorted((first[prompt], why, " ".join(prompt.split())[:60]) for prompt, why in reasons.items())
+    listed = sorted((int(first[prompt]), why, " ".join(prompt.split())[:60]) for prompt, why in reasons.items())
     return pd.DataFrame(listed, columns=["row", "why", "excerpt"])
 
 # %% ../../nbs/corpus/07_general.ipynb #109221d6
 def exact(value: float) -> Fraction:
-    """Take a decimal number as it is written, not as the nearest float.
-
-    value: a number as written, e.g. 0.65. Returns 13/20."""
+    "Take a decimal number as it is written, not as the nearest float: 0.65 is 13/20."
     return Fraction(str(value))
 
 
@@ -280,22 +216,6 @@ class RatingRule:
     weights: dict[str, float]  # attribute -> weight; one that is not named does not count
     min_gap: float  # least difference of the weighted sums; equal sums never make a pair
 
-    def __post_init__(self):
-        odd = [name for name in self.weights if name not in ATTRIBUTES]
-        if odd:
-            raise StudyError(f"rating rule: {odd[0]!r} is no attribute of HelpSteer2. {suggest(odd[0], ATTRIBUTES)}")
-        numbers = {**self.weights, "min_gap": self.min_gap}
-        wrong = [
-            name
-            for name, value in numbers.items()
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-        ]
-        if wrong or self.min_gap < 0 or not any(self.weights.values()):
-            raise StudyError(
-                f"rating rule: found {numbers}, expected finite weights, one of them not 0, and a min_gap of 0 or "
-                "more; mend the rule"
-            )
-
 # %% ../../nbs/corpus/07_general.ipynb #dac502e2
 HELPFULNESS = RatingRule({"helpfulness": 1.0}, 1.0)  # the default: as §3.3 does, a gap of at least 1
 SEVENTY_B = RatingRule(
@@ -305,7 +225,7 @@ RULES = {"helpfulness": HELPFULNESS, "70b": SEVENTY_B}
 
 
 def weighted_sums(rows, rule: RatingRule) -> list[Fraction]:
-    "Weigh the ratings of each response. rows: frame of read_general. Returns one for each row."
+    "Weigh the ratings of each response of read_general."
     weights = {name: exact(weight) for name, weight in rule.weights.items() if weight}
     return [
         sum(weight * int(rating) for weight, rating in zip(weights.values(), ratings))
@@ -318,26 +238,11 @@ def _compare(responses: list[str], sums: list[Fraction], min_gap: Fraction) -> t
     found, counts = [], Counter()
     for (a, sum_a), (b, sum_b) in itertools.combinations(zip(responses, sums), 2):
         gap = abs(sum_a - sum_b)
-        fate = (
-            "same text" if a.strip() == b.strip() else "ties" if not gap else "too small gap" if gap < min_gap else None
-        )
-        if fate:
-            counts[fate] += 1
+        if a.strip() == b.strip() or gap < min_gap or not gap:
+            counts["same text" if a.strip() == b.strip() else "too small gap" if gap else "ties"] += 1
         else:
             found.append((gap, a, b) if sum_a > sum_b else (gap, b, a))
     return sorted(found, key=lambda one: (-one[0], derived_seed(0, "pair", *one[1:]), *one[1:])), counts
-
-
-def _by_prompt(rows) -> dict[str, list[int]]:
-    "Gather the rows of each prompt, in order of rows."
-    if not rows.index.is_unique:
-        raise StudyError(
-            "general rows: two have the same row number; join files with ignore_index=True, as read_general does"
-        )
-    gathered: dict[str, list[int]] = {}
-    for row, prompt in sorted(zip(rows.index.tolist(), rows.prompt)):
-        gathered.setdefault(prompt, []).append(row)
-    return gathered
 
 # %% ../../nbs/corpus/07_general.ipynb #a70fbd61
 PAIR_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "gap")
@@ -350,104 +255,79 @@ def _pair_frame(found: list[tuple], where: str, hint: str):
 
     if not found:
         raise StudyError(f"{where}: gives no pair; {hint}")
-    pairs = [
-        (name, number, messages[-1]["content"], messages, chosen, rejected, float(gap))
-        for number, (name, messages, chosen, rejected, gap) in enumerate(found)
-    ]
-    return pd.DataFrame(pairs, columns=list(PAIR_COLUMNS))
+    frame = pd.DataFrame(found, columns=["ID", "messages", "chosen", "rejected", "gap"])
+    questions = [messages[-1]["content"] for messages in frame.messages]
+    return frame.assign(prefID=range(len(frame)), question=questions, gap=frame.gap.astype(float))[list(PAIR_COLUMNS)]
 
 # %% ../../nbs/corpus/07_general.ipynb #099152ac
 def pairs_from_ratings(rows, rule: RatingRule = HELPFULNESS, source: str = "helpsteer2", per_prompt: int | None = None):
     """Make preference pairs of rated responses; the order of rows changes nothing.
 
-    rows: frame of read_general; rule: who is preferred; source: begins the ids; per_prompt: at most so many pairs
-    of a prompt; None takes all. Returns (frame with PAIR_COLUMNS, dict of counts)."""
+    rows: frame of read_general; source: begins the ids; per_prompt: at most so many pairs of a prompt; None takes all.
+    Returns (frame with PAIR_COLUMNS, dict of counts)."""
     if per_prompt is not None and per_prompt < 1:
-        raise StudyError(
-            f"pairs of {source}: found per_prompt {per_prompt}, expected at least 1, or None for all; mend it"
-        )
-    gathered, sums, (messages, unreadable) = (
-        _by_prompt(rows),
-        dict(zip(rows.index, weighted_sums(rows, rule))),
-        _conversations(rows.prompt),
-    )
-    responses, found, fates = dict(zip(rows.index, rows.response)), [], Counter()
-    for prompt in (prompt for prompt in gathered if prompt in messages):
-        own = gathered[prompt]
-        pairs, rest = _compare([responses[row] for row in own], [sums[row] for row in own], exact(rule.min_gap))
+        raise StudyError(f"pairs of {source}: found per_prompt {per_prompt}, expected at least 1, or None; mend it")
+    rows = rows.sort_index()
+    rows = rows.assign(sum=weighted_sums(rows, rule))
+    messages, unreadable = _conversations(rows.prompt)
+    found, fates, single = [], Counter(), 0
+    for prompt, own in rows.groupby("prompt", sort=False):
+        if prompt not in messages:
+            continue
+        single += len(own) == 1
+        pairs, rest = _compare(own.response.tolist(), own["sum"].tolist(), exact(rule.min_gap))
         kept = pairs[:per_prompt]
-        found += [(f"{source}-{own[0]}", messages[prompt], chosen, rejected, gap) for gap, chosen, rejected in kept]
-        fates += rest + Counter(
-            {"response pairs": math.comb(len(own), 2), "over the cap": len(pairs) - len(kept), "pairs": len(kept)}
-        )
-    single = sum(len(own) == 1 for prompt, own in gathered.items() if prompt in messages)
-    counts = {
-        "rows": len(rows),
-        "prompts": len(gathered),
-        "unreadable prompts": len(unreadable),
-        "single responses": single,
-        **{fate: fates[fate] for fate in FATES},
-    }
-    return _pair_frame(
-        found,
-        source,
-        f"of {counts['response pairs']} pairs of responses none has a gap of {rule.min_gap}; lower min_gap, or take "
-        "another rule",
-    ), counts
+        found += [(f"{source}-{own.index[0]}", messages[prompt], *texts, gap) for gap, *texts in kept]
+        fates += rest
+        fates += Counter({"response pairs": math.comb(len(own), 2), "over the cap": len(pairs) - len(kept)})
+        fates += Counter({"pairs": len(kept)})
+    counts = {"rows": len(rows), "prompts": len(messages) + len(unreadable), "unreadable prompts": len(unreadable)}
+    counts |= {"single responses": single, **{fate: fates[fate] for fate in FATES}}
+    none = f"of {fates['response pairs']} pairs of responses none has a gap of {rule.min_gap}"
+    return _pair_frame(found, source, f"{none}; lower min_gap, or take another rule"), counts
 
 # %% ../../nbs/corpus/07_general.ipynb #54b2ac1e
 def _ready_rows(path: Path, source: Source):
     "Read ready pairs: prompt, chosen, rejected, gap (0 for no preference)."
     import pandas as pd
 
-    columns, strengths = table_columns(path), None
-    if "preference_strength" in columns:
-        strengths = _whole_numbers(path, "preference_strength", columns["preference_strength"], -3, 3, source.remedy)
-    sides = (
-        ("response_1", "response_2") if "chosen" not in columns and "response_1" in columns else ("chosen", "rejected")
-    )
-    needed = ("prompt", *sides, *(("preference_strength",) if sides[0] == "response_1" else ()))
-    _column(
-        path,
-        columns,
-        needed,
-        f"these are no ready pairs (read_general takes ratings); if they should be, {source.remedy}",
-    )
+    columns, gaps = read_columns(path), None
+    strength = "preference_strength"
+    ordered = "chosen" in columns or "response_1" not in columns
+    sides = ("chosen", "rejected") if ordered else ("response_1", "response_2")
+    hint = f"these are no ready pairs (read_general takes ratings); if they should be, {source.remedy}"
+    _column(path, columns, ("prompt", *sides, *([] if ordered else [strength])), hint)
     prompts, first, second = (_texts(path, name, columns[name], source.remedy) for name in ("prompt", *sides))
-    if sides[0] == "response_1":
-        first, second = zip(*((a, b) if strength < 0 else (b, a) for a, b, strength in zip(first, second, strengths)))
-    gaps = [math.nan] * len(prompts) if strengths is None else list(map(abs, strengths))
-    return pd.DataFrame({"prompt": prompts, "chosen": first, "rejected": second, "gap": gaps})
+    if strength in columns:
+        gaps = _whole_numbers(path, strength, columns[strength], -3, 3, source.remedy)
+    if not ordered:
+        first, second = zip(*((a, b) if gap < 0 else (b, a) for a, b, gap in zip(first, second, gaps)))
+    rows = pd.DataFrame({"prompt": prompts, "chosen": first, "rejected": second})
+    return rows.assign(gap=math.nan if gaps is None else list(map(abs, gaps)))
 
 # %% ../../nbs/corpus/07_general.ipynb #41af5301
 def _ready(opened: Opened):
     "Make the pairs, their counts, and the list of unreadable prompts of an opened set."
     import pandas as pd
 
-    rows, source = (
-        pd.concat([_ready_rows(path, opened.source) for path in opened.paths], ignore_index=True),
-        opened.source.name,
-    )
+    source = opened.source.name
+    rows = pd.concat([_ready_rows(path, opened.source) for path in opened.paths], ignore_index=True)
     messages, unreadable = _conversations(rows.prompt)
-    first, found, fates = {prompt: own[0] for prompt, own in _by_prompt(rows).items()}, [], Counter()
+    first = rows.reset_index().groupby("prompt")["index"].min()
+    found, fates = [], Counter()
     for row in (row for row in rows.itertuples() if row.prompt in messages):
         fate = "same text" if row.chosen.strip() == row.rejected.strip() else "ties" if row.gap == 0 else "pairs"
         fates += Counter({"response pairs": 1, fate: 1})
         if fate == "pairs":
             found.append((f"{source}-{first[row.prompt]}", messages[row.prompt], row.chosen, row.rejected, row.gap))
-    counts = {
-        "rows": len(rows),
-        "prompts": len(first),
-        "unreadable prompts": len(unreadable),
-        **{fate: fates[fate] for fate in FATES[:3] + FATES[-1:]},
-    }
+    counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": len(unreadable)}
+    counts |= {fate: fates[fate] for fate in FATES[:3] + FATES[-1:]}
     return _pair_frame(found, source, f"check its {len(rows)} rows"), counts, unreadable_prompts(rows)
 
 
 def read_ready_pairs(place: str, revision: str | None = None):
-    """Read pairs whose preferred response is named.
+    """Read pairs whose preferred response is named; arguments as for parse_place.
 
-    place: a declared name (helpsteer2-preference), name=WHERE, or a path or an address; revision: of a hub dataset.
     Returns (frame with PAIR_COLUMNS, dict of counts)."""
     return _ready(open_general(place, revision))[:2]
 
@@ -462,9 +342,7 @@ class General:
     unreadable: typing.Any  # frame: row, why, excerpt
     origin: dict  # as of sources.Opened
     paths: tuple[Path, ...]  # the files read
-    held_out: frozenset[str] = (
-        frozenset()
-    )  # IDs of the pairs whose prompt stands in a file of the set's own validation split
+    held_out: frozenset[str] = frozenset()  # IDs of the pairs whose prompt is in the set's own validation split
 
     @property
     def title(self) -> str:
@@ -474,13 +352,8 @@ class General:
 # %% ../../nbs/corpus/07_general.ipynb #df66a54d
 def _of_validation(rows, pairs) -> frozenset[str]:
     "Find the pairs whose prompt comes first in a validation file; an ID ends with its prompt's first row."
-    starts, at = [], 0
-    for name, n in rows.attrs["files"]:
-        starts += [(at, at + n)] if name.lower().startswith("validation") else []
-        at += n
-    return frozenset(
-        name for name in pairs.ID if any(start <= int(name.rpartition("-")[2]) < end for start, end in starts)
-    )
+    held = [name.lower().startswith("validation") for name, n in rows.attrs["files"] for _ in range(n)]
+    return frozenset(name for name in pairs.ID if held[int(name.rpartition("-")[2])])
 
 
 def collect_general(
@@ -489,45 +362,32 @@ def collect_general(
     per_prompt: int | None = None,
     revision: str | None = None,
 ) -> General:
-    """Open a set and make its pairs.
+    """Open a set (as for parse_place) and make its pairs.
 
-    place: as for parse_place; rule: who is preferred; None reads ready pairs; per_prompt: at most so many pairs of
-    a prompt; does not bind ready pairs; revision: of a hub dataset."""
+    rule: who is preferred; None reads ready pairs; per_prompt: at most so many pairs of a prompt; does not bind ready
+    pairs."""
     opened = open_general(place, revision)
+    name = opened.source.name
     if rule is None:
-        return General(opened.source.name, *_ready(opened), opened.origin, opened.paths)
+        return General(name, *_ready(opened), opened.origin, opened.paths)
     rows = _rated(opened)
-    pairs, counts = pairs_from_ratings(rows, rule, opened.source.name, per_prompt)
-    return General(
-        opened.source.name,
-        pairs,
-        counts,
-        unreadable_prompts(rows),
-        opened.origin,
-        opened.paths,
-        _of_validation(rows, pairs),
-    )
+    pairs, counts = pairs_from_ratings(rows, rule, name, per_prompt)
+    unreadable, held_out = unreadable_prompts(rows), _of_validation(rows, pairs)
+    return General(name, pairs, counts, unreadable, opened.origin, opened.paths, held_out)
 
 # %% ../../nbs/corpus/07_general.ipynb #d61afdbf
 def split_by_prompt(pairs, test_fraction: float, dev_fraction: float, seed: int):
-    """Split pairs by a hash of their prompt; every part that is asked for must have some.
+    """Add a column split (train, dev or test) by a hash of the prompt; every part that is asked for must have some.
 
-    pairs: frame with PAIR_COLUMNS; test_fraction: share of the prompts held out for testing; dev_fraction: share of
-    the other prompts for selection. Returns the frame with a column split: train, dev or test."""
+    test_fraction: share of the prompts held out for testing; dev_fraction: share of the others for selection."""
     shares = {"test": test_fraction, "dev": dev_fraction}
-    if not all(0 <= share < 1 for share in shares.values()):
-        raise StudyError(f"split of general pairs: found shares {shares}, expected each from 0 to below 1; mend them")
     words = ["\n".join(message["content"] for message in messages) for messages in pairs.messages]
     side = {text: split_of(text, test_fraction, dev_fraction, seed) for text in set(words)}
     frame = pairs.assign(split=[side[text] for text in words])
-    lacking = [
-        part for part in ("train", *(name for name, share in shares.items() if share)) if part not in set(frame.split)
-    ]
-    if lacking:
-        raise StudyError(
-            f"split of general pairs: of {len(side)} prompts none falls into {' and '.join(lacking)}; take more "
-            "prompts or another seed"
-        )
+    wanted = ["train", *(name for name, share in shares.items() if share)]
+    if lacking := [part for part in wanted if part not in set(frame.split)]:
+        found = f"of {len(side)} prompts none falls into {' and '.join(lacking)}"
+        raise StudyError(f"split of general pairs: {found}; take more prompts or another seed")
     return frame
 
 # %% ../../nbs/corpus/07_general.ipynb #e008f861
@@ -535,22 +395,16 @@ VALIDATION_DEV = 0.25  # share of a published validation split that serves to ch
 
 
 def split_general(found: General, test_fraction: float, dev_fraction: float, seed: int) -> dict:
-    """Split a set as its makers did, or by hash.
-
-    test_fraction: share of the prompts held out, where the set has no split of its own; dev_fraction: share of the
-    other prompts for selection, likewise. Returns train, dev, test -> frame with PAIR_COLUMNS."""
+    "Split a set as its makers did, or else by hash (split_by_prompt): train, dev, test -> frame with PAIR_COLUMNS."
     import pandas as pd
 
+    frame = found.pairs
     if not found.held_out:
-        frame = split_by_prompt(found.pairs, test_fraction, dev_fraction, seed)
+        frame = split_by_prompt(frame, test_fraction, dev_fraction, seed)
     else:
-        own = found.pairs.ID.isin(found.held_out)
-        frame = pd.concat(
-            [
-                found.pairs[~own].assign(split="train"),
-                split_by_prompt(found.pairs[own], 1 - VALIDATION_DEV, 0.0, seed).replace({"split": {"train": "dev"}}),
-            ]
-        )
+        own = frame.ID.isin(found.held_out)
+        held = split_by_prompt(frame[own], 1 - VALIDATION_DEV, 0.0, seed).replace({"split": {"train": "dev"}})
+        frame = pd.concat([frame[~own].assign(split="train"), held])
     return {part: frame[frame.split == part].drop(columns="split") for part in ("train", "dev", "test")}
 
 # %% ../../nbs/corpus/07_general.ipynb #6a6c5a85
@@ -558,32 +412,22 @@ DRAWN_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "
 
 
 def draw_pairs(pairs, n: int | None, seed: int, domain: str):
-    """Draw pairs without replacement; a larger draw begins with the smaller one.
+    """Draw n pairs (None: all) without replacement, in the order of a hash; a larger draw begins with the smaller one.
 
-    pairs: frame of pairs; n: how many; None takes all; domain: counselling or general. Returns frame with
-    DRAWN_COLUMNS, in the order of the hash."""
-    missing = [name for name in DRAWN_COLUMNS[:6] if name not in pairs.columns and name != "messages"]
-    if missing:
-        raise StudyError(
-            f"{domain} pairs: columns {missing} are missing, found {list(pairs.columns)[:8]}; give frames of pairs"
-        )
+    domain: counselling or general. Returns a frame with DRAWN_COLUMNS."""
     if pairs.duplicated(["ID", "prefID"]).any():
         raise StudyError(
-            f"{domain} pairs: two have the same ID and prefID, so one could be drawn twice; join parts without repeats"
+            f"{domain} pairs: two have the same ID and prefID, so one could be drawn twice; join parts once"
         )
     wanted = len(pairs) if n is None else n
     if not 0 <= wanted <= len(pairs) or (n is None and not wanted):
-        raise StudyError(
-            f"{domain} pairs: found {len(pairs)}, expected at least {max(wanted, 1)}; take a smaller budget, or more "
-            "pairs"
-            if wanted >= 0
-            else f"{domain} pairs: found {n} to draw, expected 0 or more, or None for all"
-        )
+        expected = f"found {len(pairs)}, expected at least {max(wanted, 1)}"
+        raise StudyError(f"{domain} pairs: {expected}; take a smaller budget, or more pairs")
     order = _hash_order(pairs, seed, "mix", domain)[:wanted]
     messages = pairs.messages if "messages" in pairs.columns else [None] * len(pairs)
     return pairs.assign(messages=messages, domain=domain).iloc[order][list(DRAWN_COLUMNS)].reset_index(drop=True)
 
-# %% ../../nbs/corpus/07_general.ipynb #44cad4db
+
 def _hash_order(pairs, seed: int, *purpose: str) -> list[int]:
     "Order rows by a hash of their ids."
     ids = list(zip(pairs.ID, map(int, pairs.prefID)))
@@ -591,11 +435,9 @@ def _hash_order(pairs, seed: int, *purpose: str) -> list[int]:
 
 # %% ../../nbs/corpus/07_general.ipynb #4d708838
 def mix_pairs(psy, general, n_psy: int | None, n_general: int | None, seed: int):
-    """Draw a mixture of counselling and general pairs.
+    """Draw a shuffled mixture of n_psy counselling and n_general general pairs; None takes all.
 
-    psy: frame of counselling pairs; general: frame of general pairs, with PAIR_COLUMNS; n_psy: how many counselling
-    pairs; None takes all; n_general: how many general pairs; None takes all. Returns frame with DRAWN_COLUMNS,
-    shuffled; prefIDs are those of the domain, messages None in counselling rows."""
+    Returns a frame with DRAWN_COLUMNS; prefIDs are those of the domain, messages None in counselling rows."""
     import pandas as pd
 
     drawn = [draw_pairs(psy, n_psy, seed, "counselling"), draw_pairs(general, n_general, seed, "general")]
@@ -609,12 +451,8 @@ def mix_pairs(psy, general, n_psy: int | None, n_general: int | None, seed: int)
     if not len(mixed):
         raise StudyError("mixture: no pair is asked for; expected some of one domain at least, give n_psy or n_general")
     mixed = mixed.iloc[_hash_order(mixed, seed, "shuffle")].reset_index(drop=True)
-    return mixed.assign(
-        messages=[
-            None if domain == "counselling" else list(messages)
-            for domain, messages in zip(mixed.domain, mixed.messages)
-        ]
-    )
+    own = [None if domain == "counselling" else list(said) for domain, said in zip(mixed.domain, mixed.messages)]
+    return mixed.assign(messages=own)
 
 # %% ../../nbs/corpus/07_general.ipynb #e6c84abb
 @dataclass(frozen=True)
@@ -624,17 +462,6 @@ class Mix:
     name: str  # as tables show it
     psy: int | None  # counselling pairs; None takes all
     help: int | None  # general pairs; None takes all
-
-    def __post_init__(self):
-        if (
-            any(n is not None and n < 0 for n in (self.psy, self.help))
-            or (self.psy, self.help) == (0, 0)
-            or not self.slug
-        ):
-            raise StudyError(
-                f"mixture {self.name!r}: found {self.psy} and {self.help} pairs, expected a name and some pairs of "
-                "one domain at least; mend it"
-            )
 
     @property
     def slug(self) -> str:

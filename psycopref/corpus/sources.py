@@ -10,23 +10,27 @@ import contextlib
 import csv
 import fnmatch
 import functools
+import gzip
 import io
 import json
 import re
 import typing
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from ..core.files import SCHEMAS, sha256_file
-from ..core.settings import StudyError, suggest
 from ..core.paper import resource_path
+from ..core.settings import StudyError, suggest
 from .fetching import fetch_hub, fetch_url, hub_is_here, short_reason, url_is_here
 
 # %% auto #0
-__all__ = ['TURN_MARKS', 'UNKNOWN_LICENCE', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'RawSpeech', 'RawSpeeches', 'Source',
-           'read_text', 'read_columns', 'find_column', 'read_table', 'read_line_pairs', 'client_turn', 'pick_files',
-           'local_files', 'Opened', 'parse_spec', 'locate', 'open_source', 'is_local', 'Released', 'open_released',
-           'read_part', 'released_speeches']
+__all__ = ['UNKNOWN_LICENCE', 'TURN_MARKS', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'RawSpeech', 'RawSpeeches', 'Source',
+           'read_text', 'read_columns', 'find_column', 'as_text', 'read_table', 'read_line_pairs', 'client_turn',
+           'pick_files', 'local_files', 'Opened', 'parse_spec', 'locate', 'open_source', 'is_local', 'is_here',
+           'Released', 'open_released', 'read_part', 'released_speeches']
 
 # %% ../../nbs/corpus/01_sources.ipynb #c9c1b9e1
 @dataclass(frozen=True)
@@ -44,9 +48,7 @@ class RawSpeeches:
 
     speeches: tuple[RawSpeech, ...]
     repeats: int = 0  # rows that only repeat the key and the text of an earlier row
-    unreadable: int = (
-        0  # speeches left empty, because the cell holds no text or no client speech can be told apart in it
-    )
+    unreadable: int = 0  # speeches left empty: the cell holds no text, or no client speech can be told apart in it
 
     @property
     def rows(self) -> int:
@@ -54,6 +56,9 @@ class RawSpeeches:
         return len(self.speeches) + self.repeats
 
 # %% ../../nbs/corpus/01_sources.ipynb #ca56a80c
+UNKNOWN_LICENCE = "not known to us: read its page before you use it"
+
+
 @dataclass(frozen=True)
 class Source:
     "Declare a source of client speeches."
@@ -62,15 +67,8 @@ class Source:
     licence: str  # of the texts
     page: str  # where people read about it
     speech: tuple[str, ...]  # names that the column of the client's speech may have
-    homes: tuple[
-        str, ...
-    ] = ()  # package:NAME, hf://datasets/OWNER/NAME@REVISION/PATH or https://…; none: only a local copy
-    layouts: tuple[tuple[str, ...], ...] = (
-        ("*.csv",),
-        ("*.parquet",),
-        ("*.jsonl",),
-        ("*.json",),
-    )  # file sets in a folder
+    homes: tuple[str, ...] = ()  # package:NAME, hf://datasets/OWNER/NAME@REVISION/PATH, https://…; none: a local copy
+    layouts: tuple[tuple[str, ...], ...] = (("*.csv",), ("*.parquet",), ("*.jsonl",), ("*.json",))  # files in a folder
     many: bool = False  # a pattern may match several files
     topic: tuple[str, ...] = ()  # names that the column of a gold topic may have
     same: str | None = None  # column whose repeats mean the same speech
@@ -86,23 +84,28 @@ class Source:
         return f"download it yourself from {self.page} and give {self.name}=/path/to/it"
 
 # %% ../../nbs/corpus/01_sources.ipynb #e9d0774f
-def read_text(path: Path, fallback: str | None = None) -> str:
-    """Read a text file; another encoding, a NUL byte or an unreadable file is one line.
-
-    path: a text file; fallback: encoding to try after UTF-8, e.g. cp1252."""
+def _data(path: Path) -> bytes:
+    "Read a file, unpacked where it is packed with gzip."
     try:
         data = Path(path).read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise StudyError(f"{path}: cannot be unpacked ({short_reason(error)}); download it again") from None
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def read_text(path: Path, fallback: str | None = None) -> str:
+    """Read a text file, plain or packed with gzip; another encoding, a NUL byte or an unreadable file is one line.
+
+    fallback: encoding to try after UTF-8, e.g. cp1252."""
+    data = _data(path)
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise StudyError(f"{path}: is UTF-16, expected UTF-8; convert it first, e.g. iconv -f utf-16 -t utf-8")
     text = _decode(path, data, fallback)
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise StudyError(
-            f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again, or remove them "
-            "with tr -d '\\000'"
-        )
+        raise StudyError(f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again")
     return text
 
 # %% ../../nbs/corpus/01_sources.ipynb #3e4dd393
@@ -122,121 +125,105 @@ def _decode(path: Path, data: bytes, fallback: str | None) -> str:
 
 # %% ../../nbs/corpus/01_sources.ipynb #10b27938
 def read_columns(path: Path, fallback: str | None = None) -> dict[str, list]:
-    """Read a table of whatever kind; every row counts, a broken one is one line with its place.
+    """Read CSV, a JSON list, JSON lines (also packed with gzip) or parquet; a broken row is one line with its place.
 
-    path: a table: CSV, JSON list, JSON lines or parquet; fallback: encoding to try after UTF-8. Returns column ->
-    values in file order; None where a row has none."""
-    with contextlib.suppress(OSError), open(path, "rb") as handle:
-        if handle.read(4) == b"PAR1":
-            return _read_parquet(path)
-    text = read_text(path, fallback)
-    if not text.strip():
-        raise StudyError(f"{path}: is empty; download it again")
-    kind = Path(path).suffix.lower()
-    if kind == ".parquet":
-        raise StudyError(f"{path}: is no parquet file (it does not begin with PAR1); download it again")
-    as_json = kind in (".json", ".jsonl", ".ndjson") or (kind != ".csv" and text.lstrip()[0] in "[{")
-    columns = _columns_of(_read_json_rows(path, text)) if as_json else _read_csv(path, text)
+    fallback: encoding to try after UTF-8. Returns column -> values in file order; None where a row has none."""
+    kind = Path(path).name.lower().removesuffix(".gz").rpartition(".")[2]
+    if _data(path)[:4] == b"PAR1":
+        columns = _read_parquet(path)
+    else:
+        text = read_text(path, fallback)
+        if not text.strip():
+            raise StudyError(f"{path}: is empty; download it again")
+        if kind == "parquet":
+            raise StudyError(f"{path}: is no parquet file (it does not begin with PAR1); download it again")
+        as_json = kind in ("json", "jsonl", "ndjson") or (kind != "csv" and text.lstrip()[0] in "[{")
+        columns = _read_json_rows(path, text) if as_json else _read_csv(path, text)
     if not any(columns.values()):
         raise StudyError(f"{path}: holds no rows; download it again")
     return columns
 
-# %% ../../nbs/corpus/01_sources.ipynb #2db0bac3
+
 def _read_parquet(path: Path) -> dict[str, list]:
     "Read a parquet table."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path).to_pydict()
     except (pa.ArrowException, OSError) as error:
         raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); download it again") from None
-    if not table.num_rows:
-        raise StudyError(f"{path}: holds no rows; download it again")
-    return {name: table[name].to_pylist() for name in table.column_names}
 
 # %% ../../nbs/corpus/01_sources.ipynb #6c0c0fa4
 def _read_csv(path: Path, text: str) -> dict[str, list]:
     "Read a CSV table; blank lines are no rows, cells may be of any size."
-    head, rows, before = None, [], csv.field_size_limit(len(text) + 1)
+    rows, before = [], csv.field_size_limit(len(text) + 1)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         for cells in filter(None, reader):
-            if head is None:
-                head = [name.strip() for name in cells]
-                continue
-            if len(cells) != len(head):
+            rows.append(cells)
+            if len(cells) != len(rows[0]):
                 raise StudyError(
-                    f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(head)} cells; "
+                    f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(rows[0])} cells; "
                     "mend its commas and quotes, or download it again"
                 )
-            rows.append(cells)
     except csv.Error as error:
-        raise StudyError(
-            f"{path}, line {reader.line_num}: is no CSV ({short_reason(error)}); mend its quotes, or download it again"
-        ) from None
+        where = f"{path}, line {reader.line_num}"
+        raise StudyError(f"{where}: is no CSV ({short_reason(error)}); mend its quotes, or download it again") from None
     finally:
         csv.field_size_limit(before)
-    twice = {name for name in head if name and head.count(name) > 1}
-    if twice:
+    head = [name.strip() for name in rows.pop(0)]
+    if twice := {name for name in head if name and head.count(name) > 1}:
         raise StudyError(f"{path}: the head names {sorted(twice)} more than once; rename all but one")
-    return {name: list(values) for name, values in zip(head, zip(*rows))} if rows else {name: [] for name in head}
+    return {name: [cells[i] for cells in rows] for i, name in enumerate(head)}
 
 # %% ../../nbs/corpus/01_sources.ipynb #b8280c8d
-def _read_json_rows(path: Path, text: str) -> list[dict]:
+def _read_json_rows(path: Path, text: str) -> dict[str, list]:
     "Read a JSON list of objects, or one object for each line."
     if text.lstrip().startswith("["):
-        numbered = enumerate(_json(path, text, 0), start=1)
-        place = "item"
+        numbered, place = enumerate(_json(path, text, 0), start=1), "item"
     else:
-        numbered = ((n, _json(path, line, n - 1)) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
-        place = "line"
+        lines = enumerate(text.split("\n"), start=1)
+        numbered, place = ((n, _json(path, line, n - 1)) for n, line in lines if line.strip()), "line"
     rows = []
     for number, row in numbered:
         if not isinstance(row, dict):
-            raise StudyError(
-                f"{path}, {place} {number}: found {type(row).__name__}, expected a JSON object with named columns"
-            )
+            found = type(row).__name__
+            raise StudyError(f"{path}, {place} {number}: found {found}, expected a JSON object with named columns")
         rows.append(row)
-    return rows
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name.strip(): [row.get(name) for row in rows] for name in names}
 
 # %% ../../nbs/corpus/01_sources.ipynb #cad96a5e
 def _json(path: Path, text: str, lines_before: int):
     "Parse JSON."
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise StudyError(
-            f"{path}, line {lines_before + error.lineno}: is not valid JSON ({error.msg}); expected a list of objects "
-            "or "
-            "one object for each line; download it again"
-        ) from None
     except (ValueError, RecursionError) as error:
+        line = lines_before + getattr(error, "lineno", 1)
         raise StudyError(
-            f"{path}, from line {lines_before + 1} on: is not valid JSON ({short_reason(error)}); download it again"
+            f"{path}, line {line}: is not valid JSON ({short_reason(error)}); expected a list of objects or one object "
+            "for each line; download it again"
         ) from None
-
-# %% ../../nbs/corpus/01_sources.ipynb #86d03b0f
-def _columns_of(rows: list[dict]) -> dict[str, list]:
-    "Turn rows into columns."
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name.strip(): [row.get(name) for row in rows] for name in names}
 
 # %% ../../nbs/corpus/01_sources.ipynb #512f82e4
 def find_column(columns: dict[str, list], names: typing.Sequence[str], path: Path, source: Source) -> list:
-    """Find a column under one of its names.
-
-    names: what the column may be called, the best first; case does not matter; path: for the error; source: for the
-    error. Returns its values."""
+    "Return the values of a column under one of its names, the best first; case does not matter."
     known = {name.casefold(): name for name in columns}
     for name in names:
         if name.casefold() in known:
             return columns[known[name.casefold()]]
     raise StudyError(
         f"{path}: has no column {' or '.join(map(repr, names))}, found {list(columns)[:12]}; is it {source.name}'s "
-        "file? "
-        f"If not, {source.remedy}"
+        f"file? If not, {source.remedy}"
     )
+
+
+def as_text(value) -> str | None:
+    "Return text as it is, but for halves of surrogate pairs, which no file could hold; None for anything else."
+    if not isinstance(value, str):
+        return None
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../../nbs/corpus/01_sources.ipynb #74c47e40
 def _read_cells(source: Source, path: Path) -> list[tuple]:
@@ -254,16 +241,14 @@ def _read_cells(source: Source, path: Path) -> list[tuple]:
 
 # %% ../../nbs/corpus/01_sources.ipynb #2285b5c1
 def read_table(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
-    """Read client speeches out of tables; every row is yielded or counted as a repeat.
-
-    source: what to look for; paths: its tables, in reading order."""
+    "Read client speeches out of tables, in reading order; every row is a speech or counted as a repeat."
     cells = [(path, *cell) for path in paths for cell in _read_cells(source, path)]
     speeches, seen, repeats, unreadable = [], set(), 0, 0
     for row, (path, value, key, topic) in enumerate(cells):
-        text = _text(value)
+        text = as_text(value)
         if text is not None and source.client_part:
             text = source.client_part(text)
-        mark = (str(key).strip(), text) if key is not None else ("", text)
+        mark = ("" if key is None else str(key).strip(), text)
         if mark[0] and mark in seen:
             repeats += 1
             continue
@@ -273,17 +258,6 @@ def read_table(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
     return RawSpeeches(tuple(speeches), repeats, unreadable)
 
 # %% ../../nbs/corpus/01_sources.ipynb #de257230
-def _text(value) -> str | None:
-    "Take text as it is, but for halves of surrogate pairs, which no file could hold; anything else is no text."
-    if not isinstance(value, str):
-        return None
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
-
-
 def _topics(path: Path, row: int, value) -> tuple[str, ...]:
     "Split a comma list of topics."
     if value is not None and not isinstance(value, str):
@@ -292,38 +266,24 @@ def _topics(path: Path, row: int, value) -> tuple[str, ...]:
 
 # %% ../../nbs/corpus/01_sources.ipynb #a4f006ea
 def read_line_pairs(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
-    """Read a table, or two aligned files of lines of which the first holds the client's speeches.
-
-    paths: one table, or the file of questions and that of answers."""
+    "Read one table, or two aligned files of lines of which the first holds the client's speeches."
     if len(paths) == 1:
         return read_table(source, paths)
-    questions, answers = (
-        [line.rstrip("\r") for line in read_text(path, source.fallback).removesuffix("\n").split("\n")]
-        for path in paths
-    )
-    if len(questions) != len(answers):
+    files = [read_text(path, source.fallback).removesuffix("\n").split("\n") for path in paths]
+    questions = [line.rstrip("\r") for line in files[0]]
+    if len(questions) != len(files[1]):
         raise StudyError(
-            f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(answers)}, expected as many; one of "
-            "them is cut, " + source.remedy
+            f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(files[1])}, expected as many; one of "
+            f"them is cut, {source.remedy}"
         )
-    if not any(line.strip() for line in questions):
+    if not any(map(str.strip, questions)):
         raise StudyError(f"{paths[0]}: is empty; {source.remedy}")
     return RawSpeeches(tuple(RawSpeech(row, line) for row, line in enumerate(questions)))
 
 # %% ../../nbs/corpus/01_sources.ipynb #094fff98
-TURN_MARKS = (
-    ("Instruct", "Output"),
-    ("Instruction", "Response"),
-    ("Instruction", "Output"),
-    ("Question", "Answer"),
-    ("Q", "A"),
-    ("Human", "Assistant"),
-    ("User", "Assistant"),
-    ("Patient", "Therapist"),
-    ("Client", "Therapist"),
-    ("Client", "Counselor"),
-    ("Input", "Output"),
-)
+_MARKS = """Instruct Output, Instruction Response, Instruction Output, Question Answer, Q A, Human Assistant,
+    User Assistant, Patient Therapist, Client Therapist, Client Counselor, Input Output"""
+TURN_MARKS = tuple(tuple(pair.split()) for pair in _MARKS.split(","))
 
 
 @functools.cache
@@ -334,117 +294,33 @@ def _turn_patterns() -> list[re.Pattern]:
 
 # %% ../../nbs/corpus/01_sources.ipynb #2f3a72e2
 def client_turn(text: str) -> str | None:
-    """Take the client's turn out of a text that also holds the answer.
-
-    text: a question and its answer with turn marks. Returns the question, or None where no pair of marks is found."""
+    "Take the client's turn out of a text that also holds the answer; None where no pair of turn marks is found."
     found = next((match for pattern in _turn_patterns() if (match := pattern.match(text))), None)
     return found and found[1].strip(" \t\r\n#<*")
 
 # %% ../../nbs/corpus/01_sources.ipynb #df6dc1e2
-UNKNOWN_LICENCE = "not known to us: read its page before you use it"
 HUB = "https://huggingface.co/datasets"
 
-SOURCES = {
-    source.name: source
-    for source in (
-        Source(
-            "demo",
-            "MIT, written for this repository; fictional",
-            "https://github.com/psycopref/psycopref",
-            ("speech",),
-            ("package:demo_speeches.jsonl",),
-            topic=("topic",),
-            scraped=False,
-        ),
-        Source(
-            "counsel-chat",
-            "MIT",
-            "https://github.com/nbertagnolli/counsel-chat",
-            ("questionText",),
-            (
-                "https://raw.githubusercontent.com/nbertagnolli/counsel-chat/356c9070153549cfbd3f65d3cf33f92b9a133fce/data/counselchat-data.csv",
-            ),
-            (("counselchat-data.csv",), ("*counsel_chat.csv",), ("*.csv",)),
-            topic=("topics", "topic"),
-            same="questionID",
-        ),
-        Source(
-            "psycho8k",
-            "CC-BY-NC-SA-4.0",
-            f"{HUB}/EmoCareAI/Psych8k",
-            ("input",),
-            (
-                "hf://datasets/EmoCareAI/Psych8k@091787feccbce3e0adfd03b1ea3063f3d938c32d/Alexander_Street_shareGPT_2.0.json",
-            ),
-            (("*.json",), ("input.txt", "output_GT.txt")),
-            fallback="cp1252",
-            read=read_line_pairs,
-        ),
-        Source(
-            "therapistQA",
-            UNKNOWN_LICENCE,
-            "https://www.kaggle.com/datasets/sagarikashreevastava/cognitive-distortion-detetction-dataset",
-            ("Patient Question", "Question"),
-            layouts=(("Therapist_responses.csv",), ("Annotated_data.csv",), ("*.csv",)),
-        ),
-        Source(
-            "amod-counsel",
-            UNKNOWN_LICENCE,
-            f"{HUB}/Amod/mental_health_counseling_conversations",
-            ("Context",),
-            ("hf://datasets/Amod/mental_health_counseling_conversations@main/combined_dataset.json",),
-            same="Context",
-        ),
-        Source(
-            "mentalChat16k",
-            "MIT",
-            f"{HUB}/ShenLab/MentalChat16K",
-            ("input",),
-            tuple(
-                f"hf://datasets/ShenLab/MentalChat16K@5f60cd380cfc58f0f12d44892bed41ee3670a70a/{name}.csv"
-                for name in ("Interview_Data_6K", "Synthetic_Data_10K")
-            ),
-            (("Interview*.csv", "Synthetic*.csv"), ("*.csv",), ("*.parquet",)),
-        ),
-        Source(
-            "mentalAgora",
-            UNKNOWN_LICENCE,
-            f"{HUB}/MentalAgora/TherapyTalk",
-            ("question", "query", "input", "post", "post1", "text"),
-            ("hf://datasets/MentalAgora/TherapyTalk@main",),
-            (("*.parquet",), ("*.jsonl",), ("*.csv",), ("*.json",)),
-            many=True,
-        ),
-        Source(
-            "phi2Mental",
-            UNKNOWN_LICENCE,
-            f"{HUB}/saxenaindresh681/microsoft-phi2-mental-health",
-            ("text",),
-            ("hf://datasets/saxenaindresh681/microsoft-phi2-mental-health@main/phi2-data.csv",),
-            client_part=client_turn,
-        ),
-    )
-}
 
-# %% ../../nbs/corpus/01_sources.ipynb #81a0b891
-RELEASED_DATASET = Source(
-    "released",
-    "CC-BY-NC-4.0",
-    f"{HUB}/Psychotherapy-LLM/PsychoCounsel-Preference",
-    ("question",),
-    tuple(
-        f"hf://datasets/Psychotherapy-LLM/PsychoCounsel-Preference@main/data/{part}-00000-of-00001.parquet"
-        for part in ("train", "test")
-    ),
-    (("train-*.parquet", "test-*.parquet"),),
-)
+def _declared() -> dict[str, Source]:
+    "Read the declared sources."
+    found, functions = {}, {one.__name__: one for one in (read_line_pairs, client_turn)}
+    for row in yaml.safe_load(resource_path("sources.yaml").read_text(encoding="utf-8")):
+        lists = {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
+        lists |= {"layouts": tuple(map(tuple, row["layouts"]))} if "layouts" in row else {}
+        named = {name: functions[row[name]] for name in ("client_part", "read") if name in row}
+        found[row["name"]] = Source(**{"licence": UNKNOWN_LICENCE, **row, **lists, **named})
+    return found
+
+
+SOURCES = _declared()
+RELEASED_DATASET = SOURCES.pop("released")
 
 # %% ../../nbs/corpus/01_sources.ipynb #b1876f4d
 def pick_files(source: Source, names: typing.Iterable[str], where: str) -> list[str]:
     """Choose files by the first layout that fits; a set that lacks a part, or a choice to be made, is one line.
 
-    source: whose layouts count; names: paths below the folder, with slashes; where: the folder, for the error.
-    Returns the chosen ones, in reading order."""
+    names: paths below the folder, with slashes. Returns the chosen ones, in reading order."""
     names = list(names)
     for prefix in ("", "data/"):
         own = sorted(
@@ -472,32 +348,23 @@ def pick_files(source: Source, names: typing.Iterable[str], where: str) -> list[
 
 # %% ../../nbs/corpus/01_sources.ipynb #b196eca9
 def local_files(source: Source, where: str) -> list[Path]:
-    "Find the files of a local copy. source: whose files; where: a file or a folder. Returns in reading order."
+    "Find the files of a local copy, a file or a folder, in reading order."
     path = Path(where).expanduser()
     if path.is_dir():
         return [path / name for name in pick_files(source, _names_below(path), str(path))]
     if not path.is_file():
         raise StudyError(f"{path}: no such file or folder; check {source.name}=…, or {source.remedy}")
     for layout in source.layouts:
-        if len(layout) > 1 and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in layout):
-            names = [
-                name
-                for name in _names_below(path.parent)
-                if any(fnmatch.fnmatchcase(name, pattern) for pattern in layout)
-            ]
-            return [path.parent / name for name in pick_files(source, names, str(path.parent))]
+        fits = [name for name in _names_below(path.parent) if any(fnmatch.fnmatchcase(name, own) for own in layout)]
+        if len(layout) > 1 and path.name in fits:
+            return [path.parent / name for name in pick_files(source, fits, str(path.parent))]
     return [path]
 
 
 def _names_below(folder: Path) -> list[str]:
     "List the files of a folder and of its data/."
-    return [
-        f"{prefix}{path.name}"
-        for prefix in ("", "data/")
-        if (folder / prefix).is_dir()
-        for path in (folder / prefix).iterdir()
-        if path.is_file() and not path.name.startswith(".")
-    ]
+    found = [path for own in (folder, folder / "data") if own.is_dir() for path in own.iterdir() if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")]
 
 # %% ../../nbs/corpus/01_sources.ipynb #1d89c311
 @dataclass(frozen=True)
@@ -514,10 +381,7 @@ class Opened:
 
 
 def parse_spec(spec: str, known: dict[str, Source] | None = None) -> tuple[Source, tuple[str, ...]]:
-    """Read the parameter that names a source.
-
-    spec: name or name=WHERE; known: by name; None takes SOURCES. Returns the source, and where its files are;
-    nowhere if only a local copy would do."""
+    "Read name or name=WHERE: the source, and where its files are; nowhere if only a local copy would do."
     known = SOURCES if known is None else known
     name, sign, where = spec.partition("=")
     if name not in known:
@@ -528,21 +392,15 @@ def parse_spec(spec: str, known: dict[str, Source] | None = None) -> tuple[Sourc
 
 # %% ../../nbs/corpus/01_sources.ipynb #60f24a86
 def locate(source: Source, where: str, sha256: str | None = None) -> list[tuple[Path, dict]]:
-    """Find or fetch files.
-
-    source: what is looked for; where: a path or an address; sha256: pinned hash. Returns files, and where they came
-    from."""
+    "Find or fetch the files at a path or an address; returns them, and where they came from."
     if where.startswith("hf://"):
         return fetch_hub(where, source.remedy, functools.partial(pick_files, source), sha256)
     if where.startswith(("https://", "http://")):
         return [fetch_url(where, source.remedy, sha256)]
-    paths = (
-        [resource_path(where.removeprefix("package:"))] if where.startswith("package:") else local_files(source, where)
-    )
-    return [
-        (path, {"file": path.name, "from": where, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
-        for path in paths
-    ]
+    package = where.startswith("package:")
+    paths = [resource_path(where.removeprefix("package:"))] if package else local_files(source, where)
+    found = [(path, {"file": path.name, "from": where, "bytes": path.stat().st_size}) for path in paths]
+    return [(path, {**origin, "sha256": sha256_file(path)}) for path, origin in found]
 
 # %% ../../nbs/corpus/01_sources.ipynb #bd3abfb4
 def open_source(spec: str, known: dict[str, Source] | None = None) -> Opened:
@@ -555,25 +413,17 @@ def open_source(spec: str, known: dict[str, Source] | None = None) -> Opened:
         raise StudyError(f"source {source.name!r}: needs a local copy; {source.remedy}")
     pins = source.sha256 if places == source.homes and source.sha256 else (None,) * len(places)
     files = [file for place, pin in zip(places, pins, strict=True) for file in locate(source, place, pin)]
-    origin = {
-        "source": source.name,
-        "licence": source.licence,
-        "page": source.page,
-        "files": [origin for _, origin in files],
-    }
-    return Opened(source, tuple(path for path, _ in files), origin)
+    origin = {"source": source.name, "licence": source.licence, "page": source.page}
+    return Opened(source, tuple(path for path, _ in files), {**origin, "files": [own for _, own in files]})
 
 # %% ../../nbs/corpus/01_sources.ipynb #9f7bf2fe
 def is_local(spec: str) -> bool:
-    """Say whether a source is on this machine; fetches nothing and reads no speech.
-
-    spec: as for open_source and open_released. Returns True: opening it downloads nothing; False also where a local
-    copy is still to be named."""
+    "Say whether opening a source downloads nothing; False also where a local copy is still to be named."
     _, places = parse_spec(spec, {**SOURCES, RELEASED_DATASET.name: RELEASED_DATASET})
-    return bool(places) and all(map(_is_here, places))
+    return bool(places) and all(map(is_here, places))
 
-# %% ../../nbs/corpus/01_sources.ipynb #a347b52d
-def _is_here(place: str) -> bool:
+
+def is_here(place: str) -> bool:
     "Say whether a path or an address needs no network."
     if place.startswith("hf://"):
         return hub_is_here(place)
@@ -594,14 +444,11 @@ class Released:
 
 def open_released(spec: str = "released") -> Released:
     "Open the released dataset and check it. spec: released, released=FOLDER, or hf://datasets/OWNER/NAME@REVISION."
-    opened = open_source(
-        f"released={spec}" if spec.startswith("hf://") else spec, {RELEASED_DATASET.name: RELEASED_DATASET}
-    )
+    spec = f"released={spec}" if spec.startswith("hf://") else spec
+    opened = open_source(spec, {RELEASED_DATASET.name: RELEASED_DATASET})
     if len(opened.paths) != 2:
-        raise StudyError(
-            f"{spec}: gives {len(opened.paths)} file, expected the train and the test part; give their folder or "
-            "dataset"
-        )
+        found = f"gives {len(opened.paths)} file, expected the train and the test part"
+        raise StudyError(f"{spec}: {found}; give their folder or dataset")
     parts = {part: read_part(path) for part, path in zip(("train", "test"), opened.paths)}
     blank = sum(
         int((frame[side].str.strip() == "").sum()) for frame in parts.values() for side in ("chosen", "rejected")
@@ -610,67 +457,56 @@ def open_released(spec: str = "released") -> Released:
 
 # %% ../../nbs/corpus/01_sources.ipynb #e0bc3b02
 def read_part(path: Path):
-    """Read one part; other columns, other types, empty values and ratings off the scale are one line.
+    """Read one parquet file of the released dataset into a frame with the columns of SCHEMAS["pairs"].
 
-    path: a parquet file of the released dataset. Returns frame with the columns of SCHEMAS["pairs"]."""
+    Other columns, other types, empty values and ratings off the scale are one line."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    remedy = f"is it the released dataset? If not, {RELEASED_DATASET.remedy}"
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise StudyError(
-            f"{path}: cannot be read as parquet ({short_reason(error)}); {RELEASED_DATASET.remedy}"
-        ) from None
-    missing = [name for name in SCHEMAS["pairs"] if name not in table.column_names]
-    if missing:
-        raise StudyError(
-            f"{path}: columns {missing[:6]} are missing, found {table.column_names[:8]}; is it the released dataset? "
-            f"If not, {RELEASED_DATASET.remedy}"
-        )
+        raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); {remedy}") from None
+    if missing := [name for name in SCHEMAS["pairs"] if name not in table.column_names]:
+        raise StudyError(f"{path}: columns {missing[:6]} are missing, found {table.column_names[:8]}; {remedy}")
     for name, kind in SCHEMAS["pairs"].items():
-        _check_type(path, name, kind, table.schema.field(name).type)
+        found = table.schema.field(name).type
+        if not _fits(kind, found):
+            raise StudyError(f"{path}: column {name} holds {found}, expected {kind}; {remedy}")
     types = {"str": pa.string(), "int": pa.int64()}
     schema = pa.schema([(name, types[kind]) for name, kind in SCHEMAS["pairs"].items()])
     frame = table.select(schema.names)
     nulls = [name for name in schema.names if frame[name].null_count]
     if nulls or not frame.num_rows:
-        raise StudyError(f"{path}: has {f'empty values in {nulls}' if nulls else 'no rows'}; {RELEASED_DATASET.remedy}")
+        raise StudyError(f"{path}: has {f'empty values in {nulls}' if nulls else 'no rows'}; {remedy}")
     frame = frame.cast(schema).to_pandas()
     _check_values(path, frame)
     return frame
 
 # %% ../../nbs/corpus/01_sources.ipynb #e2562e43
-def _check_type(path: Path, name: str, kind: str, found) -> None:
-    "Refuse a column of another type; widths of integers and storage forms of text don't matter."
+def _fits(kind: str, found) -> bool:
+    "Say whether a column has its type; widths of integers and storage forms of text don't matter."
     import pyarrow.types as types
 
     value = found.value_type if types.is_dictionary(found) else found
-    as_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
-    if not (as_text if kind == "str" else types.is_signed_integer(value) or types.is_uint8(value)):
-        raise StudyError(
-            f"{path}: column {name} holds {found}, expected {kind}; is it the released dataset? If not, "
-            f"{RELEASED_DATASET.remedy}"
-        )
+    if kind == "str":
+        return types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
+    return types.is_signed_integer(value) or types.is_uint8(value)
 
 
 def _check_values(path: Path, frame) -> None:
     "Refuse blank names and questions, odd ids and ratings off the scale of 1 to 5."
-    for name in ("ID", "question", "chosen_model", "rejected_model"):
-        _refuse_rows(path, frame, name, frame[name].str.strip() == "", "text")
-    _refuse_rows(path, frame, "ID", ~frame["ID"].str.fullmatch(r".+-\d+"), "source-row, e.g. psycho8k-3135")
-    for name in (name for name in SCHEMAS["pairs"] if name.endswith("_rating")):
-        _refuse_rows(path, frame, name, ~frame[name].between(1, 5), "1 to 5")
-
-
-def _refuse_rows(path: Path, frame, name: str, wrong, expected: str) -> None:
-    "Name the first wrong row."
-    if wrong.any():
-        row = int(wrong.to_numpy().argmax())
-        raise StudyError(
-            f"{path}, row {row}: {name} is {frame[name].tolist()[row]!r:.60}, expected {expected}; "
-            f"{RELEASED_DATASET.remedy}"
-        )
+    texts = ("ID", "question", "chosen_model", "rejected_model")
+    checks = [(name, frame[name].str.strip() == "", "text") for name in texts]
+    checks += [("ID", ~frame["ID"].str.fullmatch(r".+-\d+"), "source-row, e.g. psycho8k-3135")]
+    ratings = [name for name in SCHEMAS["pairs"] if name.endswith("_rating")]
+    checks += [(name, ~frame[name].between(1, 5), "1 to 5") for name in ratings]
+    for name, wrong, expected in checks:
+        if wrong.any():
+            row = int(wrong.to_numpy().argmax())
+            found = f"{path}, row {row}: {name} is {frame[name].tolist()[row]!r:.60}, expected {expected}"
+            raise StudyError(f"{found}; {RELEASED_DATASET.remedy}")
 
 # %% ../../nbs/corpus/01_sources.ipynb #e78b105c
 def released_speeches(parts: dict):
@@ -684,10 +520,7 @@ def released_speeches(parts: dict):
     for column, fault in (("speech", "two questions"), ("part", "pairs in both parts")):
         many = pairs.groupby("ID", sort=False)[column].nunique()
         if (many > 1).any():
-            raise StudyError(
-                f"released dataset: {many.index[many > 1][0]} has {fault} ({int((many > 1).sum())} such IDs), "
-                "expected one; "
-                f"speeches could not be told apart, {RELEASED_DATASET.remedy}"
-            )
+            found = f"{many.index[many > 1][0]} has {fault} ({int((many > 1).sum())} such IDs), expected one"
+            raise StudyError(f"released dataset: {found}; {RELEASED_DATASET.remedy}")
     frame = pairs.assign(speech_id=pairs.ID, source=pairs.ID.str.rpartition("-")[0])
     return frame[["speech_id", "source", "speech", "part"]].reset_index(drop=True)

@@ -29,7 +29,7 @@ from ..core.settings import Profile, StudyError, suggest
 from ..core.stages import MIXES, cache_root, grid_cells, is_released, project_root, stages_of
 from ..corpus.collection import KEPT, collect, open_sources
 from ..corpus.general import RULES, collect_general, grid, parse_place, split_general
-from ..corpus.sources import RELEASED_DATASET, SOURCES, _is_here, open_released, parse_spec
+from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.reward_bench import BENCH
 from ..feedback.pool import find_pool
 from ..feedback.rating import mode_calls, other_mode
@@ -204,7 +204,7 @@ def unknown_costs(rows: typing.Iterable[Work]) -> list[str]:
 # %% ../../nbs/run/04_plan.ipynb #4f0e770c
 def _not_here(what: str, source, places: typing.Sequence[str]) -> list[str]:
     "A line on files that are not on this machine."
-    if places and all(map(_is_here, places)):
+    if places and all(map(is_here, places)):
         return []
     fetched = any("://" in place for place in places)
     remedy = f"not here yet; the first run downloads it from {source.page}" if fetched else source.remedy
