@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import tempfile
 import threading
 import time
 import typing
-import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -80,9 +78,7 @@ MODEL_LENGTH = 8192  # tokens of a prompt and its answer that vLLM makes room fo
 
 
 def model_length(policy: Weights) -> int:
-    """Tell how much room vLLM is asked for: ours, or what the model can take.
-
-    policy: a found model. Returns tokens of a prompt and its answer."""
+    "Return how many tokens of a prompt and its answer vLLM makes room for: ours, or what the model can take."
     from transformers import AutoConfig
 
     own = AutoConfig.from_pretrained(policy.location, **pinned(policy)).get_text_config()
@@ -95,7 +91,7 @@ def _type_name(dtype: str) -> str:
 
 # %% ../../nbs/training/06_sampling.ipynb #d8865b1d
 def prompt_seeds(decoding: Decoding, n: int) -> list[int]:
-    "Derive a seed for each prompt of a request. decoding: how to sample. Returns one seed for each prompt."
+    "Derive a seed for each of n prompts of a request."
     return [derived_seed(decoding.seed, "prompt", place) for place in range(n)]
 
 
@@ -115,14 +111,10 @@ def _vllm_samples(outputs, n: int) -> list[list[Sample]]:
     "Read what vLLM returned; its token ids hold the end token, ours don't."
     found = []
     for request in outputs:
-        own = [
-            Sample(
-                one.text.strip(),
-                "length" if one.finish_reason == "length" else "stop",
-                len(one.token_ids) - (one.finish_reason != "length"),
-            )
-            for one in sorted(request.outputs, key=lambda one: one.index)
-        ]
+        own = []
+        for one in sorted(request.outputs, key=lambda one: one.index):
+            cut = one.finish_reason == "length"
+            own.append(Sample(one.text.strip(), "length" if cut else "stop", len(one.token_ids) - (not cut)))
         found.append(own * (n // len(own)))  # the likeliest answer is computed once
     return found
 
@@ -142,15 +134,10 @@ def _import_vllm():
 def _start_vllm(policy: Weights, dtype: str, length: int):
     "Start an engine, with nothing taken from the model's own defaults of sampling."
     vllm, own = _import_vllm(), pinned(policy)
+    own |= {"tokenizer_revision": own["revision"]} if own else {}
+    how = {"dtype": _type_name(dtype), "max_model_len": length, "generation_config": "vllm"}
     try:
-        return vllm.LLM(
-            model=policy.location,
-            dtype=_type_name(dtype),
-            max_model_len=length,
-            generation_config="vllm",
-            **own,
-            **({"tokenizer_revision": own["revision"]} if own else {}),
-        )
+        return vllm.LLM(model=policy.location, **how, **own)
     except (RuntimeError, ValueError, OSError) as error:
         release()
         raise StudyError(
@@ -168,6 +155,15 @@ def _end_vllm(engine, ours: bool) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+
+def _check_length(longest: int, decoding: Decoding, length: int) -> None:
+    "Refuse a prompt that leaves no room for its answer."
+    if longest + decoding.max_tokens > length:
+        raise StudyError(
+            f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer "
+            f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
+        )
 
 # %% ../../nbs/training/06_sampling.ipynb #247b95ed
 @contextlib.contextmanager
@@ -194,38 +190,25 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
         del engine
         release()
 
-# %% ../../nbs/training/06_sampling.ipynb #45ecd34d
-def _check_length(longest: int, decoding: Decoding, length: int) -> None:
-    "Refuse a prompt that leaves no room for its answer."
-    if longest + decoding.max_tokens > length:
-        raise StudyError(
-            f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer "
-            f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
-        )
-
 # %% ../../nbs/training/06_sampling.ipynb #bc6cc2e0
-SERVE = "vllm serve {model} --port {port} --host 127.0.0.1 --served-model-name policy --dtype {dtype} --max-model-len {length} --generation-config vllm"
+SERVE = (
+    "vllm serve {model} --port {port} --host 127.0.0.1 --served-model-name policy --dtype {dtype} "
+    "--max-model-len {length} --generation-config vllm"
+)
 
 
 def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
-    """Word the command that starts a server.
-
-    policy: what is served; dtype: auto, bfloat16 or float32. Returns the command and its arguments."""
+    "Word the command that starts a server: ours, or that of PSYCOPREF_SERVE. Returns its words."
     own = os.environ.get("PSYCOPREF_SERVE")
     if own and not ("{model}" in own and "{port}" in own):
         raise StudyError(f"PSYCOPREF_SERVE is {own!r}, expected a command with {{model}} and {{port}} in it")
     text = own or SERVE + " --revision {revision} --tokenizer-revision {revision}" * bool(pinned(policy))
-    known = {
-        "model": lambda: policy.location,
-        "port": lambda: port,
-        "dtype": lambda: _type_name(dtype),
-        "length": lambda: model_length(policy),
-        "revision": lambda: policy.revision,
-    }
+    known = {"model": policy.location, "port": port, "revision": policy.revision}
+    known |= {"dtype": _type_name(dtype)} if "{dtype}" in text else {}
+    known |= {"length": model_length(policy)} if "{length}" in text else {}
     words = shlex.split(text)
     for name, value in known.items():
-        if f"{{{name}}}" in text:
-            words = [word.replace(f"{{{name}}}", str(value())) for word in words]
+        words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     if shutil.which(words[0]) is None:
         raise StudyError(
             f"engine 'server': the command {words[0]!r} is not found; install vllm, set PSYCOPREF_SERVE to another "
@@ -235,44 +218,31 @@ def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
 
 # %% ../../nbs/training/06_sampling.ipynb #7275e5d1
 def listed_models(url: str) -> list[dict]:
-    """Ask a server what it serves; raises OSError, ValueError or HTTPException where it doesn't say.
+    "Ask a server what it serves: id, and root where it says it. Raises ValueError or openai.OpenAIError."
+    from openai import DefaultHttpxClient, OpenAI
 
-    url: such as http://127.0.0.1:8000/v1. Returns what it serves: id, and root where the server says it."""
-    key = server_key(url)
-    request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
-    opener = urllib.request.build_opener(
-        *([urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else [])
-    )
-    with opener.open(request, timeout=10) as answer:
-        found = json.load(answer)
-    if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("data"), list)
-        or not all(isinstance(card, dict) and "id" in card for card in found["data"])
-    ):
+    client = DefaultHttpxClient(trust_env=urlsplit(url).hostname not in LOOPBACK)  # no proxy to this machine
+    with OpenAI(
+        base_url=url, api_key=server_key(url) or "none", max_retries=0, timeout=10, http_client=client
+    ) as server:
+        found = server.models.list()
+    if not isinstance(getattr(found, "data", None), list):
         raise ValueError("expected a list of models")
-    return found["data"]
+    return [card.to_dict() for card in found.data]
 
-# %% ../../nbs/training/06_sampling.ipynb #613a6905
+
 def _same_place(name, location: str) -> bool:
     "Tell whether two names are the same hub id or folder."
-    if name == location:
-        return True
-    return bool(name) and Path(location).is_dir() and Path(name).is_dir() and Path(name).samefile(location)
+    folders = bool(name) and Path(location).is_dir() and Path(name).is_dir()
+    return name == location or (folders and Path(name).samefile(location))
 
 
 def served_name(url: str, cards: list[dict], policy: Weights, started: bool) -> str:
-    """Find the policy among what a server serves.
-
-    policy: what should be served; started: by us: then a server that does not tell a root is believed. Returns the
-    name to ask for."""
+    "Return the name of the policy among what a server serves; one that we started and tells no root is believed."
     for card in cards:
         root = card.get("root")
-        if (
-            _same_place(card["id"], policy.location)
-            or _same_place(root, policy.location)
-            or (started and root in (None, card["id"]))
-        ):
+        same = _same_place(card["id"], policy.location) or _same_place(root, policy.location)
+        if same or (started and root in (None, card["id"])):
             return card["id"]
     found = ", ".join(f"{card['id']} ({card.get('root')})" for card in cards) or "nothing"
     raise StudyError(
@@ -321,12 +291,12 @@ def _stop(process: subprocess.Popen, grace: float) -> None:
 
 
 def free_port() -> int:
-    "Find a port. Returns a port that was free a moment ago."
+    "Return a port that was free a moment ago."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
-# %% ../../nbs/training/06_sampling.ipynb #940f5a82
+
 @dataclass
 class Server:
     "Know a server, and whether it is still alive."
@@ -339,16 +309,13 @@ class Server:
     def check(self) -> None:
         "Refuse to go on with a server that has ended."
         if self.process is not None and self.process.poll() is not None:
-            raise StudyError(
-                f"engine 'server': the server has ended; its last words: {self.last_words()} (all of them: {self.log})"
-            )
+            raise StudyError(f"engine 'server': the server has ended; {self.last_words()}")
 
     def last_words(self) -> str:
         "Return the end of the log in one line."
-        lines = [
-            line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        return " | ".join(lines[-6:])[-900:] or "none"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = " | ".join([line.strip() for line in lines if line.strip()][-6:])[-900:] or "none"
+        return f"its last words: {said} (all of them: {self.log})"
 
 # %% ../../nbs/training/06_sampling.ipynb #a37d843e
 START_SECONDS = 1800.0  # a large model is loaded and compiled in this time
@@ -356,20 +323,21 @@ START_SECONDS = 1800.0  # a large model is loaded and compiled in this time
 
 def _wait_until_served(server: Server, policy: Weights, seconds: float) -> str:
     "Wait for a server that we started; return the name of what it serves."
+    import openai
+
     end, why = time.monotonic() + seconds, "nothing"
     while time.monotonic() < end:
         server.check()
         try:
             cards = listed_models(server.url)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (openai.OpenAIError, ValueError) as error:
             why = f"{type(error).__name__} {error}"
             time.sleep(0.25)
             continue
         server.check()  # another process may have taken the port
         return served_name(server.url, cards, policy, started=True)
     raise StudyError(
-        f"engine 'server': no answer at {server.url}/models in {seconds:g} s ({why[:120]}); its last words: "
-        f"{server.last_words()} (all of them: {server.log})"
+        f"engine 'server': no answer at {server.url}/models in {seconds:g} s ({why[:120]}); {server.last_words()}"
     )
 
 # %% ../../nbs/training/06_sampling.ipynb #4c062b0f
@@ -392,9 +360,11 @@ def _started(policy: Weights, dtype: str) -> typing.Iterator[Server]:
 # %% ../../nbs/training/06_sampling.ipynb #36c84d01
 def _found(policy: Weights, url: str) -> Server:
     "Look at a server that somebody else started."
+    import openai
+
     try:
         cards = listed_models(url)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (openai.OpenAIError, ValueError) as error:
         raise StudyError(
             f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({type(error).__name__} "
             f"{str(error)[:120]}); start a server, and name it as in http://127.0.0.1:8000/v1"
@@ -402,59 +372,38 @@ def _found(policy: Weights, url: str) -> Server:
     return Server(url, served_name(url, cards, policy, started=False))
 
 # %% ../../nbs/training/06_sampling.ipynb #7b74802d
-SAMPLES_IN_FLIGHT, ATTEMPTS, WAIT_SECONDS, SAMPLE_SECONDS = (
-    64,
-    6,
-    1.0,
-    1800.0,
-)  # calls at once, tries of a call, the first pause, the longest answer
+SAMPLES_IN_FLIGHT = 64  # calls at once
+ATTEMPTS, WAIT_SECONDS, SAMPLE_SECONDS = 6, 1.0, 1800.0  # tries of a call, the first pause, the longest answer
 
 
 def server_body(client: OpenAIModel, messages: list[dict], decoding: Decoding, n: int, dated: bool) -> dict:
-    """Word a call for n candidates.
-
-    client: who is asked; messages: the conversation; decoding: how to sample; its seed is this prompt's own; n:
-    candidates; dated: the chat template writes a date. Returns the JSON of the call."""
-    body = client.chat_arguments(ChatRequest(tuple(messages), decoding))
-    body |= {
-        "n": n if decoding.temperature else 1,
-        "top_k": decoding.top_k or -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-    }
+    "Word a call for n candidates. decoding: with this prompt's own seed; dated: the chat template writes a date."
+    body = client.chat_arguments(ChatRequest(tuple(messages), decoding)) | {"n": n if decoding.temperature else 1}
+    body |= {"top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
     return body | ({"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {})
 
 # %% ../../nbs/training/06_sampling.ipynb #18164310
 def read_choices(reader, body: bytes, n: int) -> list[tuple[str, str]] | Failure:
-    """Read the candidates of a call.
-
-    body: as it came; n: candidates that were asked for. Returns (text, stop or length) of each."""
+    "Read a call's n candidates: (text, stop or length) of each, or why it is no answer."
     import pydantic
 
     try:
         choices = reader.validate_json(body)["choices"]
     except pydantic.ValidationError as error:
-        return Failure(
-            f"no chat completion: {error.errors(include_url=False, include_input=False)[0]['msg']}"[:200], kind="broken"
-        )
-    odd = [choice.get("finish_reason") for choice in choices if choice.get("finish_reason") not in ("stop", "length")]
+        why = error.errors(include_url=False, include_input=False)[0]["msg"]
+        return Failure(f"no chat completion: {why}"[:200], kind="broken")
+    reasons = [choice.get("finish_reason") for choice in choices]
+    odd = [f"; one ended with {reason}" for reason in reasons if reason not in ("stop", "length")]
     if len(choices) != n or odd:
-        return Failure(
-            f"found {len(choices)} candidates, expected {n}{f'; one ended with {odd[0]}' if odd else ''}", kind="broken"
-        )
-    return [((choice["message"].get("content") or "").strip(), choice["finish_reason"]) for choice in choices]
-
-# %% ../../nbs/training/06_sampling.ipynb #5d8b4de0
-async def _attempt(client: OpenAIModel, body: dict, reader) -> list[tuple[str, str]] | Failure:
-    "Make one attempt at one call."
-    found = await client.post(body)
-    return found if isinstance(found, Failure) else read_choices(reader, found, body["n"])
+        return Failure(f"found {len(choices)} candidates, expected {n}{''.join(odd[:1])}", kind="broken")
+    return [((choice["message"].get("content") or "").strip(), why) for choice, why in zip(choices, reasons)]
 
 # %% ../../nbs/training/06_sampling.ipynb #0ba9d6a7
 async def _ask(server: Server, client: OpenAIModel, body: dict, reader) -> list[tuple[str, str]]:
     "Ask until there is an answer, or no hope of one."
     for attempt in range(ATTEMPTS):
-        found = await _attempt(client, body, reader)
+        found = await client.post(body)
+        found = found if isinstance(found, Failure) else read_choices(reader, found, body["n"])
         if not isinstance(found, Failure):
             return found
         if not found.again:
@@ -490,11 +439,9 @@ async def _ask_all(
 # %% ../../nbs/training/06_sampling.ipynb #031b7b89
 def _server_sample(tokenizer, text: str, reason: str, decoding: Decoding) -> Sample:
     "Count the tokens of a candidate."
-    return Sample(
-        text,
-        reason,
-        decoding.max_tokens if reason == "length" else len(tokenizer(text, add_special_tokens=False).input_ids),
-    )
+    whole = reason != "length"
+    n_tokens = len(tokenizer(text, add_special_tokens=False).input_ids) if whole else decoding.max_tokens
+    return Sample(text, reason, n_tokens)
 
 
 @contextlib.contextmanager
@@ -522,28 +469,21 @@ ENGINES = {"local": _open_local, "vllm": _open_vllm, "server": _open_server}
 
 
 def open_sampler(engine: str, policy: Weights, dtype: str = "auto") -> typing.ContextManager[Sampler]:
-    """Open an engine; all its memory is handed back at the end.
+    """Open an engine: local, vllm or server; all its memory is handed back at the end.
 
-    engine: local, vllm or server; policy: who answers; dtype: auto, bfloat16 or float32. Returns of sample(prompts
-    as messages, decoding, n=1, name="") -> n samples for each prompt."""
+    Returns a context of sample(prompts as messages, decoding, n=1, name="") -> n samples for each prompt."""
     if engine not in ENGINES:
         raise StudyError(f"engine {engine!r}: is not known. {suggest(engine, ENGINES)}")
     release()  # another process will want what this one keeps for itself
     return ENGINES[engine](policy, dtype)
 
 # %% ../../nbs/training/06_sampling.ipynb #579977d6
-_BESIDE = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
+_BESIDE = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+_BESIDE += ["chat_template.jinja", "tokenizer.model"]  # what answers hang on, in the order in which it is hashed
 
 
 def weights_identity(weights: Weights) -> str:
-    "Hash what a model's answers hang on. weights: a found model. Returns 64 hexadecimal digits."
+    "Hash what a model's answers hang on. Returns 64 hexadecimal digits."
     digest, folder = hashlib.sha256(weights.revision.encode()), Path(weights.location)
     for name in _BESIDE:
         if (folder / name).is_file():
@@ -554,23 +494,18 @@ def weights_identity(weights: Weights) -> str:
 
 
 def fingerprint(*parts) -> str:
-    "Hash plain data. parts: plain data. Returns 64 hexadecimal digits."
+    "Hash plain data. Returns 64 hexadecimal digits."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 # %% ../../nbs/training/06_sampling.ipynb #0b20d9c6
 def speech_blocks(speeches: dict, size: int) -> list[list[str]]:
-    """Cut speeches into blocks of similar length.
-
-    speeches: speech_id -> client speech; size: speeches in a block. Returns speech ids, the longest first."""
+    "Cut speech_id -> client speech into blocks of similar length, the longest first. size: speeches in a block."
     names = sorted(speeches)
     return [[names[i] for i in block] for block in length_batches([len(speeches[name]) for name in names], size)]
 
-# %% ../../nbs/training/06_sampling.ipynb #c2112e87
-def read_block(path: Path, made_of: str, names: list[str], n: int) -> dict | None:
-    """Read a block, if it is whole and ours.
 
-    path: block-0000.json; made_of: its fingerprint; names: its speech ids; n: candidates for each. Returns
-    speech_id -> samples; None where there is no such block."""
+def read_block(path: Path, made_of: str, names: list[str], n: int) -> dict | None:
+    "Read speech_id -> n samples, if a block is whole, of these speeches and made of what a fingerprint says; else None."
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         found = {name: [Sample(*own) for own in group] for name, group in kept["samples"].items()}
@@ -581,18 +516,9 @@ def read_block(path: Path, made_of: str, names: list[str], n: int) -> dict | Non
 
 
 def write_block(path: Path, made_of: str, samples: dict) -> None:
-    """Write a block, whole or not at all.
-
-    path: block-0000.json; made_of: its fingerprint; samples: speech_id -> samples."""
-    write_json(
-        path,
-        {
-            "made_of": made_of,
-            "samples": {
-                name: [[s.text, s.finish_reason, s.n_tokens] for s in group] for name, group in samples.items()
-            },
-        },
-    )
+    "Write speech_id -> samples with their fingerprint, whole or not at all."
+    rows = {name: [[s.text, s.finish_reason, s.n_tokens] for s in group] for name, group in samples.items()}
+    write_json(path, {"made_of": made_of, "samples": rows})
 
 # %% ../../nbs/training/06_sampling.ipynb #41a29c83
 @dataclass(frozen=True)
@@ -611,24 +537,14 @@ def plan_blocks(
 ) -> list[SampleBlock]:
     """Say what each block will be made of.
 
-    speeches: speech_id -> client speech; folder: where blocks stand; settings: engine and size of a block;
-    decoding: how to sample; n: candidates for each speech; dtype: auto, bfloat16 or float32."""
+    speeches: speech_id -> client speech; settings: engine and size of a block; n: candidates for each speech."""
     found = []
     for place, names in enumerate(speech_blocks(speeches, settings.block)):
-        prompts, how = (
-            [prompt_messages(speeches[name]) for name in names],
-            replace(decoding, seed=derived_seed(decoding.seed, "block", place)),
-        )
+        prompts = [prompt_messages(speeches[name]) for name in names]
+        how = replace(decoding, seed=derived_seed(decoding.seed, "block", place))
         made_of = fingerprint(identity, settings.engine, dtype, asdict(how), n, names, prompts)
         found.append(SampleBlock(Path(folder) / f"block-{place:04d}.json", names, prompts, how, made_of))
     return found
-
-# %% ../../nbs/training/06_sampling.ipynb #daa2a8eb
-def _clear_strays(folder: Path, known: set) -> None:
-    "Take away blocks of another size, and what a killed process had begun to write."
-    for path in (*Path(folder).glob("block-*.json"), *Path(folder).glob(".block-*.partial")):
-        if path not in known:
-            path.unlink(missing_ok=True)
 
 # %% ../../nbs/training/06_sampling.ipynb #00436d1b
 def sample_candidates(
@@ -641,12 +557,11 @@ def sample_candidates(
     dtype: str = "auto",
     name: str = "sampling candidates",
 ) -> dict:
-    """Sample candidates block by block; blocks that stand there are read, and the engine is opened only if one is
-    missing.
+    """Sample candidates block by block; blocks that stand there are read, and an engine is opened only for missing ones.
 
-    policy: who answers; speeches: speech_id -> client speech; folder: where blocks stand; settings: engine and size
-    of a block; decoding: how to sample; n: candidates for each speech; dtype: auto, bfloat16 or float32; name: shown
-    before the progress bar. Returns speech_id -> n samples, in the order of `speeches`."""
+    speeches: speech_id -> client speech; folder: where blocks stand; settings: engine and size of a block; n:
+    candidates for each speech; name: shown before the progress bar. Returns speech_id -> n samples, in the order of
+    `speeches`."""
     blocks = plan_blocks(weights_identity(policy), speeches, folder, settings, decoding, n, dtype)
     found = {block.path: read_block(block.path, block.made_of, block.names, n) for block in blocks}
     missing = [block for block in blocks if found[block.path] is None]
@@ -656,7 +571,9 @@ def sample_candidates(
                 title = f"{name}, block {blocks.index(block) + 1} of {len(blocks)}"
                 found[block.path] = dict(zip(block.names, sample(block.prompts, block.decoding, n, title)))
                 write_block(block.path, block.made_of, found[block.path])
-    _clear_strays(folder, set(found))
+    for path in (*Path(folder).glob("block-*.json"), *Path(folder).glob(".block-*.partial")):
+        if path not in found:  # blocks of another size, and what a killed process had begun to write
+            path.unlink(missing_ok=True)
     merged = {own: samples for part in found.values() for own, samples in part.items()}
     return {own: merged[own] for own in speeches}
 
@@ -669,10 +586,7 @@ def _rewards_now(scorer: str, speeches: dict, answers: dict, dtype: str, name: s
 
 
 def read_rewards(path: Path, made_of: str) -> dict | None:
-    """Read rewards, if they are whole and of these answers.
-
-    path: rewards.json; made_of: its fingerprint. Returns speech_id -> a reward for each answer; None where there
-    are no such rewards."""
+    "Read speech_id -> a reward for each answer, if a file is whole and made of what a fingerprint says; else None."
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept["rewards"] if kept["made_of"] == made_of else None
@@ -685,9 +599,8 @@ def score_candidates(
 ) -> dict:
     """Score candidates; rewards of the same answers are read, not computed again.
 
-    scorer: folder of a reward model, or a name of `training.scoring`; speeches: speech_id -> client speech;
-    answers: speech_id -> answers; folder: where rewards.json stands; dtype: auto, bfloat16 or float32; name: shown
-    before the progress bar. Returns speech_id -> a reward for each answer."""
+    scorer: folder of a reward model, or a name of `training.scoring`; answers: speech_id -> answers; folder: where
+    rewards.json stands; name: shown before the progress bar. Returns speech_id -> a reward for each answer."""
     where = find_scorer(scorer)
     asked = [[own, prompt_messages(speeches[own]), texts] for own, texts in answers.items()]
     made_of = fingerprint(weights_identity(find_weights(where.location)), where.head, dtype, asked)

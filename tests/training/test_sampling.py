@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 from unittest.mock import patch
 
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings as trials
 from hypothesis import strategies as st
@@ -50,15 +51,17 @@ def opened(monkeypatch):
     """Count how often the local engine is opened, and what it is asked."""
     seen = {"opened": 0, "prompts": 0}
     load, ask = sampling.load_causal_lm, sampling.generate
-    monkeypatch.setattr(sampling, "load_causal_lm", lambda *a: (seen.update(opened=seen["opened"] + 1), load(*a))[1])
-    monkeypatch.setattr(
-        sampling,
-        "generate",
-        lambda m, t, prompts, *a, **k: (
-            seen.update(prompts=seen["prompts"] + len(prompts)),
-            ask(m, t, prompts, *a, **k),
-        )[1],
-    )
+
+    def counted_load(*arguments):
+        seen["opened"] += 1
+        return load(*arguments)
+
+    def counted_ask(model, tokenizer, prompts, *arguments, **named):
+        seen["prompts"] += len(prompts)
+        return ask(model, tokenizer, prompts, *arguments, **named)
+
+    monkeypatch.setattr(sampling, "load_causal_lm", counted_load)
+    monkeypatch.setattr(sampling, "generate", counted_ask)
     return seen
 
 
@@ -102,9 +105,14 @@ def test_what_is_done_is_not_done_again(tiny, whole, tmp_path, opened):
     assert sampled(tiny, tmp_path, {}) == {} and opened["opened"] == 1
 
 
-@pytest.mark.parametrize("change", [
-    dict(speeches=SPEECHES | {"s0": "Another day."}), dict(how=dataclasses.replace(HOW, temperature=0.7)), dict(how=dataclasses.replace(HOW, seed=4)),
-    dict(how=dataclasses.replace(HOW, max_tokens=4)), dict(n=3), dict(settings=IterSettings(block=3)), dict(dtype="bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"speeches": SPEECHES | {"s0": "Another day."}},
+        *({"how": dataclasses.replace(HOW, **own)} for own in ({"temperature": 0.7}, {"seed": 4}, {"max_tokens": 4})),
+        *({"n": 3}, {"settings": IterSettings(block=3)}, {"dtype": "bfloat16"}),
+    ],
+)
 def test_blocks_made_of_something_else_are_made_again(tiny, whole, tmp_path, change):
     source, samples = whole
     for path in source.iterdir():
@@ -117,8 +125,12 @@ def test_blocks_made_of_something_else_are_made_again(tiny, whole, tmp_path, cha
 
 @pytest.mark.parametrize("change", [{"revision": "f" * 64}, {"engine": "server"}])
 def test_another_policy_or_engine_makes_other_blocks(tiny, tmp_path, change):
-    kinds = [sampling.plan_blocks(sampling.weights_identity(dataclasses.replace(tiny, **{k: v for k, v in own.items() if k == "revision"})), SPEECHES, tmp_path,
-                                  IterSettings(block=2, **{k: v for k, v in own.items() if k == "engine"}), HOW, 2, "float32") for own in ({}, change)]  # fmt: skip
+    change = dict(change)
+    engine, policy = change.pop("engine", "local"), dataclasses.replace(tiny, **change)
+    kinds = [
+        sampling.plan_blocks(sampling.weights_identity(who), SPEECHES, tmp_path, how, HOW, 2, "float32")
+        for who, how in ((tiny, IterSettings(block=2)), (policy, IterSettings(block=2, engine=engine)))
+    ]
     assert not {block.made_of for block in kinds[0]} & {block.made_of for block in kinds[1]}
 
 
@@ -131,28 +143,28 @@ def test_no_block_is_no_error(tmp_path, content):
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from psycopref.training import sampling
 from psycopref.core.settings import IterSettings
 from psycopref.models.generation import Decoding
 from psycopref.models.weights import find_weights
-import json, torch
+import torch
 torch.set_num_threads(1)
-write, left = sampling.write_json, [int(sys.argv[2])]
+write, left = sampling.write_json, [2]
 def cut(path, value):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
     return write(path, value)
 sampling.write_json = cut
-sampling.sample_candidates(find_weights("random-tiny"), json.loads(sys.argv[3]), sys.argv[1], IterSettings(block=2), Decoding(5, 1.0, 50, 1.0, 3), 2, "float32", "test")
+how, weights, speeches = Decoding(5, 1.0, 50, 1.0, 3), find_weights("random-tiny"), json.loads(sys.argv[2])
+sampling.sample_candidates(weights, speeches, sys.argv[1], IterSettings(block=2), how, 2, "float32", "test")
 """
 
 
 def test_a_killed_process_costs_one_block(tiny, whole, tmp_path, opened):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "2", json.dumps(SPEECHES)], capture_output=True, timeout=120
-    )
+    command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(SPEECHES)]
+    done = subprocess.run(command, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr[-800:]
     assert len(list(tmp_path.glob("block-*.json"))) == 2
     assert sampled(tiny, tmp_path) == whole[1] and opened["prompts"] == 3
@@ -180,28 +192,14 @@ def test_the_model_is_gone_behind_the_context_even_after_an_error(tiny, monkeypa
 
 
 class FakeLLM:
-    """As much of vllm.LLM as we use, with its signatures; it answers with the tiny model."""
+    """As much of vllm.LLM as we use; it answers with the tiny model."""
 
     made: list = []
 
-    def __init__(
-        self,
-        model,
-        *,
-        tokenizer=None,
-        dtype="auto",
-        revision=None,
-        tokenizer_revision=None,
-        seed=None,
-        gpu_memory_utilization=0.9,
-        max_model_len=None,
-        generation_config="auto",
-    ):
+    def __init__(self, model, *, dtype, max_model_len, generation_config, revision=None, tokenizer_revision=None):
         assert generation_config == "vllm" and dtype in ("float32", "bfloat16")
         if max_model_len == 13:
-            raise ValueError(
-                "Free memory on device (1.0/80.0 GiB) is less than desired.\nDecrease GPU memory utilization."
-            )
+            raise ValueError("Free memory on device (1.0/80.0 GiB) is less than desired.\nDecrease GPU memory use.")
         weights = find_weights("random-tiny")
         self.model, self.tokenizer, self.alive = load_causal_lm(weights, dtype), load_tokenizer(weights), True
         self.llm_engine = types.SimpleNamespace(engine_core=types.SimpleNamespace(shutdown=self.end))
@@ -216,25 +214,13 @@ class FakeLLM:
         return [self.answer(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, sampling_params)]
 
     def answer(self, ids, params):
-        found = [
-            generate(
-                self.model,
-                self.tokenizer,
-                [self.tokenizer.decode(ids)],
-                Decoding(params.max_tokens, params.temperature, max(0, params.top_k), params.top_p, params.seed + i),
-                name="",
-            )[0][0]
-            for i in range(params.n)
-        ]
-        outputs = [
-            types.SimpleNamespace(
-                index=i,
-                text=s.text,
-                finish_reason=s.finish_reason,
-                token_ids=[5] * s.n_tokens + [2] * (s.finish_reason == "stop"),
-            )
-            for i, s in enumerate(found)
-        ]
+        outputs, text = [], self.tokenizer.decode(ids)
+        for i in range(params.n):
+            how = (params.max_tokens, params.temperature, max(0, params.top_k), params.top_p, params.seed + i)
+            [[own]] = generate(self.model, self.tokenizer, [text], Decoding(*how), name="")
+            tokens = [5] * own.n_tokens + [2] * (own.finish_reason == "stop")
+            said = {"text": own.text, "finish_reason": own.finish_reason, "token_ids": tokens}
+            outputs.append(types.SimpleNamespace(index=i, **said))
         return types.SimpleNamespace(outputs=outputs[::-1])
 
 
@@ -257,11 +243,9 @@ def vllm(monkeypatch):
     FakeLLM.made, FakeLLM.ended = [], 0
     cleaned = []
     state = types.SimpleNamespace(cleanup_dist_env_and_memory=lambda shutdown_ray=False: cleaned.append(1))
-    for name, module in {
-        "vllm": types.SimpleNamespace(LLM=FakeLLM, SamplingParams=FakeParams),
-        "vllm.distributed": types.SimpleNamespace(parallel_state=state),
-        "vllm.distributed.parallel_state": state,
-    }.items():
+    engine = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=FakeParams)
+    distributed = {"vllm.distributed": types.SimpleNamespace(parallel_state=state)}
+    for name, module in {"vllm": engine, **distributed, "vllm.distributed.parallel_state": state}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cleaned
 
@@ -318,20 +302,8 @@ def serve(monkeypatch, tmp_path):
 
     def start(fault="", after=0, **more):
         log = tmp_path / f"calls-{fault}.jsonl"
-        words = [
-            sys.executable,
-            str(SERVER),
-            "--model",
-            "{model}",
-            "--port",
-            "{port}",
-            "--log",
-            str(log),
-            "--fault",
-            fault,
-            "--after",
-            str(after),
-        ]
+        words = [sys.executable, str(SERVER), "--model", "{model}", "--port", "{port}", "--log", str(log)]
+        words += ["--fault", fault, "--after", str(after)]
         monkeypatch.setenv("PSYCOPREF_SERVE", shlex.join(words))
         return log
 
@@ -344,11 +316,7 @@ def notes(log, kind):
 
 def alive(pid: int) -> bool:
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            if Path("/proc").is_dir()
-            else os.kill(pid, 0) is None
-        )
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):
         return False
 
@@ -369,19 +337,8 @@ def test_a_server_is_started_asked_and_ended(tiny, tmp_path, serve):
     bodies, [pids] = notes(log, "body"), notes(log, "pids")
     assert not any(map(alive, pids)), "the server and its child are gone when the context ends"
     assert len(bodies) == len(SPEECHES) and len({body["seed"] for body in bodies}) == len(SPEECHES)
-    assert {
-        (
-            b["model"],
-            b["n"],
-            b["temperature"],
-            b["top_k"],
-            b["top_p"],
-            b["max_completion_tokens"],
-            b["min_p"],
-            b["repetition_penalty"],
-        )
-        for b in bodies
-    } == {("policy", 4, 1.0, 50, 1.0, 5, 0.0, 1.0)}
+    asked = {"model": "policy", "n": 4, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_completion_tokens": 5}
+    assert all(body | asked | {"min_p": 0.0, "repetition_penalty": 1.0} == body for body in bodies)
     seeds = {json.dumps(body["messages"]): body["seed"] for body in bodies}
     tokenizer, here = load_tokenizer(tiny), _server_candidate()
     for name, group in found.items():
@@ -458,20 +415,8 @@ def somebodys(tmp_path_factory, shared_cache):
     port, log = sampling.free_port(), tmp_path_factory.mktemp("standing") / "calls.jsonl"
     with patch.dict(os.environ, {"PSYCOPREF_CACHE": shared_cache}):
         location = find_weights("random-tiny").location
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(SERVER),
-            "--model",
-            location,
-            "--port",
-            str(port),
-            "--name",
-            "my-policy",
-            "--log",
-            str(log),
-        ]
-    )
+    words = ["--model", location, "--port", str(port), "--name", "my-policy", "--log", str(log)]
+    process = subprocess.Popen([sys.executable, str(SERVER), *words])
     yield f"http://127.0.0.1:{port}/v1", log
     for pid in notes(log, "pids")[0]:
         os.kill(pid, signal.SIGKILL)
@@ -487,7 +432,7 @@ def standing(somebodys, monkeypatch):
         try:
             sampling.listed_models(url)
             break
-        except OSError:
+        except openai.OpenAIError:
             time.sleep(0.05)
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", url + "/")
     monkeypatch.setenv("PSYCOPREF_SERVE", "no-such-command {model} {port}")
@@ -607,12 +552,9 @@ def test_rewards_are_those_of_each_text_alone_in_the_reward_model_s_template(tin
     assert dialogue(tokenizer, "Hm.", "No.").startswith("user: ")
     for name, texts in ANSWERS.items():
         for text, reward in zip(texts, rewards[name]):
+            text = dialogue(tokenizer, SPEECHES[name], text)
             with torch.no_grad():
-                alone = model(
-                    **tokenizer(
-                        dialogue(tokenizer, SPEECHES[name], text), return_tensors="pt", add_special_tokens=False
-                    )
-                ).logits.item()
+                alone = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits.item()
             assert abs(alone - reward) < 1e-4
 
 
@@ -653,5 +595,6 @@ def test_the_reward_model_is_freed_and_no_number_is_refused(scorer, tmp_path, mo
 
 
 def test_importing_stays_light():
-    code = "import sys; import psycopref.training.sampling; sys.exit(any(name in sys.modules for name in ('torch', 'pandas', 'transformers', 'vllm', 'openai')))"
+    heavy = ("torch", "pandas", "transformers", "vllm", "openai")
+    code = f"import sys; import psycopref.training.sampling; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
