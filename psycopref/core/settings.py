@@ -247,9 +247,7 @@ class PlanSettings:
 
     gpu: Literal["A100", "H100", "H200", "B200"] = "H100"  # whose hours are counted
     flops_a100: float = 7.0e13  # operations/s in training and reading: 22.5% of the data sheet's dense bfloat16
-    flops_h100: float = (
-        2.2e14  # 22.5%: open-instruct's packed DPO, 7 billion parameters on 16 H100, 5,282 tokens/s each
-    )
+    flops_h100: float = 2.2e14  # measured share: open-instruct's packed DPO, 7 billion parameters on 16 H100
     flops_h200: float = 2.2e14  # the same share is assumed
     flops_b200: float = 5.1e14  # the same share is assumed
     # tokens/s written by 8 billion parameters on an H100, engine local: 128 answers at once, some 30 ms a step, a third

@@ -62,16 +62,8 @@ class ChapterStage:
 
     def new_writer(self, part=None) -> StageWriter:
         "Make a writer for the stage, or for a part of it."
-        inputs = [] if part is self.part else [*self.writer.inputs]
-        return StageWriter(
-            self.run,
-            self.name,
-            self.settings.name,
-            self.seed,
-            stage_settings(self.settings, self.name),
-            inputs,
-            part=part,
-        )
+        inputs, settings = [] if part is self.part else [*self.writer.inputs], stage_settings(self.settings, self.name)
+        return StageWriter(self.run, self.name, self.settings.name, self.seed, settings, inputs, part=part)
 
     @functools.cached_property
     def gateway(self):
@@ -84,9 +76,7 @@ class ChapterStage:
 def _reader(self: ChapterStage, stage: str) -> StageReader:
     if stage not in self.readers:
         self.readers[stage] = StageReader(self.run, stage)
-        self.overrides = (
-            self.readers[stage].receipt.get("overrides", {}) | self.overrides
-        )  # of all that results hang on
+        self.overrides = self.readers[stage].receipt.get("overrides", {}) | self.overrides  # all that results hang on
     return self.readers[stage]
 
 
@@ -168,9 +158,7 @@ def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
 
 # %% ../../nbs/run/00_chapter.ipynb #22e76870
 def changed_settings(settings, stage: str) -> dict:
-    """List the settings of a stage that differ from its profile's; those on which no result hangs are left out.
-
-    Returns dotted setting -> value."""
+    "Return a stage's settings that differ from its profile's, dotted; those on which no result hangs are left out."
     usual, own = (as_dotted(stage_settings(tree, stage)) for tree in (load_profile(settings.name), settings))
     return {name: value for name, value in own.items() if value != usual.get(name)}
 
@@ -206,12 +194,8 @@ def made_by(self: ChapterStage, models: typing.Iterable[str | Weights] = (), rat
 
 def full_caption(kind: str, number: str, caption: str) -> str:
     "Put kind and number before a caption; mark what the paper does not have."
-    own = (
-        " (not in the paper)"
-        if number.startswith("S") and "§" not in caption and "not in the paper" not in caption
-        else ""
-    )
-    return f"{kind} {number}: {caption}{own}"
+    ours = number.startswith("S") and "§" not in caption and "not in the paper" not in caption
+    return f"{kind} {number}: {caption}{' (not in the paper)' if ours else ''}"
 
 
 @patch
@@ -259,30 +243,19 @@ def finish(self: ChapterStage, **facts) -> None:
     self.work.mkdir(parents=True, exist_ok=True)
     asked = "gateway" in vars(self)
     models = (self.gateway.models() if asked else {}) | self.models | facts.pop("models", {})
-    self.writer.facts |= {
-        "models": models,
-        "overrides": self.overrides,
-        **({"books": self.gateway.books()} if asked else {}),
-        **facts,
-    }
+    books = {"books": self.gateway.books()} if asked else {}
+    self.writer.facts |= {"models": models, "overrides": self.overrides, **books, **facts}
     shown = [sum(1 for _ in (self.work / kind).glob("*.json")) for kind in ("tables", "figures")]
     self.writer.finish()
     print(f"outputs/{self.run.name}/{self.writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed")
 
 
-def open_stage(
-    name: str,
-    profile: str,
-    run: str | None = None,
-    seed: int = 0,
-    overrides: dict | None = None,
-    part: typing.Callable | None = None,
-) -> ChapterStage:
+def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None, part=None) -> ChapterStage:
     """Open the stage of a chapter; refuse unknown settings and a run folder of an older layout.
 
-    name: the chapter, e.g. "05_reward"; profile: tiny, demo or paper; run: name of the run; None takes the
-    profile's name; overrides: dotted settings, e.g. {"reward.learning_rate": 1e-5}; part: makes a shard or a cell
-    of the settings; None is the whole stage."""
+    name: the chapter, e.g. "05_reward"; run: name of the run, None takes the profile's; overrides: dotted settings,
+    e.g. {"reward.learning_rate": 1e-5}; part: makes a shard or a cell of the settings; None is the whole stage."""
     settings, where = load_profile(profile, overrides), Run(run or profile)
     check_layout(where)
-    return ChapterStage(where, name, settings, seed, changed_settings(settings, name), part(settings) if part else None)
+    changed = changed_settings(settings, name)
+    return ChapterStage(where, name, settings, seed, changed, part(settings) if part else None)

@@ -161,36 +161,23 @@ def weights_sentence(found: typing.Sequence[Weights]) -> str:
 
 # %% ../../nbs/run/05_overview.ipynb #663ed4f1
 def result_rows(reward: dict, rates: dict) -> list[dict]:
-    """List the headline results: reward models with the best baseline, then win rates.
-
-    Returns summaries of chapters 5 and 7."""
-    own = {row["model"]: row["accuracy"] for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
-    rows = [row for row in reward["rows"] if row["kind"] == "reward model"]
-    rows += [max((row for row in reward["rows"] if row["kind"] == "baseline"), key=lambda row: row["accuracy %"])]
-    found = [
-        {
-            "result": f"{row['model']}: accuracy on test pairs, %"
-            + (" (best baseline)" if row["kind"] == "baseline" else ""),
-            "measured": row["accuracy %"],
-            "95% interval": row["95% interval"],
-            "n": f"{row['pairs']} pairs",
-            "paper": own if row["kind"] == "reward model" else None,
-        }
-        for row in rows
-    ]
+    "List the headline results of the summaries of chapters 5 and 7: reward models, the best baseline, win rates."
+    theirs = {row["model"]: row["accuracy"] for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
+    names, found = ("result", "measured", "95% interval", "n", "paper"), []
+    baselines = [row for row in reward["rows"] if row["kind"] == "baseline"]
+    for row in [row for row in reward["rows"] if row["kind"] == "reward model"]:
+        what, n = f"{row['model']}: accuracy on test pairs, %", f"{row['pairs']} pairs"
+        found.append((what, row["accuracy %"], row["95% interval"], n, theirs))
+    best = max(baselines, key=lambda row: row["accuracy %"])
+    what, n = f"{best['model']}: accuracy on test pairs, % (best baseline)", f"{best['pairs']} pairs"
+    found.append((what, best["accuracy %"], best["95% interval"], n, None))
     for row in rates["rows"]:
         kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
         setting = "free" if row["setting"].startswith("w/o") else "length"
-        found.append(
-            {
-                "result": f"{row['model']}: win rate {row['setting']}, %",
-                "measured": row["Overall"],
-                "95% interval": row["95% interval"],
-                "n": f"{row['n']} speeches",
-                "paper": paper_values()["table_2"][setting]["Llama3-8B" + kind]["overall"],
-            }
-        )
-    return found
+        paper = paper_values()["table_2"][setting]["Llama3-8B" + kind]["overall"]
+        what, n = f"{row['model']}: win rate {row['setting']}, %", f"{row['n']} speeches"
+        found.append((what, row["Overall"], row["95% interval"], n, paper))
+    return [dict(zip(names, row)) for row in found]
 
 
 def results_table(run: Run):

@@ -43,10 +43,11 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', '
            'BOTH_ORDERS', 'TOKEN_FAMILIES', 'STRATEGIES', 'ASSUMED', 'split_uri', 'own_weights', 'short_names',
            'stored_parameters', 'published_sizes', 'parameters', 'of_hub', 'characters_per_token', 'Work', 'usd',
            'gpu_hours', 'unknown_costs', 'missing_sources', 'missing_general', 'Plan', 'response_tokens',
-           'count_speeches', 'count_general', 'plan_run', 'filled_characters', 'score', 'training_steps', 'train',
-           'candidate_tokens', 'kept_iterations', 'other_judges', 'work_frame', 'worded', 'aligned', 'training_bytes',
-           'memory_phases', 'memory_table', 'asked_uris', 'missing_models', 'missing_weights', 'missing_engine',
-           'gpu_memory', 'missing_memory', 'missing', 'serve_commands', 'money_lines', 'assumption_lines', 'plan_text']
+           'count_speeches', 'count_general', 'plan_run', 'filled_characters', 'scored_work', 'training_steps',
+           'trained_work', 'candidate_tokens', 'kept_iterations', 'other_judges', 'work_frame', 'worded', 'aligned',
+           'training_bytes', 'memory_phases', 'memory_table', 'asked_uris', 'missing_models', 'missing_weights',
+           'missing_engine', 'gpu_memory', 'missing_memory', 'missing', 'serve_commands', 'money_lines',
+           'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #71f4cdd8
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -330,7 +331,7 @@ def ask(self: Plan, stage: str, what: str, who: str, calls: int, kind: str, resp
     return Work(stage, what, who, calls, calls // shared * prompt, calls * (reply or response), engine=engine)
 
 
-def score(stage: str, what: str, who: str, groups: typing.Iterable[tuple[int, int]], times: int = 1) -> Work:
+def scored_work(stage: str, what: str, who: str, groups: typing.Iterable[tuple[int, int]], times: int = 1) -> Work:
     "Plan the scoring of both answers of pairs. groups: (pairs, tokens of one); times: models that score them."
     answers, read = (times * sum(column) for column in zip(*((2 * n, n * tokens) for n, tokens in groups)))
     return Work(stage, f"{what}: {answers:,} answers", who, answers, read)
@@ -342,7 +343,7 @@ def training_steps(pairs: int, batch_size: int, epochs: float, checkpoints: int)
     return steps, math.ceil(steps / max(1, math.ceil(steps / max(1, checkpoints))))
 
 
-def train(stage: str, name: str, who: str, steps: int, batch: int, pair: float, read: float = 0) -> Work:
+def trained_work(stage: str, name: str, who: str, steps: int, batch: int, pair: float, read: float = 0) -> Work:
     "Plan a training. name: shown before the steps; pair: tokens of one; read: tokens of passes without training."
     trained = math.ceil(steps * batch * pair)
     return Work(stage, f"{name}: {steps:,} steps × {batch} pairs", who, 0, trained + round(read), 0, trained)
@@ -401,11 +402,11 @@ def rewards(self: Plan) -> list[Work]:
     for name in self.profile.backbones:
         pair = self.pair(longest, name)
         rows += [
-            score(stage, "untrained head", name, [(scored, pair)]),
-            train(stage, "train", name, steps, chosen.batch_size, pair, looks * self.dev_pairs * pair),
-            score(stage, "score", name, [(scored, pair)]),
+            scored_work(stage, "untrained head", name, [(scored, pair)]),
+            trained_work(stage, "train", name, steps, chosen.batch_size, pair, looks * self.dev_pairs * pair),
+            scored_work(stage, "score", name, [(scored, pair)]),
         ]
-    rows += [score(stage, "score", name, [(scored, self.pair(longest, name))]) for name in chosen.scorers]
+    rows += [scored_work(stage, "score", name, [(scored, self.pair(longest, name))]) for name in chosen.scorers]
     asked, response = BOTH_ORDERS * self.test_pairs, response_tokens(longest)
     return rows + [self.ask(stage, "rank test pairs", uri, asked, "rank", response) for uri in chosen.rankers]
 
@@ -425,10 +426,10 @@ def mixing(self: Plan) -> list[Work]:
             tokens, pairs = psy * pair + more * general, max(1, psy + more)
             steps, looks = training_steps(pairs, chosen.batch_size, chosen.epochs, chosen.checkpoints)
             looked = bool(psy) * self.dev_pairs * pair + bool(more) * self.general["dev"] * general
-            rows.append(train(stage, cell, name, steps, chosen.batch_size, tokens / pairs, looks * looked))
+            rows.append(trained_work(stage, cell, name, steps, chosen.batch_size, tokens / pairs, looks * looked))
         bench = (BENCH_PAIRS if self.profile.mixing.reward_bench else 0, self.tokens(BENCH_CHARACTERS, name))
         tests = [(self.test_pairs, pair), (self.general["test"], general), bench]
-        rows.append(score(stage, "score", name, tests, 1 + len(own)))
+        rows.append(scored_work(stage, "score", name, tests, 1 + len(own)))
     return rows
 
 # %% ../../nbs/run/04_plan.ipynb #6a5f1f68
@@ -466,9 +467,9 @@ def policies(self: Plan) -> list[Work]:
         pair, own = (self.pair(n, name) for n in (self.profile.responses.max_tokens, candidate_tokens(self.profile)))
         reference = (self.train_pairs + self.dev_pairs * (1 + looks)) * pair
         rows += [
-            train(stage, "DPO", name, steps, dpo.batch_size, pair, reference),
+            trained_work(stage, "DPO", name, steps, dpo.batch_size, pair, reference),
             *self.candidates(stage, "DPO-Iter", name, prompts),
-            train(stage, "DPO-Iter", name, online, dpo.batch_size, own, prompts * own),
+            trained_work(stage, "DPO-Iter", name, online, dpo.batch_size, own, prompts * own),
         ]
     return rows
 
@@ -530,7 +531,9 @@ def ablation(self: Plan) -> list[Work]:
     for name in self.profile.backbones:
         both = [self.pair(n, name) for n in (self.profile.responses.max_tokens, candidate_tokens(self.profile))]
         rows += self.candidates(stage, "online", name, self.profile.ablation.pairs)
-        rows += [train(stage, "an arm", name, steps, self.profile.dpo.batch_size, own, pairs * own) for own in both]
+        rows += [
+            trained_work(stage, "an arm", name, steps, self.profile.dpo.batch_size, own, pairs * own) for own in both
+        ]
         what = f"curves: {points} points × {speeches:,}"
         rows.append(self.ask(stage, what, name, points * speeches, "respond", response))
     judged = len(self.profile.backbones) * points * speeches

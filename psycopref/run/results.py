@@ -22,23 +22,15 @@ __all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'clean_output', 'cleaned', 'publicati
            'run_stages', 'publish', 'copy_results']
 
 # %% ../../nbs/run/03_results.ipynb #368a1919
-KEPT_FORMS = (
-    "text/html",
-    "text/markdown",
-    "image/png",
-    "text/plain",
-)  # what a browser shows, and plain text where there is nothing else
+# what a browser shows, and plain text where there is nothing else
+KEPT_FORMS = ("text/html", "text/markdown", "image/png", "text/plain")
 
 
 def clean_output(output: dict, root: str) -> dict | None:
     "Return an output without metadata, counts, progress bars and paths of this machine; None where nothing is left."
     if output["output_type"] == "stream":
-        text = "".join(output["text"]).replace(root + "/", "")
-        return (
-            None
-            if output["name"] == "stderr"
-            else {"name": "stdout", "output_type": "stream", "text": text.splitlines(keepends=True)}
-        )
+        text = "".join(output["text"]).replace(root + "/", "").splitlines(keepends=True)
+        return None if output["name"] == "stderr" else {"name": "stdout", "output_type": "stream", "text": text}
     if output["output_type"] not in ("display_data", "execute_result"):
         return dict(output)
     data = {form: output["data"][form] for form in KEPT_FORMS if form in output["data"]}
