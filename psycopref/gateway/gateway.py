@@ -331,19 +331,13 @@ async def write(self: Stream) -> None:
     "Return when everything booked is on the disk; who comes first writes for all who wait, in one transaction."
     async with self.writing:
         some, self.unwritten = self.unwritten, []
-        await self.store(some)
-
-
-@patch
-async def store(self: Stream, some: list[tuple]) -> None:
-    "Write entries in another thread, together, or each for itself where that fails: what fits is kept."
-    try:
-        if some:
-            await asyncio.to_thread(self.gateway.cache.keep, some)
-    except Exception as error:
-        self.fail(error)
-        for entry in some if len(some) > 1 else ():
-            await self.store([entry])
+        for part in (some, *([entry] for entry in some)):  # together, or each for itself where that fails
+            try:
+                await asyncio.to_thread(self.gateway.cache.keep, part) if part else None
+                if part is some:
+                    return
+            except Exception as error:
+                self.fail(error)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #5aebc660
 def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shard | None = None) -> Gateway:

@@ -52,15 +52,10 @@ class AdaptiveLimit:
             self.doubling, self.unheard = False, self.places.borrowed_tokens - 1  # these were sent before the cut
         self.times = [] if refused else [*self.times, seconds]
         if len(self.times) >= self.limit:
-            self._grow(statistics.median(self.times))
-            self.times = []
-
-    def _grow(self, typical: float) -> None:
-        "Raise the limit after a round without a refusal, unless its answers took twice as long as the best."
-        self.best = min(self.best * 1.002, typical)  # forgets slowly, since answers may become longer
-        fast = typical <= 2 * max(self.best, FAST_SECONDS)
-        if fast:
-            self.places.total_tokens = min(self.most, self.limit * 2 if self.doubling else self.limit + 1)
+            typical, self.times = statistics.median(self.times), []
+            self.best = min(self.best * 1.002, typical)  # forgets slowly, since answers may become longer
+            if typical <= 2 * max(self.best, FAST_SECONDS):
+                self.places.total_tokens = min(self.most, self.limit * 2 if self.doubling else self.limit + 1)
 
 # %% ../../nbs/gateway/00_limits.ipynb #1664b29a
 def whole_number(name: str) -> int:

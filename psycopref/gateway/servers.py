@@ -94,6 +94,9 @@ def most_tokens(request: ChatRequest) -> int:
     return sum(len(text) + 8 for text in texts) + len(json.dumps(request.schema or ""))
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 class OpenAIModel:
     "Answer through the chat completions API."
 
@@ -124,54 +127,47 @@ class OpenAIModel:
             opened, self.opened = self.opened, None
             await opened.close()
 
-# %% ../../nbs/gateway/02_servers.ipynb #f91837ea
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+    def access(self) -> tuple[str, str, bool]:
+        "Return the server's address, its key, and whether a proxy may lie between (not on this machine)."
+        key = server_key(self.base_url)
+        if not key and not self.base_url:
+            raise StudyError(
+                f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key"
+            )
+        address = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        return address.rstrip("/"), key, urlsplit(self.base_url).hostname not in LOOPBACK
 
+    def open_client(self):
+        "Open an aiohttp.ClientSession."
+        import aiohttp
 
-@patch
-def access(self: OpenAIModel) -> tuple[str, str, bool]:
-    "Return the server's address, its key, and whether the environment's proxy may lie between: not on this machine."
-    key = server_key(self.base_url)
-    if not key and not self.base_url:
-        raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key")
-    address = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    return address.rstrip("/"), key, urlsplit(self.base_url).hostname not in LOOPBACK
+        self.address, key, proxy = self.access()
+        self.limits, self.reader, self.secret = minute_limits(), completion_reader(), key.encode()
+        headers = {"Authorization": f"Bearer {key or 'none'}"}
+        for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
+            if not self.base_url and os.environ.get(variable):
+                headers[name] = os.environ[variable]
+        return aiohttp.ClientSession(
+            headers=headers,
+            trust_env=proxy,
+            timeout=aiohttp.ClientTimeout(total=self.timeout),
+            connector=aiohttp.TCPConnector(limit=2 * self.concurrency),
+        )
 
-
-@patch
-def open_client(self: OpenAIModel):
-    "Open an aiohttp.ClientSession."
-    import aiohttp
-
-    self.address, key, proxy = self.access()
-    self.limits, self.reader, self.secret = minute_limits(), completion_reader(), key.encode()
-    headers = {"Authorization": f"Bearer {key or 'none'}"}
-    for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
-        if not self.base_url and os.environ.get(variable):
-            headers[name] = os.environ[variable]
-    return aiohttp.ClientSession(
-        headers=headers,
-        trust_env=proxy,
-        timeout=aiohttp.ClientTimeout(total=self.timeout),
-        connector=aiohttp.TCPConnector(limit=2 * self.concurrency),
-    )
-
-
-@patch
-def chat_arguments(self: OpenAIModel, request: ChatRequest) -> dict:
-    "Translate a request into the API's arguments."
-    how = {
-        "model": self.model,
-        "messages": list(request.messages),
-        "max_completion_tokens": request.decoding.max_tokens,
-    }
-    how |= {name: getattr(request.decoding, name) for name in ("temperature", "top_p", "seed")}
-    if request.schema:
-        schema = {"name": "reply", "strict": True, "schema": request.schema}
-        how["response_format"] = {"type": "json_schema", "json_schema": schema}
-    if self.base_url and request.decoding.top_k:
-        how["top_k"] = request.decoding.top_k
-    return how
+    def chat_arguments(self, request: ChatRequest) -> dict:
+        "Translate a request into the API's arguments."
+        how = {
+            "model": self.model,
+            "messages": list(request.messages),
+            "max_completion_tokens": request.decoding.max_tokens,
+        }
+        how |= {name: getattr(request.decoding, name) for name in ("temperature", "top_p", "seed")}
+        if request.schema:
+            schema = {"name": "reply", "strict": True, "schema": request.schema}
+            how["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.base_url and request.decoding.top_k:
+            how["top_k"] = request.decoding.top_k
+        return how
 
 # %% ../../nbs/gateway/02_servers.ipynb #73b4cc43
 @patch

@@ -643,6 +643,13 @@ def test_a_call_that_fails_is_not_repeated_for_each_time_it_stands_in_a_block(ga
     ] and sorted(model.log) == ["a", "b", "bad", "c", "d"]
 
 
+def test_a_notebook_whose_loop_runs_can_ask(gateway, no_thread_left):
+    async def cell():
+        return gateway.ask(Chancy(), [ask("a")])
+
+    assert asyncio.run(cell())[0].text == "re: a"
+
+
 def test_one_stream_at_a_time(gateway, no_thread_left):
     first = gateway.stream(Chancy(), ([ask(f"{b}")] for b in range(9)))
     next(first)

@@ -140,7 +140,7 @@ def test_importing_the_plan_stays_light():
 def test_a_batch_costs_in_the_plan_what_the_gateway_books(monkeypatch, factor):
     table = json.loads(resource_path("prices.json").read_text())
     table["batch_discount"]["factor"] = factor
-    for module in ("run.plan", "gateway.batches", "gateway.servers"):
+    for module in ("run.plan", "gateway.servers"):
         monkeypatch.setattr(f"psycopref.{module}.prices", lambda: table)
     for model in (OpenAIModel("gpt-4o"), BatchModel("gpt-4o")):
         work = Work("s", "w", model.uri, 1, 1000, 100)

@@ -465,10 +465,7 @@ class ChatServer:
 
     def __init__(self, options):
         self.options, self.log = options, EventLog(options.log)
-        self.batches, self.turn = (
-            Batches(options, self.log),
-            asyncio.Semaphore(options.slots) if options.slots else contextlib.nullcontext(),
-        )
+        self.batches = Batches(options, self.log)
         self.asked = self.answered = self.refused = self.dropped = self.flying = self.most = 0
         self.ended = False
 
@@ -493,8 +490,7 @@ class ChatServer:
             key, done = completion(body, self.options.seed, self.options.tokens)
             self.asked += 1
             self.log.note("asked", key)
-            async with self.turn:
-                await asyncio.sleep(self.options.latency)
+            await asyncio.sleep(self.options.latency)
         except UNREADABLE as error:
             return no(400, f"The request can't be read: {type(error).__name__} {error}")
         finally:
@@ -556,7 +552,6 @@ def read_options(arguments=None):
     parser.add_argument("--calls", type=int, default=250_000, help="chat completions after which the server stops")
     parser.add_argument("--seconds", type=float, default=900, help="seconds after which the server stops")
     parser.add_argument("--log", required=True, help="file to append events to, one JSON line each")
-    parser.add_argument("--slots", type=int, help="calls worked on at once; more wait their turn")
     parser.add_argument("--refuse-above", type=int, help="calls in flight above which the server answers 429")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other replies")
     parser.add_argument("--tokens", type=int, default=40, help="words of free text in a reply")
