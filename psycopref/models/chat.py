@@ -29,9 +29,8 @@ class ChatRequest:
     def key(self, identity: str) -> str:
         "Name this call by its content: who answers, what is asked, how it is sampled, which form is demanded."
         parts = [identity, list(self.messages), vars(self.decoding), self.schema]
-        return hashlib.sha256(
-            json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        ).hexdigest()
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -42,19 +42,15 @@ class Sample:
 
 # %% ../../nbs/models/01_generation.ipynb #155c3aa1
 def next_tokens(logits, decoding: Decoding, generator):
-    """Sample one token for each row.
-
-    logits: (rows, vocabulary) of the last position; decoding: how to sample; generator: torch.Generator on the
-    logits' device. Returns (rows,) token ids."""
+    "Sample one token id for each row of logits (rows, vocabulary). generator: torch's, on the logits' device."
     import torch
 
     if decoding.temperature == 0:
         return logits.float().argmax(-1)  # several times as fast as in bfloat16
     values, ids = logits.topk(decoding.top_k) if 0 < decoding.top_k < logits.shape[-1] else (logits, None)
     parts = values.split(16)  # small enough for the processor's cache
-    choice = torch.cat(
-        [_draw(torch.softmax(p.float() / decoding.temperature, -1), decoding.top_p, generator) for p in parts]
-    )
+    shares = (torch.softmax(part.float() / decoding.temperature, -1) for part in parts)
+    choice = torch.cat([_draw(own, decoding.top_p, generator) for own in shares])
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 # %% ../../nbs/models/01_generation.ipynb #b577e03b
@@ -81,8 +77,8 @@ class Branches:
     "Hold the keys and values of prompts once, and behind them those of their answers."
 
     def __init__(self, cache, mask, n: int, piece: int = 64):
-        """cache: transformers cache after the prompts; mask: (prompts, length): 0 where a prompt is padded; n: answers
-        to each prompt; piece: tokens of room taken at a time."""
+        """cache: transformers' after the prompts; mask: (prompts, length), 0 where a prompt is padded; n: answers to
+        each prompt; piece: tokens that memory is taken for at a time."""
         self.shared = [(layer.keys, layer.values) for layer in cache.layers]
         self.bias = self.shared[0][0].new_zeros(mask.shape).masked_fill_(mask == 0, float("-inf"))[:, None, None]
         self.slot, self.n = mask.new_tensor(range(len(mask) * n)), n  # where each answer stands: prompt * n + place
@@ -93,17 +89,16 @@ class Branches:
         import torch
 
         if self.length % self.piece == 0:
-            room = [new.new_empty(*new.shape[:2], self.piece, new.shape[3]) for new in (key, value)]
-            self.own[layer] = [torch.cat(pair, 2) for pair in zip(self.own[layer], room)] or room
+            more = [new.new_empty(*new.shape[:2], self.piece, new.shape[3]) for new in (key, value)]
+            self.own[layer] = [torch.cat(pair, 2) for pair in zip(self.own[layer], more)] or more
         for kept, new in zip(self.own[layer], (key, value)):
             kept[:, :, self.length] = new[:, :, 0]
         return tuple(kept[:, :, : self.length + 1] for kept in self.own[layer])
 
     def step(self, model, tokens, position):
         "Compute the logits after one more token of each answer."
-        logits = model(
-            input_ids=tokens[:, None], position_ids=position[:, None], past_key_values=self, use_cache=True
-        ).logits
+        inputs = dict(input_ids=tokens[:, None], position_ids=position[:, None])
+        logits = model(**inputs, past_key_values=self, use_cache=True).logits
         self.length += 1
         return logits[:, -1]
 
@@ -130,7 +125,7 @@ def stacked(branches: Branches, rows):
 
 
 def apart(branches: Branches, stack):
-    "Undo stacked. stack: as stacked returns it. Returns (answers, key heads, heads of a group, width)."
+    "Undo stacked."
     rows = stack.unflatten(2, (branches.n, -1)).transpose(1, 2).flatten(0, 1)
     return rows if len(rows) == len(branches.slot) else rows[branches.slot]
 
@@ -138,11 +133,10 @@ def apart(branches: Branches, stack):
 def branch_attention(
     branches: Branches, module, query, key, value, attention_mask=None, scaling: float | None = None, **keywords
 ):
-    """Attend to the prompt and to the answer's own tokens; stands in for transformers' attention.
+    """Attend to the prompt and to the answer's own tokens, in place of transformers' attention.
 
-    module: the attention layer; query: (answers, heads, 1, head size); key: (answers, key heads, length, head
-    size): the answers' own; attention_mask: ignored: branches know what is padded. Returns (answers, 1, heads, head
-    size), and None for the weights."""
+    query: (answers, heads, 1, head size); key, value: (answers, key heads, length, head size): the answers' own;
+    attention_mask is ignored: branches know what is padded. Returns (answers, 1, heads, head size), and None."""
     import torch
 
     shared_key, shared_value = branches.shared[module.layer_idx]
@@ -159,8 +153,7 @@ class Repeats:
     "Hold the keys and values of each answer and its prompt."
 
     def __init__(self, cache, mask, n: int):
-        """cache: transformers cache after the prompts; mask: (prompts, length): 0 where a prompt is padded; n: answers
-        to each prompt."""
+        "As Branches."
         cache.batch_repeat_interleave(n)
         self.cache, self.mask = cache, mask.repeat_interleave(n, 0)
 
@@ -169,13 +162,8 @@ class Repeats:
         import torch
 
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        return model(
-            input_ids=tokens[:, None],
-            attention_mask=self.mask,
-            position_ids=position[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
+        inputs = dict(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=position[:, None])
+        return model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
     def keep(self, rows):
         "Let all answers but these leave."
@@ -185,25 +173,17 @@ class Repeats:
 # %% ../../nbs/models/01_generation.ipynb #322b9488
 @contextlib.contextmanager
 def answering(model, cache, mask, n: int) -> typing.Iterator[Branches | Repeats]:
-    """Branch the prompts into answers, and leave the model as it was afterwards.
-
-    model: transformers causal language model; cache: its cache after the prompts; mask: (prompts, length): 0 where
-    a prompt is padded; n: answers to each prompt."""
+    "Branch the prompts into answers, and leave the model as it was afterwards. cache, mask, n: as Branches takes them."
     from transformers import AttentionInterface
     from transformers.cache_utils import DynamicLayer
 
-    before = model.config._attn_implementation
-    if (
-        before != "sdpa"
-        or not model._supports_attention_backend
-        or any(type(layer) is not DynamicLayer for layer in cache.layers)
-    ):
+    before, plain = model.config._attn_implementation, all(type(layer) is DynamicLayer for layer in cache.layers)
+    if before != "sdpa" or not model._supports_attention_backend or not plain:
         yield Repeats(cache, mask, n)
         return
     branches = Branches(cache, mask, n)
-    AttentionInterface.register(
-        "psycopref_branches", functools.partial(branch_attention, weakref.proxy(branches))
-    )  # keeps no batch in memory
+    attention = functools.partial(branch_attention, weakref.proxy(branches))  # keeps no batch in memory
+    AttentionInterface.register("psycopref_branches", attention)
     model.set_attn_implementation("psycopref_branches")
     try:
         yield branches
@@ -212,7 +192,7 @@ def answering(model, cache, mask, n: int) -> typing.Iterator[Branches | Repeats]
 
 # %% ../../nbs/models/01_generation.ipynb #cd79a363
 def common_prefix(sequences: list[list[int]]) -> int:
-    "Count the leading tokens that all sequences share. Returns tokens that all sequences share at their start."
+    "Count the leading tokens that all sequences share."
     first, last = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
@@ -226,24 +206,14 @@ def _prefill(model, prompts: list[list[int]], pad: int):
     start, rests = prompts[0][:shared], [p[shared:] for p in prompts]
     width, rows = max(map(len, rests)), len(prompts)
     cache = DynamicCache(config=model.config)
+    keeping = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     if shared:
-        model(
-            input_ids=torch.tensor([start], device=model.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        model(input_ids=torch.tensor([start], device=model.device), **keeping)
         cache.batch_repeat_interleave(rows)
     ids = torch.tensor([[pad] * (width - len(r)) + r for r in rests], device=model.device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests], device=model.device)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    position = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, **keeping).logits[:, -1]
     return logits, cache, mask
 
 # %% ../../nbs/models/01_generation.ipynb #95711739
@@ -274,17 +244,13 @@ def _decode(model, prompts: list[list[int]], pad: int, stops: set[int], n: int, 
 
 # %% ../../nbs/models/01_generation.ipynb #65e420db
 def length_batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Group items of similar length; the longest come first, so memory runs out at once or never.
-
-    lengths: tokens of each item; size: items in a batch. Returns indices, longest batch first."""
+    "Group items of similar length, `size` in a batch, the longest first, so memory runs out at once or never."
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Collect the end tokens of tokenizer and generation config.
-
-    model: causal language model; tokenizer: its tokenizer. Returns token ids that end an answer."""
+    "Collect the token ids that end an answer, of tokenizer and generation config."
     ends = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -295,12 +261,10 @@ _turn = threading.Lock()
 def generate(
     model, tokenizer, prompts: list[str], decoding: Decoding, n: int = 1, rows: int = 128, name: str = "generating"
 ) -> list[list[Sample]]:
-    """Sample n answers to each prompt.
+    """Sample n answers to each prompt, in the order given.
 
-    model: transformers causal language model; tokenizer: its tokenizer, with a padding token of its own; prompts:
-    rendered prompts, special tokens included; decoding: how to sample; n: answers for each prompt; rows: answers
-    computed together; name: shown before the progress bar; empty shows none. Returns n samples for each prompt, in
-    the order given."""
+    tokenizer: with a padding token of its own; prompts: rendered, special tokens included; rows: answers computed
+    together; name: shown before the progress bar; empty shows none."""
     import torch
 
     if decoding.max_tokens < 1 or n < 1:
@@ -315,9 +279,8 @@ def generate(
     with _turn, torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
             seed = derived_seed(decoding.seed, "generate", *(prompts[i] for i in batch))
-            tokens = _decode(
-                model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, replace(decoding, seed=seed)
-            )
+            own, how = [ids[i] for i in batch], replace(decoding, seed=seed)
+            tokens = _decode(model, own, tokenizer.pad_token_id, stops, n, how)
             for place, i in enumerate(batch):
                 found[i] = [_sample(tokenizer, t, stops) for t in tokens[place * n : place * n + n]]
     return found

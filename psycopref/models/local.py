@@ -18,10 +18,7 @@ __all__ = ['render_chat', 'LocalModel']
 
 # %% ../../nbs/models/04_local.ipynb #80fcde15
 def render_chat(tokenizer, messages: typing.Sequence[dict]) -> str:
-    """Render messages by the model's chat template, ending where the answer begins.
-
-    tokenizer: with a chat template; messages: role and content. Returns the prompt text, ready for tokenising
-    without special tokens."""
+    "Render messages (role, content) by the chat template up to where the answer begins, special tokens included."
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 # %% ../../nbs/models/04_local.ipynb #6962bace

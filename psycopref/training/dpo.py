@@ -12,81 +12,79 @@ import shutil
 import time
 from pathlib import Path
 
-from ..core.files import read_json, write_json
+from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import DpoSettings, StudyError
-from .jobs import load_job, restore, run_or_launch, store_job, whole_folder
+from ..models.generation import common_prefix
+from ..models.weights import Weights, find_weights, load_causal_lm, load_tokenizer
+from psycopref.training.jobs import (
+    clear_checkpoints,
+    load_job,
+    restore,
+    run_or_launch,
+    save_goal,
+    store_job,
+    training_facts,
+    whole_folder,
+    write_result,
+)
 from .packing import dpo_trainer
 from psycopref.training.texts import (
     add_lora,
-    best_checkpoint,
     check_batch,
-    common_arguments,
-    devices,
     evaluate_last,
     last_checkpoint,
     numbered,
-    one_device,
     pair_messages,
     render,
     save_merged,
-    save_trained,
     sharded,
     silence,
     step_plan,
     take_device,
     train_quietly,
+    trainer_config,
     training_precision,
 )
-from ..models.weights import Weights, find_weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['dpo_rows', 'write_dpo_job', 'clear_checkpoints', 'dpo_config', 'build_dpo_trainer', 'run_dpo_job', 'train_policy',
-           'materialise']
+__all__ = ['dpo_rows', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'run_dpo_job', 'train_policy', 'materialise']
 
 # %% ../../nbs/training/05_dpo.ipynb #170a90f1
 def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
     "Tokenise an exchange; without the end of its turn where the answer was cut."
-    from psycopref.models.generation import common_prefix
 
     def ids(answer):
         return tokenizer(render(tokenizer, messages, answer), add_special_tokens=False).input_ids
 
-    end = (
-        common_prefix([ids(word)[::-1] for word in ("one", "two")]) if cut and text.strip() else 0
-    )  # what the template writes behind any answer
+    # what the template writes behind any answer
+    end = common_prefix([ids(word)[::-1] for word in ("one", "two")]) if cut and text.strip() else 0
     return ids(text)[: -end or None]
 
 
 def _split(tokenizer, pair) -> dict:
     "Tokenise a pair: the prompt, and what lies behind it in either exchange."
-    from psycopref.models.generation import common_prefix
-
-    messages = pair_messages(pair)
-    start = tokenizer(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False
-    ).input_ids
-    texts = [
-        _ended(tokenizer, messages, getattr(pair, side), bool(getattr(pair, f"{side}_cut", False)))
-        for side in ("chosen", "rejected")
-    ]
+    messages, sides = pair_messages(pair), ("chosen", "rejected")
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    start = tokenizer(prompt, add_special_tokens=False).input_ids
+    cuts = [bool(getattr(pair, f"{side}_cut", False)) for side in sides]
+    texts = [_ended(tokenizer, messages, getattr(pair, side), cut) for side, cut in zip(sides, cuts)]
     n = min(common_prefix([start, text]) for text in texts)
     return {"prompt_ids": start[:n], "chosen_ids": texts[0][n:], "rejected_ids": texts[1][n:]}
 
 
 def dpo_rows(pairs, tokenizer, max_length: int, needed: bool = True) -> tuple[list[dict], list[int]]:
-    """Tokenise pairs for trl's DPOTrainer; list the overlong ones.
+    """Tokenise pairs for trl's DPOTrainer; list the prefIDs of overlong ones.
 
-    pairs: frame with prefID, question, chosen, rejected, and messages where the prompt is not ours; max_length:
-    tokens of prompt plus one response; needed: refuse pairs that are all too long; development pairs can be done
-    without. Returns rows with prompt_ids, chosen_ids, rejected_ids, length; prefIDs of pairs that are too long."""
+    max_length: tokens of prompt plus one response; needed: refuse pairs that are all too long. Rows have prompt_ids,
+    chosen_ids, rejected_ids, length."""
     rows, long = [], []
     for pair in pairs.itertuples():
         row = _split(tokenizer, pair)
-        sizes = {name: len(ids) for name, ids in row.items()}
-        if sizes["prompt_ids"] + max(sizes["chosen_ids"], sizes["rejected_ids"]) > max_length:
+        prompt, *answers = map(len, row.values())
+        if prompt + max(answers) > max_length:
             long.append(int(pair.prefID))
         else:
-            rows.append(row | {"length": sum(sizes.values())})
+            rows.append(row | {"length": prompt + sum(answers)})
     if needed and not rows:
         raise StudyError(
             f"DPO: found {len(long)} pairs, all longer than max_length {max_length}; expected one to train on; raise "
@@ -115,9 +113,8 @@ def write_dpo_job(
 ) -> None:
     """Write a training down, its pairs as tokens; what another job left in the folder is cleared.
 
-    start: where the policy starts; pairs: frame of training pairs; goal: where the finished policy goes; None where
-    its checkpoints are all that is wanted; dtype: auto, bfloat16 or float32; seed: of batches and adapters;
-    reference: what holds the policy; None takes where it starts; dev: frame of pairs for choosing the checkpoint;
+    goal: where the finished policy goes; None where its checkpoints are all that is wanted; seed: of batches and
+    adapters; reference: what holds the policy; None takes its start; dev: pairs to choose the checkpoint by;
     nll_weight: of the chosen answers' likelihood; keep_points: leave all checkpoints' weights for curves; a goal
     then gets those of the last step, not of the best; schedule: (steps done before, steps in all) where the step
     size falls across several jobs; optimiser: a file of moments to go on with, "" to begin; a finished job writes
@@ -150,8 +147,7 @@ def _write_rows(folder: Path, tokenizer, max_length: int) -> None:
     from datasets import Dataset
 
     silence()
-    _, frames = load_job(folder)
-    for name, frame in frames.items():
+    for name, frame in load_job(folder)[1].items():
         if not (folder / "rows" / name).is_dir():
             rows, long = dpo_rows(frame, tokenizer, max_length, needed=name == "train")
             with whole_folder(folder / "rows" / name) as partial:
@@ -170,8 +166,27 @@ def _read_rows(folder: Path, name: str) -> tuple:
     return load_from_disk(str(place)) if (place / "state.json").is_file() else None, read_json(place / "too_long.json")
 
 # %% ../../nbs/training/05_dpo.ipynb #2567e35e
-def _continuing_trainer(schedule: tuple[int, int] | None, optimiser: str | None):
-    "Make our DPO trainer go on with another job's schedule and optimiser, where it is told to."
+def _load_moments(optimiser, path: str) -> None:
+    "Give an optimiser the moments that another job kept."
+    import torch
+
+    if not Path(path).is_file():
+        raise StudyError(
+            f"{path}: is gone, expected the moments of the last iteration; delete that iteration's folder, and it is "
+            "done again"
+        )
+    states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    shapes = [parameter.shape for group in optimiser.param_groups for parameter in group["params"]]
+    if [states[i]["exp_avg"].shape for i in sorted(states)] != shapes:
+        raise StudyError(
+            f"{path}: holds the moments of another model, expected those of the last iteration; delete its folder, "
+            "and that iteration is done again"
+        )
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": states})
+
+
+def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | None):
+    "Make our DPO trainer go on with another job's schedule and moments, where there are any."
 
     class ContinuingDPOTrainer(dpo_trainer()):
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -190,40 +205,13 @@ def _continuing_trainer(schedule: tuple[int, int] | None, optimiser: str | None)
 
         def create_optimizer(self, *arguments):
             made = super().create_optimizer(*arguments)
-            if optimiser:
-                import torch
-
-                if not Path(optimiser).is_file():
-                    raise StudyError(
-                        f"{optimiser}: is gone, expected the moments of the last iteration; delete that iteration's "
-                        "folder, and it is done again"
-                    )
-                states, own = torch.load(optimiser, map_location="cpu", weights_only=True, mmap=True), made.state_dict()
-                shapes = [parameter.shape for group in made.param_groups for parameter in group["params"]]
-                if [states[i]["exp_avg"].shape for i in sorted(states)] != shapes:
-                    raise StudyError(
-                        f"{optimiser}: holds the moments of another model, expected those of the last iteration; "
-                        "delete its folder, and that iteration is done again"
-                    )
-                made.load_state_dict(own | {"state": states})
+            if moments:
+                _load_moments(made, moments)
             return made
 
     return ContinuingDPOTrainer
 
 # %% ../../nbs/training/05_dpo.ipynb #d601a9ca
-def clear_checkpoints(folder: Path, points: bool, whole: int = 0) -> None:
-    """Take optimiser and random states out of checkpoints, or all of them away.
-
-    points: whether their weights are kept; whole: newest ones that are left as they are."""
-    if not points:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    checkpoints = numbered(folder / "checkpoints")
-    for _, path in checkpoints[: len(checkpoints) - whole]:
-        for pattern in ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "pytorch_model_fsdp*", "global_step*"):
-            for found in path.glob(pattern):
-                shutil.rmtree(found) if found.is_dir() else found.unlink()
-
-
 def _slim():
     "Keep two checkpoints whole; the older ones are curve points, nobody goes on from them."
     from transformers import TrainerCallback
@@ -246,81 +234,41 @@ def dpo_config(
     nll_weight: float = 0.0,
     keep_points: bool = False,
 ):
-    """Translate our settings for trl's DPOTrainer.
+    """Translate our settings into a trl.DPOConfig.
 
-    folder: for checkpoints; evaluate: whether there are development pairs; autocast: compute in bfloat16 above
-    float32 weights; nll_weight: of the chosen answers' likelihood; keep_points: leave all checkpoints' weights.
-    Returns trl.DPOConfig."""
+    plan: of step_plan; folder: for checkpoints; autocast: compute in bfloat16 above float32 weights; nll_weight: of
+    the chosen answers' likelihood; keep_points: leave all checkpoints' weights."""
     from trl import DPOConfig
 
-    saved = (
-        dict(save_strategy="steps", save_steps=plan["every"], save_total_limit=None if keep_points else 2)
-        if settings.checkpoints
-        else dict(save_strategy="no")
-    )
-    best = (
-        dict(
-            eval_strategy="steps",
-            eval_steps=plan["every"],
-            load_best_model_at_end=not keep_points,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-        )
-        if evaluate and settings.checkpoints
-        else {}
-    )
-    kind = "robust" if settings.label_smoothing else "sigmoid"  # trl's plain loss does not read label_smoothing
-    loss = dict(loss_type=[kind, "sft"], loss_weights=[1.0, nll_weight]) if nll_weight else dict(loss_type=[kind])
-    arguments = common_arguments(
-        settings,
-        folder,
-        seed,
-        plan["pack_size"],
-        max_steps=plan["steps"],
-        beta=settings.beta,
-        label_smoothing=settings.label_smoothing,
-        precompute_ref_log_probs=True,
-        bf16=autocast,
-        **saved,
-        **best,
-        **loss,
-    )
-    return one_device(DPOConfig(**arguments))
+    more = dict(beta=settings.beta, label_smoothing=settings.label_smoothing, bf16=autocast)
+    more["loss_type"] = ["robust" if settings.label_smoothing else "sigmoid"]  # trl's plain loss reads no smoothing
+    if nll_weight:
+        more |= dict(loss_type=[*more["loss_type"], "sft"], loss_weights=[1.0, nll_weight])
+    more["precompute_ref_log_probs"] = True
+    return trainer_config(DPOConfig, settings, plan, folder, seed, evaluate, keep_all=keep_points, **more)
 
 # %% ../../nbs/training/05_dpo.ipynb #b8dfae42
 def _models(job: dict, settings: DpoSettings) -> tuple:
     "Load a job's policy and reference: (policy, reference or None, whether to compute by autocast)."
     start, reference = restore(Weights, job["start"]), restore(Weights, job["reference"])
     dtype, autocast = training_precision(settings.lora, job["dtype"])
-    own = (
-        reference or settings.lora.rank or sharded()
-    )  # a plain model is the fastest reference; sharded, trl would load one without packs
+    # a plain model is the fastest reference; sharded, trl would load one without packs
+    own = reference or settings.lora.rank or sharded()
     apart = load_causal_lm(reference or start, dtype) if own else None
     return add_lora(load_causal_lm(start, dtype), settings.lora, seed=job["seed"]), apart, autocast
 
 
-def build_dpo_trainer(folder: Path):
-    """Make the trainer of a job; the reference's log-probabilities are computed or found here.
-
-    Returns (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)."""
+def build_dpo_trainer(folder: Path) -> tuple:
+    "Make the trainer of a job, the reference's log-probabilities computed or found: (trainer, tokenizer, facts)."
     job, _ = load_job(folder)
     settings, tokenizer = restore(DpoSettings, job["settings"]), load_tokenizer(restore(Weights, job["start"]))
     (rows, long), (dev, dev_long) = _read_rows(folder, "train"), _read_rows(folder, "dev")
-    plan = step_plan(list(rows["length"]), settings, job["seed"])
+    plan, seed = step_plan(list(rows["length"]), settings, job["seed"]), job["seed"]
     silence()
-    model, apart, autocast = _models(
-        job, settings
-    )  # before the configuration: DeepSpeed would take the weights apart while they are read, and packs need them whole
-    config = dpo_config(
-        settings,
-        plan,
-        folder / "checkpoints",
-        job["seed"],
-        dev is not None,
-        autocast,
-        job["nll_weight"],
-        job["keep_points"],
-    )
+    # before the configuration: DeepSpeed would take the weights apart while they are read, and packs need them whole
+    model, apart, autocast = _models(job, settings)
+    how, place = (autocast, job["nll_weight"], job["keep_points"]), folder / "checkpoints"
+    config = dpo_config(settings, plan, place, seed, dev is not None, *how)
     trainer = _continuing_trainer(job["schedule"], job["optimiser"])(
         model=model,
         ref_model=apart,
@@ -332,25 +280,12 @@ def build_dpo_trainer(folder: Path):
     )
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
     check_batch(trainer, settings, "dpo")
-    return (
-        trainer,
-        tokenizer,
-        {
-            "pairs": len(rows),
-            "too_long": long,
-            "dev_pairs": 0 if dev is None else len(dev),
-            "dev_too_long": dev_long,
-            "not_packed": trainer.not_packed,
-            **plan,
-        },
-    )
+    return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
 
 # %% ../../nbs/training/05_dpo.ipynb #7094101c
 def _save_moments(trainer, place: Path) -> None:
     "Save Adam's moments for the next job."
     import torch
-
-    from psycopref.core.files import atomic_path
 
     if trainer.is_world_process_zero():
         with atomic_path(place) as partial:
@@ -361,70 +296,42 @@ def run_dpo_job(folder: Path) -> dict:
     """Train; go on where an interrupted run was. Every process of a launch calls this.
 
     Returns what happened: log, best step, development loss, what was dropped, seconds of this start."""
-    (job, _), moments = load_job(folder), [time.perf_counter()]
+    (job, _), clock = load_job(folder), [time.perf_counter()]
     take_device(restore(DpoSettings, job["settings"]).lora)
     if job["optimiser"] is not None and sharded():
         raise StudyError("dpo_iter.optimiser: sharded moments can't be kept here; set it to reset")
     trainer, tokenizer, facts = build_dpo_trainer(folder)
-    moments.append(time.perf_counter())
+    clock.append(time.perf_counter())
     log = train_quietly(trainer, job["name"], last_checkpoint(folder / "checkpoints", facts["steps"]))
-    moments.append(time.perf_counter())
-    step, loss = best_checkpoint(trainer.state)
-    main, points = trainer.is_world_process_zero(), [step for step, _ in numbered(folder / "checkpoints")]
+    clock.append(time.perf_counter())
     if job["optimiser"] is not None:
         _save_moments(trainer, folder / "optimiser.pt")
     if job["goal"] is not None:
-        with whole_folder(job["goal"], main) as partial:
-            save_trained(trainer, tokenizer, partial)
-    seconds = dict(
-        zip(
-            ("reference", "train", "save"),
-            (round(b - a, 3) for a, b in itertools.pairwise([*moments, time.perf_counter()])),
-        )
-    )
-    result = {
-        **facts,
-        "seconds": seconds,
-        "best_step": step,
-        "dev_loss": loss,
-        "devices": devices(),
-        "points": points if job["keep_points"] else [],
-        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
-    }
-    if main:
-        write_json(folder / "result.json", result)
-        clear_checkpoints(folder, job["keep_points"])
-    return result
+        save_goal(trainer, tokenizer, job["goal"])
+    clock.append(time.perf_counter())
+    spans = [round(b - a, 3) for a, b in itertools.pairwise(clock)]
+    facts["seconds"] = dict(zip(("reference", "train", "save"), spans))
+    facts["points"] = [step for step, _ in numbered(folder / "checkpoints")] if job["keep_points"] else []
+    return write_result(folder, trainer, log, job["keep_points"], **facts)
 
 # %% ../../nbs/training/05_dpo.ipynb #cf751d7b
 def train_policy(
-    start: Weights,
-    pairs,
-    settings: DpoSettings,
-    goal: Path | None,
-    scratch: Path,
-    dtype: str = "auto",
-    seed: int = 0,
-    **more,
+    start: Weights, pairs, settings: DpoSettings, goal: Path | None, scratch: Path, dtype="auto", seed=0, **more
 ) -> dict:
     """Train a policy by DPO and save it as a plain transformers model; a finished job is not done again.
 
-    start: where the policy starts; pairs: frame of training pairs; goal: where the finished policy goes; None where
-    its checkpoints are all that is wanted; scratch: folder of the job; dtype: auto, bfloat16 or float32; seed: of
-    batches and adapters; more: reference, dev, nll_weight, keep_points, schedule, optimiser, name: as write_dpo_job
-    takes them."""
+    scratch: folder of the job; more: reference, dev, nll_weight, keep_points, schedule, optimiser, name; as all
+    others, write_dpo_job says what they are."""
     write_dpo_job(scratch, start, pairs, settings, goal, dtype, seed, **more)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/05_dpo.ipynb #84cacc6c
 def materialise(start: Weights, checkpoint: Path, folder: Path, dtype: str = "auto") -> Path:
-    """Save a checkpoint as a plain transformers model; one that was made of the same checkpoint is kept.
+    """Save a trainer's checkpoint as a plain transformers model; one made of the same checkpoint is kept.
 
-    start: what the adapters belong to; checkpoint: a trainer's checkpoint, with adapters or a whole model; folder:
-    where the plain model goes; dtype: auto, bfloat16 or float32. Returns the folder."""
-    made_of = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(checkpoint.glob("*.safetensors"))
-    ]
+    start: what the adapters belong to; folder: where the plain model goes, which is returned."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    made_of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     if (folder / "made_of.json").is_file() and read_json(folder / "made_of.json") == made_of:
         return folder
     if not made_of:
@@ -434,15 +341,15 @@ def materialise(start: Weights, checkpoint: Path, folder: Path, dtype: str = "au
         if (checkpoint / "adapter_config.json").is_file():
             from peft import PeftModel
 
-            save_merged(
-                PeftModel.from_pretrained(load_causal_lm(start, dtype), checkpoint), load_tokenizer(start), partial
-            )
+            model = PeftModel.from_pretrained(load_causal_lm(start, dtype), checkpoint)
+            save_merged(model, load_tokenizer(start), partial)
         else:
             partial.mkdir()
-            for pattern in ("*.safetensors", "*.json", "*.jinja", "tokenizer*"):
-                for found in checkpoint.glob(pattern):
-                    if found.name != "trainer_state.json" and not (partial / found.name).exists():
-                        _link(found, partial / found.name)
+            own = {
+                path for kind in ("*.safetensors", "*.json", "*.jinja", "tokenizer*") for path in checkpoint.glob(kind)
+            }
+            for path in own - {checkpoint / "trainer_state.json"}:
+                _link(path, partial / path.name)
         write_json(partial / "made_of.json", made_of)
     return folder
 

@@ -24,16 +24,16 @@ from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import StudyError
 from ..core.stages import project_root
 from ..models.weights import release
+from .texts import best_checkpoint, devices, name_for_older, numbered, save_trained
 
 # %% auto #0
 __all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'load_job', 'restore', 'do_job', 'launch_command', 'launch_plan',
-           'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder']
+           'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder', 'clear_checkpoints',
+           'save_goal', 'training_facts', 'write_result']
 
 # %% ../../nbs/training/02_jobs.ipynb #2be54194
 def pair_columns(frame) -> list[str]:
-    """Name the columns of pairs that matter to a training.
-
-    frame: frame of pairs. Returns the columns that a training reads."""
+    "Name the columns of a frame of pairs that a training reads."
     known = ("prefID", "question", "messages", "chosen", "rejected", "chosen_cut", "rejected_cut", "gap")
     return [name for name in known if name in frame] + [name for name in frame if name.endswith("_rating")]
 
@@ -41,10 +41,10 @@ def pair_columns(frame) -> list[str]:
 def store_job(folder: Path, job: dict, frames: dict) -> None:
     """Write a training down; what another job left in the folder is cleared.
 
-    job: kind, goal, and whatever the kind needs; plain data; frames: name -> frame of pairs, or None."""
+    job: kind, goal, and whatever the kind needs, as plain data; frames: name -> frame of pairs, or None."""
     frames = {name: own[pair_columns(own)] for name, own in frames.items() if own is not None and len(own)}
     hashes = {name: hashlib.sha256(own.to_json(orient="records").encode()).hexdigest() for name, own in frames.items()}
-    job = json.loads(json.dumps(job | {"goal": None if job["goal"] is None else str(job["goal"]), "pairs": hashes}))
+    job = json.loads(json.dumps(job | {"goal": job["goal"] and str(job["goal"]), "pairs": hashes}))
     if (folder / "job.json").is_file() and read_json(folder / "job.json") == job:
         return
     (folder / "job.json").unlink(missing_ok=True)  # first, so that a half-cleared folder is nobody's job
@@ -57,15 +57,14 @@ def store_job(folder: Path, job: dict, frames: dict) -> None:
 
 # %% ../../nbs/training/02_jobs.ipynb #0db8c535
 def load_job(folder: Path) -> tuple[dict, dict]:
-    "Read a training. Returns the job, with its goal as a path or None; name -> frame of pairs."
+    "Read a job, its goal as a path or None, and its frames of pairs by name."
     import pandas as pd
 
     if not (Path(folder) / "job.json").is_file():
         raise StudyError(f"{folder}: has no job.json; expected the folder of a training")
     job = read_json(Path(folder) / "job.json")
-    return job | {"goal": None if job["goal"] is None else Path(job["goal"])}, {
-        name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in job["pairs"]
-    }
+    frames = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in job["pairs"]}
+    return job | {"goal": job["goal"] and Path(job["goal"])}, frames
 
 
 def restore(kind, tree: dict | None):
@@ -95,59 +94,35 @@ def do_job(folder: Path) -> dict:
 
 # %% ../../nbs/training/02_jobs.ipynb #46239216
 def launch_command(folder: Path, processes: int, config: str = "") -> list[str]:
-    "Say how accelerate starts a job. config: a configuration file of accelerate. Returns a command line."
-    how = (
-        ["--config_file", config]
-        if config
-        else [
-            *(["--multi_gpu"] if processes > 1 else []),
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--num_machines",
-            "1",
-        ]
-    )  # without GPUs: processes on CPUs
-    beside = {name: str(Path(sys.executable).with_name(name)) for name in ("accelerate", "psycopref")}
-    return [
-        beside["accelerate"],
-        "launch",
-        *how,
-        "--num_processes",
-        str(processes),
-        "--main_process_port",
-        "0",
-        "--no_python",
-        beside["psycopref"],
-        "train",
-        str(folder),
-    ]
+    "Word the command line by which accelerate starts a job. config: a configuration file of accelerate."
+    accelerate, psycopref = (str(Path(sys.executable).with_name(name)) for name in ("accelerate", "psycopref"))
+    plain = "--mixed_precision no --dynamo_backend no --num_machines 1".split()  # without GPUs: processes on CPUs
+    how = ["--config_file", config] if config else ["--multi_gpu"] * (processes > 1) + plain
+    how += ["--num_processes", str(processes), "--main_process_port", "0", "--no_python"]
+    return [accelerate, "launch", *how, psycopref, "train", str(folder)]
 
 
 def launch_plan(batch_size: int) -> tuple[int, str]:
-    """Say how jobs are done here: on as many GPUs as divide a batch, unless somebody says otherwise.
+    """Choose the processes, and accelerate's configuration file or "": as many GPUs as divide a batch of pairs.
 
-    batch_size: pairs in a step. Returns processes; accelerate's configuration file, or ""."""
+    PSYCOPREF_PROCESSES and PSYCOPREF_ACCELERATE replace the choice."""
     import torch
 
     gpus = max(1, torch.cuda.device_count())
-    return int(
-        os.environ.get("PSYCOPREF_PROCESSES") or max(n for n in range(1, gpus + 1) if batch_size % n == 0)
-    ), os.environ.get("PSYCOPREF_ACCELERATE", "")
+    most = max(n for n in range(1, gpus + 1) if batch_size % n == 0)
+    return int(os.environ.get("PSYCOPREF_PROCESSES") or most), os.environ.get("PSYCOPREF_ACCELERATE", "")
 
 
 def accelerate_strategy() -> str:
-    "Read how PSYCOPREF_ACCELERATE spreads a training over GPUs. Returns DDP, FSDP2 or ZeRO-3."
+    "Read from PSYCOPREF_ACCELERATE how a training is spread over GPUs: DDP, FSDP2 or ZeRO-3."
     import yaml
 
     named = os.environ.get("PSYCOPREF_ACCELERATE", "")
     if not named:
         return "DDP"
     try:
-        kind = yaml.safe_load((project_root() / Path(named).expanduser()).read_text(encoding="utf-8"))[
-            "distributed_type"
-        ]
+        text = (project_root() / Path(named).expanduser()).read_text(encoding="utf-8")
+        kind = yaml.safe_load(text)["distributed_type"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise StudyError(
             f"PSYCOPREF_ACCELERATE: {named!r} can't be read ({type(error).__name__}), expected a configuration of "
@@ -158,15 +133,13 @@ def accelerate_strategy() -> str:
 # %% ../../nbs/training/02_jobs.ipynb #2af18675
 @contextlib.contextmanager
 def locked(folder: Path) -> typing.Iterator[int]:
-    "Hold a job; wait where another process holds it. Returns file descriptor of the lock, to hand down."
+    "Hold a job, waiting where another process holds it; yield the lock's file descriptor, to hand down."
     with open(Path(folder) / "lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(
-                f"psycopref: {folder.name} is still being trained by a process of an earlier start; waiting for it",
-                file=sys.stderr,
-            )
+            said = "is still being trained by a process of an earlier start; waiting for it"
+            print(f"psycopref: {folder.name} {said}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         with open(Path(folder) / "workers", "a") as workers:
             fcntl.flock(workers, fcntl.LOCK_EX)
@@ -175,7 +148,7 @@ def locked(folder: Path) -> typing.Iterator[int]:
 
 @contextlib.contextmanager
 def at_work(folder: Path) -> typing.Iterator[None]:
-    "Tell that a process works at a job; several may."
+    "Mark a process as working at a job; several may."
     with open(Path(folder) / "workers", "a") as workers:
         fcntl.flock(workers, fcntl.LOCK_SH)
         yield
@@ -183,7 +156,7 @@ def at_work(folder: Path) -> typing.Iterator[None]:
 # %% ../../nbs/training/02_jobs.ipynb #b8844543
 @contextlib.contextmanager
 def _followed() -> typing.Iterator[dict]:
-    "Show what launched processes write to their progress file; yields their environment."
+    "Show what launched processes write to their progress file; yield their environment."
     if os.environ.get("PSYCOPREF_PROGRESS"):  # somebody above follows already
         yield dict(os.environ)
         return
@@ -217,15 +190,9 @@ def _end(process: subprocess.Popen, seconds: float = 20) -> None:
 def _launch(folder: Path, processes: int, config: str, lock: int) -> None:
     "Start a job in several processes and wait for them; whatever ends us in order ends them."
     with _followed() as environment, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        process = subprocess.Popen(
-            launch_command(folder, processes, config),
-            cwd=project_root(),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            pass_fds=[lock],
-            start_new_session=True,
-        )
+        own = dict(stdout=subprocess.DEVNULL, stderr=said, pass_fds=[lock], start_new_session=True)
+        command = launch_command(folder, processes, config)
+        process = subprocess.Popen(command, cwd=project_root(), env=environment, **own)
         try:
             code = process.wait()
         except BaseException:
@@ -254,9 +221,7 @@ def run_or_launch(folder: Path) -> dict:
 # %% ../../nbs/training/02_jobs.ipynb #0d4d61ea
 @contextlib.contextmanager
 def whole_folder(goal: Path, main: bool = True) -> typing.Iterator[Path]:
-    """Put a folder in place when it is complete.
-
-    goal: where a model goes; main: whether this process moves it. Returns where to write."""
+    "Yield where to write, and put that folder in place when it is complete. main: whether this process moves it."
     partial = goal.with_name(goal.name + ".saving")
     if main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -264,3 +229,42 @@ def whole_folder(goal: Path, main: bool = True) -> typing.Iterator[Path]:
     if main:
         shutil.rmtree(goal, ignore_errors=True)
         os.replace(partial, goal)
+
+# %% ../../nbs/training/02_jobs.ipynb #5c55bf21
+def clear_checkpoints(folder: Path, points: bool, whole: int = 0) -> None:
+    """Take optimiser and random states out of a job's checkpoints, or all of them away.
+
+    points: whether their weights are kept; whole: newest ones that are left as they are."""
+    if not points:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    checkpoints = numbered(folder / "checkpoints")
+    for _, path in checkpoints[: len(checkpoints) - whole]:
+        for pattern in ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "pytorch_model_fsdp*", "global_step*"):
+            for found in path.glob(pattern):
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
+def save_goal(trainer, tokenizer, goal: Path, older: bool = False) -> None:
+    "Save what was trained as a whole folder. older: name its settings for transformers 4 too."
+    main = trainer.is_world_process_zero()
+    with whole_folder(goal, main) as partial:
+        save_trained(trainer, tokenizer, partial)
+        if main and older:
+            name_for_older(partial)
+
+
+def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: list[int]) -> dict:
+    "Say what a trainer was given: numbers of pairs, prefIDs of overlong ones, the plan. dev: rows, or None."
+    found = {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev or ()), "dev_too_long": dev_long}
+    return found | {"not_packed": trainer.not_packed, **plan}
+
+
+def write_result(folder: Path, trainer, log: list[dict], points: bool = False, **facts) -> dict:
+    "Write a training's result and clear its checkpoints. points: keep their weights for curves."
+    step, loss = best_checkpoint(trainer.state)
+    result = {**facts, "best_step": step, "dev_loss": loss, "devices": devices()}
+    result["log"] = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+    if trainer.is_world_process_zero():
+        write_json(folder / "result.json", result)
+        clear_checkpoints(folder, points)
+    return result

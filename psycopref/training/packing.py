@@ -36,19 +36,15 @@ class Pack:
 
     def to(self, device, non_blocking: bool = False) -> Pack:
         "Move the tensors, as accelerate's loaders do with a batch."
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("input_ids", "position_ids", "keys", "places", "starts")
-        }
-        return replace(self, **moved)
+        names = ("input_ids", "position_ids", "keys", "places", "starts")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
 # %% ../../nbs/training/00_packing.ipynb #c7fba907
 def lay_out(groups: list[list[list[int]]], kept: int | list[list[int]] = 1) -> Pack:
-    """Share the prompts of groups of texts.
+    """Lay texts out, the common start of a group once.
 
-    groups: groups of token lists; those of a group start alike; kept: states wanted of each text: its last n, or
-    the number of last ones for each text of each group. Returns rows are the texts, group after group; a text with
-    fewer states than the longest repeats its last one."""
+    groups: groups of token lists; kept: states wanted of each text: its last n, or n for each text of each group. The
+    pack's rows are the texts, group after group; a text with fewer states than the longest repeats its last one."""
     import torch
 
     ids, positions, keys, places, queries, lengths = [], [], [], [], [], []
@@ -66,16 +62,9 @@ def lay_out(groups: list[list[list[int]]], kept: int | list[list[int]] = 1) -> P
             places.append(columns[-(wanted if isinstance(wanted, int) else wanted[branch]) :])
     most = max(map(len, places))
     filled = [own + own[-1:] * (most - len(own)) for own in places]
-    starts = [[0, *itertools.accumulate(own)] for own in (queries, lengths)]
-    return Pack(
-        torch.tensor([ids]),
-        torch.tensor([positions]),
-        torch.tensor(keys),
-        torch.tensor(filled),
-        torch.tensor(starts, dtype=torch.int32),
-        tuple(queries),
-        tuple(lengths),
-    )
+    starts = torch.tensor([[0, *itertools.accumulate(own)] for own in (queries, lengths)], dtype=torch.int32)
+    tensors = map(torch.tensor, ([ids], [positions], keys, filled))
+    return Pack(*tensors, starts, tuple(queries), tuple(lengths))
 
 # %% ../../nbs/training/00_packing.ipynb #69bcfd7c
 def _repeat_heads(states, heads: int):
@@ -101,11 +90,8 @@ def _segment_bias(queries: int, keys: int, window: int | None, repeats: int, dty
 
     mask = _segment_mask(queries, keys, window, device)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril() if mask is None else mask
-    return (
-        torch.zeros(queries, keys, dtype=dtype, device=device)
-        .masked_fill(~seen, float("-inf"))
-        .repeat(repeats, 1)[None]
-    )
+    bias = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+    return bias.repeat(repeats, 1)[None]
 
 
 def _by_products(query, key, value, scaling: float, window: int | None):
@@ -127,9 +113,8 @@ def _capped_attention(query, key, value, mask, scaling: float, cap: float):
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 # %% ../../nbs/training/00_packing.ipynb #e7ac4b1e
-_MOST_SCORES = (
-    2**25
-)  # of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
+# of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
+_MOST_SCORES = 2**25
 
 
 def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
@@ -137,20 +122,15 @@ def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    heads, found, products = (
-        query.shape[1],
-        [],
-        query.device.type == "cpu" and query.dtype == torch.bfloat16 and cap is None,
-    )
+    heads, found = query.shape[1], []
+    products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cap is None
     gathered = [states.index_select(2, pack.keys).split(pack.key_lengths, 2) for states in (key, value)]
     for own, k, v in zip(query.split(pack.query_lengths, 2), *gathered):
         if products and heads * own.shape[2] * k.shape[2] <= _MOST_SCORES:
             found.append(_by_products(own, k, v, scaling, window))
             continue
-        mask, (k, v) = (
-            _segment_mask(own.shape[2], k.shape[2], window, own.device),
-            (_repeat_heads(states, heads) for states in (k, v)),
-        )
+        mask = _segment_mask(own.shape[2], k.shape[2], window, own.device)
+        k, v = (_repeat_heads(states, heads) for states in (k, v))
         if cap is not None:
             found.append(_capped_attention(own, k, v, mask, scaling, cap))
         else:
@@ -162,40 +142,21 @@ def _by_kernel(query, key, value, pack: Pack, scaling, window):
     "Attend in one variable-length kernel, whose causal mask is lower-right."
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [
-        query[0].transpose(0, 1),
-        *(states[0].transpose(0, 1).index_select(0, pack.keys) for states in (key, value)),
-    ]
-    seen = (-1 if window is None else window - 1, 0)
-    return varlen_attn(
-        *flat,
-        *pack.starts,
-        max(pack.query_lengths),
-        max(pack.key_lengths),
-        scale=scaling,
-        window_size=seen,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )[None]
+    k, v = (states[0].transpose(0, 1).index_select(0, pack.keys) for states in (key, value))
+    longest, grouped = (max(pack.query_lengths), max(pack.key_lengths)), query.shape[1] != key.shape[1]
+    more = dict(scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=grouped)
+    return varlen_attn(query[0].transpose(0, 1), k, v, *pack.starts, *longest, **more)[None]
 
 # %% ../../nbs/training/00_packing.ipynb #5caa1c4d
 _NAME = "psycopref_segments"
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    pack=None,
-    sliding_window=None,
-    softcap=None,
-    **others,
+    module, query, key, value, mask, scaling=None, dropout=0.0, pack=None, sliding_window=None, softcap=None, **others
 ):
-    """Attend within a pack; the attention function that transformers calls in each layer. Shapes: (1, heads, width,
-    size) in, (1, width, heads, size) out."""
+    """Attend within a pack; the attention function that transformers calls in each layer.
+
+    Shapes: (1, heads, width, size) in, (1, width, heads, size) out."""
     import torch
 
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
@@ -210,13 +171,13 @@ def packed_attention(
 
 # %% ../../nbs/training/00_packing.ipynb #ca6a8e05
 def unwrap(model):
-    """Take off what peft and accelerate put around a model.
-
-    model: a transformers model, or one wrapped by peft or accelerate. Returns the transformers model itself,
-    adapters inside."""
+    "Take off what peft and accelerate put around a transformers model; adapters stay inside."
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+_OWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache")
 
 
 def _packing_forward(backbone):
@@ -225,25 +186,14 @@ def _packing_forward(backbone):
 
     @functools.wraps(plain_forward)
     def forward(self, *args, pack: Pack | None = None, **keywords):
-        self.config._attn_implementation = (
-            plain_attention if pack is None else _NAME
-        )  # stays until the next call: checkpointing computes layers again
+        # stays until the next call: checkpointing computes layers again
+        self.config._attn_implementation = plain_attention if pack is None else _NAME
         if pack is None:
             return plain_forward(self, *args, **keywords)
-        own = {
-            name: value
-            for name, value in keywords.items()
-            if name not in ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values")
-        }
+        own = {name: value for name, value in keywords.items() if name not in _OWN_INPUTS}
         unused = pack.keys.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is handed on as it is
-        outputs = plain_forward(
-            self,
-            input_ids=pack.input_ids,
-            position_ids=pack.position_ids,
-            attention_mask=unused,
-            pack=pack,
-            **{**own, "use_cache": False},
-        )
+        ids = dict(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unused)
+        outputs = plain_forward(self, **ids, pack=pack, use_cache=False, **own)
         states = outputs.last_hidden_state[0]
         outputs.last_hidden_state = states.index_select(0, pack.places.flatten()).view(*pack.places.shape, -1)
         return outputs
@@ -256,20 +206,17 @@ def _probe(model, backbone, kernel: str, autocast: bool) -> float:
     import torch
 
     size = model.config.get_text_config().vocab_size
-    tokens = [
-        [(7 * i + 3) % size for i in own]
-        for own in (range(9), [*range(6), 40, 41], range(20, 27), [*range(20, 25), 11, 12, 13, 14])
-    ]
+    spans = (range(9), [*range(6), 40, 41], range(20, 27), [*range(20, 25), 11, 12, 13, 14])
+    tokens = [[(7 * i + 3) % size for i in own] for own in spans]
     pack = replace(lay_out([tokens[:2], tokens[2:]], kept=3), kernel=kernel).to(model.device)
+
+    def last_states(ids):
+        return backbone(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[:, -3:]
+
     training = backbone.training
     with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
         backbone.eval()
-        alone = torch.cat(
-            [
-                backbone(input_ids=torch.tensor([own], device=model.device), use_cache=False).last_hidden_state[:, -3:]
-                for own in tokens
-            ]
-        )
+        alone = torch.cat(list(map(last_states, tokens)))
         packed = backbone(pack=pack).last_hidden_state
         backbone.train(training)
     return float((packed.float() - alone.float()).norm() / alone.float().norm())
@@ -283,12 +230,15 @@ def _kernels(model, half: bool) -> list[str]:
     return ["varlen", "segments"] if fast else ["segments"]
 
 # %% ../../nbs/training/00_packing.ipynb #0691c77d
-def enable_packing(model, autocast: bool = False, tolerance: float | None = None) -> str:
-    """Teach a model's backbone to take packs, and prove that it gives the same states.
+# whatever a foreign model says to a pack
+_REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError)
 
-    model: transformers model with a decoder backbone, bare or in peft; autocast: whether it will be computed in
-    bfloat16 by autocast; tolerance: greatest relative difference of states; None: 1e-3 in float32, 0.05 in half
-    precision. Returns empty where the model takes packs now, else why it does not."""
+
+def enable_packing(model, autocast: bool = False, tolerance: float | None = None) -> str:
+    """Teach a model's backbone to take packs, and prove that it gives the same states; return why not, or "".
+
+    model: transformers decoder, bare or in peft; autocast: whether it will be computed in bfloat16 by autocast;
+    tolerance: greatest relative difference of states; None: 1e-3 in float32, 0.05 in half precision."""
     import torch
     from transformers import AttentionInterface
 
@@ -296,8 +246,10 @@ def enable_packing(model, autocast: bool = False, tolerance: float | None = None
     backbone = model.base_model
     if hasattr(backbone, "pack_kernel"):
         return ""
-    if backbone is model or "forward" in vars(backbone) or any(hasattr(p, "ds_id") for p in model.parameters()):
-        return "its backbone stands under another library's hooks" if backbone is not model else "it has no backbone"
+    if backbone is model:
+        return "it has no backbone"
+    if "forward" in vars(backbone) or any(hasattr(p, "ds_id") for p in model.parameters()):
+        return "its backbone stands under another library's hooks"
     if getattr(model.config.get_text_config(), "attention_dropout", 0):
         return "its attention has dropout"
     AttentionInterface.register(_NAME, packed_attention)
@@ -308,20 +260,12 @@ def enable_packing(model, autocast: bool = False, tolerance: float | None = None
     for kernel in _kernels(model, half):
         try:
             off = _probe(model, backbone, kernel, autocast)
-        except (
-            NotImplementedError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-        ) as error:  # whatever a foreign model says to a pack
+        except _REFUSALS as error:
             reason = str(error).splitlines()[0][:200]
             continue
         if off <= limit:
-            backbone.pack_kernel, backbone.config._attn_implementation = (
-                kernel,
-                before,
-            )  # a copy made from this configuration is a plain one
+            backbone.pack_kernel = kernel
+            backbone.config._attn_implementation = before  # a copy made from this configuration is a plain one
             return ""
         reason = f"its states differ by {off:.2g}, more than {limit:g}"
     del backbone.forward
@@ -330,12 +274,10 @@ def enable_packing(model, autocast: bool = False, tolerance: float | None = None
 
 # %% ../../nbs/training/00_packing.ipynb #1d869990
 class PackingCollator:
-    """Wrap trl's collator for preferences: same batch, with a pack of the rows, cut to the columns whose states are
-    wanted."""
+    "Wrap trl's collator for preferences: same batch, with a pack of the rows, cut to the columns that are wanted."
 
     def __init__(self, collator, kernel: str = "segments", answers: bool = False):
-        """collator: trl's, which pads on the right; answers: keep the answers' columns, for DPO; else the last column,
-        for rewards."""
+        "collator: trl's, which pads on the right; answers: keep the answers' columns, for DPO; else the last one."
         self.collator, self.kernel, self.answers = collator, kernel, answers
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -343,42 +285,36 @@ class PackingCollator:
 
         batch = dict(self.collator(examples))
         rows = [row[:n] for row, n in zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist())]
-        half = len(rows) // 2
-        kept = (
-            [1 + int(n) for n in batch["completion_mask"].sum(1)] if self.answers else [1] * len(rows)
-        )  # the last prompt token foretells the first of the answer
-        pack = lay_out(
-            [[rows[i], rows[half + i]] for i in range(half)], [[kept[i], kept[half + i]] for i in range(half)]
-        )
+        half, kept = len(rows) // 2, [1] * len(rows)
+        if self.answers:  # the last prompt token foretells the first of the answer
+            kept = [1 + int(n) for n in batch["completion_mask"].sum(1)]
+        pairs = [(i, half + i) for i in range(half)]
+        pack = lay_out(*([[own[i] for i in pair] for pair in pairs] for own in (rows, kept)))
         back = [*range(0, len(rows), 2), *range(1, len(rows), 2)]  # groups have pairs side by side, trl has halves
         batch["pack"] = replace(pack, places=pack.places[back], kernel=self.kernel)
-        columns = torch.tensor(
-            [[min(len(row) - n + i, len(row) - 1) for i in range(max(kept))] for row, n in zip(rows, kept)]
-        )
+        most, sizes = max(kept), zip(map(len, rows), kept)
+        columns = torch.tensor([[min(size - n + i, size - 1) for i in range(most)] for size, n in sizes])
         batch["input_ids"] = batch["input_ids"].gather(1, columns)
         if self.answers:
-            batch["completion_mask"] = batch["completion_mask"].gather(1, columns) * (
-                torch.arange(max(kept)) < torch.tensor(kept)[:, None]
-            )
+            wanted = torch.arange(most) < torch.tensor(kept)[:, None]
+            batch["completion_mask"] = batch["completion_mask"].gather(1, columns) * wanted
         return batch
 
 # %% ../../nbs/training/00_packing.ipynb #ec4a6308
 def even_packs(lengths: list[int], packs: int) -> list[list[int]]:
-    """Deal a batch into packs of equal number and nearly equal tokens.
+    """Deal a batch into packs of equal number and nearly equal tokens; return the indices of each.
 
-    lengths: computed tokens of each pair of a batch; packs: how many; divides the batch. Returns indices, equally
-    many in each pack."""
-    room, found, weight = len(lengths) // packs, [[] for _ in range(packs)], [0] * packs
+    lengths: computed tokens of each pair of a batch; packs: how many; divides the batch."""
+    size, found, weight = len(lengths) // packs, [[] for _ in range(packs)], [0] * packs
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        lightest = min((p for p in range(packs) if len(found[p]) < room), key=lambda p: (weight[p], p))
+        lightest = min((p for p in range(packs) if len(found[p]) < size), key=lambda p: (weight[p], p))
         found[lightest].append(i)
         weight[lightest] += lengths[i]
     return found
 
 # %% ../../nbs/training/00_packing.ipynb #3d4df25a
 class EvenSampler:
-    """Draw whole batches at random, new ones each epoch, and deal each into even packs; a sampler for a torch
-    DataLoader."""
+    "Draw whole batches at random, new ones each epoch, and deal each into even packs; for a torch DataLoader."
 
     def __init__(self, lengths: list[int], batch_size: int, pack_size: int, seed: int):
         if len(lengths) < batch_size:
@@ -407,7 +343,7 @@ class EvenSampler:
 
 # %% ../../nbs/training/00_packing.ipynb #181325ba
 def _packing_reason(models: list, autocast: bool) -> str:
-    "Enable packing in all models, or say why not."
+    "Enable packing in all models, or warn and return why not."
     reasons = [reason for model in models if (reason := enable_packing(model, autocast))]
     if reasons:
         warnings.warn(
@@ -419,39 +355,30 @@ def _packing_reason(models: list, autocast: bool) -> str:
 
 
 class _EvenPacks:
-    """Deal batches into even packs where `batch_rebalance` is asked for and the rows have a `length`; go on in the
-    precision of before."""
+    "Deal batches of rows with a `length` into even packs for `batch_rebalance`; go on in the precision of before."
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(
-            {*self._signature_columns, "length"}
-        )  # else the column is taken away before it is read
+        self._signature_columns = list({*self._signature_columns, "length"})  # else it is gone before it is read
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         kept = {name: parameter.dtype for name, parameter in (model or self.model).named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in (model or self.model).named_parameters():
-            parameter.data = parameter.data.to(
-                kept[name]
-            )  # peft makes float32 of the adapters that it loads, and so another training
+            # peft makes float32 of the adapters that it loads, and so another training
+            parameter.data = parameter.data.to(kept[name])
 
     def _get_train_sampler(self, train_dataset=None):
         rows, args = train_dataset if train_dataset is not None else self.train_dataset, self.args
         if args.train_sampling_strategy != "batch_rebalance" or "length" not in rows.column_names:
             return super()._get_train_sampler(train_dataset)
-        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._even = EvenSampler(
-            list(rows["length"]),
-            batch_size,
-            args.per_device_train_batch_size,
-            args.data_seed if args.data_seed is not None else args.seed,
-        )
+        pack_size, seed = args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed
+        batch_size = pack_size * args.gradient_accumulation_steps * args.world_size
+        self._even = EvenSampler(list(rows["length"]), batch_size, pack_size, seed)
         return self._even
 
     def _tell_epoch(self):
-        """Set the sampler's epoch by the steps that were taken: after a resume on several devices accelerate's own
-        way to do so does not reach it."""
+        "Set the sampler's epoch by the steps taken: after a resume on several devices accelerate's way misses it."
         from transformers import TrainerCallback
 
         trainer = self
@@ -465,15 +392,13 @@ class _EvenPacks:
 
 # %% ../../nbs/training/00_packing.ipynb #d76b3d64
 def reward_trainer():
-    "Make trl's RewardTrainer compute pairs as packs. Returns a subclass of trl.RewardTrainer."
+    "Subclass trl's RewardTrainer to compute pairs as packs; `not_packed` is empty, or why the plain way is taken."
     from trl import RewardTrainer
 
     class PackedRewardTrainer(_EvenPacks, RewardTrainer):
         def __init__(self, *args, **keywords):
             super().__init__(*args, **keywords)
-            self.not_packed = _packing_reason(
-                [self.model], bool(self.args.bf16)
-            )  # empty, or why the plain way is taken
+            self.not_packed = _packing_reason([self.model], bool(self.args.bf16))
             if not self.not_packed:
                 self.data_collator = PackingCollator(self.data_collator, unwrap(self.model).base_model.pack_kernel)
             self._tell_epoch()
@@ -482,32 +407,23 @@ def reward_trainer():
 
 # %% ../../nbs/training/00_packing.ipynb #4723be61
 def dpo_trainer():
-    """Make trl's DPOTrainer compute pairs as packs; models are given loaded, as trl's own `model` and `ref_model`.
-    Rows may be tokenised already.
+    """Subclass trl's DPOTrainer to compute pairs as packs; `not_packed` is empty, or why the plain way is taken.
 
-    Returns a subclass of trl.DPOTrainer."""
+    It takes loaded models as `model` and `ref_model`. Rows may be tokenised already."""
     from trl import DPOTrainer
 
     class PackedDPOTrainer(_EvenPacks, DPOTrainer):
         def __init__(self, model, ref_model=None, args=None, **keywords):
-            if isinstance(model, str):
-                raise StudyError(
-                    f"dpo_trainer: found the name {model!r}, expected a loaded model; load it, or use trl's own "
-                    "DPOTrainer"
-                )
-            self.not_packed = _packing_reason(
-                [m for m in (model, ref_model) if m is not None], bool(args and args.bf16)
-            )  # before trl asks for the reference
+            # before trl asks for the reference
+            models = [own for own in (model, ref_model) if own is not None]
+            self.not_packed = _packing_reason(models, bool(args and args.bf16))
             self.pack_kernel = None if self.not_packed else unwrap(model).base_model.pack_kernel
             super().__init__(model, ref_model, args, **keywords)
             self._tell_epoch()
 
         def _prepare_dataset(self, dataset, *arguments, **keywords):
-            return (
-                dataset
-                if "prompt_ids" in dataset.column_names
-                else super()._prepare_dataset(dataset, *arguments, **keywords)
-            )
+            tokenised = "prompt_ids" in dataset.column_names
+            return dataset if tokenised else super()._prepare_dataset(dataset, *arguments, **keywords)
 
         @property
         def data_collator(self):

@@ -7,66 +7,55 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
-from ..core.files import PRINCIPLE_KEYS, read_json, write_json
-from ..core.tables import new_figure
+from ..core.files import PRINCIPLE_KEYS, read_json
 from ..core.settings import LoraSettings, RewardSettings, StudyError
 from ..core.stages import derived_seed
-from .jobs import load_job, restore, run_or_launch, store_job, whole_folder
+from ..core.tables import PALETTE, new_figure
+from ..models.weights import Weights, find_weights, load_tokenizer, pinned
+from .jobs import load_job, restore, run_or_launch, save_goal, store_job, training_facts, write_result
 from .packing import reward_trainer
-from .texts import name_for_older
 from .scoring import load_reward_model
 from psycopref.training.texts import (
     add_lora,
-    best_checkpoint,
     check_batch,
-    common_arguments,
-    devices,
     evaluate_last,
     last_checkpoint,
-    one_device,
     pair_rows,
-    save_trained,
     silence,
     step_plan,
     take_device,
     train_quietly,
+    trainer_config,
     training_precision,
 )
-from ..models.weights import Weights, find_weights, load_tokenizer, pinned
 
 # %% auto #0
-__all__ = ['rating_gaps', 'loss_margins', 'write_reward_job', 'read_job', 'reward_config', 'build_reward_trainer',
-           'run_reward_job', 'train_reward_model', 'reward_curve_figure']
+__all__ = ['rating_gaps', 'loss_margins', 'write_reward_job', 'reward_config', 'build_reward_trainer', 'run_reward_job',
+           'train_reward_model', 'reward_curve_figure']
 
 # %% ../../nbs/training/04_reward_model.ipynb #76e31b60
 def rating_gaps(pairs) -> list[float]:
-    """Say how far apart the raters saw the two answers.
+    """Compute how far apart the raters saw the two answers: gap of the means, in rating points.
 
-    pairs: frame of pairs, with the seven ratings of both answers, or with a column `gap`. Returns gap of the means,
-    in rating points."""
+    pairs: with the seven ratings of both answers, or with a column `gap`, which counts where ratings are missing."""
     import numpy as np
 
-    sides = {side: [f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")}
-    if not set(sides["chosen"] + sides["rejected"]) <= set(pairs.columns):
+    chosen, rejected = ([f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected"))
+    if not {*chosen, *rejected} <= set(pairs.columns):
         if "gap" not in pairs:
             raise StudyError(
                 "reward.margin: the pairs have neither ratings nor a column gap, expected one of them; set "
                 "reward.margin to false"
             )
         return [float(gap) for gap in pairs.gap]
-    gaps = (pairs[sides["chosen"]].to_numpy(float).sum(1) - pairs[sides["rejected"]].to_numpy(float).sum(1)) / len(
-        PRINCIPLE_KEYS
-    )
-    if "gap" in pairs:  # a mix: counselling pairs have ratings, general ones a gap
-        gaps = np.where(np.isnan(gaps), pairs.gap.to_numpy(float), gaps)
-    return gaps.tolist()
+    gaps = (pairs[chosen].to_numpy(float).sum(1) - pairs[rejected].to_numpy(float).sum(1)) / len(PRINCIPLE_KEYS)
+    return (np.where(np.isnan(gaps), pairs.gap.to_numpy(float), gaps) if "gap" in pairs else gaps).tolist()
 
 
 def loss_margins(pairs) -> list[float]:
-    "Take the gaps as margins; refuse pairs without one. pairs: frame of pairs. Returns one for each."
+    "Return the gaps as margins; refuse pairs without one."
     gaps = rating_gaps(pairs)
     if lost := sum(gap != gap for gap in gaps):
         raise StudyError(
@@ -80,162 +69,73 @@ def write_reward_job(
 ) -> None:
     """Write a training down; what another job left in the folder is cleared.
 
-    train: frame of training pairs; dev: frame of development pairs, or None; goal: where the finished model goes;
-    dtype: auto, bfloat16 or float32."""
-    job = {
-        "kind": "reward",
-        "weights": dataclasses.asdict(weights),
-        "settings": dataclasses.asdict(settings),
-        "goal": goal,
-        "dtype": dtype,
-        "seed": seed,
-    }
-    store_job(folder, job, {"train": train, "dev": dev})
-
-
-def read_job(folder: Path) -> tuple:
-    """Read a training.
-
-    Returns (Weights, training pairs, development pairs or None, RewardSettings, goal, dtype, seed)."""
-    job, frames = load_job(folder)
-    return (
-        restore(Weights, job["weights"]),
-        frames["train"],
-        frames.get("dev"),
-        restore(RewardSettings, job["settings"]),
-        job["goal"],
-        job["dtype"],
-        job["seed"],
-    )
+    train, dev: frames of pairs, dev or None; goal: where the finished model goes; dtype: auto, bfloat16, float32."""
+    job = {"kind": "reward", "weights": dataclasses.asdict(weights), "settings": dataclasses.asdict(settings)}
+    store_job(folder, job | {"goal": goal, "dtype": dtype, "seed": seed}, {"train": train, "dev": dev})
 
 # %% ../../nbs/training/04_reward_model.ipynb #8401d90f
 def reward_config(
     settings: RewardSettings, plan: dict, folder: Path, seed: int, evaluate: bool, autocast: bool = False
 ):
-    """Translate our settings for trl's RewardTrainer.
+    """Translate our settings into a trl.RewardConfig.
 
-    folder: for checkpoints; evaluate: whether there are development pairs; autocast: compute in bfloat16 above
-    float32 weights. Returns trl.RewardConfig."""
+    plan: of step_plan; folder: for checkpoints; autocast: compute in bfloat16 above float32 weights."""
     from trl import RewardConfig
 
-    best = (
-        dict(
-            eval_strategy="steps",
-            eval_steps=plan["every"],
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-        )
-        if evaluate
-        else {}
-    )
-    arguments = common_arguments(
-        settings,
-        folder,
-        seed,
-        plan["pack_size"],
-        max_steps=plan["steps"],
-        save_strategy="steps",
-        save_steps=plan["every"],
-        save_total_limit=2,
-        center_rewards_coefficient=settings.center_coefficient or None,
-        bf16=autocast,
-        **best,
-    )
-    return one_device(RewardConfig(**arguments))
+    more = dict(center_rewards_coefficient=settings.center_coefficient or None, bf16=autocast)
+    return trainer_config(RewardConfig, settings, plan, folder, seed, evaluate, **more)
 
 # %% ../../nbs/training/04_reward_model.ipynb #ea2aeae0
-def build_reward_trainer(folder: Path):
-    "Make the trainer of a job. Returns (trainer, tokenizer, facts: pairs, prefIDs that are too long, plan)."
+def build_reward_trainer(folder: Path) -> tuple:
+    "Make the trainer of a job: (trainer, tokenizer, facts)."
     from datasets import Dataset
 
-    weights, train, dev, settings, _, dtype, seed = read_job(folder)
-    tokenizer, (load_dtype, autocast) = load_tokenizer(weights), training_precision(settings.lora, dtype)
-    rows, long = pair_rows(train, tokenizer, settings.max_length, loss_margins(train) if settings.margin else None)
-    dev_rows, dev_long = (
-        ([], [])
-        if dev is None
-        else pair_rows(
-            dev, tokenizer, settings.max_length, loss_margins(dev) if settings.margin else None, needed=False
-        )
-    )
-    plan = step_plan([row["length"] for row in rows], settings, seed)
-    model = load_reward_model(
-        weights.location, tokenizer, load_dtype, new_head=derived_seed(seed, "head"), **pinned(weights)
-    )
-    model = add_lora(model, settings.lora, head=True, seed=derived_seed(seed, "adapters"))
+    job, frames = load_job(folder)
+    weights, settings, seed = restore(Weights, job["weights"]), restore(RewardSettings, job["settings"]), job["seed"]
+    tokenizer, (dtype, autocast) = load_tokenizer(weights), training_precision(settings.lora, job["dtype"])
+
+    def rows_of(name: str) -> tuple[list[dict], list[int]]:
+        pairs = frames.get(name)
+        if pairs is None:
+            return [], []
+        margins = loss_margins(pairs) if settings.margin else None
+        return pair_rows(pairs, tokenizer, settings.max_length, margins, needed=name == "train")
+
+    (rows, long), (dev, dev_long) = rows_of("train"), rows_of("dev")
+    plan, head = step_plan([row["length"] for row in rows], settings, seed), derived_seed(seed, "head")
+    model = load_reward_model(weights.location, tokenizer, dtype, new_head=head, **pinned(weights))
     silence()
     trainer = reward_trainer()(
-        model=model,
-        args=reward_config(settings, plan, folder / "checkpoints", seed, bool(dev_rows), autocast),
+        model=add_lora(model, settings.lora, head=True, seed=derived_seed(seed, "adapters")),
+        args=reward_config(settings, plan, folder / "checkpoints", seed, bool(dev), autocast),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(dev_rows) if dev_rows else None,
+        eval_dataset=Dataset.from_list(dev) if dev else None,
         callbacks=[evaluate_last()],
     )
     check_batch(trainer, settings, "reward")
-    return (
-        trainer,
-        tokenizer,
-        {
-            "pairs": len(rows),
-            "too_long": long,
-            "dev_pairs": len(dev_rows),
-            "dev_too_long": dev_long,
-            "not_packed": trainer.not_packed,
-            **plan,
-        },
-    )
+    return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
 
 # %% ../../nbs/training/04_reward_model.ipynb #22a2d33b
-def _save(trainer, tokenizer, goal: Path) -> None:
-    "Save the trained model as plain transformers weights; sharded weights are gathered by the trainer."
-    main = trainer.is_world_process_zero()
-    with whole_folder(goal, main) as partial:
-        save_trained(trainer, tokenizer, partial)
-        if main:
-            name_for_older(partial)  # other people's tools pin transformers 4
-
-# %% ../../nbs/training/04_reward_model.ipynb #6fd1e11c
 def run_reward_job(folder: Path) -> dict:
     """Train; go on where an interrupted run was. Every process of a launch calls this.
 
     Returns what happened: log, best step, development loss, what was dropped."""
-    weights, _, _, settings, goal, _, _ = read_job(folder)
-    take_device(settings.lora)
+    job, _ = load_job(folder)
+    take_device(restore(RewardSettings, job["settings"]).lora)
     trainer, tokenizer, facts = build_reward_trainer(folder)
-    log = train_quietly(
-        trainer, f"reward model {weights.slug}", last_checkpoint(folder / "checkpoints", facts["steps"])
-    )
-    step, loss = best_checkpoint(trainer.state)
-    _save(trainer, tokenizer, goal)
-    result = {
-        **facts,
-        "best_step": step,
-        "dev_loss": loss,
-        "devices": devices(),
-        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
-    }
-    if trainer.is_world_process_zero():
-        write_json(folder / "result.json", result)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return result
+    resume = last_checkpoint(folder / "checkpoints", facts["steps"])
+    log = train_quietly(trainer, f"reward model {restore(Weights, job['weights']).slug}", resume)
+    save_goal(trainer, tokenizer, job["goal"], older=True)  # other people's tools pin transformers 4
+    return write_result(folder, trainer, log, **facts)
 
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
 def train_reward_model(
-    weights: Weights,
-    train,
-    settings: RewardSettings,
-    goal: Path,
-    scratch: Path,
-    dtype: str = "auto",
-    seed: int = 0,
-    dev=None,
+    weights: Weights, train, settings: RewardSettings, goal: Path, scratch: Path, dtype="auto", seed=0, dev=None
 ) -> dict:
     """Train a Bradley-Terry reward model and save it as a plain transformers model; a finished job is not done again.
 
-    train: frame of training pairs; goal: where the finished model goes; scratch: folder of the job; dtype: auto,
-    bfloat16 or float32; dev: frame of development pairs, to choose the checkpoint by."""
+    goal: where the finished model goes; scratch: folder of the job; dev: pairs to choose the checkpoint by."""
     write_reward_job(scratch, weights, train, dev, settings, goal, dtype, seed)
     return run_or_launch(scratch)
 
@@ -243,30 +143,17 @@ def train_reward_model(
 def reward_curve_figure(trainings: dict[str, dict]):
     """Draw training and development loss; a ring marks the checkpoint that was kept.
 
-    trainings: name -> what run_reward_job returned. Returns matplotlib figure."""
-    from psycopref.core.tables import PALETTE
-
+    trainings: name -> what run_reward_job returned."""
     figure, axes = new_figure(6.2, 3.6)
-    for place, (name, found) in enumerate(trainings.items()):
-        for key, title, style in (
-            ("loss", "training batches", dict(linewidth=1, alpha=0.6)),
-            ("eval_loss", "development pairs", dict(marker="o", linewidth=1.8)),
-        ):
-            own = [entry for entry in found["log"] if key in entry]
-            axes.plot(
-                [e["step"] for e in own], [e[key] for e in own], color=PALETTE[place], label=f"{name}, {title}", **style
-            )
+    kinds = {"loss": ("training batches", dict(linewidth=1, alpha=0.6))}
+    kinds["eval_loss"] = ("development pairs", dict(marker="o", linewidth=1.8))
+    for color, (name, found) in zip(PALETTE, trainings.items()):
+        for key, (title, style) in kinds.items():
+            points = [(entry["step"], entry[key]) for entry in found["log"] if key in entry]
+            axes.plot(*(zip(*points) if points else ([], [])), color=color, label=f"{name}, {title}", **style)
         if found["dev_loss"] is not None:
-            axes.plot(
-                found["best_step"],
-                found["dev_loss"],
-                marker="o",
-                markersize=12,
-                fillstyle="none",
-                color=PALETTE[place],
-                linestyle="none",
-                label=f"{name}, kept",
-            )
+            ring = dict(marker="o", markersize=12, fillstyle="none", linestyle="none", label=f"{name}, kept")
+            axes.plot(found["best_step"], found["dev_loss"], color=color, **ring)
     axes.axhline(math.log(2), color="#888888", linestyle=":", linewidth=1, label="ln 2, knowing nothing")
     axes.set(xlabel="optimiser step", ylabel="Bradley-Terry loss, nats", ylim=(0, None))
     axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)

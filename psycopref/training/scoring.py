@@ -13,9 +13,9 @@ from pathlib import Path
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..models.generation import common_prefix
+from ..models.weights import find_weights, load_tokenizer, pick_device, pick_dtype, pinned, quiet_transformers
 from .packing import enable_packing, lay_out, unwrap
 from .texts import pair_messages, render
-from ..models.weights import find_weights, load_tokenizer, pick_device, pick_dtype, pinned, quiet_transformers
 
 # %% auto #0
 __all__ = ['SCORERS', 'Scorer', 'find_scorer', 'load_reward_model', 'load_scorer', 'token_batches', 'score_groups', 'score_pairs']
@@ -39,9 +39,7 @@ SCORERS = {
 
 
 def find_scorer(name: str) -> Scorer:
-    """Find a reward model by name.
-
-    name: a name above, name=FOLDER for a copy of it, a folder, or a hub id. Returns where it is."""
+    "Find a reward model by a name above, name=FOLDER for a copy of it, a folder, or a hub id."
     known, _, folder = name.partition("=")
     if folder and known in SCORERS:
         return replace(SCORERS[known], location=folder)
@@ -50,8 +48,7 @@ def find_scorer(name: str) -> Scorer:
 # %% ../../nbs/training/03_scoring.ipynb #30782009
 @functools.cache
 def _float_linear():
-    """Make a linear layer that computes in float32, under autocast too; made on demand, because torch is heavy to
-    import."""
+    "Make the class of a linear layer that computes in float32, under autocast too; on demand, for torch is heavy."
     import torch
 
     class FloatLinear(torch.nn.Linear):
@@ -86,7 +83,7 @@ def _refuse_missing(location: str, lost) -> None:
 
 @contextlib.contextmanager
 def _clear_errors(location: str):
-    "Say in one line what is wrong with a checkpoint."
+    "Say in one line what is wrong with a checkpoint: truncated, none, another kind or shape."
     from safetensors import SafetensorError
 
     try:
@@ -96,52 +93,49 @@ def _clear_errors(location: str):
             f"reward model {location!r}: the weights can't be read ({error}); they are truncated, make or download "
             "them again"
         ) from None
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # no such model, no model of this kind, another shape of score.weight
+    except (OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())
-        shape = (
-            "a score.weight of another shape; "
-            if "score.weight" in said or "size mismatch" in said or "mismatched" in said
-            else ""
-        )
+        shape = any(word in said for word in ("score.weight", "size mismatch", "mismatched"))
         raise StudyError(
-            f"reward model {location!r}: found {shape}{said[:240]}, expected a model with one label"
+            f"reward model {location!r}: found {'a score.weight of another shape; ' if shape else ''}{said[:240]}, "
+            "expected a model with one label"
         ) from None
 
 # %% ../../nbs/training/03_scoring.ipynb #855fc251
-def load_reward_model(location: str, tokenizer, dtype: str = "auto", new_head: int | None = None, **keywords):
-    """Load a reward model with its head in float32.
+def _load(kind, location: str, dtype: str, **keywords) -> tuple:
+    "Load a model by an auto class of transformers: (model, names of missing weights)."
+    with quiet_transformers(), _clear_errors(location):
+        model, found = kind.from_pretrained(location, dtype=pick_dtype(dtype), output_loading_info=True, **keywords)
+    return (model if "device_map" in keywords else model.to(pick_device())).eval(), found["missing_keys"]
 
-    location: folder or hub id of a reward model, or of a language model where a new head is wanted; tokenizer: its
-    tokenizer; dtype: auto, bfloat16 or float32; new_head: seed of a new head; None refuses a checkpoint without
-    one; keywords: passed to from_pretrained, e.g. revision or device_map. Returns transformers sequence-
-    classification model with one label, on the chosen device."""
+
+def load_reward_model(location: str, tokenizer, dtype: str = "auto", new_head: int | None = None, **keywords):
+    """Load a reward model (a transformers classifier with one label) with its head in float32.
+
+    location: folder or hub id; of a language model where a new head is wanted; dtype: auto, bfloat16 or float32;
+    new_head: seed of a new head; None refuses a checkpoint without one; keywords: passed to from_pretrained."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    with torch.random.fork_rng(devices=[]), quiet_transformers(), _clear_errors(location):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(new_head or 0)
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            location, num_labels=1, dtype=pick_dtype(dtype), output_loading_info=True, **keywords
-        )
+        model, missing = _load(AutoModelForSequenceClassification, location, dtype, num_labels=1, **keywords)
     if not hasattr(model, "score"):
         raise StudyError(
             f"reward model {location!r}: a {type(model).__name__} has no head named score; expected a decoder with one"
         )
-    _refuse_missing(location, [name for name in found["missing_keys"] if new_head is None or name != "score.weight"])
+    _refuse_missing(location, [name for name in missing if new_head is None or name != "score.weight"])
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _float_head(model, location)
-    return (model if "device_map" in keywords else model.to(pick_device())).eval()
+    return model
 
 # %% ../../nbs/training/03_scoring.ipynb #8e752bbf
-def load_scorer(scorer: Scorer, dtype: str = "auto"):
+def load_scorer(scorer: Scorer, dtype: str = "auto") -> tuple:
     """Load a reward model of either kind, over several GPUs where one is too small.
 
-    scorer: where and how; dtype: auto, bfloat16 or float32. Returns (model, tokenizer, weights found)."""
+    dtype: auto, bfloat16 or float32. Returns (model, tokenizer, weights found)."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     weights = find_weights(scorer.location)
     tokenizer = load_tokenizer(weights)
@@ -149,29 +143,23 @@ def load_scorer(scorer: Scorer, dtype: str = "auto"):
     keywords = pinned(weights) | ({"device_map": "auto"} if spread else {})
     if scorer.head == "score":
         return load_reward_model(weights.location, tokenizer, dtype, **keywords), tokenizer, weights
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers(), _clear_errors(weights.location):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            weights.location, dtype=pick_dtype(dtype), output_loading_info=True, **keywords
-        )
-    _refuse_missing(weights.location, found["missing_keys"])
-    return (model if spread else model.to(pick_device())).eval(), tokenizer, weights
+    model, missing = _load(AutoModelForCausalLM, weights.location, dtype, **keywords)
+    _refuse_missing(weights.location, missing)
+    return model, tokenizer, weights
 
 # %% ../../nbs/training/03_scoring.ipynb #12753108
 def token_batches(sizes: list[int], tokens: int, padded: bool = False) -> list[list[int]]:
-    """Fill batches up to a budget of tokens.
+    """Fill batches up to a budget of tokens, the longest first, so memory runs out at once or never; return indices.
 
-    sizes: tokens of each item; tokens: budget of a batch; an item above it makes a batch of its own; padded: count
-    each item as long as the longest of its batch. Returns indices; the longest first, so memory runs out at once or
-    never."""
-    found, room, width = [], 0, 0
+    sizes: tokens of each item; one above the budget makes a batch of its own; padded: count each item as long as the
+    longest of its batch."""
+    found, left, width = [], 0, 0
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if not found or (width if padded else sizes[i]) > room:
+        if not found or (width if padded else sizes[i]) > left:
             found.append([])
-            room, width = tokens, sizes[i]
+            left, width = tokens, sizes[i]
         found[-1].append(i)
-        room -= width if padded else sizes[i]
+        left -= width if padded else sizes[i]
     return found
 
 # %% ../../nbs/training/03_scoring.ipynb #6bcf8812
@@ -193,25 +181,22 @@ def _packed(model, ids: list, tokens: int, name: str) -> list[list[float]]:
     for batch in progress(batches, name, unit="batch") if name else batches:
         own = [ids[i] for i in batch]
         flat = [text for group in own for text in group]
-        pack = lay_out(own).to(model.device)
-        scores = _rewards(
-            model, flat, input_ids=torch.tensor([text[-1:] for text in flat], device=model.device), pack=pack
-        ).tolist()
+        last = torch.tensor([text[-1:] for text in flat], device=model.device)
+        scores = iter(_rewards(model, flat, input_ids=last, pack=lay_out(own).to(model.device)).tolist())
         for i in batch:
-            found[i], scores = scores[: len(ids[i])], scores[len(ids[i]) :]
+            found[i] = [next(scores) for _ in ids[i]]
     return found
 
 
 def _padded(model, tokenizer, ids: list, tokens: int, name: str) -> list[list[float]]:
     "Score texts one by one in padded batches of similar length."
-    flat = [(i, text) for i, group in enumerate(ids) for text in group]
-    scores, batches = [0.0] * len(flat), token_batches([len(text) for _, text in flat], tokens, padded=True)
+    flat = [text for group in ids for text in group]
+    scores, batches = [0.0] * len(flat), token_batches([len(text) for text in flat], tokens, padded=True)
     for batch in progress(batches, name, unit="batch") if name else batches:
-        own = [flat[j][1] for j in batch]
+        own = [flat[j] for j in batch]
         inputs = tokenizer.pad({"input_ids": own}, return_tensors="pt", padding_side="right").to(model.device)
-        for j, score in zip(
-            batch, _rewards(model, own, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).tolist()
-        ):
+        rewards = _rewards(model, own, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        for j, score in zip(batch, rewards.tolist()):
             scores[j] = score
     given = iter(scores)
     return [[next(given) for _ in group] for group in ids]
@@ -220,11 +205,10 @@ def _padded(model, tokenizer, ids: list, tokens: int, name: str) -> list[list[fl
 def score_groups(
     model, tokenizer, groups: list[list[str]], tokens: int = 8192, name: str = "scoring"
 ) -> list[list[float]]:
-    """Score groups of answers with a reward model, each prompt computed once.
+    """Score groups of answers with a reward model, each prompt computed once; return one reward for each text.
 
-    model: reward model of one number; tokenizer: with a padding token of its own; groups: rendered texts; those of
-    one group share a prompt; tokens: computed in one pass; name: shown before the progress bar; empty shows none.
-    Returns one reward for each text."""
+    groups: rendered texts; those of one group share a prompt; tokens: computed in one pass; name: shown before the
+    progress bar; empty shows none."""
     import torch
 
     ids = [[tokenizer(text, add_special_tokens=False).input_ids for text in group] for group in groups]
@@ -234,19 +218,15 @@ def score_groups(
             "pairs"
         )
     with torch.inference_mode():
-        return (
-            _padded(model, tokenizer, ids, tokens, name) if enable_packing(model) else _packed(model, ids, tokens, name)
-        )
+        if enable_packing(model):
+            return _padded(model, tokenizer, ids, tokens, name)
+        return _packed(model, ids, tokens, name)
 
 
 def score_pairs(model, tokenizer, pairs, name: str = "scoring") -> tuple[list[float], list[float]]:
-    """Score both answers of each pair.
-
-    model: reward model; tokenizer: its tokenizer; pairs: frame of pairs; name: shown before the progress bar.
-    Returns rewards of the chosen and of the rejected responses."""
-    groups = [
-        [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
-        for pair in pairs.itertuples()
-    ]
+    "Score both answers of each pair: rewards of the chosen and of the rejected ones."
+    groups = []
+    for pair in pairs.itertuples():
+        groups.append([render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)])
     scores = score_groups(model, tokenizer, groups, name=name)
     return [own[0] for own in scores], [own[1] for own in scores]

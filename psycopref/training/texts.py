@@ -4,96 +4,81 @@
 
 # %% ../../nbs/training/01_texts.ipynb #a204cd60
 from __future__ import annotations
+
 import json
 import math
 import os
 import shutil
 import typing
 from pathlib import Path
+
 from ..core.files import progress
-from ..core.settings import LoraSettings, StudyError
-from .packing import EvenSampler
 from ..core.prompts import responding_prompt
+from ..core.settings import LoraSettings, StudyError
+from ..models.generation import common_prefix
 from ..models.weights import quiet_transformers
+from .packing import EvenSampler
 
 # %% auto #0
 __all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'pair_rows', 'devices', 'accumulation_steps', 'pack_size',
            'step_plan', 'check_batch', 'training_precision', 'add_lora', 'save_merged', 'save_trained', 'sharded',
-           'take_device', 'name_for_older', 'common_arguments', 'one_device', 'silence', 'progress_callback',
-           'numbered', 'best_checkpoint', 'last_checkpoint', 'train_quietly', 'evaluate_last']
+           'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
+           'progress_callback', 'numbered', 'best_checkpoint', 'last_checkpoint', 'train_quietly', 'evaluate_last']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
 def prompt_messages(client_speech: str) -> list[dict]:
-    "Word the prompt of a counselling pair. client_speech: what the client said. Returns one user message."
+    "Word the prompt of a counselling pair as one user message."
     return [{"role": "user", "content": responding_prompt(client_speech)}]
 
 
 def pair_messages(pair) -> list[dict]:
-    """Return a pair's own conversation, or the counselling prompt with its question.
-
-    pair: a row of a frame of pairs, as itertuples gives it. Returns the conversation before the answers."""
+    "Return the conversation of a pair (a row as itertuples gives it): its own, or the counselling prompt."
     own = getattr(pair, "messages", None)
-    return (
-        prompt_messages(pair.question) if own is None or isinstance(own, float) else [dict(message) for message in own]
-    )
+    if own is None or isinstance(own, float):
+        return prompt_messages(pair.question)
+    return [dict(message) for message in own]
 
 
 def render(tokenizer, messages: list[dict], response: str) -> str:
-    """Render a conversation and an answer as a reward model reads them.
-
-    tokenizer: with a chat template; messages: the conversation before the answer; response: the answer. Returns the
-    rendered exchange."""
+    "Render a conversation and an answer by the chat template, as a reward model reads them."
     return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
 
 
 def dialogue(tokenizer, client_speech: str, response: str) -> str:
-    """Render a counselling exchange as a reward model reads it.
-
-    tokenizer: with a chat template; client_speech: what the client said; response: what the therapist answered.
-    Returns the rendered exchange."""
+    "Render a counselling exchange as a reward model reads it."
     return render(tokenizer, prompt_messages(client_speech), response)
 
 # %% ../../nbs/training/01_texts.ipynb #eac01cd2
 def pair_rows(
     pairs, tokenizer, max_length: int, margins: typing.Sequence[float] | None = None, needed: bool = True
 ) -> tuple[list[dict], list[int]]:
-    """Tokenise pairs for trl's RewardTrainer.
+    """Tokenise pairs for trl's RewardTrainer; list the prefIDs of overlong ones.
 
-    pairs: frame with prefID, question, chosen, rejected, and messages where the prompt is not ours; max_length:
-    tokens of prompt plus one response; margins: one for each pair, for a loss with margins; needed: refuse pairs
-    that are all too long; development pairs can be done without. Returns rows with chosen_ids, rejected_ids,
-    length; and prefIDs of pairs that are too long."""
-    from psycopref.models.generation import common_prefix
-
+    max_length: tokens of prompt plus one response; margins: one for each pair; needed: refuse pairs that are all too
+    long. Rows have chosen_ids, rejected_ids, length."""
     rows, long = [], []
     for place, pair in enumerate(pairs.itertuples()):
-        messages = pair_messages(pair)
-        ids = [
-            tokenizer(render(tokenizer, messages, text), add_special_tokens=False).input_ids
-            for text in (pair.chosen, pair.rejected)
-        ]
+        texts = [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         if max(map(len, ids)) > max_length:
             long.append(int(pair.prefID))
             continue
-        margin = {} if margins is None else {"margin": float(margins[place])}
-        rows.append(
-            {"chosen_ids": ids[0], "rejected_ids": ids[1], "length": sum(map(len, ids)) - common_prefix(ids), **margin}
-        )
+        row = {"chosen_ids": ids[0], "rejected_ids": ids[1], "length": sum(map(len, ids)) - common_prefix(ids)}
+        rows.append(row if margins is None else row | {"margin": float(margins[place])})
     if needed and not rows:
         raise StudyError(f"training: all {len(long)} pairs are longer than max_length {max_length}; raise it")
     return rows, long
 
 # %% ../../nbs/training/01_texts.ipynb #0377e9df
 def devices() -> int:
-    "Count the processes that accelerate or torchrun started. Returns processes of the training."
+    "Count the processes that accelerate or torchrun started."
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, processes: int = 1) -> int:
-    """Split the global batch, or refuse: another batch size is another experiment.
+    """Split the global batch into forward passes, or refuse: another batch size is another experiment.
 
-    batch_size: pairs in an optimiser step, over all devices; micro_batch_size: pairs in a forward pass on one
-    device. Returns forward passes for one step."""
+    batch_size: pairs in an optimiser step, over all devices; micro_batch_size: pairs in a pass on one device."""
     each = micro_batch_size * processes
     if batch_size % each:
         raise StudyError(
@@ -104,90 +89,71 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, processes: int = 
 
 # %% ../../nbs/training/01_texts.ipynb #2f1b501b
 def pack_size(lengths: list[int], batch_size: int, tokens: int, epochs: float, seed: int, processes: int = 1) -> int:
-    """Return the largest pack whose tokens stay in the budget in every step of the training.
+    """Return the largest number of pairs in a pack that keeps within `tokens` in every step of the training.
 
-    lengths: computed tokens of each pair; batch_size: pairs in an optimiser step, over all devices; tokens: budget
-    of a forward pass; seed: of its batches. Returns pairs in a pack; divides the batch."""
+    lengths: computed tokens of each pair; batch_size: pairs in an optimiser step, over all devices."""
     accumulation_steps(batch_size, 1, processes)
-    for size in sorted((n for n in range(1, batch_size + 1) if batch_size % (n * processes) == 0), reverse=True):
+    for size in (n for n in range(batch_size, 0, -1) if batch_size % (n * processes) == 0):
         sampler, heaviest = EvenSampler(lengths, batch_size, size, seed), 0
-        for epoch in range(-int(-epochs // 1)):
+        for epoch in range(math.ceil(epochs)):
             sampler.set_epoch(epoch)
-            order = list(sampler)
-            heaviest = max(
-                heaviest,
-                *(sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)),
-            )
+            order = [lengths[i] for i in sampler]
+            heaviest = max([heaviest, *(sum(order[start : start + size]) for start in range(0, len(order), size))])
         if heaviest <= tokens or size == 1:
             return size
 
 # %% ../../nbs/training/01_texts.ipynb #273b23f3
 def step_plan(lengths: list[int], settings, seed: int) -> dict:
-    """Plan the steps of a training.
+    """Plan a training: pairs in a pass, steps, steps between checkpoints, pairs that sit out an epoch.
 
-    lengths: computed tokens of each training pair; settings: RewardSettings or DpoSettings. Returns pairs in a pass
-    and in a step, steps, steps between checkpoints, pairs that sit out an epoch."""
+    lengths: computed tokens of each training pair; settings: RewardSettings or DpoSettings."""
     size = pack_size(lengths, settings.batch_size, settings.pack_tokens, settings.epochs, seed, devices())
     steps = max(1, int(settings.epochs * (len(lengths) // settings.batch_size)))
-    return {
-        "pack_size": size,
-        "steps": steps,
-        "every": max(1, math.ceil(steps / max(1, settings.checkpoints))),
-        "left_out": len(lengths) % settings.batch_size,
-    }
+    every, left_out = math.ceil(steps / max(1, settings.checkpoints)), len(lengths) % settings.batch_size
+    return {"pack_size": size, "steps": steps, "every": max(1, every), "left_out": left_out}
 
 
 def check_batch(trainer, settings, section: str) -> None:
-    """Refuse a trainer whose steps are not of the asked size.
-
-    trainer: a transformers Trainer; settings: RewardSettings or DpoSettings; section: reward / dpo, for the error."""
-    batch_size = settings.batch_size
-    whole = (
-        trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    )
-    if whole != batch_size:
+    "Refuse a trainer whose steps are not of the asked size. section: reward / dpo, for the error."
+    args = trainer.args
+    whole = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if whole != settings.batch_size:
         raise StudyError(
-            f"{section}.batch_size: found steps of {whole} pairs over {trainer.args.world_size} processes, expected "
-            f"{batch_size}; start the job with accelerate launch"
+            f"{section}.batch_size: found steps of {whole} pairs over {args.world_size} processes, expected "
+            f"{settings.batch_size}; start the job with accelerate launch"
         )
 
 # %% ../../nbs/training/01_texts.ipynb #95fe43b4
 def training_precision(lora: LoraSettings, dtype: str) -> tuple[str, bool]:
-    """Choose the precision of weights and of computation.
-
-    lora: rank 0 trains every weight; dtype: auto, bfloat16 or float32. Returns type to load weights in; whether to
-    compute in bfloat16 by autocast."""
+    "Choose the type to load weights in (auto, bfloat16, float32), and whether to compute in bfloat16 by autocast."
     import torch
 
     full = not lora.rank and dtype != "float32" and torch.cuda.is_available()
     return ("float32", True) if full else (dtype, False)
 
 # %% ../../nbs/training/01_texts.ipynb #86bf7e8c
-_LINEAR = {"gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")}
 _LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LINEAR = {"gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")}
 
 
 def add_lora(model, lora: LoraSettings, head: bool = False, seed: int = 0):
-    """Add low-rank adapters in the model's own dtype.
+    """Add low-rank adapters to all linear layers, in the model's own dtype; rank 0 leaves the model as it is.
 
-    model: transformers model; lora: rank 0 leaves the model as it is; head: True for reward models: train and save
-    the score head too; seed: of the adapters' start, so that it hangs on nothing that ran before. Returns the
-    model, or a peft model around it."""
+    head: for reward models, train and save the score head too; seed: of the adapters' start, so that it hangs on
+    nothing that ran before."""
     if not lora.rank:
         return model
     import torch
     from peft import LoraConfig, get_peft_model
 
-    layers = None
-    if lora.last_layers is not None:
-        n = model.config.get_text_config().num_hidden_layers
-        layers = list(range(max(0, n - lora.last_layers), n))
+    n = model.config.get_text_config().num_hidden_layers
+    last = lora.last_layers
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=list(_LINEAR.get(model.config.model_type, _LLAMA_LIKE)),
-        layers_to_transform=layers,
+        layers_to_transform=None if last is None else list(range(max(0, n - last), n)),
         modules_to_save=["score"] if head else None,
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
     )
@@ -197,9 +163,7 @@ def add_lora(model, lora: LoraSettings, head: bool = False, seed: int = 0):
 
 # %% ../../nbs/training/01_texts.ipynb #d3a66a8b
 def save_merged(model, tokenizer, folder: Path) -> None:
-    """Save a model with its adapters merged, loadable by plain transformers.
-
-    model: transformers or peft model; tokenizer: its tokenizer."""
+    "Save a model with its adapters merged, loadable by plain transformers."
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     with quiet_transformers():
         merged.save_pretrained(folder)
@@ -207,7 +171,7 @@ def save_merged(model, tokenizer, folder: Path) -> None:
 
 # %% ../../nbs/training/01_texts.ipynb #cb8a1403
 def save_trained(trainer, tokenizer, folder: Path) -> None:
-    "Save what was trained as plain transformers weights. trainer: a transformers Trainer; every process calls this."
+    "Save what was trained as plain transformers weights; every process calls this."
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(folder))
     elif trainer.is_world_process_zero():
@@ -216,9 +180,7 @@ def save_trained(trainer, tokenizer, folder: Path) -> None:
 
 
 def sharded() -> bool:
-    """Tell how accelerate started this process.
-
-    Returns whether FSDP or DeepSpeed cuts this process's weights into shards."""
+    "Tell whether FSDP or DeepSpeed cuts this process's weights into shards."
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
@@ -237,34 +199,26 @@ def take_device(lora: LoraSettings) -> None:
 # %% ../../nbs/training/01_texts.ipynb #861b885f
 def _older_config(config: dict) -> dict:
     "Add the older words for the rotary settings."
-    rope = config.get("rope_parameters") or {}
+    rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" not in rope:
         return config
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {
-        **config,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
-    }
+    theta, plain = rope.pop("rope_theta"), rope.get("rope_type", "default") == "default"
+    return {**config, "rope_theta": theta, "rope_scaling": None if plain else rope}
 
 
 def _older_tokenizer(config: dict) -> dict:
     "Use the older words for a tokenizer's class, inputs and special tokens."
     older = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        older = {
-            "model_input_names": ["input_ids", "attention_mask"],
-            **config,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
+        older = {"model_input_names": ["input_ids", "attention_mask"], **config}
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(older.get("extra_special_tokens"), list):
         older["additional_special_tokens"] = older.pop("extra_special_tokens")
     return older
 
 # %% ../../nbs/training/01_texts.ipynb #d43a7a4a
 def name_for_older(folder: Path) -> list[str]:
-    """Write a saved model's settings so that transformers 4.51, which rewardbench needs, reads them like
-    transformers 5.
+    """Write a saved model's settings so that transformers 4.51, which rewardbench needs, reads them like 5.
 
     folder: a model with its tokenizer, as save_pretrained wrote it. Returns the files that were changed."""
     files, changed = {"config.json": _older_config, "tokenizer_config.json": _older_tokenizer}, []
@@ -274,21 +228,18 @@ def name_for_older(folder: Path) -> list[str]:
                 f"{path}: no such file; expected a folder with a model and its tokenizer, as save_pretrained writes it"
             )
     for name, older in files.items():
-        path = Path(folder) / name
-        before = json.loads(path.read_text(encoding="utf-8"))
-        after = older(before)
-        if after != before:
-            path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        before = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        if (after := older(before)) != before:
+            text = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
+            (Path(folder) / name).write_text(text, encoding="utf-8")
             changed.append(name)
     return changed
 
 # %% ../../nbs/training/01_texts.ipynb #d63a077e
 def common_arguments(settings, folder, seed: int, micro_batch_size: int, **more) -> dict:
-    """Translate our settings into trl's.
+    """Translate our settings (RewardSettings or DpoSettings) into keyword arguments of trl's configurations.
 
-    settings: RewardSettings or DpoSettings; folder: where checkpoints go; micro_batch_size: pairs in one forward
-    pass on one device; more: passed to the trainer's configuration. Returns keyword arguments of trl's RewardConfig
-    and DPOConfig."""
+    folder: where checkpoints go; micro_batch_size: pairs in one forward pass on one device."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -299,7 +250,7 @@ def common_arguments(settings, folder, seed: int, micro_batch_size: int, **more)
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,
         per_device_train_batch_size=micro_batch_size,
-        per_device_eval_batch_size=micro_batch_size,
+        per_device_eval_batch_size=1 if devices() > 1 else micro_batch_size,  # no pair is repeated to fill a batch
         gradient_accumulation_steps=accumulation_steps(settings.batch_size, micro_batch_size, devices()),
         train_sampling_strategy="batch_rebalance",
         max_length=settings.max_length,
@@ -313,20 +264,28 @@ def common_arguments(settings, folder, seed: int, micro_batch_size: int, **more)
     )
     if sharded():  # else each GPU sums whole gradients, in bfloat16
         own["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    alone = (
-        {"per_device_eval_batch_size": 1} if devices() > 1 else {}
-    )  # so that no pair is repeated to fill a batch, and the loss is the mean over all
-    return own | alone | more
+    return own | more
 
 # %% ../../nbs/training/01_texts.ipynb #11543826
 def one_device(arguments):
-    """Let a process use one of several visible GPUs; otherwise transformers would split batches by itself, which trl
-    refuses.
-
-    arguments: a transformers TrainingArguments."""
+    "Let a process use one of several visible GPUs; transformers would split batches by itself, which trl refuses."
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
+
+
+def trainer_config(kind, settings, plan: dict, folder, seed: int, evaluate: bool, keep_all: bool = False, **more):
+    """Make trl's configuration of a training: its steps, and when checkpoints are saved and compared.
+
+    kind: RewardConfig or DPOConfig; plan: of step_plan; evaluate: whether there are development pairs; keep_all: keep
+    every checkpoint and the last step's weights, not the best two and the best."""
+    own = dict(max_steps=plan["steps"], save_strategy="no")
+    if settings.checkpoints:
+        own |= dict(save_strategy="steps", save_steps=plan["every"], save_total_limit=None if keep_all else 2)
+    if settings.checkpoints and evaluate:
+        own |= dict(eval_strategy="steps", eval_steps=plan["every"], load_best_model_at_end=not keep_all)
+        own |= dict(metric_for_best_model="eval_loss", greater_is_better=False)
+    return one_device(kind(**common_arguments(settings, folder, seed, plan["pack_size"], **own, **more)))
 
 # %% ../../nbs/training/01_texts.ipynb #7cec4577
 def silence() -> None:
@@ -340,16 +299,13 @@ def silence() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
-def progress_callback(name: str, steps: int | None = None):
-    """Show a trainer's steps as our progress bar.
-
-    name: shown before the bar; steps: known number of steps; None asks the trainer. Returns a
-    transformers.TrainerCallback."""
+def progress_callback(name: str):
+    "Make a TrainerCallback that shows a trainer's steps as our progress bar."
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **keywords):
-            self.bar = iter(progress(range((steps or state.max_steps) - state.global_step), name, unit="step"))
+            self.bar = iter(progress(range(state.max_steps - state.global_step), name, unit="step"))
             next(self.bar, None)
 
         def on_step_end(self, args, state, control, **keywords):
@@ -359,47 +315,36 @@ def progress_callback(name: str, steps: int | None = None):
 
 # %% ../../nbs/training/01_texts.ipynb #fb8cd04a
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """List a trainer's checkpoints in order.
-
-    folder: holds checkpoint-8, checkpoint-16, .... Returns (step, checkpoint), ascending."""
+    "List (step, path) of a trainer's checkpoints (checkpoint-8, checkpoint-16, …), ascending."
     return sorted((int(path.name.split("-")[-1]), path) for path in Path(folder).glob("checkpoint-*"))
 
 
 def best_checkpoint(state) -> tuple[int, float | None]:
-    """Say which step was kept.
-
-    state: the trainer's TrainerState. Returns step of the weights that were kept; their development loss."""
-    step = (
-        int(Path(state.best_model_checkpoint).name.split("-")[-1]) if state.best_model_checkpoint else state.global_step
-    )
-    return step, float(state.best_metric) if state.best_model_checkpoint else None
+    "Return the step whose weights were kept and their development loss, from the trainer's state."
+    if not state.best_model_checkpoint:
+        return state.global_step, None
+    return int(Path(state.best_model_checkpoint).name.split("-")[-1]), float(state.best_metric)
 
 
 def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
-    """Find where to go on; take half-written checkpoints away.
+    """Find the newest whole checkpoint to go on from; take half-written ones away.
 
-    folder: of a trainer; steps: of the whole training: where it ended is no place to go on, for a trainer would
-    take a step more. Returns the newest whole checkpoint."""
+    steps: of the whole training: where it ended is no place to go on, for a trainer would take a step more."""
     for number, path in reversed(numbered(folder)):
+        moments = [*path.glob("optimizer*"), *path.glob("global_step*")]  # without them nobody goes on
         try:
-            if number >= (steps or math.inf) or not [
-                *path.glob("optimizer*"),
-                *path.glob("global_step*"),
-            ]:  # without moments nobody goes on
-                raise ValueError
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
+            if moments and number < (steps or math.inf):
+                return path
         except (OSError, ValueError):
-            if int(os.environ.get("RANK", 0)) == 0:  # of several processes one cleans up
-                shutil.rmtree(path, ignore_errors=True)
+            pass
+        if int(os.environ.get("RANK", 0)) == 0:  # of several processes one cleans up
+            shutil.rmtree(path, ignore_errors=True)
     return None
 
 # %% ../../nbs/training/01_texts.ipynb #81734a08
 def train_quietly(trainer, name: str, resume: Path | None = None) -> list[dict]:
-    """Train with our progress bar; return the log.
-
-    trainer: a transformers Trainer; name: shown before the bar; resume: checkpoint to go on from. Returns the
-    trainer's log, one entry for each step."""
+    "Train with our progress bar, from a checkpoint if there is one; return the log, one entry for each step."
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -409,9 +354,7 @@ def train_quietly(trainer, name: str, resume: Path | None = None) -> list[dict]:
 
 
 def evaluate_last():
-    """Evaluate after the last step too, so that the best checkpoint may be the last one.
-
-    Returns a transformers.TrainerCallback."""
+    "Make a TrainerCallback that evaluates after the last step too, so that the last checkpoint may be the best."
     from transformers import TrainerCallback
 
     class Last(TrainerCallback):

@@ -1,11 +1,8 @@
-"""DPO as a job: trl's rows, a loss that starts at ln 2, references computed once, the same weights after an interruption and on two processes."""
+"""DPO as a job: trl's rows, a loss that starts at ln 2, references computed once, schedules, moments and points."""
 
 import copy
 import json
 import math
-import os
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,101 +13,29 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psycopref.training import dpo as dpo_training
-from psycopref.core.settings import DpoSettings, LoraSettings
-from psycopref.training.dpo import build_dpo_trainer, dpo_rows, materialise, run_dpo_job, train_policy, write_dpo_job
-from psycopref.training.jobs import launch_command, run_or_launch
-from psycopref.training.texts import check_batch, last_checkpoint, numbered, pair_messages, prompt_messages
-from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+from psycopref.models.weights import find_weights, load_tokenizer
+from psycopref.training.dpo import build_dpo_trainer, dpo_rows, materialise
+from psycopref.training.texts import check_batch, numbered, pair_messages, prompt_messages
 from refusals import one_line
+from trainings import (
+    DEV,
+    SETTINGS,
+    TRAIN,
+    log_probabilities,
+    losses,
+    margins,
+    pull,
+    run,
+    same,
+    train,
+    weights_of,
+    write,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LORA = DpoSettings(
-    epochs=2,
-    batch_size=4,
-    pack_tokens=300,
-    learning_rate=3e-3,
-    warmup_ratio=0.1,
-    max_length=300,
-    checkpoints=4,
-    lora=LoraSettings(rank=4, alpha=8),
-)
-FULL = replace(LORA, lora=LoraSettings(), learning_rate=1e-3)
+LORA, FULL = SETTINGS["dpo lora"], SETTINGS["dpo full"]
 BOTH = pytest.mark.parametrize("own", [LORA, FULL], ids=["lora", "full"])
-
-
-@pytest.fixture(scope="module")
-def tiny(shared_cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PSYCOPREF_CACHE", shared_cache)
-        return find_weights("random-tiny")
-
-
-@pytest.fixture(scope="module")
-def other(tiny, tmp_path_factory):
-    "Another model of the same shape, to be held by."
-    folder = tmp_path_factory.mktemp("other")
-    model = load_causal_lm(tiny, "float32")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    load_tokenizer(tiny).save_pretrained(folder)
-    return find_weights(str(folder))
-
-
-def some_pairs(n, start=0):
-    places = ("stairs", "doors", "windows", "cups", "letters", "coats", "trains")
-    good = ("What do you feel then?", "I hear how tiring it is. What would help?", "That sounds like a lot.")
-    bad = ("Stop it.", "You should pull yourself together, because everybody else does.", "Whatever.")
-    return pd.DataFrame([{"ID": f"s-{i}", "prefID": i, "question": f"I count the {places[i % 7]} number {i} again and "
-                                                                   "again.",
-                          "chosen": good[i % 3], "rejected": bad[i % 3]} for i in range(start, start + n)])  # fmt: skip
-
-
-TRAIN, DEV = some_pairs(19), some_pairs(5, 100)
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def train(tiny, tmp_path, name, own=FULL, seed=0, pairs=TRAIN, **more):
-    return train_policy(tiny, pairs, own, tmp_path / name, tmp_path / f"{name}-job", "float32", seed, **more)
-
-
-def losses(result, key="loss"):
-    return [entry[key] for entry in result["log"] if key in entry]
-
-
-def log_probabilities(weights, pairs, max_length=300):
-    "By the plain model, each text alone: (sums of chosen answers, sums of rejected ones, tokens of chosen answers)."
-    model, found = load_causal_lm(weights, "float32").eval(), {"chosen": [], "rejected": []}
-    rows, _ = dpo_rows(pairs, load_tokenizer(weights), max_length)
-    for row in rows:
-        for side, own in found.items():
-            ids, first = row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"])
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            own.append(sum(logits[i - 1, ids[i]].item() for i in range(first, len(ids))))
-    return *map(torch.tensor, found.values()), torch.tensor([len(row["chosen_ids"]) for row in rows])
-
-
-def margins(policy, reference, pairs, beta):
-    (chosen, rejected, _), (held_chosen, held_rejected, _) = (
-        log_probabilities(policy, pairs),
-        log_probabilities(reference, pairs),
-    )
-    return beta * ((chosen - held_chosen) - (rejected - held_rejected))
-
 
 # Rows
 
@@ -152,95 +77,84 @@ def by_trl(pairs, tokenizer):
     return [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in found]
 
 
+def by_trl(pairs, tokenizer):
+    from datasets import Dataset, disable_progress_bars
+    from trl import DPOConfig, DPOTrainer
+
+    disable_progress_bars()
+    said = [{side: [{"role": "assistant", "content": getattr(pair, side)}] for side in ("chosen", "rejected")}
+            for pair in pairs.itertuples()]  # fmt: skip
+    conversations = [{"prompt": pair_messages(pair), **own} for pair, own in zip(pairs.itertuples(), said)]
+    args = DPOConfig(output_dir="none", max_length=None, use_cpu=True, bf16=False)
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    found = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(conversations), tokenizer, args, "train")
+    return [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in found]
+
+
+def templated(tiny, template):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
+    return tokenizer
+
+
+def without_length(rows):
+    return [{name: row[name] for name in row if name != "length"} for row in rows]
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(texts=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=3))
 @settings(
     deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 def test_rows_are_those_that_trl_makes_of_conversations(template, texts, tiny):
-    tokenizer = load_tokenizer(tiny)
-    tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
+    tokenizer = templated(tiny, template)
     pairs = pd.DataFrame(
-        [{"prefID": i, "question": q, "chosen": c, "rejected": r} for i, (q, c, r) in enumerate(texts)]
+        [(i, *own) for i, own in enumerate(texts)], columns=["prefID", "question", "chosen", "rejected"]
     )
     rows, long = dpo_rows(pairs, tokenizer, 10**6)
-    assert not long and [{name: row[name] for name in row if name != "length"} for row in rows] == by_trl(
-        pairs, tokenizer
+    assert not long and without_length(rows) == by_trl(pairs, tokenizer)
+    assert all(
+        row["length"] == sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in rows
     )
-    assert [row["length"] for row in rows] == [
-        sum(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in rows
-    ]
 
 
 def test_rows_of_another_domain_are_its_own_conversation(tiny):
     tokenizer = load_tokenizer(tiny)
-    talk = [
-        {"role": "user", "content": "And 3?"},
-        {"role": "assistant", "content": "Three."},
-        {"role": "user", "content": "Why?"},
-    ]
-    pairs = pd.DataFrame([{"prefID": 0, "question": "I count.", "chosen": "Because.", "rejected": "No.", "messages": None},
-                          {"prefID": 1, "question": "not read", "chosen": "Because.", "rejected": "No.", "messages": talk}])  # fmt: skip
+    talk = [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "Three."}]
+    talk += [{"role": "user", "content": "Why?"}]
+    pairs = pd.DataFrame({"prefID": [0, 1], "question": ["I count.", "not read"], "messages": [None, talk]})
+    pairs = pairs.assign(chosen="Because.", rejected="No.")
     rows, _ = dpo_rows(pairs, tokenizer, 10**6)
-    assert [{name: row[name] for name in row if name != "length"} for row in rows] == by_trl(pairs, tokenizer)
-    assert "Three." in tokenizer.decode(rows[1]["prompt_ids"]) and "not read" not in tokenizer.decode(
-        rows[1]["prompt_ids"]
-    )
-    assert (
-        rows[0]["prompt_ids"]
-        == tokenizer(
-            tokenizer.apply_chat_template(prompt_messages("I count."), tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        ).input_ids
-    )
+    assert without_length(rows) == by_trl(pairs, tokenizer)
+    first, second = (tokenizer.decode(row["prompt_ids"]) for row in rows)
+    assert "Three." in second and "not read" not in second
+    how = dict(tokenize=False, add_generation_prompt=True)
+    assert first == tokenizer.apply_chat_template(prompt_messages("I count."), **how)
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "a prompt that merges"])
 @pytest.mark.parametrize("text", ["What do you feel", "I see.", "Ünd 😀"])
 def test_a_cut_answer_has_no_end_of_its_turn(template, text, tiny):
     "The same tokens, less what the template writes behind an answer; the other answer as ever."
-    tokenizer = load_tokenizer(tiny)
-    tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
+    tokenizer = templated(tiny, template)
     pairs = pd.DataFrame([{"prefID": 0, "question": "No.", "chosen": text, "rejected": "Why?"}])
-    ([ended], _), ([cut], _) = (
-        dpo_rows(own, tokenizer, 10**6) for own in (pairs, pairs.assign(chosen_cut=True, rejected_cut=False))
-    )
+    [ended], _ = dpo_rows(pairs, tokenizer, 10**6)
+    [cut], _ = dpo_rows(pairs.assign(chosen_cut=True, rejected_cut=False), tokenizer, 10**6)
     n = len(cut["chosen_ids"])
-    assert (
-        cut["chosen_ids"] == ended["chosen_ids"][:n]
-        and tokenizer.decode(cut["prompt_ids"] + cut["chosen_ids"]).endswith(text)
-        and n < len(ended["chosen_ids"])
-    )
+    assert cut["chosen_ids"] == ended["chosen_ids"][:n] and n < len(ended["chosen_ids"])
+    assert tokenizer.decode(cut["prompt_ids"] + cut["chosen_ids"]).endswith(text)
     assert cut["rejected_ids"] == ended["rejected_ids"] and cut["prompt_ids"] == ended["prompt_ids"]
     assert cut["length"] == len(cut["prompt_ids"]) + n + len(cut["rejected_ids"])
 
 
-def test_the_limit_is_of_the_prompt_with_the_longer_answer(tiny):
+def test_the_limit_is_of_the_prompt_with_the_longer_answer(tiny, tmp_path):
     tokenizer = load_tokenizer(tiny)
     [row], _ = dpo_rows(TRAIN[:1], tokenizer, 10**6)
     longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    assert dpo_rows(TRAIN[:1], tokenizer, longest)[1] == [] and dpo_rows(
-        TRAIN[:1], tokenizer, longest - 1, needed=False
-    ) == ([], [0])
-
-
-def test_overlong_pairs_are_listed_and_left_over_pairs_counted(tiny, tmp_path):
-    own, (long, dev_long) = (
-        replace(FULL, epochs=1, checkpoints=1),
-        (some_pairs(1, start).assign(rejected="word " * 400) for start in (50, 200)),
-    )
-    found = train(tiny, tmp_path, "model", own, pairs=pd.concat([TRAIN, long]), dev=pd.concat([dev_long, DEV]))
-    assert found["too_long"] == [50] and found["pairs"] == 19 and found["left_out"] == 3
-    assert found["dev_too_long"] == [200] and found["dev_pairs"] == 5 and found["best_step"] == found["steps"] == 4
-
-
-def test_development_pairs_that_are_all_too_long_are_done_without(tiny, tmp_path):
-    found = train(tiny, tmp_path, "model", LORA, dev=some_pairs(2, 200).assign(rejected="word " * 400))
-    assert found["dev_too_long"] == [200, 201] and found["dev_pairs"] == 0 and found["best_step"] == found["steps"]
-
-
-def test_pairs_that_are_all_too_long_or_none_are_refused(tiny, tmp_path):
+    assert dpo_rows(TRAIN[:1], tokenizer, longest)[1] == []
+    assert dpo_rows(TRAIN[:1], tokenizer, longest - 1, needed=False) == ([], [0])
     assert "dpo.max_length" in one_line(lambda: train(tiny, tmp_path, "long", replace(FULL, max_length=10)))
+    assert "no pair" in one_line(lambda: dpo_rows(TRAIN[:0], tokenizer, 10**6))
 
 
 # The loss
@@ -252,67 +166,36 @@ def test_the_first_loss_is_ln_2_and_it_falls(own, tiny, tmp_path):
     assert found[0] == pytest.approx(math.log(2), abs=1e-6) and found[-1] < found[0] - 0.01
 
 
-@pytest.mark.parametrize("own", [replace(LORA, batch_size=4), replace(FULL, batch_size=4)], ids=["lora", "full"])
-def test_held_by_another_model_the_first_loss_is_the_one_written_out(own, tiny, other, tmp_path):
-    pairs = TRAIN[:4]
-    found = losses(train(tiny, tmp_path, "model", own, pairs=pairs, reference=other))
-    expected = torch.nn.functional.softplus(-margins(tiny, other, pairs, own.beta)).mean().item()
-    assert found[0] == pytest.approx(expected, rel=1e-4) and abs(expected - math.log(2)) > 0.01
-
-
 def test_the_start_as_reference_is_no_other_job(tiny, other, tmp_path):
-    jobs = []
-    for name, reference in (("none", None), ("start", tiny), ("other", other)):
-        write_dpo_job(tmp_path / name, tiny, TRAIN, FULL, tmp_path / "model", "float32", 0, reference=reference)
-        jobs.append(json.loads((tmp_path / name / "job.json").read_text()))
+    written = [
+        write(tiny, tmp_path / name, FULL, tmp_path / "model", reference=reference)
+        for name, reference in (("none", None), ("start", tiny), ("other", other))
+    ]
+    jobs = [json.loads((job / "job.json").read_text()) for job in written]
     assert jobs[0] == jobs[1] != jobs[2]
 
 
-@pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_a_likelihood_term_is_the_mean_over_the_tokens_of_a_pack(weight, tiny, tmp_path):
-    "trl's: in packs of one pair, the formula of Pang et al."
-    pairs = TRAIN[:4]
-    chosen, _, tokens = log_probabilities(tiny, pairs)
-    found = losses(train(tiny, tmp_path, "model", replace(FULL, pack_tokens=1), pairs=pairs, nll_weight=weight))
-    assert found[0] == pytest.approx(math.log(2) - weight * (chosen / tokens).mean().item(), rel=1e-5)
-
-
-def test_without_a_likelihood_term_the_loss_hangs_on_no_packs(tiny, tmp_path):
-    found = {
-        tokens: train(tiny, tmp_path, f"model-{tokens}", replace(FULL, pack_tokens=tokens), dev=DEV)
-        for tokens in (1, 4000)
-    }
-    assert [own["pack_size"] for own in found.values()] == [1, 4]
-    assert losses(found[1]) == pytest.approx(losses(found[4000]), abs=1e-5)
-
-
-@pytest.mark.parametrize("smoothing", [0.1, 0.3])
-def test_doubt_in_the_labels_reaches_the_loss(smoothing, tiny, other, tmp_path):
-    "Robust DPO: a share of labels is thought to be flipped; not the plain loss."
-    pairs = TRAIN[:4]
-    own = margins(tiny, other, pairs, FULL.beta)
-    plain, flipped = (torch.nn.functional.softplus(sign * own) for sign in (-1, 1))
-    loss = losses(
-        train(tiny, tmp_path, "model", replace(FULL, label_smoothing=smoothing), pairs=pairs, reference=other)
-    )[0]
-    robust = (((1 - smoothing) * plain - smoothing * flipped) / (1 - 2 * smoothing)).mean().item()
-    # terms of size 1 cancel to 0.002, so float32 leaves some 1e-6, by processor
-    assert loss == pytest.approx(robust, rel=1e-4, abs=1e-6) != pytest.approx(plain.mean().item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("own", [FULL, replace(FULL, label_smoothing=0.2)], ids=["plain", "in doubt"])
+@pytest.mark.parametrize("own", [LORA, FULL, replace(FULL, label_smoothing=0.2)], ids=["lora", "full", "in doubt"])
 @pytest.mark.parametrize("weight", [0.0, 0.4])
-def test_the_first_step_s_loss_is_the_sum_of_its_terms(own, weight, tiny, other, tmp_path):
+def test_the_first_loss_is_the_one_written_out(own, weight, tiny, other, tmp_path):
+    """Held by another model; in doubt, a share of labels is thought to be flipped (robust DPO); the likelihood term is
+    that of Pang et al. in packs of one pair."""
     pairs, smoothing = TRAIN[:4], own.label_smoothing
     ours, (chosen, _, tokens) = margins(tiny, other, pairs, own.beta), log_probabilities(tiny, pairs)
     plain, flipped = (torch.nn.functional.softplus(sign * ours) for sign in (-1, 1))
-    expected = (
-        (((1 - smoothing) * plain - smoothing * flipped) / (1 - 2 * smoothing) - weight * chosen / tokens).mean().item()
+    robust = ((1 - smoothing) * plain - smoothing * flipped) / (1 - 2 * smoothing)
+    how = replace(own, pack_tokens=1, epochs=1)
+    found = losses(train(tiny, tmp_path, "model", how, pairs=pairs, reference=other, nll_weight=weight))[0]
+    # terms of size 1 may cancel, so float32 leaves some 1e-6, by processor
+    assert found == pytest.approx((robust - weight * chosen / tokens).mean().item(), rel=1e-4, abs=1e-6)
+    assert abs(found - math.log(2)) > 0.01 and (not smoothing or abs((robust - plain).mean()) > 1e-3)
+
+
+def test_without_a_likelihood_term_the_loss_hangs_on_no_packs(tiny, tmp_path):
+    one, many = (
+        train(tiny, tmp_path, f"model-{tokens}", replace(FULL, pack_tokens=tokens), dev=DEV) for tokens in (1, 4000)
     )
-    found = train(
-        tiny, tmp_path, "model", replace(own, pack_tokens=1, epochs=1), pairs=pairs, reference=other, nll_weight=weight
-    )
-    assert losses(found)[0] == pytest.approx(expected, rel=1e-4)
+    assert (one["pack_size"], many["pack_size"]) == (1, 4) and losses(one) == pytest.approx(losses(many), abs=1e-5)
 
 
 # References
@@ -322,203 +205,33 @@ def test_the_reference_is_computed_once(tiny, other, tmp_path, monkeypatch):
     from trl import DPOTrainer
 
     calls, real = [], DPOTrainer.compute_ref_log_probs
-    monkeypatch.setattr(
-        DPOTrainer,
-        "compute_ref_log_probs",
-        lambda self, model, inputs: calls.append(len(inputs["input_ids"]) // 2) or real(self, model, inputs),
-    )
+
+    def counting(self, model, inputs):
+        calls.append(len(inputs["input_ids"]) // 2)
+        return real(self, model, inputs)
+
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", counting)
 
     def computed(**more):
         calls.clear()
-        write_dpo_job(tmp_path / "job", tiny, TRAIN, FULL, tmp_path / "model", "float32", 0, dev=DEV, **more)
-        trainer, _, _ = build_dpo_trainer(tmp_path / "job")
+        trainer, _, _ = build_dpo_trainer(write(tiny, tmp_path / "job", FULL, tmp_path / "model", dev=DEV, **more))
         return sum(calls), list(trainer.train_dataset["ref_chosen_logps"])
 
     first, values = computed()
-    assert first == len(TRAIN) + len(DEV) and values == pytest.approx(
-        log_probabilities(tiny, TRAIN)[0].tolist(), rel=1e-4
-    )
+    everything = len(TRAIN) + len(DEV)
+    assert first == everything and values == pytest.approx(log_probabilities(tiny, TRAIN)[0].tolist(), rel=1e-4)
     assert computed() == (0, values), "an interrupted job finds them"
     held, others = computed(reference=other)
     assert (
-        held == len(TRAIN) + len(DEV)
-        and others == pytest.approx(log_probabilities(other, TRAIN)[0].tolist(), rel=1e-4)
-        and others != values
+        held == everything and others == pytest.approx(log_probabilities(other, TRAIN)[0].tolist(), rel=1e-4) != values
     )
-
-
-# Going on
-
-
-class Pulled(Exception):
-    pass
-
-
-def pull(job, stop):
-    "Train a job up to a step and no further."
-    from transformers import TrainerCallback
-
-    trainer, _, _ = build_dpo_trainer(job)
-
-    class Pull(TrainerCallback):
-        def on_step_end(self, args, state, control, **keywords):
-            if state.global_step == stop:
-                raise Pulled
-
-    trainer.add_callback(Pull())
-    with pytest.raises(Pulled):
-        trainer.train(
-            resume_from_checkpoint=found and str(found) if (found := last_checkpoint(job / "checkpoints")) else None
-        )
-
-
-@BOTH
-def test_resuming_from_any_checkpoint_gives_the_weights_of_no_interruption(own, tiny, other, tmp_path, monkeypatch):
-    resumed_at, real = [], dpo_training.train_quietly
-    monkeypatch.setattr(
-        dpo_training,
-        "train_quietly",
-        lambda trainer, name, resume: resumed_at.append(resume and resume.name) or real(trainer, name, resume),
-    )
-    whole = train(tiny, tmp_path, "whole", own, dev=DEV, reference=other)
-    expected = weights_of(tmp_path / "whole")
-    for stop in (3, 5, 7):
-        job = tmp_path / f"job-{stop}"
-        write_dpo_job(job, tiny, TRAIN, own, tmp_path / f"model-{stop}", "float32", 0, dev=DEV, reference=other)
-        pull(job, stop)
-        assert numbered(job / "checkpoints")[-1][0] == stop - 1
-        torn = job / "checkpoints" / f"checkpoint-{stop}"  # the power went while the next one was written
-        torn.mkdir()
-        (torn / "adapter_model.safetensors").write_bytes(b"half")
-        resumed = run_dpo_job(job)
-        assert same(weights_of(tmp_path / f"model-{stop}"), expected)
-        assert (
-            losses(resumed) == losses(whole)
-            and resumed["best_step"] == whole["best_step"]
-            and resumed["dev_loss"] == whole["dev_loss"]
-        )
-    assert resumed_at == [None, "checkpoint-2", "checkpoint-4", "checkpoint-6"]
-
-
-@pytest.mark.parametrize("stop", [3, 7])
-def test_adapters_in_bfloat16_go_on_in_bfloat16(stop, tiny, tmp_path):
-    "peft loads adapters as float32, which trains on otherwise."
-    for name in ("whole", "broken"):
-        write_dpo_job(tmp_path / f"{name}-job", tiny, TRAIN, LORA, tmp_path / name, "bfloat16", 0, dev=DEV)
-        if name == "broken":
-            pull(tmp_path / "broken-job", stop)
-        run_dpo_job(tmp_path / f"{name}-job")
-    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken"))
-
-
-def test_a_seed_gives_the_same_weights_and_another_one_others(tiny, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(tiny, tmp_path, name, LORA, seed)
-    a, b, c = (weights_of(tmp_path / name) for name in "abc")
-    assert same(a, b) and not same(a, c) and not same(a, weights_of(tiny.location))
-
-
-@pytest.mark.parametrize("epochs", [2, 1.5, 0.5])
-def test_interrupted_after_the_last_step_no_step_is_added(epochs, tiny, tmp_path, monkeypatch):
-    own = replace(FULL, epochs=epochs)
-    whole = train(tiny, tmp_path, "whole", own)
-    with monkeypatch.context() as patch, pytest.raises(Pulled):
-
-        def pulled(*arguments):
-            raise Pulled
-
-        patch.setattr(dpo_training, "save_trained", pulled)
-        train(tiny, tmp_path, "broken", own)
-    assert not (tmp_path / "broken").exists()
-    found = train(tiny, tmp_path, "broken", own)
-    assert (
-        losses(found) == losses(whole)
-        and len(losses(found)) == int(4 * epochs)
-        and same(weights_of(tmp_path / "broken"), weights_of(tmp_path / "whole"))
-    )
-
-
-def test_a_finished_job_is_read_and_a_lost_model_made_again(tiny, tmp_path, monkeypatch):
-    first = train(tiny, tmp_path, "model", LORA)
-    expected = weights_of(tmp_path / "model")
-    with monkeypatch.context() as patch:
-        patch.setattr(dpo_training, "build_dpo_trainer", None)
-        assert train(tiny, tmp_path, "model", LORA) == first
-    shutil.rmtree(tmp_path / "model")
-    train(tiny, tmp_path, "model", LORA)
-    assert same(weights_of(tmp_path / "model"), expected)
-
-
-# Several processes
-
-
-def test_two_processes_train_as_one(tiny, other, tmp_path):
-    "Same batches, same losses, the same weights to rounding; with and without development pairs, whose number two does not divide."
-    jobs = {"dev": (FULL, {"dev": DEV, "reference": other}), "none": (LORA, {})}
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    } | {"OMP_NUM_THREADS": "1"}
-    running = {}
-    for name, (own, more) in jobs.items():
-        write_dpo_job(tmp_path / name, tiny, TRAIN, own, tmp_path / f"{name}-two", "float32", 0, **more)
-        running[name] = subprocess.Popen(
-            launch_command(tmp_path / name, 2),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-    for name, (own, more) in jobs.items():
-        one = train(tiny, tmp_path, f"{name}-one", own, **more)
-        said = running[name].communicate(timeout=600)[1]
-        assert running[name].returncode == 0, said[-2000:]
-        two = json.loads((tmp_path / name / "result.json").read_text())
-        assert (one["devices"], two["devices"], one["steps"]) == (1, 2, two["steps"]) and one["best_step"] == two[
-            "best_step"
-        ]
-        for key in ("loss", "eval_loss", "rewards/margins"):
-            assert losses(two, key) == pytest.approx(losses(one, key), abs=1e-5), (name, key)
-        assert len(losses(two)) == 8 and len(losses(two, "eval_loss")) == (4 if more else 0)
-        first, second = (weights_of(tmp_path / f"{name}-{n}") for n in ("one", "two"))
-        assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
-
-
-def test_a_batch_that_the_devices_do_not_divide_is_refused(tiny, tmp_path, monkeypatch):
-    write_dpo_job(tmp_path / "job", tiny, TRAIN, FULL, tmp_path / "model", "float32", 0)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    said = one_line(lambda: build_dpo_trainer(tmp_path / "job"))
-    assert "4" in said and "3 device" in said
 
 
 def test_steps_of_another_size_are_refused():
-    made = SimpleNamespace(
-        args=SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=2, world_size=3)
-    )
-    check_batch(made, replace(FULL, batch_size=12), "dpo")
-    assert "steps of 12 pairs over 3 processes, expected 4" in one_line(lambda: check_batch(made, FULL, "dpo"))
-
-
-# Choosing
-
-
-@BOTH
-def test_the_kept_weights_are_those_of_the_least_development_loss(own, tiny, tmp_path):
-    "Too large a step size and contrary pairs, so that the last checkpoint is not the best."
-    contrary = DEV.rename(columns={"chosen": "rejected", "rejected": "chosen"})
-    found = train(tiny, tmp_path, "model", replace(own, learning_rate=0.01, epochs=3), dev=contrary)
-    looked = {entry["step"]: entry["eval_loss"] for entry in found["log"] if "eval_loss" in entry}
-    assert found["steps"] in looked and found["best_step"] == min(looked, key=looked.get) != found["steps"]
-    expected = (
-        torch.nn.functional.softplus(-margins(find_weights(str(tmp_path / "model")), tiny, contrary, own.beta))
-        .mean()
-        .item()
-    )
-    assert found["dev_loss"] == looked[found["best_step"]] == pytest.approx(expected, rel=1e-4)
-
-
-def test_without_development_pairs_the_last_step_is_kept(tiny, tmp_path):
-    found = train(tiny, tmp_path, "model", LORA)
-    assert found["best_step"] == found["steps"] == 8 and found["dev_loss"] is None and found["points"] == []
+    args = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=2, world_size=3)
+    check_batch(SimpleNamespace(args=args), replace(FULL, batch_size=12), "dpo")
+    said = one_line(lambda: check_batch(SimpleNamespace(args=args), FULL, "dpo"))
+    assert "steps of 12 pairs over 3 processes, expected 4" in said
 
 
 # Schedule and moments over several jobs
@@ -527,94 +240,75 @@ def test_without_development_pairs_the_last_step_is_kept(tiny, tmp_path):
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 0.75])
 def test_two_jobs_of_one_schedule_have_the_steps_of_one_long_job(warmup, tiny, tmp_path):
     own = replace(FULL, warmup_ratio=warmup, epochs=1)
-    whole = losses(train(tiny, tmp_path, "whole", replace(own, epochs=2)), "learning_rate")
-    parts = [
-        losses(train(tiny, tmp_path, f"part-{first}", own, schedule=(first, 8)), "learning_rate") for first in (0, 4)
-    ]
-    assert parts[0] + parts[1] == pytest.approx(whole, rel=1e-12) and len(set(whole)) > 4
-    assert losses(train(tiny, tmp_path, "each", own), "learning_rate") != parts[0], "otherwise each job has its own"
+
+    def rates(name, settings, **more):
+        return losses(train(tiny, tmp_path, name, settings, **more), "learning_rate")
+
+    whole, first, second = (
+        rates("whole", replace(own, epochs=2)),
+        rates("first", own, schedule=(0, 8)),
+        rates("second", own, schedule=(4, 8)),
+    )
+    assert first + second == pytest.approx(whole, rel=1e-12) and len(set(whole)) > 4
+    assert rates("each", own) != first, "otherwise each job has its own"
 
 
 def test_a_job_inside_a_schedule_goes_on_with_it(tiny, tmp_path):
     train(tiny, tmp_path, "whole", FULL, schedule=(8, 16))
-    write_dpo_job(tmp_path / "job", tiny, TRAIN, FULL, tmp_path / "model", "float32", 0, schedule=(8, 16))
-    pull(tmp_path / "job", 5)
-    run_dpo_job(tmp_path / "job")
+    job = write(tiny, tmp_path / "job", FULL, tmp_path / "model", schedule=(8, 16))
+    pull(job, 5, FULL)
+    run(job)
     assert same(weights_of(tmp_path / "model"), weights_of(tmp_path / "whole"))
 
 
 ONE = replace(FULL, batch_size=1, checkpoints=2)
+PAIR = {"pairs": TRAIN[:1]}  # so that batches are the same
+
+
+def moments_of(job):
+    return torch.load(job / "optimiser.pt", weights_only=True)
 
 
 def test_two_jobs_that_hand_on_schedule_and_moments_are_one_unbroken_job(tiny, tmp_path):
-    "One pair, so that batches are the same; the same weights bit by bit. Without the moments they are others."
-    pairs, how = TRAIN[:1], replace(ONE, epochs=3)
-    train(tiny, tmp_path, "whole", replace(ONE, epochs=6), pairs=pairs, reference=tiny)
-    train(tiny, tmp_path, "first", how, pairs=pairs, schedule=(0, 6), optimiser="")
+    "The same weights bit by bit. Without the moments they are others."
+    how = replace(ONE, epochs=3)
+    train(tiny, tmp_path, "whole", replace(ONE, epochs=6), reference=tiny, **PAIR)
+    train(tiny, tmp_path, "first", how, schedule=(0, 6), optimiser="", **PAIR)
     middle, moments = find_weights(str(tmp_path / "first")), tmp_path / "first-job" / "optimiser.pt"
     for name, more in (("kept", {"optimiser": moments}), ("reset", {})):
-        train_policy(
-            middle,
-            pairs,
-            how,
-            tmp_path / name,
-            tmp_path / f"{name}-job",
-            "float32",
-            0,
-            reference=tiny,
-            schedule=(3, 6),
-            **more,
-        )
-    assert same(weights_of(tmp_path / "kept"), weights_of(tmp_path / "whole")) and not same(
-        weights_of(tmp_path / "reset"), weights_of(tmp_path / "whole")
-    )
-    states = torch.load(tmp_path / "kept-job" / "optimiser.pt", weights_only=True)
-    assert {int(state["step"]) for state in states.values()} == {6} and not (
-        tmp_path / "reset-job" / "optimiser.pt"
-    ).exists()
+        train(middle, tmp_path, name, how, reference=tiny, schedule=(3, 6), **more, **PAIR)
+    whole, kept, reset = (weights_of(tmp_path / name) for name in ("whole", "kept", "reset"))
+    assert same(kept, whole) and not same(reset, whole)
+    assert {int(state["step"]) for state in moments_of(tmp_path / "kept-job").values()} == {6}
+    assert not (tmp_path / "reset-job" / "optimiser.pt").exists()
 
 
 def test_moments_are_kept_over_an_interruption(tiny, tmp_path):
-    pairs, how = TRAIN[:1], replace(ONE, epochs=6, checkpoints=3)
-    train(tiny, tmp_path, "first", how, pairs=pairs, optimiser="")
-    moments = tmp_path / "first-job" / "optimiser.pt"
-    train(tiny, tmp_path, "whole", how, pairs=pairs, optimiser=moments)
-    write_dpo_job(tmp_path / "job", tiny, pairs, how, tmp_path / "model", "float32", 0, optimiser=moments)
-    pull(tmp_path / "job", 5)
-    run_dpo_job(tmp_path / "job")
+    how = replace(ONE, epochs=6, checkpoints=3)
+    train(tiny, tmp_path, "first", how, optimiser="", **PAIR)
+    more = {"optimiser": tmp_path / "first-job" / "optimiser.pt"} | PAIR
+    train(tiny, tmp_path, "whole", how, **more)
+    job = write(tiny, tmp_path / "job", how, tmp_path / "model", **more)
+    pull(job, 5, how)
+    run(job)
     assert same(weights_of(tmp_path / "model"), weights_of(tmp_path / "whole"))
-    first, second = (torch.load(tmp_path / name / "optimiser.pt", weights_only=True) for name in ("job", "whole-job"))
-    assert first.keys() == second.keys() and all(
-        torch.equal(first[i][key], second[i][key]) for i in first for key in first[i]
-    )
+    first, second = moments_of(job), moments_of(tmp_path / "whole-job")
+    assert first.keys() == second.keys() and all(same(first[i], second[i]) for i in first)
     assert {int(state["step"]) for state in first.values()} == {12}
 
 
-@pytest.fixture(scope="module")
-def moments(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("moments")
-    train_policy(tiny, TRAIN[:1], replace(ONE, epochs=1), folder / "first", folder / "job", "float32", 0, optimiser="")
-    return torch.load(folder / "job" / "optimiser.pt", weights_only=True)
-
-
-def test_moments_of_another_number_of_weights_are_refused(moments, tiny, tmp_path):
-    fewer = {i: state for i, state in moments.items() if i}
-    torch.save(fewer, tmp_path / "fewer.pt")
-    assert "another model" in one_line(
-        lambda: train(tiny, tmp_path, "model", ONE, pairs=TRAIN[:1], optimiser=tmp_path / "fewer.pt")
-    )
-    assert not (tmp_path / "model").exists()
-
-
-def test_moments_of_another_shape_are_refused(moments, tiny, tmp_path):
-    odd = copy.deepcopy(moments)
-    odd[0] = {key: value if key == "step" else torch.zeros(3, 2) for key, value in odd[0].items()}
-    torch.save(odd, tmp_path / "odd.pt")
-    write_dpo_job(
-        tmp_path / "job", tiny, TRAIN[:1], ONE, tmp_path / "model", "float32", 0, optimiser=tmp_path / "odd.pt"
-    )
-    trainer, _, _ = build_dpo_trainer(tmp_path / "job")
-    assert "another model" in one_line(trainer.create_optimizer)
+@pytest.mark.parametrize("fault", ["number", "shape", "gone"])
+def test_moments_of_another_model_are_refused(fault, tiny, tmp_path):
+    train(tiny, tmp_path, "first", replace(ONE, epochs=1), optimiser="", **PAIR)
+    odd = copy.deepcopy(moments_of(tmp_path / "first-job"))
+    if fault == "number":
+        odd.pop(0)
+    else:
+        odd[0] = {key: value if key == "step" else torch.zeros(3, 2) for key, value in odd[0].items()}
+    if fault != "gone":
+        torch.save(odd, tmp_path / "odd.pt")
+    said = one_line(lambda: train(tiny, tmp_path, "model", ONE, optimiser=tmp_path / "odd.pt", **PAIR))
+    assert ("is gone" if fault == "gone" else "another model") in said and not (tmp_path / "model").exists()
 
 
 def test_moments_of_adapters_are_refused(tiny, tmp_path):
@@ -624,34 +318,32 @@ def test_moments_of_adapters_are_refused(tiny, tmp_path):
 # Points
 
 
-def states_in(checkpoint):
-    return {path.name for path in checkpoint.iterdir()} & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+def states_in(job):
+    "Number of files, beside weights, by which each checkpoint can be gone on from."
+    states = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    return {n: len({own.name for own in path.iterdir()} & states) for n, path in numbered(job / "checkpoints")}
 
 
 @BOTH
 def test_points_stay_whole_while_they_are_needed_and_then_as_weights(own, tiny, tmp_path):
-    write_dpo_job(tmp_path / "job", tiny, TRAIN, own, None, "float32", 0, dev=DEV, keep_points=True)
-    pull(tmp_path / "job", 7)
-    assert [(step, len(states_in(path))) for step, path in numbered(tmp_path / "job" / "checkpoints")] == [
-        (2, 0),
-        (4, 3),
-        (6, 3),
-    ]
-    found = run_dpo_job(tmp_path / "job")
-    kept = dict(numbered(tmp_path / "job" / "checkpoints"))
-    assert found["points"] == list(kept) == [2, 4, 6, 8] and not any(states_in(path) for path in kept.values())
-    assert run_or_launch(tmp_path / "job") == json.loads(json.dumps(found)), "without a goal its result is enough"
+    job = write(tiny, tmp_path / "job", own, None, dev=DEV, keep_points=True)
+    pull(job, 7, own)
+    assert states_in(job) == {2: 0, 4: 3, 6: 3}
+    found = run(job)
+    kept = dict(numbered(job / "checkpoints"))
+    assert found["points"] == list(kept) == [2, 4, 6, 8] and not any(states_in(job).values())
+    assert run(job) == json.loads(json.dumps(found)), "without a goal its result is enough"
     every = [materialise(tiny, path, tmp_path / "points" / f"step-{step}", "float32") for step, path in kept.items()]
     assert not any(same(weights_of(a), weights_of(b)) for a, b in zip(every, every[1:]))
     best = find_weights(str(every[list(kept).index(found["best_step"])]))
-    assert torch.nn.functional.softplus(-margins(best, tiny, DEV, own.beta)).mean().item() == pytest.approx(
-        found["dev_loss"], rel=1e-4
-    )
-    stamp = (every[0] / "model.safetensors").stat().st_mtime_ns
-    assert (
-        every[0] == materialise(tiny, kept[2], every[0], "float32")
-        and (every[0] / "model.safetensors").stat().st_mtime_ns == stamp
-    ), "a model of the same checkpoint is kept"
+    loss = torch.nn.functional.softplus(-margins(best, tiny, DEV, own.beta)).mean().item()
+    assert loss == pytest.approx(found["dev_loss"], rel=1e-4)
+
+    def stamp():
+        return (every[0] / "model.safetensors").stat().st_mtime_ns
+
+    before = stamp()
+    assert every[0] == materialise(tiny, kept[2], every[0], "float32") and stamp() == before, "the same one is kept"
     assert "holds no weights" in one_line(lambda: materialise(tiny, Path("gone"), every[0], "float32"))
     materialise(tiny, kept[8], every[0], "float32")
     assert same(weights_of(every[0]), weights_of(every[-1])), "one of another checkpoint is not"
@@ -659,27 +351,23 @@ def test_points_stay_whole_while_they_are_needed_and_then_as_weights(own, tiny, 
 
 def test_points_are_those_of_no_interruption(tiny, tmp_path):
     train(tiny, tmp_path, "whole", LORA, dev=DEV, keep_points=True)
-    write_dpo_job(tmp_path / "job", tiny, TRAIN, LORA, tmp_path / "model", "float32", 0, dev=DEV, keep_points=True)
-    pull(tmp_path / "job", 7)
-    torn = tmp_path / "job" / "checkpoints" / "checkpoint-6"
-    (torn / "trainer_state.json").unlink()  # so that it goes on from the one before
-    found = run_dpo_job(tmp_path / "job")
-    assert found["points"] == [2, 4, 6, 8]
-    for step in found["points"]:
-        adapters = [
-            path / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors"
-            for path in (tmp_path / "job", tmp_path / "whole-job")
-        ]
-        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    job = write(tiny, tmp_path / "job", LORA, tmp_path / "model", dev=DEV, keep_points=True)
+    pull(job, 7, LORA)
+    (job / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()  # so that it goes on from the one before
+    assert run(job)["points"] == [2, 4, 6, 8]
+    for step in (2, 4, 6, 8):
+        names = [own / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors"
+                 for own in (job, tmp_path / "whole-job")]  # fmt: skip
+        assert names[0].read_bytes() == names[1].read_bytes()
 
 
 def test_nobody_goes_on_from_a_point_without_its_optimiser(tiny, tmp_path):
-    "Where the last two are lost, the training begins anew: a resume without moments would end with other weights, and silently."
+    "Where the last two are lost, the training begins anew: a resume without moments would end with other weights."
     train(tiny, tmp_path, "whole", FULL, keep_points=True)
-    write_dpo_job(tmp_path / "job", tiny, TRAIN, FULL, tmp_path / "model", "float32", 0, keep_points=True)
-    pull(tmp_path / "job", 7)
+    job = write(tiny, tmp_path / "job", FULL, tmp_path / "model", keep_points=True)
+    pull(job, 7, FULL)
     for step in (4, 6):
-        (tmp_path / "job" / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    assert [len(states_in(path)) for _, path in numbered(tmp_path / "job" / "checkpoints")] == [0, 3, 3]
-    run_dpo_job(tmp_path / "job")
+        (job / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    assert states_in(job) == {2: 0, 4: 3, 6: 3}
+    run(job)
     assert same(weights_of(tmp_path / "model"), weights_of(tmp_path / "whole"))

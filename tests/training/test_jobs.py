@@ -9,15 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from psycopref.core import settings as config
 from psycopref.training import jobs
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile
 from psycopref.training.jobs import (
@@ -55,11 +51,8 @@ def no_launcher(monkeypatch):
 
 
 def stored(folder, goal=None, pairs=PAIRS, **more):
-    store_job(
-        folder,
-        {"kind": "dpo", "goal": goal or folder / "model", "settings": dataclasses.asdict(DpoSettings())} | more,
-        {"train": pairs, "dev": None},
-    )
+    job = {"kind": "dpo", "goal": goal or folder / "model", "settings": dataclasses.asdict(DpoSettings())} | more
+    store_job(folder, job, {"train": pairs, "dev": None})
     return folder
 
 
@@ -71,8 +64,10 @@ def test_the_same_job_is_kept_and_another_one_cleared(tmp_path):
     (job / "checkpoints").mkdir()
     stored(job, pairs=PAIRS.assign(note="nobody reads this"))
     assert (job / "checkpoints").is_dir()
-    others = ({"pairs": PAIRS.assign(chosen=["What then?", "I hear you."])}, {"pairs": PAIRS[:1]}, {"pairs": PAIRS[::-1]}, {"goal": tmp_path / "elsewhere"}, {"kind": "reward"},
-              {"settings": dataclasses.asdict(DpoSettings(beta=0.2))}, {"settings": dataclasses.asdict(DpoSettings(lora=LoraSettings(rank=2)))}, {"seed": 1})  # fmt: skip
+    changed, beta = PAIRS.assign(chosen=["What then?", "I hear you."]), dataclasses.asdict(DpoSettings(beta=0.2))
+    lora = dataclasses.asdict(DpoSettings(lora=LoraSettings(rank=2)))
+    others = [{"pairs": own} for own in (changed, PAIRS[:1], PAIRS[::-1])] + [{"settings": beta}, {"settings": lora}]
+    others += [{"goal": tmp_path / "elsewhere"}, {"kind": "reward"}, {"seed": 1}]
     for more in others:
         (job / "checkpoints").mkdir(exist_ok=True)
         stored(job, **more)
@@ -87,24 +82,15 @@ def test_a_job_comes_back_as_it_was_stored(tmp_path):
         chosen_empathy_rating=[5, 4],
         chosen_model=["x", "y"],
     )
-    store_job(
-        tmp_path / "job",
-        {"kind": "dpo", "goal": tmp_path / "model", "schedule": (0, 8)},
-        {"train": wide, "dev": PAIRS[:0], "more": PAIRS},
-    )
+    own = {"kind": "dpo", "goal": tmp_path / "model", "schedule": (0, 8)}
+    store_job(tmp_path / "job", own, {"train": wide, "dev": PAIRS[:0], "more": PAIRS})
     job, frames = load_job(tmp_path / "job")
-    assert job["goal"] == tmp_path / "model" and job["schedule"] == [0, 8] and list(frames) == ["train", "more"], (
-        "an empty frame is none"
-    )
-    assert (
-        set(frames["train"])
-        == {"prefID", "question", "chosen", "rejected", "messages", "gap", "chosen_empathy_rating"}
-        == set(pair_columns(wide))
-    )
-    assert (
-        frames["train"].chosen.tolist() == PAIRS.chosen.tolist()
-        and [dict(m) for m in frames["train"].messages[0]] == wide.messages[0]
-    )
+    assert job["goal"] == tmp_path / "model" and job["schedule"] == [0, 8]
+    assert list(frames) == ["train", "more"], "an empty frame is none"
+    read = {"prefID", "question", "chosen", "rejected", "messages", "gap", "chosen_empathy_rating"}
+    assert set(frames["train"]) == read == set(pair_columns(wide))
+    assert frames["train"].chosen.tolist() == PAIRS.chosen.tolist()
+    assert [dict(message) for message in frames["train"].messages[0]] == wide.messages[0]
 
 
 def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monkeypatch):
@@ -116,61 +102,17 @@ def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monk
     assert len(load_job(stored(tmp_path / "job"))[1]["train"]) == 2 and not (tmp_path / "job" / "left").exists()
 
 
-CLASSES = sorted(
-    {
-        own
-        for own in vars(config).values()
-        if isinstance(own, type) and dataclasses.is_dataclass(own) and own.__name__.endswith("Settings")
-    }
-    | {Weights},
-    key=lambda own: own.__name__,
-)
-
-
-def values(hint):
-    "A strategy for what may stand in a field."
-    kind, inside = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return objects(hint)
-    if kind is typing.Literal:
-        return st.sampled_from(inside)
-    if kind is tuple:
-        return st.lists(values(inside[0]), max_size=3).map(tuple)
-    if kind is dict:
-        return st.dictionaries(values(inside[0]), values(inside[1]), max_size=2)
-    if inside:  # a union
-        return st.one_of([values(own) for own in inside])
-    plain = {
-        int: st.integers(-9, 10**9),
-        float: st.floats(-1e9, 1e9),
-        str: st.text(max_size=5),
-        bool: st.booleans(),
-        type(None): st.none(),
-    }
-    return plain[hint]
-
-
-def objects(kind):
-    hints = typing.get_type_hints(kind)
-    return st.builds(kind, **{own.name: values(hints[own.name]) for own in dataclasses.fields(kind) if own.init})
-
-
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda own: own.__name__)
-def test_settings_come_back_from_plain_data(kind):
-    assert len(CLASSES) > 8
-
-    @given(objects(kind))
-    @settings(deadline=None, max_examples=30)
-    def back(own):
-        assert restore(kind, json.loads(json.dumps(dataclasses.asdict(own)))) == own
-
-    back()
-
-
-def test_profiles_settings_come_back_and_nothing_stays_nothing():
-    for name in ("tiny", "demo", "paper"):
-        for own in (load_profile(name).dpo, load_profile(name).reward, load_profile(name).dpo_iter):
-            assert restore(type(own), json.loads(json.dumps(dataclasses.asdict(own)))) == own
+@pytest.mark.parametrize("profile", ["tiny", "demo", "paper"])
+def test_settings_come_back_from_plain_data(profile):
+    found = load_profile(profile)
+    own = [
+        found,
+        *(part for part in vars(found).values() if dataclasses.is_dataclass(part)),
+        Weights("a", "b", "c", "d"),
+    ]
+    assert len(own) > 8
+    for part in own:
+        assert restore(type(part), json.loads(json.dumps(dataclasses.asdict(part)))) == part
     assert restore(Weights, None) is None
     with pytest.raises(ValueError, match="no_such_setting"):
         restore(RewardSettings, {"no_such_setting": 1})
@@ -286,9 +228,8 @@ def launched(monkeypatch):
     "Let a launch start this Python code in place of accelerate."
 
     def use(code, processes=2):
-        monkeypatch.setattr(
-            jobs, "launch_command", lambda folder, processes, config="": [sys.executable, "-c", code, str(folder)]
-        )
+        command = lambda folder, processes, config="": [sys.executable, "-c", code, str(folder)]
+        monkeypatch.setattr(jobs, "launch_command", command)
         monkeypatch.setattr(jobs, "launch_plan", lambda batch_size: (processes, ""))
 
     return use
@@ -303,10 +244,15 @@ def test_a_launch_s_own_refusal_comes_back_as_one_line(tmp_path, launched):
     assert said == "training on 2 processes ended with 1: dpo.beta: found 0" and not held(tmp_path / "job")
 
 
-@pytest.mark.parametrize("code, expected", [('import sys; sys.exit("first\\nRuntimeError: out of memory")', "ended with 1: RuntimeError: out of memory"), ("import os; os.kill(os.getpid(), 9)", "ended with -9: no message"),
-                                            ("pass", "ended with 0: no message"), ('import sys; '
-                                                                                   'sys.stderr.buffer.write(b"\\xff" '
-                                                                                   '* 900); sys.exit(2)', "ended with 2: ")])  # fmt: skip
+ENDS = {
+    'import sys; sys.exit("first\\nRuntimeError: out of memory")': "ended with 1: RuntimeError: out of memory",
+    "import os; os.kill(os.getpid(), 9)": "ended with -9: no message",
+    "pass": "ended with 0: no message",
+    'import sys; sys.stderr.buffer.write(b"\\xff" * 900); sys.exit(2)': "ended with 2: ",
+}
+
+
+@pytest.mark.parametrize("code, expected", ENDS.items(), ids=ENDS.values())
 def test_any_other_end_is_one_line_too(code, expected, tmp_path, launched):
     launched(code)
     said = one_line(lambda: run_or_launch(stored(tmp_path / "job")))
@@ -342,45 +288,38 @@ def test_an_interrupted_start_ends_what_it_launched(tmp_path):
     assert start.wait(timeout=60) == 130 and gone(child, 1.0) and not held(job)
 
 
-def test_progress_is_written_where_somebody_above_follows(tmp_path, launched, monkeypatch):
+TOLD = """
+import os, sys, time
+from pathlib import Path
+open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8")
+time.sleep(1.5)
+folder = Path(sys.argv[1])
+(folder / "model").mkdir()
+(folder / "result.json").write_text("{}")
+"""
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_progress_is_written_where_somebody_follows_else_shown_here(followed, tmp_path, launched, monkeypatch, capsys):
     log = tmp_path / "progress"
-    launched(
-        'import os, sys; open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8"); from pathlib import Path; f = '
-        'Path(sys.argv[1]); (f / "model").mkdir(); (f / "result.json").write_text("{}")'
-    )
-    monkeypatch.setenv("PSYCOPREF_PROGRESS", str(log))
-    run_or_launch(stored(tmp_path / "job"))
-    assert log.read_text() == "DPO 3/8"
-
-
-def test_progress_is_shown_here_where_nobody_follows(tmp_path, launched, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    launched(
-        'import os, sys, time; open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8"); time.sleep(1.5); from '
-        'pathlib import Path; f = Path(sys.argv[1]); (f / "model").mkdir(); (f / "result.json").write_text("{}")'
-    )
+    if followed:
+        monkeypatch.setenv("PSYCOPREF_PROGRESS", str(log))
+    launched(TOLD)
     run_or_launch(stored(tmp_path / "job"))
-    assert "DPO 3/8" in capsys.readouterr().err
+    assert followed == log.exists() and (log.read_text() if followed else capsys.readouterr().err) == "DPO 3/8"
 
 
 def test_the_command_names_processes_or_a_configuration(monkeypatch):
-    two, own = launch_command(Path("job"), 2), launch_command(Path("job"), 8, "zero3.yaml")
-    assert (
-        two[two.index("--num_processes") + 1] == "2"
-        and "--multi_gpu" in two
-        and two[-2:] == ["train", "job"]
-        and "--multi_gpu" not in launch_command(Path("job"), 1)
-    )
-    assert (
-        own[own.index("--config_file") + 1] == "zero3.yaml"
-        and own[own.index("--num_processes") + 1] == "8"
-        and "--multi_gpu" not in own
-    )
-    assert all(Path(command).is_file() for command in (two[0], two[-3]))
+    two, own = (" ".join(launch_command(Path("job"), *how)) for how in ((2,), (8, "zero3.yaml")))
+    assert "--num_processes 2 " in two and "--multi_gpu" in two and two.endswith(" train job")
+    assert "--multi_gpu" not in " ".join(launch_command(Path("job"), 1))
+    assert "--config_file zero3.yaml" in own and "--num_processes 8 " in own and "--multi_gpu" not in own
+    command = launch_command(Path("job"), 2)
+    assert all(Path(program).is_file() for program in (command[0], command[-3]))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert [launch_plan(n) for n in (64, 12, 7, 11)] == [(8, ""), (6, ""), (7, ""), (1, "")], (
-        "as many GPUs as divide a batch"
-    )
+    plans = [launch_plan(n) for n in (64, 12, 7, 11)]
+    assert plans == [(8, ""), (6, ""), (7, ""), (1, "")], "as many GPUs as divide a batch"
     monkeypatch.setenv("PSYCOPREF_PROCESSES", "3")
     monkeypatch.setenv("PSYCOPREF_ACCELERATE", "zero3.yaml")
     assert launch_plan(64) == (3, "zero3.yaml")
@@ -422,22 +361,16 @@ def standing(tmp_path, processes, config=""):
     "Start a job whose workers stand and wait; yields the start and the workers' ids, and leaves nobody behind."
     (tmp_path / "standing.py").write_text(STANDING)
     job = stored(tmp_path / "job")
-    start = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHED, str(job), str(processes), config],
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-c", LAUNCHED, str(job), str(processes), config]
+    own = dict(start_new_session=True, stderr=subprocess.DEVNULL)
+    start = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **own)
+
+    def all_there():
+        found = sorted(job.glob("worker-*"))
+        return found if len(found) == processes and all(path.read_text() for path in found) else None
+
     try:
-        files = appears(
-            lambda: (
-                (found := sorted(job.glob("worker-*")))
-                and len(found) == processes
-                and all(path.read_text() for path in found)
-                and found
-            ),
-            start,
-        )
+        files = appears(all_there, start)
         yield job, start, [int(path.read_text()) for path in files]
     finally:
         (job / "go").touch()
@@ -447,17 +380,12 @@ def standing(tmp_path, processes, config=""):
             assert gone(int(path.read_text())), "a worker is left"
 
 
-def test_interrupting_a_launch_of_two_ends_both(tmp_path):
-    with standing(tmp_path, 2) as (job, start, workers):
+@pytest.mark.parametrize("processes", [2, 1], ids=["two", "one by a configuration"])
+def test_interrupting_a_launch_ends_it(processes, tmp_path):
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    with standing(tmp_path, processes, "" if processes == 2 else str(tmp_path / "own.yaml")) as (job, start, workers):
         os.kill(start.pid, signal.SIGINT)
         assert start.wait(timeout=60) == 130 and all(gone(pid, 5.0) for pid in workers) and not held(job)
-
-
-def test_interrupting_a_launch_of_one_by_a_configuration_ends_it(tmp_path):
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    with standing(tmp_path, 1, str(tmp_path / "own.yaml")) as (job, start, workers):
-        os.kill(start.pid, signal.SIGINT)
-        assert start.wait(timeout=60) == 130 and all(gone(pid, 3.0) for pid in workers)
 
 
 def test_workers_hold_the_job_when_start_and_launcher_were_killed(tmp_path):
@@ -468,17 +396,9 @@ def test_workers_hold_the_job_when_start_and_launcher_were_killed(tmp_path):
         assert not any(gone(pid, 0.2) for pid in workers), "they go on"
         with open(job / "workers", "a") as workers, pytest.raises(BlockingIOError):
             fcntl.flock(workers, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        waiting = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from pathlib import Path; from psycopref.training.jobs import locked\nwith "
-                "locked(Path(sys.argv[1])): print('free')",
-                str(job),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        code = "import sys; from pathlib import Path; from psycopref.training.jobs import locked\n"
+        code += "with locked(Path(sys.argv[1])): print('free')"
+        waiting = subprocess.Popen([sys.executable, "-c", code, str(job)], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(timeout=3)
         (job / "go").touch()
@@ -552,12 +472,10 @@ def test_killed_at_any_deed_the_goal_is_whole_or_missing(tmp_path):
             places[-1][1].wait()
         if deed > 8 and deed % 4 == 0 and places[-1][1].returncode == 0:
             break
+    whole = [[(name, own) for name in ("a", "b", "c")] for own in ("old", "new")]
     for goal, process in places:
         process.wait()
         found = sorted((path.name, path.read_text()) for path in goal.iterdir()) if goal.is_dir() else []
+        assert found in [*whole, []], found
         states.append((process.returncode, found))
-    whole = [[(name, own) for name in ("a", "b", "c")] for own in ("old", "new")]
     assert states[-1] == (0, whole[1]) and sum(code == -9 for code, _ in states) > 5
-    assert all(found in [*whole, []] for _, found in states), [
-        found for _, found in states if found not in [*whole, []]
-    ]

@@ -17,25 +17,11 @@ PAIRS = [
         "It sounds tiring. What would happen if you lost count?",
         "Stop.",
     ),
-    (
-        "No.",
-        "I hear a clear no. What stands behind it?",
-        "You should really talk about your feelings, because that is what people do here.",
-    ),
-    (
-        "My sister moved out in March and the house is loud with it.",
-        "You miss her.",
-        "You miss her. How do the evenings feel?",
-    ),
+    ("No.", "I hear a no. What now?", "You should really talk about feelings, because that is what people do here."),
+    ("My sister moved out in March.", "You miss her.", "You miss her. How do the evenings feel?"),
 ]
-SMALL = dict(
-    vocab_size=1024,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    initializer_range=0.2,
-)
+SMALL = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SMALL |= dict(initializer_range=0.2)
 GROUPED = SMALL | dict(num_key_value_heads=2)
 ARCHITECTURES = {
     "llama": GROUPED,
@@ -59,20 +45,11 @@ def make(architecture, kind, tokenizer):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     assert len(tokenizer) <= 1024
-    config = AutoConfig.for_model(
-        architecture,
-        **ARCHITECTURES[architecture],
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        num_labels=1,
-    )
+    ends = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **ends, num_labels=1)
     torch.manual_seed(0)
-    model = (
-        (AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM)
-        .from_config(config)
-        .float()
-        .eval()
-    )
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    model = auto.from_config(config).float().eval()
     if architecture == "gemma2":  # SDPA knows no soft cap, so its plain pass is eager, as transformers advises
         model.set_attn_implementation("eager")
     return model
@@ -81,26 +58,18 @@ def make(architecture, kind, tokenizer):
 def dataset(kind, tokenizer):
     from datasets import Dataset
 
-    if kind == "reward":
-        return Dataset.from_list(
-            [
-                {
-                    f"{side}_ids": tokenizer(dialogue(tokenizer, q, text)).input_ids
-                    for side, text in (("chosen", c), ("rejected", r))
-                }
-                for q, c, r in PAIRS
-            ]
-        )
-    return Dataset.from_list(
-        [
-            {
-                "prompt": prompt_messages(q),
-                "chosen": [{"role": "assistant", "content": c}],
-                "rejected": [{"role": "assistant", "content": r}],
+    rows = []
+    for question, *answers in PAIRS:
+        said = dict(zip(("chosen", "rejected"), answers))
+        if kind == "reward":
+            ids = {
+                f"{side}_ids": tokenizer(dialogue(tokenizer, question, text)).input_ids for side, text in said.items()
             }
-            for q, c, r in PAIRS
-        ]
-    )
+            rows.append(ids)
+        else:
+            talk = {side: [{"role": "assistant", "content": text}] for side, text in said.items()}
+            rows.append({"prompt": prompt_messages(question), **talk})
+    return Dataset.from_list(rows)
 
 
 def move(model, lora):
@@ -111,38 +80,24 @@ def move(model, lora):
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05
 
 
+PLAIN = dict(bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, disable_tqdm=True)
+PLAIN |= dict(per_device_train_batch_size=len(PAIRS), seed=3, data_seed=3, max_length=None)
+
+
 def build(kind, ours, architecture, tokenizer, tmp_path, lora, moved=True, rows=None, **more):
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    common = (
-        dict(
-            output_dir=str(tmp_path / f"{kind}-{ours}"),
-            per_device_train_batch_size=len(PAIRS),
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            gradient_checkpointing=False,
-            seed=3,
-            data_seed=3,
-            disable_tqdm=True,
-            max_length=None,
-        )
-        | more
-    )
+    own = dict(output_dir=str(tmp_path / f"{kind}-{ours}")) | PLAIN | more
     torch.manual_seed(0)
     model = add_lora(make(architecture, kind, tokenizer), LoraSettings(rank=lora, alpha=8), head=kind == "reward")
-    args = (
-        RewardConfig(**common)
-        if kind == "reward"
-        else DPOConfig(**({"precompute_ref_log_probs": True, "beta": 0.1} | common))
-    )
-    stock, mine = (RewardTrainer, reward_trainer()) if kind == "reward" else (DPOTrainer, dpo_trainer())
     if moved:
         move(model, lora)
-    reference = {"ref_model": make(architecture, kind, tokenizer)} if kind == "dpo" else {}
-    return (mine if ours else stock)(
-        model=model, args=args, train_dataset=rows or dataset(kind, tokenizer), processing_class=tokenizer, **reference
-    )
+    data = dict(train_dataset=rows or dataset(kind, tokenizer), processing_class=tokenizer)
+    if kind == "reward":
+        return (reward_trainer() if ours else RewardTrainer)(model=model, args=RewardConfig(**own), **data)
+    args = DPOConfig(**{"precompute_ref_log_probs": True, "beta": 0.1} | own)
+    reference = make(architecture, kind, tokenizer)
+    return (dpo_trainer() if ours else DPOTrainer)(model=model, ref_model=reference, args=args, **data)
 
 
 def gradients(trainer):
@@ -158,10 +113,8 @@ def gradients(trainer):
 def assert_equal(ours, theirs):
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours[1].keys() == theirs[1].keys() and ours[1]
-    for name, gradient in theirs[1].items():
-        assert (ours[1][name] - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-7, (
-            name
-        )  # a bias that cancels in a pair has rounding for a gradient
+    for name, gradient in theirs[1].items():  # a bias that cancels in a pair has rounding for a gradient
+        assert (ours[1][name] - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-7, name
 
 
 def both(kind, architecture, tokenizer, tmp_path, lora, **more):
@@ -174,15 +127,16 @@ def both(kind, architecture, tokenizer, tmp_path, lora, **more):
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_reward_loss_and_gradients_equal_trl(architecture, lora, tokenizer, tmp_path):
-    theirs, ours = both("reward", architecture, tokenizer, tmp_path, lora)
-    assert_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("more", [{"center_rewards_coefficient": 0.1}, {"gradient_checkpointing": True}])
-def test_options_of_the_reward_loss_equal_trl(more, tokenizer, tmp_path):
-    theirs, ours = both("reward", "llama", tokenizer, tmp_path, 4, **more)
+@pytest.mark.parametrize(
+    "architecture, more",
+    [
+        *((name, {}) for name in ARCHITECTURES),
+        ("llama", {"center_rewards_coefficient": 0.1}),
+        ("llama", {"gradient_checkpointing": True}),
+    ],
+)
+def test_reward_loss_and_gradients_equal_trl(architecture, more, lora, tokenizer, tmp_path):
+    theirs, ours = both("reward", architecture, tokenizer, tmp_path, lora, **more)
     assert_equal(ours, theirs)
 
 
@@ -212,16 +166,11 @@ def test_dpo_loss_and_gradients_equal_trl(architecture, more, lora, tokenizer, t
     assert_equal(ours, theirs)
 
 
-def test_first_dpo_loss_is_ln_2(tokenizer, tmp_path):
-    "trl issues 2423 and 1962: a wrong precomputed reference shows here."
+def test_first_dpo_loss_is_ln_2_and_a_moved_adapter_changes_it(tokenizer, tmp_path):
+    "trl 2423, 1962: a wrong precomputed reference shows here. Without an effect of adapters equality would be empty."
     loss, _ = gradients(build("dpo", True, "llama", tokenizer, tmp_path / "plain", 0, moved=False))
     assert loss == pytest.approx(0.6931472, abs=1e-5)
-
-
-def test_a_moved_adapter_changes_the_loss(tokenizer, tmp_path):
-    "The equality above would be empty if adapters had no effect."
-    loss, _ = gradients(build("dpo", True, "llama", tokenizer, tmp_path / "moved", 4))
-    assert abs(loss - 0.6931472) > 1e-3
+    assert abs(gradients(build("dpo", True, "llama", tokenizer, tmp_path / "moved", 4))[0] - 0.6931472) > 1e-3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -230,13 +179,14 @@ def test_a_reward_is_the_same_alone_in_a_pack_and_padded(architecture, tokenizer
     assert enable_packing(model) == ""
     groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in (c, r, c + " " + r)] for q, c, r in PAIRS]
     flat = [text for group in groups for text in group]
+    padding = tokenizer.pad({"input_ids": flat}, return_tensors="pt", padding_side="right")
     with torch.no_grad():
         packed = model(input_ids=torch.tensor([text[-1:] for text in flat]), pack=lay_out(groups)).logits.squeeze(-1)
-        rows = padded(**tokenizer.pad({"input_ids": flat}, return_tensors="pt", padding_side="right")).logits.squeeze(
-            -1
+        rows = padded(**padding).logits.squeeze(-1)
+        alone, still = (
+            torch.cat([own(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
+            for own in (padded, model)
         )
-        alone = torch.cat([padded(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
-        still = torch.cat([model(input_ids=torch.tensor([text])).logits for text in flat]).squeeze(-1)
     assert rows.std() > 1e-3, "rewards that differ"
     assert torch.allclose(packed, alone, atol=2e-5) and torch.allclose(rows, alone, atol=2e-5)
     assert torch.equal(still, alone), "a plain call is untouched by packing"
@@ -248,12 +198,9 @@ def test_answers_and_pairs_do_not_see_each_other(tokenizer):
 
     def rewards(*groups):
         groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in answers] for q, *answers in groups]
+        ids = torch.tensor([[5]] * sum(map(len, groups)))
         with torch.no_grad():
-            return (
-                model(input_ids=torch.tensor([[0]] * sum(map(len, groups))) + 5, pack=lay_out(groups))
-                .logits.squeeze(-1)
-                .tolist()
-            )
+            return model(input_ids=ids, pack=lay_out(groups)).logits.squeeze(-1).tolist()
 
     first = rewards(("No.", "I see.", "What then?"), ("Yes.", "Good."))
     second = rewards(("No.", "I see.", "Entirely different words here!"), ("Perhaps.", "Good."))
@@ -277,34 +224,14 @@ def test_a_model_that_cannot_is_trained_the_plain_way_and_says_so(tokenizer, tmp
     from transformers import BloomConfig, BloomForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    found = []
+    found, shape = [], dict(hidden_size=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     for trainer in (RewardTrainer, reward_trainer()):
         torch.manual_seed(0)
-        model = BloomForSequenceClassification(
-            BloomConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                n_layer=1,
-                n_head=2,
-                num_labels=1,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        args = RewardConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=3,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            gradient_checkpointing=False,
-            seed=3,
-            max_length=None,
-        )
+        model = BloomForSequenceClassification(BloomConfig(vocab_size=len(tokenizer), **shape))
+        args, rows = RewardConfig(output_dir=str(tmp_path), **PLAIN), dataset("reward", tokenizer)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            built = trainer(
-                model=model, args=args, train_dataset=dataset("reward", tokenizer), processing_class=tokenizer
-            )
+            built = trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
         found.append(gradients(built)[0])
     assert found[0] == found[1] and built.not_packed
     assert any("does not take packed pairs" in str(warning.message) for warning in said)

@@ -31,7 +31,7 @@ from psycopref.training.texts import (
     train_quietly,
     training_precision,
 )
-from psycopref.models.weights import find_weights, load_tokenizer
+from psycopref.models.weights import load_tokenizer
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -79,15 +79,12 @@ def test_segments_tile_the_width_and_a_text_sees_its_prompt_and_itself_only(grou
     found = segments(pack)
     width = pack.input_ids.shape[1]
     assert [column for queries, _ in found for column in queries] == list(range(width))
-    place = 0
+    given = iter(found)
     for group in groups:
-        own = found[place : place + len(group)]
-        first, shared = own[0][0], len(own[0][1])
-        for queries, keys in own[1:]:
-            shared = len(keys) - len(queries)
-            assert keys == first[:shared] + queries
-        assert own[0][1] == first and (len(group) == 1 or shared == shared_tokens(group))
-        place += len(group)
+        (first, keys), *others = [next(given) for _ in group]
+        assert keys == first, "the first text sees itself"
+        for queries, keys in others:
+            assert keys == first[: shared_tokens(group)] + queries
 
 
 def shared_tokens(group):
@@ -99,23 +96,16 @@ def shared_tokens(group):
 @given(groups_of_texts)
 def test_the_width_is_all_tokens_less_the_shared_ones(groups):
     pack, total = lay_out(groups), sum(len(text) for group in groups for text in group)
-    assert (
-        pack.input_ids.shape
-        == pack.position_ids.shape
-        == (1, total - sum((len(group) - 1) * shared_tokens(group) for group in groups))
-    )
+    width = total - sum((len(group) - 1) * shared_tokens(group) for group in groups)
+    assert pack.input_ids.shape == pack.position_ids.shape == (1, width)
     assert sum(pack.key_lengths) == len(pack.keys) == total
 
 
 @few
 @given(groups_of_texts, st.data())
 def test_states_are_kept_at_the_ends_of_the_texts(groups, data):
-    kept = data.draw(
-        st.one_of(
-            st.integers(1, 4),
-            st.tuples(*(st.tuples(*(st.integers(1, len(text)) for text in group)) for group in groups)),
-        )
-    )
+    each = st.tuples(*(st.tuples(*(st.integers(1, len(text)) for text in group)) for group in groups))
+    kept = data.draw(st.one_of(st.integers(1, 4), each))
     pack = lay_out(groups, kept if isinstance(kept, int) else [list(own) for own in kept])
     numbers = [kept] * len(segments(pack)) if isinstance(kept, int) else [n for own in kept for n in own]
     wanted = [keys[-n:] for (_, keys), n in zip(segments(pack), numbers)]
@@ -126,11 +116,8 @@ def test_states_are_kept_at_the_ends_of_the_texts(groups, data):
 def test_moving_a_pack_keeps_what_it_is():
     pack = replace(lay_out([[[5, 6], [5, 7]]]), kernel="varlen")
     moved = pack.to("meta")
-    assert isinstance(moved, Pack) and (moved.kernel, moved.query_lengths, moved.key_lengths) == (
-        "varlen",
-        pack.query_lengths,
-        pack.key_lengths,
-    )
+    assert isinstance(moved, Pack) and moved.kernel == "varlen"
+    assert (moved.query_lengths, moved.key_lengths) == (pack.query_lengths, pack.key_lengths)
     assert all(getattr(moved, name).device.type == "meta" for name in ("input_ids", "position_ids", "keys", "places"))
 
 
@@ -140,16 +127,16 @@ def test_moving_a_pack_keeps_what_it_is():
 def small_model(tokenizer, **more):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    return LlamaForSequenceClassification(LlamaConfig(**(
-        dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_labels=1,
-             pad_token_id=tokenizer.pad_token_id) | more)))  # fmt: skip
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    shape |= dict(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id) | more
+    return LlamaForSequenceClassification(LlamaConfig(**shape))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(shared_cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PSYCOPREF_CACHE", shared_cache)
-        return load_tokenizer(find_weights("random-tiny"))
+def tokenizer(tiny):
+    return load_tokenizer(tiny)
 
 
 def test_unwrapping_finds_the_model_with_its_adapters(tokenizer):
@@ -180,9 +167,7 @@ def test_a_refusal_leaves_the_model_as_it_was(tokenizer):
     model = small_model(tokenizer)
     attention = model.base_model.config._attn_implementation
     reason = enable_packing(model, tolerance=1e-30)
-    assert (
-        "differ" in reason and "forward" not in vars(model.base_model) and not hasattr(model.base_model, "pack_kernel")
-    )
+    assert "differ" in reason and not {"forward", "pack_kernel"} & set(vars(model.base_model))
     assert model.base_model.config._attn_implementation == attention
     assert enable_packing(model) == "", "and it may be asked again"
 
@@ -200,23 +185,11 @@ def test_a_backbone_with_dropout_in_its_attention_is_trained_the_plain_way(token
     from trl import RewardConfig
 
     rows = Dataset.from_list([{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}] * 2)
-    args = RewardConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        max_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+    own = dict(bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, disable_tqdm=True)
+    args = RewardConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1, **own)
+    model = small_model(tokenizer, attention_dropout=0.1)
     with pytest.warns(UserWarning, match="does not take packed pairs .*dropout"):
-        trainer = reward_trainer()(
-            model=small_model(tokenizer, attention_dropout=0.1),
-            args=args,
-            processing_class=tokenizer,
-            train_dataset=rows,
-        )
+        trainer = reward_trainer()(model=model, args=args, processing_class=tokenizer, train_dataset=rows)
     trainer.train()
     assert "dropout" in trainer.not_packed
 
@@ -252,14 +225,12 @@ def test_an_epoch_is_whole_batches_without_repetition_dealt_evenly(drawn):
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         order = list(sampler)
-        assert len(order) == len(set(order)) == len(sampler) == len(lengths) // batch_size * batch_size and set(
-            order
-        ) <= set(range(len(lengths)))
-        for start in range(0, len(order), batch_size):
-            sums = [
-                sum(lengths[i] for i in order[place : place + size]) for place in range(start, start + batch_size, size)
-            ]
-            assert max(sums) - min(sums) <= max(lengths)
+        assert len(order) == len(set(order)) == len(sampler) == len(lengths) // batch_size * batch_size
+        assert set(order) <= set(range(len(lengths)))
+        sums = [sum(lengths[i] for i in order[place : place + size]) for place in range(0, len(order), size)]
+        for start in range(0, len(sums), batch_size // size):
+            batch = sums[start : start + batch_size // size]
+            assert max(batch) - min(batch) <= max(lengths)
 
 
 def test_a_seed_and_an_epoch_say_the_order():
@@ -321,32 +292,25 @@ def test_a_training_computes_the_packs_that_were_planned(tokenizer, tmp_path):
     chosen = RewardSettings(batch_size=8, epochs=2, checkpoints=1, pack_tokens=70, max_length=64, learning_rate=1e-3)
     plan = step_plan([row["length"] for row in rows], chosen, seed=4)
     assert plan["pack_size"] == 4 and plan["left_out"] == 6
-    trainer = reward_trainer()(
-        model=small_model(tokenizer),
-        args=reward_config(chosen, plan, tmp_path, 4, False),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(rows),
-    )
-    widths, collate = [], trainer.data_collator
-    seen = []
+    args, data = reward_config(chosen, plan, tmp_path, 4, False), Dataset.from_list(rows)
+    trainer = reward_trainer()(model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=data)
+    widths, seen, collate = [], [], trainer.data_collator
 
     def record(examples):
-        seen.append([(example["chosen_ids"], example["rejected_ids"]) for example in examples])
+        seen.extend((example["chosen_ids"], example["rejected_ids"]) for example in examples)
         batch = collate(examples)
         widths.append(batch["pack"].input_ids.shape[1])
         return batch
 
     trainer.data_collator = record
     train_quietly(trainer, "packs")
-    assert len(widths) == plan["steps"] * 2 == 8 and max(widths) <= chosen.pack_tokens < heaviest(
-        [row["length"] for row in rows], 8, 8, 2, 4
-    )
-    expected = []
+    lengths, expected = [row["length"] for row in rows], []
+    assert len(widths) == plan["steps"] * 2 == 8 and max(widths) <= chosen.pack_tokens < heaviest(lengths, 8, 8, 2, 4)
     for epoch in (0, 1):
-        sampler = EvenSampler([row["length"] for row in rows], 8, 4, 4)
+        sampler = EvenSampler(lengths, 8, 4, 4)
         sampler.set_epoch(epoch)
         expected += [(rows[i]["chosen_ids"], rows[i]["rejected_ids"]) for i in sampler]
-    assert [pair for pack in seen for pair in pack] == expected
+    assert seen == expected
 
 
 # ---- rows, as trl makes them ----
@@ -366,12 +330,10 @@ def test_rows_are_those_that_trl_makes_of_the_same_conversations(tokenizer, tmp_
 
     spoken = [{"prompt": pair_messages(pair), "chosen": [{"role": "assistant", "content": pair.chosen}], "rejected": [{"role": "assistant", "content": pair.rejected}]}
               for pair in PAIRS.itertuples()]  # fmt: skip
-    args = RewardConfig(
-        output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", max_length=2000, disable_tqdm=True
-    )
-    theirs = RewardTrainer(
-        model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(spoken)
-    ).train_dataset
+    own = dict(bf16=False, use_cpu=True, report_to="none", max_length=2000, disable_tqdm=True)
+    args, data = RewardConfig(output_dir=str(tmp_path), **own), Dataset.from_list(spoken)
+    trainer = RewardTrainer(model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=data)
+    theirs = trainer.train_dataset
     rows, long = pair_rows(PAIRS, tokenizer, 2000)
     assert long == [] and len(rows) == len(theirs) == 4
     for side in ("chosen_ids", "rejected_ids"):

@@ -23,18 +23,12 @@ from psycopref.training.scoring import (
     token_batches,
 )
 from psycopref.training.texts import pair_messages, pair_rows, render
-from psycopref.models.weights import fix_date, find_weights, load_tokenizer, quiet_transformers
+from psycopref.models.weights import fix_date, load_tokenizer, quiet_transformers
 
 CLOSE = 1e-5  # float32, sums in another order
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
-GROUPED = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.3,
-)
+GROUPED = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+GROUPED |= dict(initializer_range=0.3)
 SETTINGS = {"Llama": GROUPED, "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
             "Gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0)}  # fmt: skip
 PAIRS = pd.DataFrame({
@@ -48,13 +42,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- published forms ----
-
-
-@pytest.fixture(scope="module")
-def tiny(shared_cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PSYCOPREF_CACHE", shared_cache)
-        return find_weights("random-tiny")
 
 
 @pytest.fixture
@@ -78,9 +65,9 @@ def save(folder, kind, tokenizer, **more):
     family = kind.split("For")[0]
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(1)
-        config = getattr(transformers, f"{family}Config")(**(
-            dict(vocab_size=len(tokenizer), num_labels=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                 pad_token_id=tokenizer.pad_token_id) | SETTINGS[family] | more))  # fmt: skip
+        own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        own |= dict(vocab_size=len(tokenizer), num_labels=1) | SETTINGS[family] | more
+        config = getattr(transformers, f"{family}Config")(**own)
         getattr(transformers, kind)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -103,18 +90,28 @@ def plain(folder, kind="AutoModelForSequenceClassification"):
     import transformers
 
     with quiet_transformers():
-        return getattr(transformers, kind).from_pretrained(
-            folder, dtype=torch.float32
-        ).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+        model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+SIDES = ("chosen", "rejected")
 
 
 def conversations(pairs=PAIRS):
     """The whole conversations of pairs: those with the chosen answers, then those with the rejected ones."""
     return [
         [*pair_messages(pair), {"role": "assistant", "content": text}]
-        for side in ("chosen", "rejected")
+        for side in SIDES
         for pair, text in zip(pairs.itertuples(), pairs[side])
     ]
+
+
+def without(folder, lost):
+    """Take weights out of a folder by a part of their name."""
+    return change(folder, "model.safetensors", lambda own: {name: w for name, w in own.items() if lost not in name})
+
+
+SPOKEN = dict(tokenize=True, return_tensors="pt", return_dict=True)  # of apply_chat_template
 
 
 def alone(model, tokenizer, texts):
@@ -143,9 +140,8 @@ def test_a_folder_with_a_score_head_scores_as_its_card_says(family, way, tokeniz
     model, their_tokenizer = plain(tmp_path / "model")
     expected = []
     for conversation in conversations():
-        ids = their_tokenizer.apply_chat_template(conversation, tokenize=True, return_tensors="pt", return_dict=True)
         with torch.no_grad():
-            expected.append(model(**ids).logits[0][0].item())
+            expected.append(model(**their_tokenizer.apply_chat_template(conversation, **SPOKEN)).logits[0][0].item())
     ours, our_tokenizer, weights = load_scorer(Scorer(str(tmp_path / "model")), "float32")
     chosen, rejected = score_pairs(ours, our_tokenizer, PAIRS, name="")
     assert_close([*chosen, *rejected], expected)
@@ -155,18 +151,15 @@ def test_a_folder_with_a_score_head_scores_as_its_card_says(family, way, tokeniz
 
 def test_a_rendered_text_has_one_bos(tokenizer, tmp_path, monkeypatch):
     """The template writes it, and the tokenizer would write another."""
-    model, tokenizer, _ = load_scorer(
-        Scorer(str(save(tmp_path, "LlamaForSequenceClassification", tokenizer))), "float32"
-    )
+    folder = save(tmp_path, "LlamaForSequenceClassification", tokenizer)
+    model, tokenizer, _ = load_scorer(Scorer(str(folder)), "float32")
     begin, laid = tokenizer.bos_token_id, []
     text = render(tokenizer, pair_messages(next(PAIRS.itertuples())), PAIRS.chosen[0])
     assert tokenizer(text).input_ids[:2] == [begin, begin], "left to itself"
     monkeypatch.setattr(scoring, "lay_out", lambda groups, own=scoring.lay_out: laid.extend(groups) or own(groups))
     score_pairs(model, tokenizer, PAIRS, name="")
     rows, _ = pair_rows(PAIRS, tokenizer, 2000)
-    texts = [text for group in laid for text in group] + [
-        row[f"{side}_ids"] for row in rows for side in ("chosen", "rejected")
-    ]
+    texts = [text for group in laid for text in group] + [row[f"{side}_ids"] for row in rows for side in SIDES]
     assert len(texts) == 4 * len(PAIRS) and all(ids[0] == begin and ids.count(begin) == 1 for ids in texts)
 
 
@@ -194,41 +187,32 @@ def test_the_released_reward_model_loads_and_scores_as_openrlhf_reads_it(release
         backbone = LlamaModel.from_pretrained(released, dtype=torch.float32).eval()
     expected = []
     for conversation in conversations():
-        ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
+        ids = tokenizer.apply_chat_template(conversation, **SPOKEN)["input_ids"]
         with torch.no_grad():
             expected.append((backbone(ids).last_hidden_state[0, -1] @ heads["score.weight"][0]).item())
     chosen, rejected = score_pairs(model, tokenizer, PAIRS, name="")
     assert_close([*chosen, *rejected], expected)
 
 
-def test_without_its_head_the_released_form_is_refused(released):
-    change(
-        released,
-        "model.safetensors",
-        lambda weights: {name: w for name, w in weights.items() if name != "score.weight"},
-    )
-    said = one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
-    assert "score.weight" in said and "random" in said and str(released) in said
+@pytest.mark.parametrize("lost", ["score.weight", "layers.0.mlp.down_proj"])
+def test_without_its_head_or_a_layer_the_released_form_is_refused(lost, released):
+    """transformers makes a missing weight at random and says so in a notice only."""
+    said = one_line(lambda: load_scorer(Scorer(str(without(released, lost))), "float32"))
+    assert lost in said and "random" in said and str(released) in said
 
 
 def test_a_language_model_is_no_reward_model_unless_a_new_head_is_asked_for(tiny):
     """transformers would make a random head and say so in a notice only."""
     tokenizer = load_tokenizer(tiny)
     assert "score.weight" in one_line(lambda: load_scorer(Scorer(tiny.location), "float32"))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
     first, again, other = (
         load_reward_model(tiny.location, tokenizer, "float32", new_head=seed).score.weight for seed in (3, 3, 4)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_a_new_head_leaves_the_callers_chance_alone(tiny):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    load_reward_model(tiny.location, load_tokenizer(tiny), "float32", new_head=3)
-    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.rand(3), expected), "the caller's chance is left alone"
 
 
 def test_the_head_is_float32_over_a_backbone_in_half_precision(released, way):
@@ -246,17 +230,9 @@ def test_nemotrons_reward_is_the_first_logit_of_the_first_new_token(way, tokeniz
     model, their_tokenizer = plain(tmp_path, "AutoModelForCausalLM")
     expected = []
     for conversation in conversations():
-        ids = their_tokenizer.apply_chat_template(
-            conversation, tokenize=True, add_generation_prompt=False, return_tensors="pt", return_dict=True
-        )
-        made = model.generate(
-            ids["input_ids"],
-            attention_mask=ids["attention_mask"],
-            max_new_tokens=1,
-            return_dict_in_generate=True,
-            output_scores=True,
-            do_sample=False,
-        )
+        ids = their_tokenizer.apply_chat_template(conversation, add_generation_prompt=False, **SPOKEN)
+        how = dict(max_new_tokens=1, return_dict_in_generate=True, output_scores=True, do_sample=False)
+        made = model.generate(ids["input_ids"], attention_mask=ids["attention_mask"], **how)
         expected.append(made["scores"][0][0][0].item())
     ours, our_tokenizer, _ = load_scorer(Scorer(str(tmp_path), "first-logit"), "float32")
     chosen, rejected = score_pairs(ours, our_tokenizer, PAIRS, name="")
@@ -272,9 +248,8 @@ def test_the_scorers_of_the_paper_are_known_by_name():
 
 def test_a_model_that_takes_no_packs_gives_the_scores_of_its_own_pass(tokenizer, tmp_path):
     """BLOOM's attention has a bias by distance, which a pack can't have."""
-    model, tokenizer, _ = load_scorer(
-        Scorer(str(save(tmp_path, "BloomForSequenceClassification", tokenizer))), "float32"
-    )
+    folder = save(tmp_path, "BloomForSequenceClassification", tokenizer)
+    model, tokenizer, _ = load_scorer(Scorer(str(folder)), "float32")
     assert enable_packing(model)
     groups = [[tokenizer.apply_chat_template(c, tokenize=False) for c in conversations()], ["Stop."], ["a"]]
     expected = alone(model, tokenizer, [text for group in groups for text in group])
@@ -290,9 +265,8 @@ def test_a_model_that_takes_no_packs_gives_the_scores_of_its_own_pass(tokenizer,
 def test_texts_that_hold_and_end_with_the_end_token_score_right_where_padding_was_the_end(way, tokenizer, tmp_path):
     """trl 2758, transformers 35352: a checkpoint whose padding token is its end token; a text ends with that token, as Llama 3's template writes it."""
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\\n", "<|im_end|>").replace(
-        "<|im_end|>\n", "<|im_end|>"
-    )
+    for end in ("<|im_end|>\\n", "<|im_end|>\n"):
+        tokenizer.chat_template = tokenizer.chat_template.replace(end, "<|im_end|>")
     save(tmp_path, "LlamaForSequenceClassification", tokenizer)
     theirs, their_tokenizer = plain(tmp_path)
     end = their_tokenizer.eos_token_id
@@ -380,26 +354,25 @@ def test_a_score_hangs_on_the_text_alone(family, word_models, groups, tokens, ra
 def test_different_texts_have_different_scores(word_models):
     """Else the equality above would say nothing."""
     for own in word_models.values():
-        scores = [
-            score_alone(own, text) for text in ("w2", "w3", "w2 w3", "w3 w2", "w2 w3 w4 w5 w2 w3", "w3 w3 w4 w5 w2 w3")
-        ]
+        texts = ("w2", "w3", "w2 w3", "w3 w2", "w2 w3 w4 w5 w2 w3", "w3 w3 w4 w5 w2 w3")
+        scores = [score_alone(own, text) for text in texts]
         assert min(b - a for a, b in pairwise(sorted(scores))) > 1e-4
 
 
 def test_prompts_are_computed_once(word_models, monkeypatch):
     model, tokenizer, _ = word_models["Llama"]
-    widths = []
-    monkeypatch.setattr(
-        scoring,
-        "lay_out",
-        lambda groups, own=scoring.lay_out: [pack := own(groups), widths.append(pack.input_ids.numel())][0],
-    )
+    widths, real = [], scoring.lay_out
+
+    def recording(groups):
+        pack = real(groups)
+        widths.append(pack.input_ids.numel())
+        return pack
+
+    monkeypatch.setattr(scoring, "lay_out", recording)
     prompt = " ".join(["w2", "w3"] * 10)
     groups = [[f"{prompt} w4 w{i}" for i in (2, 3, 4)], [f"w5 {prompt}", f"w5 {prompt} w2"]]
     score_groups(model, tokenizer, groups, tokens=50, name="")
-    assert widths == [(21 + 3) + (20 + 1 + 2)], (
-        "the second text goes on from the whole first one, whose last token is computed again"
-    )
+    assert widths == [(21 + 3) + (20 + 1 + 2)], "where a text goes on from a whole other one, a token comes again"
 
 
 # ---- batches ----
@@ -413,30 +386,15 @@ def test_batches_hold_each_item_once_under_the_budget_longest_first(sizes, token
     assert all(len(batch) == 1 or sum(sizes[i] for i in batch) <= tokens for batch in batches)
     flat = [sizes[i] for batch in batches for i in batch]
     assert flat == sorted(flat, reverse=True)
-    assert all(sum(sizes[i] for i in batch) + sizes[after[0]] > tokens for batch, after in pairwise(batches)), (
-        "a batch is left when the next item does not fit"
-    )
+    for batch, after in pairwise(batches):
+        assert sum(sizes[i] for i in batch) + sizes[after[0]] > tokens, "it is left when the next does not fit"
 
 
 # ---- faults that users meet ----
 
 
-def test_a_checkpoint_that_lacks_a_layer_is_refused(released):
-    """transformers makes a missing weight at random and says so in a notice only, as with a head."""
-    change(
-        released,
-        "model.safetensors",
-        lambda weights: {name: w for name, w in weights.items() if "layers.0.mlp.down_proj" not in name},
-    )
-    assert "down_proj" in one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
-
-
 def test_a_checkpoint_whose_backbone_has_other_names_is_refused(released):
-    change(
-        released,
-        "model.safetensors",
-        lambda weights: {name.replace("model.", "base."): w for name, w in weights.items()},
-    )
+    change(released, "model.safetensors", lambda own: {name.replace("model.", "base."): w for name, w in own.items()})
     one_line(lambda: load_scorer(Scorer(str(released)), "float32"))
 
 
@@ -461,11 +419,12 @@ def test_padded_batches_keep_the_budget_with_their_padding(word_models, monkeypa
     """One long text among short ones: every row is as wide as the longest."""
     model, tokenizer, _ = word_models["Bloom"]
     shapes, plain_forward = [], model.base_model.forward
-    monkeypatch.setattr(
-        model.base_model,
-        "forward",
-        lambda ids, **keywords: [shapes.append(tuple(ids.shape)), plain_forward(ids, **keywords)][1],
-    )
+
+    def recording(ids, **keywords):
+        shapes.append(tuple(ids.shape))
+        return plain_forward(ids, **keywords)
+
+    monkeypatch.setattr(model.base_model, "forward", recording)
     score_groups(model, tokenizer, [["w2 " * 40], *([["w3"]] * 20)], tokens=64, name="")
     assert sum(rows for rows, _ in shapes) == 21 and all(rows == 1 or rows * width <= 64 for rows, width in shapes)
 
