@@ -259,12 +259,12 @@ def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: li
     return found | {"not_packed": trainer.not_packed, **plan}
 
 
-def write_result(folder: Path, trainer, log: list[dict], points: bool = False, **facts) -> dict:
-    "Write a training's result and clear its checkpoints. points: keep their weights for curves."
+def write_result(folder: Path, trainer, log: list[dict], keep_points: bool = False, **facts) -> dict:
+    "Write a training's result and clear its checkpoints. keep_points: leave their weights for curves."
     step, loss = best_checkpoint(trainer.state)
     result = {**facts, "best_step": step, "dev_loss": loss, "devices": devices()}
     result["log"] = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     if trainer.is_world_process_zero():
         write_json(folder / "result.json", result)
-        clear_checkpoints(folder, points)
+        clear_checkpoints(folder, keep_points)
     return result

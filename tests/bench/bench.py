@@ -110,7 +110,7 @@ def mixed_speeches(n: int, seed: int = 0, copies: float = 0.1) -> list[str]:
 
 
 def stage_bench(n: int) -> dict:
-    "Run chapter 1 on a made source of n rows in a process of its own, embeddings not cached."
+    "Run chapter 1 on a made source of n rows in a process of its own."
     import resource
 
     from psycopref.models.weights import find_weights
@@ -133,7 +133,7 @@ def stage_bench(n: int) -> dict:
         receipt, drops = read_json(stage / "receipt.json"), read_json(stage / "drops.json")[-1]
     found = {"seconds": round(took, 1), "stage_seconds": receipt["seconds"], "peak_mb": round(peak)}
     found |= {"rows": drops["rows"], "kept": drops["kept"]}
-    what = f"chapter 1 on {n} made speeches and the demo corpus, embeddings not cached"
+    what = f"chapter 1 on {n} made speeches and the demo corpus"
     return keep("speech_stage", found, what, "s", f"{os.cpu_count()} cores")
 
 

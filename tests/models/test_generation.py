@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.core.settings import StudyError
 from psycopref.models.generation import (
     Branches,
     Decoding,
@@ -23,14 +22,20 @@ from psycopref.models.generation import (
     stop_tokens,
 )
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+from refusals import one_line
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 START = "<|im_start|>system\nYou are a therapist.<|im_end|>\n<|im_start|>user\n"
-PROMPTS = [START + text for text in ("I count the stairs.", "I count the stairs, and my sister moved out in "
-                                                            "March.", "I count", "Nobody calls.", "",
-                                     "I count the stairs. " * 6, "My boss shouts at me and I say nothing, every day "
-                                                                 "of the week.")] + ["a", "a b c"]  # fmt: skip
+SPOKEN = (
+    "I count the stairs.",
+    "I count the stairs, and my sister moved out in March.",
+    "I count",
+    "Nobody calls.",
+    "",
+)
+SPOKEN += ("I count the stairs. " * 6, "My boss shouts at me and I say nothing, every day of the week.")
+PROMPTS = [*(START + text for text in SPOKEN), "a", "a b c"]
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +50,8 @@ def tiny(shared_cache):
     model, draw = load_causal_lm(found, "float32"), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in model.model.layers:
-            for part in (
-                layer.self_attn.q_proj,
-                layer.self_attn.k_proj,
-                layer.self_attn.v_proj,
-                layer.self_attn.o_proj,
-            ):
-                part.weight.mul_(8)
+            for part in "qkvo":
+                getattr(layer.self_attn, f"{part}_proj").weight.mul_(8)
         model.lm_head.weight = torch.nn.Parameter(0.35 * torch.randn(model.lm_head.weight.shape, generator=draw))
     yield model, load_tokenizer(found)
     torch.set_num_threads(threads)
@@ -75,6 +75,14 @@ def greedy_by_hand(model, ids: list[int], steps: int) -> list[int]:
 
 def encode(tokenizer, prompt):
     return tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def spelled(tokenizer, tokens):
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def text_by_hand(model, tokenizer, prompt, steps):
+    return spelled(tokenizer, greedy_by_hand(model, encode(tokenizer, prompt), steps))
 
 
 @torch.inference_mode()
@@ -101,9 +109,8 @@ def test_only_allowed_tokens_are_sampled(row, top_k, top_p, temperature):
     mass = torch.softmax(logits[0, order].double() / temperature, -1)
     allowed = [i for rank, i in enumerate(order) if mass[:rank].sum() < top_p + 1e-5]
     lowest = min(logits[0, i].item() for i in allowed)
-    tokens = next_tokens(
-        logits.expand(200, -1), Decoding(1, temperature, top_k, top_p), torch.Generator().manual_seed(0)
-    )
+    how = Decoding(1, temperature, top_k, top_p)
+    tokens = next_tokens(logits.expand(200, -1), how, torch.Generator().manual_seed(0))
     assert tokens.shape == (200,) and all(logits[0, t].item() >= lowest for t in tokens.tolist())
 
 
@@ -116,15 +123,11 @@ def nucleus(row, top_p, temperature):
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
-@pytest.mark.parametrize(
-    "row",
-    [[0.1 * i for i in range(40)], [3.0, 1.0, 1.0, 1.0, 0.0, -1.0], [5.0] + [0.0] * 30, [0.0, -0.5, -1.0, -1.5, -2.0]],
-)
+@pytest.mark.parametrize("row", [[0.1 * i for i in range(40)], [3.0, 1.0, 1.0, 1.0, 0.0, -1.0], [5.0] + [0.0] * 30])
 def test_the_nucleus_is_sampled_exactly(row, top_p):
     n, expected = 40000, nucleus(row, top_p, 0.8)
-    tokens = next_tokens(
-        torch.tensor([row]).expand(n, -1), Decoding(1, 0.8, 0, top_p), torch.Generator().manual_seed(1)
-    )
+    rows = torch.tensor([row]).expand(n, -1)
+    tokens = next_tokens(rows, Decoding(1, 0.8, 0, top_p), torch.Generator().manual_seed(1))
     found = torch.bincount(tokens, minlength=len(row)) / n
     assert (found[expected == 0] == 0).all()
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
@@ -175,7 +178,7 @@ def text_distribution(model, tokenizer, prompt, temperature, top_k=0):
         logits[logits < logits.topk(top_k).values[-1]] = -math.inf
     found = Counter()
     for token, p in enumerate(torch.softmax(logits, -1).tolist()):
-        found[tokenizer.decode([token], skip_special_tokens=True).strip()] += p
+        found[spelled(tokenizer, [token])] += p
     return found
 
 
@@ -194,9 +197,8 @@ def test_samples_follow_the_softmax(tiny, temperature, top_k):
     assert all(expected[text] > 0 for text in found)
     if not top_k:
         wrong = text_distribution(model, tokenizer, PROMPTS[0], temperature * 1.5)
-        assert max(abs(found[t] / n - wrong[t]) / math.sqrt(wrong[t] * (1 - wrong[t]) / n) for t in likeliest) > 5, (
-            "the test tells temperatures apart"
-        )
+        off = [abs(found[t] / n - wrong[t]) / math.sqrt(wrong[t] * (1 - wrong[t]) / n) for t in likeliest]
+        assert max(off) > 5, "the test tells temperatures apart"
 
 
 @torch.inference_mode()
@@ -209,7 +211,7 @@ def test_the_second_token_follows_the_first(tiny, no_stops):
     for token, p in zip(model(torch.tensor([ids])).logits[0, -1].topk(3).indices.tolist(), first.tolist()):
         values, seconds = model(torch.tensor([[*ids, token]])).logits[0, -1].topk(3)
         for second, q in zip(seconds.tolist(), torch.softmax(values, -1).tolist()):
-            expected[tokenizer.decode([token, second], skip_special_tokens=True).strip()] += p * q
+            expected[spelled(tokenizer, [token, second])] += p * q
     found = Counter(sample.text for sample in samples)
     assert set(found) <= set(expected) and len(found) > 3
     for text, p in expected.items():
@@ -222,10 +224,8 @@ def test_a_seed_gives_the_same_samples_and_another_seed_others(tiny):
         generate(model, tokenizer, PROMPTS, Decoding(6, 1.0, seed=s), n=2, name="") for s in (1, 1, 2)
     )
     assert first == again != other
-    torch.manual_seed(99)
-    assert generate(model, tokenizer, PROMPTS, Decoding(6, 1.0, seed=1), n=2, name="") == first, (
-        "the global state plays no part"
-    )
+    torch.manual_seed(99)  # the global state plays no part
+    assert generate(model, tokenizer, PROMPTS, Decoding(6, 1.0, seed=1), n=2, name="") == first
 
 
 def test_n_candidates_each(tiny, no_stops):
@@ -239,18 +239,10 @@ def test_n_candidates_each(tiny, no_stops):
     assert [s[0] for s in greedy] == [s[0] for s in generate(model, tokenizer, PROMPTS, Decoding(5), name="")]
 
 
-@pytest.mark.parametrize("max_tokens, n", [(0, 1), (-1, 1), (4, 0)])
-def test_nothing_to_sample_is_one_line(tiny, max_tokens, n):
-    with pytest.raises(StudyError) as error:
-        generate(*tiny, ["a"], Decoding(max_tokens), n=n, name="")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("top_p", [0.0, -0.5, 1.5])
-def test_a_share_that_is_none_is_one_line(tiny, top_p):
-    with pytest.raises(StudyError, match="top_p") as error:
-        generate(*tiny, ["a"], Decoding(4, 1.0, 0, top_p), name="")
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("max_tokens, n, top_p", [(0, 1, 1.0), (-1, 1, 1.0), (4, 0, 1.0), (4, 1, 0.0), (4, 1, 1.5)])
+def test_what_can_t_be_meant_is_one_line(tiny, max_tokens, n, top_p):
+    said = one_line(lambda: generate(*tiny, ["a"], Decoding(max_tokens, 1.0, 0, top_p), n=n, name=""))
+    assert ("max_tokens" if top_p == 1 else "top_p") in said
 
 
 def test_no_prompts_no_answers(tiny):
@@ -265,10 +257,7 @@ def test_greedy_equals_the_loop_by_hand_for_every_batch_size(tiny, no_stops, row
     model, tokenizer = tiny
     found = generate(model, tokenizer, PROMPTS, Decoding(10), rows=rows, name="")
     for prompt, [sample] in zip(PROMPTS, found):
-        assert (
-            sample.text
-            == tokenizer.decode(greedy_by_hand(model, encode(tokenizer, prompt), 10), skip_special_tokens=True).strip()
-        )
+        assert sample.text == text_by_hand(model, tokenizer, prompt, 10)
         assert (sample.finish_reason, sample.n_tokens) == ("length", 10)
 
 
@@ -276,10 +265,8 @@ def test_greedy_equals_transformers(tiny):
     model, tokenizer = tiny
     for prompt, [sample] in zip(PROMPTS, generate(model, tokenizer, PROMPTS, Decoding(12), name="")):
         ids = torch.tensor([encode(tokenizer, prompt)])
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
-            0, ids.shape[1] :
-        ]
-        assert sample.text == tokenizer.decode(theirs, skip_special_tokens=True).strip()
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert sample.text == spelled(tokenizer, theirs[0, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("piece", [1, 3, 9, 10])
@@ -288,10 +275,7 @@ def test_room_is_taken_in_pieces(tiny, no_stops, monkeypatch, piece):
     monkeypatch.setattr(Branches.__init__, "__defaults__", (piece,))
     found = generate(model, tokenizer, PROMPTS, Decoding(10), n=2, name="")
     for prompt, samples in zip(PROMPTS, found):
-        expected = tokenizer.decode(
-            greedy_by_hand(model, encode(tokenizer, prompt), 10), skip_special_tokens=True
-        ).strip()
-        assert [s.text for s in samples] == [expected] * 2
+        assert [s.text for s in samples] == [text_by_hand(model, tokenizer, prompt, 10)] * 2
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (20, 1.0)])
@@ -302,14 +286,16 @@ def test_branches_and_repeated_keys_give_the_same_answers(tiny, monkeypatch, top
     monkeypatch.setattr(model.generation_config, "eos_token_id", sorted({*first, *range(40, 60)}))
     monkeypatch.setattr(Branches.__init__, "__defaults__", (4,))
     kept, keep = [], Branches.keep
-    monkeypatch.setattr(
-        Branches, "keep", lambda self, rows: (keep(self, rows), kept.append((len(rows), self.n, len(self.bias))))
-    )
+
+    def recording(self, rows):
+        keep(self, rows)
+        kept.append((len(rows), self.n, len(self.bias)))
+
+    monkeypatch.setattr(Branches, "keep", recording)
     how = Decoding(30, 0.7, top_k, top_p, seed=5)
     ours = generate(model, tokenizer, PROMPTS, how, n=5, name="")
-    assert len(kept) > 3 and any(n < 5 for _, n, _ in kept) and any(rows < n * prompts for rows, n, prompts in kept), (
-        "rows and prompts leave, and holes stay"
-    )
+    assert len(kept) > 3 and any(n < 5 for _, n, _ in kept), "rows and prompts leave"
+    assert any(rows < n * prompts for rows, n, prompts in kept), "and holes stay"
     monkeypatch.setattr(type(model), "_supports_attention_backend", False)
     kept.clear()
     assert generate(model, tokenizer, PROMPTS, how, n=5, name="") == ours and not kept
@@ -319,27 +305,22 @@ def test_a_sliding_window_is_respected(tiny, no_stops):
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    config = MistralConfig(vocab_size=tiny[0].config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, sliding_window=5, initializer_range=0.5)  # fmt: skip
-    model = MistralForCausalLM(config).eval()
+    shape = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    shape |= dict(vocab_size=tiny[0].config.vocab_size, sliding_window=5, initializer_range=0.5)
+    model = MistralForCausalLM(MistralConfig(**shape)).eval()
     for prompt, [sample] in zip(PROMPTS, generate(model, tiny[1], PROMPTS, Decoding(8), name="")):
-        assert (
-            sample.text
-            == tiny[1].decode(greedy_by_hand(model, encode(tiny[1], prompt), 8), skip_special_tokens=True).strip()
-        )
+        assert sample.text == text_by_hand(model, tiny[1], prompt, 8)
 
 
-few_prompts = settings(max_examples=12, deadline=None, derandomize=True, database=None)
-
-
-@few_prompts
+@settings(few, max_examples=12)
 @given(data=st.data())
 def test_greedy_answers_do_not_depend_on_the_company(tiny, data):
     model, tokenizer = tiny
     shared = data.draw(st.sampled_from(["", "a", START]))
-    rests = st.lists(
-        st.sampled_from(["I", " count", " the stairs", ".", "\n", " my sister", "<|im_end|>"]), max_size=8
-    ).map("".join)
+    parts = st.sampled_from(["I", " count", " the stairs", ".", "\n", " my sister", "<|im_end|>"])
+    rests = st.lists(parts, max_size=8).map("".join)
     prompts = data.draw(st.lists(rests.map(lambda r: shared + r).filter(bool), min_size=1, max_size=6))
     together = generate(model, tokenizer, prompts, Decoding(6), name="")
     assert together == [generate(model, tokenizer, [prompt], Decoding(6), name="")[0] for prompt in prompts]
@@ -372,13 +353,14 @@ def test_threads_take_turns(tiny):
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
-    alone = [generate(m, tokenizer, PROMPTS, Decoding(12), n=2, name="") for m in (model, other)]
+
+    def answers(own):
+        return generate(own, tokenizer, PROMPTS, Decoding(12), n=2, name="")
+
+    alone = [answers(own) for own in (model, other)]
     assert alone[0] != alone[1]
     with ThreadPoolExecutor(4) as pool:
-        together = list(
-            pool.map(lambda m: generate(m, tokenizer, PROMPTS, Decoding(12), n=2, name=""), [model, other] * 6)
-        )
-    assert together == alone * 6
+        assert list(pool.map(answers, [model, other] * 6)) == alone * 6
 
 
 # ---- stopping ----
@@ -399,12 +381,10 @@ def test_a_stop_token_ends_an_answer_and_changes_no_other(tiny, monkeypatch, ste
     monkeypatch.setattr(model.generation_config, "eos_token_id", sorted(chosen))
     stops = stop_tokens(model, tokenizer)
     lengths = [next((i for i, token in enumerate(tokens) if token in stops), None) for tokens in full]
-    assert sum(n is not None for n in lengths) > len(full) / 4 and len({n for n in lengths}) > 1, (
-        "some leave, at different times"
-    )
+    assert sum(n is not None for n in lengths) > len(full) / 4 and len({*lengths}) > 1, "some leave, at different times"
     found = generate(model, tokenizer, PROMPTS, Decoding(12), name="")
     for tokens, length, [sample] in zip(full, lengths, found):
-        assert sample.text == tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+        assert sample.text == spelled(tokenizer, tokens[:length])
         assert (sample.finish_reason, sample.n_tokens) == (("length", 12) if length is None else ("stop", length))
 
 
