@@ -778,10 +778,12 @@ def missing(profile: Profile, plan: Plan | None = None) -> list[str]:
     "List what this machine lacks for a run, each with its remedy; the network is not asked."
     import huggingface_hub
 
-    uris, push, bench = asked_uris(profile), profile.reward.push_to_hub, profile.mixing.reward_bench
+    uris, bench = asked_uris(profile), profile.mixing.reward_bench
     others = [judge.place for judge in other_judges(profile) if judge.kind == "reward" and judge.place]
     local = [name for provider, name, _ in map(split_uri, uris) if provider == "local"]
-    token = f"reward.push_to_hub: {push!r} needs a token that may write; run `hf auth login` or set HF_TOKEN"
+    pushed = {"reward": profile.reward.push_to_hub, "dpo": profile.dpo.push_to_hub}
+    token = "needs a token that may write; run `hf auth login` or set HF_TOKEN"
+    tokens = [f"{name}.push_to_hub: {repo!r} {token}" for name, repo in pushed.items() if repo]
     free = shutil.disk_usage(project_root() if project_root().is_dir() else Path.cwd()).free / 1e9
     need = sum((plan or plan_run(profile)).disk_bytes().values()) / 1e9
     larger = "set dpo_iter.keep_last, or let PSYCOPREF_ROOT name a folder on a larger disk"
@@ -792,7 +794,7 @@ def missing(profile: Profile, plan: Plan | None = None) -> list[str]:
         *missing_weights([*profile.backbones, *local, "minilm", *profile.reward.scorers, *others]),
         *missing_general(profile),
         *(_not_here("RewardBench", BENCH, BENCH.homes if bench == BENCH.name else [bench]) if bench else []),
-        *([token] if push and not huggingface_hub.get_token() else []),
+        *([] if huggingface_hub.get_token() else tokens),
         *missing_engine(profile),
         *missing_memory(profile),
         *([disk] if need > free else []),

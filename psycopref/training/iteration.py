@@ -25,7 +25,7 @@ from .sampling import sample_candidates, score_candidates
 from ..models.weights import Weights, find_weights
 
 # %% auto #0
-__all__ = ['DROP_REASONS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'Clock',
+__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'Clock',
            'candidate_pairs', 'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune', 'check_strategy',
            'iterate']
 
@@ -85,6 +85,8 @@ def choose_pair(answers: list[str], rewards: list[float], settings: IterSettings
 
 # %% ../../nbs/training/08_iteration.ipynb #c68a3d3d
 DROP_REASONS = ("no gap", "same text", "empty answer", "no pair of similar length")
+ONLINE_COLUMNS = ["ID", "prefID", "question", "chosen", "rejected", "chosen_reward", "rejected_reward"]
+ONLINE_COLUMNS += ["chosen_cut", "rejected_cut"]
 
 
 def online_pairs(
@@ -105,33 +107,10 @@ def online_pairs(
             dropped[found] += 1
             continue
         i, j = found
-        rows.append(
-            {
-                "ID": name,
-                "prefID": len(rows),
-                "question": speeches[name],
-                "chosen": answers[i],
-                "rejected": answers[j],
-                "chosen_reward": rewards[name][i],
-                "rejected_reward": rewards[name][j],
-                "chosen_cut": bool(cut and cut[name][i]),
-                "rejected_cut": bool(cut and cut[name][j]),
-            }
-        )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "ID",
-            "prefID",
-            "question",
-            "chosen",
-            "rejected",
-            "chosen_reward",
-            "rejected_reward",
-            "chosen_cut",
-            "rejected_cut",
-        ],
-    ), dropped
+        cuts = [bool(cut and cut[name][k]) for k in found]
+        texts, scores = (answers[i], answers[j]), (rewards[name][i], rewards[name][j])
+        rows.append((name, len(rows), speeches[name], *texts, *scores, *cuts))
+    return pd.DataFrame(rows, columns=ONLINE_COLUMNS), dropped
 
 
 def cut_answers(samples: dict) -> dict:
@@ -202,25 +181,15 @@ def candidate_pairs(online: Online, number: int):
     names = iteration_prompts(list(online.speeches), own.prompts, number - 1, online.seed, own.draw)
     write_json(folder / "prompts.json", names)
     asked, clock = {name: online.speeches[name] for name in names}, Clock(folder / "seconds.json")
+    place, title = folder / "candidates", f"iteration {number}: "
+    policy, how = functools.partial(online.policy, number - 1), online.decoding(number)
     samples = clock(
         "sample",
-        lambda: sample_candidates(
-            online.policy(number - 1),
-            asked,
-            folder / "candidates",
-            own,
-            online.decoding(number),
-            own.candidates,
-            online.dtype,
-            f"iteration {number}: sampling",
-        ),
+        lambda: sample_candidates(policy(), asked, place, own, how, own.candidates, online.dtype, title + "sampling"),
     )
     answers = {name: [sample.text for sample in group] for name, group in samples.items()}
     rewards = clock(
-        "score",
-        lambda: score_candidates(
-            online.scorer, asked, answers, folder / "candidates", online.dtype, f"iteration {number}: scoring"
-        ),
+        "score", lambda: score_candidates(online.scorer, asked, answers, place, online.dtype, title + "scoring")
     )
     pairs, dropped = online_pairs(asked, answers, rewards, own, cut_answers(samples))
     with atomic_path(folder / "pairs.parquet") as partial:
@@ -257,20 +226,10 @@ def learn(online: Online, number: int, pairs) -> dict:
         online.policy(number - 1 if choice == "previous" else 0) for choice in (own.init, own.reference)
     )
     moments = None if own.optimiser == "reset" else "" if number == 1 else online.place(number - 1) / "optimiser.pt"
-    return train_policy(
-        start,
-        pairs,
-        how,
-        folder / "policy",
-        folder / "job",
-        online.dtype,
-        derived_seed(online.seed, "train", number),
-        reference=reference,
-        nll_weight=own.nll_weight,
-        schedule=iteration_schedule(online, number),
-        optimiser=moments,
-        name=f"DPO-Iter {number}/{own.iterations}",
-    )
+    seed, schedule = derived_seed(online.seed, "train", number), iteration_schedule(online, number)
+    more = {"reference": reference, "nll_weight": own.nll_weight, "schedule": schedule, "optimiser": moments}
+    name = f"DPO-Iter {number}/{own.iterations}"
+    return train_policy(start, pairs, how, folder / "policy", folder / "job", online.dtype, seed, name=name, **more)
 
 # %% ../../nbs/training/08_iteration.ipynb #22deb776
 def run_iteration(online: Online, number: int) -> dict:

@@ -396,7 +396,11 @@ def test_the_engine_is_looked_for_and_not_opened(monkeypatch):
 
 def test_keys_prices_weights_and_tokens_are_named_with_their_remedy(offline, tmp_path):
     others = ["openai:another-model", "reward:owner/model", "choose:openai:served/model@http://127.0.0.1:8000/v1"]
-    changed = {"judges.others": [*others, "reward:./nowhere"], "reward.push_to_hub": "me/mine"}
+    changed = {
+        "judges.others": [*others, "reward:./nowhere"],
+        "reward.push_to_hub": "me/mine",
+        "dpo.push_to_hub": "me/ours",
+    }
     said = " ".join(missing(load_profile("demo", {**changed, "reward.scorers": ["psychocounsel-8b", str(tmp_path)]})))
     for words in (
         "OPENAI_API_KEY is not set: another-model",
@@ -407,6 +411,7 @@ def test_keys_prices_weights_and_tokens_are_named_with_their_remedy(offline, tmp
         "weights './nowhere'",
         f"weights {str(tmp_path)!r}",
         "reward.push_to_hub: 'me/mine' needs a token",
+        "dpo.push_to_hub: 'me/ours' needs a token",
     ):
         assert words in said, words
     judges = load_profile("demo", {"judges.others": ["rewards"]})
