@@ -9,7 +9,6 @@ import itertools
 
 import numpy as np
 
-from .scores import cohen_kappa, percent_agreement
 from .intervals import cluster_totals, stretched, weighted_totals, win_interval
 
 # %% auto #0
@@ -174,6 +173,8 @@ def _kappa_interval(
     a: np.ndarray, b: np.ndarray, clusters: np.ndarray | None, samples: int, coverage: float, seed: int
 ) -> tuple[float, float, float]:
     "Return Cohen's κ with an interval. Returns (κ, low, high); NaN if only one label was used."
+    from sklearn.metrics import cohen_kappa_score
+
     labels, code = np.unique(np.concatenate([a, b]), return_inverse=True)
     v = len(labels)
     if v < 2:
@@ -184,7 +185,7 @@ def _kappa_interval(
     table = weighted_totals(totals, invented, samples, seed).reshape(samples, v, v)
     table = table / table.sum(axis=(1, 2), keepdims=True)
     expected = (table.sum(axis=2) * table.sum(axis=1)).sum(axis=1)
-    kappa = cohen_kappa(a, b)
+    kappa = float(cohen_kappa_score(a, b))
     return kappa, *stretched((np.trace(table, axis1=1, axis2=2) - expected) / (1 - expected), kappa, coverage)
 
 # %% ../../nbs/stats/03_agreement.ipynb #521cd006
@@ -195,7 +196,7 @@ def _pair_row(first, second, cluster: str | None, settings: tuple) -> dict:
     if both.empty:
         return dict(n=0, **dict.fromkeys(names, np.nan))
     a, b = both["label"].to_numpy(), both["label_second"].to_numpy()
-    agreement, clusters = percent_agreement(a, b), None if cluster is None else both[cluster].to_numpy()
+    agreement, clusters = 100 * float(np.mean(a == b)), None if cluster is None else both[cluster].to_numpy()
     interval = win_interval((a == b).astype(int), clusters, *settings)
     return dict(n=len(both), **dict(zip(names, (agreement, *interval, *_kappa_interval(a, b, clusters, *settings)))))
 
