@@ -43,6 +43,26 @@ def counsel_chat():
     return COUNSEL_CHAT.resolve()
 
 
+@pytest.fixture
+def gateway(tmp_path):
+    from psycopref.gateway.cache import ReplyCache
+    from psycopref.gateway.gateway import Gateway
+
+    return Gateway(ReplyCache(tmp_path / "replies.sqlite"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Set `server.behave(text, attempt)`; read `server.log`, the last message of every request in order."""
+    from raw_server import RawServer
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    running = RawServer()
+    yield running
+    running.stop()
+    assert not running.thread.is_alive()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads only wait for each other in models as small as a test's."""

@@ -28,7 +28,7 @@ def same_text(text: str) -> str:
 # %% ../../nbs/corpus/04_duplicates.ipynb #3860406d
 SHINGLE = 5  # characters in a shingle
 CHUNK = 8192  # pairs compared at once; bounds the memory
-BLOCK = 32_768  # rows whose shingles are held at once for exact comparison
+BLOCK = 32_768  # rows whose shingles are held at once
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -73,9 +73,6 @@ def _row_jaccard(matrix, i, j):
     return found
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #aad45b7a
-BLOCK = 32_768  # rows whose shingles are held at once
-
-
 def jaccard(texts: typing.Sequence[str], i, j):
     "Return the exact Jaccard index of each pair of rows `i` and `j`, as float64."
     import numpy as np
