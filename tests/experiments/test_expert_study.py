@@ -413,7 +413,7 @@ def test_equal_scores_are_no_certainty(kits):
             study.annotator_caption("Figure 3", ["simulated 1"]),
         )
     )
-    assert "1 to 5" in one_value_error(lambda: study.score_interval([0, 5], ["a", "b"], 50, 0))
+    assert "outside (1, 5)" in one_value_error(lambda: study.score_interval([0, 5], ["a", "b"], 50, 0))
 
 
 def one_value_error(call):

@@ -255,7 +255,6 @@ REFUSED = {
     "a gap": (lambda: length_controlled([1, 0], [1, np.nan]), "a gap"),
     "a win of 2": (lambda: length_controlled([2, 0], [1, 2]), "outside"),
     "ids of other length": (lambda: length_controlled([1, 0], [1, 2], ["a"]), "1 clusters"),
-    "level in percent": (lambda: length_controlled([1, 0], [1, 2], level=95), "0.95"),
     "frame of another kind": (lambda: leaderboard(pd.DataFrame({"policy": ["a"]})), "wins"),
 }
 
