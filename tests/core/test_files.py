@@ -140,36 +140,27 @@ def test_an_exception_leaves_no_stage_and_no_tables(tmp_path):
     assert "01_speeches" in one_line(lambda: StageReader(RUN, "01_speeches").rows("scores"))
 
 
-def interrupted(seed=0, settings=None, inputs=()):
+def interrupted(seed, settings, inputs):
     with pytest.raises(KeyboardInterrupt):
-        with StageWriter(RUN, "05_reward", "tiny", seed, settings or {}, list(inputs)) as stage:
+        with StageWriter(RUN, "05_reward", "tiny", seed, settings, inputs) as stage:
             stage.json("abandoned", {"n": 1})
             (stage.work / "scratch").mkdir(exist_ok=True)
             (stage.work / "scratch" / "step-7").write_text("half way")
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "first, second, kept",
-    [((0, {"epochs": 1}), (0, {"epochs": 2}), False), ((0, {}), (1, {}), False), ((0, {}), (0, {}), True)],
-    ids=["settings", "seed", "the same"],
-)
-def test_scratch_is_continued_by_the_same_run_alone_and_never_signed(first, second, kept):
-    interrupted(*first)
-    with StageWriter(RUN, "05_reward", "tiny", *second) as stage:
-        assert (stage.work / "scratch" / "step-7").exists() == kept
-        stage.json("value", {"n": 2})
-    assert signed() - {"abandoned.json"} == {"value.json"} and ("abandoned.json" in signed()) == kept
-    assert not (RUN.stage("05_reward") / "scratch").exists()
-
-
-def test_nothing_of_an_interrupted_run_with_other_inputs_is_signed(tmp_path):
+@pytest.mark.parametrize("changed", ["settings", "seed", "input", None])
+def test_scratch_is_continued_by_the_same_run_alone_and_never_signed(tmp_path, changed):
     source = write_json(tmp_path / "source.json", 1)
-    interrupted(inputs=[source])
-    write_json(source, 2)
-    with StageWriter(RUN, "05_reward", "tiny", 0, {}, [source]) as stage:
+    interrupted(0, {"epochs": 1}, [source])
+    write_json(source, 2 if changed == "input" else 1)
+    with StageWriter(
+        RUN, "05_reward", "tiny", changed == "seed", {"epochs": 1 + (changed == "settings")}, [source]
+    ) as stage:
+        assert (stage.work / "scratch" / "step-7").exists() == (changed is None)
         stage.json("value", {"n": 2})
-    assert signed() == {"value.json"}
+    assert signed() == {"value.json"} | ({"abandoned.json"} if changed is None else set())
+    assert not (RUN.stage("05_reward") / "scratch").exists()
 
 
 def test_a_project_below_a_folder_named_scratch_can_sign(tmp_path, monkeypatch):
@@ -341,6 +332,29 @@ def test_rows_come_back_as_they_were_and_the_bytes_are_the_same(tmp_path_factory
     found = read_rows(first, kind)
     assert list(found.columns) == list(SCHEMAS[kind]) and found.to_dict("records") == rows
     assert write_rows(folder / "c.parquet", kind, found).read_bytes() == first.read_bytes()
+
+
+@few
+@given(st.lists(st.integers(0, 21), max_size=6))
+def test_rows_written_frame_by_frame_are_the_rows_of_one_frame(tmp_path_factory, cuts):
+    folder, edges = tmp_path_factory.getbasetemp(), [0, *sorted(cuts), 21]
+    whole = pd.DataFrame([score(ID=f"é\u2028{n}", prefID=n) for n in range(21)])
+    write_rows(folder / "parts.parquet", "scores", (whole[a:b] for a, b in zip(edges, edges[1:])))
+    write_rows(folder / "one.parquet", "scores", whole)
+    parts, one = (read_rows(folder / f"{name}.parquet", "scores") for name in ("parts", "one"))
+    assert parts.equals(one) and parts.to_dict("records") == whole.to_dict("records")
+    assert parts.dtypes.equals(one.dtypes)
+
+
+def test_a_frame_that_does_not_fit_leaves_the_rows_as_they_were(tmp_path):
+    good = pd.DataFrame([score()])
+    path = write_rows(tmp_path / "a.parquet", "scores", good)
+    before = path.read_bytes()
+    for bad in (good.assign(ID=None), good.assign(age=3)):
+        assert "a.parquet" in one_line(lambda: write_rows(path, "scores", iter([good, good, bad])))
+    with pytest.raises(ZeroDivisionError):
+        write_rows(path, "scores", (good.assign(ID=str(1 // n)) for n in (1, 0)))
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["a.parquet"]
 
 
 # ---- tables ----

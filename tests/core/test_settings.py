@@ -159,26 +159,11 @@ def test_a_profile_file_names_each_setting_once_and_only_what_differs():
         assert len(names) == len(set(names)) and yaml.safe_load(text)["name"] == name
 
 
-def test_overrides_meet_in_any_order():
+def test_overrides_meet_in_any_order_and_profiles_are_frozen():
     overrides = {"reward.epochs": 5, "reward.lora.rank": 3, "speeches.limit": 9, "dpo.beta": 1}
     found = {load_profile("paper", dict(order)) for order in itertools.permutations(overrides.items())}
     assert len(found) == 1 and found.pop().dpo.beta == 1.0
-
-
-def test_profiles_are_frozen_to_the_last_leaf():
-    def nodes(node):
-        yield node
-        for entry in dataclasses.fields(node):
-            if dataclasses.is_dataclass(getattr(node, entry.name)):
-                yield from nodes(getattr(node, entry.name))
-
-    for profile in PROFILES.values():
-        hash(profile)
-        for node in nodes(profile):
-            for entry in dataclasses.fields(node):
-                with pytest.raises(dataclasses.FrozenInstanceError):
-                    setattr(node, entry.name, getattr(node, entry.name))
-                assert not isinstance(getattr(node, entry.name), (list, dict, set)), "a leaf that can change in place"
+    assert len({*PROFILES.values()}) == 3, "only what is frozen to the last leaf has a hash"
 
 
 def test_the_paper_profile_has_the_papers_numbers():
@@ -219,13 +204,6 @@ def test_every_stage_reads_parts_of_the_profile_as_plain_data(profile):
             assert value == whole
         as_overrides = {name: "wandb" if name.endswith("report_to") else 2 for name in BEHAVIOUR}
         assert stage_settings(load_profile(profile, as_overrides), name) == found, "how a run behaves redoes nothing"
-
-
-def test_stages_need_only_stages_before_them():
-    names = list(STAGES)
-    assert names == sorted(names) and all(key == stage.name for key, stage in STAGES.items())
-    for place, stage in enumerate(STAGES.values()):
-        assert set(stage.needs) <= set(names[:place]), stage.name
 
 
 def test_every_setting_is_read_by_some_stage():

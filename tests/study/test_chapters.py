@@ -18,24 +18,31 @@ def notebook(path):
     return json.loads(path.read_text())
 
 
+def sources(path, kind):
+    return ["".join(cell["source"]) for cell in notebook(path)["cells"] if cell["cell_type"] == kind]
+
+
 def code(path):
-    return ["".join(cell["source"]) for cell in notebook(path)["cells"] if cell["cell_type"] == "code"]
+    return sources(path, "code")
 
 
 def prose(path):
-    return ["".join(cell["source"]) for cell in notebook(path)["cells"] if cell["cell_type"] == "markdown"]
+    return sources(path, "markdown")
+
+
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
 def test_there_are_fourteen_chapters_and_an_index():
     assert len(CHAPTERS) == 15 and CHAPTERS[-1].stem == "index"
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@each_chapter
 def test_a_chapter_holds_its_results_and_nothing_of_a_machine(path):
     assert publication_faults(notebook(path)) == []
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@each_chapter
 def test_a_chapter_imports_in_eight_lines_and_defines_nothing(path):
     trees = [ast.parse(source) for source in code(path)]
     nodes = [node for tree in trees for node in ast.walk(tree)]
@@ -46,13 +53,11 @@ def test_a_chapter_imports_in_eight_lines_and_defines_nothing(path):
 
 def test_run_cells_say_what_the_experiment_is_and_little_else():
     cells = [source for path in CHAPTERS for source in code(path) if source.startswith("#| run")]
-    assert (
-        sum(len(source.splitlines()) - 1 for source in cells) <= 560
-        and max(len(source.splitlines()) for source in cells) <= 18
-    )
+    lines = [len(source.splitlines()) for source in cells]
+    assert sum(lines) - len(lines) <= 560 and max(lines) <= 18
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@each_chapter
 def test_a_chapter_opens_with_its_question_and_points_to_no_number(path):
     first = prose(path)[0]
     assert first.startswith("# ") and "\n> " in first
@@ -66,12 +71,8 @@ def test_readme_is_one_page():
     assert "no clinical judge" in README
 
 
-PAGES = [
-    REPOSITORY / "README.md",
-    REPOSITORY / "CONTRIBUTING.md",
-    *CHAPTERS,
-    *sorted((REPOSITORY / "nbs/guide").glob("*.ipynb")),
-]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *CHAPTERS]
+PAGES += sorted((REPOSITORY / "nbs/guide").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -96,11 +97,8 @@ def shown_cells(outputs):
 def test_every_number_of_readme_s_results_stands_in_the_index():
     cells = notebook(REPOSITORY / "nbs/index.ipynb")["cells"]
     shown = shown_cells([output for cell in cells for output in cell.get("outputs", [])])
-    rows = [
-        [own.strip() for own in line.split("|")[2:5]]
-        for line in README.splitlines()
-        if re.match(r"\| [^|]+ \| [\d.]+% \|", line)
-    ]
+    lines = [line for line in README.splitlines() if re.match(r"\| [^|]+ \| [\d.]+% \|", line)]
+    rows = [[own.strip() for own in line.split("|")[2:5]] for line in lines]
     assert len(rows) >= 3
     for measured, interval, n in rows:
         assert measured.rstrip("%") in shown and interval in shown and n in shown, (measured, interval, n)
@@ -112,9 +110,8 @@ def test_the_settings_page_holds_its_tables():
 
 
 def test_no_saved_output_speaks_of_the_old_layout():
-    old = re.compile(
-        r"\b(03_weights|05_speeches|06_responses|07_ratings|08_pairs|11_reward|12_policy|13_evaluation|16_report)\b"
-    )
+    names = "03_weights 05_speeches 06_responses 07_ratings 08_pairs 11_reward 12_policy 13_evaluation 16_report"
+    old = re.compile(rf"\b({'|'.join(names.split())})\b")
     for path in sorted((REPOSITORY / "nbs").rglob("*.ipynb")):
         saved = json.dumps([cell.get("outputs") for cell in notebook(path)["cells"]])
         assert path.parent.name == "run" and "holds '05_speeches'" in saved or not old.search(saved), path

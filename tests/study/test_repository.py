@@ -12,20 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-WINGS = [
-    "core",
-    "stats",
-    "models",
-    "rater",
-    "gateway",
-    "corpus",
-    "feedback",
-    "training",
-    "evaluation",
-    "experiments",
-    "run",
-]
-MOST_FILES_WITH_LONG_LINES = 52
+WINGS = "core stats models rater gateway corpus feedback training evaluation experiments run".split()
+MOST_FILES_WITH_LONG_LINES = 50
 CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
 ROOMS = sorted(path for wing in WINGS for path in (REPOSITORY / "nbs" / wing).glob("[0-9]*.ipynb"))
 BIN = Path(sys.executable).parent
@@ -36,30 +24,26 @@ def cells(path):
 
 
 def exports(path):
-    return [
-        "".join(c["source"])
-        for c in cells(path)
-        if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| export")
-    ]
+    sources = ["".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code"]
+    return [source for source in sources if source.startswith("#| export")]
+
+
+def contents(folder) -> dict:
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])
 def test_export_and_clean_leave_no_difference(command, tmp_path):
-    for name in ("nbs", "psycopref", "settings.ini", "README.md", "pyproject.toml"):
-        source = REPOSITORY / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(
-            source,
-            tmp_path / name,
-            **({"ignore": shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")} if source.is_dir() else {}),
-        )
-    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for name in ("nbs", "psycopref"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored)
+    for name in ("settings.ini", "README.md", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    before = contents(tmp_path)
     subprocess.run([str(BIN / command)], cwd=tmp_path, check=True, capture_output=True)
-    after = {
-        p.relative_to(tmp_path): p.read_bytes()
-        for p in tmp_path.rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
-    }
-    assert {k for k in before if after.get(k) != before[k]} | (after.keys() - before.keys()) == set()
+    after = contents(tmp_path)
+    assert {path for path in {*before, *after} if after.get(path) != before.get(path)} == set()
 
 
 def wing_and_number(path):
@@ -69,11 +53,8 @@ def wing_and_number(path):
 def imported(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "psycopref":
-            yield from (
-                [node.module]
-                if node.module.count(".") == 2
-                else [f"{node.module}.{alias.name}" for alias in node.names]
-            )
+            whole = node.module.count(".") == 2
+            yield from [node.module] if whole else [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("psycopref."))
 
@@ -86,9 +67,8 @@ def test_rooms_import_lower_wings_and_lower_rooms():
     for path in ROOMS:
         for module in {name for source in code_cells(path) for name in imported(source)}:
             other = notebooks[module.removeprefix("psycopref.")]
-            assert wing_and_number(other) < wing_and_number(path), (
-                f"{path.parent.name}/{path.name} imports {module}, which comes later"
-            )
+            late = f"{path.parent.name}/{path.name} imports {module}, which comes later"
+            assert wing_and_number(other) < wing_and_number(path), late
 
 
 def test_chapters_are_imported_by_nobody_and_bear_no_name_of_a_wing():
@@ -96,15 +76,11 @@ def test_chapters_are_imported_by_nobody_and_bear_no_name_of_a_wing():
 
     assert [path.stem for path in CHAPTERS] == list(STAGES)
     assert not {path.stem.split("_", 1)[1] for path in CHAPTERS} & {*WINGS}
-    assert not any("#| export" in source for path in CHAPTERS for source in exports(path)), (
-        "a chapter defines nothing that others could import"
-    )
+    assert not any(map(exports, CHAPTERS)), "a chapter defines nothing that others could import"
 
 
 def test_the_folders_of_notebooks_are_the_wings():
-    folders = {
-        path.name for path in (REPOSITORY / "nbs").iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
-    }
+    folders = {path.name for path in (REPOSITORY / "nbs").iterdir() if path.is_dir() and path.name[0] not in "._"}
     assert folders == {*WINGS, "guide"}
     rooms = {wing: sum(path.parent.name == wing for path in ROOMS) for wing in WINGS}
     assert all(n <= 10 for n in rooms.values()), rooms
@@ -122,9 +98,8 @@ def test_stage_notebooks_have_their_parameters():
     from psycopref.run.runner import notebook_parameters
 
     for stage in STAGES:
-        assert {"PROFILE", "RUN", "SEED", "OVERRIDES"} <= notebook_parameters(
-            REPOSITORY / "nbs" / f"{stage}.ipynb"
-        ).keys()
+        found = notebook_parameters(REPOSITORY / "nbs" / f"{stage}.ipynb").keys()
+        assert {"PROFILE", "RUN", "SEED", "OVERRIDES"} <= found
 
 
 def test_the_top_level_holds_what_was_meant():
@@ -132,8 +107,9 @@ def test_the_top_level_holds_what_was_meant():
     if listed.returncode:
         pytest.skip("no git checkout")
     top = {path.split("/")[0] for path in listed.stdout.splitlines()}
-    assert top <= {".ci", ".gitattributes", ".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "Snakefile", "constraints.txt", "environment.yml",
-                   "figures", "nbs", "outputs", "psycopref", "pyproject.toml", "settings.ini", "tests"}  # fmt: skip
+    known = ".ci .gitattributes .gitignore CONTRIBUTING.md LICENSE Makefile README.md Snakefile constraints.txt"
+    known += " environment.yml figures nbs outputs psycopref pyproject.toml settings.ini tests"
+    assert top <= {*known.split()}
 
 
 def test_papermill_reads_every_parameter():
@@ -143,21 +119,19 @@ def test_papermill_reads_every_parameter():
 
     for path in CHAPTERS:
         if '"parameters"' in path.read_text():
-            assert list(inspect_notebook(str(path))) == list(notebook_parameters(path)), (
-                f"{path.name}: an = in a comment makes papermill lose a parameter"
-            )
+            lost = f"{path.name}: an = in a comment makes papermill lose a parameter"
+            assert list(inspect_notebook(str(path))) == list(notebook_parameters(path)), lost
+
+
+LIGHT = "core.settings core.prompts stats.scores rater.rubric stats.intervals stats.agreement stats.length_control"
+HEAVY = "torch transformers pandas sklearn scipy matplotlib openai trl"
 
 
 def test_light_modules_stay_light():
-    code = (
-        "import sys, psycopref, psycopref.core.settings, psycopref.core.prompts, psycopref.stats.scores, "
-        "psycopref.rater.rubric, psycopref.stats.intervals, psycopref.stats.agreement, psycopref.stats.length_control;"
-        "print([m for m in ('torch', 'transformers', 'pandas', 'sklearn', 'scipy', 'matplotlib', 'openai', 'trl') if "
-        "m in sys.modules])"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    names = ", ".join(f"psycopref.{module}" for module in LIGHT.split())
+    code = f"import sys, {names}; print(*{{*sys.modules}} & {set(HEAVY.split())})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def requirement_names(text):
@@ -173,11 +147,8 @@ def test_requirements_agree_and_are_pinned():
     development = ast.literal_eval(re.search(r"^dev = (\[.*?\])", project, re.S | re.M)[1])
     assert requirement_names(ours["requirements"]) == {d.lower() for d in dependencies}
     assert requirement_names(ours["dev_requirements"]) == {d.lower() for d in development}
-    pinned = {
-        line.split("==")[0].lower().replace("_", "-")
-        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert {d.lower() for d in [*dependencies, *development]} <= pinned
     environment = (REPOSITORY / "environment.yml").read_text()
     assert "--constraint constraints.txt" in environment and "--editable .[dev]" in environment
@@ -186,9 +157,8 @@ def test_requirements_agree_and_are_pinned():
 def test_prompts_and_data_travel_with_the_package():
     project = (REPOSITORY / "pyproject.toml").read_text()
     assert '"resources/**/*"' in project and "[tool.setuptools.packages.find]" in project
-    rows = [
-        json.loads(line) for line in (REPOSITORY / "psycopref/resources/demo_speeches.jsonl").read_text().splitlines()
-    ]
+    lines = (REPOSITORY / "psycopref/resources/demo_speeches.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     from psycopref.core.paper import coarse_of
 
     topics = [row["topic"] for row in rows]
@@ -202,19 +172,8 @@ def test_prompts_and_data_travel_with_the_package():
 
 def long_lines():
     "Files with lines over 120 characters, exceptions left out of account."
-    command = [
-        str(BIN / "ruff"),
-        "check",
-        "--isolated",
-        "--line-length",
-        "120",
-        "--select",
-        "E501",
-        "--output-format",
-        "concise",
-        "nbs",
-        "tests",
-    ]
+    command = [str(BIN / "ruff"), *"check --isolated --line-length 120 --select E501 --output-format concise".split()]
+    command += ["nbs", "tests"]
     output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
     return {line.split(":")[0] for line in output.splitlines() if "E501" in line}
 
