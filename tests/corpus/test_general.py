@@ -1,12 +1,10 @@
-"""General pairs: rows are read or refused, the rule is exact, a prompt has one side, and a mixture is what its name says."""
+"""General pairs: rows are read or refused, the rule is exact, a prompt has one side, a mixture is what its name says."""
 
 import gzip
 import hashlib
 import itertools
 import json
 import math
-import subprocess
-import sys
 from fractions import Fraction
 
 import pandas as pd
@@ -39,30 +37,18 @@ from psycopref.corpus.general import (
     split_by_prompt,
     unreadable_prompts,
     weighted_sums,
-)  # fmt: skip
+)
 from psycopref.corpus.collection import split_of
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def rated(
-    prompt="Why is the sky blue?",
-    response="Air scatters it.",
-    helpfulness=3,
-    correctness=3,
-    coherence=4,
-    complexity=2,
-    verbosity=2,
-):
-    return dict(zip(GENERAL_COLUMNS, (prompt, response, helpfulness, correctness, coherence, complexity, verbosity)))
+def rated(prompt="Why is the sky blue?", response="Air scatters it.", *ratings, **changed):
+    return dict(zip(GENERAL_COLUMNS, (prompt, response, *ratings, *(3, 3, 4, 2, 2)[len(ratings) :]))) | changed
 
 
-TWO = [
-    rated(),
-    rated(response="The sea.", helpfulness=1),
-    rated("Name a prime.", "Seven.", 4),
-    rated("Name a prime.", "Nine.", 0),
-]
+SKY = [rated(), rated(response="The sea.", helpfulness=1)]
+TWO = [*SKY, rated("Name a prime.", "Seven.", 4), rated("Name a prime.", "Nine.", 0)]
 
 
 def jsonl(rows):
@@ -79,13 +65,6 @@ def frame_of(rows):
     return pd.DataFrame(rows, columns=list(GENERAL_COLUMNS))
 
 
-def test_importing_stays_light():
-    code = "import sys, psycopref.corpus.general; print([m for m in ('pandas', 'numpy', 'pyarrow', 'httpx', 'huggingface_hub', 'torch', 'filelock') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
-
-
 # ---- places ----
 
 
@@ -100,120 +79,108 @@ def test_every_form_gives_the_same_rows(tmp_path, name):
     else:
         put(path, gzip.compress(jsonl(rows)) if name.endswith("gz") else jsonl(rows))
     found = read_general(f"mine={path}")
-    assert (
-        found.to_dict("records") == rows
-        and found.dtypes[list(ATTRIBUTES)].eq("int64").all()
-        and found.index.tolist() == list(range(5))
-    )
+    assert found.to_dict("records") == rows and found.index.tolist() == list(range(5))
+    assert found.dtypes[list(ATTRIBUTES)].eq("int64").all()
 
 
 def test_a_folder_gives_its_parts_in_order_and_a_file_itself(tmp_path):
-    (
-        put(tmp_path / "data" / "validation.jsonl.gz", gzip.compress(jsonl(TWO[2:]))),
-        put(tmp_path / "data" / "train.jsonl.gz", gzip.compress(jsonl(TWO[:2]))),
-    )
-    put(tmp_path / "data" / "preference.jsonl.gz", b"other things"), put(tmp_path / "data" / "README.md", b"# words")
+    train = put(tmp_path / "data" / "train.jsonl.gz", gzip.compress(jsonl(TWO[:2])))
+    validation = put(tmp_path / "data" / "validation.jsonl.gz", gzip.compress(jsonl(TWO[2:])))
+    put(tmp_path / "data" / "preference.jsonl.gz", b"other things")
+    put(tmp_path / "data" / "README.md", b"# words")
     assert read_general(f"helpsteer2={tmp_path}").to_dict("records") == TWO
-    assert read_general(str(tmp_path / "data" / "train.jsonl.gz")).to_dict("records") == TWO[:2]
-    (tmp_path / "data" / "validation.jsonl.gz").unlink()
+    validation.unlink()
     assert "not ['validation*.jsonl.gz']" in one_line(lambda: read_general(f"helpsteer2={tmp_path}"))
-    assert len(read_general(f"helpsteer2={tmp_path / 'data' / 'train.jsonl.gz'}")) == 2
+    for place in (str(train), f"helpsteer2={train}"):
+        assert read_general(place).to_dict("records") == TWO[:2]
     put(tmp_path / "one" / "rated.csv", frame_of(TWO).to_csv(index=False).encode())
     assert len(read_general(f"{tmp_path / 'one'}")) == 4
+
+
+PLACES = {
+    ("here.jsonl", None): ("general", "here.jsonl"),
+    ("mine=here.jsonl", None): ("mine", "here.jsonl"),
+    ("./a=b", None): ("general", "./a=b"),
+    ("https://a.b/c?d=e", None): ("general", "https://a.b/c?d=e"),
+    ("hf://datasets/o/n@main/f.csv", None): ("general", "hf://datasets/o/n@main/f.csv"),
+    ("helpsteer2", None): ("helpsteer2", f"hf://datasets/nvidia/HelpSteer2@{REVISION}"),
+    ("helpsteer2", "main"): ("helpsteer2", "hf://datasets/nvidia/HelpSteer2@main"),
+    ("mine=hf://datasets/o/n@main/f.csv", "v/1"): ("mine", "hf://datasets/o/n@v%2F1/f.csv"),
+}
+NO_PLACES = ("helpster2", "nothing-here", "helpsteer2=", "mine= ", "", "=", "./absent.jsonl", "mine=./absent")
 
 
 def test_places_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "here.jsonl", jsonl(TWO))
-    found = {
-        place: (source.name, where)
-        for place in ("here.jsonl", "mine=here.jsonl", "./a=b", "https://a.b/c?d=e", "hf://datasets/o/n@main/f.csv")
-        for source, where in [parse_place(place)]
-    }
-    assert [*found.values()] == [
-        ("general", "here.jsonl"),
-        ("mine", "here.jsonl"),
-        ("general", "./a=b"),
-        ("general", "https://a.b/c?d=e"),
-        ("general", "hf://datasets/o/n@main/f.csv"),
-    ]
-    assert parse_place("helpsteer2")[1] == f"hf://datasets/nvidia/HelpSteer2@{REVISION}" and len(REVISION) == 40
-    assert parse_place("helpsteer2", "main")[1] == "hf://datasets/nvidia/HelpSteer2@main"
-    assert parse_place("mine=hf://datasets/o/n@main/f.csv", "v/1")[1] == "hf://datasets/o/n@v%2F1/f.csv"
-    assert (
-        open_general("mine=here.jsonl").origin["licence"].startswith("not known")
-        and open_general("helpsteer2=here.jsonl").origin["licence"] == "CC-BY-4.0"
-    )
-    for place in (
-        "helpster2",
-        "nothing-here",
-        "helpsteer2=",
-        "mine= ",
-        "",
-        "=",
-        "./absent.jsonl",
-        "mine=./absent",
-        "hf://models/a/b",
-    ):
+    for place, (name, where) in PLACES.items():
+        source, found = parse_place(*place)
+        assert (source.name, found) == (name, where)
+    assert len(REVISION) == 40 and open_general("helpsteer2=here.jsonl").origin["licence"] == "CC-BY-4.0"
+    assert open_general("mine=here.jsonl").origin["licence"].startswith("not known")
+    for place in (*NO_PLACES, "hf://models/a/b"):
         one_line(lambda place=place: open_general(place))
     for place in ("demo", "here.jsonl", "https://a.b/c.csv"):
         assert "only datasets of the hub" in one_line(lambda place=place: open_general(place, "main"))
 
 
-FAULTS = {
-    "rating 5": ({"helpfulness": 5}, "row 3: helpfulness is 5 (int), expected a whole number from 0 to 4"),
-    "rating -1": ({"verbosity": -1}, "row 3: verbosity is -1"), "no rating": ({"correctness": None}, "row 3: correctness is None"),
-    "half": ({"coherence": 2.5}, "row 3: coherence is 2.5"), "float": ({"coherence": 2.0}, "row 3: coherence is "
-                                                                                           "2.0"), "truth": ({"complexity": True}, "row 3: complexity is True"),
-    "word": ({"complexity": "high"}, "row 3: complexity is 'high'"), "ten": ({"complexity": "10"}, "row 3: complexity "
-                                                                                                   "is '10'"),
-    "no response": ({"response": None}, "row 3: response is None"), "list": ({"prompt": [{"role": "user"}]}, "row 3: prompt is"),
-}  # fmt: skip
+FAULTS = [
+    ("helpfulness", 5, "is 5 (int), expected a whole number from 0 to 4"),
+    ("verbosity", -1, "is -1"),
+    ("correctness", None, "is None"),
+    ("coherence", 2.5, "is 2.5"),
+    ("coherence", 2.0, "is 2.0"),
+    ("complexity", True, "is True"),
+    ("complexity", "high", "is 'high'"),
+    ("complexity", "10", "is '10'"),
+    ("response", None, "is None"),
+    ("prompt", [{"role": "user"}], "is"),
+]
 
 
-@pytest.mark.parametrize("fault, words", FAULTS.values(), ids=FAULTS)
-def test_a_faulty_row_is_one_line(tmp_path, fault, words):
-    path = put(tmp_path / "a.jsonl", jsonl([*TWO[:3], {**TWO[3], **fault}]))
+@pytest.mark.parametrize("column, value, words", FAULTS)
+def test_a_faulty_row_is_one_line(tmp_path, column, value, words):
+    path = put(tmp_path / "a.jsonl", jsonl([*TWO[:3], {**TWO[3], column: value}]))
     message = one_line(lambda: read_general(f"mine={path}"))
-    assert words in message and str(path) in message and message.endswith("give mine=/path/to/it")
+    assert f"row 3: {column} {words}" in message and str(path) in message and message.endswith("give mine=/path/to/it")
 
 
 @pytest.mark.parametrize("missing", GENERAL_COLUMNS)
 def test_a_missing_column_is_one_line(tmp_path, missing):
-    rows = [{name: value for name, value in row.items() if name != missing} for row in TWO]
-    message = one_line(lambda: read_general(str(put(tmp_path / "a.jsonl.gz", gzip.compress(jsonl(rows))))))
+    path = put(tmp_path / "a.jsonl", jsonl({k: v for k, v in row.items() if k != missing} for row in TWO))
+    message = one_line(lambda: read_general(str(path)))
     assert f"columns ['{missing}'] are missing" in message and "read_ready_pairs" in message
 
 
-@pytest.mark.parametrize("data", [gzip.compress(jsonl(TWO))[:-20], gzip.compress(jsonl(TWO))[:40], b"\x1f\x8b and no "
-                                                                                                   b"more", gzip.compress(b""), gzip.compress(b"\n"), gzip.compress(b"\xe9\x81\n"),
-                                  gzip.compress(b'{"prompt": \n'), gzip.compress(b'["a"]'), b"", b"PAR1 and no more", b"<html></html>"])  # fmt: skip
+PACKED = gzip.compress(jsonl(TWO * 50))
+HALF = len(PACKED) // 2
+DAMAGED = [
+    *(PACKED[:-20], PACKED[:40], PACKED[:HALF] + bytes([PACKED[HALF] ^ 255]) + PACKED[HALF + 1 :]),
+    *(gzip.compress(content) for content in (b"", b"\n", b"\xe9\x81\n", b'{"prompt": \n', b'["a"]')),
+    *(b"\x1f\x8b and no more", b"", b"PAR1 and no more", b"<html></html>"),
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_file_is_one_line(tmp_path, data):
     path = put(tmp_path / "a.jsonl.gz", data)
-    assert str(path) in one_line(lambda: read_general(str(path)))
-
-
-def test_a_damaged_byte_inside_a_packed_file_is_one_line(tmp_path):
-    whole = bytearray(gzip.compress(jsonl(TWO * 50)))
-    whole[len(whole) // 2] ^= 255
-    assert "unpacked" in one_line(lambda: read_general(str(put(tmp_path / "a.jsonl.gz", bytes(whole)))))
+    message = one_line(lambda: read_general(str(path)))
+    assert str(path) in message and ("unpacked" in message or data not in DAMAGED[:3])
 
 
 def test_a_table_of_the_web_is_read_and_known(tmp_path, monkeypatch):
     open_loopback(tmp_path, monkeypatch)
     data = gzip.compress(jsonl(TWO), mtime=0)
-    with serve(
-        lambda handler, n: (
-            ranged(handler, data, '"one"') if handler.path.endswith("a.jsonl.gz") else send(handler, b"no", 404)
-        )
-    ) as (address, seen):
+
+    def answer(handler, n):
+        return ranged(handler, data, '"one"') if handler.path.endswith("a.jsonl.gz") else send(handler, b"no", 404)
+
+    with serve(answer) as (address, seen):
         assert read_general(f"mine={address}/a.jsonl.gz").to_dict("records") == TWO
         found = collect_general(f"mine={address}/a.jsonl.gz")
         assert "404" in one_line(lambda: read_general(f"mine={address}/b.jsonl.gz"))
-    assert (
-        found.origin["files"][0]["sha256"] == hashlib.sha256(data).hexdigest()
-        and sum(request["path"].endswith("a.jsonl.gz") for request in seen) == 1
-    )
+    assert found.origin["files"][0]["sha256"] == hashlib.sha256(data).hexdigest()
+    assert sum(request["path"].endswith("a.jsonl.gz") for request in seen) == 1
 
 
 IN_CHILD = """
@@ -225,36 +192,39 @@ for spec in sys.argv[1:]:
     try:
         if place.startswith("ready:"):
             pairs, counts = read_ready_pairs(place[6:], revision or None)
-            print(json.dumps({"counts": counts, "chosen": pairs.chosen.tolist()}))
+            result = {"counts": counts, "chosen": pairs.chosen.tolist()}
         else:
             found = collect_general(place, revision=revision or None)
-            print(json.dumps({"rows": len(read_general(place, revision or None)), "ids": found.pairs.ID.tolist(), "files": found.origin["files"], "title": found.title}))
+            result = {"rows": len(read_general(place, revision or None)), "ids": found.pairs.ID.tolist()}
+            result |= {"files": found.origin["files"], "title": found.title}
     except StudyError as error:
-        print(json.dumps({"error": str(error)}))
+        result = {"error": str(error)}
+    print(json.dumps(result))
 """
 
 
 def test_a_set_of_the_hub_is_read_at_its_commit(tmp_path):
     hub, place = Hub(), "helpsteer2=hf://datasets/any/set"
     strong = [{"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": n} for n in (-2, 0, 1)]
-    hub.files = {"README.md": b"# words", "train.jsonl.gz": gzip.compress(jsonl(TWO[:2])), "validation.jsonl.gz": gzip.compress(jsonl(TWO[2:])),
-                 "preference/preference.jsonl.gz": gzip.compress(jsonl(strong)), "disagreements/disagreements.jsonl.gz": b"other"}  # fmt: skip
+    hub.files = {
+        "README.md": b"# words",
+        "train.jsonl.gz": gzip.compress(jsonl(TWO[:2])),
+        "validation.jsonl.gz": gzip.compress(jsonl(TWO[2:])),
+        "preference/preference.jsonl.gz": gzip.compress(jsonl(strong)),
+        "disagreements/disagreements.jsonl.gz": b"other",
+    }
+    one_file = "hf://datasets/any/set@main/train.jsonl.gz"
     ready = "ready:mine=hf://datasets/any/set@main/preference/preference.jsonl.gz"
+    places = (place, f"{place}#{COMMIT}", one_file, ready, f"{place}#other", "mine=hf://datasets/any/gated")
     with serve(hub) as (address, seen):
-        found, at_commit, one, pairs, wrong, gated = in_child(IN_CHILD, tmp_path, address, place, f"{place}#{COMMIT}", "hf://datasets/any/set@main/train.jsonl.gz", ready,
-                                                              f"{place}#other", "mine=hf://datasets/any/gated")  # fmt: skip
+        found, at_commit, one, pairs, wrong, gated = in_child(IN_CHILD, tmp_path, address, *places)
     assert found["rows"] == 4 and found["ids"] == ["helpsteer2-0", "helpsteer2-2"] and found["title"] == "HelpSteer2"
-    assert [(entry["file"], entry["commit"]) for entry in found["files"]] == [
-        ("train.jsonl.gz", COMMIT),
-        ("validation.jsonl.gz", COMMIT),
-    ]
+    files = [(entry["file"], entry["commit"]) for entry in found["files"]]
+    assert files == [("train.jsonl.gz", COMMIT), ("validation.jsonl.gz", COMMIT)]
     assert at_commit["files"][0]["from"].endswith(f"@{COMMIT}") and one["rows"] == 2 and one["ids"] == ["general-0"]
     assert pairs["chosen"] == ["one", "two"] and pairs["counts"]["ties"] == 1
-    assert (
-        "RevisionNotFound" in wrong["error"]
-        and "GatedRepo" in gated["error"]
-        and gated["error"].endswith("give mine=/path/to/it")
-    )
+    assert "RevisionNotFound" in wrong["error"] and "GatedRepo" in gated["error"]
+    assert gated["error"].endswith("give mine=/path/to/it")
     offline = in_child(IN_CHILD, tmp_path, "http://127.0.0.1:9", place, "helpsteer2", offline="1")
     assert offline[0]["ids"] == found["ids"] and "HF_HUB_OFFLINE" in offline[1]["error"]
 
@@ -264,31 +234,42 @@ def test_a_set_of_the_hub_is_read_at_its_commit(tmp_path):
 content = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(
     lambda text: text.strip() and "<extra_id_" not in text
 )
+MARK = "<extra_id_1>"
 
 
 @few
 @given(st.lists(content, min_size=1, max_size=7).filter(lambda turns: len(turns) % 2))
 def test_turns_are_taken_apart_as_they_were_put_together(turns):
-    prompt = turns[0] + "".join(
-        f"\n<extra_id_1>{role}\n{turn}" for role, turn in zip(itertools.cycle(("Assistant", "User")), turns[1:])
-    )
-    messages = parse_prompt(prompt)
-    assert [message["content"] for message in messages] == turns and [message["role"] for message in messages] == (
-        ["user", "assistant"] * 4
-    )[: len(turns)]
+    roles = ["user", "assistant"] * 4
+    later = (f"\n{MARK}{role.title()}\n{turn}" for role, turn in zip(roles[1:], turns[1:]))
+    expected = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
+    assert parse_prompt(turns[0] + "".join(later)) == expected
 
 
-MARK = "<extra_id_1>"
-UNREADABLE = ["", " \n", f"a\n{MARK}User\nb", f"a\n{MARK}Assistant\nb", f"a\n{MARK}Assistant\nb\n{MARK}User\n", f"a\n{MARK}Assistant\n{MARK}User\nb", f"a\n{MARK}Assistant\nb\n{MARK}Assistant\nc",
-              f"a\n{MARK}Assistant\nb\n{MARK}User\nc\n{MARK}User\nd", f"{MARK}User\na", f"a {MARK}Assistant\nb\n{MARK}User\nc", f"a\n{MARK}assistant\nb\n{MARK}User\nc", f"a\n{MARK}Assistant", "<extra_id_0>System\na"]  # fmt: skip
+UNREADABLE = [
+    "",
+    " \n",
+    "<extra_id_0>System\na",
+    f"{MARK}User\na",
+    f"a\n{MARK}User\nb",
+    f"a\n{MARK}Assistant",
+    f"a\n{MARK}Assistant\nb",
+    f"a\n{MARK}Assistant\nb\n{MARK}User\n",
+    f"a\n{MARK}Assistant\n{MARK}User\nb",
+    f"a\n{MARK}Assistant\nb\n{MARK}Assistant\nc",
+    f"a\n{MARK}Assistant\nb\n{MARK}User\nc\n{MARK}User\nd",
+    f"a {MARK}Assistant\nb\n{MARK}User\nc",
+    f"a\n{MARK}assistant\nb\n{MARK}User\nc",
+]
 
 
 @pytest.mark.parametrize("prompt", UNREADABLE)
 def test_what_cannot_be_told_apart_is_set_aside(prompt):
     with pytest.raises(BadPrompt):
         parse_prompt(prompt)
-    pairs, counts = pairs_from_ratings(frame_of([rated(prompt, "x"), rated(prompt, "y", 0), *TWO]))
-    listed = unreadable_prompts(frame_of([*TWO, rated(prompt, "x"), rated(prompt, "y", 0)]))
+    rows = frame_of([*TWO, rated(prompt, "x"), rated(prompt, "y", 0)])
+    pairs, counts = pairs_from_ratings(rows)
+    listed = unreadable_prompts(rows)
     assert counts["unreadable prompts"] == len(listed) == 1 and listed.row[0] == 4 and len(listed.why[0]) > 5
     assert len(pairs) == 2 and counts["response pairs"] == 2 and counts["single responses"] == 0
 
@@ -296,20 +277,15 @@ def test_what_cannot_be_told_apart_is_set_aside(prompt):
 # ---- the rule ----
 
 decimals = st.decimals(-2, 2, places=2, allow_nan=False).map(lambda value: float(str(value)))
+weightings = st.dictionaries(st.sampled_from(ATTRIBUTES), decimals, min_size=1).filter(lambda w: any(w.values()))
 ratings = st.lists(st.integers(0, 4), min_size=5, max_size=5)
 
 
 @few
-@given(
-    st.dictionaries(st.sampled_from(ATTRIBUTES), decimals, min_size=1).filter(lambda weights: any(weights.values())),
-    st.lists(ratings, min_size=2, max_size=5),
-    st.data(),
-)
+@given(weightings, st.lists(ratings, min_size=2, max_size=5), st.data())
 def test_gaps_are_those_of_exact_fractions(weights, rows, data):
-    hundredths = {name: round(weight * 100) for name, weight in weights.items()}
-    expected = [
-        Fraction(sum(hundredths.get(name, 0) * value for name, value in zip(ATTRIBUTES, row)), 100) for row in rows
-    ]
+    hundredths = [round(weights.get(name, 0) * 100) for name in ATTRIBUTES]
+    expected = [Fraction(sum(h * value for h, value in zip(hundredths, row)), 100) for row in rows]
     frame = frame_of([rated("p", f"response {n}", *row) for n, row in enumerate(rows)])
     gaps = sorted(abs(a - b) for a, b in itertools.combinations(expected, 2))
     least = data.draw(st.sampled_from(gaps))
@@ -321,9 +297,7 @@ def test_gaps_are_those_of_exact_fractions(weights, rows, data):
         return
     pairs, counts = pairs_from_ratings(frame, rule)
     assert sorted(pairs.gap) == [float(gap) for gap in kept], "a gap that equals min_gap counts"
-    assert counts["ties"] == sum(not gap for gap in gaps) and counts["too small gap"] == sum(
-        0 < gap < least for gap in gaps
-    )
+    assert (counts["ties"], counts["too small gap"]) == (gaps.count(0), sum(0 < gap < least for gap in gaps))
     by_text = dict(zip(frame.response, expected))
     assert all(by_text[chosen] - by_text[rejected] >= least for chosen, rejected in zip(pairs.chosen, pairs.rejected))
 
@@ -337,81 +311,50 @@ def test_a_gap_that_floats_lose_is_kept():
 
 
 def test_declared_rules():
-    assert RULES == {"helpfulness": HELPFULNESS, "70b": SEVENTY_B} and HELPFULNESS == RatingRule(
-        {"helpfulness": 1.0}, 1.0
-    )
-    assert SEVENTY_B.weights == {
-        "helpfulness": 0.65,
-        "correctness": 0.8,
-        "coherence": 0.45,
-        "complexity": 0.55,
-        "verbosity": -0.4,
-    }
+    assert RULES == {"helpfulness": HELPFULNESS, "70b": SEVENTY_B}
+    assert HELPFULNESS == RatingRule({"helpfulness": 1.0}, 1.0)
+    assert SEVENTY_B.weights == dict(zip(ATTRIBUTES, (0.65, 0.8, 0.45, 0.55, -0.4)))
     talks = frame_of([rated(response="short", verbosity=0), rated(response="long", verbosity=4)])
     assert pairs_from_ratings(talks, SEVENTY_B)[0].chosen.tolist() == ["short"], "verbosity counts against"
 
 
 # ---- pairs from ratings ----
 
-some_rows = st.lists(
-    st.tuples(st.sampled_from("abcd"), st.sampled_from(["one", "two", "three", "two "]), st.integers(0, 4)),
-    min_size=2,
-    max_size=14,
-)
+texts = st.sampled_from(["one", "two", "three", "two "])
+some_rows = st.lists(st.tuples(st.sampled_from("abcd"), texts, st.integers(0, 4)), min_size=2, max_size=14)
 
 
 @few
 @given(some_rows, st.randoms(use_true_random=False), st.sampled_from([None, 1, 2]))
 def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, random, per_prompt):
     frame = frame_of([rated(*row) for row in rows])
-    order = random.sample(range(len(rows)), len(rows))
-    groups = [
-        [(text.strip(), h) for p, text, h in rows if p == prompt] for prompt in dict.fromkeys(p for p, *_ in rows)
-    ]
+    shuffled = frame.iloc[random.sample(range(len(rows)), len(rows))]
+    first = {prompt: [p for p, *_ in rows].index(prompt) for prompt, *_ in rows}
+    groups = [[(text.strip(), h) for p, text, h in rows if p == prompt] for prompt in first]
     both = [pair for group in groups for pair in itertools.combinations(group, 2)]
-    wide = [pair for pair in both if pair[0][0] != pair[1][0] and pair[0][1] != pair[1][1]]
+    wide = [(a, b) for a, b in both if a[0] != b[0] and a[1] != b[1]]
     if not wide:
         one_line(lambda: pairs_from_ratings(frame, per_prompt=per_prompt))
         return
     pairs, counts = pairs_from_ratings(frame, per_prompt=per_prompt)
-    again, counts_again = pairs_from_ratings(frame.iloc[order], per_prompt=per_prompt)
-    assert (
-        pairs.equals(again)
-        and counts == counts_again
-        and list(pairs.columns) == list(PAIR_COLUMNS)
-        and pairs.prefID.tolist() == list(range(len(pairs)))
-    )
+    again, counts_again = pairs_from_ratings(shuffled, per_prompt=per_prompt)
+    assert pairs.equals(again) and counts == counts_again
+    assert [*pairs] == list(PAIR_COLUMNS) and pairs.prefID.tolist() == list(range(len(pairs)))
     columns = ["question", "chosen", "rejected", "gap"]
-    elsewhere = pairs_from_ratings(frame.iloc[order].reset_index(drop=True), per_prompt=per_prompt)[0]
-    assert sorted(elsewhere[columns].values.tolist()) == sorted(pairs[columns].values.tolist()), (
-        "in another file the same pairs stay, if not the ids"
-    )
-    assert (
-        counts["response pairs"]
-        == len(both)
-        == sum(counts[fate] for fate in ("same text", "ties", "too small gap", "over the cap", "pairs"))
-    )
-    assert counts["pairs"] == len(pairs) == len(wide) - counts["over the cap"] and counts["same text"] == sum(
-        a[0] == b[0] for a, b in both
-    )
-    assert (
-        counts["rows"] == len(rows)
-        and counts["prompts"] == len(groups)
-        and counts["single responses"] == sum(len(group) == 1 for group in groups)
-    )
-    first = {
-        prompt: next(n for n, row in enumerate(rows) if row[0] == prompt)
-        for prompt in "abcd"
-        if any(row[0] == prompt for row in rows)
-    }
-    assert {(name, question) for name, question in zip(pairs.ID, pairs.question)} <= {
-        (f"helpsteer2-{row}", prompt) for prompt, row in first.items()
-    }
+    elsewhere = pairs_from_ratings(shuffled.reset_index(drop=True), per_prompt=per_prompt)[0]
+    stay = sorted(elsewhere[columns].values.tolist()) == sorted(pairs[columns].values.tolist())
+    assert stay, "in another file the same pairs stay, if not the ids"
+    fates = ("same text", "ties", "too small gap", "over the cap", "pairs")
+    assert counts["response pairs"] == len(both) == sum(counts[fate] for fate in fates)
+    assert counts["pairs"] == len(pairs) == len(wide) - counts["over the cap"]
+    assert counts["same text"] == sum(a[0] == b[0] for a, b in both)
+    assert (counts["rows"], counts["prompts"]) == (len(rows), len(groups))
+    assert counts["single responses"] == sum(len(group) == 1 for group in groups)
+    assert set(zip(pairs.ID, pairs.question)) <= {(f"helpsteer2-{row}", prompt) for prompt, row in first.items()}
     if per_prompt:
+        widest = pairs_from_ratings(frame)[0].groupby("ID").gap.max()
         assert pairs.groupby("ID").size().max() <= per_prompt
-        assert pairs.groupby("ID").gap.max().equals(pairs_from_ratings(frame)[0].groupby("ID").gap.max()), (
-            "the widest stay"
-        )
+        assert pairs.groupby("ID").gap.max().equals(widest), "the widest stay"
     else:
         assert counts["over the cap"] == 0
 
@@ -419,8 +362,9 @@ def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, rando
 def test_messages_end_with_the_question():
     prompt = f"a\n{MARK}Assistant\nb\n{MARK}User\nc"
     pairs, _ = pairs_from_ratings(frame_of([rated(prompt, "x", 4), rated(prompt, "y", 0)]), source="mine")
-    assert pairs.to_dict("records") == [{"ID": "mine-0", "prefID": 0, "question": "c", "chosen": "x", "rejected": "y", "gap": 4.0,
-                                         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}]  # fmt: skip
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), "abc")]
+    expected = {"ID": "mine-0", "prefID": 0, "question": "c", "chosen": "x", "rejected": "y", "gap": 4.0}
+    assert pairs.to_dict("records") == [expected | {"messages": turns}]
 
 
 def test_what_gives_no_pair_is_one_line():
@@ -430,95 +374,62 @@ def test_what_gives_no_pair_is_one_line():
 
 # ---- ready pairs ----
 
+READY = {"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": 1}
+
 
 def test_ready_pairs_in_both_forms(tmp_path):
-    plain = [{"prompt": "a", "chosen": "x", "rejected": "y", "preference_strength": n} for n in (2, 0, -1)] + [
-        {"prompt": "", "chosen": "x", "rejected": "y", "preference_strength": 1}
-    ]
+    plain = [{"prompt": "a", "chosen": "x", "rejected": "y", "preference_strength": n} for n in (2, 0, -1)]
+    plain.append({"prompt": "", "chosen": "x", "rejected": "y", "preference_strength": 1})
     pairs, counts = read_ready_pairs(f"mine={put(tmp_path / 'a.jsonl', jsonl(plain))}")
     assert pairs[["ID", "chosen", "gap"]].values.tolist() == [["mine-0", "x", 2.0], ["mine-0", "x", 1.0]]
-    assert counts == {
-        "rows": 4,
-        "prompts": 2,
-        "unreadable prompts": 1,
-        "response pairs": 3,
-        "same text": 0,
-        "ties": 1,
-        "pairs": 2,
-    }
-    published = [
-        {"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": n, "split": "train"}
-        for n in (-3, -1, 0, 2)
-    ]
-    pd.DataFrame(published).to_parquet(tmp_path / "b.parquet")
+    names = ("rows", "prompts", "unreadable prompts", "response pairs", "same text", "ties", "pairs")
+    assert counts == dict(zip(names, (4, 2, 1, 3, 0, 1, 2)))
+    published = pd.DataFrame([READY | {"preference_strength": n, "split": "train"} for n in (-3, -1, 0, 2)])
+    published.to_parquet(tmp_path / "b.parquet")
     pairs, counts = read_ready_pairs(str(tmp_path / "b.parquet"))
-    assert (
-        pairs[["chosen", "rejected", "gap"]].values.tolist()
-        == [["one", "two", 3.0], ["one", "two", 1.0], ["two", "one", 2.0]]
-        and counts["ties"] == 1
-    )
+    expected = [["one", "two", 3.0], ["one", "two", 1.0], ["two", "one", 2.0]]
+    assert pairs[["chosen", "rejected", "gap"]].values.tolist() == expected and counts["ties"] == 1
     no_strength = read_ready_pairs(str(put(tmp_path / "c.csv", b"prompt,chosen,rejected\na,x,y\n")))[0]
     assert no_strength.gap.isna().all() and no_strength.ID[0] == "general-0"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"preference_strength": 4},
-        {"preference_strength": 0.5},
-        {"preference_strength": None},
-        {"response_1": None},
-        {"prompt": 3},
-    ],
-)
-def test_faults_of_ready_pairs_are_one_line(tmp_path, change):
-    row = {"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": 1}
-    assert "row 1" in one_line(
-        lambda: read_ready_pairs(str(put(tmp_path / "a.jsonl", jsonl([row, {**row, **change}]))))
-    )
-    less = {name: value for name, value in row.items() if name not in change}
-    assert "missing" in one_line(lambda: read_ready_pairs(str(put(tmp_path / "b.jsonl", jsonl([less])))))
+STRENGTHS = [("preference_strength", value) for value in (4, 0.5, None)]
+
+
+@pytest.mark.parametrize("column, value", [*STRENGTHS, ("response_1", None), ("prompt", 3)])
+def test_faults_of_ready_pairs_are_one_line(tmp_path, column, value):
+    less = {name: cell for name, cell in READY.items() if name != column}
+    for rows, words in (([READY, READY | {column: value}], "row 1"), ([less], "missing")):
+        path = put(tmp_path / "a.jsonl", jsonl(rows))
+        assert words in one_line(lambda path=path: read_ready_pairs(str(path)))
 
 
 # ---- split ----
 
+worded = st.text("abc ,.A", min_size=1, max_size=6).filter(lambda text: same_text(text).strip())
+
 
 @few
-@given(
-    st.lists(
-        st.text("abc ,.A", min_size=1, max_size=6).filter(lambda text: same_text(text).strip()),
-        min_size=30,
-        max_size=60,
-    ),
-    st.integers(0, 5),
-)
+@given(st.lists(worded, min_size=30, max_size=60), st.integers(0, 5))
 def test_a_prompt_is_never_on_two_sides(prompts, seed):
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    pairs = pd.DataFrame(
-        {"ID": [f"x-{n}" for n in range(len(prompts))], "prefID": range(len(prompts)), "messages": messages}
-    )
+    rows = [(f"x-{n}", n, [{"role": "user", "content": prompt}]) for n, prompt in enumerate(prompts)]
+    pairs = pd.DataFrame(rows, columns=["ID", "prefID", "messages"])
     sides = [split_of(prompt, 0.3, 0.2, seed) for prompt in prompts]
     if set(sides) < {"train", "dev", "test"}:
         one_line(lambda: split_by_prompt(pairs, 0.3, 0.2, seed))
-        return
-    split = split_by_prompt(pairs, 0.3, 0.2, seed)
-    assert split.split.tolist() == sides, "as a client speech of these words"
-    assert split.assign(words=[same_text(prompt) for prompt in prompts]).groupby("words").split.nunique().max() == 1
+    else:
+        assert split_by_prompt(pairs, 0.3, 0.2, seed).split.tolist() == sides, "as a client speech of these words"
 
 
 def test_the_whole_conversation_counts_and_parts_may_be_left_out():
     last = f"a\n{MARK}Assistant\n{{}}\n{MARK}User\nGo on."
-    pairs, _ = pairs_from_ratings(
-        frame_of([rated(last.format(n), text, h) for n in range(80) for text, h in (("x", 4), ("y", 2), ("z", 0))])
-    )
+    rows = [rated(last.format(n), text, h) for n in range(80) for text, h in (("x", 4), ("y", 2), ("z", 0))]
+    pairs, _ = pairs_from_ratings(frame_of(rows))
     split = split_by_prompt(pairs, 0.3, 0.2, 0)
-    assert (
-        set(split.split) == {"train", "dev", "test"}
-        and split.groupby("ID").split.nunique().max() == 1
-        and set(pairs.question) == {"Go on."}
-    )
-    more = pd.concat([pairs.sample(frac=0.5, random_state=0), pairs]).drop_duplicates(["ID", "prefID"])
-    assert split_by_prompt(more, 0.3, 0.2, 0).sort_values("prefID").split.tolist() == split.split.tolist()
+    assert set(split.split) == {"train", "dev", "test"} and set(pairs.question) == {"Go on."}
+    assert split.groupby("ID").split.nunique().max() == 1
+    shuffled = split_by_prompt(pairs.sample(frac=1, random_state=0), 0.3, 0.2, 0)
+    assert shuffled.sort_values("prefID").split.tolist() == split.split.tolist()
     assert set(split_by_prompt(pairs, 0.0, 0.0, 0).split) == {"train"}
     for shares in ((1.0, 0.1), (-0.1, 0.1), (0.1, math.nan)):
         one_line(lambda shares=shares: split_by_prompt(pairs, *shares, 0))
@@ -526,19 +437,12 @@ def test_the_whole_conversation_counts_and_parts_may_be_left_out():
 
 # ---- mixtures ----
 
-PSY = pd.DataFrame(
-    {
-        "ID": [f"demo-{n // 3}" for n in range(90)],
-        "prefID": range(90),
-        "question": "I am tired.",
-        "chosen": "Tell me more.",
-        "rejected": "Sleep.",
-        "chosen_model": "any",
-    }
-)
+PSY = pd.DataFrame({"ID": [f"demo-{n // 3}" for n in range(90)], "prefID": range(90), "question": "I am tired."})
+PSY = PSY.assign(chosen="Tell me more.", rejected="Sleep.", chosen_model="any")
 GENERAL, _ = pairs_from_ratings(
     frame_of([rated(f"Count to {n}.", text, h) for n in range(70) for text, h in (("Yes", 4), ("No", 2))])
 )
+psy_sizes, general_sizes = (st.tuples(*[st.integers(0, most)] * 2) for most in (90, 70))
 
 
 def keys(frame, domain):
@@ -547,16 +451,9 @@ def keys(frame, domain):
 
 
 @few
-@given(
-    st.integers(0, 90),
-    st.integers(0, 90),
-    st.integers(0, 70),
-    st.integers(0, 70),
-    st.integers(0, 3),
-    st.randoms(use_true_random=False),
-)
-def test_mixtures_are_nested_and_repeatable_and_draw_nothing_twice(a, b, c, d, seed, random):
-    a, b = sorted((a, b))
+@given(psy_sizes.map(sorted), general_sizes, st.integers(0, 3), st.randoms(use_true_random=False))
+def test_mixtures_are_nested_and_repeatable_and_draw_nothing_twice(psy, general, seed, random):
+    (a, b), (c, d) = psy, general
     if not a + c or not b + d:
         one_line(lambda: mix_pairs(PSY, GENERAL, 0, 0, seed))
         return
@@ -572,15 +469,7 @@ def test_mixtures_are_nested_and_repeatable_and_draw_nothing_twice(a, b, c, d, s
 
 def test_a_mixture_keeps_messages_and_texts():
     mixed = mix_pairs(PSY, GENERAL, None, None, 0)
-    assert len(mixed) == 160 and list(mixed.columns) == [
-        "ID",
-        "prefID",
-        "question",
-        "messages",
-        "chosen",
-        "rejected",
-        "domain",
-    ]
+    assert len(mixed) == 160 and [*mixed] == ["ID", "prefID", "question", "messages", "chosen", "rejected", "domain"]
     assert all((row.messages is None) == (row.domain == "counselling") for row in mixed.itertuples())
     back = mixed[mixed.domain == "general"].sort_values("prefID")
     assert back.messages.tolist() == GENERAL.messages.tolist() and back.chosen.tolist() == GENERAL.chosen.tolist()
@@ -591,38 +480,32 @@ def test_a_mixture_keeps_messages_and_texts():
     assert draw_pairs(PSY, 10, 0, "counselling").equals(draw_pairs(PSY, 30, 0, "counselling").head(10))
 
 
-def test_what_cannot_be_mixed_is_one_line():
-    assert "found 90, expected at least 91" in one_line(lambda: mix_pairs(PSY, GENERAL, 91, 0, 0))
-    assert "general pairs: found 70" in one_line(lambda: mix_pairs(PSY, GENERAL, 0, 71, 0))
-    for psy, general, n, m in (
-        (PSY, GENERAL, 0, 0),
-        (PSY, GENERAL, -1, 3),
-        (PSY.head(0), GENERAL, None, 3),
-        (PSY, PSY, 1, 1),
-        (pd.concat([PSY, PSY]), GENERAL, 1, 1),
-    ):
-        one_line(lambda psy=psy, general=general, n=n, m=m: mix_pairs(psy, general, n, m, 0))
+UNMIXABLE = {
+    "too few of ours": (PSY, GENERAL, 91, 0, "found 90, expected at least 91"),
+    "too few of theirs": (PSY, GENERAL, 0, 71, "general pairs: found 70"),
+    "nothing": (PSY, GENERAL, 0, 0, ""),
+    "less than nothing": (PSY, GENERAL, -1, 3, ""),
+    "no pairs": (PSY.head(0), GENERAL, None, 3, ""),
+    "the same ids": (PSY, PSY, 1, 1, ""),
+    "pairs twice": (pd.concat([PSY, PSY]), GENERAL, 1, 1, ""),
+}
+
+
+@pytest.mark.parametrize("psy, general, n, m, words", UNMIXABLE.values(), ids=UNMIXABLE)
+def test_what_cannot_be_mixed_is_one_line(psy, general, n, m, words):
+    assert words in one_line(lambda: mix_pairs(psy, general, n, m, 0))
 
 
 @few
 @given(st.integers(2, 60_000))
 def test_a_cell_of_the_grid_is_what_its_name_says(budget):
     cells = grid(budget, ("PsyCoPref", "mine"))
-    assert [cell.name for cell in cells[:3]] == ["PsyCoPref", "mine", "mine + PsyCoPref"] and len(
-        {cell.slug for cell in cells}
-    ) == 6
+    assert [cell.name for cell in cells[:3]] == ["PsyCoPref", "mine", "mine + PsyCoPref"]
+    assert len({cell.slug for cell in cells}) == 6
     for cell in cells[3:]:
         said = cell.name.replace("k", "000").removeprefix("Psy").split("Help")
         assert [int(part or 0) for part in (*said, 0)[:2]] == [cell.psy, cell.help] and cell.psy + cell.help == budget
         assert cell.slug.isalnum() and cell.slug == cell.slug.lower()
-
-
-def test_the_grid_of_the_paper():
-    assert [(cell.name, cell.psy, cell.help) for cell in grid()] == [("PsyCoPref", None, 0), ("HelpSteer2", 0, None), ("HelpSteer2 + PsyCoPref", None, None),
-                                                                     ("Psy10k", 10_000, 0), ("Help10k", 0, 10_000), ("Psy5kHelp5k", 5_000, 5_000)]  # fmt: skip
-    assert len(grid(None)) == 3
-    for wrong in (lambda: grid(1), lambda: grid(10, ("a", "A"))):
-        one_line(wrong)
 
 
 # ---- our own set ----
@@ -630,15 +513,6 @@ def test_the_grid_of_the_paper():
 
 def test_our_own_set_is_whole():
     demo = collect_general()
-    assert (
-        demo.counts["prompts"] == 200
-        and demo.counts["rows"] == 400
-        and demo.counts["unreadable prompts"] == 0 == len(demo.unreadable)
-        and len(demo.pairs) >= 180
-    )
-    assert (
-        demo.name == demo.title == "general-demo"
-        and demo.origin["licence"].startswith("MIT")
-        and not set(demo.pairs.ID) & set(PSY.ID)
-    )
+    assert demo.counts["rows"] == 400 and len(demo.unreadable) == 0 and demo.title == "general-demo"
+    assert not set(demo.pairs.ID) & set(PSY.ID) and demo.origin["licence"].startswith("MIT")
     assert len(mix_pairs(PSY, demo.pairs, 80, 80, 0)) == 160
