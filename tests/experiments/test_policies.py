@@ -17,12 +17,8 @@ from psycopref.models.weights import find_weights
 def point(proxy, judged, half=5.0):
     found = {"pairs": 8, "speeches": 40, "kl": None, "words": 60.0, "cut_share": 0.0, "distinct_2": 0.5}
     for key, value in (("proxy", proxy), ("judged", judged)):
-        known = half is not None and value is not None
-        found |= {
-            key: value,
-            f"{key}_low": value - half if known else None,
-            f"{key}_high": value + half if known else None,
-        }
+        ends = (None, None) if half is None or value is None else (value - half, value + half)
+        found |= {key: value, f"{key}_low": ends[0], f"{key}_high": ends[1]}
     return found
 
 
@@ -89,10 +85,7 @@ def test_mixtures_are_compared_pair_by_pair(wins):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_policies_are_pushed_where_a_setting_says_and_a_failure_stops_nothing(fails, monkeypatch, tmp_path, capsys):
-    profile, base = (
-        load_profile("tiny", {"dpo.push_to_hub": "me/mine", "dpo.lora.rank": 0}),
-        find_weights("random-tiny"),
-    )
+    base = find_weights("random-tiny")
     points = [{"name": "base", "step": None}, {"name": "step-4", "step": 4}]
     result = {"dpo": {"points": points, "chosen": 4}, "iter": {"points": points, "best": 1, "iterations": [{}]}}
     entries = [{"kind": kind, "path": kind} for kind in ("base", "dpo", "dpo-iter")]
@@ -107,9 +100,9 @@ def test_policies_are_pushed_where_a_setting_says_and_a_failure_stops_nothing(fa
 
     monkeypatch.setattr(policies, "push_policy", push)
     monkeypatch.setattr(policies, "hand_over", lambda folder, facts: handed.append((folder.name, facts.location)))
-    for first in (True, False):
-        own = profile if first else load_profile("tiny", {"dpo.push_to_hub": "", "dpo.lora.rank": 0})
-        watcher = SimpleNamespace(profile=own, base=base, gateway=gateway, decoding=Decoding(8))
+    for repo in ("me/mine", ""):
+        profile = load_profile("tiny", {"dpo.push_to_hub": repo, "dpo.lora.rank": 0})
+        watcher = SimpleNamespace(profile=profile, base=base, gateway=gateway, decoding=Decoding(8))
         policies.write_policy_cards(watcher, result, entries, tmp_path, tmp_path, "run", {})
     wanted = [("dpo", "me/mine-dpo"), ("dpo-iter", "me/mine-dpo-iter")]
     assert sent == wanted and handed[:2] == wanted and handed[2][1] == "outputs/run/06_policy/dpo"
