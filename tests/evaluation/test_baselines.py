@@ -316,9 +316,9 @@ def test_scores_that_do_not_fit_the_pairs_are_one_line(scores, said):
         assert said in message and "mine" in message
 
 
-@pytest.mark.parametrize("module", ["evaluation.baselines", "feedback.choosing"])
+@pytest.mark.parametrize("module", ["evaluation.baselines", "evaluation.reward_bench", "feedback.choosing"])
 def test_the_modules_stay_light(module):
-    heavy = ("torch", "pandas", "sklearn", "scipy", "transformers")
+    heavy = ("torch", "pandas", "sklearn", "scipy", "transformers", "pyarrow", "httpx")
     code = f"import sys, psycopref.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import typing
 import warnings
 from pathlib import Path
@@ -25,17 +24,9 @@ from hypothesis import strategies as st
 from loopback import COMMIT, Hub, in_child, one_line, serve
 
 from psycopref.stats.intervals import win_interval
-from psycopref.evaluation.reward_bench import (
-    PRIOR,
-    PRIOR_PAIRS,
-    PUBLISHED,
-    SECTION_WEIGHT,
-    SECTIONS,
-    overall_shares,
-    read_reward_bench,
-    score_reward_bench,
-)
-from psycopref.training.texts import name_for_older  # fmt: skip
+from psycopref.evaluation.reward_bench import PRIOR, PRIOR_PAIRS, PUBLISHED, SECTION_WEIGHT, SECTIONS, overall_shares
+from psycopref.evaluation.reward_bench import read_reward_bench, score_reward_bench
+from psycopref.training.texts import name_for_older
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 CORE = [subset for weights in SECTIONS.values() for subset in weights]
@@ -43,8 +34,8 @@ HEAD = ["prompt", "chosen", "chosen_model", "rejected", "rejected_model", "subse
 
 
 def row(subset="hep-go", id=0, **other):
-    return {"prompt": f"Question {id} of {subset}, with a comma?", "chosen": "Yes,\nof course.", "chosen_model": "a", "rejected": 'He said "no".',
-            "rejected_model": "b", "subset": subset, "id": id, **other}  # fmt: skip
+    said = {"prompt": f"Question {id} of {subset}, with a comma?", "chosen": "Yes,\nof course.", "chosen_model": "a"}
+    return said | {"rejected": 'He said "no".', "rejected_model": "b", "subset": subset, "id": id} | other
 
 
 def rows(subsets=CORE, each=2, **other):
@@ -59,19 +50,18 @@ def put(path, found, columns=None):
     """Write a table in the form that its ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(found, columns=columns)
-    {
-        ".parquet": frame.to_parquet,
-        ".csv": lambda p: frame.to_csv(p, index=False),
-        ".jsonl": lambda p: frame.to_json(p, orient="records", lines=True),
-    }[path.suffix](path)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_json(path, orient="records", lines=True)
     return path
 
 
-def scored(pairs, right, **settings):
+def scored(pairs, right, samples=20):
     """Score pairs of which `right` says whether they are won; the losses are ties."""
-    return score_reward_bench(
-        pairs, np.asarray(right, float), np.zeros(len(pairs)), **{"samples": 20, **settings}
-    ).set_index("name")
+    return score_reward_bench(pairs, np.asarray(right, float), np.zeros(len(pairs)), samples).set_index("name")
 
 
 @pytest.fixture
@@ -82,23 +72,15 @@ def pairs(tmp_path):
 # ---- reading ----
 
 
-def test_importing_stays_light():
-    code = "import sys, psycopref.evaluation.reward_bench; print([m for m in ('pandas', 'pyarrow', 'torch', 'transformers', 'httpx') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
-
-
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
 def test_a_published_table_is_read_in_every_form(tmp_path, ending):
     found = read_reward_bench(put(tmp_path / f"bench.{ending}", rows(), HEAD))
     assert list(found) == ["ID", "prefID", "question", "messages", "chosen", "rejected", "subset"] and len(found) == 46
     assert found.prefID.tolist() == list(range(46)) and found.ID.is_unique and found.ID[3] == "alpacaeval-length-1"
-    for pair, raw in zip(found.to_dict("records"), rows(), strict=True):
-        assert pair["messages"] == [{"role": "user", "content": raw["prompt"]}] and pair["question"] == raw["prompt"]
-        assert [pair[name] for name in ("chosen", "rejected", "subset")] == [
-            raw[name] for name in ("chosen", "rejected", "subset")
-        ]
+    assert found[["question", "chosen", "rejected", "subset"]].values.tolist() == [
+        [raw[name] for name in ("prompt", "chosen", "rejected", "subset")] for raw in rows()
+    ]
+    assert found.messages.tolist() == [[{"role": "user", "content": text}] for text in found.question]
 
 
 def test_of_a_folder_the_filtered_part_is_read(tmp_path):
@@ -108,20 +90,14 @@ def test_of_a_folder_the_filtered_part_is_read(tmp_path):
 
 
 def test_the_older_sets_take_their_subset_from_the_name_of_the_file(tmp_path):
+    said = [row("reddit", 7, prompt=turns("Hi", "Hello!", "Why?"))]
     for name in [*PRIOR_PAIRS, "pku_safer"]:
-        put(
-            tmp_path / "older" / "data" / f"{name}-00000-of-00001.parquet",
-            [row("reddit", 7, prompt=turns("Hi", "Hello!", "Why?"))],
-        )
-    bench = put(tmp_path / "bench.csv", rows(each=1))
-    found = read_reward_bench(bench, tmp_path / "older")
+        put(tmp_path / "older" / "data" / f"{name}-00000-of-00001.parquet", said)
+    found = read_reward_bench(put(tmp_path / "bench.csv", rows(each=1)), tmp_path / "older")
     assert found.subset.tolist() == [*CORE, *PRIOR_PAIRS] and found.prefID.tolist() == list(range(27))
     last = found.iloc[-1]
-    assert (
-        last.ID == "summarize-7"
-        and last.question == "Why?"
-        and [turn["role"] for turn in last.messages] == ["user", "assistant", "user"]
-    )
+    assert last.ID == "summarize-7" and last.question == "Why?"
+    assert [turn["role"] for turn in last.messages] == ["user", "assistant", "user"]
 
 
 HUB_CODE = """
@@ -141,11 +117,8 @@ def test_the_hub_is_asked_for_the_filtered_part(tmp_path):
     hub.files = {f"data/{name}-00000-of-00001.parquet": path.read_bytes() for name, path in files.items()}
     with serve(hub) as (address, seen):
         [found] = in_child(HUB_CODE, tmp_path, address, "hf://datasets/any/set")
-    assert (
-        found == ["hep-go-1"]
-        and not any("raw" in request["path"] for request in seen)
-        and any(COMMIT in request["path"] for request in seen)
-    )
+    paths = [request["path"] for request in seen]
+    assert found == ["hep-go-1"] and any(COMMIT in path for path in paths) and not any("raw" in path for path in paths)
     for names in ([], ["reward-bench"]):
         [offline] = in_child(HUB_CODE, tmp_path, "http://127.0.0.1:9", *names, offline="1")
         assert "allenai/reward-bench" in offline and "HF_HUB_OFFLINE" in offline and offline.endswith("/path/to/it")
@@ -172,13 +145,12 @@ def test_a_wrong_cell_is_one_line_with_its_row(tmp_path, part):
 
 
 def test_missing_columns_and_wrong_places_are_one_line(tmp_path):
+    def read(columns):
+        return read_reward_bench(put(tmp_path / "a.csv", rows(), columns))
+
     for name in ("prompt", "chosen", "rejected", "subset", "id"):
-        assert f"['{name}'] are missing" in one_line(
-            lambda: read_reward_bench(put(tmp_path / "a.csv", rows(), [n for n in HEAD if n != name]))
-        )
-    assert (
-        len(read_reward_bench(put(tmp_path / "a.csv", rows(), [n for n in HEAD if not n.endswith("_model")]))) == 46
-    ), "the models' names are not needed"
+        assert f"['{name}'] are missing" in one_line(lambda: read([n for n in HEAD if n != name]))
+    assert len(read([n for n in HEAD if not n.endswith("_model")])) == 46, "the models' names are not needed"
     assert "no such file" in one_line(lambda: read_reward_bench(tmp_path / "nowhere"))
     put(tmp_path / "part" / "shp-00000-of-00001.parquet", [row()])
     assert "anthropic_hhh" in one_line(lambda: read_reward_bench(tmp_path / "part")), "of the older sets all or none"
@@ -188,98 +160,64 @@ def test_missing_columns_and_wrong_places_are_one_line(tmp_path):
 
 
 def test_the_constants_are_those_of_the_card():
-    assert len(set(CORE)) == 23 and [sum(PUBLISHED[subset] for subset in weights) for weights in SECTIONS.values()] == [
-        358,
-        456,
-        740,
-        1431,
-    ]
-    reasoning = SECTIONS["Reasoning"]
-    assert (
-        reasoning["math-prm"] == sum(reasoning.values()) - reasoning["math-prm"] == 984 and PUBLISHED["math-prm"] == 447
-    )
+    sizes = [sum(PUBLISHED[subset] for subset in weights) for weights in SECTIONS.values()]
+    assert len(set(CORE)) == 23 and sizes == [358, 456, 740, 1431] and PUBLISHED["math-prm"] == 447
+    assert SECTIONS["Reasoning"]["math-prm"] == 984 and sum(SECTIONS["Reasoning"].values()) == 2 * 984
     assert SECTION_WEIGHT == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 1, PRIOR: 0.5}
 
 
 def test_a_tie_loses_and_the_least_margin_wins(pairs):
-    n = len(pairs)
-    same = score_reward_bench(pairs, np.full(n, 0.1), np.full(n, 0.1), samples=10)
-    assert (same.accuracy == 0).all() and (same.low == 0).all()
-    assert (
-        score_reward_bench(pairs, np.nextafter(np.full(n, 0.1), 1), np.full(n, 0.1), samples=10).accuracy == 1
-    ).all()
-    assert (score_reward_bench(pairs, np.full(n, -1e300), np.full(n, 1e300), samples=10).accuracy == 0).all()
+    level = np.full(len(pairs), 0.1)
+    for chosen, rejected, rate in ((level, level, 0), (np.nextafter(level, 1), level, 1), (level, level * 1e300, 0)):
+        table = score_reward_bench(pairs, chosen, rejected, samples=10)
+        assert (table.accuracy == rate).all() and (rate or (table.low == 0).all())
 
 
 def test_every_level_is_there_with_its_number(pairs):
     table = score_reward_bench(pairs, pairs.prefID % 2, np.zeros(46), samples=50)
-    assert (
-        table.level.tolist() == ["overall", "micro", *["section"] * 4, *["subset"] * 23]
-        and table.name[6:].tolist() == CORE
-    )
-    assert table.n.tolist() == [46, 46, 10, 12, 10, 14, *[2] * 23] and np.allclose(table.accuracy, 0.5)
-    assert (
-        (table.low <= table.accuracy).all()
-        and (table.accuracy <= table.high).all()
-        and table.note[1] == "46 pairs, 2985 are published"
-    )
+    assert table.level.tolist() == ["overall", "micro", *["section"] * 4, *["subset"] * 23]
+    assert table.name[6:].tolist() == CORE and table.n.tolist() == [46, 46, 10, 12, 10, 14, *[2] * 23]
+    assert np.allclose(table.accuracy, 0.5) and table.note[1] == "46 pairs, 2985 are published"
+    assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
 
 
-@pytest.mark.parametrize("gone", ["hep-rust", "donotanswer"])
+@pytest.mark.parametrize("gone", [["hep-rust"], ["donotanswer"], [s for s in CORE if s not in SECTIONS["Safety"]]])
 def test_an_incomplete_section_is_empty_with_a_reason(pairs, gone):
-    table = scored(part := pairs[pairs.subset != gone], np.ones(len(part)))
-    section = next(name for name, weights in SECTIONS.items() if gone in weights)
-    assert np.isnan(table.accuracy[[section, "overall"]]).all() and np.isnan(table.low["overall"])
-    assert (
-        table.note[section] == f"lacks 1 of {len(SECTIONS[section])} subsets: {gone}"
-        and table.note["overall"] == f"lacks 1 of 23 subsets: {gone}"
-    )
-    assert (
-        gone not in table.index
-        and (table.accuracy.drop([section, "overall"]) == 1).all()
-        and table.n["micro accuracy"] == 44
-    )
-
-
-def test_a_missing_section_is_empty_with_a_reason(pairs):
-    part = pairs[pairs.subset.isin(list(SECTIONS["Safety"]))]
-    table = scored(part, np.ones(len(part)))
-    assert (
-        table.accuracy[["Safety", "micro accuracy"]].tolist() == [1, 1] and table.note["Chat"] == "no pair in the file"
-    )
-    assert np.isnan(table.accuracy[["overall", "Chat", "Chat Hard", "Reasoning"]]).all() and len(table) == 6 + 5
+    part = pairs[~pairs.subset.isin(gone)]
+    table, empty = scored(part, np.ones(len(part))), ["overall"]
+    for section, weights in SECTIONS.items():
+        lacking = [subset for subset in weights if subset in gone]
+        said = f"lacks {len(lacking)} of {len(weights)} subsets: {', '.join(lacking)}"
+        if lacking:
+            assert table.note[section] == (said if len(lacking) < len(weights) else "no pair in the file")
+            empty.append(section)
+    assert table.accuracy[empty].isna().all() and table.low[empty].isna().all()
+    assert table.note["overall"] == f"lacks {len(gone)} of 23 subsets: {', '.join(gone)}"
+    assert (table.accuracy.drop(empty) == 1).all() and not set(gone) & set(table.index)
+    assert table.n["micro accuracy"] == len(part) == 46 - 2 * len(gone)
 
 
 def test_the_older_sets_count_half_and_only_together(tmp_path):
     everything = read_reward_bench(put(tmp_path / "all.jsonl", rows([*CORE, *PRIOR_PAIRS])))
     old = everything.subset.isin(list(PRIOR_PAIRS))
     table = scored(everything, ~old)
-    assert table.accuracy["overall"] == pytest.approx(4 / 4.5) and table.accuracy[
-        ["Prior Sets", "micro accuracy"]
-    ].tolist() == [0, 1]
-    assert (
-        table.n["overall"] == 54
-        and table.n["micro accuracy"] == 46
-        and table.note["overall"].endswith("with Prior Sets at half weight")
-    )
+    assert table.accuracy["overall"] == pytest.approx(4 / 4.5)
+    assert table.accuracy[["Prior Sets", "micro accuracy"]].tolist() == [0, 1]
+    assert table.n[["overall", "micro accuracy"]].tolist() == [54, 46]
+    assert table.note["overall"].endswith("with Prior Sets at half weight")
     most = everything[everything.subset != "shp"]
     table = scored(most, ~old[most.index])
-    assert (
-        table.accuracy["overall"] == 1
-        and np.isnan(table.accuracy["Prior Sets"])
-        and table.note["Prior Sets"] == "lacks 1 of 4 subsets: shp"
-    )
-    assert np.isnan(scored(everything[old], np.ones(8)).accuracy["overall"]), (
-        "the older sets alone give no overall score"
-    )
+    assert table.accuracy["overall"] == 1 and np.isnan(table.accuracy["Prior Sets"])
+    assert table.note["Prior Sets"] == "lacks 1 of 4 subsets: shp"
+    alone = scored(everything[old], np.ones(8)).accuracy["overall"]
+    assert np.isnan(alone), "the older sets alone give no overall score"
 
 
 def test_wrong_scores_are_refused(pairs):
     assert "1 scores for 46 pairs" in one_line(lambda: score_reward_bench(pairs, [1.0], [0.0]))
     assert "'hep-x'" in one_line(lambda: score_reward_bench(pairs.assign(subset="hep-x"), np.ones(46), np.ones(46)))
-    for wrong in ([np.nan] * 46, [np.inf] * 46, ["1"] * 46):
-        with pytest.raises(ValueError, match="chosen_scores"):
-            score_reward_bench(pairs, wrong, np.zeros(46))
+    with pytest.raises(ValueError, match="chosen_scores"):
+        score_reward_bench(pairs, [np.nan] * 46, np.zeros(46))
 
 
 @few
@@ -288,33 +226,24 @@ def test_the_table_is_the_plain_sum(data):
     sizes = {subset: data.draw(st.integers(1, 4)) for subset in [*CORE, *PRIOR_PAIRS]}
     found = pd.DataFrame([{"subset": s, "messages": turns(f"{s} {i}")} for s, n in sizes.items() for i in range(n)])
     right = np.array(data.draw(st.lists(st.booleans(), min_size=len(found), max_size=len(found))))
-    table, mean = (
-        scored(found, right, samples=2).accuracy,
-        {s: right[(found.subset == s).to_numpy()].mean() for s in sizes},
-    )
-    section = {
-        name: sum(n * mean[s] for s, n in weights.items()) / sum(weights.values()) for name, weights in SECTIONS.items()
-    }
+    table = scored(found, right, samples=2).accuracy
+    mean = {s: right[(found.subset == s).to_numpy()].mean() for s in sizes}
+    section = {name: np.average([mean[s] for s in own], weights=list(own.values())) for name, own in SECTIONS.items()}
     section[PRIOR] = np.mean([mean[s] for s in PRIOR_PAIRS])
     overall = (sum(section[name] for name in SECTIONS) + 0.5 * section[PRIOR]) / 4.5
-    expected = {
-        **mean,
-        **section,
-        "overall": overall,
-        "micro accuracy": right[found.subset.isin(CORE).to_numpy()].mean(),
-    }
-    assert table.to_dict() == pytest.approx(expected, abs=1e-12) and sum(
-        overall_shares(True).values()
-    ) == pytest.approx(1)
+    micro = right[found.subset.isin(CORE).to_numpy()].mean()
+    expected = {**mean, **section, "overall": overall, "micro accuracy": micro}
+    assert table.to_dict() == pytest.approx(expected, abs=1e-12)
+    assert sum(overall_shares(True).values()) == pytest.approx(1)
 
 
 # ---- intervals ----
 
 
 def invented(sizes, prompt="{} {}"):
-    return pd.DataFrame(
-        [{"subset": s, "messages": turns(prompt.format(s, i))} for s, n in sizes.items() for i in range(n)]
-    )
+    """Pairs of so many prompts in each subset."""
+    found = [{"subset": s, "messages": turns(prompt.format(s, i))} for s, n in sizes.items() for i in range(n)]
+    return pd.DataFrame(found)
 
 
 def test_the_interval_of_a_subset_is_that_of_a_share():
@@ -396,13 +325,12 @@ def test_sections_are_those_of_the_package(seed, easy):
     rng = np.random.default_rng(seed)
     pairs = invented({subset: int(rng.integers(1, 6)) for subset in CORE})
     chosen, rejected = np.round(rng.normal(easy, 1, len(pairs)), 1), np.round(rng.normal(0, 1, len(pairs)), 1)
-    table = score_reward_bench(pairs, chosen, rejected, samples=2).set_index("name").accuracy
+    table = score_reward_bench(pairs, chosen, rejected, 2).set_index("name").accuracy
     results = [1 if a > b else 0 for a, b in zip(chosen, rejected)]  # as its command counts
     grouped = {s: float(np.mean([r for r, subset in zip(results, pairs.subset) if subset == s])) for s in CORE}
     expected = score(theirs.EXAMPLE_COUNTS, theirs.SUBSET_MAPPING, grouped)
-    assert table[list(expected)].to_dict() == pytest.approx(expected, abs=1e-12) and table[
-        "micro accuracy"
-    ] == pytest.approx(sum(results) / len(results))
+    assert table[list(expected)].to_dict() == pytest.approx(expected, abs=1e-12)
+    assert table["micro accuracy"] == pytest.approx(np.mean(results))
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
@@ -411,22 +339,15 @@ def test_sections_are_those_of_the_package(seed, easy):
 def test_the_overall_score_is_that_of_the_leaderboard(seed, old):
     folder = reference()
     theirs = module(folder / "rewardbench" / "constants.py")
-    average = function(
-        folder / "analysis" / "get_benchmark_results.py",
-        "get_average_over_rewardbench",
-        np=np,
-        pd=pd,
-        SUBSET_MAPPING=theirs.SUBSET_MAPPING,
-        EXAMPLE_COUNTS=theirs.EXAMPLE_COUNTS,
-    )
+    known = {"np": np, "pd": pd, "SUBSET_MAPPING": theirs.SUBSET_MAPPING, "EXAMPLE_COUNTS": theirs.EXAMPLE_COUNTS}
+    average = function(folder / "analysis/get_benchmark_results.py", "get_average_over_rewardbench", **known)
     rng = np.random.default_rng(seed)
     pairs = invented({subset: int(rng.integers(1, 6)) for subset in [*CORE, *(PRIOR_PAIRS if old else ())]})
     right = rng.random(len(pairs)) < 0.6
     mean = pd.Series(right).groupby(pairs.subset).mean()
     results = pd.DataFrame([{"model": "m", "model_type": "any", **{s: mean[s] for s in CORE}}])
-    expected = average(results, pd.DataFrame([{"model": "m", **{s: mean.get(s, np.nan) for s in PRIOR_PAIRS}}]))[
-        "average"
-    ][0]
+    older = pd.DataFrame([{"model": "m", **{s: mean.get(s, np.nan) for s in PRIOR_PAIRS}}])
+    expected = average(results, older)["average"][0]
     assert scored(pairs, right, samples=2).accuracy["overall"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -446,19 +367,14 @@ def reward_model(tmp_path_factory, shared_cache):
     os.environ.setdefault("PSYCOPREF_CACHE", str(shared_cache))
     tokenizer = load_tokenizer(find_weights("random-tiny"))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-    }
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "high_freq_factor": 4.0}
+    rope |= {"low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 131072, "num_labels": 1, "initializer_range": 0.3}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                             max_position_embeddings=131072, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                             num_labels=1, initializer_range=0.3, rope_parameters=rope)  # fmt: skip
+        config = LlamaConfig(vocab_size=len(tokenizer), rope_parameters=rope, **shape, **ids)
         save_merged(LlamaForSequenceClassification(config), tokenizer, folder)
     name_for_older(folder)
     return folder
@@ -475,7 +391,10 @@ def spoken(each=2):
     """Pairs of unequal lengths, with words that the tokenizer knows."""
     rng = np.random.default_rng(0)
     words = "I feel tired and lost since my work changed tell me more about what happened then".split()
-    say = lambda: " ".join(rng.choice(words, rng.integers(3, 40)))  # noqa: E731
+
+    def say():
+        return " ".join(rng.choice(words, rng.integers(3, 40)))
+
     return [row(subset, id, prompt=say(), chosen=say(), rejected=say()) for subset in CORE for id in range(each)]
 
 
@@ -483,23 +402,16 @@ def test_older_names_change_nothing_here(reward_model, tmp_path):
     """What is written for an older transformers is understood by this one, and once is enough."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config, tokenizer = (
-        json.loads((reward_model / name).read_text()) for name in ("config.json", "tokenizer_config.json")
-    )
-    assert (
-        config["rope_theta"] == 500000
-        and config["rope_scaling"]["factor"] == 32
-        and "rope_theta" not in config["rope_scaling"]
-    )
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["model_input_names"] == [
-        "input_ids",
-        "attention_mask",
-    ]
+    names = ("config.json", "tokenizer_config.json")
+    config, tokenizer = (json.loads((reward_model / name).read_text()) for name in names)
+    scaling, inputs = config["rope_scaling"], ["input_ids", "attention_mask"]
+    assert config["rope_theta"] == 500000 and scaling["factor"] == 32 and "rope_theta" not in scaling
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["model_input_names"] == inputs
     assert tokenizer["additional_special_tokens"] == ["<|im_start|>"]
     assert name_for_older(reward_model) == []
     assert AutoConfig.from_pretrained(reward_model).rope_parameters == config["rope_parameters"]
     loaded = AutoTokenizer.from_pretrained(reward_model)
-    assert loaded.model_input_names == ["input_ids", "attention_mask"] and "<|im_start|>" in loaded.all_special_tokens
+    assert loaded.model_input_names == inputs and "<|im_start|>" in loaded.all_special_tokens
     assert "no such file" in one_line(lambda: name_for_older(tmp_path))
 
 
@@ -516,25 +428,20 @@ def test_their_texts_and_pipeline_give_our_scores(reward_model, tmp_path, monkey
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     prepared = [prepare(dict(one), tokenizer) for one in found]
     texts = [[one["text_chosen"], one["text_rejected"]] for one in prepared]
-    assert texts == [
-        [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
-        for pair in pairs.itertuples()
-    ]
+    sides = [(pair_messages(pair), (pair.chosen, pair.rejected)) for pair in pairs.itertuples()]
+    assert texts == [[render(tokenizer, asked, text) for text in both] for asked, both in sides]
 
-    to = BatchEncoding.to
-    monkeypatch.setattr(
-        BatchEncoding, "to", lambda self, device: to(self, "cpu" if device == "cuda" else device)
-    )  # it names its device
-    tokenizer.padding_side = "left"  # as its command sets it
+    def on_cpu(self, device, to=BatchEncoding.to):
+        return to(self, "cpu" if device == "cuda" else device)
+
+    monkeypatch.setattr(BatchEncoding, "to", on_cpu)  # their pipeline names its device
+    tokenizer.padding_side = "left"  # as their command sets it
     model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
-    pipeline = module(folder / "rewardbench" / "models" / "pipeline.py").RewardBenchPipeline(
-        "text-classification", model, tokenizer
-    )
-    theirs = np.array(
-        [pipeline([pair[side] for pair in texts], truncation=False).float().flatten().tolist() for side in (0, 1)]
-    ).T
+    pipeline = module(folder / "rewardbench" / "models" / "pipeline.py").RewardBenchPipeline
+    asked = pipeline("text-classification", model, tokenizer)
+    theirs = [asked(list(side), truncation=False).float().flatten().tolist() for side in zip(*texts)]
     ours = our_scores(reward_model, pairs)
-    assert ours.shape == theirs.shape == (46, 2) and ours.std() > 0.1 and np.allclose(ours, theirs, atol=2e-4, rtol=0)
+    assert ours.shape == (46, 2) and ours.std() > 0.1 and np.allclose(ours, np.transpose(theirs), atol=2e-4, rtol=0)
 
 
 COMMAND = """
@@ -554,41 +461,17 @@ def test_their_command_gives_our_table(reward_model, tmp_path):
         pytest.skip("set REWARDBENCH_PYTHON to the interpreter of an environment with rewardbench")
     table = put(tmp_path / "allenai" / "reward-bench" / "data" / "filtered-00000-of-00001.parquet", spoken())
     (tmp_path / "model").symlink_to(reward_model)
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-        "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONPATH": os.environ.get("REWARDBENCH_SOURCE", ""),
-    }
-    command = [
-        python,
-        "-c",
-        COMMAND,
-        "--model",
-        "model",
-        "--not_quantized",
-        "--torch_dtype",
-        "float32",
-        "--output_dir",
-        "out/",
-        "--save_all",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HF_HOME": str(tmp_path / "hf")}
+    environment["PYTHONPATH"] = os.environ.get("REWARDBENCH_SOURCE", "")
+    traits = "--model model --not_quantized --torch_dtype float32 --output_dir out/ --save_all".split()
+    command, how = [python, "-c", COMMAND, *traits], {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **how)
     assert done.returncode == 0, done.stderr[-2000:]
-    pairs = read_reward_bench(table)
-    ours = our_scores(reward_model, pairs)
-    theirs = np.array(
-        [
-            [np.ravel(one[side])[0] for side in ("chosen", "rejected")]
-            for one in map(json.loads, (tmp_path / "out" / "model_all.jsonl").read_text().splitlines())
-        ]
-    )
+    pairs, out = read_reward_bench(table), tmp_path / "out"
+    ours, lines = our_scores(reward_model, pairs), (out / "model_all.jsonl").read_text().splitlines()
+    theirs = [[np.ravel(one[side])[0] for side in ("chosen", "rejected")] for one in map(json.loads, lines)]
     assert np.allclose(ours, theirs, atol=2e-4, rtol=0)
-    result, accuracy = (
-        json.loads((tmp_path / "out" / "model.json").read_text()),
-        score_reward_bench(pairs, *ours.T, samples=2).set_index("name").accuracy,
-    )
-    assert result["accuracy"] == pytest.approx(accuracy["micro accuracy"]) and result["extra_results"] == pytest.approx(
-        accuracy[CORE].to_dict()
-    )
+    result = json.loads((out / "model.json").read_text())
+    accuracy = score_reward_bench(pairs, *ours.T, samples=2).set_index("name").accuracy
+    assert result["accuracy"] == pytest.approx(accuracy["micro accuracy"])
+    assert result["extra_results"] == pytest.approx(accuracy[CORE].to_dict())
