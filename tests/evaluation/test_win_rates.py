@@ -385,7 +385,7 @@ def test_differences_are_corrected_over_the_topics_of_a_pair():
         (lambda b, s: (b.assign(order="ours first"), s), "found orders"),
         (lambda b, s: (b, s[1:]), "pass the speeches that were judged"),
         (lambda b, s: (b, s.assign(coarse_topic="weather")), "map the topics first"),
-        (lambda b, s: (b.assign(verdict="better"), s), "expected 'win', 'loss' or 'tie'"),
+        (lambda b, s: (b.assign(verdict="better"), s), "'better' found, expected"),
     ],
 )
 def test_wrong_frames_are_refused(spoil, message):
