@@ -25,17 +25,16 @@ from pathlib import Path
 
 from aiohttp import web
 
-BATCH_LINES, BATCH_BYTES, UPLOAD_BYTES = (
-    50_000,
-    200 * 1024**2,
-    512 * 1024**2,
-)  # the most that a batch, a batch's file and any file may hold
-FAULTS = {
+# the most that a batch, a batch's file and any file may hold
+BATCH_LINES, BATCH_BYTES, UPLOAD_BYTES = 50_000, 200 * 1024**2, 512 * 1024**2
+FAULTS = {  # by the model's name, up to a hyphen
     "flaky": "a third of the lines new to the server end with status 500; asked again, they are answered",
     "expired": "half of the lines new to the server are left when the time is up; asked again, they are answered",
+    "cancelled": "the same, as if the batch's owner had cancelled it meanwhile",
     "rejected": "the batch fails as a whole, whatever it asks",
-    "crowded": "the batch fails as a whole while another one of this model is worked on",
+    "crowded": "it fails while another one of this model is worked on; the first is worked on until another has failed",
 }
+LOST = {"flaky": 3, "expired": 2, "cancelled": 2}  # of so many new lines one is lost
 ENDED = ("failed", "completed", "expired", "cancelled")
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # what a body of another form leads to
 WORDS = (
@@ -92,17 +91,15 @@ def completion(body: dict, seed: int = 0, tokens: int = 40) -> tuple[str, dict]:
                  "usage": {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}}  # fmt: skip
 
 
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict:
+    """Say an error as OpenAI does."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
 def no(status: int, message: str, code: str | None = None, **headers) -> web.Response:
-    """Refuse as OpenAI does."""
-    body = {
-        "error": {
-            "message": message,
-            "type": "invalid_request_error" if status < 429 else "requests",
-            "param": None,
-            "code": code,
-        }
-    }
-    return web.json_response(body, status=status, headers=headers)
+    """Refuse a call."""
+    kind = "invalid_request_error" if status < 429 else "requests"
+    return web.json_response(error_body(message, kind, code), status=status, headers=headers)
 
 
 # ---- what is kept ----
@@ -130,10 +127,9 @@ class Store:
     def __init__(self, path=None):
         self.db = sqlite3.connect(path or ":memory:", isolation_level=None)
         self.db.execute("PRAGMA synchronous = OFF")
-        self.db.execute(
-            "CREATE TABLE IF NOT EXISTS files (n INTEGER PRIMARY KEY, id TEXT UNIQUE, facts TEXT, content BLOB)"
-        )
-        self.db.execute("CREATE TABLE IF NOT EXISTS batches (n INTEGER PRIMARY KEY, id TEXT UNIQUE, facts TEXT)")
+        for table, column in (("files", ", content BLOB"), ("batches", "")):
+            columns = f"n INTEGER PRIMARY KEY, id TEXT UNIQUE, facts TEXT{column}"
+            self.db.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
         self.db.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY)")
 
     def new_id(self, table: str) -> str:
@@ -178,56 +174,44 @@ class Store:
 # ---- batches ----
 
 
+def problem(code, message, line=None, param=None) -> dict:
+    """Say why a batch's file is refused."""
+    return {"code": code, "message": message, "line": line, "param": param}
+
+
 def line_problem(line: bytes, endpoint: str, ids: set, model: str | None) -> tuple[dict | None, tuple | None]:
-    """Read a line of a batch: (what it asks, None), or (None, (code, parameter, message))."""
+    """Read a line of a batch: (what it asks, None), or (None, (code, message, parameter))."""
     try:
         asked = json.loads(line)
-        missing = [name for name in ("custom_id", "method", "url", "body") if not asked.get(name)] or [
-            name for name in ("model", "messages") if not asked["body"].get(name)
-        ]
+        missing = [name for name in ("custom_id", "method", "url", "body") if not asked.get(name)]
+        missing = missing or [name for name in ("model", "messages") if not asked["body"].get(name)]
     except (ValueError, AttributeError):
-        return None, ("invalid_json_line", None, "This line is no JSON object.")
+        return None, ("invalid_json_line", "This line is no JSON object.", None)
     if missing:
-        return None, ("missing_required_parameter", missing[0], f"Missing required parameter: '{missing[0]}'.")
-    if asked["custom_id"] in ids:
-        return None, ("duplicate_custom_id", "custom_id", f"The custom_id '{asked['custom_id']}' is used before.")
-    if (asked["method"], asked["url"]) != ("POST", endpoint):
-        return None, (
-            "url_mismatch",
-            "url",
-            f"The line asks {asked['method']} {asked['url']}, the batch is for POST {endpoint}.",
-        )
-    if model not in (None, asked["body"]["model"]):
-        return None, (
-            "model_mismatch",
-            "body.model",
-            f"The line asks {asked['body']['model']}, the batch began with {model}.",
-        )
+        return None, ("missing_required_parameter", f"Missing required parameter: '{missing[0]}'.", missing[0])
+    name, to, called = asked["custom_id"], (asked["method"], asked["url"]), asked["body"]["model"]
+    if name in ids:
+        return None, ("duplicate_custom_id", f"The custom_id '{name}' is used before.", "custom_id")
+    if to != ("POST", endpoint):
+        return None, ("url_mismatch", f"The line asks {' '.join(to)}, the batch is for POST {endpoint}.", "url")
+    if model not in (None, called):
+        return None, ("model_mismatch", f"The line asks {called}, the batch began with {model}.", "body.model")
     return asked, None
 
 
 async def read_lines(content: bytes, endpoint: str) -> tuple[list[dict], list[dict]]:
     """Read a batch's file: what is asked, and the problems; other calls are answered meanwhile."""
-
-    def problem(code, message, line=None, param=None):
-        return {"code": code, "message": message, "line": line, "param": param}
-
     lines = content.rstrip().split(b"\n")
     if lines == [b""]:
         return [], [problem("empty_file", "The file holds no request.")]
     if len(lines) > BATCH_LINES or len(content) > BATCH_BYTES:
-        return [], [
-            problem(
-                "too_many_tasks",
-                f"The file holds {len(lines)} requests in {len(content)} bytes, a batch takes {BATCH_LINES} in "
-                f"{BATCH_BYTES}.",
-            )
-        ]
+        found = f"{len(lines)} requests in {len(content)} bytes"
+        return [], [problem("too_many_tasks", f"Found {found}, a batch takes {BATCH_LINES} in {BATCH_BYTES}.")]
     asked, problems, ids, model = [], [], set(), None
     for number, line in enumerate(lines, 1):
         found, wrong = line_problem(line, endpoint, ids, model)
         if wrong:
-            problems.append(problem(wrong[0], wrong[2], number, wrong[1]))
+            problems.append(problem(*wrong[:2], number, wrong[2]))
         else:
             asked.append(found)
             ids.add(found["custom_id"])
@@ -260,90 +244,55 @@ class Batches:
         )
 
     async def work(self, name: str) -> None:
-        """Lead a batch from validating to its end; a client may cancel it at each pause."""
+        """Lead a batch from validating to its end."""
         batch, whole = self.store.batch(name), self.options.batch_seconds
         await asyncio.sleep(whole * 0.2)
         lines, problems = await read_lines(self.store.file(batch["input_file_id"])[1], batch["endpoint"])
-        model = lines[0]["body"]["model"] if lines else None
-        crowded = model == "crowded" and any(
-            (b["model"], b["status"]) in ((model, "in_progress"), (model, "finalizing")) for b in self.store.batches()
-        )
-        if model == "rejected" or crowded:
-            problems = [
-                {
-                    "code": "token_limit_exceeded",
-                    "message": "Enqueued token limit reached for this model.",
-                    "line": None,
-                    "param": None,
-                }
-            ]
-        if self.store.batch(name)["status"] == "cancelling":
-            return self.step(name, "cancelled") and None
+        model = lines[0]["body"]["model"] if lines else ""
+        fault, others = model.partition("-")[0], {b["status"] for b in self.of_model(model)}
+        if fault == "rejected" or fault == "crowded" and others & {"in_progress", "finalizing"}:
+            problems = [problem("token_limit_exceeded", "Enqueued token limit reached for this model.")]
         if problems:
-            return self.step(name, "failed", errors={"object": "list", "data": problems}) and None
+            self.step(name, "failed", model=model, errors={"object": "list", "data": problems})
+            return
         counts = {"total": len(lines), "completed": 0, "failed": 0}
         if batch["status"] == "validating":
             self.step(name, "in_progress", model=model, request_counts=counts)
             for line in lines:
                 self.log.note("asked", message_key(line["body"]["messages"]))
+        while fault == "crowded" and "failed" not in {b["status"] for b in self.of_model(model)}:
+            await asyncio.sleep(0.02)
         await asyncio.sleep(whole * 0.7)
-        cancelled = self.store.batch(name)["status"] == "cancelling"
-        if not cancelled:
-            self.step(name, "finalizing")
-        good, bad = await self.answer(lines, "cancelled" if cancelled else model)
+        self.step(name, "finalizing")
+        good, bad = await self.answer(lines, fault)
         await asyncio.sleep(whole * 0.1)
         ids = {kind: self.store.add_file("".join(rows).encode(), f"{name}_{kind}.jsonl", "batch_output")["id"] if rows else None
                for kind, rows in (("output", good), ("error", bad))}  # fmt: skip
-        status = "cancelled" if cancelled else "expired" if bad and model == "expired" else "completed"
-        self.step(
-            name,
-            status,
-            output_file_id=ids["output"],
-            error_file_id=ids["error"],
-            request_counts=counts | {"completed": len(good), "failed": len(bad)},
-        )
+        counts |= {"completed": len(good), "failed": len(bad)}
+        status = fault if bad and fault in ("expired", "cancelled") else "completed"
+        self.step(name, status, output_file_id=ids["output"], error_file_id=ids["error"], request_counts=counts)
+
+    def of_model(self, model: str) -> list[dict]:
+        return [batch for batch in self.store.batches() if batch["model"] == model]
 
     async def answer(self, lines: list[dict], fault: str) -> tuple[list[str], list[str]]:
         """Answer a batch's lines in an order of the server's own: the output file's rows and the error file's rows."""
-        keys = [message_key(line["body"]["messages"]) for line in lines]
-        new = self.store.unseen(keys) if fault in FAULTS else set(keys)
-        fresh = [i for i, key in enumerate(keys) if key in new]
-        lost = (
-            set(fresh[:: {"flaky": 3, "expired": 2, "cancelled": 2}[fault]])
-            if fault in ("flaky", "expired", "cancelled")
-            else set()
-        )
-        good, bad = [], []
-        for done, i in enumerate(
-            random.Random(f"{self.options.seed} {len(lines)}").sample(range(len(lines)), len(lines))
-        ):
+        keys, good, bad, lost = [message_key(line["body"]["messages"]) for line in lines], [], [], ()
+        if fault in LOST:
+            new = self.store.unseen(keys)
+            lost = [i for i, key in enumerate(keys) if key in new][:: LOST[fault]]
+        order = random.Random(f"{self.options.seed} {len(lines)}").sample(range(len(lines)), len(lines))
+        for done, i in enumerate(order):
             response, error = None, None
             if i not in lost:
                 response = self.one(keys[i], lines[i]["body"])
             elif fault == "flaky":
-                response = self.reply(
-                    500,
-                    keys[i],
-                    {
-                        "error": {
-                            "message": "The server had an error.",
-                            "type": "server_error",
-                            "param": None,
-                            "code": None,
-                        }
-                    },
-                )
+                response = self.reply(500, keys[i], error_body("The server had an error.", "server_error"))
             else:
-                error = {
-                    "code": f"batch_{fault}",
-                    "message": f"The batch was {fault} before this request was answered.",
-                }
-            row = {
-                "id": f"batch_req_{keys[i][:24]}",
-                "custom_id": lines[i]["custom_id"],
-                "response": response,
-                "error": error,
-            }
+                said = f"The batch was {fault} before this request was answered."
+                error = {"code": f"batch_{fault}", "message": said}
+            row = {"id": f"batch_req_{keys[i][:24]}", "custom_id": lines[i]["custom_id"]}
+            row |= {"response": response, "error": error}
             (good if response and response["status_code"] == 200 else bad).append(json.dumps(row) + "\n")
             if done % 200 == 199:
                 await asyncio.sleep(0)
@@ -354,18 +303,7 @@ class Batches:
         try:
             done = completion(body, self.options.seed, self.options.tokens)[1]
         except UNREADABLE as error:
-            return self.reply(
-                400,
-                key,
-                {
-                    "error": {
-                        "message": f"{type(error).__name__} {error}",
-                        "type": "invalid_request_error",
-                        "param": None,
-                        "code": None,
-                    }
-                },
-            )
+            return self.reply(400, key, error_body(f"{type(error).__name__} {error}"))
         self.log.note("answered", key)
         self.answered += 1
         return self.reply(200, key, done)
@@ -384,16 +322,12 @@ class Batches:
         return web.json_response(self.store.add_file(file.file.read(), file.filename, purpose))
 
     async def file(self, request):
-        found = self.store.file(request.match_info["id"])
-        return web.json_response(found[0]) if found else no(404, f"No such File object: {request.match_info['id']}")
-
-    async def content(self, request):
-        found = self.store.file(request.match_info["id"])
-        return (
-            web.Response(body=found[1], content_type="application/octet-stream")
-            if found
-            else no(404, f"No such File object: {request.match_info['id']}")
-        )
+        found = self.store.file(name := request.match_info["id"])
+        if not found:
+            return no(404, f"No such File object: {name}")
+        if request.path.endswith("/content"):
+            return web.Response(body=found[1], content_type="application/octet-stream")
+        return web.json_response(found[0])
 
     async def create(self, request):
         asked = await request.json()
@@ -401,28 +335,15 @@ class Batches:
         if asked.get("endpoint") != "/v1/chat/completions" or asked.get("completion_window") != "24h":
             return no(400, "Expected the endpoint /v1/chat/completions and the completion_window 24h.", "invalid_value")
         if not found or found[0]["purpose"] != "batch":
-            return no(
-                400,
-                f"Invalid input_file_id {asked.get('input_file_id')!r}: expected a file with the purpose batch.",
-                "invalid_value",
-            )
+            wrong = f"Invalid input_file_id {asked.get('input_file_id')!r}: expected a file with the purpose batch."
+            return no(400, wrong, "invalid_value")
         metadata = asked.get("metadata") or {}
-        if len(metadata) > 16 or any(
-            not isinstance(v, str) or len(k) > 64 or len(v) > 512 for k, v in metadata.items()
-        ):
-            return no(
-                400, "Expected at most 16 pairs of metadata, keys of 64 and texts of 512 characters.", "invalid_value"
-            )
-        now, empty = (
-            int(time.time()),
-            (
-                "model",
-                "errors",
-                "output_file_id",
-                "error_file_id",
-                *(f"{s}_at" for s in ("in_progress", "finalizing", "cancelling", *ENDED)),
-            ),
-        )
+        sizes = [(len(key), len(text) if isinstance(text, str) else 999) for key, text in metadata.items()]
+        if len(metadata) > 16 or any(key > 64 or text > 512 for key, text in sizes):
+            wrong = "Expected at most 16 pairs of metadata, keys of 64 and texts of 512 characters."
+            return no(400, wrong, "invalid_value")
+        moments = [f"{status}_at" for status in ("in_progress", "finalizing", "cancelling", *ENDED)]
+        now, empty = int(time.time()), ("model", "errors", "output_file_id", "error_file_id", *moments)
         batch = {"id": self.store.new_id("batches"), "object": "batch", "endpoint": asked["endpoint"], "input_file_id": asked["input_file_id"],
                  "completion_window": "24h", "status": "validating", "created_at": now, "expires_at": now + 86_400,
                  "request_counts": {"total": 0, "completed": 0, "failed": 0}, "metadata": asked.get("metadata"), **dict.fromkeys(empty)}  # fmt: skip
@@ -438,23 +359,12 @@ class Batches:
         batches, after, limit = self.store.batches(), request.query.get("after"), int(request.query.get("limit", 20))
         ids = [batch["id"] for batch in batches]
         if not 1 <= limit <= 100 or after not in (None, *ids):
-            return no(
-                400,
-                f"Expected a limit from 1 to 100 and after a batch's id, found {limit} and {after!r}.",
-                "invalid_value",
-            )
+            wrong = f"Expected a limit from 1 to 100 and after a batch's id, found {limit} and {after!r}."
+            return no(400, wrong, "invalid_value")
         rest = batches[ids.index(after) + 1 if after else 0 :]
         shown = rest[:limit]
         return web.json_response({"object": "list", "data": shown, "has_more": len(rest) > limit,
                                   "first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None})  # fmt: skip
-
-    async def cancel(self, request):
-        batch = self.store.batch(request.match_info["id"])
-        if not batch:
-            return no(404, f"No batch found with id '{request.match_info['id']}'.")
-        if batch["status"] in (*ENDED, "finalizing"):
-            return no(409, f"Cannot cancel a batch with status '{batch['status']}'.")
-        return web.json_response(self.step(batch["id"], "cancelling"))
 
 
 # ---- the server ----
@@ -472,9 +382,8 @@ class ChatServer:
     def routes(self):
         batches = self.batches
         return [web.post("/v1/chat/completions", self.chat), web.get("/stats", self.stats),
-                web.post("/v1/files", batches.upload), web.get("/v1/files/{id}", batches.file), web.get("/v1/files/{id}/content", batches.content),
-                web.post("/v1/batches", batches.create), web.get("/v1/batches", batches.page), web.get("/v1/batches/{id}", batches.get),
-                web.post("/v1/batches/{id}/cancel", batches.cancel)]  # fmt: skip
+                web.post("/v1/files", batches.upload), web.get("/v1/files/{id}", batches.file), web.get("/v1/files/{id}/content", batches.file),
+                web.post("/v1/batches", batches.create), web.get("/v1/batches", batches.page), web.get("/v1/batches/{id}", batches.get)]  # fmt: skip
 
     async def chat(self, request):
         """Answer one call; the answer is noted when the transport has it, a client that went away was not answered."""
@@ -613,10 +522,8 @@ def end_process(process: subprocess.Popen) -> int:
 def start_server(tmp_path, **options):
     """Run a server while the block lasts; options are those of the command line, such as latency or refuse_above."""
     folder = Path(tmp_path)
-    log = Path(
-        options.pop("log", None)
-        or next(p for n in itertools.count() if not (p := folder / f"chat_server_{n}.jsonl").exists())
-    )
+    unused = (p for n in itertools.count() if not (p := folder / f"chat_server_{n}.jsonl").exists())
+    log = Path(options.pop("log", None) or next(unused))
     named = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     with open(log.with_suffix(".err"), "ab") as errors:
         process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--log", str(log), *named], stdout=subprocess.PIPE,
