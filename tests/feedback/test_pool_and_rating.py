@@ -85,11 +85,11 @@ def test_pools_hold_enough_members_that_can_be_asked():
         assert find_pool(name, len(pool)) == pool
         assert str(len(pool)) in one_line(lambda: find_pool(name, len(pool) + 1))
         for member in {*pool}:
-            first, *rest = [m["role"] for m in member.messages("I {count} the stairs.")]
-            turns = ["user", "assistant"] * len(member.examples) + ["user"]
-            assert [first, *rest] in (turns, ["system", *turns])
             messages = member.messages("I {count} the stairs.")
-            assert "I {count} the stairs." in messages[-1]["content"] and all(m["content"].strip() for m in messages)
+            roles = [message["role"] for message in messages]
+            turns = ["user", "assistant"] * len(member.examples) + ["user"]
+            assert roles in (turns, ["system", *turns]) and all(message["content"].strip() for message in messages)
+            assert "I {count} the stairs." in messages[-1]["content"]
             assert member.model.startswith("local:") or chat_model(member.model)
     assert "demo" in one_line(lambda: find_pool("dmeo", 4))
 
@@ -375,13 +375,11 @@ def test_an_unknown_mode_names_both_and_asks_nobody(gateway, wrong):
 def test_a_rating_request_asks_for_what_the_parser_needs():
     request = rating_request("safety", "I can't sleep.", list("wxyz"), 99)
     assert (request.task, request.decoding.max_tokens, request.decoding.temperature) == ("rate", 99, 0.0)
-    assert set(request.schema["required"]) == {*(f"response_{i}_rating" for i in range(1, 5)), *RATIONALES}
+    asked = {name for i in range(1, 5) for name in (f"response_{i}_rating", f"rationale_{i}")}
+    assert set(request.schema["required"]) == asked
     responses = {key: text for key, text in request.fields.items() if key.startswith("response")}
     assert responses == {f"response_{i}": text for i, text in enumerate("wxyz", 1)}
     assert len({rating_request(key, "I can't sleep.", list("wxyz")).key("m") for key in PRINCIPLE_KEYS}) == 7
-
-
-RATIONALES = [f"rationale_{i}" for i in range(1, 5)]
 
 
 def test_an_api_is_asked_for_a_strict_form_on_all_principles():
