@@ -1,7 +1,6 @@
 """Cleaning settles, loses no word that a client wrote, ends on any input, and judging gives one reason."""
 
 import functools
-import json
 import re
 import signal
 import unicodedata
@@ -14,11 +13,16 @@ from hypothesis import strategies as st
 
 from psycopref.corpus import cleaning
 from psycopref.corpus.cleaning import REASONS, clean, judge, language
-from psycopref.core.paper import resource_path
 
 few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
-ENGLISH = "Since my brother moved out I lie awake and listen to the house. I do not know whom I could tell about it without shame. "
-GERMAN = "Seit mein Bruder ausgezogen ist, liege ich wach und horche. Ich weiss nicht, wem ich davon erzählen soll, ohne mich zu schämen."
+ENGLISH = (
+    "Since my brother moved out I lie awake and listen to the house. "
+    "I do not know whom I could tell about it without shame. "
+)
+GERMAN = (
+    "Seit mein Bruder ausgezogen ist, liege ich wach und horche. "
+    "Ich weiss nicht, wem ich davon erzählen soll, ohne mich zu schämen."
+)
 
 
 @pytest.fixture
@@ -49,21 +53,16 @@ def garbled(layers) -> str:
     return functools.reduce(lambda t, codec: t.encode("utf-8").decode(codec, "replace"), codecs, text)
 
 
-mojibake = st.tuples(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
-    st.lists(st.sampled_from(["cp1252", "latin-1", "cp1251", "mac_roman"]), max_size=3),
-).map(garbled)
+no_surrogates = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+codecs = st.lists(st.sampled_from(["cp1252", "latin-1", "cp1251", "mac_roman"]), max_size=3)
+mojibake = st.tuples(no_surrogates, codecs).map(garbled)
 pieces = st.lists(st.sampled_from(
     ["<p>", "</p", "</p>", "<br/>", "<!--", "-->", "<", ">", "<b ", "<script>", "</script>", "style>", "&", "&amp;", "&amp", "amp;", "&lt;", "&lt", "gt;", "&#39;", "&#38;",
      "&#x26;", "#39;", ";", "&nbsp;", "&shy;", "&#55357;", "&#128;", "&#0;", "&NotEqualTilde;", "&acirc;&euro;&trade;", "â€™", "Ã©", "Ã", "Â", "\x92", "\ufffd", "＜", "b＞",
      "＆", "ﬁ", "\u0301", "\ud83d", "\ude00", "😀", "\u200d", "\u200e", "\u202e", "\u2066", "\u200b", "\ufeff", "\x00", "\x1b[", "31m", "\x7f", "\x85", "\u2028", "\u00a0",
      "\t", "\r\n", " ", "a", "b", "é", "2 < 3 > 1", "I <3 you", "\U000e0061", "İ", "ß"]), max_size=16).map("".join)  # fmt: skip
-anything = st.one_of(
-    st.text(max_size=60),
-    st.text(st.characters(categories=["Cs", "Cc", "Cf", "Zs", "Sm", "Po", "Ll"]), max_size=40),
-    mojibake,
-    pieces,
-)
+strange = st.text(st.characters(categories=["Cs", "Cc", "Cf", "Zs", "Sm", "Po", "Ll"]), max_size=40)
+anything = st.one_of(st.text(max_size=60), strange, mojibake, pieces)
 
 
 @few
@@ -77,14 +76,11 @@ def test_cleaning_settles_on_one_line_of_plain_text(text):
     assert {unicodedata.category(c) for c in once}.isdisjoint({"Cc", "Cs", "Zl", "Zp"})
     assert all(c == " " for c in once if unicodedata.category(c) == "Zs"), "one kind of blank"
     once.encode("utf-8")
-    assert not re.search("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", once), (
-        "no invisible or bidirectional mark"
-    )
+    marks = re.search("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", once)
+    assert not marks, "no invisible or bidirectional mark"
 
 
-@pytest.mark.parametrize(
-    "mark", ["\u200e", "\u200f", *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u061c"], ids=ascii
-)
+@pytest.mark.parametrize("mark", "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u061c", ids=ascii)
 def test_every_bidirectional_mark_goes(mark):
     assert clean(f"{mark}I said {mark} so{mark}") == "I said so"
 
@@ -99,8 +95,13 @@ def test_every_blank_parts_words(blank):
     assert clean(f"I was sad.{blank}I left{blank}{blank}him") == "I was sad. I left him"
 
 
-sober = st.lists(st.sampled_from(["I", "can't", "sleep,", "since", "March.", "Why?", "2", "< 3", "> 1", "<3", "(maybe)", "é", "naïve", "😀", "5 & 6", "R&B", "...", "—", "$20", "a@b.de", "50%"]),
-                 min_size=1).map(" ".join)  # fmt: skip
+sober = st.lists(
+    st.sampled_from(
+        "I can't sleep, since March. Why? 2 <3 (maybe) é naïve 😀 R&B ... — $20 a@b.de 50%".split()
+        + ["< 3", "> 1", "5 & 6"]
+    ),
+    min_size=1,
+).map(" ".join)
 
 
 @few
@@ -115,12 +116,9 @@ def test_ascii_without_markup_is_left_alone(text):
     assert clean(text) == text
 
 
-def test_our_own_speeches_are_clean_and_usable():
-    speeches = [
-        json.loads(line)["speech"]
-        for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert [judge(speech) for speech in speeches] == [(speech, None) for speech in speeches]
+def test_our_own_speeches_are_clean_and_usable(shipped):
+    for row in shipped:
+        assert judge(row["speech"]) == (row["speech"], None)
 
 
 @few
@@ -137,35 +135,26 @@ words = st.lists(
     min_size=1,
     max_size=4,
 ).map(" ".join)
-tags = st.sampled_from(
-    [
-        tag
-        for tag in cleaning._TAGS.split()
-        if tag not in ("br", "hr", "img", "input", "link", "meta", "html", "head", "body", "template")
-    ]
-)
+EMPTY = "br hr img input link meta html head body template".split()
+tags = st.sampled_from([tag for tag in cleaning._TAGS.split() if tag not in EMPTY])
 attributes = st.sampled_from(
     ["", " class='x y'", ' title="a b"', " href=http://x.de/a?b=1&c=2", " disabled", '\ndata-x="1"\n']
 )
-markup = st.recursive(
-    words,
-    lambda inner: st.builds(
-        lambda tag, how, kids: f"<{tag}{how}>{' '.join(kids)}</{tag}>",
-        tags,
-        attributes,
-        st.lists(inner, min_size=1, max_size=3),
-    ),
-    max_leaves=8,
-)
+
+
+def wrapped(inner):
+    kids = st.lists(inner, min_size=1, max_size=3).map(" ".join)
+    return st.builds(lambda tag, how, kids: f"<{tag}{how}>{kids}</{tag}>", tags, attributes, kids)
+
+
+markup = st.recursive(words, wrapped, max_leaves=8)
 void = st.sampled_from(["<br>", "<br/>", "<HR />", "<img src='a.png' alt='b'>", "<!-- a <b> c -->", "<!DOCTYPE html>", "<script>if (a < b) { alert('<p>') }</script>",
                         "<STYLE type='text/css'>\np > b { color: red }\n</STYLE >"])  # fmt: skip
 
 
 def test_words_between_two_scripts_stay():
-    assert (
-        clean("a <script>x</script> b <style>y</style> c <!-- d --> e <!-- f --> g <script>z</script> h")
-        == "a b c e g h"
-    )
+    page = "a <script>x</script> b <style>y</style> c <!-- d --> e <!-- f --> g <script>z</script> h"
+    assert clean(page) == "a b c e g h"
 
 
 @few
@@ -175,16 +164,38 @@ def test_markup_is_stripped_as_a_parser_strips_it(page):
     assert clean(page) == clean(soup.get_text(" ").replace("<", "&lt;"))
 
 
-@pytest.mark.parametrize("text", ["a <b and c", "I <3 you", "x < y > z", "<my wife> said", "I feel </3", "a < b and c > d", "<-- look", "<<< really >>>", "<", "x<y", "<thing>", "1<2>0",
-                                  "he said <<no>>", "</p", "<p", "<a.b>", "<i-think>", "<br-ing>", "<!-- open", "<!ok>"])  # fmt: skip
-def test_what_is_no_tag_of_html_stays(text):
-    assert clean(text) == text
+NO_TAGS = [
+    *("a <b and c", "I <3 you", "x < y > z", "<my wife> said", "I feel </3", "a < b and c > d", "<-- look"),
+    *(
+        "<<< really >>>",
+        "<",
+        "x<y",
+        "<thing>",
+        "1<2>0",
+        "he said <<no>>",
+        "</p",
+        "<p",
+        "<a.b>",
+        "<i-think>",
+        "<br-ing>",
+    ),
+    *(
+        "<!-- open",
+        "<!ok>",
+        "I told <a friend> about it",
+        "<i am tired>",
+        "a <b and c> d",
+        "my <main problem> is sleep",
+    ),
+]
+NO_ENTITIES = [
+    *("outgoing &shy people", "work &times I forget", "fear &notable grief", "the car &pounds of debt"),
+    "see x.org/?a=1&copy=2",
+]
 
 
-@pytest.mark.parametrize(
-    "text", ["I told <a friend> about it", "<i am tired>", "a <b and c> d", "my <main problem> is sleep"]
-)
-def test_words_in_angles_are_no_tag(text):
+@pytest.mark.parametrize("text", NO_TAGS + NO_ENTITIES)
+def test_what_is_no_tag_and_no_entity_of_html_stays(text):
     assert clean(text) == text
 
 
@@ -202,50 +213,19 @@ def test_every_tag_of_html_is_stripped(tag):
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 40])
 def test_markup_goes_however_often_it_was_escaped(depth):
-    escaped = (
-        "I said &"
-        + "amp;" * depth
-        + "lt;b&"
-        + "amp;" * depth
-        + "gt;no&"
-        + "amp;" * depth
-        + "lt;/b&"
-        + "amp;" * depth
-        + "gt;."
-    )
+    escaped = "I said <b>no</b>."
+    for _ in range(depth + 1):
+        escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert clean(escaped) == "I said no ."
 
 
-@pytest.mark.parametrize(
-    "entity, shown",
-    [
-        ("&amp;", "&"),
-        ("&#38;", "&"),
-        ("&#x27;", "'"),
-        ("&quot;", '"'),
-        ("&eacute;", "é"),
-        ("&hellip;", "…"),
-        ("&nbsp;", " "),
-        ("&#8217;", "'"),
-        ("&#55357;", "\ufffd"),
-    ],
-)
+ENTITIES = {"&amp;": "&", "&#38;": "&", "&#x27;": "'", "&quot;": '"', "&eacute;": "é", "&hellip;": "…"}
+ENTITIES |= {"&nbsp;": " ", "&#8217;": "'", "&#55357;": "\ufffd"}
+
+
+@pytest.mark.parametrize("entity, shown", ENTITIES.items())
 def test_entities_are_read(entity, shown):
     assert clean(f"so {entity} so") == " ".join(f"so {shown} so".split())
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "outgoing &shy people",
-        "work &times I forget",
-        "fear &notable grief",
-        "the car &pounds of debt",
-        "see x.org/?a=1&copy=2",
-    ],
-)
-def test_an_ampersand_before_a_word_is_no_entity(text):
-    assert clean(text) == text
 
 
 # ---- pathological input of the longest length that is looked at ----
@@ -303,15 +283,12 @@ def test_a_text_is_used_or_has_one_reason(text):
     assert reason is None or reason in REASONS
     assert cleaned == clean(text)
     letters = re.search(r"[^\W\d_]{2}", cleaned)
-    first = [
-        name for name, hit in zip(REASONS, (not cleaned, not letters, len(cleaned) < 100, len(cleaned) > 1000)) if hit
-    ]
+    holds = (not cleaned, not letters, len(cleaned) < 100, len(cleaned) > 1000)
+    first = [name for name, hit in zip(REASONS, holds) if hit]
     assert (reason == first[0]) if first else reason in (None, "not English")
 
 
-@pytest.mark.parametrize(
-    "length, reason", [(99, "too short"), (100, None), (101, None), (999, None), (1000, None), (1001, "too long")]
-)
+@pytest.mark.parametrize("length, reason", [(99, "too short"), (100, None), (1000, None), (1001, "too long")])
 def test_both_limits_are_in_the_range(length, reason):
     text = exactly(length)
     assert len(clean(text)) == length and judge(text) == (text, reason)
@@ -354,10 +331,13 @@ def test_the_longest_cell_that_is_looked_at_is_judged_as_any():
 
 
 def test_languages_are_told():
-    told = {"en": ENGLISH, "de": GERMAN, "fr": "Depuis que mon frère a déménagé, je ne dors plus et j'écoute la "
-                                               "maison.", "es": "Desde que mi hermano se mudó no duermo bien y "
-                                                                "escucho la casa.",
-            "ru": "С тех пор как брат уехал, я плохо сплю и слушаю дом."}  # fmt: skip
+    told = {
+        "en": ENGLISH,
+        "de": GERMAN,
+        "fr": "Depuis que mon frère a déménagé, je ne dors plus et j'écoute la maison.",
+        "es": "Desde que mi hermano se mudó no duermo bien y escucho la casa.",
+        "ru": "С тех пор как брат уехал, я плохо сплю и слушаю дом.",
+    }
     assert {language(text.strip()): text for text in told.values()} == told
 
 
@@ -368,6 +348,5 @@ def test_published_questions_are_usable_or_have_a_plain_reason(counsel_chat):
     judged = [judge(text) for text in questions]
     assert {reason for _, reason in judged} == {None, "empty", "too short", "too long"}, "none is in another language"
     assert sum(reason is None for _, reason in judged) > 550
-    assert [
-        text for text, reason in judged if reason is None and re.search(r"&\w+;|</?(p|br|b|i|a)\b|[\x00-\x1f]|â€", text)
-    ] == []
+    left = re.compile(r"&\w+;|</?(p|br|b|i|a)\b|[\x00-\x1f]|â€")
+    assert not [text for text, reason in judged if reason is None and left.search(text)]

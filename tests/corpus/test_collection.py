@@ -32,7 +32,7 @@ from psycopref.corpus.collection import (
     split_speeches,
     split_table,
     topic_table,
-)  # fmt: skip
+)
 
 from refusals import one_line
 
@@ -44,16 +44,18 @@ TOPICS = [
     "Grief and Loss",
     "Children & Adolescents",
     "Alzheimer's",
-    "Career Counseling",
+    "Career",
 ]
-LINES = ["I count the stairs at night and they never end, whatever I do about it.", "My sister sold the piano without "
-                                                                                    "asking any of us.",
-         "Since the move I eat alone in a kitchen that smells of paint.", "The exam is in nine days and I have not "
-                                                                          "opened one book.",
-         "He says nothing at dinner and then slams the garage door.", "Every Sunday my stomach turns when I iron my "
-                                                                      "work shirt.",
-         "Our baby cries and I stand in the hall and can't move.", "I quit smoking twice this spring and hid it both "
-                                                                   "times."]  # fmt: skip
+LINES = [
+    "I count the stairs at night and they never end, whatever I do about it.",
+    "My sister sold the piano without asking any of us.",
+    "Since the move I eat alone in a kitchen that smells of paint.",
+    "The exam is in nine days and I have not opened one book.",
+    "He says nothing at dinner and then slams the garage door.",
+    "Every Sunday my stomach turns when I iron my work shirt.",
+    "Our baby cries and I stand in the hall and can't move.",
+    "I quit smoking twice this spring and hid it both times.",
+]
 
 
 def chat_csv(path, rows, header=("questionID", "questionText", "topics")) -> str:
@@ -84,24 +86,32 @@ def gathered(*specs, **changes):
 
 @pytest.fixture(scope="module")
 def demo():
-    return gathered("demo")[1].reset_index(drop=True)
+    found = gathered("demo")[1].reset_index(drop=True)
+    assert len(found) == 336 and found.topic.value_counts().eq(8).all() and found.topic.nunique() == 42
+    return found
 
 
 # ---- every row is kept or counted ----
 
-kinds = st.sampled_from(
-    ["good", "good", "good", "twin", "loud twin", "near twin", "short", "long", "empty", "blank", "emoji", "german"]
-)
+GERMAN = "Seit dem Umzug esse ich allein in einer Küche, die nach Farbe riecht, und ich weiss nicht, wem ich das sage."
+TEXTS = {
+    "good": long_text,
+    "twin": lambda n: long_text(0),
+    "loud twin": lambda n: long_text(0).upper() + "!!",
+    "near twin": lambda n: f"Hello, {n} here. {long_text(0)}",
+    "short": lambda n: f"too short {n}",
+    "long": lambda n: f"{n} " + "word " * 250,
+    "empty": lambda n: "",
+    "blank": lambda n: " <p>\u00a0</p> ",
+    "emoji": lambda n: "😀" * 120,
+    "german": lambda n: GERMAN,
+}
+kinds = st.sampled_from(["good", "good", *TEXTS])
 
 
 def rows_from(drawn):
     """Give every drawn kind a row of its own; twins repeat the speech of number 0."""
-    texts = {"short": lambda n: f"too short {n}", "long": lambda n: f"{n} " + "word " * 250, "empty": lambda n: "", "blank": lambda n: " <p>\u00a0</p> ",
-             "twin": lambda n: long_text(0), "loud twin": lambda n: long_text(0).upper() + "!!", "good": long_text, "emoji": lambda n: "😀" * 120,
-             "near twin": lambda n: f"Hello, {n} here. {long_text(0)}",
-             "german": lambda n: "Seit dem Umzug esse ich allein in einer Küche, die nach Farbe riecht, und ich weiss "
-                                 "nicht, wem ich das sagen könnte."}  # fmt: skip
-    return [(f"q{n}", texts[kind](n), TOPICS[n % len(TOPICS)]) for n, kind in enumerate(drawn)]
+    return [(f"q{n}", TEXTS[kind](n), TOPICS[n % len(TOPICS)]) for n, kind in enumerate(drawn)]
 
 
 @few
@@ -113,9 +123,8 @@ def test_every_row_is_kept_or_counted_and_the_order_of_rows_changes_no_text(tmp_
     tally = drop_table(found["frame"], found["repeats"]).iloc[0]
     assert tally.source == "counsel-chat" and tally["rows"] == len(rows) == tally[list(ROW_FATES)].sum()
     assert tally.kept == len(kept) and tally["empty"] == sum(k in ("empty", "blank") for k in drawn)
-    assert (tally["too short"], tally["too long"], tally["no words"], tally["not English"]) == tuple(
-        map(drawn.count, ("short", "long", "emoji", "german"))
-    )
+    fates = ("too short", "too long", "no words", "not English")
+    assert [tally[fate] for fate in fates] == [*map(drawn.count, ("short", "long", "emoji", "german"))]
     assert kept.speech.map(same_text).is_unique and kept.speech_id.is_unique
     shuffled = chance.sample(rows, len(rows))
     other, kept_too = gathered(chat_csv(folder / "b.csv", shuffled))
@@ -123,62 +132,36 @@ def test_every_row_is_kept_or_counted_and_the_order_of_rows_changes_no_text(tmp_
     assert drop_table(other["frame"], other["repeats"]).equals(drop_table(found["frame"], found["repeats"]))
 
 
-def test_a_repeated_question_is_counted(tmp_path):
-    rows = [
-        ("q0", long_text(0), "Stress"),
-        ("q0", long_text(0), "Stress"),
-        ("q1", long_text(1), "Stress"),
-        ("q0", long_text(0), "Stress"),
-    ]
-    found, kept = gathered(chat_csv(tmp_path / "a.csv", rows))
-    tally = drop_table(found["frame"], found["repeats"]).iloc[0]
-    assert (tally["rows"], tally.repeated, tally.kept) == (4, 2, 2) and kept.speech_id.tolist() == [
-        "counsel-chat-0",
-        "counsel-chat-2",
-    ]
-
-
-@pytest.mark.parametrize(
-    "length, kept", [(99, False), (100, True), (101, True), (999, True), (1000, True), (1001, False)]
-)
+@pytest.mark.parametrize("length, kept", [(99, False), (100, True), (1000, True), (1001, False)])
 def test_the_limits_of_length_are_part_of_the_range(tmp_path, length, kept):
     text = (f"{long_text(5)} " * 20)[: length - 1] + "!"
     found = gathered(chat_csv(tmp_path / "a.csv", [("q0", long_text(0), "Stress"), ("q1", text, "Stress")]))[1]
     assert ("counsel-chat-1" in found.speech_id.tolist()) == kept
 
 
-def test_ids_name_the_row_of_the_source(tmp_path):
-    rows = [
-        ("q0", "short", "Stress"),
-        ("q1", long_text(1), "Stress"),
-        ("q1", long_text(1), "Stress"),
-        ("q2", long_text(2), "Anxiety, Stress"),
-    ]
-    spec = chat_csv(tmp_path / "a.csv", rows)
-    found = gathered(spec)[1]
-    assert found.speech_id.tolist() == ["counsel-chat-1", "counsel-chat-3"] and found.topic.tolist() == [
-        "stress",
-        "anxiety",
-    ]
+def test_ids_name_the_row_of_the_source_and_a_repeated_question_is_counted(tmp_path):
+    second = ("q1", long_text(1), "Stress")
+    rows = [("q0", "short", "Stress"), second, second, ("q2", long_text(2), "Anxiety, Stress"), second]
+    found, kept = gathered(chat_csv(tmp_path / "a.csv", rows))
+    assert [*zip(kept.speech_id, kept.topic)] == [("counsel-chat-1", "stress"), ("counsel-chat-3", "anxiety")]
+    tally = drop_table(found["frame"], found["repeats"]).iloc[0]
+    assert (tally["rows"], tally.repeated, tally.kept) == (5, 2, 2)
     longer = gathered(chat_csv(tmp_path / "a.csv", [*rows, ("q9", long_text(9), "Stress")]))[1]
-    assert longer.iloc[:2].speech_id.tolist() == found.speech_id.tolist(), "rows that come later change no id"
+    assert longer.speech_id.tolist() == [*kept.speech_id, "counsel-chat-5"], "rows that come later change no id"
 
 
 def test_the_first_source_keeps_a_duplicate_across_sources(tmp_path):
     both = [long_text(1), long_text(2)]
     first = chat_csv(tmp_path / "a.csv", [("x", both[0], "Stress"), ("y", long_text(3), "Stress")])
-    second = "amod-counsel=" + jsonl(
-        tmp_path / "b.json",
-        [{"Context": f"Hi all. {t}" if t == both[0] else t, "Response": "r"} for t in both for _ in range(2)],
-    )
+    copies = [{"Context": text, "Response": "r"} for text in (f"Hi all. {both[0]}", both[1]) for _ in range(2)]
+    second = "amod-counsel=" + jsonl(tmp_path / "b.json", copies)
     for specs, owner in (([first, second], "counsel-chat"), ([second, first], "amod-counsel")):
         found, kept = gathered(*specs)
         assert kept[kept.speech.str.endswith(both[0])].source.tolist() == [owner]
         table = drop_table(found["frame"], found["repeats"]).set_index("source")
         assert table["near-duplicate"].to_dict() == {specs[0].split("=")[0]: 0, specs[1].split("=")[0]: 1, "all": 1}
-        assert [m["source"] for m in found["clusters"][0]["members"]].count(owner) == 1 and found["clusters"][0][
-            "members"
-        ][0]["kept"]
+        members = found["clusters"][0]["members"]
+        assert [member["source"] for member in members].count(owner) == 1 and members[0]["kept"]
 
 
 def test_one_source_twice_is_refused(tmp_path):
@@ -193,12 +176,9 @@ def test_what_is_masked_is_in_no_output(tmp_path):
     text = f"My name is Rosalind Okonkwo, write to rosa.o@example.org or call 212-555-0147. {long_text(4)}"
     spec = chat_csv(tmp_path / "a.csv", [("q0", text, "Stress"), ("q1", f"Hello! {text}", "Stress")])
     found, kept = gathered(spec)
-    everything = kept.to_json() + json.dumps(found["clusters"]) + found["masked"].to_json() + found["frame"].to_json()
-    for secret in ("Rosalind", "Okonkwo", "rosa.o", "0147"):
-        assert secret not in "".join(found["frame"].speech[found["frame"].reason == KEPT]) + json.dumps(
-            found["clusters"]
-        ), secret
-    assert "[name]" in everything and found["masked"].loc[0, ["email", "phone"]].tolist() == [2, 2]
+    written = kept.to_json() + json.dumps(found["clusters"])
+    assert not [secret for secret in ("Rosalind", "Okonkwo", "rosa.o", "0147") if secret in written]
+    assert "[name]" in written and found["masked"].loc[0, ["email", "phone"]].tolist() == [2, 2]
 
 
 def test_our_own_corpus_is_left_alone_unless_asked(demo):
@@ -210,14 +190,18 @@ def test_our_own_corpus_is_left_alone_unless_asked(demo):
 
 # ---- bad sources ----
 
-GOOD = f'questionID,questionText,topics\nq0,"{long_text(0)}",Stress\n'
+HEAD = "questionID,questionText,topics\n"
+GOOD = f'{HEAD}q0,"{long_text(0)}",Stress\n'
 BAD_CSV = {
-    "no question": GOOD.replace("questionText", "say"), "no topics": GOOD.replace("topics", "labels"), "no id": GOOD.replace("questionID", "id"),
-    "empty": "", "only a head": "questionID,questionText,topics\n", "blank lines": "\n\n\n", "prose": "Dear reader,\nthis is no table.\n",
-    "open quote": GOOD + 'q1,"never closed,Stress\n', "a longer row": GOOD + "q1,a,Stress,extra\n", "all rows longer": "questionID,questionText,topics\nq0,a,Stress,extra\n",
-    "unknown topic": GOOD.replace("Stress", "Golf"), "no usable speech": GOOD.replace(long_text(0), "too short"),
-    "all empty": "questionID,questionText,topics\nq0,,Stress\n", "a NUL": GOOD.replace("stairs", "sta\0irs"),
-}  # fmt: skip
+    "no question": GOOD.replace("questionText", "say"),
+    "no topics": GOOD.replace("topics", "labels"),
+    "no id": GOOD.replace("questionID", "id"),
+    "only a head": HEAD,
+    "prose": "Dear reader,\nthis is no table.\n",
+    "unknown topic": GOOD.replace("Stress", "Golf"),
+    "no usable speech": GOOD.replace(long_text(0), "too short"),
+    "all empty": f"{HEAD}q0,,Stress\n",
+}
 
 
 @pytest.mark.parametrize("fault", BAD_CSV)
@@ -227,20 +211,9 @@ def test_a_bad_table_is_one_line_that_names_the_file(tmp_path, fault):
     assert "bad.csv" in message and len(message) < 600
 
 
-def test_strange_cells_are_counted_drops(tmp_path):
-    strange = {
-        "a cell of 50 MB": "word " * 10_000_000,
-        "emoji": "😀" * 200,
-        "right to left": "منذ أن غادر أخي المنزل لم أعد أنام جيدا في الليل " * 4,
-        "markup": "<p> </p>" * 20,
-    }
-    rows = [("q0", long_text(0), "Stress"), *((name, text, "Stress") for name, text in strange.items())]
-    found, kept = gathered(chat_csv(tmp_path / "a.csv", rows))
-    assert found["frame"].reason.tolist() == [KEPT, "too long", "no words", "not English", "empty"]
-
-
-def test_a_missing_file_is_one_line(tmp_path):
-    assert "absent.csv" in one_line(lambda: open_sources([f"counsel-chat={tmp_path / 'absent.csv'}"]))
+def test_a_cell_of_fifty_megabytes_is_a_counted_drop(tmp_path):
+    rows = [("q0", long_text(0), "Stress"), ("q1", "word " * 10_000_000, "Stress")]
+    assert gathered(chat_csv(tmp_path / "a.csv", rows))[0]["frame"].reason.tolist() == [KEPT, "too long"]
 
 
 # ---- limits and splits ----
@@ -249,12 +222,9 @@ def test_a_missing_file_is_one_line(tmp_path):
 def frame_of(sizes):
     """A frame with as many speeches of each topic as asked."""
     topics = sorted(coarse_of())
-    rows = [
-        {"speech_id": f"s-{topic}-{n}", "topic": topics[topic], "speech": f"{topics[topic]} {n}"}
-        for topic, size in enumerate(sizes)
-        for n in range(size)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(f"s-{topic}-{n}", topics[topic]) for topic, size in enumerate(sizes) for n in range(size)]
+    frame = pd.DataFrame(rows, columns=["speech_id", "topic"])
+    return frame.assign(speech=frame.topic + frame.speech_id.str.replace(r".*-", " ", regex=True))
 
 
 def test_the_split_has_the_asked_share_in_every_coarse_topic():
@@ -264,43 +234,33 @@ def test_the_split_has_the_asked_share_in_every_coarse_topic():
     rest = split[split.split != "test"]
     assert abs((rest.split == "dev").mean() - 0.1) < 4 * (0.09 / len(rest)) ** 0.5
     table = split_table(split, 3291 / 26483)
-    inside = [
-        float(a) <= share <= float(b)
-        for share, (a, b) in zip(table["test %"], (t.split(" to ") for t in table["by chance %"]))
-    ]
+    ranges = (map(float, text.split(" to ")) for text in table["by chance %"])
+    inside = [low <= share <= high for share, (low, high) in zip(table["test %"], ranges)]
     assert sum(inside) >= len(table) - 2 and table.speeches.iloc[-1] == table.speeches.iloc[:-1].sum() == 26460
 
 
+few_words = st.lists(st.text(alphabet="abc xyz", min_size=3), min_size=1, max_size=20)
+
+
 @few
-@given(
-    st.lists(st.text(alphabet="abc xyz", min_size=3), min_size=1, max_size=20),
-    st.lists(st.text(max_size=20), max_size=20),
-    st.integers(0, 4),
-    st.randoms(),
-)
+@given(few_words, st.lists(st.text(max_size=20), max_size=20), st.integers(0, 4), st.randoms())
 def test_adding_removing_or_reordering_rows_moves_no_speech(texts, more, seed, chance):
     def parts(speeches):
         return {speech: split_of(speech, 0.3, 0.2, seed) for speech in speeches}
 
     before, after = parts(texts), parts(chance.sample([*texts, *more], len(texts) + len(more)))
     assert all(after[speech] == part for speech, part in before.items())
-    assert all(split_of(speech.upper() + "!", 0.3, 0.2, seed) == part for speech, part in before.items()), (
-        "the same words are on the same side"
-    )
+    louder = [split_of(speech.upper() + "!", 0.3, 0.2, seed) for speech in before]
+    assert louder == [*before.values()], "the same words are on the same side"
 
 
-def test_a_larger_fraction_keeps_what_was_held_out(demo):
-    small, large = (set(split_speeches(demo, f, 0.1, 0).query("split == 'test'").speech_id) for f in (0.1, 0.3))
-    assert small < large
-    assert set(split_speeches(demo, 0.25, 0.1, 1).query("split == 'test'").speech_id) != set(
-        split_speeches(demo, 0.25, 0.1, 0).query("split == 'test'").speech_id
-    )
+def test_a_larger_fraction_keeps_what_was_held_out_and_every_part_is_asked_for(demo):
+    def held_out(fraction, seed):
+        return set(split_speeches(demo, fraction, 0.1, seed).query("split == 'test'").speech_id)
 
-
-def test_a_split_without_a_part_is_one_line(demo):
-    assert "test" in one_line(lambda: split_speeches(demo, 0.0, 0.1, 0)) and "dev" in one_line(
-        lambda: split_speeches(demo, 0.2, 0.0, 0)
-    )
+    assert held_out(0.1, 0) < held_out(0.3, 0) and held_out(0.25, 1) != held_out(0.25, 0)
+    for part, shares in (("test", (0.0, 0.1)), ("dev", (0.2, 0.0))):
+        assert part in one_line(lambda shares=shares: split_speeches(demo, *shares, 0))
 
 
 @few
@@ -313,16 +273,12 @@ def test_a_limit_takes_evenly_from_topics_and_keeps_the_order(sizes, limit, seed
     assert places == sorted(places)
     counts = kept.topic.value_counts().reindex(frame.topic.unique(), fill_value=0)
     full = counts < frame.topic.value_counts().reindex(counts.index)
-    assert counts.empty or not full.any() or counts[full].min() >= counts.max() - 1, (
-        "no topic is passed over while another gets two more"
-    )
-    shuffled = limit_speeches(
-        frame.iloc[chance.sample(range(len(frame)), len(frame))].reset_index(drop=True), limit, seed
-    )
-    assert set(shuffled.speech_id) == set(kept.speech_id)
-    assert set(limit_speeches(frame, max(0, limit - 1), seed).speech_id) <= set(kept.speech_id), (
-        "a smaller limit keeps a part of a larger one"
-    )
+    even = counts.empty or not full.any() or counts[full].min() >= counts.max() - 1
+    assert even, "no topic is passed over while another gets two more"
+    shuffled = frame.iloc[chance.sample(range(len(frame)), len(frame))].reset_index(drop=True)
+    assert set(limit_speeches(shuffled, limit, seed).speech_id) == set(kept.speech_id)
+    smaller = set(limit_speeches(frame, max(0, limit - 1), seed).speech_id)
+    assert smaller <= set(kept.speech_id), "a smaller limit keeps a part of a larger one"
 
 
 # ---- the audit ----
@@ -334,9 +290,7 @@ def test_the_audit_finds_and_removes_what_deduplication_missed(demo):
     planted = test.to_frame().T.assign(speech_id="planted-0", speech="Well then. " + test.speech, split="train")
     frame, found = audit_split(pd.concat([split, planted], ignore_index=True), None, None, DEMO.speeches, 0)
     assert found["dropped by the audit"] == 1 and found["test speeches with a near-duplicate outside"] == 0
-    assert "planted-0" not in frame.speech_id.tolist() and len(frame) == len(split), (
-        "the test speech stays, its twin in training goes"
-    )
+    assert frame.speech_id.tolist() == split.speech_id.tolist(), "the test speech stays, its twin in training goes"
 
 
 def test_the_audit_says_how_many_there_would_have_been(tmp_path):
@@ -357,11 +311,13 @@ def test_the_audit_says_how_many_there_would_have_been(tmp_path):
 def released_folder(folder, n=30):
     """Write a dataset in the released form: 21 columns, two parts, several pairs for a training question."""
     (folder / "data").mkdir(parents=True)
-    for part, first in (("train", 0), ("test", n)):
-        rows = [{"ID": f"psycho8k-{i}", "prefID": k, "question": f" {long_text(i)}", "chosen": "I hear you, "
-                                                                                               f"{i}.", "rejected": f"Move on, {i}.", "chosen_model": "gpt-4o",
-                 "rejected_model": f"model-{k}", **{f"{side}_{key}_rating": rating for side, rating in (("chosen", 5), ("rejected", 3)) for key in PRINCIPLE_KEYS}}
-                for i in range(first, first + n // (1 if part == "train" else 3)) for k in range(2 if part == "train" else 1)]  # fmt: skip
+    rated = {f"{side}_{key}_rating": n for side, n in (("chosen", 5), ("rejected", 3)) for key in PRINCIPLE_KEYS}
+    for part, first, size, pairs in (("train", 0, n, 2), ("test", n, n // 3, 1)):
+        rows = [
+            {"ID": f"psycho8k-{i}", "prefID": k, "question": f" {long_text(i)}", "chosen": f"I hear you, {i}."}
+            | {"rejected": f"Move on, {i}.", "chosen_model": "gpt-4o", "rejected_model": f"model-{k}", **rated}
+            for i, k in itertools.product(range(first, first + size), range(pairs))
+        ]
         pd.DataFrame(rows)[list(SCHEMAS["pairs"])].to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
     return folder
 
@@ -380,11 +336,12 @@ def test_released_texts_are_masked_only_on_demand(tmp_path):
     pairs = pd.read_parquet(path)
     pairs.loc[:, "chosen"] = "I hear you. Write to help@example.org."
     pairs.to_parquet(path)
-    assert "help@example.org" in collect_released(f"released={folder}", DEMO.speeches)[1]["train"].chosen[0]
-    masked = collect_released(f"released={folder}", dataclasses.replace(DEMO.speeches, mask="all"))
-    assert masked[1]["train"].chosen[0] == "I hear you. Write to [email]." and masked[1]["test"].ID.equals(
-        collect_released(f"released={folder}", DEMO.speeches)[1]["test"].ID
-    )
+    parts = [
+        collect_released(f"released={folder}", dataclasses.replace(DEMO.speeches, mask=mask))[1]
+        for mask in (DEMO.speeches.mask, "all")
+    ]
+    assert [part["train"].chosen[0] for part in parts] == [pairs.chosen[0], "I hear you. Write to [email]."]
+    assert parts[0]["test"].ID.equals(parts[1]["test"].ID)
 
 
 # ---- the real table ----
@@ -406,27 +363,20 @@ def test_counsel_chat_is_read_whole(counsel_chat):
 
 def test_counsel_chat_copied_into_amod_is_found_again(counsel_chat, tmp_path):
     questions = pd.read_csv(counsel_chat).drop_duplicates("questionID").questionText.dropna().tolist()
-    copy = "amod-counsel=" + jsonl(
-        tmp_path / "combined_dataset.json", [{"Context": f"  {q.strip()} ", "Response": "r"} for q in questions]
-    )
+    rows = [{"Context": f"  {question.strip()} ", "Response": "r"} for question in questions]
+    copy = "amod-counsel=" + jsonl(tmp_path / "combined_dataset.json", rows)
     found, kept = gathered(f"counsel-chat={counsel_chat}", copy)
     table = drop_table(found["frame"], found["repeats"]).set_index("source")
-    assert table.kept["amod-counsel"] == 0 and table.duplicate["amod-counsel"] == table.kept["counsel-chat"] == len(
-        kept
-    )
+    assert table.kept["amod-counsel"] == 0
+    assert table.duplicate["amod-counsel"] == table.kept["counsel-chat"] == len(kept)
 
 
 # ---- the shipped corpus, and the way into a stage ----
 
 
-def test_the_demo_corpus_is_usable_whole(demo):
-    assert len(demo) == 336 and demo.topic.value_counts().eq(8).all() and demo.topic.nunique() == 42
-
-
 def test_speeches_fit_their_schema_and_the_table_counts_them(demo):
-    frame = split_speeches(demo.assign(coarse_topic=demo.topic.map(coarse_of())), 0.25, 0.1, 0)[
-        list(SCHEMAS["speeches"])
-    ]
+    frame = split_speeches(demo.assign(coarse_topic=demo.topic.map(coarse_of())), 0.25, 0.1, 0)
+    frame = frame[list(SCHEMAS["speeches"])]
     with StageWriter(Run("example"), "01_speeches", "tiny", 0, {}) as stage:
         stage.rows("speeches", frame)
     assert StageReader(Run("example"), "01_speeches").rows("speeches").equals(frame)
@@ -439,9 +389,5 @@ def test_speeches_fit_their_schema_and_the_table_counts_them(demo):
 def test_a_source_that_is_read_says_what_it_read(tmp_path):
     opened = open_sources([chat_csv(tmp_path / "a.csv", [("q0", long_text(0), "Stress")])])[0]
     frame, repeats = read_source(opened)
-    assert (
-        repeats == 0
-        and frame.scraped.all()
-        and opened.origin["files"][0]["file"] == "a.csv"
-        and opened.origin["licence"] == "MIT"
-    )
+    assert repeats == 0 and frame.scraped.all()
+    assert opened.origin["files"][0]["file"] == "a.csv" and opened.origin["licence"] == "MIT"

@@ -1,4 +1,4 @@
-"""General pairs: rows are read or refused, the rule is exact, a prompt has one side, a mixture is what its name says."""
+"""General pairs: rows are read or refused, the rule is exact, a prompt has one side, a mixture is what it is called."""
 
 import gzip
 import hashlib
