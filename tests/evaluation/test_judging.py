@@ -15,30 +15,11 @@ from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWrit
 from psycopref.core.settings import load_profile
 from psycopref.core.stages import Run, derived_seed, stage_settings
 from psycopref.evaluation import judging
-from psycopref.evaluation.judging import (
-    KEYS,
-    Judge,
-    agreement_table,
-    agreements,
-    asked_verdicts,
-    contests,
-    disagreement_table,
-    disagreements,
-    judge_families,
-    judge_names,
-    judge_row,
-    judged_speeches,
-    judges_table,
-    panel_alpha,
-    parse_judge,
-    read_judges,
-    same_family_side,
-    scored_verdicts,
-    self_preference,
-    stored_verdicts,
-    verdicts_of,
-    word_scores,
-)
+from psycopref.evaluation.judging import KEYS, Judge, agreement_table, agreements, asked_verdicts, contests
+from psycopref.evaluation.judging import disagreement_table, disagreements, judge_families, judge_names, judge_row
+from psycopref.evaluation.judging import judged_speeches, judges_table, panel_alpha, parse_judge, read_judges
+from psycopref.evaluation.judging import same_family_side, scored_verdicts, self_preference, stored_verdicts
+from psycopref.evaluation.judging import verdicts_of, word_scores
 from psycopref.feedback.battles import ORDERS, battle, battle_request
 from psycopref.feedback.choosing import ranking_request
 from psycopref.gateway.cache import ReplyCache

@@ -17,15 +17,8 @@ from psycopref.core.settings import AgreementSettings, StudyError
 from psycopref.evaluation.kits import SIDES, kit_html, make_kit, run_kits
 from psycopref.core.prompts import BATTLE_KEYS
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking".split()
+FLAGS = [f"--{name}" for name in (*FLAGS, "disable-component-update", "disable-sync")]
 HOSTILE = ("</script><script>window.broken=1</script><img src=x onerror=\"window.broken=2\"> <b>bold</b> &lt;i&gt; "
            "\u202edesrever\u202c\n\nשלום, אני לא ישן 😀👩‍👩‍👧\u2028line\n"
            + "unbroken" * 60 + " " + "A long complaint, told slowly.\n" * 160)  # fmt: skip
@@ -398,19 +391,9 @@ def test_what_is_said_before_the_first_item_and_only_an_export_is_called_safe(de
     assert "only the exported file is safe" in page.inner_text("#export-said")
 
 
-def test_scores_by_keyboard(desk, tmp_path):
-    kit, _ = score_kit()
-    page = begun(desk, tmp_path, kit)
-    for i in range(3):
-        press(page, *(str((i + place) % 5 + 1) for place in range(7)), "Enter")
-    _, found = export(page, "Enter")
-    for i, item in enumerate(kit["items"]):
-        assert found["answers"][item["item_id"]] == {k: (i + n) % 5 + 1 for n, k in enumerate(PRINCIPLE_KEYS)}
-    assert page.locator(".answers").first.locator("button").all_inner_texts() == list("12345")
-
-
 def test_an_answer_out_of_range_is_none(desk, tmp_path):
     page = begun(desk, tmp_path, score_kit()[0])
+    assert page.locator(".answers").first.locator("button").all_inner_texts() == list("12345")
     for digit in "0679":
         press(page, digit)
         assert "no answer here" in status(page)

@@ -15,12 +15,12 @@ from psycopref.core.tables import Label, html_table, latex_table, markdown_table
 from psycopref.evaluation import win_rates
 from psycopref.evaluation.win_rates import MEAN, READINGS, SETTINGS, pick, trust_rows
 from psycopref.feedback.battles import ORDERS, paper_order
-from psycopref.stats.intervals import compare_policies
+from psycopref.stats.intervals import compare_policies, win_interval
 from psycopref.stats.length_control import length_controlled
-from psycopref.stats.intervals import win_interval
 
 SIX = [f"Llama-{base}-Instruct{way}" for base in ("3.2-3B", "3.1-8B") for way in ("", " + DPO", " + DPO-Iter")]
 OPPOSITE = {"win": "loss", "loss": "win", "tie": "tie"}
+EACH = [next(iter(node["topics"])) for node in coarse_topics().values()]  # a fine topic of each coarse one
 VERDICTS = ["verdict", *(f"{key}_verdict" for key in PRINCIPLE_KEYS)]
 few = settings(deadline=None, derandomize=True, database=None, max_examples=8)
 
@@ -154,12 +154,14 @@ def test_a_small_study_by_hand():
     pairs = {"s000": ("win", "win"), "s001": ("win", "loss"), "s002": ("loss", "loss"), "s003": ("loss", "win")}
     place = ("Llama-1B + DPO", "free")
     battles = battles_of([(*place, s, *one) for s, both in pairs.items() for one in zip(ORDERS, both)])
+    battles = battles.assign(safety_verdict="win")
     answers = answers_of([(*place, s, n) for s, n in zip(pairs, (20, 10, 5, 40))])
     drawn = [dict(zip(ORDERS, pairs[s]))[paper_order(s, 0)] for s in speeches.speech_id]
     cells = cells_of(battles, speeches)
     plain, strict = (overall(cells, reading) for reading in READINGS)
     assert (plain.wins, plain.losses, plain.ties) == tuple(drawn.count(word) for word in ("win", "loss", "tie"))
     assert (strict.wins, strict.losses, strict.ties) == (1, 1, 2)
+    assert pick(cells, reading=READINGS[1], grouping="principle", group="safety").wins.tolist() == [4]
     mean = pick(cells, reading=READINGS[1], group=MEAN).set_index("grouping").win_rate
     assert mean["fine topic"] == pytest.approx(50 / 3) and mean["coarse topic"] == pytest.approx(100 / 3 / 2)
     [trust] = trust_rows(battles, answers, speeches, 0, 20).itertuples()
@@ -234,7 +236,7 @@ FREE, LENGTH = "w/o length constraint, against GPT-4o", "w/ length constraint, a
 
 
 def test_table_2_has_the_papers_rows_and_columns():
-    _, table = printed(*study())
+    _, table = printed(*study(topics=EACH))
     paper = table[table.model.str.startswith("paper")]
     topics = "Mental Issues,Emotional Well-being,Relationships,Life Changes,Social Issues,Youth,Safety,Special Topics"
     assert list(table.columns) == ["model", *topics.split(","), "Overall", "95% interval", "n"]
@@ -277,7 +279,7 @@ def test_table_2_from_less():
 
 
 def test_nothing_of_the_paper_is_in_ours(monkeypatch):
-    frames = study(SIX[:2])
+    frames = study(SIX[:2], topics=EACH)
     _, before = printed(*frames)
     published = paper_values()["table_2"].items()
     false = {setting: {m: dict.fromkeys(rates, 99.9) for m, rates in own.items()} for setting, own in published}
