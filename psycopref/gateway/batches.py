@@ -274,8 +274,11 @@ async def wait(self: BatchModel, batch, until: frozenset[str]):
 @patch
 async def end_of(self: BatchModel, batch, name: str):
     "Wait for the end of a batch, and first for its place in the queue."
-    batch = await self.wait(batch, STARTED)
-    while batch.status == "failed" and why_failed(batch)[0] and self.working:
+    seen, batch = self.ended, await self.wait(batch, STARTED)
+    while batch.status == "failed" and why_failed(batch)[0]:
+        await asyncio.sleep(self.poll[1])  # by then each batch of ours has been looked at
+        if not self.working and self.ended == seen:
+            return batch  # others' orders fill the queue
         async with self.door:
             seen = self.ended
             while self.working and self.ended == seen:
