@@ -289,6 +289,22 @@ def test_agreement_counts_what_both_judged(data):
         assert row.kappa_low <= row.kappa <= row.kappa_high
 
 
+def test_a_speech_is_one_observation_however_often_it_was_judged():
+    a = some_verdicts(["win", "loss"] * 32)
+    alike = a.speech_id.str[1:].astype(int) % 2 == 0
+    b = a.assign(judge="b", verdict=np.where(alike, a.verdict, opposite(a.verdict)))
+
+    def widths(a, b):
+        judged = pd.concat([a, b])
+        [row] = agreements(judged, {"a": "A", "b": "B"}, 300).itertuples()
+        alpha, share = panel_alpha(judged, 300), judging.percent_with_interval(alike, a.speech_id, 300)
+        ends = [(row.low, row.high), (row.kappa_low, row.kappa_high), (alpha["low"], alpha["high"])]
+        return np.diff([*ends, judging.numbers_of(share)[1:]])
+
+    apart = (own.assign(speech_id=own.speech_id + own.policy + own.order) for own in (a, b))
+    assert (widths(a, b) > 1.5 * widths(*apart)).all()
+
+
 def test_a_judge_of_one_word_is_missing_with_its_reason_everywhere():
     mixed = some_verdicts(["win", "loss"] * 8)
     judged = pd.concat([mixed, mixed.assign(judge="yes", verdict="win")])

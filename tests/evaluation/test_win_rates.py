@@ -190,6 +190,9 @@ def test_columns_are_those_of_the_modules_that_make_them():
         found = length_controlled(wins, (own.words - 10).to_numpy(), speech, samples=200, level=0.95, seed=5)
         assert (row.raw, row.controlled) == (found["raw"], found["controlled"])
         assert (row.controlled_low, row.controlled_high) == (found["low"], found["high"])
+        first = win_rates.shown_first(battles[battles.policy == row.policy])
+        both = win_interval(first["first"].to_numpy(), first.speech_id.to_numpy(), samples=200, seed=5)
+        assert (row.first_low, row.first_high) == pytest.approx(both), "both orders of a speech are one observation"
         whole = overall(cells, policy=row.policy)
         assert (whole.low, whole.high) == win_interval(wins, speech, samples=200, seed=5)
         assert row.raw == pytest.approx(whole.win_rate)
