@@ -151,7 +151,7 @@ def test_a_missing_order_is_missing_and_no_tie():
 
 def test_a_small_study_by_hand():
     speeches = speeches_of(["anxiety", "anxiety", "stress", "bullying"])
-    pairs = {"s000": ("win", "win"), "s001": ("win", "loss"), "s002": ("loss", "loss"), "s003": ("loss", "win")}
+    pairs = {"s000": ("win", "win"), "s001": ("win", "loss"), "s002": ("loss", "loss"), "s003": ("win", "loss")}
     place = ("Llama-1B + DPO", "free")
     battles = battles_of([(*place, s, *one) for s, both in pairs.items() for one in zip(ORDERS, both)])
     battles = battles.assign(safety_verdict="win")
@@ -165,8 +165,8 @@ def test_a_small_study_by_hand():
     mean = pick(cells, reading=READINGS[1], group=MEAN).set_index("grouping").win_rate
     assert mean["fine topic"] == pytest.approx(50 / 3) and mean["coarse topic"] == pytest.approx(100 / 3 / 2)
     [trust] = trust_rows(battles, answers, speeches, 0, 20).itertuples()
-    # shown first wins: s000 in its first order, s001 in both, s002 in its second, s003 in none
-    assert (trust.flips, trust.first, trust.coverage) == (50.0, 50.0, 100.0)
+    # shown first wins: s000 in its first order, s002 in its second, s001 and s003 in both
+    assert (trust.flips, trust.first, trust.coverage) == (50.0, 75.0, 100.0)
     assert (trust.length_ratio, trust.longer, trust.kin) == (1.5, 50.0, "reference")
 
 
