@@ -483,6 +483,8 @@ def test_the_baseline_has_no_vote():
     judged = pd.concat([own, own.assign(judge="mirror"), longer])
     assert panel_alpha(judged, 20)["alpha"] == 1 and panel_alpha(pd.concat([own, longer]), 20)["alpha"] is None
     assert disagreements(judged, "a").empty, "the rule that the longer wins is not a judge who disagrees"
+    split = pd.concat([judged, longer.assign(judge="third")])
+    assert disagreements(split, "a").empty, "one of two is no majority"
     against = disagreements(pd.concat([own, longer, longer.assign(judge="third")]), "a")
     assert len(against) and against.opposed.eq(1).all() and against.judges.eq(1).all()
     assert set(against.longer) <= {"win", "loss"}, "but what it says is shown"

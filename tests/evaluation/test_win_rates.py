@@ -378,7 +378,10 @@ def test_differences_are_corrected_over_the_topics_of_a_pair():
     assert list(zip(whole["first"], whole.second)) == [(SIX[1], SIX[0]), (SIX[2], SIX[0]), (SIX[2], SIX[1])]
     a, b, c = whole.difference
     assert b - a == pytest.approx(c), "differences on the same speeches add up"
-    assert win_rates.difference_table(rows)["p, Holm over topics"].isna().sum() == 3
+    shown = win_rates.difference_table(rows)
+    gained = (shown["wins only here"] - shown["wins only there"]) / shown.n
+    assert (100 * gained).astype(float).tolist() == pytest.approx(shown["difference, points"].tolist(), abs=0.06)
+    assert shown["p, Holm over topics"].isna().sum() == 3
 
 
 @pytest.mark.parametrize(
