@@ -428,8 +428,8 @@ class StageReader:
         return read_json(self.path(f"{name}.json"))
 
 # %% ../../nbs/core/04_files.ipynb #ce7cbab8
-def progress(items: typing.Iterable, name: str, total: int | None = None, unit: str = "it"):
-    "Return an iterator over items that shows progress with time left, where somebody can see it."
+def progress(items: typing.Iterable | None, name: str, total: int | None = None, unit: str = "it"):
+    "Return a tqdm bar over items, or one to update by hand for None; it is shown where somebody can see it."
     from tqdm.auto import tqdm as tqdm_auto
     from tqdm.std import tqdm as tqdm_text
 

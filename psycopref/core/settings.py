@@ -185,7 +185,7 @@ class EvaluationSettings:
     top_p: float = 1.0  # not given in the paper
     curve_speeches: int | None = 400  # test speeches for each point of Fig. 4; None takes all
     coverage: float = 0.98  # the stage fails below this share of verdicts
-    bootstrap: int = 1000  # resamples for every interval
+    bootstrap: int = 1000  # draws for an interval; of a mean or share at least 10,000
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -203,7 +203,7 @@ class TrialSettings:
 
     # name=PLACE of labelled texts: annomi, epitome, esconv, counsel-chat; one that is not named is not measured
     corpora: tuple[str, ...] = ()
-    bootstrap: int = 1000  # resamples for every interval
+    bootstrap: int = 1000  # draws for an interval on labelled texts
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -297,6 +297,7 @@ class Profile:
             )
         counts = {"dpo.checkpoints": self.dpo.checkpoints, "dpo_iter.iterations": self.dpo_iter.iterations}
         counts |= {"dpo_iter.keep_last": self.dpo_iter.keep_last}
+        counts |= {"reward.checkpoints": self.reward.checkpoints}
         counts |= {"watch.speeches": self.watch.speeches, "watch.answers": self.watch.answers}
         for name, found in counts.items():
             if found is not None and found < 1:

@@ -85,7 +85,7 @@ def stages_of(profile: Profile) -> dict[str, Stage]:
     return {stage.name: dataclasses.replace(stage, needs=own) for stage, own in zip(kept, needs)}
 
 # %% ../../nbs/core/01_stages.ipynb #0a85d91c
-BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo_iter.keep_last")  # settings that no result hangs on
+BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo.push_to_hub", "dpo_iter.keep_last")  # no result hangs on them
 
 
 def stage_settings(profile: Profile, stage: str) -> dict:

@@ -21,7 +21,7 @@ __all__ = ['SHINGLE', 'CHUNK', 'BLOCK', 'SHARED', 'JOIN_ROWS', 'CROWD', 'SLOTS',
 def same_text(text: str) -> str:
     """Reduce a speech to what makes it a duplicate.
 
-    Returns equal for texts that differ in case, spacing and punctuation only; idempotent."""
+    Texts that differ in case, spacing and punctuation only become equal; idempotent."""
     folded = text.casefold()
     return re.sub(r"\W+", " ", folded).strip() or " ".join(folded.split())
 

@@ -148,7 +148,7 @@ def training_rows(
 
 # %% ../../nbs/corpus/05_topics.ipynb #c8997284
 def topic_request(client_speech: str) -> ChatRequest:
-    "Ask for the topic of one speech. client_speech: a cleaned speech. Returns ready for the gateway."
+    "Ask for the topic of one speech. client_speech: a cleaned speech. Returns a request for the gateway."
     listed = "\n".join(f"- {slug}: {what}" for slug, what in topic_descriptions().items())
     schema = {
         "type": "object",

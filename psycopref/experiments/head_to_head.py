@@ -114,7 +114,7 @@ def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, st
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #7cba591d
 def best_policy(rows: list[dict]) -> str:
-    "Name the policy with the highest free win rate. Returns rows of evaluation.win_rates.summary_rows."
+    "Name the policy with the highest free win rate, of evaluation.win_rates.summary_rows."
     free = [row for row in rows if row["setting"] == SETTINGS["free"]]
     return max(free, key=lambda row: -1 if row["Overall"] is None else row["Overall"])["model"]
 
@@ -130,9 +130,7 @@ def describe_win_rates(rows: list[dict], n: int, reference: str) -> list[str]:
 
 
 def describe_differences(differences) -> list[str]:
-    """Say the overall differences between policies that answer freely.
-
-    Returns of evaluation.win_rates.difference_rows."""
+    "Say the overall differences between policies that answer freely, of evaluation.win_rates.difference_rows."
     own = differences[(differences.group == "Overall") & (differences.setting == "free")]
     return [
         f"{row.first} − {row.second}: {row.difference:+.1f} points ({row.low:.1f} to {row.high:.1f})"
@@ -142,9 +140,7 @@ def describe_differences(differences) -> list[str]:
 
 
 def describe_trust(trust) -> list[str]:
-    """Say how often the judge contradicts itself, and which answers are longer than the reference's.
-
-    Returns of evaluation.win_rates.trust_rows."""
+    "Say how often the judge contradicts itself, and which answers are longer (trust: of win_rates.trust_rows)."
     found = []
     if trust.flips.notna().any():
         worst = trust.loc[trust.flips.idxmax()]
@@ -162,7 +158,7 @@ def describe_trust(trust) -> list[str]:
 
 
 def describe_compliance(compliance: list[dict]) -> list[str]:
-    "Say how many answers keep the asked length. Returns of evaluation.win_rates.compliance_rows."
+    "Say how many answers keep the asked length, of evaluation.win_rates.compliance_rows."
     share = "within 20% of the asked length, %"
     return [
         f"{row['model']}: {row[share]}% of the answers are within a fifth of the asked length, {row['cut off %']}% "
@@ -172,9 +168,7 @@ def describe_compliance(compliance: list[dict]) -> list[str]:
 
 
 def describe_topic_rates(cells) -> list[str]:
-    """Name the coarse topics with the highest and lowest free win rate of the best policy.
-
-    Returns of evaluation.win_rates.win_rate_cells."""
+    "Name the best policy's coarse topics of highest and lowest free win rate (cells: of win_rate_cells)."
     own = cells[(cells.grouping == "coarse topic") & (cells.setting == "free") & (cells.reading == READINGS[0])]
     own = own[own.group.isin(coarse_topics())].dropna(subset="win_rate")
     if own.empty:

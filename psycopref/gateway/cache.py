@@ -67,6 +67,7 @@ def open_finished(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=60, check_same_thread=False)
         for statement in ("PRAGMA journal_mode=DELETE", *TABLES):  # a kill may have come before the tables were made
             db.execute(statement)
+        db.execute("PRAGMA query_only=ON")
     return db
 
 # %% ../../nbs/gateway/01_cache.ipynb #4ab7467f
@@ -214,7 +215,7 @@ def open_cache(run: Run, stage: str = "", shard: Shard | None = None) -> ReplyCa
 # %% ../../nbs/gateway/01_cache.ipynb #2c3b2e84
 def run_bill(run: Run) -> list[dict]:
     "Return the books of a run, its shards' included: stage, model, calls, tokens and US dollars."
-    with contextlib.closing(sqlite3.connect("file::memory:", uri=True, isolation_level=None)) as whole:
+    with contextlib.closing(sqlite3.connect("file::memory:", 60, isolation_level=None, uri=True)) as whole:
         whole.execute(TABLES[1])
         for path in sorted((run.outputs / "cache").glob("replies*.sqlite")):
             with damage_named(path, "its books can't be read", "move the file away, or mend it"):

@@ -284,7 +284,7 @@ async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         (sum(r.prompt_tokens for r in found), sum(r.completion_tokens for r in found)),
     )
     self.book({key: reply for key, reply in replies.items() if isinstance(reply, ChatReply)}, len(found), *sums, usd)
-    await self.write()
+    await asyncio.shield(self.write())  # what was paid for is kept, also where this call is cancelled
     return replies
 
 
@@ -336,8 +336,9 @@ async def write(self: Stream) -> None:
                 await asyncio.to_thread(self.gateway.cache.keep, part) if part else None
                 if part is some:
                     return
-            except Exception as error:
-                self.fail(error)
+            except Exception as error:  # a write in common is tried again in parts
+                if part is not some or len(some) == 1:
+                    self.fail(error)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #5aebc660
 def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shard | None = None) -> Gateway:

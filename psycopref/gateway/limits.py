@@ -98,7 +98,7 @@ class Budget:
 
     async def reserve(self, usd: float, who: str) -> None:
         "Set the most that a call can cost aside; raises StudyError where it can't fit."
-        while self.in_flight and self.spent + self.reserved + usd > self.limit_usd:
+        while usd and self.in_flight and self.spent + self.reserved + usd > self.limit_usd:
             self.settled.clear()
             await self.settled.wait()
         if usd and self.spent + self.reserved + usd > self.limit_usd:

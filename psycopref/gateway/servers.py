@@ -11,6 +11,7 @@ import os
 import re
 import time
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from fastcore.basics import patch
 
@@ -21,7 +22,8 @@ from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'LOOPBACK', 'RETRY_STATUS', 'host_key_name', 'server_key', 'without_keys', 'completion_reader',
-           'read_completion', 'prices', 'most_tokens', 'OpenAIModel', 'read_error', 'NotServed', 'read_status']
+           'read_completion', 'prices', 'most_tokens', 'proxy_of', 'OpenAIModel', 'read_error', 'NotServed',
+           'read_status']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
 def host_key_name(base_url: str) -> str:
@@ -97,6 +99,15 @@ def most_tokens(request: ChatRequest) -> int:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def proxy_of(address: str) -> str | None:
+    "Return the proxy that the environment names for an address; refuse one that is not http."
+    ways, place = getproxies(), urlsplit(address)
+    way = None if proxy_bypass(place.netloc) else ways.get(place.scheme) or ways.get("all")
+    if way and not way.startswith(("http://", "https://")):
+        raise StudyError(f"proxy {without_keys(way)!r}: expected http://… or https://…; set HTTPS_PROXY to such a one")
+    return way
+
+
 class OpenAIModel:
     "Answer through the chat completions API."
 
@@ -110,7 +121,7 @@ class OpenAIModel:
         self.price = {"input": 0.0, "output": 0.0} if self.base_url else prices()["models"].get(self.model)
         if not self.price:
             raise StudyError(
-                f"model {self.uri!r}: has no price in data/prices.json, so a budget can't be held; add it there"
+                f"model {self.uri!r}: has no price in resources/prices.json, so a budget can't be held; add it there"
             )
 
     def groups(self, requests):
@@ -147,12 +158,9 @@ class OpenAIModel:
         for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
             if not self.base_url and os.environ.get(variable):
                 headers[name] = os.environ[variable]
-        return aiohttp.ClientSession(
-            headers=headers,
-            trust_env=proxy,
-            timeout=aiohttp.ClientTimeout(total=self.timeout),
-            connector=aiohttp.TCPConnector(limit=2 * self.concurrency),
-        )
+        timeout, connector = aiohttp.ClientTimeout(self.timeout), aiohttp.TCPConnector(limit=2 * self.concurrency)
+        way = proxy_of(self.address) if proxy else None  # no trust_env: it would read passwords from ~/.netrc too
+        return aiohttp.ClientSession(headers=headers, proxy=way, timeout=timeout, connector=connector)
 
     def chat_arguments(self, request: ChatRequest) -> dict:
         "Translate a request into the API's arguments."
@@ -224,6 +232,8 @@ def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failur
         code, text = error.get("code"), str(error.get("message") or text)
     except (ValueError, AttributeError):
         code = None
+    if status < 400:  # followed, it would carry the key elsewhere
+        raise StudyError(f"model {model.uri!r}: the server redirects ({status}) to another address; name that one")
     if status == 404 and model.base_url:
         raise NotServed(
             f"model {model.uri!r}: the server refused (404); check the model's name, or start it there if the server "

@@ -46,8 +46,8 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', '
            'count_speeches', 'count_general', 'plan_run', 'filled_characters', 'scored_work', 'training_steps',
            'trained_work', 'candidate_tokens', 'kept_iterations', 'other_judges', 'work_frame', 'worded', 'aligned',
            'training_bytes', 'memory_phases', 'memory_table', 'asked_uris', 'missing_models', 'missing_weights',
-           'missing_engine', 'gpu_memory', 'missing_memory', 'missing', 'serve_commands', 'money_lines',
-           'assumption_lines', 'plan_text']
+           'missing_engine', 'gpu_memory', 'missing_accelerate', 'missing_memory', 'missing', 'serve_commands',
+           'money_lines', 'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #71f4cdd8
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -486,7 +486,7 @@ def watching(self: Plan) -> list[Work]:
         f"watch: {points} × {speeches:,} × {watch.answers} answers",
     )
     for name in self.profile.backbones:
-        asked = self.ask(stage, what, name, answers, "respond", response, watch.answers)
+        asked = self.ask(stage, what, name, answers, "respond", response, watch.answers, self.profile.dpo_iter.engine)
         read = 3 * (asked.tokens_in + asked.tokens_out)  # the reward model, the policy and its base
         rows += [asked, Work(stage, "watch: rewards and KL", name, answers + speeches, read)]
     rows.append(self.ask(stage, "watch: reference answers", chosen.reference, speeches, "respond", response))
@@ -556,7 +556,8 @@ def judges(self: Plan) -> list[Work]:
     answers = len(self.profile.backbones) * POLICIES * BATTLE_SETTINGS * some
     for judge in other_judges(self.profile):
         if judge.kind == "reward":
-            asked = self.ask(stage, "", judge.place or self.profile.backbones[0], some + answers, "respond", response)
+            place, each = judge.place or self.profile.backbones[0], max(1, (some + answers) // max(1, some))
+            asked = self.ask(stage, "", place, some + answers, "respond", response, each)
             what, read = f"score {some + answers:,} answers", asked.tokens_in + asked.tokens_out
             rows.append(Work(stage, what, asked.who, asked.calls, read))
         else:
@@ -564,6 +565,25 @@ def judges(self: Plan) -> list[Work]:
             calls = BOTH_ORDERS * answers
             rows.append(self.ask(stage, f"{what}, both orders", judge.place, calls, kind, response))
     return rows
+
+
+@patch
+def too_few_pairs(self: Plan) -> list[str]:
+    "List what asks for more pairs than are expected, or has less than a batch of them."
+    mixes, there = grid(self.profile.mixing.budget), (self.train_pairs, self.general["train"])
+    cells = {cell.mix: mixes[MIXES.index(cell.mix)] for cell in grid_cells(self.profile)}
+    least = {"reward": self.train_pairs, "dpo": min(self.train_pairs, self.profile.dpo_iter.prompts)}
+    batches = {name: getattr(self.profile, name).batch_size for name in least}
+    return [
+        f"mixing.budget: cell {name} asks for {asked:,} pairs, {found:,} are expected; lower it"
+        for name, mix in cells.items()
+        for asked, found in zip((mix.psy or 0, mix.help or 0), there)
+        if asked > found
+    ] + [
+        f"{name}.batch_size: {least[name]:,} pairs are less than a batch of {batch}; lower it"
+        for name, batch in batches.items()
+        if least[name] < batch
+    ]
 
 
 @patch
@@ -722,8 +742,8 @@ def missing_weights(names: typing.Iterable[str]) -> list[str]:
         elif folder.is_dir() or not of_hub(name):
             lines.append(f"weights {name!r}: no .safetensors file there; give a folder with some, or a hub id")
         elif not huggingface_hub.get_token():
-            remedy = "accept its licence on the hub and run `hf auth login`, or give a local folder"
-            lines.append(f"hub access to {name}: no token found; {remedy}")
+            remedy = "where it is gated, accept its licence and run `hf auth login`, or give a local folder"
+            lines.append(f"{name} comes from the hub: no token found; {remedy}")
     return lines
 
 # %% ../../nbs/run/04_plan.ipynb #96840284
@@ -748,6 +768,20 @@ def gpu_memory() -> list[int]:
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     found = [int(0.93 * torch.cuda.get_device_properties(i).total_memory) for i in gpus]
     return found[: int(os.environ.get("PSYCOPREF_PROCESSES") or 0) or None]
+
+
+def missing_accelerate(profile: Profile) -> list[str]:
+    "List why the file of PSYCOPREF_ACCELERATE can't be used here."
+    try:
+        strategy = accelerate_strategy()
+    except StudyError as error:
+        return [str(error)]
+    ranks = [f"{name}.lora.rank" for name in ("reward", "dpo") if getattr(profile, name).lora.rank]
+    if strategy != "DDP" and ranks:
+        return [f"PSYCOPREF_ACCELERATE: names {strategy}, but {ranks[0]} is set; take ddp.yaml, or set the rank to 0"]
+    if strategy == "ZeRO-3" and importlib.util.find_spec("deepspeed") is None:
+        return ["PSYCOPREF_ACCELERATE: names DeepSpeed, which is not installed here; pip install deepspeed"]
+    return []
 
 
 def missing_memory(profile: Profile) -> list[str]:
@@ -796,7 +830,8 @@ def missing(profile: Profile, plan: Plan | None = None) -> list[str]:
         *(_not_here("RewardBench", BENCH, BENCH.homes if bench == BENCH.name else [bench]) if bench else []),
         *([] if huggingface_hub.get_token() else tokens),
         *missing_engine(profile),
-        *missing_memory(profile),
+        *(missing_accelerate(profile) or missing_memory(profile)),
+        *(plan or plan_run(profile)).too_few_pairs(),
         *([disk] if need > free else []),
     ]
 

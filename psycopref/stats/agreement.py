@@ -17,7 +17,7 @@ __all__ = ['LEVELS', 'MOST_VALUES', 'ratings_matrix', 'krippendorff_alpha', 'alp
 
 # %% ../../nbs/stats/03_agreement.ipynb #1ea45fda
 def _checked_long(where: str, long) -> None:
-    "Check ratings in long form. Returns raises on a missing column, an empty frame or a double rating."
+    "Refuse ratings in long form with a missing column, without a row, or with a double rating."
     absent = [column for column in ("item", "rater", "label") if column not in long.columns]
     if absent or long.empty:
         raise ValueError(
@@ -110,7 +110,7 @@ def krippendorff_alpha(ratings: np.ndarray, level: str = "nominal") -> float:
     """Return Krippendorff's α, the agreement of any number of raters beyond chance.
 
     ratings: labels, (raters, items), NaN or None where missing; text for "nominal" only; level: what a label means:
-    one of LEVELS. Returns at most 1; 0 is chance."""
+    one of LEVELS. Returns α: at most 1, 0 is chance."""
     values, counts = _leveled("krippendorff_alpha", ratings, level)
     together = _coincidences(counts).sum(axis=0)
     return float(_alpha(values, together, level, together.sum()))

@@ -443,20 +443,10 @@ def _draw_reliability(top, bottom, table, colour: str) -> None:
     "Draw one reliability curve with its counts."
     filled = table[table["count"] > 0]
     x, y = filled["mean_probability"], filled["frequency"]
-    sure = filled["frequency_low"] < filled["frequency_high"]
     top.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
     top.vlines(x, filled["frequency_low"], filled["frequency_high"], color=colour, linewidth=1.4, alpha=0.55)
     top.plot(x, y, color=colour, linewidth=1.4)
-    top.scatter(
-        x,
-        y,
-        s=26,
-        zorder=3,
-        edgecolors=colour,
-        linewidths=1.4,
-        c=[colour if s else "white" for s in sure],
-        clip_on=False,
-    )
+    top.scatter(x, y, s=26, zorder=3, c=colour, clip_on=False)
     top.set(xlim=(0, 1), ylim=(0, 1))
     bottom.bar((table["low"] + table["high"]) / 2, table["count"], width=0.9 / len(table), color=colour, alpha=0.55)
     bottom.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6))
@@ -531,22 +521,11 @@ def _draw_slices(axes, table) -> None:
     places = np.arange(len(table))[::-1]
     for place, row in zip(places, table.to_dict("records")):
         colour = PALETTE[6] if row["group"] == "all" else PALETTE[0]
-        sure = row["low"] < row["high"]
-        if sure:
-            axes.plot(
-                [row["low"], row["high"]], [place, place], color=colour, linewidth=1.8, alpha=0.6, solid_capstyle="butt"
-            )
-        axes.scatter(
-            row["accuracy %"],
-            place,
-            s=34,
-            marker="D" if row["group"] == "all" else "o",
-            zorder=3,
-            linewidths=1.4,
-            edgecolors=colour,
-            c=colour if sure else "white",
-            clip_on=False,
+        axes.plot(
+            [row["low"], row["high"]], [place, place], color=colour, linewidth=1.8, alpha=0.6, solid_capstyle="butt"
         )
+        marker = "D" if row["group"] == "all" else "o"
+        axes.scatter(row["accuracy %"], place, s=34, marker=marker, zorder=3, c=colour, clip_on=False)
         axes.annotate(
             f"{row['pairs']:,} / {row['speeches']:,}",
             (1.03, place),
@@ -589,7 +568,5 @@ def slices_figure(tables: dict):
     )
     lowest = min(float(table[["accuracy %", "low"]].min().min()) for table in tables.values())
     axes[-1, 0].set(xlim=(max(0, min(45, 10 * (lowest // 10))), 100))
-    axes[-1, 0].set_xlabel(
-        "accuracy, %\nbars: 95% over speeches (hollow: none); dotted: a coin; solid: all pairs", fontsize=9
-    )
+    axes[-1, 0].set_xlabel("accuracy, %\nbars: 95% over speeches; dotted: a coin; solid: all pairs", fontsize=9)
     return figure

@@ -24,6 +24,8 @@ def cluster_totals(values: np.ndarray, clusters: np.ndarray | None = None) -> np
         raise ValueError(
             f"intervals: {len(values)} rows and {len(clusters)} ids found, expected one id for each; align them"
         )
+    if any(name is None or name != name for name in np.asarray(clusters).tolist()):
+        raise ValueError("intervals: a row without the id of its speech found, expected one in each; join them again")
     ids, speech = np.unique(np.asarray(clusters).astype(str), return_inverse=True)
     totals = np.zeros((len(ids), values.shape[1]))
     np.add.at(totals, speech, values)
@@ -69,8 +71,8 @@ def mean_interval(
         return _drawn_mean(totals, ends, samples, tails, seed)
     middle, half = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
     totals[:, 0] = (totals[:, 0] - middle * totals[:, 1]) / half
-    if (np.abs(totals[:, 0]) > totals[:, 1] + 1e-9).any():
-        raise ValueError(f"intervals: a value outside {bounds} found, expected none; name the bounds of the values")
+    if not (np.abs(totals[:, 0]) <= totals[:, 1] + 1e-9).all():
+        raise ValueError(f"intervals: a value outside {bounds} or none found; name the bounds of the values, drop gaps")
     low, high = _symmetric_interval(totals, samples, tails, seed)
     return middle + half * low, middle + half * high
 
@@ -172,6 +174,12 @@ def compare_policies(first, second, by: str = "coarse_topic", samples: int = 100
     import pandas as pd
 
     keys, settings = ["speech_id", by], (samples, level, seed)
+    for frame in (first, second):
+        if not frame["verdict"].isin(("win", "loss", "tie")).all() or frame[by].isna().any():
+            raise ValueError(
+                f"intervals.compare_policies: an unknown verdict, or a row without {by} found, expected win, loss or "
+                f"tie and a {by} in each row"
+            )
     frames = [frame[keys].assign(won=(frame["verdict"] == "win").astype(int)) for frame in (first, second)]
     both = frames[0].merge(frames[1], on=keys, suffixes=("", "_second"), validate="one_to_one")
     if both.empty:

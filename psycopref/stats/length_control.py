@@ -147,7 +147,7 @@ _KEYS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "p
 
 
 def _outcome(place: str, preference) -> float:
-    "Read a preference as the model's win. Returns in [0, 1], the model's win; NaN where the judge gave none."
+    "Read a preference as the model's win, in [0, 1]; NaN where the judge gave none."
     if preference is None or preference != preference:
         return np.nan
     if (

@@ -128,7 +128,7 @@ def write_dpo_job(
         "kind": "dpo",
         "start": dataclasses.asdict(start),
         "reference": None if reference is None or reference == start else dataclasses.asdict(reference),
-        "settings": dataclasses.asdict(settings),
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "push_to_hub"},
         "goal": goal,
         "dtype": dtype,
         "seed": seed,

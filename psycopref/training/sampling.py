@@ -33,7 +33,7 @@ from ..gateway.gateway import read_ahead
 from ..models.generation import Decoding, Sample, generate, length_batches
 from ..models.local import render_chat
 from .scoring import find_scorer, load_scorer, score_groups
-from ..gateway.servers import LOOPBACK, OpenAIModel, completion_reader, server_key
+from ..gateway.servers import LOOPBACK, OpenAIModel, completion_reader, server_key, without_keys
 from .texts import dialogue, prompt_messages
 from psycopref.models.weights import (
     TEMPLATE_DATE,
@@ -226,9 +226,10 @@ def listed_models(url: str) -> list[dict]:
         base_url=url, api_key=server_key(url) or "none", max_retries=0, timeout=10, http_client=client
     ) as server:
         found = server.models.list()
-    if not isinstance(getattr(found, "data", None), list):
+    cards = getattr(found, "data", None)
+    if not isinstance(cards, list) or not all(getattr(card, "id", None) for card in cards):
         raise ValueError("expected a list of models")
-    return [card.to_dict() for card in found.data]
+    return [card.to_dict() for card in cards]
 
 
 def _same_place(name, location: str) -> bool:
@@ -331,7 +332,7 @@ def _wait_until_served(server: Server, policy: Weights, seconds: float) -> str:
         try:
             cards = listed_models(server.url)
         except (openai.OpenAIError, ValueError) as error:
-            why = f"{type(error).__name__} {error}"
+            why = f"{type(error).__name__} {without_keys(str(error))}"
             time.sleep(0.25)
             continue
         server.check()  # another process may have taken the port
@@ -367,7 +368,7 @@ def _found(policy: Weights, url: str) -> Server:
     except (openai.OpenAIError, ValueError) as error:
         raise StudyError(
             f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({type(error).__name__} "
-            f"{str(error)[:120]}); start a server, and name it as in http://127.0.0.1:8000/v1"
+            f"{without_keys(str(error))[:120]}); start a server, and name it as in http://127.0.0.1:8000/v1"
         ) from None
     return Server(url, served_name(url, cards, policy, started=False))
 

@@ -202,7 +202,7 @@ def test_every_stage_reads_parts_of_the_profile_as_plain_data(profile):
             if isinstance(whole, dict):
                 whole = {key: own for key, own in whole.items() if f"{dotted}.{key}" not in BEHAVIOUR}
             assert value == whole
-        as_overrides = {name: "wandb" if name.endswith("report_to") else 2 for name in BEHAVIOUR}
+        as_overrides = {name: 2 if name.endswith("keep_last") else "other" for name in BEHAVIOUR}
         assert stage_settings(load_profile(profile, as_overrides), name) == found, "how a run behaves redoes nothing"
 
 

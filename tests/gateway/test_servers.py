@@ -21,7 +21,7 @@ from psycopref.core.settings import StudyError
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.models.generation import Decoding
 from psycopref.gateway.limits import AdaptiveLimit
-from psycopref.gateway.servers import completion_reader, read_completion
+from psycopref.gateway.servers import completion_reader, proxy_of, read_completion
 
 from raw_server import Closed, Cut, Dribbled, RawServer, Silent, answer, ask, error, open_model, said
 from refusals import one_line
@@ -308,10 +308,39 @@ def test_a_redirect_takes_no_key_to_another_place(server, gateway, monkeypatch):
     try:
         there = f"http://127.0.0.1:{other.port}/v1/chat/completions"
         server.behave = lambda text, attempt: answer(b"", 307, Location=there)
-        gateway.ask(open_model(server, attempts=1), [ask()])
+        assert "redirects (307)" in one_line(lambda: gateway.ask(open_model(server, attempts=1), [ask()]))
         assert KEY in repr(server.headers) and KEY not in repr(other.headers)
     finally:
         other.stop()
+
+
+PROXIES = [
+    ({"HTTPS_PROXY": "http://127.0.0.1:3128"}, "https://api.example.org/v1", "http://127.0.0.1:3128"),
+    ({"ALL_PROXY": "http://127.0.0.1:3128"}, "https://api.example.org/v1", "http://127.0.0.1:3128"),
+    ({"HTTPS_PROXY": "http://127.0.0.1:3128", "NO_PROXY": "example.org"}, "https://api.example.org/v1", None),
+    ({"HTTP_PROXY": "http://127.0.0.1:3128"}, "https://api.example.org/v1", None),
+]
+
+
+@pytest.mark.parametrize("variables, address, way", PROXIES)
+def test_the_environment_names_the_proxy(monkeypatch, variables, address, way):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False), monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_of(address) == way
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://me:secret@127.0.0.1:1080")
+    monkeypatch.setenv("NO_PROXY", "")
+    assert "HTTPS_PROXY" in one_line(lambda: proxy_of(address))
+
+
+def test_a_netrc_file_disturbs_no_call(server, gateway, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("psycopref.gateway.servers.LOOPBACK", ())  # as if it were a server elsewhere
+    monkeypatch.setenv("PSYCOPREF_SERVER_KEY", KEY)
+    [reply] = gateway.ask(open_model(server, attempts=1), [ask()])
+    assert reply.text == "re: Hello" and "secret" not in repr(server.headers)
 
 
 ECHOES = {  # a server that says the key wherever it can

@@ -28,7 +28,8 @@ from psycopref.gateway.servers import OpenAIModel
 from psycopref.models.chat import ChatReply
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from psycopref.run import plan
-from psycopref.run.plan import Work, characters_per_token, gpu_hours, missing, parameters, plan_run, plan_text, usd
+from psycopref.run.plan import Work, characters_per_token, gpu_hours, missing, missing_accelerate, parameters
+from psycopref.run.plan import plan_run, plan_text, usd
 from psycopref.training.texts import pair_rows, step_plan
 
 GPT_4O, QWEN = "openai:gpt-4o-2024-08-06", "Qwen/Qwen2.5-7B-Instruct"
@@ -405,8 +406,8 @@ def test_keys_prices_weights_and_tokens_are_named_with_their_remedy(offline, tmp
     for words in (
         "OPENAI_API_KEY is not set: another-model",
         "a price for another-model",
-        "hub access to owner/model",
-        "hub access to Psychotherapy-LLM/PsychoCounsel-Llama3-8B-Reward",
+        "owner/model comes from the hub: no token found",
+        "Psychotherapy-LLM/PsychoCounsel-Llama3-8B-Reward comes from the hub: no token found",
         "a server at http://127.0.0.1:8000/v1 for model",
         "weights './nowhere'",
         f"weights {str(tmp_path)!r}",
@@ -426,3 +427,24 @@ def test_sources_that_are_not_here_are_named(offline):
     with pytest.raises(StudyError, match="found 0 client speeches"):
         plan_run(PAPER, 0)
     assert cache_root().exists()
+
+
+def test_an_accelerate_file_that_cannot_be_used_is_named(monkeypatch, tmp_path):
+    profile = load_profile("paper", {"reward.lora.rank": 8})
+    assert missing_accelerate(profile) == []
+    monkeypatch.setenv("PSYCOPREF_ACCELERATE", str(tmp_path / "none.yaml"))
+    [line] = missing_accelerate(profile)
+    assert "none.yaml" in line
+    monkeypatch.setenv("PSYCOPREF_ACCELERATE", str(resource_path("accelerate/fsdp2.yaml")))
+    [line] = missing_accelerate(profile)
+    assert "FSDP2" in line and "reward.lora.rank" in line and missing_accelerate(load_profile("paper")) == []
+    monkeypatch.setenv("PSYCOPREF_ACCELERATE", str(resource_path("accelerate/zero3.yaml")))
+    assert "reward.lora.rank" in missing_accelerate(profile)[0]
+
+
+def test_too_few_pairs_for_a_cell_or_a_batch_are_named():
+    few = plan_run(load_profile("paper"), 200)
+    said = " ".join(few.too_few_pairs())
+    assert "cell psy asks for 10,000 pairs" in said and "dpo.batch_size" not in said
+    assert plan_run(load_profile("paper"), 26_483).too_few_pairs() == []
+    assert "reward.batch_size" in " ".join(plan_run(load_profile("paper"), 60).too_few_pairs())
