@@ -1,6 +1,7 @@
 """The whole chain in the `tiny` profile, in a copy of the repository: contracts, no-op, selective re-runs, report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
