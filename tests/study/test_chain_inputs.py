@@ -47,7 +47,7 @@ def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
     signed = {stage: sha256_file(copy / "outputs/tiny" / stage / "receipt.json") for stage in STAGES}
     assert "profile 'tyni' does not exist" in bad(copy, "psycopref", "run", "nbs/04_pairs.ipynb", "-p", "PROFILE=tyni")
     assert "no parameter 'PROFIL'" in bad(copy, "psycopref", "run", "nbs/04_pairs.ipynb", "-p", "PROFIL=tiny")
-    assert "no setting 'learning_rte'. Did you mean learning_rate?" in psycopref(
+    assert "no setting 'learning_rte'. Did you mean learning_rate?" in run_stage(
         copy, "05_reward", "-o", "reward.learning_rte=1"
     )
     assert "expected float" in run_stage(copy, "05_reward", "-o", 'reward.learning_rate="fast"')
@@ -55,7 +55,7 @@ def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
     (tmp_path / "chat.csv").write_text("a,b\n1,2\n")
     assert "has no column" in run_stage(copy, "01_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/chat.csv"]')
     (tmp_path / "empty.csv").write_text("questionID,questionText,topics\n1,too short,Stress\n")
-    assert "no usable client speech" in psycopref(
+    assert "no usable client speech" in run_stage(
         copy, "01_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/empty.csv"]'
     )
     (tmp_path / "latin.csv").write_bytes("questionID,questionText,topics\n1,caf\xe9,Stress\n".encode("latin-1"))
