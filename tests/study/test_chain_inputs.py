@@ -50,7 +50,7 @@ def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
     assert "no setting 'learning_rte'. Did you mean learning_rate?" in run_stage(
         copy, "05_reward", "-o", "reward.learning_rte=1"
     )
-    assert "expected float" in run_stage(copy, "05_reward", "-o", 'reward.learning_rate="fast"')
+    assert "expected a valid number" in run_stage(copy, "05_reward", "-o", 'reward.learning_rate="fast"')
     assert "no such file" in run_stage(copy, "01_speeches", "-p", 'SOURCES=["counsel-chat=/nowhere.csv"]')
     (tmp_path / "chat.csv").write_text("a,b\n1,2\n")
     assert "has no column" in run_stage(copy, "01_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path}/chat.csv"]')
