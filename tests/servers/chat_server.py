@@ -377,7 +377,7 @@ class ChatServer:
         self.options, self.log = options, EventLog(options.log)
         self.batches = Batches(options, self.log)
         self.asked = self.answered = self.refused = self.dropped = self.flying = self.most = 0
-        self.ended = False
+        self.ended, self.parent = False, os.getppid()  # read before the port is told: from then on the parent may go
 
     def routes(self):
         batches = self.batches
@@ -428,8 +428,8 @@ class ChatServer:
 
     async def live(self) -> None:
         """Last until told to stop, until enough was answered, until the time is up, or until the parent is gone."""
-        parent, end = os.getppid(), time.monotonic() + self.options.seconds
-        while not self.ended and time.monotonic() < end and os.getppid() == parent:
+        end = time.monotonic() + self.options.seconds
+        while not self.ended and time.monotonic() < end and os.getppid() == self.parent:
             self.log.flush()
             await asyncio.sleep(0.02)
 
