@@ -44,7 +44,7 @@ def weighted_totals(totals: np.ndarray, invented: np.ndarray, samples: int = 100
 
 # %% ../../nbs/stats/00_intervals.ipynb #d88a55f8
 FEWEST_DRAWS = 10_000  # of a mean: they cost a millisecond, and fewer would move the ends by half a point
-FEWEST_UNBOUNDED = 8  # for the mean of a value without bounds
+FEWEST_UNBOUNDED = 12  # for the mean of a value without bounds
 BEYOND = 2.5  # distance of the invented speeches of such a value, as a multiple of the distance of the extremes
 
 
