@@ -28,85 +28,62 @@ __all__ = ['SCORES', 'ROUNDING', 'UNKNOWN', 'GAP_BANDS', 'LENGTH_BANDS', 'MOST_P
            'temperature_figure', 'slices_figure']
 
 # %% ../../nbs/stats/02_calibration.ipynb #fcb9a3d9
+SCORES = ("model", "chosen_score", "rejected_score")  # beside ID and prefID
+
+
 def _pair_keys(where: str, name: str, frame, *columns: str):
-    "Return the keys of a frame's pairs. Returns pandas.MultiIndex of (ID, prefID), unique."
+    "Return the keys (ID, prefID) of a frame's pairs, each once."
     import pandas as pd
 
-    absent = [column for column in ("ID", "prefID", *columns) if column not in frame.columns]
-    if absent:
-        raise ValueError(
-            f"calibration.{where}: {name} lacks {absent}, found {list(frame.columns)[:6]}, expected one row for each "
-            "pair; pass another frame"
-        )
+    if absent := [column for column in ("ID", "prefID", *columns) if column not in frame.columns]:
+        raise ValueError(f"calibration.{where}: {name} lacks {absent}, expected one row a pair; pass another frame")
     keys = pd.MultiIndex.from_frame(frame[["ID", "prefID"]])
     if keys.has_duplicates:
+        twice = keys[keys.duplicated()][0]
         raise ValueError(
-            f"calibration.{where}: {name} has the pair {keys[keys.duplicated()][0]} twice, expected once; pass the "
-            "rows of one model"
+            f"calibration.{where}: {name} has the pair {twice} twice, expected once; pass one model's rows"
         )
     return keys
 
-# %% ../../nbs/stats/02_calibration.ipynb #68019e8d
-def _same_pairs(where: str, **keys) -> np.ndarray:
-    "Check that two frames hold the same pairs, and align them."
+
+def _aligned(where: str, **keys) -> np.ndarray:
+    "Return the places of the first frame's pairs in the second, which must hold the same."
     (name, left), (other, right) = keys.items()
     odd = [left.difference(right, sort=False), right.difference(left, sort=False)]
     if len(odd[0]) or len(odd[1]):
         raise ValueError(
             f"calibration.{where}: {len(odd[0])} pairs only in {name}, {len(odd[1])} only in {other}, first "
-            f"{[*odd[0], *odd[1]][0]}, "
-            "expected the same pairs; score both on one file"
+            f"{[*odd[0], *odd[1]][0]}, expected the same pairs; score both on one file"
         )
     return right.get_indexer(left)
 
-# %% ../../nbs/stats/02_calibration.ipynb #26f23fa4
-SCORES = ("model", "chosen_score", "rejected_score")  # beside ID and prefID
+# %% ../../nbs/stats/02_calibration.ipynb #68019e8d
+def _margins(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    "Subtract two columns of finite scores, (n,)."
+    first, second, _ = presented_pairs(chosen, rejected)
+    return (first - second)[: len(first) // 2]
 
 
-def _two_sides(scores) -> tuple[np.ndarray, np.ndarray]:
-    "Return the two columns of scores. Returns scores of the chosen and of the rejected responses, (n,)."
-    return scores["chosen_score"].to_numpy(), scores["rejected_score"].to_numpy()
+def _margins_of(scores) -> np.ndarray:
+    "Return chosen − rejected for each row of a frame of scores, (n,)."
+    return _margins(scores["chosen_score"], scores["rejected_score"])
 
 # %% ../../nbs/stats/02_calibration.ipynb #5cb338a9
 def negative_log_likelihood(chosen: np.ndarray, rejected: np.ndarray, temperature: float = 1.0) -> float:
     """Return the Bradley-Terry loss on pairs (§4.1).
 
-    chosen: reward of the chosen response, (n,); rejected: reward of the rejected response, (n,); temperature:
-    divides the margins, above 0. Returns mean of −log σ(margin / temperature), in nats; log 2 = 0.693 is a coin's."""
-    return float(np.mean(np.logaddexp(0.0, -_margins(chosen, rejected) / _checked_temperature(temperature))))
-
-
-def _margins(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    "Check two columns of scores and subtract them. Returns chosen − rejected, (n,), finite."
-    first, second, _ = presented_pairs(chosen, rejected)
-    with np.errstate(over="ignore"):
-        margin = (first - second)[: len(first) // 2]
-    if not np.isfinite(margin).all():
-        raise ValueError(
-            f"calibration: margin {margin[~np.isfinite(margin)][0]} found, expected finite differences; look for an "
-            "overflow in the model"
-        )
-    return margin
-
-# %% ../../nbs/stats/02_calibration.ipynb #d990e3b5
-def _checked_temperature(temperature: float) -> float:
-    "Refuse a temperature that divides nothing."
-    if not 0 < temperature < np.inf:
-        raise ValueError(
-            f"calibration: temperature {temperature} found, expected a finite number above 0; take it from "
-            "fit_temperature"
-        )
-    return temperature
+    chosen, rejected: rewards of the two responses, (n,); temperature: divides the margins, above 0. Returns mean of
+    −log σ(margin / temperature), in nats; log 2 = 0.693 is a coin's."""
+    return float(np.mean(np.logaddexp(0.0, -_margins(chosen, rejected) / temperature)))
 
 # %% ../../nbs/stats/02_calibration.ipynb #78743caa
 ROUNDING = 1e-12  # a sum of margins below this share of their total size counts as zero
 
 
 def no_temperature(chosen: np.ndarray, rejected: np.ndarray) -> str:
-    """Say whether a best temperature exists.
+    """Say why no temperature minimises the loss; empty where one does.
 
-    chosen: reward of the chosen response on development pairs, (n,); rejected: reward of the rejected response,
-    (n,). Returns why no temperature minimises the loss; empty where one does."""
+    chosen, rejected: rewards of the two responses on development pairs, (n,)."""
     margin = _margins(chosen, rejected)
     size = np.abs(margin).max()
     if size == 0:
@@ -123,101 +100,67 @@ def no_temperature(chosen: np.ndarray, rejected: np.ndarray) -> str:
 def fit_temperature(chosen: np.ndarray, rejected: np.ndarray) -> float:
     """Fit the temperature of a reward model on development pairs (Guo et al., 2017).
 
-    chosen: reward of the chosen response on development pairs, (n,); rejected: reward of the rejected response,
-    (n,). Returns T > 0 that minimises the mean of −log σ(margin / T); above 1 = the model is overconfident."""
+    chosen, rejected: rewards of the two responses, (n,). Returns T > 0 that minimises the mean of −log σ(margin / T);
+    above 1 = the model is overconfident. ValueError where there is none."""
     from scipy.optimize import brentq
     from scipy.special import expit
 
     if reason := no_temperature(chosen, rejected):
-        raise ValueError(
-            f"calibration.fit_temperature: {reason}, expected a positive mean margin and at least one wrong pair; use "
-            "more development pairs"
-        )
+        raise ValueError(f"calibration.fit_temperature: {reason}, expected a best one; use more development pairs")
     margin = _margins(chosen, rejected)
     size = np.abs(margin).max()
     margin = margin[margin != 0] / size
-    low, high = _temperature_bounds(margin)
+    low = np.e * -margin[margin < 0].sum() / (2 * (margin > 0).sum())
+    high = np.square(margin).sum() / (2 * margin.sum())
     slope = lambda log_t: float(np.sum(margin * expit(-margin * np.exp(-log_t))))
     return float(size * np.exp(brentq(slope, np.log(low / 2), np.log(high * 2), xtol=1e-14)))
 
-
-def _temperature_bounds(margin: np.ndarray) -> tuple[float, float]:
-    "Enclose the best temperature. Returns (lower, upper)."
-    wrong, positive = -margin[margin < 0].sum(), (margin > 0).sum()
-    return np.e * wrong / (2 * positive), np.square(margin).sum() / (2 * margin.sum())
-
 # %% ../../nbs/stats/02_calibration.ipynb #43dfb32d
 def _calibration_row(margin: np.ndarray, bins: typing.Sequence[int]) -> dict:
-    "Measure margins as they are. Returns NLL, Brier, one ECE for each number of bins, accuracy %, AUC, pairs."
+    "Measure margins as they are."
     zero = np.zeros(len(margin))
     found = pairwise_metrics(margin, zero)
     eces = {f"ECE, {b} bins": pairwise_metrics(margin, zero, b)["ece"] for b in bins}
-    return {
-        "NLL": negative_log_likelihood(margin, zero),
-        "Brier": found["brier"],
-        **eces,
-        "accuracy %": 100 * found["accuracy"],
-        "AUC": found["auc"],
-        "pairs": found["n"],
-    }
+    losses = {"NLL": negative_log_likelihood(margin, zero), "Brier": found["brier"]}
+    return {**losses, **eces, "accuracy %": 100 * found["accuracy"], "AUC": found["auc"], "pairs": found["n"]}
 
 # %% ../../nbs/stats/02_calibration.ipynb #930f0d78
-def _check_split(dev_scores, test_scores) -> str:
-    "Refuse scores of different models, and speeches on both sides. Returns the name of the model."
+def _check_split(dev_scores, test_scores) -> None:
+    "Refuse scores of different models, and speeches on both sides."
     for name, scores in (("dev_scores", dev_scores), ("test_scores", test_scores)):
         _pair_keys("temperature_table", name, scores, *SCORES)
-    models = sorted({*dev_scores["model"], *test_scores["model"]})
+    models, shared = {*dev_scores["model"], *test_scores["model"]}, {*dev_scores["ID"]} & {*test_scores["ID"]}
     if len(models) != 1:
-        raise ValueError(
-            f"calibration.temperature_table: models {models} found, expected the same one in dev_scores and "
-            "test_scores; filter both by model"
-        )
-    shared = sorted({*dev_scores["ID"]} & {*test_scores["ID"]})
+        raise ValueError(f"calibration.temperature_table: models {sorted(models)} found, expected one; filter by model")
     if shared:
         raise ValueError(
             f"calibration.temperature_table: {len(shared)} speeches are in dev_scores and in test_scores, first "
-            f"{shared[0]!r}, "
-            "expected none; split by speech"
+            f"{min(shared)!r}, expected none; split by speech"
         )
-    return models[0]
 
 # %% ../../nbs/stats/02_calibration.ipynb #dba62ef7
 def temperature_table(dev_scores, test_scores, bins: typing.Sequence[int] = (5, 10, 15)):
-    """Measure a model before and after temperature scaling; the second row is empty, and says why, where no
-    temperature exists.
+    """Measure a model before and after temperature scaling.
 
-    dev_scores: frame of scores of one model on development pairs: the temperature is fitted here; test_scores: frame
-    of scores of the same model on test pairs: the rows are measured here. Returns frame, two rows: model, scores,
-    temperature, NLL, Brier, ECE for each number of bins, accuracy %, AUC, pairs."""
+    dev_scores: scores of one model on development pairs: the temperature is fitted here; test_scores: of the same
+    model on test pairs: the rows are measured here. Returns frame, two rows: model, scores, temperature, NLL, Brier,
+    ECE for each number of bins, accuracy %, AUC, pairs; the second is empty, and says why, without a temperature."""
     import pandas as pd
 
-    name = _check_split(dev_scores, test_scores)
-    margin, dev = _margins(*_two_sides(test_scores)), _two_sides(dev_scores)
-    rows = [{"model": name, "scores": "as given", "temperature": 1.0, **_calibration_row(margin, bins)}]
+    _check_split(dev_scores, test_scores)
+    margin, dev = _margins_of(test_scores), (dev_scores["chosen_score"], dev_scores["rejected_score"])
+    rows = [{"scores": "as given", "temperature": 1.0, **_calibration_row(margin, bins)}]
     if reason := no_temperature(*dev):
-        rows.append({"model": name, "scores": f"no temperature: {reason}"})
+        rows.append({"scores": f"no temperature: {reason}"})
     else:
-        temperature = fit_temperature(*dev)
-        rows.append(
-            {
-                "model": name,
-                "scores": f"divided by T, fitted on {len(dev_scores)} dev pairs",
-                "temperature": temperature,
-                **_calibration_row(margin / temperature, bins),
-            }
-        )
-    return pd.DataFrame(rows, columns=list(rows[0]))
+        temperature, scores = fit_temperature(*dev), f"divided by T, fitted on {len(dev_scores)} dev pairs"
+        rows.append({"scores": scores, "temperature": temperature, **_calibration_row(margin / temperature, bins)})
+    return pd.DataFrame([{"model": test_scores["model"].iloc[0], **row} for row in rows])
 
 # %% ../../nbs/stats/02_calibration.ipynb #a5a22467
-def _mirrored_ece(margin: np.ndarray, bins: int) -> float:
-    "Return the mirrored ECE of margins. Returns ECE with every pair in both orders."
-    first, second, label = presented_pairs(margin, np.zeros(len(margin)))
-    return expected_calibration_error(preference_probability(first, second), label, bins)
-
-
-def _randomised_ece(margin: np.ndarray, bins: int, seed: int) -> float:
-    "Return the ECE with one order drawn for each pair."
-    first, second, label = presented_pairs(margin, np.zeros(len(margin)), "randomised", seed)
+def _ece(margin: np.ndarray, bins: int, form: str = "mirrored", seed: int = 0) -> float:
+    "Return the ECE of margins in both orders, or in one drawn for each pair."
+    first, second, label = presented_pairs(margin, np.zeros(len(margin)), form, seed)
     return expected_calibration_error(preference_probability(first, second), label, bins)
 
 
@@ -225,7 +168,7 @@ def _calibrated_ece(margin: np.ndarray, bins: int, seed: int) -> float:
     "Return the mirrored ECE that the same forecasts would have if outcomes followed them."
     size = np.abs(margin)
     likely = np.random.default_rng(seed).random(len(size)) < preference_probability(size, np.zeros(len(size)))
-    return _mirrored_ece(np.where(likely, size, -size), bins)
+    return _ece(np.where(likely, size, -size), bins)
 
 # %% ../../nbs/stats/02_calibration.ipynb #3330fc3a
 def ece_table(scores, bins: typing.Sequence[int] = (5, 10, 15), seeds: typing.Sequence[int] = range(100)):
@@ -237,22 +180,14 @@ def ece_table(scores, bins: typing.Sequence[int] = (5, 10, 15), seeds: typing.Se
     import pandas as pd
 
     _pair_keys("ece_table", "scores", scores, *SCORES)
-    if not len(seeds):
-        raise ValueError("calibration.ece_table: no seed found, expected at least one; pass range(100)")
-    margin, rows = _margins(*_two_sides(scores)), []
+    margin, model, rows = _margins_of(scores), scores["model"].iloc[0], []
     for b in bins:
-        drawn = [_randomised_ece(margin, b, seed) for seed in seeds]
+        drawn = [_ece(margin, b, "randomised", seed) for seed in seeds]
+        spread = {"mean": float(np.mean(drawn)), "lowest": min(drawn), "highest": max(drawn)}
+        floor = float(np.mean([_calibrated_ece(margin, b, seed) for seed in seeds]))
+        row = {"model": model, "bins": b, "mirrored": _ece(margin, b)}
         rows.append(
-            {
-                "model": scores["model"].iloc[0],
-                "bins": b,
-                "mirrored": _mirrored_ece(margin, b),
-                "randomised, mean": float(np.mean(drawn)),
-                "randomised, lowest": min(drawn),
-                "randomised, highest": max(drawn),
-                "if calibrated": float(np.mean([_calibrated_ece(margin, b, seed) for seed in seeds])),
-                "orders": len(drawn),
-            }
+            row | {f"randomised, {k}": v for k, v in spread.items()} | {"if calibrated": floor, "orders": len(drawn)}
         )
     return pd.DataFrame(rows)
 
@@ -263,52 +198,34 @@ UNKNOWN = "unknown"  # the topic of a speech that has none
 def topic_groups(scores, speeches):
     """Group pairs by the coarse topic of their client speech (Table 4).
 
-    scores: frame with ID and prefID: scores or pairs; speeches: frame with speech_id and coarse_topic (a slug).
-    Returns pandas.Series of short titles, indexed by ID and prefID."""
+    scores: frame with ID and prefID: scores or pairs; speeches: frame with speech_id, each once, and coarse_topic (a
+    slug). Returns pandas.Series of short titles, indexed by ID and prefID."""
     import pandas as pd
 
-    keys, shorts = (
-        _pair_keys("topic_groups", "scores", scores),
-        {slug: node["short"] for slug, node in coarse_topics().items()},
-    )
-    absent = {"speech_id", "coarse_topic"} - {*speeches.columns}
-    if absent or speeches["speech_id"].duplicated().any():
+    keys = _pair_keys("topic_groups", "scores", scores)
+    shorts = {slug: node["short"] for slug, node in coarse_topics().items()} | {UNKNOWN: UNKNOWN}
+    of_speech = speeches.set_index("speech_id")["coarse_topic"]
+    slugs = scores["ID"].map(of_speech).replace({"": UNKNOWN}).fillna(UNKNOWN)
+    if odd := sorted({*slugs} - {*shorts}):
         raise ValueError(
-            f"calibration.topic_groups: speeches lack {sorted(absent)} or repeat a speech_id, expected each once; "
-            "pass the rows of chapter 1"
+            f"calibration.topic_groups: coarse topic {odd[0]!r} found, expected one of {list(shorts)}; mend it"
         )
-    of_speech = speeches.set_index("speech_id")["coarse_topic"].replace({"": UNKNOWN}).fillna(UNKNOWN)
-    slugs = scores["ID"].map(of_speech).fillna(UNKNOWN)
-    odd = sorted({*slugs} - {*shorts, UNKNOWN})
-    if odd:
-        raise ValueError(
-            f"calibration.topic_groups: coarse topic {odd[0]!r} found, expected one of {list(shorts)}; correct the "
-            "speeches"
-        )
-    titles = [*shorts.values(), UNKNOWN]
-    return pd.Series(
-        pd.Categorical(slugs.map(shorts | {UNKNOWN: UNKNOWN}), titles, ordered=True), index=keys, name="topic"
-    )
+    return pd.Series(pd.Categorical(slugs.map(shorts), shorts.values(), ordered=True), index=keys, name="topic")
 
 # %% ../../nbs/stats/02_calibration.ipynb #7f2a55c1
-GAP_BANDS = {
-    "below 1": 7,
-    "1 to below 1.5": 11,
-    "1.5 to below 2": 14,
-    "2 and more": 29,
-}  # band -> first sum that is above it; 28 is the largest
+GAP_BANDS = {"below 1": 7, "1 to below 1.5": 11, "1.5 to below 2": 14, "2 and more": 29}  # band -> first sum above it
 
 
 def gap_groups(pairs):
-    """Group pairs by the gap of their overall scores, in whole sums of the seven ratings.
+    """Group pairs by the gap of their overall scores, in whole sums of the seven ratings (28 is the largest).
 
     pairs: frame of pairs with the ratings of both responses. Returns pandas.Series of bands, indexed by ID and
     prefID."""
     import pandas as pd
 
-    columns = {side: [f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")}
-    keys = _pair_keys("gap_groups", "pairs", pairs, *columns["chosen"], *columns["rejected"])
-    sums = pairs[columns["chosen"]].to_numpy().sum(axis=1) - pairs[columns["rejected"]].to_numpy().sum(axis=1)
+    columns = [[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")]
+    keys = _pair_keys("gap_groups", "pairs", pairs, *columns[0], *columns[1])
+    sums = pairs[columns[0]].to_numpy().sum(axis=1) - pairs[columns[1]].to_numpy().sum(axis=1)
     band = np.searchsorted(list(GAP_BANDS.values()), sums, side="right")
     return pd.Series(pd.Categorical.from_codes(band, list(GAP_BANDS), ordered=True), index=keys, name="gap")
 
@@ -328,24 +245,6 @@ def length_groups(pairs):
     band = np.where(5 * chosen > 6 * rejected, 0, np.where(5 * rejected > 6 * chosen, 2, 1))
     return pd.Series(pd.Categorical.from_codes(band, list(LENGTH_BANDS), ordered=True), index=keys, name="length")
 
-# %% ../../nbs/stats/02_calibration.ipynb #01aae233
-def _right(scores) -> np.ndarray:
-    "Mark the pairs that a model ranks as labelled; ties lose, as in `accuracy`."
-    return (_margins(*_two_sides(scores)) > 0).astype(float)
-
-
-def _slice_row(group: str, right: np.ndarray, speeches: np.ndarray, samples: int, seed: int) -> dict:
-    "Summarise one slice. Returns one row of the table."
-    low, high = win_interval(right, speeches, samples=samples, seed=seed)
-    return {
-        "group": group,
-        "pairs": len(right),
-        "speeches": len(set(speeches.tolist())),
-        "accuracy %": float(100 * right.mean()),
-        "low": low,
-        "high": high,
-    }
-
 # %% ../../nbs/stats/02_calibration.ipynb #e0872bd1
 def slice_table(scores, groups, samples: int = 1000, seed: int = 0):
     """Tabulate accuracy by group.
@@ -356,40 +255,19 @@ def slice_table(scores, groups, samples: int = 1000, seed: int = 0):
     import pandas as pd
 
     keys = _pair_keys("slice_table", "scores", scores, *SCORES)
-    own = groups.iloc[_same_pairs("slice_table", scores=keys, groups=groups.index)]
+    own = groups.iloc[_aligned("slice_table", scores=keys, groups=groups.index)]
     if own.isna().any():
         raise ValueError(
-            f"calibration.slice_table: {int(own.isna().sum())} pairs have no group, expected one for each; name the "
-            "group of the rest"
+            f"calibration.slice_table: {own.isna().sum()} pairs have no group, expected one; name the rest"
         )
-    right, speeches, own = _right(scores), scores["ID"].to_numpy(), own.astype("category")
-    parts = [(str(name), (own == name).to_numpy()) for name in own.cat.categories if (own == name).any()]
-    return pd.DataFrame(
-        [
-            _slice_row(name, right[part], speeches[part], samples, seed)
-            for name, part in [*parts, ("all", np.full(len(right), True))]
-        ]
-    )
-
-# %% ../../nbs/stats/02_calibration.ipynb #ccf771d1
-def _comparison_row(
-    name: str, right: np.ndarray, base: np.ndarray, speeches: np.ndarray, samples: int, seed: int
-) -> dict:
-    "Compare one model with the reference. Returns one row of the table."
-    low, high = mean_interval(right - base, speeches, (-1, 1), samples=samples, seed=seed)
-    test = sign_test(right, base)
-    return {
-        "model": name,
-        "pairs": len(right),
-        "accuracy %": 100 * float(right.mean()),
-        "reference accuracy %": 100 * float(base.mean()),
-        "difference, points": 100 * float((right - base).mean()),
-        "low": 100 * low,
-        "high": 100 * high,
-        "only model right": test["better"],
-        "only reference right": test["worse"],
-        "McNemar p": test["p"],
-    }
+    frame = pd.DataFrame(dict(right=(_margins_of(scores) > 0).astype(float), speech=scores["ID"].to_numpy()))
+    parts = [(str(name), part) for name, part in frame.groupby(own.astype("category").array, observed=True)]
+    rows = []
+    for name, part in [*parts, ("all", frame)]:
+        low, high = win_interval(part.right, part.speech, samples=samples, seed=seed)
+        counts = {"pairs": len(part), "speeches": part.speech.nunique()}
+        rows.append({"group": name, **counts, "accuracy %": 100 * part.right.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/stats/02_calibration.ipynb #bb8efff7
 def comparison_table(frames: dict, reference: str, samples: int = 1000, seed: int = 0):
@@ -400,27 +278,18 @@ def comparison_table(frames: dict, reference: str, samples: int = 1000, seed: in
     and high (95% over speeches), McNemar's p."""
     import pandas as pd
 
-    if reference not in frames or len(frames) < 2:
-        raise ValueError(
-            f"calibration.comparison_table: reference {reference!r} and models {list(frames)} found, expected it "
-            "among at least two; name one"
-        )
     keys = {name: _pair_keys("comparison_table", name, frame, *SCORES) for name, frame in frames.items()}
-    right = {}
-    for name, frame in frames.items():
-        right[name] = _right(frame)[
-            _same_pairs(
-                "comparison_table", **{f"the scores of {reference}": keys[reference], f"those of {name}": keys[name]}
-            )
-        ]
-    speeches = frames[reference]["ID"].to_numpy()
-    return pd.DataFrame(
-        [
-            _comparison_row(name, right[name], right[reference], speeches, samples, seed)
-            for name in frames
-            if name != reference
-        ]
-    )
+    base, speeches, rows = _margins_of(frames[reference]) > 0, frames[reference]["ID"].to_numpy(), []
+    for name in (name for name in frames if name != reference):
+        same = {f"the scores of {reference}": keys[reference], f"those of {name}": keys[name]}
+        right = (_margins_of(frames[name]) > 0)[_aligned("comparison_table", **same)]
+        gap, test = right.astype(float) - base, sign_test(right, base)
+        low, high = mean_interval(gap, speeches, (-1, 1), samples=samples, seed=seed)
+        shares = {"accuracy %": 100 * right.mean(), "reference accuracy %": 100 * base.mean()}
+        difference = {"difference, points": 100 * gap.mean(), "low": 100 * low, "high": 100 * high}
+        only = {"only model right": test["better"], "only reference right": test["worse"], "McNemar p": test["p"]}
+        rows.append({"model": name, "pairs": len(right), **shares, **difference, **only})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/stats/02_calibration.ipynb #47567ea0
 def reliability_table(scores, bins: int = 10, samples: int = 1000, seed: int = 0):
@@ -429,13 +298,12 @@ def reliability_table(scores, bins: int = 10, samples: int = 1000, seed: int = 0
     scores: frame of scores of one model; bins: of equal width. Returns frame of reliability_bins, with
     frequency_low and frequency_high (95% over speeches)."""
     _pair_keys("reliability_table", "scores", scores, *SCORES)
-    first, second, label = presented_pairs(*_two_sides(scores))
+    first, second, label = presented_pairs(scores["chosen_score"], scores["rejected_score"])
     probability, speeches = preference_probability(first, second), np.tile(scores["ID"].to_numpy(), 2)
     table = reliability_bins(probability, label, bins)
     bin_of = np.searchsorted(table["low"].to_numpy()[1:], probability)
     inside = [bin_of == b for b in range(bins)]
-    intervals = [mean_interval(label[own], speeches[own], samples=samples, seed=seed) for own in inside]
-    low, high = np.transpose(intervals)
+    low, high = np.transpose([mean_interval(label[own], speeches[own], samples=samples, seed=seed) for own in inside])
     return table.assign(frequency_low=low, frequency_high=high)
 
 # %% ../../nbs/stats/02_calibration.ipynb #8e12578f
@@ -453,12 +321,6 @@ def _draw_reliability(top, bottom, table, colour: str) -> None:
     for axes in (top, bottom):
         axes.grid(linewidth=0.5)
 
-# %% ../../nbs/stats/02_calibration.ipynb #525d4b24
-def _mean_ece(table) -> float:
-    "Return the ECE of a reliability table."
-    gap = (table["frequency"] - table["mean_probability"]).abs() * table["count"]
-    return float(gap.sum() / table["count"].sum())
-
 # %% ../../nbs/stats/02_calibration.ipynb #1c270a92
 MOST_PANELS = 4  # more cannot be read on a page
 
@@ -472,33 +334,18 @@ def reliability_figure(scores_by_name: dict, bins: int = 10, samples: int = 1000
 
     if not 1 <= len(scores_by_name) <= MOST_PANELS:
         raise ValueError(
-            f"calibration.reliability_figure: {len(scores_by_name)} models found, expected 1 to {MOST_PANELS}; draw "
-            "the others in another figure"
+            f"calibration.reliability_figure: {len(scores_by_name)} models found, expected 1 to {MOST_PANELS}; draw the rest apart"
         )
-    tables = {name: reliability_table(scores, bins, samples, seed) for name, scores in scores_by_name.items()}
-    figure, axes = new_figure(
-        0.7 + 2.4 * max(len(tables), 1.5),
-        4.4,
-        2,
-        len(tables),
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        gridspec_kw={"height_ratios": [3, 1]},
-    )
-    for i, (name, table) in enumerate(tables.items()):
-        _draw_reliability(axes[0, i], axes[1, i], table, PALETTE[i])
-        axes[0, i].set_title(
-            "\n".join(textwrap.wrap(name, 26)) + f"\nECE {_mean_ece(table):.3f}, {table['count'].sum() // 2} pairs",
-            fontsize=9,
-        )
+    shared = dict(squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": [3, 1]})
+    figure, axes = new_figure(0.7 + 2.4 * max(len(scores_by_name), 1.5), 4.4, 2, len(scores_by_name), **shared)
+    for i, (name, scores) in enumerate(scores_by_name.items()):
+        _draw_reliability(*axes[:, i], reliability_table(scores, bins, samples, seed), PALETTE[i])
+        lines = [*textwrap.wrap(name, 26), f"ECE {_ece(_margins_of(scores), bins):.3f}, {len(scores)} pairs"]
+        axes[0, i].set_title("\n".join(lines), fontsize=9)
     axes[0, 0].set_ylabel("share that was preferred")
     axes[1, 0].set_ylabel("count")
-    figure.supxlabel(
-        f"predicted probability that a response is preferred, both orders\n{bins} bins; bars: 95% over speeches; "
-        "dashed: calibrated",
-        fontsize=9,
-    )
+    note = f"{bins} bins; bars: 95% over speeches; dashed: calibrated"
+    figure.supxlabel(f"predicted probability that a response is preferred, both orders\n{note}", fontsize=9)
     return figure
 
 # %% ../../nbs/stats/02_calibration.ipynb #ae756a2a
@@ -507,32 +354,20 @@ def temperature_figure(scores, temperature: float, bins: int = 10, samples: int 
 
     scores: frame of scores of one model on test pairs; temperature: fitted on development pairs; bins: of equal
     width. Returns matplotlib figure."""
-    _pair_keys("temperature_figure", "scores", scores, *SCORES)
-    scaled = scores.assign(
-        chosen_score=_margins(*_two_sides(scores)) / _checked_temperature(temperature), rejected_score=0.0
-    )
-    return reliability_figure(
-        {"scores as given": scores, f"divided by T = {temperature:.3g}": scaled}, bins, samples, seed
-    )
+    scaled = scores.assign(chosen_score=_margins_of(scores) / temperature, rejected_score=0.0)
+    both = {"scores as given": scores, f"divided by T = {temperature:.3g}": scaled}
+    return reliability_figure(both, bins, samples, seed)
 
 # %% ../../nbs/stats/02_calibration.ipynb #53079272
 def _draw_slices(axes, table) -> None:
     "Draw accuracies of groups as dots with intervals, and their numbers at the right."
-    places = np.arange(len(table))[::-1]
+    places, right = np.arange(len(table))[::-1], ("axes fraction", "data")
     for place, row in zip(places, table.to_dict("records")):
-        colour = PALETTE[6] if row["group"] == "all" else PALETTE[0]
-        axes.plot(
-            [row["low"], row["high"]], [place, place], color=colour, linewidth=1.8, alpha=0.6, solid_capstyle="butt"
-        )
-        marker = "D" if row["group"] == "all" else "o"
+        colour, marker = (PALETTE[6], "D") if row["group"] == "all" else (PALETTE[0], "o")
+        axes.plot([row["low"], row["high"]], [place] * 2, color=colour, linewidth=1.8, alpha=0.6, solid_capstyle="butt")
         axes.scatter(row["accuracy %"], place, s=34, marker=marker, zorder=3, c=colour, clip_on=False)
-        axes.annotate(
-            f"{row['pairs']:,} / {row['speeches']:,}",
-            (1.03, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-        )
+        counts = f"{row['pairs']:,} / {row['speeches']:,}"
+        axes.annotate(counts, (1.03, place), xycoords=right, va="center", fontsize=8)
     axes.axvline(table["accuracy %"].iloc[-1], color="#888888", linewidth=1, zorder=1)
     axes.axvline(50, color="#888888", linewidth=1, linestyle=":", zorder=1)
     axes.set_yticks(places, table["group"])
@@ -544,28 +379,15 @@ def _draw_slices(axes, table) -> None:
 def slices_figure(tables: dict):
     """Draw accuracy by group, one panel for each grouping.
 
-    tables: title -> frame of slice_table, e.g. topic, gap, length. Returns matplotlib figure."""
-    if not tables:
-        raise ValueError(
-            "calibration.slices_figure: no table found, expected at least one; pass the result of slice_table under a "
-            "title"
-        )
+    tables: title -> frame of slice_table, e.g. topic, gap, length; at least one. Returns matplotlib figure."""
     heights = [len(table) + 1 for table in tables.values()]
-    figure, axes = new_figure(
-        6.6,
-        0.27 * sum(heights) + 0.8,
-        len(tables),
-        1,
-        squeeze=False,
-        sharex=True,
-        gridspec_kw={"height_ratios": heights},
-    )
+    shared = dict(squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
+    figure, axes = new_figure(6.6, 0.27 * sum(heights) + 0.8, len(tables), 1, **shared)
     for place, (title, table) in zip(axes[:, 0], tables.items()):
         _draw_slices(place, table)
         place.set_title(title, loc="left", fontsize=9.5)
-    axes[0, 0].annotate(
-        "pairs / speeches", (1.03, 1.0), xycoords="axes fraction", va="bottom", fontsize=8, color="#555555"
-    )
+    what = dict(xycoords="axes fraction", va="bottom", fontsize=8, color="#555555")
+    axes[0, 0].annotate("pairs / speeches", (1.03, 1.0), **what)
     lowest = min(float(table[["accuracy %", "low"]].min().min()) for table in tables.values())
     axes[-1, 0].set(xlim=(max(0, min(45, 10 * (lowest // 10))), 100))
     axes[-1, 0].set_xlabel("accuracy, %\nbars: 95% over speeches; dotted: a coin; solid: all pairs", fontsize=9)

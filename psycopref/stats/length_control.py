@@ -5,15 +5,10 @@
 # %% ../../nbs/stats/04_length_control.ipynb #72f2499c
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 
-from ..core.settings import StudyError
-
 # %% auto #0
-__all__ = ['PRIOR_SD', 'FEWEST_SPEECHES', 'length_controlled', 'alpaca_battles', 'leaderboard']
+__all__ = ['PRIOR_SD', 'FEWEST_SPEECHES', 'length_controlled']
 
 # %% ../../nbs/stats/04_length_control.ipynb #3de7a80f
 PRIOR_SD = 2.5  # of φ
@@ -26,47 +21,35 @@ _CLOSE = 1e-6  # last step; the next would be about its square
 def _fit(won: np.ndarray, bend: np.ndarray, weights: np.ndarray) -> np.ndarray:
     "Fit the logistic regression with a prior on φ. Returns θ and φ for each row of weights, (samples, 2)."
     theta, phi = np.zeros((2, len(weights), 1))
+    total = lambda values: values.sum(1, keepdims=True)
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-(theta + phi * bend)))
         left, spread = weights * (won - p), weights * p * (1 - p)
-        slope, bent = left.sum(1, keepdims=True), (left * bend).sum(1, keepdims=True) - phi / PRIOR_SD**2
-        a, b, c = (
-            spread.sum(1, keepdims=True),
-            (spread * bend).sum(1, keepdims=True),
-            (spread * bend**2).sum(1, keepdims=True) + 1 / PRIOR_SD**2,
-        )
-        determinant = a * c - b * b
-        steps = np.clip([(c * slope - b * bent) / determinant, (a * bent - b * slope) / determinant], -_CAP, _CAP)
+        slope, bent = total(left), total(left * bend) - phi / PRIOR_SD**2
+        a, b, c = total(spread), total(spread * bend), total(spread * bend**2) + 1 / PRIOR_SD**2
+        steps = np.array([c * slope - b * bent, a * bent - b * slope]) / (a * c - b * b)
+        steps = np.clip(steps, -_CAP, _CAP)
         theta, phi = theta + steps[0], phi + steps[1]
         if np.abs(steps).max() < _CLOSE:
             return np.concatenate([theta, phi], axis=1)
-    raise ValueError(
-        f"length_control: no solution after {_STEPS} steps, last {np.abs(steps).max():.2g}, expected fewer; look for "
-        "extreme lengths or weights"
-    )
+    raise ValueError(f"length_control: no solution after {_STEPS} steps; look for extreme lengths or weights")
 
 # %% ../../nbs/stats/04_length_control.ipynb #6897ac50
 def _checked(wins: np.ndarray, extra_words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Check outcomes and lengths, and bend the lengths. Returns outcome (n,), extra length (n,), its bend (n,)."
-    won, extra = np.asarray(wins, float), np.asarray(extra_words, float)
+    won, extra, where = np.asarray(wins, float), np.asarray(extra_words, float), "length_control.length_controlled"
     if won.ndim != 1 or won.shape != extra.shape or len(won) == 0:
-        raise ValueError(
-            f"length_control.length_controlled: {won.shape} wins and {extra.shape} lengths found, expected one of "
-            "each for each battle; align them by row"
-        )
+        found = f"{won.shape} wins and {extra.shape} lengths"
+        raise ValueError(f"{where}: {found} found, expected one of each for each battle; align them by row")
     if not (np.isfinite(extra).all() and ((won >= 0) & (won <= 1)).all()):
-        raise ValueError(
-            "length_control.length_controlled: a gap, or a win outside [0, 1] found, expected 1 for a win, else 0, "
-            "and finite lengths; drop or mend those battles first"
-        )
+        raise ValueError(f"{where}: a gap, or a win outside [0, 1] found, expected 0 to 1; drop those battles first")
     if not extra.any():
         return won, extra, extra
     spread = extra.std(ddof=1) if len(extra) > 1 else 0.0
     if spread < 1e-9 * np.abs(extra).max():
         raise ValueError(
-            f"length_control.length_controlled: extra length {extra[0]:g} found in all of {len(extra)} battles, "
-            "expected different ones; "
-            "length and winning cannot be told apart"
+            f"{where}: extra length {extra[0]:g} found in all of {len(extra)} battles, expected different ones; length "
+            "and winning cannot be told apart"
         )
     return won, extra, np.tanh(extra / spread)
 
@@ -74,21 +57,16 @@ def _checked(wins: np.ndarray, extra_words: np.ndarray) -> tuple[np.ndarray, np.
 _LEAST = 1e-8  # weight of a speech; less would be lost in rounding
 
 
-def _resampled(
-    won: np.ndarray, bend: np.ndarray, clusters: np.ndarray, samples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _resampled(won: np.ndarray, bend: np.ndarray, clusters: np.ndarray, samples: int, seed: int) -> tuple:
     "Refit with two invented half speeches at equal length, and then with random weights of speeches."
     ids, speech = np.unique(clusters, return_inverse=True)
     shape = np.append(np.ones(len(ids)), [0.5, 0.5])
-    won, bend, speech = (
-        np.append(won, [1.0, 0.0]),
-        np.append(bend, [0.0, 0.0]),
-        np.append(speech, [len(ids), len(ids) + 1]),
-    )
+    won, bend = np.append(won, [1.0, 0.0]), np.append(bend, [0.0, 0.0])
+    speech = np.append(speech, [len(ids), len(ids) + 1])
     rows = np.append(np.ones(len(clusters)), np.full(2, len(clusters) / len(ids)))
-    draws, fits = np.maximum(np.random.default_rng(seed).standard_gamma(shape, size=(samples, len(shape))), _LEAST), []
-    for chunk in np.array_split(draws, max(1, samples * len(won) // 2**22)):
-        fits.append(_fit(won, bend, chunk[:, speech] * rows))
+    draws = np.maximum(np.random.default_rng(seed).standard_gamma(shape, size=(samples, len(shape))), _LEAST)
+    chunks = np.array_split(draws, max(1, samples * len(won) // 2**22))
+    fits = [_fit(won, bend, chunk[:, speech] * rows) for chunk in chunks]
     return _fit(won, bend, shape[None, speech] * rows)[0], np.concatenate(fits)
 
 
@@ -117,117 +95,17 @@ def length_controlled(
     percent; length_effect φ, effect_low, effect_high (log-odds); n."""
     won, extra, bend = _checked(wins, extra_words)
     if clusters is not None and len(clusters) != len(won):
-        raise ValueError(
-            f"length_control.length_controlled: {len(clusters)} clusters for {len(won)} battles found, expected one "
-            "each; align them by row"
-        )
+        found = f"{len(clusters)} clusters for {len(won)} battles"
+        raise ValueError(f"length_control.length_controlled: {found} found, expected one each; align them by row")
     order = np.lexsort([extra, won]) if clusters is None else np.arange(len(won))
     ids = np.arange(len(won)) if clusters is None else np.asarray(clusters).astype(str)
-    theta, phi = (
-        _fit(won, bend, np.ones((1, len(won))))[0] if 0 < won.mean() < 1 else (np.inf * (won.mean() - 0.5), 0.0)
-    )
+    mixed = 0 < won.mean() < 1
+    theta, phi = _fit(won, bend, np.ones((1, len(won))))[0] if mixed else (np.inf * (won.mean() - 0.5), 0.0)
     centre, draws = _resampled(won[order], bend[order], ids, samples, seed)
     controlled = 100 / (1 + np.exp(-theta))
     low, high = 100 / (1 + np.exp(-_corrected_interval(draws[:, 0], centre[0], level)))
     effect_low, effect_high = _corrected_interval(draws[:, 1], centre[1], level)
-    return dict(
-        raw=100 * float(won.mean()),
-        controlled=float(controlled),
-        low=float(min(low, controlled)),
-        high=float(max(high, controlled)),
-        longer=100 * float((extra > 0).mean()),
-        length_effect=float(phi),
-        effect_low=float(effect_low),
-        effect_high=float(effect_high),
-        n=len(won),
-    )
-
-# %% ../../nbs/stats/04_length_control.ipynb #4b323331
-_KEYS = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
-
-
-def _outcome(place: str, preference) -> float:
-    "Read a preference as the model's win, in [0, 1]; NaN where the judge gave none."
-    if preference is None or preference != preference:
-        return np.nan
-    if (
-        isinstance(preference, bool)
-        or not isinstance(preference, (int, float))
-        or not (preference == 0 or 1 <= preference <= 2)
-    ):
-        raise StudyError(
-            f"{place}: preference {preference!r} found, expected a number from 1 to 2, 0 for an old draw, or null; is "
-            "the file AlpacaEval's?"
-        )
-    return 0.5 if preference == 0 else float(preference) - 1
-
-
-def alpaca_battles(path: Path | str):
-    """Read battles from a file of AlpacaEval's form.
-
-    path: annotations.json, a list of AlpacaEval's annotations. Returns frame instruction, policy, reference, wins
-    (in [0, 1]), words, extra_words, extra_characters, annotator; attrs unjudged: rows without a preference, left
-    out."""
-    import pandas as pd
-
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(
-            f"{path}: not read as JSON ({error}), expected AlpacaEval's annotations.json; check the path"
-        ) from None
-    if not isinstance(found, list) or not found:
-        raise StudyError(
-            f"{path}: {type(found).__name__} of {len(found) if hasattr(found, '__len__') else 1} found, expected a "
-            "list of annotations; pass annotations.json, not the leaderboard"
-        )
-    rows = [_battle_row(f"{path}, annotation {i}", annotation) for i, annotation in enumerate(found)]
-    frame = pd.DataFrame(rows)
-    battles = frame.dropna(subset=["wins"]).reset_index(drop=True)
-    battles.attrs["unjudged"] = len(frame) - len(battles)
-    return battles
-
-
-def _battle_row(place: str, annotation: dict) -> dict:
-    "Read one annotation. Returns one row of alpaca_battles."
-    absent = [key for key in _KEYS if not isinstance(annotation, dict) or key not in annotation]
-    if absent:
-        raise StudyError(
-            f"{place}: {absent} not found, expected {', '.join(_KEYS)}; pass annotations.json, not model outputs"
-        )
-    ours, theirs = annotation["output_2"], annotation["output_1"]
-    if not (isinstance(ours, str) and isinstance(theirs, str)):
-        raise StudyError(f"{place}: an output is no text, expected two answers; drop that annotation")
-    words = len(ours.split())
-    return dict(
-        instruction=annotation["instruction"],
-        policy=annotation["generator_2"],
-        reference=annotation["generator_1"],
-        wins=_outcome(place, annotation["preference"]),
-        words=words,
-        extra_words=words - len(theirs.split()),
-        extra_characters=len(ours) - len(theirs),
-        annotator=annotation.get("annotator", ""),
-    )
-
-# %% ../../nbs/stats/04_length_control.ipynb #7deb2a5b
-def leaderboard(battles, length: str = "extra_words", samples: int = 1000, level: float = 0.95, seed: int = 0):
-    """Tabulate raw and length-controlled win rates of several policies.
-
-    battles: frame policy, wins, instruction, words and the column `length`, as of alpaca_battles; length: column of
-    the extra length; "extra_characters" is AlpacaEval's; level: coverage, in (0, 1). Returns frame policy, n, raw,
-    controlled, low, high, longer (percent), length_effect, mean_words; sorted by controlled."""
-    import pandas as pd
-
-    absent = [name for name in ("policy", "wins", "instruction", "words", length) if name not in battles.columns]
-    if absent or battles.empty:
-        raise ValueError(
-            f"length_control.leaderboard: {len(battles)} battles without {absent} found, expected battles as of "
-            "alpaca_battles; check the file"
-        )
-    rows = []
-    for policy, part in battles.groupby("policy", sort=False):
-        found = length_controlled(part["wins"], part[length], part["instruction"].to_numpy(), samples, level, seed)
-        rows.append(dict(policy=policy, mean_words=float(part["words"].mean()), **found))
-    columns = ["policy", "n", "raw", "controlled", "low", "high", "longer", "length_effect", "mean_words"]
-    return pd.DataFrame(rows)[columns].sort_values("controlled", ascending=False, kind="stable", ignore_index=True)
+    rates = dict(raw=100 * won.mean(), controlled=controlled, low=min(low, controlled), high=max(high, controlled))
+    effects = dict(length_effect=phi, effect_low=effect_low, effect_high=effect_high)
+    found = {**rates, "longer": 100 * (extra > 0).mean(), **effects}
+    return {name: float(value) for name, value in found.items()} | {"n": len(won)}

@@ -1,9 +1,6 @@
-"""Length control: equality with scikit-learn, sides that mirror, known behaviour on a file of AlpacaEval's form made here, and an interval that covers."""
-
-import json
+"""Length control: equality with scikit-learn, sides that mirror, known behaviour, and an interval that covers."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from refusals import value_error
 
 from psycopref.stats.intervals import win_interval
-from psycopref.core.settings import StudyError
-from psycopref.stats.length_control import PRIOR_SD, alpaca_battles, leaderboard, length_controlled
+from psycopref.stats.length_control import PRIOR_SD, length_controlled
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 battles = st.lists(st.tuples(st.integers(0, 1), st.integers(-40, 40)), min_size=3, max_size=40).filter(
@@ -147,105 +143,21 @@ def test_the_interval_covers_the_rate_at_equal_length(n, rate, orders):
 # ---- a file of AlpacaEval's form ----
 
 
-def annotations(models, n=300, love=1.5, seed=0):
-    """Annotations of models named with (skill, extra words), judged by a lover of length; the baseline answers alike for all."""
-    rng, rows = np.random.default_rng(seed), []
-    base = rng.integers(90, 150, n)
-    for model, (skill, surplus) in models.items():
-        own = base if surplus is None else np.maximum(base + surplus + rng.normal(0, 35, n).round().astype(int), 5)
-        won = judged(rng, skill, (own - base) / 30, love)
-        rows += [
-            {"instruction": f"question {i}", "output_1": "word " * base[i], "output_2": "word " * own[i], "generator_1": "baseline", "generator_2": model,
-             "annotator": "a lover of length", "preference": float(1 + won[i])}
-            for i in range(n)
-        ]  # fmt: skip
-    return rows
+def test_a_verbose_policy_falls_and_a_brief_one_rises():
+    skills = {"brief": (0.6, -30), "like the baseline": (0.1, 0), "verbose": (-0.3, 45), "weak": (-0.9, 0)}
+    rng, found = np.random.default_rng(0), {}
+    for name, (skill, surplus) in skills.items():
+        extra = rng.normal(surplus, 35, 600)
+        found[name] = length_controlled(judged(rng, skill, extra / 30, 1.5), extra, samples=100)
+        assert found[name]["low"] < 100 * logistic(skill) < found[name]["high"] and found[name]["length_effect"] > 0.5
+    assert found["verbose"]["controlled"] < found["verbose"]["raw"] - 8
+    assert found["brief"]["controlled"] > found["brief"]["raw"] + 5
+    assert max(found, key=lambda name: found[name]["raw"]) == "verbose"
+    assert sorted(found, key=lambda name: -found[name]["controlled"]) == list(skills)  # the order of skill comes back
 
 
-def written(folder, rows):
-    """Write annotations and read them as battles."""
-    path = folder / "annotations.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return alpaca_battles(path)
-
-
-@pytest.mark.parametrize("length", ["extra_words", "extra_characters"])
-def test_known_behaviour_on_a_file_of_alpacaevals_form(tmp_path, length):
-    models = {"brief": (0.6, -30), "like the baseline": (0.1, 0), "verbose": (-0.3, 45), "weak": (-0.9, 0)}
-    table = leaderboard(written(tmp_path, annotations(models, 600)), length, samples=100)
-    by_name = table.set_index("policy")
-    assert by_name.controlled["verbose"] < by_name.raw["verbose"] - 8  # a verbose one falls
-    assert by_name.controlled["brief"] > by_name.raw["brief"] + 5  # a concise one rises
-    assert by_name.raw.idxmax() == "verbose" and table.policy.tolist() == list(
-        models
-    )  # and the order of skill comes back
-    assert (by_name.length_effect > 0.5).all() and by_name.longer["verbose"] > 80 and by_name.longer["brief"] < 30
-    truth = 100 * logistic(np.array([skill for skill, _ in models.values()]))
-    assert ((table.low < truth) & (truth < table.high)).all() and (table.n == 600).all()
-
-
-def test_equal_lengths_change_nothing_in_a_file(tmp_path):
-    table = leaderboard(written(tmp_path, annotations({"equal": (0.4, None)})), samples=50)
-    assert table.controlled[0] == pytest.approx(table.raw[0], abs=1e-6) and table.longer[0] == 0
-
-
-def test_swapping_the_outputs_turns_every_rate_around(tmp_path):
-    rows = annotations({"verbose": (0.2, 30)}, n=200)
-    swapped = [
-        {
-            **row,
-            "output_1": row["output_2"],
-            "output_2": row["output_1"],
-            "generator_1": "verbose",
-            "generator_2": "baseline",
-            "preference": 3 - row["preference"],
-        }
-        for row in rows
-    ]
-    there, back = (leaderboard(written(tmp_path, version), samples=50).iloc[0] for version in (rows, swapped))
-    assert back.raw == pytest.approx(100 - there.raw, abs=1e-9) and back.controlled == pytest.approx(
-        100 - there.controlled, abs=1e-6
-    )
-    shuffled = leaderboard(
-        written(tmp_path, [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]), samples=50
-    ).iloc[0]
-    pd.testing.assert_series_equal(shuffled, there, rtol=1e-6)
-
-
-def test_preferences_are_read_as_the_models_win(tmp_path):
-    row = annotations({"m": (0, 0)}, n=1)[0]
-    read = written(tmp_path, [{**row, "preference": value} for value in (1, 2.0, 1.5, 0, 1.25, None)])
-    assert read.wins.tolist() == [0, 1, 0.5, 0.5, 0.25] and read.attrs == {"unjudged": 1}
-    assert read.extra_words.tolist() == [len(row["output_2"].split()) - len(row["output_1"].split())] * 5
-    soft = length_controlled(read.wins, [3, -1, 2, 0, 1], samples=20)
-    assert soft["raw"] == pytest.approx(45)
-
-
-good = annotations({"m": (0, 0)}, n=1)[0]
-FILES = {
-    "no JSON": ("{", "not read as JSON"),
-    "a leaderboard": ('{"m": 50}', "expected a list"),
-    "empty": ("[]", "expected a list"),
-    "model outputs": ('[{"instruction": "a", "output": "b", "generator": "m"}]', "annotation 0: .*preference"),
-    "preference out of range": (json.dumps([good, {**good, "preference": 3}]), "annotation 1: preference 3"),
-    "preference as text": (json.dumps([{**good, "preference": "2"}]), "preference '2'"),
-    "no answer": (json.dumps([{**good, "output_2": None}]), "no text"),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_files_of_another_form_are_refused_by_place(tmp_path, name):
-    content, pattern = FILES[name]
-    path = tmp_path / "annotations.json"
-    path.write_text(content)
-    with pytest.raises(StudyError, match=pattern) as refused:
-        alpaca_battles(path)
-    assert str(path) in str(refused.value) and "expected" in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_an_absent_file_is_named(tmp_path):
-    with pytest.raises(StudyError, match="nowhere.json"):
-        alpaca_battles(tmp_path / "nowhere.json")
+def test_a_soft_preference_counts_in_part():
+    assert length_controlled([0, 1, 0.5, 0.5, 0.25], [3, -1, 2, 0, 1], samples=20)["raw"] == pytest.approx(45)
 
 
 REFUSED = {
@@ -255,7 +167,6 @@ REFUSED = {
     "a gap": (lambda: length_controlled([1, 0], [1, np.nan]), "a gap"),
     "a win of 2": (lambda: length_controlled([2, 0], [1, 2]), "outside"),
     "ids of other length": (lambda: length_controlled([1, 0], [1, 2], ["a"]), "1 clusters"),
-    "frame of another kind": (lambda: leaderboard(pd.DataFrame({"policy": ["a"]})), "wins"),
 }
 
 
