@@ -334,7 +334,7 @@ def reliability_figure(scores_by_name: dict, bins: int = 10, samples: int = 1000
 
     if not 1 <= len(scores_by_name) <= MOST_PANELS:
         raise ValueError(
-            f"calibration.reliability_figure: {len(scores_by_name)} models found, expected 1 to {MOST_PANELS}; draw the rest apart"
+            f"calibration.reliability_figure: {len(scores_by_name)} models found, expected 1 to {MOST_PANELS}; cut"
         )
     shared = dict(squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": [3, 1]})
     figure, axes = new_figure(0.7 + 2.4 * max(len(scores_by_name), 1.5), 4.4, 2, len(scores_by_name), **shared)
