@@ -8,41 +8,31 @@ import itertools
 import typing
 from pathlib import Path
 import numpy as np
-from psycopref.evaluation.annotations import (
-    ANNOTATION_COLUMNS,
-    LOSING,
-    SIMULATED,
-    annotation_files,
-    gather_annotations,
-    read_annotations,
-    simulate,
-    unshuffle,
-)
-from ..core.tables import PALETTE, new_figure
 from ..core.files import PRINCIPLE_KEYS, read_json, write_json
-from ..feedback.battles import consistent_verdicts, paper_verdicts
-from ..stats.intervals import win_interval
+from ..core.paper import paper_values
+from ..core.prompts import BATTLE_KEYS
 from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
-from ..core.paper import paper_values
+from ..core.tables import PALETTE, new_figure
+from ..evaluation.annotations import ANNOTATION_COLUMNS, LOSING, SIMULATED, annotation_files
+from ..evaluation.annotations import gather_annotations, read_annotations, simulate, unshuffle
 from ..evaluation.kits import run_kits, write_kits
 from ..evaluation.win_rates import SETTINGS
-from ..stats.scores import VERDICTS
-from ..stats.intervals import mean_interval
-from ..core.prompts import BATTLE_KEYS
+from ..feedback.battles import consistent_verdicts, paper_verdicts
 from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement
+from ..stats.intervals import mean_interval, win_interval
+from ..stats.scores import VERDICTS
 
 # %% auto #0
-__all__ = ['KITS', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 'given_files', 'chosen_policy', 'keep_kits', 'kept_kit',
+__all__ = ['KITS', 'STRICT', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 'given_files', 'chosen_policy', 'keep_kits', 'kept_kit',
            'write_study_kits', 'study_keys', 'kit_ids', 'as_shown', 'label_verdicts', 'judge_verdicts',
-           'column_agreement', 'annotator_table', 'majority', 'with_each_other', 'with_another', 'stack_pairs',
-           'table_with_speeches', 'numbered_names', 'published_agreement', 'annotator_label', 'comparison_groups',
-           'agreement_lines', 'score_line', 'principle_lines', 'comparison_shares', 'comparison_figure',
-           'score_interval', 'score_means', 'score_figure', 'who_judged', 'item_counts', 'annotator_caption',
-           'expert_headlines', 'simulated_annotations', 'unshuffled_kits', 'run_annotations', 'annotator_rows',
-           'agreement_results', 'result_frame', 'expert_agreement_sentences', 'expert_principle_sentences',
-           'expert_comparison_sentences', 'expert_score_sentences', 'expert_tables', 'expert_figures',
-           'unanswered_sentences']
+           'column_agreement', 'annotator_table', 'majority', 'answer_pairs', 'numbered_names', 'published_agreement',
+           'annotator_label', 'comparison_groups', 'compare_raters', 'joint_lines', 'agreement_lines',
+           'principle_lines', 'comparison_shares', 'comparison_figure', 'score_means', 'score_figure', 'who_judged',
+           'item_counts', 'annotator_caption', 'expert_headlines', 'run_annotations', 'unshuffled_kits',
+           'annotator_rows', 'agreement_results', 'result_frame', 'expert_agreement_sentences',
+           'expert_principle_sentences', 'expert_comparison_sentences', 'expert_score_sentences', 'expert_tables',
+           'expert_figures', 'unanswered_sentences']
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #5f98eb72
 def given_files(chosen: AgreementSettings, run: Run) -> list[Path]:
@@ -57,10 +47,9 @@ def given_files(chosen: AgreementSettings, run: Run) -> list[Path]:
     if chosen.simulated < 0:
         raise StudyError(f"agreement.simulated: found {chosen.simulated}, expected 0 or more annotators")
     files = annotation_files(chosen.annotations)
-    inside = next((path for path in files if run.outputs.resolve() in path.resolve().parents), None)
-    if inside is not None:
+    if inside := [path for path in files if path.resolve().is_relative_to(run.outputs.resolve())]:
         raise StudyError(
-            f"agreement.annotations: {inside} lies in the run's outputs, which are replaced and deleted; "
+            f"agreement.annotations: {inside[0]} lies in the run's outputs, which are replaced and deleted; "
             "keep annotations in a folder of their own"
         )
     return files
@@ -77,11 +66,7 @@ def chosen_policy(asked: str, best: str, answers) -> str:
     return asked or best
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #944eb20b
-KITS = {
-    "labels": "preference pairs (§3.4)",
-    "answers": "pairs of answers (§4.2)",
-    "scores": "scored answers (§4.2)",
-}  # as `evaluation.kits` makes them
+KITS = {"labels": "preference pairs (§3.4)", "answers": "pairs of answers (§4.2)", "scores": "scored answers (§4.2)"}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #103ec636
 def keep_kits(folder: Path, kits: dict) -> list[Path]:
@@ -127,163 +112,101 @@ def kit_ids(kits: dict) -> dict[str, str]:
     return {name: kit["kit_id"] for name, (kit, _) in kits.items()}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #370a4203
-def as_shown(verdict: str, first: str) -> str:
-    """Convert a verdict to the place of the better response.
+def as_shown(verdicts, first):
+    """Convert verdicts to the place of the better response.
 
-    verdict: win / loss / tie, of the chosen response or of the policy; first: name of the side that was shown
-    first. Returns first / second / tie."""
-    if verdict not in VERDICTS:
-        raise ValueError(
-            f"expert_study.as_shown: verdict {verdict!r} found, expected one of {', '.join(VERDICTS)}; "
-            "leave out what was not judged"
-        )
-    return "tie" if verdict == "tie" else "first" if (verdict == "win") == (first not in LOSING) else "second"
+    verdicts: series of win / loss / tie, of the chosen response or of the policy; first: series of the side that was
+    shown first. Returns series of first / second / tie."""
+    if not verdicts.isin(VERDICTS).all():
+        raise ValueError(f"expert_study.as_shown: {set(verdicts)} found, expected {VERDICTS}; leave out what has none")
+    ours = (verdicts == "win") == ~first.isin(LOSING)
+    return ours.map({True: "first", False: "second"}).mask(verdicts == "tie", "tie")
 
 
 def label_verdicts(kit: dict, key, pairs):
-    """Return the labels' verdict on each item.
+    """Return the labels' verdict on each item by principle; a pair that stands twice is rated by both.
 
-    kit: of preference pairs; pairs: frame of kind "pairs". Returns frame: item_id, principle, shown."""
+    kit: of preference pairs; pairs: frame of kind "pairs". Returns key with principle and shown."""
     import pandas as pd
 
-    known: dict[tuple, list] = {}
-    for pair in pairs.to_dict("records"):
-        known.setdefault((pair["ID"], pair["chosen"].strip(), pair["rejected"].strip()), []).append(pair)
-    responses, rows = {item["item_id"]: item["responses"] for item in kit["items"]}, []
-    for item in key.itertuples():
-        shown = responses[item.item_id]
-        same = known[
-            item.speech_id, *(shown if item.first == "chosen" else shown[::-1])
-        ]  # a pair that stands twice is rated by both
-        gaps = {
-            name: sum(pair[f"chosen_{name}_rating"] - pair[f"rejected_{name}_rating"] for pair in same)
-            for name in PRINCIPLE_KEYS
-        } | {"overall": 1}
-        rows += [
-            (item.item_id, name, as_shown("tie" if gap == 0 else "win" if gap > 0 else "loss", item.first))
-            for name, gap in gaps.items()
-        ]
-    return pd.DataFrame(rows, columns=["item_id", "principle", "shown"])
+    texts, sides = {item["item_id"]: item["responses"] for item in kit["items"]}, ["chosen", "rejected"]
+    side = lambda name: [texts[item][first != name] for item, first in zip(key.item_id, key["first"])]
+    gaps = {name: pairs[f"chosen_{name}_rating"] - pairs[f"rejected_{name}_rating"] for name in PRINCIPLE_KEYS}
+    rated = pd.DataFrame(gaps).assign(speech_id=pairs.ID, **{name: pairs[name].str.strip() for name in sides})
+    rated = rated.groupby(["speech_id", *sides], as_index=False).sum().assign(overall=1)
+    asked = key.assign(**{name: side(name) for name in sides}).merge(rated, on=["speech_id", *sides], how="left")
+    long = asked.melt(list(key), list(BATTLE_KEYS), "principle", "gap")
+    return long.assign(shown=as_shown(np.sign(long.gap).map({1: "win", 0: "tie", -1: "loss"}), long["first"]))
 
 
 def judge_verdicts(key, verdicts):
-    """Return the judge's verdict on each item.
+    """Return the judge's verdict on each item by principle; items that the judge left out are missing.
 
     key: of the answers' kit; verdicts: of one policy, one row for each speech and setting: verdict, and
-    <principle>_verdict where there are. Returns frame: item_id, principle, shown; items that the judge left out are
-    missing."""
-    import pandas as pd
-
-    known = {(row["speech_id"], row["setting"]): row for row in verdicts.to_dict("records")}
-    columns = {"overall": "verdict"} | {
-        name: f"{name}_verdict" for name in PRINCIPLE_KEYS if f"{name}_verdict" in verdicts
-    }
-    rows = [
-        (item.item_id, name, as_shown(known[item.speech_id, item.setting][column], item.first))
-        for item in key.itertuples()
-        if (item.speech_id, item.setting) in known
-        for name, column in columns.items()
-    ]
-    return pd.DataFrame(rows, columns=["item_id", "principle", "shown"])
+    <principle>_verdict where there are. Returns key with principle and shown."""
+    judged = verdicts.rename(columns={"verdict": "overall"} | {f"{name}_verdict": name for name in PRINCIPLE_KEYS})
+    long = judged.melt(["speech_id", "setting"], [name for name in BATTLE_KEYS if name in judged], "principle", "said")
+    joined = key.merge(long, on=["speech_id", "setting"])
+    return joined.assign(shown=as_shown(joined.said, joined["first"]))
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #f630e58b
-def column_agreement(
-    first: list, second: list, speeches: list, samples: int, seed: int, level: str = "nominal", everybody=None
-) -> dict:
+def _ends(low: float, high: float, digits: int) -> str:
+    "Format an interval."
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def column_agreement(pairs, speech: dict, samples: int, seed: int, level: str = "nominal", everybody=None) -> dict:
     """Compare two columns of answers.
 
-    first: first, second or tie of each item, or a score; second: the same of the other rater; speeches: of each
-    item, for the intervals; level: of α; ordinal for scores, which have no κ here; everybody: frame items ×
-    annotators and the items' speeches, for α of all; None takes the two columns. Returns n, agree, agreement %, 95%
-    interval, κ, κ 95% interval, α, α 95% interval."""
-    import pandas as pd
-
-    long = pd.DataFrame(
-        {
-            "item": [*range(len(first))] * 2,
-            "rater": np.repeat(["one", "other"], len(first)),
-            "label": [*first, *second],
-            "speech": [*speeches] * 2,
-        }
-    )
+    pairs: frame first, second by item: what two raters answered (first, second or tie), or their scores; speech:
+    item -> speech, for the intervals; level: of α; ordinal for scores, which have no κ here; everybody: frame items ×
+    annotators, for α of all; None takes the two columns. Returns n, agree, agreement %, 95% interval, κ, κ 95%
+    interval, α, α 95% interval."""
+    long = pairs.assign(item=range(len(pairs)), speech=pairs.index.map(speech))
+    long = long.melt(["item", "speech"], var_name="rater", value_name="label")
     [row] = pairwise_agreement(long, samples, seed, cluster="speech").to_dict("records")
-    known = level == "nominal" and not np.isnan(row["kappa"])
-    ratings, clusters = (
-        (np.array([first, second], dtype=object), speeches)
-        if everybody is None
-        else (everybody[0].to_numpy(object).T, everybody[1])
-    )
-    alpha = {"α": None, "α 95% interval": None}
-    if len({*first, *second}) > 1:
-        low, high = alpha_interval(ratings, level, np.array(clusters), samples, seed=seed)
-        alpha = {"α": round(krippendorff_alpha(ratings, level), 3), "α 95% interval": f"{low:.2f} to {high:.2f}"}
-    return {
-        "n": row["n"],
-        "agree": sum(a == b for a, b in zip(first, second)),
-        "agreement %": round(row["agreement"], 1),
-        "95% interval": f"{row['low']:.1f} to {row['high']:.1f}",
-        "κ": round(row["kappa"], 3) if known else None,
-        "κ 95% interval": f"{row['kappa_low']:.2f} to {row['kappa_high']:.2f}" if known else None,
-    } | alpha
+    found = {"n": row["n"], "agree": int((pairs["first"] == pairs["second"]).sum())}
+    found |= {"agreement %": round(row["agreement"], 1), "95% interval": _ends(row["low"], row["high"], 1)}
+    found |= dict.fromkeys(("κ", "κ 95% interval", "α", "α 95% interval"))
+    if level == "nominal" and not np.isnan(row["kappa"]):
+        found |= {"κ": round(row["kappa"], 3), "κ 95% interval": _ends(row["kappa_low"], row["kappa_high"], 2)}
+    if long.label.nunique() > 1:
+        table = pairs if everybody is None else everybody
+        ratings, speeches = table.to_numpy(object).T, table.index.map(speech).to_numpy()
+        ends = alpha_interval(ratings, level, speeches, samples, seed=seed)
+        found |= {"α": round(krippendorff_alpha(ratings, level), 3), "α 95% interval": _ends(*ends, 2)}
+    return found
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #277bd4b7
-def annotator_table(unshuffled, principle: str = "overall", setting: str | None = None, column: str = "shown"):
-    """Arrange the answers to one question by annotator.
+STRICT = "the judge in both orders"
+OTHER_RATERS = ("the labels", "the judge", STRICT)
 
-    unshuffled: frame of unshuffle; principle: one of the seven, or overall; setting: free / length; None takes all.
-    Returns frame items × annotators, in their order; None where an item was left out."""
-    own = unshuffled[(unshuffled.principle == principle) & ((unshuffled.setting == setting) | (setting is None))]
-    return own.pivot(index="item_id", columns="annotator", values=column)[list(dict.fromkeys(own.annotator))]
+
+def annotator_table(said, principle: str = "overall", setting: str | None = None):
+    """Arrange the answers to one question by rater.
+
+    said: frame of unshuffle, with rows of OTHER_RATERS or without; principle: one of the seven, or overall; setting:
+    free / length; None takes all. Returns frame items × raters, in their order, of what was shown or rated; None where
+    an item was left out."""
+    own = said[(said.principle == principle) & ((said.setting == setting) | (setting is None))]
+    wide = own.pivot(index="item_id", columns="annotator", values="rating" if "rating" in own else "shown")
+    return wide[list(dict.fromkeys(own.annotator))]
 
 
 def majority(side_by_side):
     """Return the annotators' majority vote on each item.
 
     Returns series: item -> what most annotators said; tie where none is ahead."""
-
-    def vote(said):
-        first, *others = said.value_counts().items()
-        return "tie" if others and others[0][1] == first[1] else first[0]
-
-    return side_by_side.apply(vote, axis=1)
+    modes = side_by_side.dropna(how="all").mode(axis=1)
+    return modes[0].where(modes.count(axis=1) == 1, "tie")
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #253a178c
-def with_each_other(side_by_side) -> dict:
-    """Pair every two annotators on the items that both answered.
+def answer_pairs(table, who: typing.Iterable[tuple[str, str]]) -> dict:
+    """Pair raters on the items that both answered, without those who share none.
 
-    Returns who -> (answers of one, answers of the other, items)."""
-    found = {}
-    for one, other in itertools.combinations(side_by_side.columns, 2):
-        both = side_by_side[[one, other]].dropna()
-        if len(both):
-            found[f"{one} with {other}"] = both[one].tolist(), both[other].tolist(), both.index.tolist()
-    return found
-
-
-def with_another(side_by_side, other) -> dict:
-    """Pair each annotator with another rater, on the items that both answered.
-
-    other: series: item -> what the other rater said. Returns annotator -> (answers, answers of the other rater,
-    items)."""
-    found = {}
-    for name in side_by_side:
-        said = side_by_side[name].dropna()
-        said = said[said.index.isin(other.index)]
-        if len(said):
-            found[name] = said.tolist(), other[said.index].tolist(), said.index.tolist()
-    return found
-
-# %% ../../nbs/experiments/05_expert_study.ipynb #61c35b16
-def stack_pairs(columns) -> tuple:
-    "Join several (answers, answers, items). Returns the same as one."
-    return tuple(list(itertools.chain(*parts)) for parts in zip(*columns))
-
-
-def table_with_speeches(side_by_side, speech: dict) -> tuple:
-    """Return what α of all annotators needs.
-
-    speech: item -> speech. Returns the table, and the speech of each of its items."""
-    return side_by_side, [speech[item] for item in side_by_side.index]
+    table: items × raters; who: names of two raters each. Returns "one with other" -> frame first, second by item."""
+    both = {f"{one} with {other}": table[[one, other]].dropna() for one, other in who}
+    return {name: pairs.set_axis(["first", "second"], axis=1) for name, pairs in both.items() if len(pairs)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #803af06f
 def numbered_names(names) -> dict[str, str]:
@@ -295,21 +218,19 @@ def numbered_names(names) -> dict[str, str]:
 def published_agreement() -> dict:
     """Return the paper's numbers for the lines of the table.
 
-    Returns (kit, with whom, number of the annotator from 1, 0 for all) -> as the paper prints it."""
+    Returns (kit, with whom, number of the annotator from 1, 0 for all) -> headline, number, as the paper prints it;
+    one that was computed from others has no headline."""
     values = paper_values()["agreement"]
-    n, each = values["pairs"], (values["expert_1_with_labels"], values["expert_2_with_labels"])
-    counts = {
-        ("labels", "annotators", 0): values["experts_agree"],
-        ("labels", "labels", 1): each[0],
-        ("labels", "labels", 2): each[1],
+    n, both, percent = values["pairs"], values["experts_agree"], values["experts_with_judge_percent"]
+    one, two = (values[f"expert_{number}_with_labels"] for number in (1, 2))
+    of_pairs = lambda count: f"{count} of {n} ({100 * count / n:.1f}%)"
+    return {
+        ("labels", "annotators", 0): (f"experts who agree with each other, of {n} pairs", both, of_pairs(both)),
+        ("labels", "the labels", 1): (f"expert 1 with the labels, of {n}", one, of_pairs(one)),
+        ("labels", "the labels", 2): (f"expert 2 with the labels, of {n}", two, of_pairs(two)),
+        ("labels", "the labels", 0): (None, None, f"{50 * (one + two) / n:.1f}%"),
+        ("answers", "the judge", 0): ("experts with the judge, %", percent, f"{percent}%"),
     }
-    return {place: f"{count} of {n} ({100 * count / n:.1f}%)" for place, count in counts.items()} | {
-        ("labels", "labels", 0): f"{50 * sum(each) / n:.1f}%",
-        ("answers", "judge", 0): f"{values['experts_with_judge_percent']}%",
-    }
-
-
-OTHER_RATERS = {"labels": "the labels", "judge": "the judge", "strict": "the judge in both orders"}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #bdf21806
 def annotator_label(names) -> str:
@@ -317,115 +238,82 @@ def annotator_label(names) -> str:
     return "simulated annotators" if any(name.startswith(SIMULATED) for name in names) else "annotators"
 
 
-def comparison_groups(table, other_verdicts: dict) -> list[tuple]:
+def comparison_groups(table) -> list[tuple]:
     """List who is compared with whom, all of them last.
 
-    other_verdicts: name of another rater -> series: item -> what it said. Returns (rater, number of the annotator
-    from 1, who, columns); 0 for all of them, None where the paper has no such line."""
-    pairs = with_each_other(table)
-    found = [("annotators", None if len(pairs) > 1 else 0, who, columns) for who, columns in pairs.items()]
-    found += (
-        [("annotators", 0, f"every two {annotator_label(table)}", stack_pairs(pairs.values()))]
-        if len(pairs) > 1
-        else []
-    )
-    for rater, said in other_verdicts.items():
-        paired = with_another(table, said)
-        found += [
-            (rater, number, f"{who} with {OTHER_RATERS[rater]}", columns)
-            for number, (who, columns) in enumerate(paired.items(), 1)
-        ]
-        found += (
-            [(rater, 0, f"all {annotator_label(table)} with {OTHER_RATERS[rater]}", stack_pairs(paired.values()))]
-            if paired
-            else []
-        )
-        if len(paired) > 2:
-            found.append(
-                (
-                    rater,
-                    None,
-                    f"the majority of {annotator_label(table)} with {OTHER_RATERS[rater]}",
-                    *with_another(majority(table).to_frame("most"), said).values(),
-                )
-            )
-    return found
-
-
-def agreement_lines(kit: str, unshuffled, others: dict, samples: int, seed: int) -> list[dict]:
-    """Compare annotators with each other and with other raters; by setting, and strictly, all of them only.
-
-    kit: labels / answers; unshuffled: frame of unshuffle; others: name of another rater -> frame: item_id,
-    principle, shown. Returns lines of Table S33."""
-    other_verdicts = {
-        rater: said[said.principle == "overall"].set_index("item_id").shown for rater, said in others.items()
-    }
-    lines, speech = [], dict(zip(unshuffled.item_id, unshuffled.speech_id))
-    for setting in [None] if kit == "labels" else [None, *SETTINGS]:
-        table = annotator_table(unshuffled, setting=setting)
-        for rater, number, who, (first, second, items) in comparison_groups(table, other_verdicts):
-            if number != 0 and (setting or rater == "strict"):
-                continue
-            everybody = table_with_speeches(table, speech) if (rater, number) == ("annotators", 0) else None
-            paper = (
-                None
-                if setting or annotator_label(table) != "annotators"
-                else published_agreement().get((kit, rater, number))
-            )
-            lines.append(
-                {"what": KITS[kit], "setting": SETTINGS.get(setting, "" if kit == "labels" else "both"), "between": who}
-                | column_agreement(first, second, [speech[item] for item in items], samples, seed, everybody=everybody)
-                | {"paper": paper}
-            )
-    return lines
-
-# %% ../../nbs/experiments/05_expert_study.ipynb #d4531ff5
-def score_line(unshuffled, names: tuple[str, ...], samples: int, seed: int) -> dict | None:
-    """Compare every two annotators' scores; equal ones agree, α weighs how far apart the others are.
-
-    unshuffled: frame of unshuffle, of scores; names: principles taken together. Returns between, and of
-    column_agreement; None where no two annotators scored one answer."""
+    table: items × raters, as `annotator_table` arranges them. Returns (rater, or annotators; number of the annotator from 1; who; pairs); the number is 0
+    for all of them, and None where the paper has no such line."""
     import pandas as pd
 
-    speech = dict(zip(unshuffled.item_id, unshuffled.speech_id))
-    tables = [annotator_table(unshuffled, name, column="rating") for name in names]
-    pairs = [columns for table in tables for columns in with_each_other(table).values()]
-    if not pairs:
-        return None
-    first, second, items = stack_pairs(pairs)
-    return {"between": f"{annotator_label(unshuffled.annotator)} with each other, equal scores"} | column_agreement(
-        first,
-        second,
-        [speech[item] for item in items],
-        samples,
-        seed,
-        "ordinal",
-        table_with_speeches(pd.concat(tables), speech),
-    )
+    people, label = [name for name in table if name not in OTHER_RATERS], annotator_label(table)
+    every = answer_pairs(table, itertools.combinations(people, 2))
+    groups = [("annotators", None if len(every) > 1 else 0, *pair) for pair in every.items()]
+    if len(every) > 1:
+        groups.append(("annotators", 0, f"every two {label}", pd.concat(every.values())))
+    for rater in (name for name in table if name in OTHER_RATERS):
+        each, most = answer_pairs(table, ((name, rater) for name in people)), f"the majority of {label}"
+        groups += [(rater, number, *pair) for number, pair in enumerate(each.items(), 1)]
+        if each:
+            groups.append((rater, 0, f"all {label} with {rater}", pd.concat(each.values())))
+        if len(each) > 2:
+            voted = answer_pairs(table.assign(**{most: majority(table[people])}), [(most, rater)])
+            groups += [(rater, None, *pair) for pair in voted.items()]
+    return groups
+
+
+def compare_raters(said, samples: int, seed: int, names=("overall",), setting: str | None = None, whole=False) -> list:
+    """Compare annotators with each other and with the other raters.
+
+    said: as in `annotator_table`; names: principles taken together; whole: all annotators together only. Returns
+    (rater, number, who, column_agreement), as comparison_groups lists them; the strict judge meets all together."""
+    import pandas as pd
+
+    table = pd.concat([annotator_table(said, name, setting) for name in names])
+    level, speech = "ordinal" if "rating" in said else "nominal", dict(zip(said.item_id, said.speech_id))
+    people, found = table[[name for name in table if name not in OTHER_RATERS]], []
+    for rater, number, who, pairs in comparison_groups(table):
+        if number == 0 or not (whole or rater == STRICT):
+            everybody = people if (rater, number) == ("annotators", 0) else None
+            found.append((rater, number, who, column_agreement(pairs, speech, samples, seed, level, everybody)))
+    return found
+
+# %% ../../nbs/experiments/05_expert_study.ipynb #d4531ff5
+def joint_lines(said, names: typing.Sequence[str], samples: int, seed: int) -> list[dict]:
+    """Compare all annotators together with each other, and with the labels or the judge.
+
+    said: as in `annotator_table`; of scores, equal ones agree, and α weighs how far apart the others are; names:
+    principles taken together. Returns between, and of column_agreement."""
+    label, equal = annotator_label(said.annotator), ", equal scores" if "rating" in said else ""
+    return [
+        {"between": f"{label} with {'each other' if rater == 'annotators' else rater}{equal}"} | found
+        for rater, _, _, found in compare_raters(said, samples, seed, names, whole=True)
+        if rater != STRICT
+    ]
+
+
+def agreement_lines(kit: str, said, samples: int, seed: int) -> list[dict]:
+    """Compare annotators with each other and with other raters; by setting, and strictly, all of them only.
+
+    kit: a name of KITS; said: as in `annotator_table`. Returns lines of Table S33."""
+    if kit == "scores":
+        lines = joint_lines(said, PRINCIPLE_KEYS, samples, seed)
+        return [{"what": KITS[kit], "setting": "both"} | line | {"paper": None} for line in lines]
+    lines, published = [], published_agreement() if annotator_label(said.annotator) == "annotators" else {}
+    for setting in [None] if kit == "labels" else [None, *SETTINGS]:
+        shown = SETTINGS.get(setting, "" if kit == "labels" else "both")
+        for rater, number, who, found in compare_raters(said, samples, seed, setting=setting, whole=bool(setting)):
+            paper = None if setting else published.get((kit, rater, number), (None,))[-1]
+            lines.append({"what": KITS[kit], "setting": shown, "between": who} | found | {"paper": paper})
+    return lines
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #9e443728
-def principle_lines(kit: str, unshuffled, other, rater: str, samples: int, seed: int) -> list[dict]:
-    """Compare all annotators by principle.
-
-    kit: labels / answers; unshuffled: frame of unshuffle; other: frame: item_id, principle, shown; of the labels or
-    the judge; rater: labels / judge. Returns lines of Table S34."""
-    lines, speech = [], dict(zip(unshuffled.item_id, unshuffled.speech_id))
-    for name in BATTLE_KEYS:
-        table = annotator_table(unshuffled, name)
-        said = other[other.principle == name].set_index("item_id").shown
-        for who, paired, everybody in (
-            (f"{annotator_label(table)} with each other", with_each_other(table), table_with_speeches(table, speech)),
-            (f"{annotator_label(table)} with {OTHER_RATERS[rater]}", with_another(table, said), None),
-        ):
-            if paired:
-                first, second, items = stack_pairs(paired.values())
-                lines.append(
-                    {"what": KITS[kit], "principle": name, "between": who}
-                    | column_agreement(
-                        first, second, [speech[item] for item in items], samples, seed, everybody=everybody
-                    )
-                )
-    return lines
+def principle_lines(kit: str, said, samples: int, seed: int) -> list[dict]:
+    "Compare all annotators by principle; said: as in `annotator_table`. Returns lines of Table S34."
+    return [
+        {"what": KITS[kit], "principle": name} | line
+        for name in BATTLE_KEYS
+        for line in joint_lines(said, (name,), samples, seed)
+    ]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #e2b27e1b
 def comparison_shares(unshuffled, samples: int, seed: int) -> list[dict]:
@@ -448,89 +336,52 @@ def comparison_figure(shares: list[dict], policy: str, reference: str, who: str)
     """Draw Fig. 2: shares by principle, a panel for each setting.
 
     who: who judged, written above the panels. Returns matplotlib figure."""
-    settings = [setting for setting in SETTINGS if any(row["setting"] == setting for row in shares)]
+    import pandas as pd
+
+    settings, names = pd.DataFrame(shares).set_index("principle").groupby("setting"), list(BATTLE_KEYS)
     figure, panels = new_figure(9.6, 4.8, columns=len(settings), sharey=True, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.12)
-    names = list(BATTLE_KEYS)
-    for axes, setting in zip(panels[0], settings):
-        own = {row["principle"]: row for row in shares if row["setting"] == setting}
-        _share_bars(axes, [own[name] for name in names])
-        axes.set(
-            title=f"{SETTINGS[setting]}\n{_from_to(own)} judgements of {own['overall']['speeches']} pairs",
-            xlim=(0, 100),
-            yticks=range(len(names)),
-            xlabel="share of judgements, %\n(95% intervals: upper for the policy's share, lower for the reference's)",
-            yticklabels=[name.capitalize() for name in names],
-        )
-        axes.xaxis.label.set_size(8)
+    whiskers = "share of judgements, %\n(95% intervals: upper for the policy's share, lower for the reference's)"
+    for axes, (setting, own) in zip(panels[0], settings):
+        own = own.loc[names]
+        _share_bars(axes, own)
+        axes.set(title=f"{SETTINGS[setting]}\n{_from_to(own.n)} judgements of {own.speeches['overall']} pairs")
+        axes.set(xlim=(0, 100), yticks=range(len(names)), yticklabels=[name.capitalize() for name in names])
+        axes.set_xlabel(whiskers, fontsize=8)
         axes.axhline(len(names) - 1.5, color="#888888", linewidth=0.8)
         axes.grid(axis="y", visible=False)
     panels[0][0].invert_yaxis()
-    handles, _ = panels[0][0].get_legend_handles_labels()
-    names = [f"{policy} better", "no difference", f"{reference} better"]
-    figure.legend(
-        handles,
-        names,
-        title=who,
-        frameon=False,
-        loc="outside upper center",
-        ncols=3 if len("".join(names)) < 100 else 1,
-    )
+    handles, texts = axes.get_legend_handles_labels()[0], [f"{policy} better", "no difference", f"{reference} better"]
+    columns = 3 if len("".join(texts)) < 100 else 1
+    figure.legend(handles, texts, title=who, frameon=False, loc="outside upper center", ncols=columns)
     return figure
 
 
-def _from_to(rows: dict) -> str:
+def _from_to(n) -> str:
     "Format how many judgements a panel counts; fewer where items were left out."
-    n = {row["n"] for row in rows.values()}
-    return f"{min(n)}" if len(n) == 1 else f"{min(n)} to {max(n)}"
+    return f"{n.min()}" if n.nunique() == 1 else f"{n.min()} to {n.max()}"
+
+# %% ../../nbs/experiments/05_expert_study.ipynb #eea13e40
+_BARS = (
+    ("win", PALETTE[0], "white", "left", 1.5),
+    ("tie", "#CCCCCC", "black", "center", None),
+    ("loss", PALETTE[1], "white", "right", 98.5),
+)  # verdict, colour, that of its number, where that stands; None in the middle
 
 
-def _share_bars(axes, rows: list[dict]) -> None:
+def _share_bars(axes, own) -> None:
     "Stack the three shares, with whiskers where the outer ones end."
-    y, left = np.arange(len(rows)), np.zeros(len(rows))
-    for verdict, colour in (("win", PALETTE[0]), ("tie", "#CCCCCC"), ("loss", PALETTE[1])):
-        width = np.array([row[verdict] for row in rows])
+    y, left = np.arange(len(own)), np.zeros(len(own))
+    for verdict, colour, ink, side, across in _BARS:
+        width = own[verdict].to_numpy()
         axes.barh(y, width, left=left, height=0.72, color=colour, label=verdict)
-        across, side = {
-            "win": (np.full(len(rows), 1.5), "left"),
-            "tie": (left + width / 2, "center"),
-            "loss": (np.full(len(rows), 98.5), "right"),
-        }[verdict]
-        for place, middle, value in zip(y, across, width):
+        for place, middle, value in zip(y, left + width / 2, width):
             if value >= 9:
-                axes.text(
-                    middle,
-                    place,
-                    f"{value:.0f}",
-                    ha=side,
-                    va="center",
-                    fontsize=8,
-                    color="black" if verdict == "tie" else "white",
-                )
+                axes.text(across or middle, place, f"{value:.0f}", ha=side, va="center", fontsize=8, color=ink)
         left = left + width
-    for verdict, flip, shift in (("win", 1, -0.24), ("loss", -1, 0.24)):
-        value, low, high = (
-            np.array([row[name] for row in rows]) for name in (verdict, f"{verdict}_low", f"{verdict}_high")
-        )
-        end = value if flip == 1 else 100 - value
-        axes.errorbar(
-            end,
-            y + shift,
-            xerr=np.stack([value - low, high - value])[::flip],
-            fmt="none",
-            ecolor="#222222",
-            elinewidth=1,
-            capsize=1.5,
-            clip_on=False,
-        )
-
-# %% ../../nbs/experiments/05_expert_study.ipynb #c72f6126
-def score_interval(ratings, speeches, samples: int, seed: int) -> tuple[float, float]:
-    """Compute an interval for a mean score, by speech, that holds near 1 and 5 and for few speeches.
-
-    ratings: 1 to 5, (n,); speeches: of each rating, (n,).
-    Returns (low, high) of the mean, 95%, in [1, 5]."""
-    return mean_interval(ratings, np.asarray(speeches), (1, 5), samples=samples, seed=seed)
+    style = {"fmt": "none", "ecolor": "#222222", "elinewidth": 1, "capsize": 1.5, "clip_on": False}
+    axes.errorbar(own.win, y - 0.24, xerr=[own.win - own.win_low, own.win_high - own.win], **style)
+    axes.errorbar(100 - own.loss, y + 0.24, xerr=[own.loss_high - own.loss, own.loss - own.loss_low], **style)
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #082d5c53
 def score_means(unshuffled, samples: int, seed: int) -> list[dict]:
@@ -541,18 +392,9 @@ def score_means(unshuffled, samples: int, seed: int) -> list[dict]:
     rows = []
     for (setting, name), own in unshuffled.groupby(["setting", "principle"], sort=False):
         ratings, speeches = own.rating.to_numpy(float), own.speech_id.to_numpy()
-        low, high = score_interval(ratings, speeches, samples, seed)
-        rows.append(
-            {
-                "setting": setting,
-                "principle": name,
-                "n": len(own),
-                "speeches": len(set(speeches)),
-                "mean": float(ratings.mean()),
-                "low": low,
-                "high": high,
-            }
-        )
+        low, high = mean_interval(ratings, speeches, (1, 5), samples, seed=seed)
+        counts = {"setting": setting, "principle": name, "n": len(own), "speeches": len(set(speeches))}
+        rows.append(counts | {"mean": float(ratings.mean()), "low": low, "high": high})
     return rows
 
 
@@ -560,41 +402,20 @@ def score_figure(means: list[dict], who: str):
     """Draw Fig. 3: mean scores by principle, both settings.
 
     who: who scored, written above the axes. Returns matplotlib figure."""
+    import pandas as pd
+
     figure, axes = new_figure(7.6, 4.2)
-    for place, (setting, title) in enumerate(SETTINGS.items()):
-        own = {row["principle"]: row for row in means if row["setting"] == setting}
-        if not own:
-            continue
-        rows = [own[name] for name in PRINCIPLE_KEYS]
-        x, mean = np.arange(len(rows)) + (place - 0.5) * 0.24, np.array([row["mean"] for row in rows])
-        bounds = np.array([[row[end] for end in ("low", "high")] for row in rows]).T
-        axes.errorbar(
-            x,
-            mean,
-            yerr=np.abs(bounds - mean),
-            fmt="os"[place],
-            color=PALETTE[place],
-            capsize=3,
-            label=f"{title} ({_from_to(own)} scores of {rows[0]['speeches']} answers)",
-        )
-        for across, value in zip(x, mean):
-            axes.annotate(
-                f"{value:.1f}",
-                (across, value),
-                xytext=(-5 if place == 0 else 5, 0),
-                textcoords="offset points",
-                fontsize=7,
-                ha="right" if place == 0 else "left",
-                va="center",
-            )
-    axes.set(
-        ylim=(0.9, 5.1),
-        yticks=range(1, 6),
-        ylabel="mean score, 1 to 5 (95% interval)",
-        xticks=range(len(PRINCIPLE_KEYS)),
-        xlim=(-0.5, len(PRINCIPLE_KEYS) - 0.5),
-    )
-    axes.set_xticklabels([name.capitalize() for name in PRINCIPLE_KEYS])
+    looks, n = {"free": ("o", PALETTE[0], -1, "right"), "length": ("s", PALETTE[1], 1, "left")}, len(PRINCIPLE_KEYS)
+    for setting, own in pd.DataFrame(means).set_index("principle").groupby("setting"):
+        own, (marker, colour, shift, side) = own.loc[list(PRINCIPLE_KEYS)], looks[setting]
+        x, bounds = np.arange(n) + shift * 0.12, np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
+        label = f"{SETTINGS[setting]} ({_from_to(own.n)} scores of {own.speeches.iloc[0]} answers)"
+        axes.errorbar(x, own["mean"], yerr=bounds, fmt=marker, color=colour, capsize=3, label=label)
+        text = {"xytext": (5 * shift, 0), "textcoords": "offset points", "fontsize": 7, "ha": side, "va": "center"}
+        for across, value in zip(x, own["mean"]):
+            axes.annotate(f"{value:.1f}", (across, value), **text)
+    axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), ylabel="mean score, 1 to 5 (95% interval)", xlim=(-0.5, n - 0.5))
+    axes.set_xticks(range(n), [name.capitalize() for name in PRINCIPLE_KEYS])
     axes.grid(axis="x", visible=False)
     figure.legend(title=who, frameon=False, loc="outside upper center", ncols=2, fontsize=8, title_fontsize=9)
     return figure
@@ -606,11 +427,9 @@ NO_HUMAN = "simulated annotators (offline rubric with noise), no human took part
 
 def who_judged(names: list[str]) -> str:
     "Describe the annotators, for captions and labels."
-    return (
-        NO_HUMAN
-        if any(name.startswith(SIMULATED) for name in names)
-        else f"{len(names)} annotator{'s' if len(names) > 1 else ''}"
-    )
+    if annotator_label(names) != "annotators":
+        return NO_HUMAN
+    return f"{len(names)} annotator{'s' if len(names) > 1 else ''}"
 
 
 def item_counts(kits: dict, names: typing.Iterable[str]) -> str:
@@ -627,77 +446,21 @@ def expert_headlines(lines: list[dict], simulated: bool) -> list[dict]:
     """List the annotators' agreement beside that of the paper's experts.
 
     lines: of Table S33; empty where nobody answered. Returns result, ours, interval or reason, paper."""
-    values, found = (
-        paper_values()["agreement"],
-        {(line["what"], line["paper"]): line for line in lines if line["paper"] and not simulated},
-    )
+    found = {line["what"] + line["paper"]: line for line in lines if line["paper"] and not simulated}
     reason = "simulated annotators are no experts" if simulated else "needs the annotations of licensed experts"
-    why, rows = f"not measured: {reason}", []
-    for result, place, paper in (
-        (
-            f"experts who agree with each other, of {values['pairs']} pairs",
-            ("labels", "annotators", 0),
-            values["experts_agree"],
-        ),
-        (f"expert 1 with the labels, of {values['pairs']}", ("labels", "labels", 1), values["expert_1_with_labels"]),
-        (f"expert 2 with the labels, of {values['pairs']}", ("labels", "labels", 2), values["expert_2_with_labels"]),
-        ("experts with the judge, %", ("answers", "judge", 0), values["experts_with_judge_percent"]),
-    ):
-        line = found.get((KITS[place[0]], published_agreement()[place]))
-        ours = (
-            None
-            if line is None
-            else line["agreement %"]
-            if place[0] == "answers"
-            else f"{line['agree']} of {line['n']}"
-        )
-        rows.append(
-            {
-                "result": result,
-                "ours": ours,
-                "interval": why if line is None else f"{line['95% interval']} %",
-                "paper": paper,
-            }
-        )
+    rows = []
+    for (kit, *_), (headline, paper, printed) in published_agreement().items():
+        ours, interval = None, f"not measured: {reason}"
+        if line := found.get(KITS[kit] + printed):
+            ours = line["agreement %"] if kit == "answers" else f"{line['agree']} of {line['n']}"
+            interval = f"{line['95% interval']} %"
+        if headline:
+            rows.append({"result": headline, "ours": ours, "interval": interval, "paper": paper})
     return rows
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #3c223dd1
-def simulated_annotations(kits: dict, n: int, folder: Path, seed: int):
-    """Simulate annotators that fill in every kit, and read their files.
-
-    kits: name -> (kit, key); n: annotators; folder: where their files are kept. Returns frame: annotator, kit_id,
-    item_id, principle, value."""
-    import pandas as pd
-
-    frames = []
-    for (name, (kit, _)), number in itertools.product(kits.items(), range(1, n + 1)):
-        path = folder / f"{name}_{SIMULATED}_{number}.json"
-        frames.append(read_annotations(write_json(path, simulate(kit, number, seed)), kit))
-    return pd.concat(frames, ignore_index=True)
-
-
-def unshuffled_kits(annotations, kits: dict) -> dict:
-    """Un-shuffle the annotations kit by kit.
-
-    annotations: frame: annotator, kit_id, item_id, principle, value; kits: name -> (kit, key). Returns name of a
-    kit that somebody annotated -> frame of unshuffle, with the names for tables."""
-    names, found = numbered_names(annotations.annotator), {}
-    annotations = (
-        annotations.assign(
-            annotator=annotations.annotator.map(names), place=annotations.annotator.map(list(names).index)
-        )
-        .sort_values("place", kind="stable")
-        .drop(columns="place")
-    )
-    for name, (kit, key) in kits.items():
-        own = annotations[annotations.kit_id == kit["kit_id"]]
-        if len(own):
-            found[name] = unshuffle(own, key)
-    return found
-
-# %% ../../nbs/experiments/05_expert_study.ipynb #b61428b8
 def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, folder: Path, seed: int):
-    """Read the annotations that the settings name, or simulate them.
+    """Read the annotations that the settings name, or simulate annotators that fill in every kit.
 
     kits: name -> (kit, key); simulated: annotators, where there are no files; folder: where simulated annotators
     keep their files. Returns frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated."""
@@ -705,11 +468,23 @@ def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, fo
 
     if files:
         return gather_annotations(files, [kit for kit, _ in kits.values()])
-    return (
-        simulated_annotations(kits, simulated, folder, seed)
-        if simulated
-        else pd.DataFrame(columns=list(ANNOTATION_COLUMNS))
-    )
+    frames = [
+        read_annotations(write_json(folder / f"{name}_{SIMULATED}_{n}.json", simulate(kit, n, seed)), kit)
+        for name, (kit, _) in kits.items()
+        for n in range(1, simulated + 1)
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(ANNOTATION_COLUMNS))
+
+
+def unshuffled_kits(annotations, kits: dict) -> dict:
+    """Un-shuffle the annotations kit by kit, with the annotators' names for tables, in the order of these.
+
+    annotations: of `run_annotations`; kits: name -> (kit, key). Returns name of a kit that somebody annotated ->
+    frame of unshuffle."""
+    names = numbered_names(annotations.annotator)
+    own = annotations.sort_values("annotator", key=lambda who: who.map(list(names).index), kind="stable")
+    parts = dict(list(own.assign(annotator=own.annotator.map(names)).groupby("kit_id")))
+    return {name: unshuffle(parts[kit["kit_id"]], key) for name, (kit, key) in kits.items() if kit["kit_id"] in parts}
 
 
 def annotator_rows(annotations) -> list[dict]:
@@ -727,37 +502,24 @@ def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: 
     kits: name -> (kit, key); pairs: frame of kind "pairs"; battles: frame of kind "battles", of the policy whose
     answers were annotated; order_seed: by which the paper's judge drew its orders: the seed of the win rates.
     Returns agreement, principles, shares, means: lines of Tables S33 and S34, and what Figs. 2 and 3 show."""
-    found = {"agreement": [], "principles": [], "shares": [], "means": []}
+    import pandas as pd
+
+    key, others, how = kits["answers"][1], {}, {"samples": samples, "seed": seed}
     if "labels" in unshuffled:
-        labels = label_verdicts(*kits["labels"], pairs)
-        found["agreement"] += agreement_lines("labels", unshuffled["labels"], {"labels": labels}, samples, seed)
-        found["principles"] += principle_lines("labels", unshuffled["labels"], labels, "labels", samples, seed)
+        others["labels"] = {"the labels": label_verdicts(*kits["labels"], pairs)}
     if "answers" in unshuffled:
-        judge, strict = (
-            judge_verdicts(kits["answers"][1], read)
-            for read in (paper_verdicts(battles, order_seed), consistent_verdicts(battles))
-        )
-        found["agreement"] += agreement_lines(
-            "answers", unshuffled["answers"], {"judge": judge, "strict": strict}, samples, seed
-        )
-        found["principles"] += principle_lines("answers", unshuffled["answers"], judge, "judge", samples, seed)
-        found["shares"] = comparison_shares(unshuffled["answers"], samples, seed)
-    if "scores" in unshuffled:
-        lines = {
-            names: score_line(unshuffled["scores"], names, samples, seed)
-            for names in (PRINCIPLE_KEYS, *((name,) for name in PRINCIPLE_KEYS))
-        }
-        found["agreement"] += [
-            {"what": KITS["scores"], "setting": "both"} | line | {"paper": None}
-            for names, line in lines.items()
-            if line and len(names) > 1
-        ]
-        found["principles"] += [
-            {"what": KITS["scores"], "principle": names[0]} | line
-            for names, line in lines.items()
-            if line and len(names) == 1
-        ]
-        found["means"] = score_means(unshuffled["scores"], samples, seed)
+        readings = {"the judge": paper_verdicts(battles, order_seed), STRICT: consistent_verdicts(battles)}
+        others["answers"] = {rater: judge_verdicts(key, read) for rater, read in readings.items()}
+    found = {"agreement": [], "principles": [], "shares": [], "means": []}
+    for kit, own in unshuffled.items():
+        raters = [frame.assign(annotator=rater) for rater, frame in others.get(kit, {}).items()]
+        said = pd.concat([own, *raters])
+        found["agreement"] += agreement_lines(kit, said, **how)
+        found["principles"] += principle_lines(kit, said, **how)
+        if kit == "answers":
+            found["shares"] = comparison_shares(own, **how)
+        if kit == "scores":
+            found["means"] = score_means(own, **how)
     return found
 
 
@@ -772,16 +534,14 @@ def result_frame(lines: list[dict]):
 def _group_lines(lines: list[dict], kit: str) -> list[dict]:
     "Select the lines that speak for all annotators: with each other, then with the labels or the judge."
     own = [line for line in lines if line["what"] == KITS[kit] and line["setting"] in ("", "both")]
-    others = tuple(f"with {name}" for name in OTHER_RATERS.values())
-    among = [line for line in own if not line["between"].endswith(others)]
-    every = [line for line in among if line["between"].startswith("every two")]
-    return (every or among[:1]) + [line for line in own if line["between"].startswith("all ")]
+    among = [line for line in own if not line["between"].endswith(OTHER_RATERS)]
+    return among[-1:] + [line for line in own if line["between"].startswith("all ")]
 
 
 def _line_text(line: dict) -> str:
     "Format a line of Table S33 for a sentence."
-    chance = f"κ = {line['κ']} ({line['κ 95% interval']})" if line["κ"] is not None else ""
-    chance = chance or (f"α = {line['α']} ({line['α 95% interval']})" if line["α"] is not None else "κ undefined")
+    sign = next((sign for sign in "κα" if line[sign] is not None), None)
+    chance = f"{sign} = {line[sign]} ({line[f'{sign} 95% interval']})" if sign else "κ undefined"
     who, equal, _ = line["between"].partition(", equal scores")
     share = f"{line['agree']} of {line['n']} ({line['agreement %']}%, {line['95% interval']}; {chance})"
     return f"{who} {'give equal scores' if equal else 'agree'} in {share}"
@@ -793,51 +553,39 @@ def expert_agreement_sentences(lines: list[dict], simulated: bool) -> list[str]:
     said = [f"{what.capitalize()}: {'; '.join(map(_line_text, own))}." for what, own in found.items() if own]
     if not said:
         return ["Not measured: no two raters answered the same items."]
-    return [
-        *said,
-        "These annotators are the offline rubric with noise: the numbers show that kits, files and tables work,"
-        " and say nothing of experts."
-        if simulated
-        else "A rater that agrees with annotators as often as they do with each other is as good as one more.",
-    ]
+    reading = "A rater that agrees with annotators as often as they do with each other is as good as one more."
+    if simulated:
+        reading = (
+            "These annotators are the offline rubric with noise: the numbers show that kits, files and tables work,"
+        )
+        reading += " and say nothing of experts."
+    return [*said, reading]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #50ed60c0
 def expert_principle_sentences(lines: list[dict]) -> list[str]:
     "Report between which principles agreement with the labels or the judge ranges (Table S34)."
     said = []
-    for what, rater in ((KITS["labels"], "labels"), (KITS["answers"], "judge")):
-        own = [
-            line for line in lines if line["what"] == what and line["between"].endswith(f"with {OTHER_RATERS[rater]}")
-        ]
-        own = sorted((line for line in own if line["principle"] != "overall"), key=lambda line: line["agreement %"])
-        if own:
-            low, high = (
-                f"{line['principle']} ({line['agreement %']}%, {line['95% interval']})" for line in (own[0], own[-1])
-            )
-            said.append(
-                f"By principle, agreement with {OTHER_RATERS[rater]} is lowest for {low} and highest for {high}."
-            )
+    for rater in ("the labels", "the judge"):
+        own = [line for line in lines if line["between"].endswith(rater) and line["principle"] != "overall"]
+        own = sorted(own, key=lambda line: line["agreement %"])
+        ends = [f"{line['principle']} ({line['agreement %']}%, {line['95% interval']})" for line in own[:1] + own[-1:]]
+        if ends:
+            said.append(f"By principle, agreement with {rater} is lowest for {ends[0]} and highest for {ends[1]}.")
     few = min((line["n"] for line in lines), default=0)
-    return [
-        *said,
-        f"The smallest row has {few} judgements, so read the intervals."
-        if said
-        else "Not measured: no rater to compare with.",
-    ]
+    unsure = f"The smallest row has {few} judgements, so read the intervals."
+    return [*said, unsure if said else "Not measured: no rater to compare with."]
 
 
 def expert_comparison_sentences(shares: list[dict], policy: str, reference: str) -> list[str]:
     "Report Fig. 2: how often the policy and the reference are preferred overall."
     said = []
     for row in (row for row in shares if row["principle"] == "overall"):
-        win, loss = (
-            f"{row[name]:.0f}% ({row[f'{name}_low']:.0f} to {row[f'{name}_high']:.0f})" for name in ("win", "loss")
-        )
-        sure = row["win_low"] > row["loss_high"] or row["loss_low"] > row["win_high"]
+        win, loss = (f"{row[v]:.0f}% ({_ends(row[f'{v}_low'], row[f'{v}_high'], 0)})" for v in ("win", "loss"))
+        apart = row["win_low"] > row["loss_high"] or row["loss_low"] > row["win_high"]
         said.append(
             f"Overall, {SETTINGS[row['setting']]}, {policy} is preferred in {win} of {row['n']} judgements,"
             f" {reference} in {loss}; the intervals"
-            f" {'do not overlap' if sure else 'overlap, so neither is shown to be better'}."
+            f" {'do not overlap' if apart else 'overlap, so neither is shown to be better'}."
         )
     return said or ["Not measured: nobody answered the kit of answers."]
 
@@ -846,27 +594,32 @@ def expert_score_sentences(means: list[dict]) -> list[str]:
     "Report Fig. 3: the principles with the lowest and the highest mean score."
     if not means:
         return ["Not measured: nobody answered the kit of scores."]
-    low, high = (pick(means, key=lambda row: row["mean"]) for pick in (min, max))
-    said = []
-    for row in (low, high):
-        interval = f"{row['low']:.1f} to {row['high']:.1f}"
-        said.append(f"{row['mean']:.1f} ({interval}; {row['principle']}, {SETTINGS[row['setting']]}, n = {row['n']})")
-    return [f"Mean scores range from {said[0]} to {said[1]}."]
+    low, high = (
+        f"{row['mean']:.1f} ({_ends(row['low'], row['high'], 1)}; {row['principle']}, {SETTINGS[row['setting']]},"
+        f" n = {row['n']})"
+        for row in (pick(means, key=lambda row: row["mean"]) for pick in (min, max))
+    )
+    return [f"Mean scores range from {low} to {high}."]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #73e97541
 def expert_tables(results: dict, who: list[str], simulated: bool) -> list[tuple]:
     """List the tables that there is something for, each with what to say below it.
 
     Returns number, slug, frame, caption, sentences."""
-    with_whom = "Agreement of annotators with each other, with the labels and with the judge (§3.4, §4.2)"
-    agreement, principles = (result_frame(results[name]) for name in ("agreement", "principles"))
-    said = (
-        expert_agreement_sentences(results["agreement"], simulated),
-        expert_principle_sentences(results["principles"]),
-    )
-    found = [("S33", "agreement", agreement, annotator_caption(with_whom, who), said[0])] if who else []
-    caption = annotator_caption("Agreement by principle", who)
-    return found + ([("S34", "agreement_by_principle", principles, caption, said[1])] if len(principles) else [])
+    agreement, principles = results["agreement"], results["principles"]
+    caption = "Agreement of annotators with each other, with the labels and with the judge (§3.4, §4.2)"
+    said = expert_agreement_sentences(agreement, simulated), expert_principle_sentences(principles)
+    tables = [
+        ("S33", "agreement", result_frame(agreement), annotator_caption(caption, who), said[0]),
+        (
+            "S34",
+            "agreement_by_principle",
+            result_frame(principles),
+            annotator_caption("Agreement by principle", who),
+            said[1],
+        ),
+    ]
+    return tables[: bool(who) + bool(principles)]
 
 
 def expert_figures(results: dict, policy: str, reference: str, who: list[str]) -> list[tuple]:
@@ -876,10 +629,9 @@ def expert_figures(results: dict, policy: str, reference: str, who: list[str]) -
     found, shares, means, people = [], results["shares"], results["means"], who_judged(who)
     if shares:
         caption = annotator_caption("policy and reference compared by principle", who)
+        figure = comparison_figure(shares, policy, reference, people)
         said = expert_comparison_sentences(shares, policy, reference)
-        found.append(
-            ("2", "comparison", comparison_figure(shares, policy, reference, people), caption, "answers", said)
-        )
+        found.append(("2", "comparison", figure, caption, "answers", said))
     if means:
         caption = annotator_caption("absolute scores by principle", who)
         figure = score_figure(means, f"{policy}, scored by {people}")
@@ -891,9 +643,6 @@ def unanswered_sentences(results: dict, run: Run) -> list[str]:
     "Report which kits nobody annotated, and how to get their numbers."
     answered = {line["what"] for line in results["agreement"]} | ({KITS["scores"]} if results["means"] else set())
     missing = [what for what in KITS.values() if what not in answered]
-    if not missing:
-        return []
-    return [
-        f"Not measured: {', '.join(missing)}; this needs the annotations of licensed experts.",
-        f"Hand out `outputs/{run.name}/11_experts/kits`, then name what comes back in `agreement.annotations`.",
-    ]
+    where = f"Hand out `outputs/{run.name}/11_experts/kits`, then name what comes back in `agreement.annotations`."
+    reason = f"Not measured: {', '.join(missing)}; this needs the annotations of licensed experts."
+    return [reason, where] if missing else []
