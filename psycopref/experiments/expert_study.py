@@ -241,8 +241,8 @@ def annotator_label(names) -> str:
 def comparison_groups(table) -> list[tuple]:
     """List who is compared with whom, all of them last.
 
-    table: items × raters, as `annotator_table` arranges them. Returns (rater, or annotators; number of the annotator from 1; who; pairs); the number is 0
-    for all of them, and None where the paper has no such line."""
+    table: of `annotator_table`. Returns (rater, or annotators; number of the annotator from 1; who; pairs); the number
+    is 0 for all of them, and None where the paper has no such line."""
     import pandas as pd
 
     people, label = [name for name in table if name not in OTHER_RATERS], annotator_label(table)
@@ -361,7 +361,7 @@ def _from_to(n) -> str:
     "Format how many judgements a panel counts; fewer where items were left out."
     return f"{n.min()}" if n.nunique() == 1 else f"{n.min()} to {n.max()}"
 
-# %% ../../nbs/experiments/05_expert_study.ipynb #eea13e40
+# %% ../../nbs/experiments/05_expert_study.ipynb #3daf934b
 _BARS = (
     ("win", PALETTE[0], "white", "left", 1.5),
     ("tie", "#CCCCCC", "black", "center", None),
