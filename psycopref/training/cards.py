@@ -10,7 +10,8 @@ import re
 import shlex
 import shutil
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.files import atomic_path, read_json, write_json
@@ -18,19 +19,19 @@ from ..core.paper import resource_path
 from ..core.prompts import prompt_text
 from ..core.settings import PAPER, DpoSettings, IterSettings, LoraSettings, RewardSettings, StudyError
 from ..core.stages import is_released
-from ..core.tables import Label, markdown_table
+from ..core.tables import Label, format_cell, markdown_table
 from ..corpus.sources import HUB, RELEASED_DATASET, UNKNOWN_LICENCE
 from ..models.generation import Decoding
 from ..models.weights import Weights, pick_dtype
-from .texts import name_for_older, prompt_messages, training_precision
+from .texts import prompt_messages, training_precision
 
 # %% auto #0
-__all__ = ['NOTICE', 'BASE_DECODING', 'LORA_RANKS', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS', 'MEASURES',
-           'SELECTED', 'GIVEN', 'GIVEN_ONLINE', 'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines',
-           'use_lines', 'write_notice', 'generation_defaults', 'hub_base', 'save_adapter', 'on_hub', 'serve_lines',
-           'curl_line', 'ask_lines', 'CardFacts', 'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted',
-           'base_licence', 'hub_licence', 'python_literal', 'made_by', 'write_card', 'reward_card', 'policy_deviations',
-           'policy_card', 'hand_over', 'check_repo', 'push_model', 'push_reward_model', 'push_policy']
+__all__ = ['NOTICE', 'BASE_DECODING', 'LORA_RANKS', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS',
+           'EXAMPLE', 'SELECTED', 'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines',
+           'write_notice', 'generation_defaults', 'hub_base', 'save_adapter', 'on_hub', 'serve_lines', 'curl_line',
+           'ask_lines', 'CardFacts', 'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted', 'hub_licence',
+           'python_literal', 'write_card', 'reward_card', 'policy_card', 'hand_over', 'push_reward_model',
+           'push_policy']
 
 # %% ../../nbs/training/09_cards.ipynb #fb764e0e
 def five_lines(location: str | Path) -> str:
@@ -111,38 +112,24 @@ def hub_base(weights: Weights) -> str | None:
     return None if Path(weights.location).is_dir() else weights.location
 
 
-def save_adapter(trained, tokenizer, base: Weights, folder: Path) -> Path:
+def save_adapter(checkpoint: Path, tokenizer, base: Weights, folder: Path) -> Path:
     """Save the adapters of a policy apart, for peft and vLLM.
 
-    trained: a peft model before it is merged, or a trainer's checkpoint with adapters; tokenizer: of the policy,
-    with its chat template; base: what the adapters were trained on. Returns folder/adapter."""
+    checkpoint: of a trainer, with adapters; tokenizer: of the policy, with its chat template; base: what the adapters
+    were trained on. Returns folder/adapter."""
     place = Path(folder) / "adapter"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    if isinstance(trained, (str, Path)):
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (Path(trained) / name).is_file():
-                raise StudyError(
-                    f"{trained}: holds no {name}, expected a checkpoint of a training with adapters; one of all "
-                    "weights has none to save apart"
-                )
-            shutil.copyfile(Path(trained) / name, place / name)
-    elif any("lora_" in name for name, _ in trained.named_parameters()):
-        trained.save_pretrained(place)
-        (place / "README.md").unlink(missing_ok=True)  # peft's own is an empty form
-    else:
-        raise StudyError(
-            f"{place}: the model has no adapters, expected a peft model that is not merged yet; save the adapters "
-            "before save_merged"
-        )
+    shutil.copyfile(Path(checkpoint) / "adapter_model.safetensors", place / "adapter_model.safetensors")
+    named = {"base_model_name_or_path": base.location, "revision": base.revision if hub_base(base) else None}
+    write_json(place / "adapter_config.json", read_json(Path(checkpoint) / "adapter_config.json") | named)
     tokenizer.save_pretrained(place)
     write_notice(place)
-    named = {"base_model_name_or_path": base.location, "revision": base.revision if hub_base(base) else None}
-    write_json(place / "adapter_config.json", read_json(place / "adapter_config.json") | named)
     return place
 
 # %% ../../nbs/training/09_cards.ipynb #ccad5c04
 LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told to hold
+LISTEN = "--host 127.0.0.1 --port 8000"
 
 
 def on_hub(location: str | Path) -> bool:
@@ -154,49 +141,46 @@ def serve_lines(location: str | Path, base: Weights | None = None, rank: int = 0
     """Write the commands that serve a policy on this machine.
 
     location: folder or hub id of the policy; base: the backbone, where adapters of this rank are there too."""
-    place, listen = str(location), ["--host", "127.0.0.1", "--port", "8000"]
-    lines = [f"# {NOTICE}", "# vLLM, the whole model:", shlex.join(["vllm", "serve", place, *listen])]
-    lines += ["# or transformers, the whole model:", shlex.join(["transformers", "serve", place, *listen])]
+    place, quote = str(location), shlex.quote
+    lines = [f"# {NOTICE}", "# vLLM, the whole model:", f"vllm serve {quote(place)} {LISTEN}"]
+    lines += ["# or transformers, the whole model:", f"transformers serve {quote(place)} {LISTEN}"]
     if base is not None:
-        lines.append("# or vLLM, the base with the adapters apart:")
         local = place.partition("/")[2] if on_hub(place) else place
-        if on_hub(place):
-            wanted = ["--include", "adapter/*", "--include", "*.json", "--include", "*.jinja"]
-            lines.append(shlex.join(["hf", "download", place, *wanted, "--local-dir", local]))
-        commit = ["--revision", base.revision] if hub_base(base) else []
-        held = str(next((held for held in LORA_RANKS if held >= rank), rank))
-        more = ["--max-lora-rank", held] if rank > LORA_RANKS[0] else []
-        more += ["--tokenizer", local, "--generation-config", local, *listen]
-        modules = ["--enable-lora", "--lora-modules", f"{place}={local}/adapter"]
-        lines.append(shlex.join(["vllm", "serve", base.location, *commit, *modules, *more]))
+        fetch = f"hf download {place} --include 'adapter/*' --include '*.json' --include '*.jinja' --local-dir {local}"
+        commit = f" --revision {base.revision}" if hub_base(base) else ""
+        held = next((held for held in LORA_RANKS if held >= rank), rank)
+        more = f" --max-lora-rank {held}" if rank > LORA_RANKS[0] else ""
+        more += f" --tokenizer {quote(local)} --generation-config {quote(local)} {LISTEN}"
+        lines += ["# or vLLM, the base with the adapters apart:", *[fetch] * on_hub(place)]
+        adapters = f"--enable-lora --lora-modules {quote(f'{place}={local}/adapter')}"
+        lines.append(f"vllm serve {quote(base.location)}{commit} {adapters}{more}")
     return "\n".join(lines) + "\n"
 
 
-def _request(location: str | Path, messages: list[dict], decoding: Decoding) -> dict:
-    "Word a request for a server of chat completions."
-    sampling = {"top_p": decoding.top_p} if decoding.temperature else {}
-    body = {"model": str(location), "messages": messages, "max_tokens": decoding.max_tokens}
-    return body | {"temperature": decoding.temperature} | sampling
+def _sampling(decoding: Decoding) -> dict:
+    "Say how a server of chat completions samples."
+    how = {"max_tokens": decoding.max_tokens, "temperature": decoding.temperature}
+    return how | ({"top_p": decoding.top_p} if decoding.temperature else {})
 
-
+# %% ../../nbs/training/09_cards.ipynb #7dab7406
 def curl_line(location: str | Path, speech: str, decoding: Decoding) -> str:
     "Write the command that asks a policy, served under the name `location`, what it answers to a client's words."
-    body = json.dumps(_request(location, prompt_messages(speech), decoding), ensure_ascii=False)
+    body = {"model": str(location), "messages": prompt_messages(speech), **_sampling(decoding)}
     url, header = "http://127.0.0.1:8000/v1/chat/completions", "Content-Type: application/json"
-    return shlex.join(["curl", "-s", url, "-H", header, "-d", body]) + "\n"
+    return shlex.join(["curl", "-s", url, "-H", header, "-d", json.dumps(body, ensure_ascii=False)]) + "\n"
 
 
 def ask_lines(location: str | Path, decoding: Decoding) -> str:
     """Write the lines that ask a served policy through the openai package.
 
     location: folder or hub id, as it is served. Returns Python; reads `prompt`, leaves `answer`."""
-    model, _, *sampling = _request(json.dumps(str(location), ensure_ascii=False), [], decoding).items()
-    arguments = ", ".join(f"{name}={value!r}" for name, value in sampling)
+    model = json.dumps(str(location), ensure_ascii=False)
+    how = ", ".join(f"{name}={value!r}" for name, value in _sampling(decoding).items())
     return f"""from openai import OpenAI
 
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 messages = [{{"role": "user", "content": prompt}}]
-answer = client.chat.completions.create(model={model[1]}, messages=messages, {arguments}).choices[0].message.content
+answer = client.chat.completions.create(model={model}, messages=messages, {how}).choices[0].message.content
 """
 
 # %% ../../nbs/training/09_cards.ipynb #85d1e3c2
@@ -268,21 +252,15 @@ class PolicyFacts(CardFacts):
     kind: typing.Literal["dpo", "dpo-iter"]  # offline, or on its own answers
     trainings: typing.Sequence[dict]  # as `training.dpo` returns it: one for dpo, one for each iteration of dpo-iter
     decoding: Decoding  # how it was measured
-    point: dict  # development numbers of the chosen weights (`training.watching`): see MEASURES
+    point: dict  # development numbers of the chosen weights, of `training.watching`
     scorer: str  # label of the reward model that picked candidates or only scored
     precision: str  # of the training; `precision_words`
     base_point: dict | None = None  # the same numbers of the backbone
     judge: str = ""  # label of the judge on development speeches; empty = none was asked
     reference: str = ""  # label of the model that the judge compared with
-    iter_settings: IterSettings | None = None  # of dpo-iter
+    iter_settings: IterSettings | None = None  # of dpo-iter alone
     chosen: int | None = None  # of dpo-iter: 1-based number of the iteration that these weights are
     adapter: bool = False  # whether adapters that fit the backbone lie in the folder too; `hand_over` looks
-    deviations: tuple[str, ...] = ()  # further ones, a sentence each
-
-    @property
-    def online(self) -> bool:
-        "Whether it learned from its own answers."
-        return self.kind == "dpo-iter"
 
     @property
     def done(self) -> typing.Sequence[dict]:
@@ -292,9 +270,9 @@ class PolicyFacts(CardFacts):
     @property
     def dropped(self) -> dict[str, int]:
         "How many pairs those trainings dropped, by reason."
-        found = {}
-        for reason, number in (item for one in self.done for item in (one.get("dropped") or {}).items()):
-            found[reason] = found.get(reason, 0) + number
+        found = Counter()
+        for one in self.done:
+            found.update(one.get("dropped") or {})
         return found
 
 
@@ -305,22 +283,12 @@ def precision_words(lora: LoraSettings, dtype: str = "auto") -> str:
     return f"weights kept in {name}, computed with in {'bfloat16' if autocast else name}"
 
 # %% ../../nbs/training/09_cards.ipynb #563fc189
-def quoted(value):
-    """Take line breaks and the beginnings of markup out of every text.
+_HARMLESS = str.maketrans("[]<>`*", "()‹›''")
 
-    value: text, or plain data or a dataclass that holds texts. Returns the same, with harmless texts."""
-    if isinstance(value, str):
-        harmless = {"[": "(", "]": ")", "<": "‹", ">": "›"}
-        return re.sub(r"[\[\]`*<>]", lambda mark: harmless.get(mark[0], "'"), " ".join(value.split()))
-    if isinstance(value, dict):
-        return {quoted(key) if isinstance(key, str) else key: quoted(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(quoted(item) for item in value)
-    if is_dataclass(value):
-        return replace(
-            value, **{one.name: quoted(getattr(value, one.name)) for one in fields(value) if one.name != "location"}
-        )
-    return value
+
+def quoted(text: str) -> str:
+    "Take line breaks and the beginnings of markup out of a text."
+    return re.sub(r"\s+", " ", text).translate(_HARMLESS)
 
 # %% ../../nbs/training/09_cards.ipynb #230ff4cf
 BASE_LICENCES = {
@@ -336,11 +304,7 @@ HUB_METRICS = {
     "ECE": ("expected_calibration_error", "ECE"),
     "Brier": ("brier_score", "Brier score"),
 }  # column of Table 1 -> the hub's word, and a reader's
-
-
-def base_licence(weights: Weights) -> str:
-    "Return a backbone's licence, an identifier of the hub."
-    return BASE_LICENCES.get(weights.name.partition("@")[0], UNKNOWN_FACT)
+_RELEASED = RELEASED_DATASET.page.removeprefix(f"{HUB}/")
 
 
 def hub_licence(base: str, data: typing.Iterable[str]) -> str:
@@ -355,21 +319,18 @@ def _hub_results(facts: RewardFacts) -> list:
     "Word a row of Table 1 as the hub's evaluation results."
     from huggingface_hub import EvalResult
 
-    where = {
-        "dataset_type": RELEASED_DATASET.page.removeprefix(f"{HUB}/") if facts.released else "psycopref-pairs",
-        "dataset_name": f"test pairs of run {facts.run}, rated by {facts.rater}",
-        "dataset_split": "test",
-        "task_type": "text-classification",
-        "task_name": "choice of the preferred response",
-    }
+    name = f"test pairs of run {facts.run}, rated by {facts.rater}"
+    where = {"dataset_type": _RELEASED if facts.released else "psycopref-pairs", "dataset_name": name}
+    where |= {"task_type": "text-classification", "task_name": "choice of the preferred response"}
+    measured = [(facts.row[column], *words) for column, words in HUB_METRICS.items()]
     return [
-        EvalResult(**where, metric_type=word, metric_name=name, metric_value=float(facts.row[column]))
-        for column, (word, name) in HUB_METRICS.items()
-        if facts.row[column] is not None and facts.row[column] == facts.row[column]
+        EvalResult(**where, dataset_split="test", metric_type=word, metric_name=name, metric_value=float(value))
+        for value, word, name in measured
+        if value is not None and value == value
     ]
 
 # %% ../../nbs/training/09_cards.ipynb #9a2c0e4b
-_EXAMPLE = "I count the stairs at night and cannot stop."
+EXAMPLE = "I count the stairs at night and cannot stop."
 
 
 def python_literal(text: str) -> str:
@@ -378,42 +339,33 @@ def python_literal(text: str) -> str:
     return f'"""{text}"""' if safe else repr(text)
 
 
-def made_by(receipt: dict) -> str:
-    "Name the code that signed a stage's receipt."
-    commit = f"commit {receipt['commit'][:12]}" if receipt.get("commit") else "an unknown commit"
-    changed = " with changes of its own" if receipt.get("changed_files") else ""
-    return ", ".join([commit + changed, *map(" ".join, receipt.get("versions", {}).items())])
+def write_card(template: str, facts: CardFacts, header: dict, **words) -> str:
+    """Fill a template of psycopref/resources/cards; whatever is not marked safe there is quoted.
 
-
-def write_card(facts: CardFacts, template: str, header: dict, n: str, **words) -> str:
-    """Fill a template of psycopref/resources/cards.
-
-    template: reward or policy; header: for the hub, beside what all models have in common; n: how many pairs; words:
-    named in the template. Returns Markdown."""
+    template: reward or policy; header: for the hub, beside what all models have in common; words: named in the
+    template. Returns Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment
+    from markupsafe import Markup
 
-    origins, base = facts.fact("01_speeches", "origins"), base_licence(facts.weights)
-    licence = hub_licence(base, [one["licence"] for one in origins])
+    base = BASE_LICENCES.get(facts.weights.name.partition("@")[0], UNKNOWN_FACT)
+    licence = hub_licence(base, [one["licence"] for one in facts.fact("01_speeches", "origins")])
     header |= {"license_name": "terms-of-base-model-and-data"} if licence == "other" else {}
-    released = [RELEASED_DATASET.page.removeprefix(f"{HUB}/")] if facts.released else None
-    shared = {"language": "en", "library_name": "transformers", "model_name": facts.name, "datasets": released}
-    data = ModelCardData(license=licence, base_model=hub_base(facts.weights), **shared, **header)
+    header |= {"license": licence, "language": "en", "library_name": "transformers", "model_name": quoted(facts.name)}
+    header |= {"datasets": [_RELEASED] if facts.released else None, "base_model": hub_base(facts.weights)}
     texts = [resource_path(f"cards/{name}.md.jinja").read_text(encoding="utf-8") for name in ("shared", template)]
-    words |= {
-        "facts": facts,
-        "fact": facts.fact,
-        "settings": facts.settings,
-        "origins": origins,
-        "base": base,
-        "audit": facts.fact("01_speeches", "audit"),
-        "dev_fraction": facts.fact("01_speeches", "settings", "speeches", "dev_fraction"),
-        "writers": facts.fact("04_pairs", "models"),
-        "made_by": made_by(facts.receipts["04_pairs"]),
-        "label": Label(facts.profile, (facts.weights.label,), facts.rater, n),
-        "literal_prompt": python_literal(prompt_text("responding")),
-        "example": _EXAMPLE,
+    known = {"facts": facts, "fact": facts.fact, "settings": facts.settings, "base": base, "notice": NOTICE}
+    known |= {
+        "prompt": python_literal(prompt_text("responding")),
+        "example": EXAMPLE,
+        "label": Label,
+        "cell": format_cell,
     }
-    return str(ModelCard.from_template(data, template_str="".join(texts), **words))
+    environment = Environment(
+        autoescape=True, finalize=lambda value: value if isinstance(value, Markup) else Markup(quoted(str(value)))
+    )
+    filled = environment.from_string("".join(texts)).render(known, card_data=ModelCardData(**header).to_yaml(), **words)
+    return str(ModelCard(filled))
 
 # %% ../../nbs/training/09_cards.ipynb #d27420ca
 def reward_card(facts: RewardFacts) -> str:
@@ -421,109 +373,40 @@ def reward_card(facts: RewardFacts) -> str:
     import pandas as pd
 
     rows = [facts.row, *(row for row in facts.rows if row is not facts.row)]
-    cells = [[row[column] for column in CARD_COLUMNS] for row in rows]
     tags = ["reward-model", "preference-learning", "psycopref"]
     return write_card(
-        facts,
         "reward",
+        facts,
         {"pipeline_tag": "text-classification", "tags": tags, "eval_results": _hub_results(facts)},
-        f"{facts.training['pairs']} training pairs, {facts.row['pairs']} test pairs",
         training=facts.training,
-        table=markdown_table(pd.DataFrame(cells, columns=CARD_COLUMNS, dtype=object)),
+        results=markdown_table(pd.DataFrame(rows, columns=CARD_COLUMNS, dtype=object)),
         use=five_lines(facts.location),
-        place=json.dumps(facts.location, ensure_ascii=False),
-        quoted_place=shlex.quote(facts.location),
-        older=f"{name_for_older.__module__}.{name_for_older.__name__}",
+        quote=shlex.quote,
         computed=str(pick_dtype(facts.dtype)).removeprefix("torch."),
     )
 
-# %% ../../nbs/training/09_cards.ipynb #1a8a6c12
-MEASURES = {
-    "reward": "mean reward",
-    "proxy": "proxy win rate, %",
-    "judged": "judged win rate, %",
-    "kl": "KL to the base, nats per answer",
-    "words": "words per answer",
-    "tokens": "tokens per answer",
-    "cut_share": "share of answers cut at the limit",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-}  # of a point; with _low and _high where it has an interval
+# %% ../../nbs/training/09_cards.ipynb #c429d744
 SELECTED = {
     "loss": "least DPO loss on development pairs",
     "reward": "highest mean reward on development speeches",
     "win-rate": "highest judged win rate on development speeches",
 }
-GIVEN = {"beta": "β", "learning_rate": "learning rate", "batch_size": "pairs in a step"}  # of DpoSettings, in §4.2
-GIVEN_ONLINE = {
-    "iterations": "iterations",
-    "prompts": "prompts in an iteration",
-    "candidates": "candidates for each prompt",
-}  # of IterSettings, in §4.2
 
 
-def _development_table(point: dict, base: dict) -> str:
-    "Show what was measured of a policy beside the base's."
-    import pandas as pd
-
-    measured = [name for name in MEASURES if point.get(name) is not None or base.get(name) is not None]
-    bounds = [(point.get(f"{name}_low"), point.get(f"{name}_high")) for name in measured]
-    columns = {
-        "measure": [MEASURES[name] for name in measured],
-        "base": [base.get(name) for name in measured],
-        "this policy": [point.get(name) for name in measured],
-        "95% interval": [None if None in own else "{:.3g} to {:.3g}".format(*own) for own in bounds],
-    }
-    return markdown_table(pd.DataFrame(columns, dtype=object))
-
-# %% ../../nbs/training/09_cards.ipynb #69a598fb
-def policy_deviations(facts: PolicyFacts) -> list[str]:
-    "List what differs from the paper, a sentence each."
-    found, online, settings = [], facts.iter_settings if facts.online else None, facts.settings
-    if online and online.learning_rate:
-        settings = replace(settings, learning_rate=online.learning_rate)
-    compared = [(GIVEN, settings, DpoSettings())] + ([(GIVEN_ONLINE, online, IterSettings())] if online else [])
-    for names, ours, paper in compared:
-        values = [(label, getattr(ours, name), getattr(paper, name)) for name, label in names.items()]
-        found += [f"{label}: {own:g} here, {given:g} in the paper." for label, own, given in values if own != given]
-    if settings.lora.rank:
-        found.append("Adapters were trained; the paper trains every weight.")
-    if facts.weights.name.partition("@")[0] not in PAPER.backbones:
-        theirs = " and ".join(name.partition("/")[2] for name in PAPER.backbones)
-        found.append(f"The backbone is {facts.weights.label}; the paper's are {theirs}.")
-    if "gpt-4o" not in facts.rater.lower():
-        found.append(f"The preferences are those of {facts.rater}; the paper's are GPT-4o's.")
-    if online:
-        found.append(
-            f"Where an iteration starts ({online.init}) and what holds it ({online.reference}) is not in the paper; "
-            "nor are temperature, top-k and top-p."
-        )
-    if online and online.nll_weight:
-        found.append(f"A likelihood term of weight {online.nll_weight:g} was added; the paper writes plain DPO.")
-    return [*found, *facts.deviations]
-
-# %% ../../nbs/training/09_cards.ipynb #c429d744
 def policy_card(facts: PolicyFacts) -> str:
     "Write a policy's README.md from receipts, trainings and development numbers."
-    facts = quoted(facts)
-    online, apart = facts.iter_settings if facts.online else None, facts.adapter and hub_base(facts.weights)
-    tags = ["dpo", "trl", "preference", *(["dpo-iter"] if online else []), "psycopref"]
+    apart = facts.adapter and hub_base(facts.weights)
+    tags = ["dpo", "trl", "preference", *(["dpo-iter"] if facts.iter_settings else []), "psycopref"]
     return write_card(
-        facts,
         "policy",
+        facts,
         {"pipeline_tag": "text-generation", "tags": tags},
-        f"{sum(one['pairs'] for one in facts.done)} training pairs",
-        notice=NOTICE,
-        online=online,
-        done=facts.done,
-        too_long=sum(len(one["too_long"]) for one in facts.done),
-        decoding=facts.decoding,
-        table=_development_table(facts.point, facts.base_point or {}),
-        selected=SELECTED[(online or facts.settings).select],
-        deviations=policy_deviations(facts),
+        online=facts.iter_settings,
+        selected=SELECTED[(facts.iter_settings or facts.settings).select],
+        paper=PAPER,
         use=use_lines(facts.location),
         serve=serve_lines(facts.location, facts.weights if apart else None, facts.settings.lora.rank),
-        curl=curl_line(facts.location, _EXAMPLE, facts.decoding),
+        curl=curl_line(facts.location, EXAMPLE, facts.decoding),
         ask=ask_lines(facts.location, facts.decoding),
     )
 
@@ -554,65 +437,44 @@ POLICY_FILES = (*MODEL_FILES, "NOTICE.md", "generation_config.json")
 LEFT_OUT = ("scratch/*", "checkpoint-*/*", "*.partial")  # of the folder, not for the hub
 
 
-def check_repo(repo: str) -> None:
-    "Refuse a name that can't be a repository's, and a session without a token. repo: owner/name."
+def _check_push(folder: Path, repo: str, policy: bool) -> None:
+    "Refuse a malformed name, a session without a token, and a folder that has not this repository's card."
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-        malformed = repo.count("/") != 1
-    except HFValidationError:
-        malformed = True
-    if malformed:
-        raise StudyError(
-            f"hub repository {repo!r}: the name is malformed, expected owner/name of letters, digits and single - _ . "
-            "between them; mend it"
-        )
+    place = f"hub repository {repo!r}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise StudyError(f"{place}: the name is malformed, expected owner/name; mend it")
     if get_token() is None:
-        raise StudyError(
-            f"hub repository {repo!r}: found no token, expected one that may write; run `hf auth login` or set HF_TOKEN"
-        )
-
-
-def _check_folder(folder: Path, repo: str, policy: bool) -> None:
-    "Refuse a folder that is no model with a card for this repository."
+        raise StudyError(f"{place}: found no token, expected one that may write; run `hf auth login` or set HF_TOKEN")
     missing = [pattern for pattern in (POLICY_FILES if policy else MODEL_FILES) if not any(folder.glob(pattern))]
     if missing:
         stage = "06_policy" if policy else "05_reward"
         raise StudyError(f"{folder}: holds no {', '.join(missing)}, expected a model with its card; run {stage} first")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    if (use_lines(repo) if policy else five_lines(repo)) not in card or (policy and NOTICE not in card):
+    if not all(text in card for text in ([use_lines(repo), NOTICE] if policy else [five_lines(repo)])):
         raise StudyError(
             f"{folder / 'README.md'}: does not tell how to load {repo!r}{' under our notice' if policy else ''}; write "
             "the card with that location first"
         )
 
 # %% ../../nbs/training/09_cards.ipynb #0bc42fb0
-def push_model(folder: Path, repo: str, policy: bool, private: bool = True, endpoint: str | None = None) -> str:
-    """Upload a model with its card to the hub, whole or not at all.
-
-    folder: of a reward model, or of a policy that was handed over; repo: owner/name; private: False lets everybody
-    read it; endpoint: address of the hub; None takes huggingface_hub's. Returns address of the commit."""
+def _push(folder: Path, repo: str, policy: bool) -> str:
+    "Upload a model with its card to a private repository, whole or not at all."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-    folder, api = Path(folder), HfApi(endpoint=endpoint)
-    check_repo(repo)
-    _check_folder(folder, repo, policy)
+    folder, api = Path(folder), HfApi()
+    _check_push(folder, repo, policy)
     here = ["adapter/*"] if (base := _adapter_base(folder)) is not None and not on_hub(base) else []
     try:
         try:
-            public = not api.model_info(repo, timeout=HUB_SECONDS).private
+            if not api.model_info(repo, timeout=HUB_SECONDS).private:
+                raise StudyError(
+                    f"hub repository {repo!r}: exists and is public, expected a private one; make it private in its "
+                    "settings, or name another"
+                )
         except RepositoryNotFoundError:
-            api.create_repo(repo, private=private, exist_ok=True)
-            public = not private
-        if private and public:
-            raise StudyError(
-                f"hub repository {repo!r}: exists and is public, expected a private one; make it private in its "
-                "settings, or name another"
-            )
+            api.create_repo(repo, private=True, exist_ok=True)
         message = f"{'Policy' if policy else 'Reward model'} {folder.name}"
         return api.upload_folder(
             repo_id=repo, folder_path=folder, ignore_patterns=[*LEFT_OUT, *here], commit_message=message
@@ -624,11 +486,11 @@ def push_model(folder: Path, repo: str, policy: bool, private: bool = True, endp
         ) from None
 
 
-def push_reward_model(folder: Path, repo: str, private: bool = True, endpoint: str | None = None) -> str:
-    "Upload a reward model with its card to the hub, as `push_model` does. Returns address of the commit."
-    return push_model(folder, repo, False, private, endpoint)
+def push_reward_model(folder: Path, repo: str) -> str:
+    "Upload a reward model with its card to the private repository owner/name; return the commit's address."
+    return _push(folder, repo, policy=False)
 
 
-def push_policy(folder: Path, repo: str, private: bool = True, endpoint: str | None = None) -> str:
-    "Upload a policy that was handed over to the hub, as `push_model` does. Returns address of the commit."
-    return push_model(folder, repo, True, private, endpoint)
+def push_policy(folder: Path, repo: str) -> str:
+    "Upload a policy that was handed over to the private repository owner/name; return the commit's address."
+    return _push(folder, repo, policy=True)
