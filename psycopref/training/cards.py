@@ -319,8 +319,8 @@ def _hub_results(facts: RewardFacts) -> list:
     "Word a row of Table 1 as the hub's evaluation results."
     from huggingface_hub import EvalResult
 
-    name = f"test pairs of run {facts.run}, rated by {facts.rater}"
-    where = {"dataset_type": _RELEASED if facts.released else "psycopref-pairs", "dataset_name": name}
+    pairs = quoted(f"test pairs of run {facts.run}, rated by {facts.rater}")
+    where = {"dataset_type": _RELEASED if facts.released else "psycopref-pairs", "dataset_name": pairs}
     where |= {"task_type": "text-classification", "task_name": "choice of the preferred response"}
     measured = [(facts.row[column], *words) for column, words in HUB_METRICS.items()]
     return [

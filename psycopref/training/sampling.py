@@ -26,32 +26,22 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.files import progress, read_json, write_json
-from ..models.chat import ChatRequest, Failure
 from ..core.settings import IterSettings, StudyError, suggest
 from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
+from ..gateway.servers import LOOPBACK, server_key, without_keys
 from ..models.generation import Decoding, Sample, generate, length_batches
 from ..models.local import render_chat
+from ..models.weights import TEMPLATE_DATE, Weights, find_weights, load_causal_lm, load_tokenizer
+from ..models.weights import pick_dtype, pinned, release
 from .scoring import find_scorer, load_scorer, score_groups
-from ..gateway.servers import LOOPBACK, OpenAIModel, completion_reader, server_key, without_keys
 from .texts import dialogue, prompt_messages
-from psycopref.models.weights import (
-    TEMPLATE_DATE,
-    Weights,
-    find_weights,
-    load_causal_lm,
-    load_tokenizer,
-    pick_dtype,
-    pinned,
-    release,
-)
 
 # %% auto #0
-__all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT', 'ATTEMPTS', 'WAIT_SECONDS',
-           'SAMPLE_SECONDS', 'ENGINES', 'model_length', 'prompt_seeds', 'serve_command', 'listed_models', 'served_name',
-           'watch', 'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity',
-           'fingerprint', 'speech_blocks', 'read_block', 'write_block', 'SampleBlock', 'plan_blocks',
-           'sample_candidates', 'read_rewards', 'score_candidates']
+__all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT', 'ATTEMPTS', 'SAMPLE_SECONDS',
+           'ENGINES', 'model_length', 'prompt_seeds', 'serve_command', 'listed_models', 'served_name', 'watch',
+           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint',
+           'speech_blocks', 'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates', 'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -95,16 +85,10 @@ def prompt_seeds(decoding: Decoding, n: int) -> list[int]:
     return [derived_seed(decoding.seed, "prompt", place) for place in range(n)]
 
 
-def _sampling_params(vllm, decoding: Decoding, n: int, prompts: int) -> list:
-    "Word our decoding for vLLM, for each prompt."
-    same = {
-        "n": n if decoding.temperature else 1,
-        "temperature": decoding.temperature,
-        "top_k": decoding.top_k or -1,
-        "top_p": decoding.top_p,
-        "max_tokens": decoding.max_tokens,
-    }
-    return [vllm.SamplingParams(seed=seed, **same) for seed in prompt_seeds(decoding, prompts)]
+def _vllm_sampling(decoding: Decoding, n: int) -> dict:
+    "Word our decoding for vLLM, which refuses several times the likeliest answer."
+    how = {"n": n if decoding.temperature else 1, "temperature": decoding.temperature, "top_p": decoding.top_p}
+    return how | {"top_k": decoding.top_k or -1, "max_tokens": decoding.max_tokens}
 
 
 def _vllm_samples(outputs, n: int) -> list[list[Sample]]:
@@ -119,51 +103,21 @@ def _vllm_samples(outputs, n: int) -> list[list[Sample]]:
     return found
 
 # %% ../../nbs/training/06_sampling.ipynb #c4994cb9
-def _import_vllm():
-    "Import vLLM, or say how to get along without it."
-    try:
-        import vllm
-    except ImportError as error:
-        raise StudyError(
-            f"engine 'vllm': vllm can't be imported here ({' '.join(str(error).split())[:120]}); install it (pip "
-            "install vllm, on a machine with a GPU), or set dpo_iter.engine to local or server"
-        ) from None
-    return vllm
-
-
-def _start_vllm(policy: Weights, dtype: str, length: int):
-    "Start an engine, with nothing taken from the model's own defaults of sampling."
-    vllm, own = _import_vllm(), pinned(policy)
+def _start_vllm(policy: Weights, dtype: str, length: int) -> tuple:
+    "Start vLLM, with nothing taken from the model's own defaults of sampling: its module and an engine."
+    own = pinned(policy)
     own |= {"tokenizer_revision": own["revision"]} if own else {}
     how = {"dtype": _type_name(dtype), "max_model_len": length, "generation_config": "vllm"}
     try:
-        return vllm.LLM(model=policy.location, **how, **own)
-    except (RuntimeError, ValueError, OSError) as error:
+        import vllm
+
+        return vllm, vllm.LLM(model=policy.location, **how, **own)
+    except (ImportError, RuntimeError, ValueError, OSError) as error:
         release()
         raise StudyError(
-            f"engine 'vllm': could not start with {policy.location} ({' '.join(str(error).split())[:300]}); free the "
-            "GPU, or set dpo_iter.engine to local"
+            f"engine 'vllm': could not start with {policy.location} ({' '.join(str(error).split())[:300]}); install it "
+            "(pip install vllm, on a machine with a GPU), free the GPU, or set dpo_iter.engine to local or server"
         ) from error
-
-# %% ../../nbs/training/06_sampling.ipynb #6426da5c
-def _end_vllm(engine, ours: bool) -> None:
-    "End an engine and its processes."
-    core = getattr(getattr(engine, "llm_engine", None), "engine_core", None)
-    if hasattr(core, "shutdown"):
-        core.shutdown()
-    if ours:
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
-
-
-def _check_length(longest: int, decoding: Decoding, length: int) -> None:
-    "Refuse a prompt that leaves no room for its answer."
-    if longest + decoding.max_tokens > length:
-        raise StudyError(
-            f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer "
-            f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
-        )
 
 # %% ../../nbs/training/06_sampling.ipynb #247b95ed
 @contextlib.contextmanager
@@ -173,20 +127,27 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
 
     ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     length, tokenizer = model_length(policy), load_tokenizer(policy)
-    engine = _start_vllm(policy, dtype, length)
+    vllm, engine = _start_vllm(policy, dtype, length)
 
     def sample(prompts, decoding, n=1, name=""):
         ids = [tokenizer(render_chat(tokenizer, messages), add_special_tokens=False).input_ids for messages in prompts]
-        _check_length(max(map(len, ids), default=0), decoding, length)
-        asked = [{"prompt_token_ids": own} for own in ids]
-        return _vllm_samples(
-            engine.generate(asked, _sampling_params(_import_vllm(), decoding, n, len(ids)), use_tqdm=False), n
-        )
+        longest, how = max(map(len, ids), default=0), _vllm_sampling(decoding, n)
+        if longest + decoding.max_tokens > length:
+            raise StudyError(
+                f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer "
+                f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
+            )
+        each = [vllm.SamplingParams(seed=seed, **how) for seed in prompt_seeds(decoding, len(ids))]
+        return _vllm_samples(engine.generate([{"prompt_token_ids": own} for own in ids], each, use_tqdm=False), n)
 
     try:
         yield sample
     finally:
-        _end_vllm(engine, ours)
+        engine.llm_engine.engine_core.shutdown()
+        if ours:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
         del engine
         release()
 
@@ -218,34 +179,26 @@ def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
 
 # %% ../../nbs/training/06_sampling.ipynb #7275e5d1
 def listed_models(url: str) -> list[dict]:
-    "Ask a server what it serves: id, and root where it says it. Raises ValueError or openai.OpenAIError."
-    from openai import DefaultHttpxClient, OpenAI
+    "Ask a server what it serves: id, and root where it says it. Raises ConnectionError."
+    from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
     client = DefaultHttpxClient(trust_env=urlsplit(url).hostname not in LOOPBACK)  # no proxy to this machine
-    with OpenAI(
-        base_url=url, api_key=server_key(url) or "none", max_retries=0, timeout=10, http_client=client
-    ) as server:
-        found = server.models.list()
-    cards = getattr(found, "data", None)
-    if not isinstance(cards, list) or not all(getattr(card, "id", None) for card in cards):
-        raise ValueError("expected a list of models")
-    return [card.to_dict() for card in cards]
-
-
-def _same_place(name, location: str) -> bool:
-    "Tell whether two names are the same hub id or folder."
-    folders = bool(name) and Path(location).is_dir() and Path(name).is_dir()
-    return name == location or (folders and Path(name).samefile(location))
+    own = {"base_url": url, "api_key": server_key(url) or "none", "http_client": client}
+    try:
+        with OpenAI(**own, max_retries=0, timeout=10) as server:
+            return [card.to_dict() for card in server.models.list().data]
+    except (OpenAIError, AttributeError, TypeError, ValueError) as error:  # no server, or one of something else
+        raise ConnectionError(f"{type(error).__name__} {without_keys(str(error))}"[:160]) from None
 
 
 def served_name(url: str, cards: list[dict], policy: Weights, started: bool) -> str:
     "Return the name of the policy among what a server serves; one that we started and tells no root is believed."
     for card in cards:
-        root = card.get("root")
-        same = _same_place(card["id"], policy.location) or _same_place(root, policy.location)
-        if same or (started and root in (None, card["id"])):
-            return card["id"]
-    found = ", ".join(f"{card['id']} ({card.get('root')})" for card in cards) or "nothing"
+        name, root = card.get("id"), card.get("root")
+        same = any(Path(place).resolve() == Path(policy.location).resolve() for place in (name, root) if place)
+        if same or (started and root in (None, name)):
+            return name
+    found = ", ".join(f"{card.get('id')} ({card.get('root')})" for card in cards) or "nothing"
     raise StudyError(
         f"engine 'server': {url} serves {found[:200]}, expected {policy.location}; start it with that model, or unset "
         "PSYCOPREF_SERVER_URL"
@@ -274,21 +227,6 @@ def watch() -> None:
 
 # %% ../../nbs/training/06_sampling.ipynb #b3ca80ce
 _WATCH = "from psycopref.training.sampling import watch; watch()"
-
-
-def _stop(process: subprocess.Popen, grace: float) -> None:
-    "End a watched server; return when none of its processes is left."
-    process.stdin.close()
-    try:
-        process.wait(grace + 10)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        for _ in range(100):  # whoever was killed may need a moment to give up its memory
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -322,24 +260,22 @@ class Server:
 START_SECONDS = 1800.0  # a large model is loaded and compiled in this time
 
 
-def _wait_until_served(server: Server, policy: Weights, seconds: float) -> str:
+def _wait_until_served(server: Server, policy: Weights) -> str:
     "Wait for a server that we started; return the name of what it serves."
-    import openai
-
-    end, why = time.monotonic() + seconds, "nothing"
-    while time.monotonic() < end:
+    end = time.monotonic() + START_SECONDS
+    while True:
         server.check()
         try:
             cards = listed_models(server.url)
-        except (openai.OpenAIError, ValueError) as error:
-            why = f"{type(error).__name__} {without_keys(str(error))}"
-            time.sleep(0.25)
-            continue
-        server.check()  # another process may have taken the port
-        return served_name(server.url, cards, policy, started=True)
-    raise StudyError(
-        f"engine 'server': no answer at {server.url}/models in {seconds:g} s ({why[:120]}); {server.last_words()}"
-    )
+            server.check()  # another process may have taken the port
+            return served_name(server.url, cards, policy, started=True)
+        except ConnectionError as error:
+            if time.monotonic() > end:
+                raise StudyError(
+                    f"engine 'server': no answer at {server.url}/models in {START_SECONDS:g} s ({error}); "
+                    f"{server.last_words()}"
+                ) from None
+        time.sleep(0.25)
 
 # %% ../../nbs/training/06_sampling.ipynb #4c062b0f
 @contextlib.contextmanager
@@ -352,90 +288,87 @@ def _started(policy: Weights, dtype: str) -> typing.Iterator[Server]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT)
     server = Server(f"http://127.0.0.1:{port}/v1", "", process, Path(log))
     try:
-        server.model = _wait_until_served(server, policy, START_SECONDS)
+        server.model = _wait_until_served(server, policy)
         yield server
     finally:
-        _stop(process, GRACE)
+        process.stdin.close()
+        process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            for _ in range(100):  # whoever was killed may need a moment to give up its memory
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
     server.log.unlink()
 
-# %% ../../nbs/training/06_sampling.ipynb #36c84d01
+
 def _found(policy: Weights, url: str) -> Server:
     "Look at a server that somebody else started."
-    import openai
-
     try:
-        cards = listed_models(url)
-    except (openai.OpenAIError, ValueError) as error:
+        return Server(url, served_name(url, listed_models(url), policy, started=False))
+    except ConnectionError as error:
         raise StudyError(
-            f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({type(error).__name__} "
-            f"{without_keys(str(error))[:120]}); start a server, and name it as in http://127.0.0.1:8000/v1"
+            f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({error}); start a server, and name it as in "
+            "http://127.0.0.1:8000/v1"
         ) from None
-    return Server(url, served_name(url, cards, policy, started=False))
 
 # %% ../../nbs/training/06_sampling.ipynb #7b74802d
 SAMPLES_IN_FLIGHT = 64  # calls at once
-ATTEMPTS, WAIT_SECONDS, SAMPLE_SECONDS = 6, 1.0, 1800.0  # tries of a call, the first pause, the longest answer
+ATTEMPTS, SAMPLE_SECONDS = 6, 1800.0  # tries of a call, the longest answer
 
 
-def server_body(client: OpenAIModel, messages: list[dict], decoding: Decoding, n: int, dated: bool) -> dict:
-    "Word a call for n candidates. decoding: with this prompt's own seed; dated: the chat template writes a date."
-    body = client.chat_arguments(ChatRequest(tuple(messages), decoding)) | {"n": n if decoding.temperature else 1}
-    body |= {"top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
-    return body | ({"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {})
+def server_body(model: str, messages: list[dict], decoding: Decoding, n: int, dated: bool) -> dict:
+    """Word a call for n candidates: arguments of the openai package.
 
-# %% ../../nbs/training/06_sampling.ipynb #18164310
-def read_choices(reader, body: bytes, n: int) -> list[tuple[str, str]] | Failure:
-    "Read a call's n candidates: (text, stop or length) of each, or why it is no answer."
-    import pydantic
+    decoding: with this prompt's own seed; dated: whether the chat template writes a date."""
+    beside = {"top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    beside |= {"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {}
+    how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "seed": decoding.seed}
+    how |= {"max_completion_tokens": decoding.max_tokens, "n": n if decoding.temperature else 1}
+    return {"model": model, "messages": messages, **how, "extra_body": beside}
 
-    try:
-        choices = reader.validate_json(body)["choices"]
-    except pydantic.ValidationError as error:
-        why = error.errors(include_url=False, include_input=False)[0]["msg"]
-        return Failure(f"no chat completion: {why}"[:200], kind="broken")
-    reasons = [choice.get("finish_reason") for choice in choices]
-    odd = [f"; one ended with {reason}" for reason in reasons if reason not in ("stop", "length")]
+
+def read_choices(choices: list, n: int) -> list[tuple[str, str]]:
+    "Read a call's n candidates: (text, stop or length) of each. Raises ValueError where they are no answer."
+    odd = [f"; one ended with {own.finish_reason}" for own in choices if own.finish_reason not in ("stop", "length")]
     if len(choices) != n or odd:
-        return Failure(f"found {len(choices)} candidates, expected {n}{''.join(odd[:1])}", kind="broken")
-    return [((choice["message"].get("content") or "").strip(), why) for choice, why in zip(choices, reasons)]
+        raise ValueError(f"found {len(choices)} candidates, expected {n}{''.join(odd[:1])}")
+    return [((own.message.content or "").strip(), own.finish_reason) for own in choices]
 
 # %% ../../nbs/training/06_sampling.ipynb #0ba9d6a7
-async def _ask(server: Server, client: OpenAIModel, body: dict, reader) -> list[tuple[str, str]]:
-    "Ask until there is an answer, or no hope of one."
-    for attempt in range(ATTEMPTS):
-        found = await client.post(body)
-        found = found if isinstance(found, Failure) else read_choices(reader, found, body["n"])
-        if not isinstance(found, Failure):
-            return found
-        if not found.again:
-            break
-        await asyncio.sleep(min(found.after or WAIT_SECONDS * 2**attempt, 60.0))
-        server.check()
-    raise StudyError(
-        f"engine 'server': {server.url} gave no candidates after {attempt + 1} attempts ({found.reason}); look at the "
-        "server and run again, whole blocks are kept"
-    )
+async def _ask(server: Server, client, body: dict) -> list[tuple[str, str]]:
+    "Ask for the candidates of one prompt."
+    from openai import OpenAIError
 
-# %% ../../nbs/training/06_sampling.ipynb #f2ad3d84
-async def _ask_all(
-    server: Server, client: OpenAIModel, bodies: list[dict]
-) -> typing.AsyncIterator[tuple[int, list[tuple[str, str]]]]:
-    "Ask for all prompts, some at a time, and give each answer as it comes."
-    client.opened, turn, reader = client.open_client(), asyncio.Semaphore(SAMPLES_IN_FLIGHT), completion_reader()
+    try:
+        return read_choices((await client.chat.completions.create(**body)).choices, body["n"])
+    except (OpenAIError, AttributeError, TypeError, ValueError) as error:
+        server.check()
+        raise StudyError(
+            f"engine 'server': {server.url} gave no candidates ({type(error).__name__} "
+            f"{without_keys(' '.join(str(error).split()))[:300]}); look at the server and run again, whole blocks are kept"
+        ) from None
+
+
+async def _ask_all(server: Server, bodies: list[dict]) -> typing.AsyncIterator[tuple[int, list[tuple[str, str]]]]:
+    "Ask for all prompts, some at a time, and give each answer as it comes, with the prompt's place."
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    way = DefaultAsyncHttpxClient(trust_env=urlsplit(server.url).hostname not in LOOPBACK)
+    own = {"base_url": server.url, "api_key": server_key(server.url) or "none", "http_client": way}
+    turn = asyncio.Semaphore(SAMPLES_IN_FLIGHT)
 
     async def one(place, body):
         async with turn:
-            return place, await _ask(server, client, body, reader)
+            return place, await _ask(server, client, body)
 
-    tasks = [asyncio.create_task(one(place, body)) for place, body in enumerate(bodies)]
-    try:
-        for done in asyncio.as_completed(tasks):
-            yield await done
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await client.close()
+    async with AsyncOpenAI(**own, max_retries=ATTEMPTS - 1, timeout=SAMPLE_SECONDS) as client:
+        tasks = [asyncio.create_task(one(place, body)) for place, body in enumerate(bodies)]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield await done
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../../nbs/training/06_sampling.ipynb #031b7b89
 def _server_sample(tokenizer, text: str, reason: str, decoding: Decoding) -> Sample:
@@ -451,13 +384,11 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     url, tokenizer = os.environ.get("PSYCOPREF_SERVER_URL", "").rstrip("/"), load_tokenizer(policy)
     dated = "date_string" in (tokenizer.chat_template or "")
     with contextlib.nullcontext(_found(policy, url)) if url else _started(policy, dtype) as server:
-        client = OpenAIModel(f"policy@{server.url}", timeout=SAMPLE_SECONDS)
-        client.model = server.model
 
         def sample(prompts, decoding, n=1, name=""):
-            own = [replace(decoding, seed=seed) for seed in prompt_seeds(decoding, len(prompts))]
-            bodies = [server_body(client, messages, how, n, dated) for messages, how in zip(prompts, own)]
-            found, answers = [None] * len(prompts), read_ahead(_ask_all(server, client, bodies), SAMPLES_IN_FLIGHT)
+            hows = [replace(decoding, seed=seed) for seed in prompt_seeds(decoding, len(prompts))]
+            bodies = [server_body(server.model, messages, how, n, dated) for messages, how in zip(prompts, hows)]
+            found, answers = [None] * len(prompts), read_ahead(_ask_all(server, bodies), SAMPLES_IN_FLIGHT)
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
                 group = [_server_sample(tokenizer, text, reason, decoding) for text, reason in choices]
                 found[place] = group * (n // len(group))
@@ -505,23 +436,15 @@ def speech_blocks(speeches: dict, size: int) -> list[list[str]]:
     return [[names[i] for i in block] for block in length_batches([len(speeches[name]) for name in names], size)]
 
 
-def read_block(path: Path, made_of: str, names: list[str], n: int) -> dict | None:
-    "Read speech_id -> n samples, if a block is whole, of these speeches and made of what a fingerprint says; else None."
+def read_made(path: Path, made_of: str, key: str):
+    "Read what a file holds under a key, if it is whole and made of what a fingerprint says; else None."
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: [Sample(*own) for own in group] for name, group in kept["samples"].items()}
-        whole = kept["made_of"] == made_of and list(found) == names and all(len(group) == n for group in found.values())
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
+        return kept[key] if kept["made_of"] == made_of else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return found if whole else None
 
 
-def write_block(path: Path, made_of: str, samples: dict) -> None:
-    "Write speech_id -> samples with their fingerprint, whole or not at all."
-    rows = {name: [[s.text, s.finish_reason, s.n_tokens] for s in group] for name, group in samples.items()}
-    write_json(path, {"made_of": made_of, "samples": rows})
-
-# %% ../../nbs/training/06_sampling.ipynb #41a29c83
 @dataclass(frozen=True)
 class SampleBlock:
     "Plan one block."
@@ -532,7 +455,17 @@ class SampleBlock:
     decoding: Decoding  # with the block's own seed
     made_of: str  # fingerprint
 
+    def read(self) -> dict | None:
+        "Read speech_id -> samples; None where the block is not there."
+        kept = read_made(self.path, self.made_of, "samples")
+        return kept and {name: [Sample(*own) for own in group] for name, group in kept.items()}
 
+    def write(self, samples: dict) -> None:
+        "Write speech_id -> samples, whole or not at all."
+        rows = {name: [[s.text, s.finish_reason, s.n_tokens] for s in group] for name, group in samples.items()}
+        write_json(self.path, {"made_of": self.made_of, "samples": rows})
+
+# %% ../../nbs/training/06_sampling.ipynb #41a29c83
 def plan_blocks(
     identity: str, speeches: dict, folder: Path, settings: IterSettings, decoding: Decoding, n: int, dtype: str
 ) -> list[SampleBlock]:
@@ -564,14 +497,14 @@ def sample_candidates(
     candidates for each speech; name: shown before the progress bar. Returns speech_id -> n samples, in the order of
     `speeches`."""
     blocks = plan_blocks(weights_identity(policy), speeches, folder, settings, decoding, n, dtype)
-    found = {block.path: read_block(block.path, block.made_of, block.names, n) for block in blocks}
+    found = {block.path: block.read() for block in blocks}
     missing = [block for block in blocks if found[block.path] is None]
     if missing:
         with open_sampler(settings.engine, policy, dtype) as sample:
             for block in progress(missing, name, unit="block") if settings.engine == "vllm" else missing:
                 title = f"{name}, block {blocks.index(block) + 1} of {len(blocks)}"
                 found[block.path] = dict(zip(block.names, sample(block.prompts, block.decoding, n, title)))
-                write_block(block.path, block.made_of, found[block.path])
+                block.write(found[block.path])
     for path in (*Path(folder).glob("block-*.json"), *Path(folder).glob(".block-*.partial")):
         if path not in found:  # blocks of another size, and what a killed process had begun to write
             path.unlink(missing_ok=True)
@@ -586,15 +519,6 @@ def _rewards_now(scorer: str, speeches: dict, answers: dict, dtype: str, name: s
     return dict(zip(answers, score_groups(model, tokenizer, groups, name=name)))
 
 
-def read_rewards(path: Path, made_of: str) -> dict | None:
-    "Read speech_id -> a reward for each answer, if a file is whole and made of what a fingerprint says; else None."
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["rewards"] if kept["made_of"] == made_of else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-# %% ../../nbs/training/06_sampling.ipynb #b913c1fc
 def score_candidates(
     scorer: str, speeches: dict, answers: dict, folder: Path, dtype: str = "auto", name: str = "scoring candidates"
 ) -> dict:
@@ -602,10 +526,10 @@ def score_candidates(
 
     scorer: folder of a reward model, or a name of `training.scoring`; answers: speech_id -> answers; folder: where
     rewards.json stands; name: shown before the progress bar. Returns speech_id -> a reward for each answer."""
-    where = find_scorer(scorer)
+    where, path = find_scorer(scorer), Path(folder) / "rewards.json"
     asked = [[own, prompt_messages(speeches[own]), texts] for own, texts in answers.items()]
     made_of = fingerprint(weights_identity(find_weights(where.location)), where.head, dtype, asked)
-    found = read_rewards(Path(folder) / "rewards.json", made_of)
+    found = read_made(path, made_of, "rewards")
     if found is not None:
         return found
     try:
@@ -615,8 +539,8 @@ def score_candidates(
     odd = [own for own, rewards in found.items() if not all(map(math.isfinite, rewards))]
     if odd:
         raise StudyError(
-            f"reward model {scorer!r}: found a reward that is no number for "
-            f"{odd[0]!r}{f' and {len(odd) - 1} others' if odd[1:] else ''}, expected finite rewards; try dtype float32"
+            f"reward model {scorer!r}: found a reward that is no number for {odd[0]!r} and {len(odd) - 1} others, "
+            "expected finite rewards; try dtype float32"
         )
-    write_json(Path(folder) / "rewards.json", {"made_of": made_of, "rewards": found})
+    write_json(path, {"made_of": made_of, "rewards": found})
     return found

@@ -1,13 +1,10 @@
 """Reward models and policies leave this repository: others load, serve and train with them, and read their cards;
 the hub gets all of it or nothing."""
 
-import ast
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import http.server
-import importlib.util
 import json
 import math
 import re
@@ -17,9 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 import yaml
@@ -33,7 +27,6 @@ from psycopref.core.tables import format_cell
 from psycopref.corpus.sources import UNKNOWN_LICENCE
 from psycopref.models.generation import Decoding
 from psycopref.models.weights import Weights, find_weights, load_causal_lm, load_tokenizer
-from psycopref.training import cards
 from psycopref.training.cards import (
     CARD_COLUMNS,
     NOTICE,
@@ -46,10 +39,8 @@ from psycopref.training.cards import (
     hand_over,
     hub_licence,
     policy_card,
-    policy_deviations,
     push_policy,
     push_reward_model,
-    quoted,
     reward_card,
     save_adapter,
     serve_lines,
@@ -110,15 +101,11 @@ def handed(tiny, tmp_path_factory):
 def made(tiny, tmp_path_factory):
     """A policy with its adapters apart, and a checkpoint as peft writes it: base, tokenizer, folder, checkpoint."""
     tokenizer, place = load_tokenizer(tiny), tmp_path_factory.mktemp("policy")
-    model = adapted(tiny)
+    model = perturbed(add_lora(load_causal_lm(tiny, "float32"), LoraSettings(rank=4, alpha=8), seed=1))
     model.save_pretrained(place / "checkpoint-8")
-    save_adapter(model, tokenizer, tiny, place / "policy")
+    save_adapter(place / "checkpoint-8", tokenizer, tiny, place / "policy")
     save_merged(model, tokenizer, place / "policy")
     return tiny, tokenizer, place / "policy", place / "checkpoint-8"
-
-
-def adapted(weights):
-    return perturbed(add_lora(load_causal_lm(weights, "float32"), LoraSettings(rank=4, alpha=8), seed=1))
 
 
 @pytest.fixture
@@ -164,32 +151,18 @@ def test_five_lines_of_plain_transformers_give_our_scores(handed, reward, tmp_pa
     assert max(ours) - min(ours) > 1e-2, "scores that differ, so that an equal one means something"
 
 
-def test_there_are_five_lines_after_the_imports():
-    lines = ast.parse(five_lines('a "folder"/with \\ é')).body
-    imports = [line for line in lines if isinstance(line, ast.Import | ast.ImportFrom)]
-    assert lines[: len(imports)] == imports and len(lines) - len(imports) == 5
-    names = {name.name for line in imports for name in line.names}
-    assert names == {"torch", "AutoModelForSequenceClassification", "AutoTokenizer"}
-
-
 def test_adapters_and_head_survive_the_saving(handed):
     _, before, after = handed["lora"]
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1e-5
     assert min(abs(a - b) for a, b in zip(after, handed["plain"][1], strict=True)) > 1e-4, "the adapters do something"
 
 
-@pytest.mark.parametrize("how", ["a name", "a model"])
-def test_trl_trains_against_the_folder(handed, tiny, tmp_path, how, monkeypatch):
+def test_trl_trains_against_the_folder(handed, tiny, tmp_path, monkeypatch):
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from trl import RLOOConfig, RLOOTrainer
 
-    folder = str(handed["lora"][0])
-    tokenizer = load_tokenizer(tiny)
-    reward = {"reward_funcs": folder}
-    if how == "a model":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
-        reward = {"reward_funcs": model, "reward_processing_classes": AutoTokenizer.from_pretrained(folder)}
+    folder, tokenizer = str(handed["lora"][0]), load_tokenizer(tiny)
     steps = {"max_steps": 1, "num_generations": 2, "max_completion_length": 6, "per_device_train_batch_size": 4}
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
     arguments = RLOOConfig(str(tmp_path), **steps, **quiet, use_cpu=True, bf16=False, logging_steps=1)
@@ -199,7 +172,7 @@ def test_trl_trains_against_the_folder(handed, tiny, tmp_path, how, monkeypatch)
         args=arguments,
         train_dataset=prompts,
         processing_class=tokenizer,
-        **reward,
+        reward_funcs=folder,
     )
     seen, calculate = [], trainer._calculate_rewards
 
@@ -220,66 +193,35 @@ def test_trl_trains_against_the_folder(handed, tiny, tmp_path, how, monkeypatch)
 # ---- what others do with a policy
 
 
-def logits(model, tokenizer):
-    import torch
-
-    with torch.no_grad():
-        return model(torch.tensor([tokenizer(SPEECH).input_ids])).logits.float()
-
-
-@pytest.mark.parametrize("source", ["model", "checkpoint"])
-def test_base_and_adapters_give_what_the_merged_weights_give(made, tmp_path, source):
-    from peft import AutoPeftModelForCausalLM, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tiny, tokenizer, folder, checkpoint = made
-    apart = save_adapter(adapted(tiny) if source == "model" else checkpoint, tokenizer, tiny, tmp_path)
-    merged = logits(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), tokenizer)
-    base = AutoModelForCausalLM.from_pretrained(tiny.location, dtype="float32")
-    plain = logits(base, tokenizer)
-    for found in (
-        AutoPeftModelForCausalLM.from_pretrained(apart, dtype="float32"),
-        PeftModel.from_pretrained(base, apart),
-    ):
-        assert (logits(found.eval(), tokenizer) - merged).abs().max() < 1e-4
-    assert (plain - merged).abs().max() > 1e-2, "the adapters do something"
-    assert AutoTokenizer.from_pretrained(apart).chat_template == tokenizer.chat_template
-
-
 def test_adapters_name_what_they_belong_to(made, tmp_path):
     tiny, tokenizer, _, checkpoint = made
     for base, commit in ((tiny, None), (Weights("me/base@main", "me/base", "base", "ab" * 20), "ab" * 20)):
         place = save_adapter(checkpoint, tokenizer, base, tmp_path)
         config = json.loads((place / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"], config["r"]) == (base.location, commit, 4)
-        assert NOTICE in (place / "NOTICE.md").read_text() and not (place / "README.md").exists()
+        assert NOTICE in (place / "NOTICE.md").read_text()
+        assert (place / "chat_template.jinja").read_text() == tokenizer.chat_template
 
 
-def test_what_has_no_adapters_is_refused(made, tmp_path):
-    tiny, tokenizer, folder, checkpoint = made
-    assert "holds no adapter_config.json" in one_line(lambda: save_adapter(folder, tokenizer, tiny, tmp_path))
-    model = adapted(tiny)
-    save_merged(model, tokenizer, tmp_path / "merged")
-    assert "not merged yet" in one_line(lambda: save_adapter(model, tokenizer, tiny, tmp_path))
-    broken = shutil.copytree(checkpoint, tmp_path / "broken")
-    (broken / "adapter_model.safetensors").unlink()
-    assert "holds no adapter_model.safetensors" in one_line(lambda: save_adapter(broken, tokenizer, tiny, tmp_path))
-
-
-def test_plain_transformers_answers_with_the_measured_decoding(policy, offline, tmp_path):
+def test_plain_transformers_answers_as_trained_with_the_measured_decoding(policy, made, offline, tmp_path):
     hand_over(policy, offline)
+    assert all(NOTICE in (policy / name).read_text() for name in ("README.md", "NOTICE.md"))
     code = f"""{use_lines(policy)}
 from transformers import AutoModelForCausalLM
 import torch
 torch.manual_seed(0)
 model, how = AutoModelForCausalLM.from_pretrained({str(policy)!r}), dict(return_dict=True, return_tensors="pt")
+rendered = policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 inputs = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **how)
 ids, how = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:], model.generation_config
 model.save_pretrained({str(tmp_path / "again")!r})
-found = [answer, len(ids), how.do_sample, how.temperature, how.top_k, how.top_p, how.max_new_tokens, how.eos_token_id]
+found = [how.do_sample, how.temperature, how.top_k, how.top_p, how.max_new_tokens, how.eos_token_id]
+found = [rendered, answer, len(ids), *found]
 """
     [found] = in_plain_python([(code, {"prompt": prompt_messages(SPEECH)[0]["content"]}, "found")], tmp_path)
-    answer, length, *how = found
+    rendered, answer, length, *how = found
+    trained = made[1].apply_chat_template(prompt_messages(SPEECH), tokenize=False, add_generation_prompt=True)
+    assert rendered == trained and "system" not in rendered
     assert isinstance(answer, str) and 0 < length <= 9 and how == [True, 0.7, 40, 0.95, 9, 2]
     again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert again["notice"] == NOTICE, "it survives loading and saving"
@@ -309,22 +251,6 @@ def test_transformers_takes_any_decoding(policy, temperature, top_k, top_p, toke
     assert (found.temperature, found.top_k, found.top_p) == (
         (temperature, top_k, top_p) if temperature > 0 else (None, None, None)
     )
-
-
-def test_the_chat_template_stays_as_trained(policy, made, offline):
-    from transformers import AutoTokenizer
-
-    hand_over(policy, offline)
-    rendered, trained = (
-        tokenizer.apply_chat_template(prompt_messages(SPEECH), tokenize=False, add_generation_prompt=True)
-        for tokenizer in (AutoTokenizer.from_pretrained(policy), made[1])
-    )
-    assert rendered == trained and "system" not in rendered
-    assert all(NOTICE in (policy / name).read_text() for name in ("README.md", "NOTICE.md"))
-
-
-def test_what_is_no_policy_gets_no_defaults(tmp_path):
-    assert "holds no config.json" in one_line(lambda: generation_defaults(tmp_path, DECODING))
 
 
 def commands(text):
@@ -378,37 +304,6 @@ def test_both_snippets_ask_with_the_prompt_of_the_training(decoding):
     sampling = {"temperature": 0.7, "top_p": 0.95} if decoding is DECODING else {"temperature": 0.0}  # no top_k there
     asked = {"model": location, "messages": prompt_messages(SPEECH), "max_tokens": decoding.max_tokens}
     assert first == second == asked | sampling
-
-
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")),
-    reason="transformers[serving] is not installed",
-)
-def test_transformers_serves_the_folder(policy, offline, tmp_path):
-    hand_over(policy, offline)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    _, command = commands(serve_lines(policy))
-    words = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *command[1:-1], port]
-    server = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        until, found = time.monotonic() + 90, None
-        asked = shlex.split(curl_line(policy, SPEECH, DECODING))
-        request = urllib.request.Request(
-            asked[2].replace("8000", port), asked[-1].encode(), {"Content-Type": "application/json"}
-        )
-        while found is None and time.monotonic() < until and server.poll() is None:
-            try:
-                found = json.load(urllib.request.urlopen(request, timeout=30))
-            except urllib.error.HTTPError as error:
-                pytest.fail(f"refused: {error.code} {error.read()[:300]}")
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-    finally:
-        server.terminate()
-        _, said = server.communicate(timeout=20)
-    assert found, said[-2000:]
-    assert found["choices"][0]["message"]["content"] and found["usage"]["completion_tokens"] <= DECODING.max_tokens
 
 
 # ---- the cards
@@ -556,30 +451,12 @@ def table_of(text, section):
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
-number = st.one_of(st.none(), st.just(math.nan), st.floats(0, 1))
-drawn_rows = st.lists(
-    st.tuples(st.floats(0, 100), number, number, number, st.integers(1, 9999)), min_size=1, max_size=4
-)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn_rows, st.data())
-def test_any_rows_are_shown_as_given(reward, drawn, data):
-    import numpy as np
-
-    rows = [
-        dict(zip(CARD_COLUMNS, [f"model | {i}", "any", np.float64(a), f"{a:.1f} to {a:.1f}", b, c, d, np.int64(n)]))
-        for i, (a, b, c, d, n) in enumerate(drawn)
-    ]
-    own = data.draw(st.sampled_from([row["model"] for row in rows]))
-    text = reward_card(dataclasses.replace(reward, rows=rows, own=own))
-    table, given_rows = table_of(text, "Results"), {row["model"]: row for row in rows}
-    assert [row["model"] for row in table] == [own, *(name for name in given_rows if name != own)]
-    for row in table:
-        assert row == {name: format_cell(given_rows[row["model"]][name]) for name in CARD_COLUMNS}
+def test_rows_are_shown_as_given_and_what_was_not_measured_is_no_result(reward):
+    text = reward_card(dataclasses.replace(reward, own="longer | wins"))
+    assert table_of(text, "Results") == [{name: format_cell(row[name]) for name in CARD_COLUMNS} for row in ROWS]
+    assert [row["model"] for row in table_of(reward_card(reward), "Results")] == ["ours", "longer | wins", "asked"]
     metrics = header(text)["model-index"][0]["results"][0]["metrics"]
-    values = [given_rows[own][name] for name in ("accuracy %", "AUC", "ECE", "Brier")]
-    assert [one["value"] for one in metrics] == [value for value in values if value is not None and value == value]
+    assert {one["type"]: one["value"] for one in metrics} == {"accuracy": 55.1, "roc_auc": 0.56234}
 
 
 NUMBERS = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w])")
@@ -600,47 +477,6 @@ def leaves(known, path=()):
     elif dataclasses.is_dataclass(known):
         for one in dataclasses.fields(known):
             yield from leaves(getattr(known, one.name), (*path, one.name))
-
-
-def mutated(known, path):
-    """The same facts with one number changed."""
-    if not path:
-        return known + 1 if isinstance(known, int) else known * 1.5
-    key, *rest = path
-    if dataclasses.is_dataclass(known):
-        return dataclasses.replace(known, **{key: mutated(getattr(known, key), rest)})
-    if isinstance(known, dict):
-        return known | {key: mutated(known[key], rest)}
-    return type(known)(mutated(item, rest) if place == key else item for place, item in enumerate(known))
-
-
-# numbers that no card shows: another stage's, the machine's, or pair numbers that are only counted
-SILENT = {("settings", name) for name in ("pack_tokens", "checkpoints")} | {
-    *(("iter_settings", name) for name in ("block", "checkpoints", "length_slack")),
-    ("receipts", "01_speeches", "settings", "speeches", "test_fraction"),
-    ("receipts", "01_speeches", "audit", "test speeches with a near-duplicate outside"),
-    ("receipts", "03_ratings", "put_aside"),
-    ("receipts", "04_pairs", "settings", "pairs", "min_gap_sum"),
-    ("decoding", "seed"),
-    ("point", "pairs"),
-}
-REPLACED = {  # the point says which step it is; the iterations have their own learning rate and epochs
-    "dpo": {("trainings", 0, name) for name in ("pack_size", "dev_loss", "best_step")},
-    "dpo-iter": {("settings", "learning_rate"), ("settings", "epochs"), ("point", "step")}
-    | {("trainings", 3, *key) for key in (("pairs",), ("steps",), ("dropped", "no gap"), ("dropped", "same text"))},
-}
-
-
-@pytest.mark.parametrize("name", ["offline", "online"])
-def test_a_number_that_changes_changes_the_card(name, request):
-    """What came after the chosen iteration is no part of the card."""
-    known = request.getfixturevalue(name)
-    before, ways = policy_card(known), [path for path in leaves(known) if path != ("chosen",)]
-    silent = {path for path in ways if policy_card(mutated(known, path)) == before}
-    assert {path for path in silent if "too_long" not in path} <= SILENT | REPLACED[known.kind]
-    shown = {("point", name) for name in cards.MEASURES} | {("decoding", "max_tokens")}
-    assert len(ways) > 50 and shown <= set(ways) - silent
-    assert known.kind == "dpo" or policy_card(dataclasses.replace(known, chosen=2)) != before
 
 
 @pytest.mark.parametrize("name", ["offline", "online"])
@@ -696,10 +532,18 @@ def test_the_card_says_what_was_done(known):
 
 
 def test_the_cards_development_numbers(offline):
-    rows = {row.pop("measure"): [*row.values()] for row in table_of(policy_card(offline), "Development numbers")}
-    assert rows["proxy win rate, %"] == ["—", "61.6", "55.1 to 68.3"] and rows["distinct-2"] == ["—", "0.419", "—"]
-    assert rows["KL to the base, nats per answer"] == ["—", "4.757", "4.26 to 5.28"]
-    assert rows["mean reward"] == ["0.517", "1.253", "1.12 to 1.42"]
+    rows = [[*row.values()] for row in table_of(policy_card(offline), "Development numbers")]
+    assert rows == [
+        ["mean reward", "0.517", "1.253", "1.12 to 1.42"],
+        ["proxy win rate, %", "—", "61.6", "55.1 to 68.3"],
+        ["judged win rate, %", "—", "57.3", "50.2 to 64.4"],
+        ["KL to the base, nats per answer", "—", "4.757", "4.26 to 5.28"],
+        ["words per answer", "29.0", "31.5", "30.1 to 32.9"],
+        ["tokens per answer", "—", "41.8", "—"],
+        ["share of answers cut at the limit", "—", "0.123", "—"],
+        ["distinct-1", "—", "0.217", "—"],
+        ["distinct-2", "—", "0.419", "—"],
+    ]
     bare = dataclasses.replace(offline, point={"reward": 1.0, "judged": None, "kl": None}, base_point=None, judge="")
     [row] = table_of(policy_card(bare), "Development numbers")
     assert [*row.values()] == ["mean reward", "—", "1.0", "—"] and "step 61 of 89" in policy_card(bare)
@@ -726,12 +570,6 @@ def test_what_is_not_what_it_seems_is_labelled(known):
         assert text.count(NOTICE) == 2, "on top, and above the commands"
 
 
-def test_the_notice_says_what_it_must():
-    for word in ("not a therapist", "people in crisis", "qualified person must review", "emergency services"):
-        assert word in NOTICE
-    assert "no medical advice" in NOTICE
-
-
 licences = st.lists(st.sampled_from(["MIT", "MIT, fictional", "CC-BY-NC-4.0", UNKNOWN_LICENCE]), min_size=1)
 
 
@@ -743,12 +581,17 @@ def test_no_licence_is_claimed_that_is_not_known(data, base):
     assert found != base or base == "unknown" or all(one.startswith("MIT") for one in data)
 
 
+def deviations(text):
+    return text.split("## Deviations from the paper\n\n")[1].partition("\n\n## ")[0].splitlines()
+
+
 def test_deviations_are_the_settings_that_differ(offline, online):
     paper = rated_by(dataclasses.replace(offline, weights=LLAMA, settings=DpoSettings()), "gpt-4o-2024-08-06")
-    assert policy_deviations(paper) == [] and "None that we know of." in policy_card(paper)
+    assert deviations(policy_card(paper)) == ["None that we know of."]
     iterated = dataclasses.replace(paper, kind="dpo-iter", chosen=1, iter_settings=IterSettings())
-    assert len(policy_deviations(iterated)) == 1, "what the paper leaves open"
-    assert "Only one seed." in policy_card(dataclasses.replace(paper, deviations=("Only one seed.",)))
+    assert len(deviations(policy_card(iterated))) == 1, "what the paper leaves open"
+    found = deviations(policy_card(online))
+    assert len(found) == 11 and all(line.startswith("- ") for line in found)
 
 
 @pytest.mark.parametrize(
@@ -762,51 +605,29 @@ def test_missing_facts_are_one_line(known, stage, key):
 
 
 HOSTILE = ["x\n---\nlicense: mit\n---\n# Safe", "a: [b, {c: d}", "'\"`\\", "![x](http://evil)<script>alert(1)</script>"]
-HOSTILE += [
-    "| a | b |\n|---|",
-    "\u2028# Clinically proven\u2028",
-    "> [!NOTE]\n> safe",
-    "```\n# out\n```",
-    "\r# z",
-    "%YAML 2",
-]
-HOSTILE += ["\x00", "--- ", "*/**"]
+HOSTILE += ["| a | b |\n|---|", "\u2028# Clinically proven\u2028", "> [!NOTE]\n> safe", "```\n# out\n```", "\r# z"]
+HOSTILE += ["%YAML 2", "\x00", "--- ", "*/**"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=40)))
-def test_hostile_labels_change_no_line_of_structure(offline, word):
+def test_hostile_labels_change_no_line_of_structure(known, word):
     from huggingface_hub import ModelCard
 
     def filled(label):
-        facts = rated_by(offline, f"gpt {label}", models={"a": {"label": label}})
-        return policy_card(
-            dataclasses.replace(
-                facts,
-                weights=dataclasses.replace(facts.weights, label=f"b {label}"),
-                scorer=f"s {label}",
-                judge=f"j {label}",
-                reference=f"r {label}",
-                run="run",
-                deviations=(f"d {label}",),
-            )
-        )
+        facts = rated_by(known, f"gpt {label}", models={"a": {"label": label}})
+        more = {name: f"{name} {label}" for name in ("scorer", "judge", "reference") if hasattr(facts, name)}
+        weights = dataclasses.replace(facts.weights, label=f"b {label}")
+        return card_of(dataclasses.replace(facts, weights=weights, run=f"run {label}", **more))
+
+    def structure(text):
+        lines = [line for line in ModelCard(text).text.splitlines() if re.match(r"\s*(#|```|---|\||> \[!)", line)]
+        return [line.split(" ")[0] for line in lines], text.count("]("), text.count("<")
 
     text, tame = filled(word), filled("plain")
-    assert header(text) == header(tame) and ModelCard(text).data.to_dict() == ModelCard(tame).data.to_dict()
-    heads = [[line for line in one.splitlines() if re.match(r"\s*(#|```|---|\||> \[!)", line)] for one in (text, tame)]
-    assert (
-        [line.split(" ")[0] for line in heads[0]] == [line.split(" ")[0] for line in heads[1]]
-        and text.count("](") == tame.count("](")
-        and text.count("<") == tame.count("<")
-    )
-    assert quoted(quoted(word)) == quoted(word)
-
-
-def test_a_hostile_run_stays_inside_its_field(offline):
-    for word in HOSTILE:
-        found = header(policy_card(dataclasses.replace(offline, run=word)))
-        assert found["license"] == "unknown" and set(found) == set(header(policy_card(offline)))
+    assert structure(text) == structure(tame)
+    found, expected = (ModelCard(one).data.to_dict() for one in (text, tame))
+    assert set(found) == set(expected) and found["license"] == "unknown"
 
 
 def test_adapters_are_named_only_where_others_can_use_them(policy, made, offline):
@@ -831,8 +652,8 @@ def test_adapters_are_named_only_where_others_can_use_them(policy, made, offline
 class Hub:
     """Speak as much of the hub's protocol as an upload needs; keep what came."""
 
-    def __init__(self, lfs=True, exists=None, broken=""):
-        self.lfs, self.private, self.broken = lfs, exists, broken
+    def __init__(self, exists=None, broken=""):
+        self.private, self.broken = exists, broken
         self.made, self.stored, self.files, self.requests = [], {}, {}, []
 
     def answer(self, handler, body):
@@ -856,7 +677,7 @@ class Hub:
             return 200, {"id": "me/mine", "sha": "1" * 40, "private": self.private, "siblings": [], "tags": []}, {}
         if path.endswith("/preupload/main"):
             paths = [one["path"] for one in json.loads(body)["files"]]
-            modes = ["lfs" if self.lfs and name.endswith(".safetensors") else "regular" for name in paths]
+            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in paths]
             keys = ("path", "uploadMode", "shouldIgnore")
             return 200, {"files": [dict(zip(keys, (*own, False))) for own in zip(paths, modes)]}, {}
         if path.endswith("/objects/batch"):
@@ -911,25 +732,24 @@ def open_hub(hub):
 
 
 CHILD = """
-import json, os, sys
-os.environ |= json.loads(sys.argv[1])
+import json, sys
 from psycopref.training import cards
 from psycopref.core.settings import StudyError
 cards.HUB_SECONDS = 1.0
-folder, repo, policy, endpoint = sys.argv[2:6]
+folder, push = sys.argv[1:3]
 try:
-    print(json.dumps({"url": cards.push_model(folder, repo, policy == "True", endpoint=endpoint or None)}))
+    print(json.dumps({"url": getattr(cards, push)(folder, "me/mine")}))
 except StudyError as error:
     print(json.dumps({"error": str(error)}))
 assert "torch" not in sys.modules
 """
 
 
-def push(folder, tmp_path, address, token="hf_good", **environment):
+def push(folder, tmp_path, address, token="hf_good"):
     """Push from a process of its own, since huggingface_hub reads its settings when it is imported."""
-    named = {"HF_TOKEN": token, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", **environment}
-    policy, endpoint = str((folder / "NOTICE.md").is_file()), environment.get("ENDPOINT", "")
-    [found] = in_child(CHILD, tmp_path, address, json.dumps(named), str(folder), "me/mine", policy, endpoint)
+    code = f"import os; os.environ |= {{'HF_TOKEN': {token!r}, 'HF_HUB_DISABLE_IMPLICIT_TOKEN': '0'}}\n{CHILD}"
+    name = "push_policy" if (folder / "NOTICE.md").is_file() else "push_reward_model"
+    [found] = in_child(code, tmp_path, address, str(folder), name)
     assert "\n" not in found.get("error", "") and "hf_" not in str(found).replace("HF_TOKEN", "")
     return found
 
@@ -957,18 +777,12 @@ def folder(request):
     return place
 
 
-def sums(files):
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-
-
-@pytest.mark.parametrize("lfs", [True, False], ids=["large files apart", "all in the commit"])
-def test_the_hub_gets_the_folder_in_private(folder, tmp_path, lfs):
+def test_the_hub_gets_the_folder_in_private(folder, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
-    with open_hub(Hub(lfs=lfs)) as hub:
-        found = push(folder, tmp_path, hub.address, HF_HUB_DISABLE_XET=str(int(lfs)))
+    with open_hub(Hub()) as hub:
+        found = push(folder, tmp_path, hub.address)
     assert found == {"url": f"{hub.address}/me/mine/commit/{'2' * 40}"}
-    assert sums(hub.files) == sums(before) and {"README.md", "config.json", "model.safetensors"} <= set(before)
-    assert bool(hub.stored) == lfs, "adapters that name a folder of this disk stay here"
+    assert hub.files == before and {"README.md", "config.json", "model.safetensors"} <= set(before)
     [made_repo] = hub.made
     assert (made_repo["organization"], made_repo["name"], made_repo["visibility"]) == ("me", "mine", "private")
 
@@ -983,12 +797,12 @@ def test_adapters_of_a_base_on_the_hub_go_too(policy_folder, made, offline, tmp_
     assert not [name for name, data in hub.files.items() if made[0].location.encode() in data], "no folder of this disk"
 
 
-def test_a_repository_that_exists_is_used_if_it_is_private(folder, tmp_path):
+def test_a_repository_that_exists_is_used_if_it_is_private(reward_folder, tmp_path):
     with open_hub(Hub(exists=True)) as hub:
-        assert "url" in push(folder, tmp_path, "http://127.0.0.1:9", ENDPOINT=hub.address)
+        assert "url" in push(reward_folder, tmp_path, hub.address)
         assert hub.files and not hub.made
     with open_hub(Hub(exists=False)) as hub:
-        assert "is public, expected a private one" in push(folder, tmp_path, hub.address)["error"]
+        assert "is public, expected a private one" in push(reward_folder, tmp_path, hub.address)["error"]
         assert not hub.files and not hub.made and all(request.startswith("GET") for request in hub.requests)
 
 
@@ -996,12 +810,7 @@ def test_what_the_hub_refuses_is_one_line(reward_folder, tmp_path):
     with open_hub(Hub()) as hub:
         assert "401" in push(reward_folder, tmp_path, hub.address, token="hf_bad")["error"]
         assert not hub.files and not hub.made
-    for place, said in (
-        ("/commit/", "(Bad request"),
-        ("/put/", "Error while uploading 'model.safetensors'"),
-        ("/validate-yaml", "Invalid metadata in README.md"),
-        ("/create", "not welcome"),
-    ):
+    for place, said in (("/put/", "Error while uploading 'model.safetensors'"), ("/validate-yaml", "Invalid metadata")):
         with open_hub(Hub(broken=place)) as hub:
             found = push(reward_folder, tmp_path, hub.address)["error"]
             assert said in found and "which stays as it is; mend that and push again" in found and not hub.files
@@ -1014,7 +823,7 @@ def test_a_hub_that_is_silent_or_gone_is_one_line(reward_folder, tmp_path):
     assert "Connect" in push(reward_folder, tmp_path, address)["error"], "nobody listens there any more"
 
 
-@pytest.mark.parametrize("name", ["mine", "a/b/c", "me/", "me/mi ne", "me/my--model", "https://hub.co/me/mine", ""])
+@pytest.mark.parametrize("name", ["mine", "a/b/c", "me/mi ne", "https://hub.co/me/mine"])
 def test_bad_names_never_reach_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     assert f"{name!r}: the name is malformed" in one_line(lambda: push_reward_model(tmp_path, name))

@@ -1,5 +1,6 @@
 """Candidates: the same after any interruption, from each engine, and nothing left behind in memory or among the processes."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -15,7 +16,6 @@ import weakref
 from pathlib import Path
 from unittest.mock import patch
 
-import openai
 import pytest
 from hypothesis import HealthCheck, given, settings as trials
 from hypothesis import strategies as st
@@ -109,7 +109,7 @@ def test_what_is_done_is_not_done_again(tiny, whole, tmp_path, opened):
     "change",
     [
         {"speeches": SPEECHES | {"s0": "Another day."}},
-        *({"how": dataclasses.replace(HOW, **own)} for own in ({"temperature": 0.7}, {"seed": 4}, {"max_tokens": 4})),
+        {"how": dataclasses.replace(HOW, temperature=0.7)},
         *({"n": 3}, {"settings": IterSettings(block=3)}, {"dtype": "bfloat16"}),
     ],
 )
@@ -123,23 +123,20 @@ def test_blocks_made_of_something_else_are_made_again(tiny, whole, tmp_path, cha
     assert len(list(tmp_path.glob("block-*.json"))) == expected, "blocks of another size are taken away"
 
 
-@pytest.mark.parametrize("change", [{"revision": "f" * 64}, {"engine": "server"}])
-def test_another_policy_or_engine_makes_other_blocks(tiny, tmp_path, change):
-    change = dict(change)
-    engine, policy = change.pop("engine", "local"), dataclasses.replace(tiny, **change)
-    kinds = [
-        sampling.plan_blocks(sampling.weights_identity(who), SPEECHES, tmp_path, how, HOW, 2, "float32")
-        for who, how in ((tiny, IterSettings(block=2)), (policy, IterSettings(block=2, engine=engine)))
-    ]
-    assert not {block.made_of for block in kinds[0]} & {block.made_of for block in kinds[1]}
+def test_another_policy_engine_or_seed_makes_other_blocks(tiny, tmp_path):
+    def made_of(policy=tiny, engine="local", how=HOW):
+        own, settings = sampling.weights_identity(policy), IterSettings(block=2, engine=engine)
+        return {b.made_of for b in sampling.plan_blocks(own, SPEECHES, tmp_path, settings, how, 2, "float32")}
+
+    others = [made_of(dataclasses.replace(tiny, revision="f" * 64)), made_of(engine="server")]
+    others.append(made_of(how=dataclasses.replace(HOW, seed=4)))
+    assert all(not made_of() & other for other in others)
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "{}", "null", '{"made_of": 3, "samples": []}', '{"samples": {"s0": [[1]]}}', "\xff"]
-)
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"made_of": 3, "samples": []}', '{"samples": {}}', "\xff"])
 def test_no_block_is_no_error(tmp_path, content):
     (tmp_path / "block-0000.json").write_text(content, encoding="latin-1")
-    assert sampling.read_block(tmp_path / "block-0000.json", "x", ["s0"], 1) is None
+    assert sampling.read_made(tmp_path / "block-0000.json", "x", "samples") is None
 
 
 KILLED = """
@@ -295,7 +292,7 @@ def test_vllm_refusals(tiny, vllm, monkeypatch):
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
     """Let PSYCOPREF_SERVE start the tests' server with a fault; what it was asked is in the log that is returned."""
-    monkeypatch.setattr(sampling, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(sampling, "ATTEMPTS", 2)
     monkeypatch.delenv("PSYCOPREF_SERVER_URL", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(sampling.tempfile, "tempdir", None)
@@ -427,16 +424,14 @@ def somebodys(tmp_path_factory, shared_cache):
 def standing(somebodys, monkeypatch):
     """Ask that server; what the test asked is returned by the function."""
     url, log = somebodys
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        try:
-            sampling.listed_models(url)
+    for _ in range(600):
+        with contextlib.suppress(ConnectionError):
+            assert sampling.listed_models(url)
             break
-        except openai.OpenAIError:
-            time.sleep(0.05)
+        time.sleep(0.05)
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", url + "/")
     monkeypatch.setenv("PSYCOPREF_SERVE", "no-such-command {model} {port}")
-    monkeypatch.setattr(sampling, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(sampling, "ATTEMPTS", 2)
     before = len(notes(log, "body"))
     return lambda: notes(log, "body")[before:]
 
@@ -444,7 +439,6 @@ def standing(somebodys, monkeypatch):
 def test_a_standing_server_is_asked_and_left_alone(tiny, tmp_path, standing):
     assert len(sampled(tiny, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
     assert [body["model"] for body in standing()] == ["my-policy"] * len(SPEECHES)
-    assert sampling.listed_models(os.environ["PSYCOPREF_SERVER_URL"].rstrip("/"))
 
 
 def test_a_standing_server_with_another_policy_is_refused(tiny, tmp_path, standing, monkeypatch):
@@ -463,15 +457,12 @@ def test_calls_that_break_are_made_again(tiny, tmp_path, standing, fault):
     assert len(sampled(tiny, tmp_path, speeches, SERVED)) == len(SPEECHES) and len(standing()) == 2 * len(SPEECHES)
 
 
-@pytest.mark.parametrize(
-    "fault, expected, calls",
-    [("short", "found 1 candidates, expected 2", sampling.ATTEMPTS), ("long", "maximum context length", 1)],
-)
-def test_calls_that_stay_broken_are_one_line_and_cost_their_block(tiny, tmp_path, standing, fault, expected, calls):
+@pytest.mark.parametrize("fault, expected", [("short", "found 1 candidates, expected 2"), ("long", "context length")])
+def test_calls_that_stay_broken_are_one_line_and_cost_their_block(tiny, tmp_path, standing, fault, expected):
     speeches = SPEECHES | {"s0": f"[{fault}]"}  # the shortest, in the last block
     assert expected in one_line(lambda: sampled(tiny, tmp_path, speeches, SERVED))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-0000.json", "block-0001.json"]
-    assert len(standing()) == len(SPEECHES) - 1 + calls
+    assert len(standing()) == len(SPEECHES)
 
 
 def test_the_likeliest_answer_is_asked_once(tiny, tmp_path, standing):
@@ -499,14 +490,6 @@ def test_a_proxy_in_the_environment_does_not_come_between(tiny, tmp_path, standi
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     assert len(sampled(tiny, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
-
-
-@pytest.mark.parametrize(
-    "command", ["no-such-command {model} {port}", "vllm serve {model}", "vllm serve --port {port}"]
-)
-def test_a_command_that_can_t_work_is_refused(tiny, tmp_path, monkeypatch, command):
-    monkeypatch.setenv("PSYCOPREF_SERVE", command)
-    one_line(lambda: sampled(tiny, tmp_path, settings=SERVED))
 
 
 def test_the_command_for_a_hub_model_pins_its_commit(tiny, monkeypatch):
