@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,9 +78,7 @@ def open_batch(server, model="any", **options) -> BatchModel:
 
 def ordered(server) -> list[dict]:
     """Return what the provider has of batches, oldest first."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{server.base_url}/batches?limit=100", timeout=10) as answer:
-        return json.load(answer)["data"][::-1]
+    return server.read("/v1/batches?limit=100")["data"][::-1]
 
 
 def sizes(server, before=0) -> list[int]:
