@@ -25,8 +25,7 @@ from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
 __all__ = ['MOST_REQUESTS', 'MOST_BYTES', 'ENDPOINT', 'PATIENCE', 'LOOK_BACK', 'FULL', 'STUCK', 'ENDED', 'STARTED',
-           'most_requests', 'cut', 'write_line', 'read_line', 'split_lines', 'BatchModel', 'transport_errors',
-           'why_failed']
+           'most_requests', 'cut', 'write_line', 'read_line', 'BatchModel', 'transport_errors', 'why_failed']
 
 # %% ../../nbs/gateway/03_batches.ipynb #c7af9834
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # in one file, OpenAI
@@ -71,17 +70,6 @@ def read_line(reader, line: bytes) -> tuple[str, ChatReply | Failure] | None:
     again = "final" if status and 400 <= status < 500 else "broken"
     refused = error.get("code") in ("batch_expired", "batch_cancelled") or status in servers.RETRY_STATUS
     return key, Failure(without_keys(" ".join(said.split()))[:200], kind="refused" if refused else again)
-
-# %% ../../nbs/gateway/03_batches.ipynb #c35556ff
-async def split_lines(chunks: typing.AsyncIterator[bytes]) -> typing.AsyncIterator[bytes]:
-    "Split a stream at its line feeds, and leave empty lines out."
-    rest = b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in filter(None, lines):
-            yield line
-    if rest:
-        yield rest
 
 # %% ../../nbs/gateway/03_batches.ipynb #6e90e923
 class BatchModel(OpenAIModel):
@@ -293,11 +281,9 @@ async def end_of(self: BatchModel, batch, name: str):
 # %% ../../nbs/gateway/03_batches.ipynb #34f3a655
 @patch
 async def read_file(self: BatchModel, file_id: str) -> dict[str, ChatReply | Failure]:
-    "Read the answers in a file."
-    async with self.opened.files.with_streaming_response.content(file_id) as response:
-        return dict(
-            [read async for line in split_lines(response.iter_bytes()) if (read := read_line(self.reader, line))]
-        )
+    "Read the answers in a file. Its lines end at line feeds alone: JSON leaves other separators (U+2028) in texts."
+    content = (await self.opened.files.content(file_id)).content
+    return dict(read for line in content.split(b"\n") if (read := read_line(self.reader, line)))
 
 
 @patch

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import re
 
+import pandas as pd
+
 from ..core.paper import resource_path
-from ..core.settings import StudyError
+from ..core.stages import derived_seed
 from .language import NEVER, found, plain, read_lists, sentences_of
 from ..stats.intervals import win_interval
 
 SCREEN = read_lists("screen.yaml")
 
 # %% auto #0
-__all__ = ['SCREEN', 'CRISIS_TOPIC', 'FLAGS', 'CASE_FIELDS', 'crisis_speeches', 'statements', 'stated', 'medical', 'means',
-           'diagnosis', 'human', 'pointers', 'screen', 'screen_answers', 'screen_table', 'crisis_table',
-           'flagged_examples', 'screen_cases', 'screen_quality']
+__all__ = ['SCREEN', 'CRISIS_TOPIC', 'FLAGS', 'crisis_speeches', 'statements', 'stated', 'medical', 'means', 'diagnosis', 'human',
+           'pointers', 'screen', 'screen_answers', 'screen_table', 'crisis_table', 'flagged_examples', 'screen_cases',
+           'screen_quality']
 
 # %% ../../nbs/rater/04_safety_screen.ipynb #dfce76a4
 CRISIS_TOPIC = "crisis-and-safety"
@@ -91,8 +93,7 @@ def diagnosis(sentence: str, client: str = "") -> list[str]:
 def human(sentence: str) -> list[str]:
     "Return claims of a life of one's own in a plain statement."
     hits = _own(SCREEN.human, sentence, SCREEN.reported)
-    denied = [SCREEN.denied.search(sentence[max(0, hit.start() - 40) : hit.start()]) for hit in hits]
-    return [hit.group().strip() for hit, taken_back in zip(hits, denied) if not taken_back]
+    return [hit.group().strip() for hit in hits if not SCREEN.denied.search(sentence[: hit.start()][-40:])]
 
 # %% ../../nbs/rater/04_safety_screen.ipynb #a168b8c5
 def pointers(response: str) -> list[str]:
@@ -132,8 +133,6 @@ def screen_answers(answers, crisis: dict[str, str], speeches=None):
     """Screen every answer; a row for each flag that was raised: speech_id, policy, setting, flag, phrase.
 
     speeches: frame with speech_id and speech; a disorder that the client named is then no diagnosis."""
-    import pandas as pd
-
     said = {} if speeches is None else dict(zip(speeches.speech_id, speeches.speech))
     rows = [
         (row.speech_id, row.policy, row.setting, flag, hits[0])
@@ -145,8 +144,6 @@ def screen_answers(answers, crisis: dict[str, str], speeches=None):
 
 def screen_table(answers, flagged, crisis: dict[str, str]):
     "Count the flags of each policy and setting: model, setting, flag, answers, flagged, %, 95% interval."
-    import pandas as pd
-
     rows = []
     for (policy, setting), own in answers.groupby(["policy", "setting"], sort=False):
         theirs = flagged[(flagged.policy == policy) & (flagged.setting == setting)]
@@ -168,18 +165,13 @@ def _share(name: str, part: int, whole: int, interval: str = "95% interval") -> 
 # %% ../../nbs/rater/04_safety_screen.ipynb #73554969
 def crisis_table(battles, crisis: dict[str, str]):
     "Report crisis speeches apart: model, setting, slice, n, win, loss, tie, win rate, 95% interval."
-    import pandas as pd
-
-    slices = {
-        "crisis, by topic": lambda name: crisis.get(name) == "topic",
-        "crisis, by words": lambda name: crisis.get(name) == "words",
-        "crisis, all": lambda name: name in crisis,
-        "no crisis": lambda name: name not in crisis,
-    }
+    slices = {"crisis, by topic": ["topic"], "crisis, by words": ["words"], "crisis, all": ["topic", "words"]}
+    slices["no crisis"] = [""]
     rows = []
     for (policy, setting), own in battles.groupby(["policy", "setting"], sort=False):
-        for title, belongs in slices.items():
-            verdicts = own.verdict[own.speech_id.map(belongs)]
+        why = own.speech_id.map(crisis).fillna("")
+        for title, reasons in slices.items():
+            verdicts = own.verdict[why.isin(reasons)]
             counts = {word: int((verdicts == word).sum()) for word in ("win", "loss", "tie")}
             share = _share("win rate", counts["win"], len(verdicts))
             rows.append({"model": policy, "setting": setting, "slice": title, "n": len(verdicts)} | counts | share)
@@ -188,8 +180,6 @@ def crisis_table(battles, crisis: dict[str, str]):
 # %% ../../nbs/rater/04_safety_screen.ipynb #535fb9b3
 def flagged_examples(answers, flagged, seed: int, each: int = 2):
     "Draw `each` machine-written examples of each flag and policy by hash."
-    from psycopref.core.stages import derived_seed
-
     kept = ["speech_id", "policy", "setting"]
     rows = flagged.merge(answers[[*kept, "response"]], on=kept)
     named = zip(rows.speech_id, rows.policy, rows.setting, rows.flag)
@@ -200,26 +190,14 @@ def flagged_examples(answers, flagged, seed: int, each: int = 2):
     return drawn.rename(columns=shown)[list(shown.values())].reset_index(drop=True)
 
 # %% ../../nbs/rater/04_safety_screen.ipynb #9860557e
-CASE_FIELDS = ("flag", "crisis", "response", "flagged", "set")
-
-
-def screen_cases(path=None) -> tuple[dict, ...]:
-    "Read written cases of the screen, JSON lines with flag, crisis, response, flagged, set; None: this package's."
-    path = path or resource_path("screen_cases.jsonl")
-    cases = tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    for place, case in enumerate(cases, 1):
-        if set(case) != set(CASE_FIELDS) or case["flag"] not in FLAGS or case["set"] not in ("develop", "held-out"):
-            raise StudyError(
-                f"{path}, case {place}: found {case}, expected {', '.join(CASE_FIELDS)} with a flag among "
-                f"{', '.join(FLAGS)} and a set develop or held-out; mend the line"
-            )
-    return cases
+def screen_cases() -> list[dict]:
+    "Read the cases that were written for the screen: flag, crisis, response, flagged, set (develop or held-out)."
+    lines = resource_path("screen_cases.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def screen_quality(cases):
     "Measure the screen on written cases: hits, misses, precision and recall (%) with 95% intervals."
-    import pandas as pd
-
     rows = []
     for flag in FLAGS:
         for part in ("develop", "held-out"):

@@ -48,6 +48,24 @@ def device_name() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def peak_mb() -> float:
+    "Return the most memory of this process that was resident, in MB; ru_maxrss would start at the parent's peak."
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+def in_child(function: str, **order) -> dict:
+    "Call MODULE.FUNCTION of a bench in a fresh process, because peak memory never falls again. order: its arguments."
+    module, name = function.split(".")
+    code = f"import json, sys, {module} as own\nprint('\\n' + json.dumps(own.{name}(**json.loads(sys.argv[1]))))"
+    environment = os.environ | {"NO_PROXY": "127.0.0.1", "PSYCOPREF_PROGRESS": os.devnull}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", code, json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{function} of {order} ended with {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def keep(name: str, found: dict, what: str, unit: str, device: str | None = None) -> dict:
     "Write a result with its unit, device and date to outputs/bench/NAME.json, and return it."
     found = {**found, "unit": unit, "device": device or device_name(), "what": what, "date": time.strftime("%Y-%m-%d")}

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
-import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
+from bench import in_child, peak_mb
 from psycopref.corpus import duplicates
 from psycopref.corpus.duplicates import exact_join, jaccard, near_pairs, shingles
 
@@ -106,29 +102,15 @@ def datasketch_pairs(texts: list[str], threshold: float):
 WAYS = {"rensa": functools.partial(near_pairs, exact_rows=0), "datasketch": datasketch_pairs, "ours": near_pairs}
 
 
-def peak_memory() -> float:
-    "Highest resident memory of this process in MB; ru_maxrss would start at the parent's peak."
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-def _measure(n: int, seed: int, way: str, threshold: float) -> dict:
+def measure(n: int, seed: int, way: str, threshold: float) -> dict:
     "Do one measurement in this process."
     texts = synthetic_speeches(n, seed=seed)[0]
     WAYS[way](texts[:100], threshold)  # imports are not measured
-    ready, start, cpu = peak_memory(), time.perf_counter(), time.process_time()
+    ready, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
     pairs = WAYS[way](texts, threshold)
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    memory = {"ready_mb": ready, "peak_mb": peak_memory(), "compared": pairs.attrs["compared"]}
+    memory = {"ready_mb": ready, "peak_mb": peak_mb(), "compared": pairs.attrs["compared"]}
     return {"n": n, **took, **memory, "pairs": pairs[["i", "j"]].values.tolist()}
-
-
-def measured(**order) -> dict:
-    "Do one measurement in a fresh process, because peak memory never falls again."
-    code = "import json, sys, bench_duplicates as b; print(json.dumps(b._measure(**json.loads(sys.argv[1]))))"
-    folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(order)], capture_output=True, text=True, cwd=folder)
-    assert not done.returncode, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def library_comparison(n: int, threshold: float = 0.7, seed: int = 0) -> list[dict]:
@@ -137,7 +119,7 @@ def library_comparison(n: int, threshold: float = 0.7, seed: int = 0) -> list[di
     truth = exact_join(texts, texts, threshold).query("i < j")
     truth = set(zip(truth.i, truth.j))
     for way in ("rensa", "datasketch"):
-        row = measured(n=n, seed=seed, way=way, threshold=threshold)
+        row = in_child("bench_duplicates.measure", n=n, seed=seed, way=way, threshold=threshold)
         found = set(map(tuple, row["pairs"]))
         recall = len(found & truth) / len(truth) if truth else math.nan
         rows.append({"library": way, **row, "pairs": len(found), "recall": recall, "wrong": len(found - truth)})
@@ -146,5 +128,6 @@ def library_comparison(n: int, threshold: float = 0.7, seed: int = 0) -> list[di
 
 def growth(sizes, seed: int = 0, threshold: float = 0.7) -> list[dict]:
     "Measure near_pairs on synthetic speeches of growing number."
-    rows = [measured(n=int(n), seed=seed, way="ours", threshold=threshold) for n in sizes]
+    how = dict(seed=seed, way="ours", threshold=threshold)
+    rows = [in_child("bench_duplicates.measure", n=int(n), **how) for n in sizes]
     return [{**row, "pairs": len(row["pairs"])} for row in rows]

@@ -1,4 +1,4 @@
-"""Calls a second, processor time, memory and kills: the gateway against a loopback server whose log is the witness."""
+"""Calls a second, processor time and memory: the gateway against a loopback server whose log is the witness."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ import time
 import typing
 from pathlib import Path
 
-from bench import demo_speeches, given, keep, save_figure
-from psycopref.core.files import PRINCIPLE_KEYS, sha256_file, write_rows
+from bench import demo_speeches, given, in_child, keep, save_figure
+from psycopref.core.files import PRINCIPLE_KEYS, write_rows
 from psycopref.core.stages import blocks, derived_seed, project_root
 from psycopref.core.tables import new_figure
 from psycopref.feedback.rating import rating_request, read_ratings, shown_order
 from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.models.chat import ChatRequest
-
-HERE = Path(__file__).parent
 
 
 @functools.cache
@@ -122,8 +120,8 @@ def by_aiohttp(base_url: str, n: int, in_flight: int, folder: Path, seen: typing
 CLIENTS = {"gateway": by_gateway, "openai": by_openai, "aiohttp": by_aiohttp}
 
 
-def client(name: str, base_url: str, n: int, in_flight: int, folder: str) -> None:
-    """Be a client process: do n calls, print one JSON line of what they took.
+def client(name: str, base_url: str, n: int, in_flight: int, folder: str) -> dict:
+    """Do n calls in this process; return what they took.
 
     name: a key of CLIENTS; folder: for the cache and the rows."""
     import psutil
@@ -138,30 +136,22 @@ def client(name: str, base_url: str, n: int, in_flight: int, folder: str) -> Non
 
     CLIENTS[name](base_url, n, in_flight, Path(folder), seen)
     took, cpu = time.monotonic() - start[0], time.process_time() - start[1]
-    print(json.dumps({"calls": n, "seconds": round(took, 3), "cpu_ms": round(1e3 * cpu / n, 3), "trace": trace}))
+    return {"calls": n, "seconds": round(took, 3), "cpu_ms": round(1e3 * cpu / n, 3), "trace": trace}
 
 
-def start_client(*arguments) -> subprocess.Popen:
-    "Start a client process."
-    code = "import sys, bench_gateway as own; a = sys.argv; own.client(a[1], a[2], int(a[3]), int(a[4]), a[5])"
-    path = os.pathsep.join([str(HERE), *sys.path])
-    environment = os.environ | {"NO_PROXY": "127.0.0.1", "PSYCOPREF_PROGRESS": os.devnull, "PYTHONPATH": path}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def server(folder: Path, **options):
-    "Open the tests' chat server in a process of its own; see tests/servers/chat_server.py."
-    sys.path.insert(0, str(HERE.parent / "servers"))
-    from chat_server import start_server
-
-    return start_server(folder, **options)
+def ask(name: str, base_url: str, n: int, in_flight: int, folder: Path) -> dict:
+    "Let a client do n calls in a process of its own."
+    order = dict(name=name, base_url=base_url, n=n, in_flight=in_flight, folder=str(folder))
+    return in_child("bench_gateway.client", **order)
 
 
 @contextlib.contextmanager
 def scratch_server(**options):
-    "Open a scratch folder and a server beside it."
-    with tempfile.TemporaryDirectory() as scratch, server(Path(scratch), **options) as opened:
+    "Open a scratch folder and the tests' chat server beside it, in a process of its own."
+    sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
+    from chat_server import start_server
+
+    with tempfile.TemporaryDirectory() as scratch, start_server(Path(scratch), **options) as opened:
         yield Path(scratch), opened
 
 
@@ -177,9 +167,9 @@ def throughput(
             prompts.write_text("".join(json.dumps(list(call_of(i).messages)) + "\n" for i in range(n)))
             rival = [*command, opened.base_url, str(prompts), str(in_flight)]
             said = subprocess.run(rival, capture_output=True, text=True, check=True, cwd=project_root()).stdout
+            found = json.loads(said.splitlines()[-1])
         else:
-            said = start_client(name, opened.base_url, n, in_flight, scratch).communicate()[0]
-        found = json.loads(said.splitlines()[-1])
+            found = ask(name, opened.base_url, n, in_flight, scratch)
         times = [event["t"] for event in opened.log() if event["event"] in ("asked", "answered")]
         stats = opened.stats()
     rate = n / (max(times) - min(times))
@@ -199,15 +189,8 @@ def throughput(
 def memory(n: int, in_flight: int = 128) -> dict:
     "Follow a client's resident memory in MB while it asks, reads and writes n calls."
     with scratch_server(latency=0.02, calls=n + 100, seconds=1800) as (scratch, opened):
-        said = start_client("gateway", opened.base_url, n, in_flight, scratch).communicate()[0]
-    found = json.loads(said.splitlines()[-1])
-    return {
-        "calls": n,
-        "peak_mb": max(mb for _, mb in found["trace"]),
-        "last_mb": found["trace"][-1][1],
-        "seconds": found["seconds"],
-        "trace": found["trace"],
-    }
+        found = ask("gateway", opened.base_url, n, in_flight, scratch)
+    return {**found, "peak_mb": max(mb for _, mb in found["trace"]), "last_mb": found["trace"][-1][1]}
 
 
 def memory_figure(runs: list[dict]):
@@ -221,88 +204,11 @@ def memory_figure(runs: list[dict]):
     return figure
 
 
-def kill_run(n: int = 5000, kills: int = 30, in_flight: int = 64, seed: int = 0) -> dict:
-    """Kill a client of n calls again and again; count by the server's log what was asked twice or lost.
-
-    kills: SIGKILLs; seed: of their moments."""
-    moments = sorted(random.Random(seed).sample(range(1, n), kills))
-    with scratch_server(latency=0.1, calls=3 * n + 9999, seconds=1800) as (scratch, opened):
-        whole, broken, kept = scratch / "whole", scratch / "broken", []
-        for folder in (whole, broken):
-            folder.mkdir()
-        finish(start_client("gateway", opened.base_url, n, in_flight, whole))
-        before = len(opened.log())
-        for moment in moments:
-            process = start_client("gateway", opened.base_url, n, in_flight, broken)
-            while process.poll() is None and opened.stats()["answered"] - n < moment:
-                time.sleep(0.002)
-            process.kill()
-            process.wait()
-            kept.append((time.monotonic(), kept_keys(broken / "replies.sqlite")))
-        finish(start_client("gateway", opened.base_url, n, in_flight, broken))
-        log = opened.log()[before:]
-        same = sha256_file(whole / "ratings.parquet") == sha256_file(broken / "ratings.parquet")
-        identity = chat_model(f"openai:bench@{opened.base_url}").identity
-    verdict = kill_verdict(identity, n, kept, log)
-    return {"calls": n, "in flight": in_flight, **verdict, "rows equal an unbroken run's": same}
-
-
-def finish(process: subprocess.Popen) -> None:
-    "Wait for a client that must end well."
-    if process.wait():
-        raise RuntimeError(f"a client ended with {process.returncode}: {process.stdout.read()[-500:]}")
-
-
-def kept_keys(path: Path) -> set[str]:
-    "List the request keys that a cache holds, read by somebody else than its writer."
-    import sqlite3
-
-    opened = sqlite3.connect(path)
-    try:
-        return {key for (key,) in opened.execute("SELECT key FROM replies")}
-    except sqlite3.OperationalError:  # killed before the table was there
-        return set()
-    finally:
-        opened.close()
-
-
-def kill_verdict(identity: str, n: int, kept: list[tuple[float, set[str]]], log: list[dict]) -> dict:
-    """Count what was asked though it was kept, asked twice, and answered well before a kill and yet lost.
-
-    identity: of the model; n: calls; kept: moment of each kill with the keys that were kept; log: of the server."""
-    import hashlib
-
-    shown = {}
-    for request in map(call_of, range(n)):
-        text = json.dumps(list(request.messages), sort_keys=True)
-        shown[request.key(identity)] = hashlib.sha256(text.encode()).hexdigest()
-    asked, answered = (
-        [(event["t"], event["key"]) for event in log if event["event"] == kind] for kind in ("asked", "answered")
-    )
-    kept = [(moment, {shown[key] for key in keys}) for moment, keys in kept]
-    again = sum(any(t > moment and key in keys for t, key in asked) for moment, keys in kept)
-    before = [0.0, *(moment for moment, _ in kept)]  # what comes in the half second after a kill was meant for the dead
-    lost = sum(
-        last + 0.5 < t < moment - 0.5 and key not in keys
-        for last, (moment, keys) in zip(before, kept)
-        for t, key in answered
-    )
-    return {
-        "kills": len(kept),
-        "kept at the last kill": len(kept[-1][1]),
-        "kills after which a kept call was asked": again,
-        "asked": len(asked),
-        "asked twice": len(asked) - len({key for _, key in asked}),
-        "answered 0.5 s before a kill and lost": lost,
-    }
-
-
 CALLS = 20000  # rating calls of the throughput run
 RIVAL_CALLS = 8000  # calls of the run beside other libraries
 LATENCY = 0.3  # seconds before the server answers
 IN_FLIGHT = 128  # calls in flight
 MEMORY_CALLS = [2000, 20000, 200000]  # sizes of the memory runs
-KILLS = 30  # SIGKILLs in a run of 5000 calls
 RIVALS = {}  # name and command of other libraries, see above
 
 
@@ -318,8 +224,6 @@ if __name__ == "__main__":
     rows = [throughput(name, RIVAL_CALLS, IN_FLIGHT, LATENCY, RIVALS.get(name, ())) for name in ("gateway", *RIVALS)]
     keep("gateway_rivals", {"rows": rows}, f"{RIVAL_CALLS} rating calls {load}", "calls/s", cores)
     print(pd.DataFrame(rows))
-    killed = kill_run(kills=KILLS)
-    print(keep("gateway_kills", killed, "a run killed with SIGKILL again and again", "calls", cores))
     runs = [memory(n) for n in MEMORY_CALLS]
     what = "resident memory of the asking process, replies read and rows written"
     keep("gateway_memory", {"runs": runs}, what, "MB", cores)

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
-import json
 import math
-import os
 import random
-import re
-import subprocess
-import sys
 import tempfile
 import time
 import typing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
-from bench import demo_speeches, device_name, keep_rows, side_by_side
-from psycopref.core.files import read_json, write_json
+from bench import demo_speeches, in_child, keep, keep_rows, peak_mb, side_by_side
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile, suggest
-from psycopref.core.stages import project_root
 from psycopref.core.tables import PALETTE, new_figure
-from psycopref.models.generation import common_prefix
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from psycopref.training.dpo import dpo_rows
 from psycopref.training.jobs import restore
@@ -198,7 +188,6 @@ class Side:
     way: Way
     optimiser: typing.Any = None  # torch optimiser that sides share; None lets the trainer make its own
     peak_gb: float | None = None  # greatest memory of the last call, on a GPU
-    reference_seconds: float = 0.0  # of the last call
 
     def __post_init__(self):
         from datasets import Dataset
@@ -221,16 +210,11 @@ class Side:
         if self.way.side == "ours" and self.trainer.not_packed:
             raise RuntimeError(f"the model is not packed: {self.trainer.not_packed}")
 
-    @property
-    def knows_reference(self) -> bool:
-        "Tell whether the reference's log-probabilities are computed before the training."
-        return self.work.kind == "policy" and self.way.side != "stock"
-
     def compute_reference(self) -> None:
         "Compute the reference's log-probabilities as trl does before a training."
         from torch.utils.data import DataLoader
 
-        start, own = time.perf_counter(), self.trainer
+        own = self.trainer
         own.ref_model = self.reference
         try:
             loader = DataLoader(own.train_dataset, batch_size=self.way.pairs, collate_fn=own.data_collator)
@@ -239,7 +223,6 @@ class Side:
                     logps.cpu()
         finally:
             own.ref_model = None
-        self.reference_seconds = time.perf_counter() - start
 
     def positions(self) -> int:
         "Count the positions that a training computes, padding included."
@@ -252,7 +235,7 @@ class Side:
         pairs, gpu = len(self.work.rows), torch.cuda.is_available()
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        if self.knows_reference:
+        if self.work.kind == "policy" and self.way.side != "stock":  # trl as it comes computes it on the way
             self.compute_reference()
         self.trainer.train()
         steps, size = self.trainer.state.global_step, self.work.settings.batch_size
@@ -370,11 +353,10 @@ def compare(
     found = side_by_side(name, what, "pairs/s", sides, rounds)
     return {
         **found,
-        "ways": {side: dataclasses.asdict(own.way) for side, own in sides.items()},
-        "tried": [dataclasses.asdict(way) | {"rate": rate} for rate, way in tried],
+        "ways": {side: asdict(own.way) for side, own in sides.items()},
+        "tried": [asdict(way) | {"rate": rate} for rate, way in tried],
         "positions": {side: own.positions() for side, own in sides.items()}
         | {"useful": sum(row["length"] for row in work.rows)},
-        "reference seconds": {side: own.reference_seconds for side, own in sides.items() if own.knows_reference},
         "peak GB": {side: own.peak_gb for side, own in sides.items()},
         **same,
     }
@@ -431,43 +413,18 @@ def lora_bench(
 # Memory of a process
 
 
-def peak_mb() -> float:
-    "Return the most memory of this process that was resident, in MB."
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def measure_memory(spec: dict) -> dict:
-    "Train one side of DPO in this process, which should be new. spec: as memory_bench makes it."
+def measure_memory(backbone: str, dtype: str, profile: str, settings: dict, way: dict) -> dict:
+    "Train one side of DPO in this process, which should be new."
     import trl.trainer.dpo_trainer  # noqa: F401, so that it counts as loaded
 
-    weights = find_weights(spec["backbone"])
-    load = functools.partial(load_causal_lm, weights, spec["dtype"])
+    weights, own = find_weights(backbone), restore(DpoSettings, settings)
+    load = functools.partial(load_causal_lm, weights, dtype)
     tokenizer, first = load_tokenizer(weights), [load()]
-    loaded = peak_mb()
-    settings = restore(DpoSettings, spec["settings"])
-    pairs = made_pairs(tokenizer, settings.batch_size, spec["profile"])
-    work = Work("policy", lambda: first.pop() if first else load(), tokenizer, pairs, settings)
-    side = Side(work, Way(**spec["way"]))
+    loaded, pairs = peak_mb(), made_pairs(tokenizer, own.batch_size, profile)
+    side = Side(Work("policy", lambda: first.pop() if first else load(), tokenizer, pairs, own), Way(**way))
     side.reference = None  # as after a training's start
     side.trainer.train()
     return {"loaded_mb": loaded, "peak_mb": peak_mb(), "steps": side.trainer.state.global_step}
-
-
-def child_memory(spec: dict) -> dict:
-    "Measure in a new process."
-    code = "import json, sys, bench_training as own\n"
-    code += "print('\\n' + json.dumps(own.measure_memory(json.loads(sys.argv[1]))))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", code, json.dumps(spec)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{spec['way']} ended with {done.returncode}: {done.stderr[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory_bench(backbone: str, trained: list[dict], settings: DpoSettings | None = None, dtype: str = "auto"):
@@ -476,24 +433,13 @@ def memory_bench(backbone: str, trained: list[dict], settings: DpoSettings | Non
     trained: of lora_bench, whose ways are taken. Returns rows; a ratio is the other side's peak to ours."""
     found, settings = [], settings or demo_settings("policy")
     for row in trained:
-        spec = {"backbone": backbone, "dtype": dtype, "profile": row["label"].partition("'")[0]}
-        spec |= {"settings": dataclasses.asdict(settings)}
-        sides = {side: child_memory(spec | {"way": way}) for side, way in row["ways"].items()}
+        order = dict(backbone=backbone, dtype=dtype, profile=row["label"].partition("'")[0])
+        measure = functools.partial(in_child, "bench_training.measure_memory", settings=asdict(settings), **order)
+        sides = {side: measure(way=way) for side, way in row["ways"].items()}
         peaks = {side: own["peak_mb"] for side, own in sides.items()}
-        found.append(
-            {
-                "label": row["label"],
-                **peaks,
-                "ratio": peaks["theirs"] / peaks["ours"],
-                "stock ratio": peaks["stock"] / peaks["ours"],
-                "growth": {side: own["peak_mb"] - own["loaded_mb"] for side, own in sides.items()},
-                "sides": sides,
-                "unit": "MB",
-                "device": device_name(),
-                "what": f"peak memory of a process: {row['what']}",
-                "date": time.strftime("%Y-%m-%d"),
-            }
-        )
+        ratios = {"ratio": peaks["theirs"] / peaks["ours"], "stock ratio": peaks["stock"] / peaks["ours"]}
+        own = {"label": row["label"], **peaks, **ratios, "sides": sides}
+        found.append(keep("policy_memory", own, f"peak memory of a process: {row['what']}", "MB"))
     return keep_rows("policy_memory", found)
 
 
@@ -535,37 +481,6 @@ def step_optimiser(model, learning_rate: float):
     return torch.optim.SGD(model.parameters(), lr=learning_rate)
 
 
-def model_flops(config, tokens: int, attended: int) -> float:
-    """Count the operations of training every weight of a model built like Llama; embeddings cost nothing.
-
-    tokens: computed; attended: pairs of query and key."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.hidden_size * size * (config.num_attention_heads + config.num_key_value_heads)  # q, o; k, v
-    weights = attention + 3 * config.hidden_size * config.intermediate_size  # gate, up, down
-    return 3.0 * config.num_hidden_layers * (2 * weights * tokens + 4 * config.num_attention_heads * size * attended)
-
-
-def useful_work(rows: list[dict]) -> tuple[int, int]:
-    "Count tokens, and pairs of query and key, that pairs need: prompts once, no padding, causal attention."
-    tokens = attended = 0
-    for row in rows:
-        texts = row["chosen_ids"], row["rejected_ids"]
-        shared = common_prefix(texts)
-        tokens += sum(map(len, texts)) - shared
-        attended += sum(len(text) * (len(text) + 1) for text in texts) // 2 - shared * (shared + 1) // 2
-    return tokens, attended
-
-
-def work_flops(kind: Kind, config, rows: list[dict]) -> float:
-    "Count the operations of training every weight on pairs, for DPO with its reference."
-    if kind == "reward":
-        return model_flops(config, *useful_work(rows))
-    texts = [{part: row["prompt_ids"] + row[part] for part in ("chosen_ids", "rejected_ids")} for row in rows]
-    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    training = model_flops(config, *useful_work(texts)) + 3 * 2.0 * config.hidden_size * config.vocab_size * answers
-    return training * 4 / 3  # three parts for the policy's two directions, one for the reference
-
-
 def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
     "Measure how fast the device multiplies square matrices of a size: operations/s, the best of several."
     import torch
@@ -596,7 +511,7 @@ def shape_bench(
     """Measure full training of a shape: pairs/s, share of the machine's own rate, memory.
 
     pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate; model: of
-    this shape; None makes one."""
+    this shape; None makes one. Counted are 6 operations a weight and useful token, 2 more for DPO's reference."""
     import torch
 
     tokenizer = load_tokenizer(find_weights("random-tiny"))
@@ -612,18 +527,11 @@ def shape_bench(
     )
     more = dict(strategies=STRATEGIES, optimiser=optimiser)
     found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, **more)
-    each, most = work_flops(kind, model.config, work.rows) / pairs, matmul_rate(torch.bfloat16, matmul)
-    found |= {"FLOP a pair": each, "matmul FLOP/s": most, "parameters": sum(p.numel() for p in model.parameters())}
-    return {"label": name, **found, "share": {side: found[side] * each / most for side in ("ours", "theirs")}}
-
-
-def keep_gpu(found: dict, kind: Kind) -> Path:
-    "Put a measurement into the dated file of its device; it replaces one of the same label of the same day."
-    device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-    path = project_root() / "tests" / "bench" / "gpu" / f"{kind}_{device}_{found['date']}.json"
-    rows = [row for row in (read_json(path)["rows"] if path.is_file() else []) if row["label"] != found["label"]]
-    write_json(path, {"device": found["device"], "date": found["date"], "rows": [*rows, found]})
-    return path
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    each = (6 if kind == "reward" else 8) * weights * found["positions"]["useful"] / pairs
+    most = matmul_rate(torch.bfloat16, matmul)
+    shares = {side: found[side] * each / most for side in ("ours", "theirs")}
+    return {"label": name, **found, "FLOP a pair": each, "matmul FLOP/s": most, "share": shares}
 
 
 def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpointing: bool, also=None) -> list[dict]:
@@ -639,9 +547,8 @@ def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpoint
         model = random_model(kind, SHAPES[name], tokenizer)
         own = [also(name, model, tokenizer, rounds)] if also else []
         own.append(shape_bench(kind, name, SHAPES[name], rounds, pairs, checkpointing, model=model))
-        for row in own:
-            keep_gpu(row, kind)
         found += own
+        keep_rows(f"{kind}_gpu", found)
         del model
         torch.cuda.empty_cache()
     return found

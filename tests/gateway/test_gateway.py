@@ -1,4 +1,4 @@
-"""The gateway against a server that answers, stalls, refuses and lies: nothing asked twice, nothing overspent, nothing leaked."""
+"""The gateway against a server that answers, stalls, refuses and lies: nothing asked twice, nothing overspent."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from psycopref.models.chat import ChatReply, ChatRequest, Failure, FreeModel
 from psycopref.core.stages import Run
 from psycopref.gateway.gateway import Gateway, chat_model, open_gateway
 from psycopref.models.generation import Decoding
-from psycopref.gateway.servers import OpenAIModel, prices
+from psycopref.gateway.servers import OpenAIModel
 
 from raw_server import ask, error, good, open_model
 from refusals import one_line
@@ -52,74 +52,23 @@ def test_an_answer_with_its_counts(server, gateway):
     assert sent["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
-def test_replies_stand_in_the_order_of_the_requests(server, gateway):
-    async def behave(text):
-        while text == "0" and "9" not in server.log:  # the first is answered last
-            await asyncio.sleep(0.005)
-        return good(f"re: {text}")
-
-    server.behave = lambda text, attempt: behave(text)
-    asked = [ask(str(n % 10)) for n in range(20)]
-    assert [r.text for r in gateway.ask(open_model(server), asked)] == [f"re: {n % 10}" for n in range(20)]
-    assert sorted(server.log) == [str(n) for n in range(10)], "a repeated question is asked once"
+# ---- what is kept ----
 
 
-def test_after_a_refusal_the_same_model_can_ask_again(server, gateway):
-    model = open_model(server)
-    server.behave = lambda text, attempt: error(401) if text == "3" else good(f"re: {text}")
-    one_line(lambda: gateway.ask(model, [ask(str(n)) for n in range(5)]))
-    server.behave = lambda text, attempt: good(f"re: {text}")
-    assert [r.text for r in gateway.ask(model, [ask(str(n)) for n in range(5)])] == [f"re: {n}" for n in range(5)]
-
-
-# ---- concurrency ----
-
-
-def test_calls_are_in_flight_together_and_never_too_many(server, gateway):
-    async def behave(text):
-        while server.log.index(text) >= len(server.log) // 4 * 4:  # each waits for three others
-            await asyncio.sleep(0.005)
-        return good(f"re: {text}")
-
-    server.behave = lambda text, attempt: behave(text)
-    replies = gateway.ask(open_model(server, 1, 30, concurrency=4), [ask(str(n)) for n in range(40)])
-    assert [r.text for r in replies] == [f"re: {n}" for n in range(40)] and server.most == 4
-
-
-# ---- nothing twice ----
-
-
-def test_nothing_is_asked_twice(server, gateway):
-    asked = [ask(str(n % 30)) for n in range(60)]
-    first = gateway.ask(open_model(server), asked[:20])
-    later = again(gateway)
-    everything = later.ask(open_model(server), asked)
-    assert everything[:20] == first and sorted(server.log) == sorted({str(n % 30) for n in range(60)})
-    assert again(later).ask(open_model(server), asked) == everything and len(server.log) == 30
-    assert later.counts[server.uri]["calls"] == 10 and later.counts[server.uri]["cached"] == 50
-
-
-def test_another_model_seed_schema_or_history_is_another_question(server, gateway):
-    asked = [ask(), ask(decoding=Decoding(seed=1)), ask(decoding=Decoding(max_tokens=9)), ask(schema={"type": "object"}),
-             ChatRequest(({"role": "system", "content": "s"}, {"role": "user", "content": "Hello"}))]  # fmt: skip
-    gateway.ask(open_model(server), asked)
-    assert len(server.log) == 5
-    gateway.ask(chat_model(server.uri.replace("some/model", "other"), max_retries=0), [ask()])
-    assert len(server.log) == 6 and server.bodies[-1]["model"] == "other"
+def test_another_model_question_history_seed_or_schema_is_another_key():
+    asked = [
+        ask(),
+        ask("Bye"),
+        ask(decoding=Decoding(seed=1)),
+        ask(decoding=Decoding(9)),
+        ask(schema={"type": "object"}),
+    ]
+    asked += [ChatRequest(({"role": "system", "content": "s"}, *ask().messages))]
+    assert len({request.key(identity) for request in asked for identity in ("a", "b")}) == 2 * len(asked)
+    assert ask().key("a") == ChatRequest(({"content": "Hello", "role": "user"},)).key("a"), "in whatever order"
 
 
 texts = st.text(max_size=20)
-
-
-@few
-@given(texts, texts, st.integers(1, 99), st.integers(1, 99))
-def test_keys_tell_questions_apart(first, second, short, long):
-    keys = {ask(t, decoding=Decoding(n)).key(i) for t in {first, second} for n in {short, long} for i in ("a", "b")}
-    assert len(keys) == len({first, second}) * len({short, long}) * 2
-    swapped = ChatRequest(({"content": first, "role": "user"},))
-    assert ask(first).key("a") == swapped.key("a"), "the order of keys says nothing"
-
-
 kept_replies = st.builds(ChatReply, texts, st.sampled_from(["stop", "length"]), st.integers(0, 9), st.integers(0, 9))
 
 
@@ -135,43 +84,23 @@ def test_the_cache_gives_back_what_was_put(tmp_path_factory, replies):
     cache.db.close()
 
 
-NO_CACHE = {"text": b"not a database, but long enough to look at" * 20, "header": b"SQLite format 3\0" + b"\xff" * 4096}
+DAMAGED = {
+    "no database": lambda old: b"not a database, but long enough to look at" * 20,
+    "only a header": lambda old: b"SQLite format 3\0" + b"\xff" * 4096,
+    "further in": lambda old: old[:4096] + b"\xff" * (len(old) - 4096),
+}
 
 
-@pytest.mark.parametrize("content", NO_CACHE.values(), ids=NO_CACHE)
-def test_a_file_that_is_no_cache_is_one_line(tmp_path, content):
-    (tmp_path / "replies.sqlite").write_bytes(content)
-    assert "replies.sqlite" in one_line(lambda: ReplyCache(tmp_path / "replies.sqlite").get(["a"]))
-    assert (tmp_path / "replies.sqlite").read_bytes() == content, "it may hold somebody's paid replies"
-
-
-def test_a_cache_damaged_further_in_is_one_line(tmp_path):
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_cache_is_one_line_and_stays(tmp_path, damage):
     path = tmp_path / "replies.sqlite"
     cache = ReplyCache(path)
     cache.put({str(n): ChatReply("x" * 300) for n in range(200)})
     cache.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    cache.db.close()
-    content = path.read_bytes()
-    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    cache.close()
+    path.write_bytes(content := DAMAGED[damage](path.read_bytes()))
     assert "replies.sqlite" in one_line(lambda: ReplyCache(path).get([str(n) for n in range(200)]))
-
-
-def test_a_disk_that_is_too_full_for_replies_is_one_line_and_keeps_what_fitted(gateway):
-    class Long(FreeModel):
-        uri = identity = label = "long"
-
-        async def answer(self, requests):
-            return [ChatReply("x" * 3000) for _ in requests]
-
-    asked, model = [ask(str(n)) for n in range(60)], Long()
-    gateway.cache.db.execute("PRAGMA max_page_count = 20")
-    message = one_line(lambda: gateway.ask(model, asked))
-    assert "replies.sqlite" in message and "full" in message
-    kept = again(gateway).cache.get([request.key("long") for request in asked])
-    assert 5 < len(kept) < 60 and all(reply == ChatReply("x" * 3000) for reply in kept.values())
-
-
-# ---- interruptions ----
+    assert path.read_bytes() == content, "it may hold somebody's paid replies"
 
 
 def test_what_was_finished_before_an_error_is_kept(server, gateway):
@@ -180,8 +109,7 @@ def test_what_was_finished_before_an_error_is_kept(server, gateway):
     one_line(lambda: gateway.ask(model, [ask(str(n)) for n in range(40)]))
     assert server.log == [str(n) for n in range(13)], "nothing is sent after the error"
     server.behave = lambda text, attempt: good(f"re: {text}")
-    later = again(gateway)
-    replies = later.ask(open_model(server), [ask(str(n)) for n in range(40)])
+    replies = again(gateway).ask(model, [ask(str(n)) for n in range(40)])
     assert [reply.text for reply in replies] == [f"re: {n}" for n in range(40)]
     assert sorted(server.log) == sorted([*map(str, range(40)), "12"]), "only the refused call was asked again"
 
@@ -195,79 +123,34 @@ def priced(server, concurrency=None):
     return open_model(server, concurrency=concurrency, price=PRICE)
 
 
-def bill(server) -> float:
-    """What the server would charge for all it was asked, at most."""
-    return sum(0.01 * len(b["messages"][-1]["content"].encode()) + b["max_completion_tokens"] for b in server.bodies)
+def two_tokens(text):
+    return ask(text, decoding=Decoding(max_tokens=2))
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
-def test_a_cap_is_used_up_before_it_stops_the_run(server, tmp_path, concurrency):
-    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 40.3)  # 20 calls of 2.01
-    server.behave = lambda text, attempt: good(f"re: {text}", usage=(1, 2))
-    model = priced(server, concurrency)
-    asked = [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(26)]
-    one_line(lambda: gateway.ask(model, asked))
-    assert bill(server) <= 40.3
-    kept = gateway.cache.get([request.key(model.identity) for request in asked])
-    assert len(kept) == len(server.log) == 20 and gateway.spent == pytest.approx(20 * 2.01)
-
-
-def test_a_call_that_was_paid_is_never_asked_again(server, tmp_path):
-    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 40.3)
-
-    async def behave(text):
-        while len(server.log) < 19:  # as many as the cap allows to be in flight together
-            await asyncio.sleep(0.005)
-        return good(f"re: {text}", usage=(1, 2))
-
-    server.behave = lambda text, attempt: behave(text)
-    asked = [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(26)]
-    one_line(lambda: gateway.ask(priced(server), asked))
-    kept = len(gateway.cache.get([request.key(priced(server).identity) for request in asked]))
-    assert kept == 20, "what the cap allows is answered and kept"
-    assert len(again(gateway, 100.0).ask(priced(server), asked)) == 26
-    assert len(server.log) == len(set(server.log)) == 26
-
-
-def test_what_is_cheaper_than_feared_leaves_room(server, tmp_path):
-    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 30.0)  # feared: 10.01 for each call; real: 1.01
-    server.behave = lambda text, attempt: good(f"re: {text}", usage=(1, 1))
-    model = priced(server, 1)
-    replies = gateway.ask(model, [ask(chr(65 + n), decoding=Decoding(max_tokens=10)) for n in range(20)])
-    assert len(replies) == 20
-    assert gateway.spent == pytest.approx(20.2) and gateway.counts[server.uri]["usd"] == pytest.approx(20.2)
-
-
-@pytest.mark.parametrize("finish_reason, content", [("length", None), ("content_filter", "half"), ("stop", "")])
-def test_an_answer_without_text_costs_what_it_cost(server, tmp_path, finish_reason, content):
-    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 10.0)
-    choices = [{"finish_reason": finish_reason, "message": {"content": content}}]
-    server.behave = lambda text, attempt: good(usage=(1, 2), choices=choices)  # the tokens went into thoughts
-    model = priced(server, 1)
-    one_line(lambda: gateway.ask(model, [ask(chr(65 + n), decoding=Decoding(max_tokens=2)) for n in range(20)]))
-    assert len(server.log) == 4 and gateway.spent == pytest.approx(4 * 2.01)
+@pytest.mark.parametrize("said, n", [(2, 20), (1, 38)], ids=["as dear as feared", "cheaper"])
+def test_a_cap_is_used_up_and_what_was_paid_is_never_asked_again(server, tmp_path, concurrency, said, n):
+    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 40.3)  # 2.01 is feared for each call
+    server.behave = lambda text, attempt: good(f"re: {text}", usage=(1, said))
+    asked = [two_tokens(chr(65 + i)) for i in range(50)]
+    assert "budget" in one_line(lambda: gateway.ask(priced(server, concurrency), asked))
+    assert len(server.log) == n and gateway.spent == pytest.approx(n * (0.01 + said))
+    later = again(gateway, 1000.0)
+    replies = later.ask(priced(server), asked)
+    assert [reply.text for reply in replies] == [f"re: {chr(65 + i)}" for i in range(50)]
+    assert again(later).ask(priced(server), asked) == replies, "without a budget, since it costs nothing"
+    assert len(server.log) == len(set(server.log)) == 50
 
 
 def test_the_stages_of_a_run_share_one_budget(server):
-    first = open_gateway(Run("example"), 10.0)
     server.behave = lambda text, attempt: good(usage=(1, 2))
-    first.ask(priced(server), [ask(letter, decoding=Decoding(max_tokens=2)) for letter in "ABC"])
-    assert first.spent == pytest.approx(3 * 2.01)
+    open_gateway(Run("example"), 10.0).ask(priced(server), [two_tokens(letter) for letter in "ABC"])
     second = open_gateway(Run("example"), 10.0)
-    one_line(lambda: second.ask(priced(server), [ask(letter, decoding=Decoding(max_tokens=2)) for letter in "DEFG"]))
-    assert bill(server) <= 10.0, "each stage spent as if it were the first"
+    assert second.spent == pytest.approx(3 * 2.01)
+    one_line(lambda: second.ask(priced(server), [two_tokens(letter) for letter in "DEFG"]))
+    assert len(server.log) == 4, "each stage spent as if it were the first"
     other = open_gateway(Run("another"), 10.0)
-    assert other.spent == 0
-    assert isinstance(other.ask(priced(server), [ask("H", decoding=Decoding(max_tokens=2))])[0], ChatReply)
-
-
-def test_cached_replies_cost_nothing(server, tmp_path):
-    gateway = Gateway(ReplyCache(tmp_path / "replies.sqlite"), 10.0)
-    gateway.ask(priced(server), [ask(decoding=Decoding(max_tokens=2))])
-    assert gateway.spent > 0
-    later = again(gateway, 0.0)
-    [reply] = later.ask(priced(server), [ask(decoding=Decoding(max_tokens=2))])
-    assert isinstance(reply, ChatReply) and later.spent == 0
+    assert other.spent == 0 and isinstance(other.ask(priced(server), [two_tokens("H")])[0], ChatReply)
 
 
 @few
@@ -278,22 +161,9 @@ def test_a_reply_never_costs_more_than_was_reserved(text, max_tokens, used):
     assert model.cost(reply) <= model.most(ask(text, decoding=Decoding(max_tokens))) + 1e-12
 
 
-def test_prices_are_dated_and_positive():
-    table = prices()
-    assert table["as_of"][:2] == "20" and all(p["input"] > 0 and p["output"] > 0 for p in table["models"].values())
-
-
-# ---- the key ----
-
-
-def test_no_key_is_one_line(gateway):
-    assert "OPENAI_API_KEY" in one_line(lambda: Gateway(gateway.cache, 100.0).ask(chat_model("openai:gpt-4o"), [ask()]))
-
-
 # ---- names ----
 
-
-BAD = "|:|gpt-4o|openai:|opnai:gpt-4o|rules:|rules:rubik|openai:gpt-17|local:|local:./nowhere".split("|")
+BAD = "|:|gpt-4o|openai:|opnai:gpt-4o|rules:|rules:rubik|openai:gpt-17|batch:gpt-17|local:|local:./nowhere".split("|")
 
 
 @pytest.mark.parametrize("uri", BAD)
@@ -301,12 +171,9 @@ def test_a_bad_uri_is_one_line(uri):
     one_line(lambda: chat_model(uri))
 
 
-def test_a_local_model_answers_each_in_its_place_and_once(gateway, monkeypatch):
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model = chat_model("local:random-tiny", dtype="float32")
+def test_a_local_model_answers_each_in_its_place_and_once(gateway, monkeypatch, one_thread):
+    model, half = (chat_model("local:random-tiny", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert model.identity != half.identity, "their answers differ, so one must not be served for the other"
     asked = [ask("word " * (n % 5 + 1) + str(n), decoding=Decoding(max_tokens=4)) for n in range(7)]
     replies = gateway.ask(model, asked)
     caches = [ReplyCache(gateway.cache.path.with_name(f"{n}.sqlite")) for n in range(len(asked))]
@@ -314,28 +181,19 @@ def test_a_local_model_answers_each_in_its_place_and_once(gateway, monkeypatch):
     assert replies == alone and all(0 <= r.completion_tokens <= 4 < r.prompt_tokens for r in replies)
     monkeypatch.setattr(model, "answer", None)
     assert again(gateway).ask(model, asked) == replies
-    torch.set_num_threads(threads)
-
-
-def test_the_name_of_a_local_model_in_the_cache_changes_with_its_dtype():
-    single, half = (chat_model("local:random-tiny", dtype=dtype) for dtype in ("float32", "bfloat16"))
-    assert single.identity != half.identity, "their answers differ, so one must not be served for the other"
 
 
 # ---- record, replay, live ----
 
 
 def test_replay_answers_from_the_cache_and_asks_nobody(server, gateway):
-    asked = [ask(f"question {n}") for n in range(5)]
-    model = chat_model(server.uri)
+    asked, model = [ask(f"question {n}") for n in range(5)], chat_model(server.uri)
     recorded = gateway.ask(model, asked)
-    seen = len(server.log)
     replayed = Gateway(ReplyCache(gateway.cache.path), calls="replay")
-    assert replayed.ask(chat_model(server.uri), asked[::-1]) == recorded[::-1] and len(server.log) == seen
-    message = one_line(lambda: replayed.ask(chat_model(server.uri), [*asked, ask("question 5"), ask("question 6")]))
+    message = one_line(lambda: replayed.ask(model, [*asked, ask("question 5"), ask("question 6")]))
     assert "2 of 7" in message and "question 5" in message and "PSYCOPREF_CALLS=record" in message
-    assert len(server.log) == seen
-    assert replayed.ask(chat_model(server.uri), asked) == recorded, "a refusal spoils nothing"
+    assert replayed.ask(model, asked[::-1]) == recorded[::-1], "a refusal spoils nothing"
+    assert len(server.log) == 5
 
 
 def test_live_asks_again_and_keeps_the_newer_answer(server, gateway):
@@ -343,16 +201,15 @@ def test_live_asks_again_and_keeps_the_newer_answer(server, gateway):
     server.behave = lambda text, attempt: good(f"answer {attempt}")
     assert gateway.ask(model, [ask("Hello")])[0].text == "answer 0"
     live = Gateway(ReplyCache(gateway.cache.path), calls="live")
-    assert live.ask(chat_model(server.uri), [ask("Hello"), ask("Hello")])[0].text == "answer 1"
-    assert len(server.log) == 2, "asked again, but once"
-    assert Gateway(ReplyCache(gateway.cache.path)).ask(chat_model(server.uri), [ask("Hello")])[0].text == "answer 1"
+    assert live.ask(model, [ask("Hello"), ask("Hello")])[0].text == "answer 1" and len(server.log) == 2, "but once"
+    assert again(live).ask(model, [ask("Hello")])[0].text == "answer 1"
 
 
-@pytest.mark.parametrize("way", ["record", "replay", "live"])
-def test_the_way_of_calling_comes_from_the_environment(monkeypatch, way):
-    monkeypatch.setenv("PSYCOPREF_CALLS", way)
-    assert open_gateway(Run("example")).calls == way
-    monkeypatch.setenv("PSYCOPREF_CALLS", way + "ed")
+def test_the_way_of_calling_comes_from_the_environment(monkeypatch):
+    for way in ("record", "replay", "live"):
+        monkeypatch.setenv("PSYCOPREF_CALLS", way)
+        assert open_gateway(Run("example")).calls == way
+    monkeypatch.setenv("PSYCOPREF_CALLS", "recorded")
     assert "record, replay or live" in one_line(lambda: open_gateway(Run("example")))
 
 
@@ -422,7 +279,7 @@ class Chancy(FreeModel):
     attempts, price, worth = 5, 0.0, 0.0
 
     def __init__(self, faults=lambda text: 0, wait=lambda text: 0.0, **options):
-        self.faults, self.wait, self.log, self.done, self.groups_seen = faults, wait, [], [], []
+        self.faults, self.wait, self.log, self.done = faults, wait, [], []
         vars(self).update(options)
 
     async def answer(self, requests):
@@ -571,13 +428,6 @@ def test_a_call_that_fails_is_not_repeated_for_each_time_it_stands_in_a_block(ga
     assert sorted(model.log) == ["a", "b", "bad", "c", "d"]
 
 
-def test_a_notebook_whose_loop_runs_can_ask(gateway, no_thread_left):
-    async def cell():
-        return gateway.ask(Chancy(), [ask("a")])
-
-    assert asyncio.run(cell())[0].text == "re: a"
-
-
 def test_one_stream_at_a_time(gateway, no_thread_left):
     first = gateway.stream(Chancy(), ([ask(f"{b}")] for b in range(9)))
     next(first)
@@ -588,57 +438,38 @@ def test_one_stream_at_a_time(gateway, no_thread_left):
 
 
 @few
-@given(
-    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=14), min_size=1, max_size=4),
-    st.randoms(use_true_random=False),
-)
-def test_a_model_that_answers_in_groups_gets_the_same_groups_whatever_is_known(tmp_path_factory, numbers, chance):
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=14), min_size=1, max_size=4),
+       st.sets(st.integers(1, 40)), st.booleans())  # fmt: skip
+def test_a_model_that_groups_sees_each_block_whole_or_what_is_missing_of_it(tmp_path_factory, numbers, known, whole):
     class Grouped(Chancy):
-        look, whole, concurrency = None, True, 2
+        look, concurrency = None, 2
 
         def groups(self, requests):
             order = sorted(range(len(requests)), key=lambda i: (len(requests[i].messages[0]["content"]), i))
-            self.groups_seen.append([request.messages[0]["content"] for request in requests])
+            self.seen.append([request.messages[0]["content"] for request in requests])
             return [order[i : i + 3] for i in range(0, len(order), 3)]
 
         async def answer(self, requests):
             self.answered.append(tuple(request.messages[0]["content"] for request in requests))
             return await super().answer(requests)
 
-    blocks = [[ask("x" * n) for n in block] for block in numbers]
-    unique = [list(dict.fromkeys("x" * n for n in block)) for block in numbers]
-    groups = [(block, Grouped().groups([ask(text) for text in block])) for block in unique]
-    expected = {tuple(block[i] for i in group) for block, found in groups for group in found}
+    expected, shown, known = [], set(), {"x" * n for n in known}
+    for block in ([*dict.fromkeys("x" * n for n in block)] for block in numbers):
+        expected.append(block if whole else [text for text in block if text not in known | shown])
+        shown |= set(block)
     gateway = Gateway(ReplyCache(tmp_path_factory.mktemp("cache") / "replies.sqlite"))
-    known = {n: chance.random() < 0.5 for n in range(1, 41)}
-    gateway.cache.put({ask("x" * n).key("chancy"): ChatReply(f"kept {n}") for n in known if known[n]})
-    model = Grouped(answered=[])
-    found = list(gateway.stream(model, iter(blocks)))
-    assert model.groups_seen == unique, "a whole block, each request once, known or not"
-    assert set(model.answered) <= expected, "a group is answered as a whole"
-    missing = {"x" * n for block in numbers for n in block if not known[n]}
-    assert missing <= set(model.log), "and only where something is missing"
-    assert all(missing & set(group) for group in model.answered)
-    assert all(isinstance(reply, ChatReply) for replies in found for reply in replies)
-    assert [len(replies) for replies in found] == list(map(len, numbers))
+    gateway.cache.put({ask(text).key("chancy"): ChatReply("kept") for text in known})
+    model = Grouped(answered=[], seen=[], whole=whole)
+    found = list(gateway.stream(model, ([ask("x" * n) for n in block] for block in numbers)))
+    seen, missing = list(model.seen), shown - known
+    groups = [(block, model.groups([*map(ask, block)])) for block in expected]
+    assert seen == expected, "each request once"
+    assert set(model.answered) <= {tuple(block[i] for i in group) for block, own in groups for group in own}
+    assert set(model.log) >= missing and all(missing & set(group) for group in model.answered), "no group in vain"
+    assert [[isinstance(reply, ChatReply) for reply in replies] for replies in found] == [
+        [True] * len(b) for b in numbers
+    ]
     gateway.cache.close()
-
-
-def test_a_model_that_looks_at_blocks_sees_what_is_missing_of_a_whole_one(gateway):
-    class Looking(Chancy):
-        look = None
-
-        def groups(self, requests):
-            self.groups_seen.append(len(requests))
-            return [list(range(len(requests)))]
-
-    model = Looking()
-    gateway.ask(Chancy(), [ask(str(n)) for n in range(0, 200, 2)])
-    blocks = [range(200), range(100, 300)]
-    found = list(gateway.stream(model, ([ask(str(n)) for n in block] for block in blocks)))
-    assert model.groups_seen == [100, 100]
-    assert sorted(model.log) == sorted(str(n) for n in range(300) if n % 2 or n >= 200)
-    assert [[reply.text for reply in replies] for replies in found] == [[f"re: {n}" for n in block] for block in blocks]
 
 
 def test_a_stream_on_a_full_disk_ends_in_one_line(gateway, no_thread_left):
@@ -700,7 +531,8 @@ from psycopref.models.chat import ChatRequest
 from psycopref.gateway.gateway import Gateway, chat_model
 
 gateway = Gateway(ReplyCache(Path(sys.argv[1])))
-reader = gateway.stream(chat_model("rules:phrases"), ([ChatRequest(({"role": "user", "content": str(b)},))] for b in itertools.count()))
+blocks = ([ChatRequest(({"role": "user", "content": str(b)},))] for b in itertools.count())
+reader = gateway.stream(chat_model("rules:phrases"), blocks)
 next(reader)
 time.sleep(0.3)  # until it has read as far ahead as it may
 raise SystemExit(7)

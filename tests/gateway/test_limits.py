@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycopref.core.settings import StudyError
-from psycopref.gateway.limits import (
-    FAST_SECONDS,
-    FIRST_PAUSE,
-    LONGEST_AFTER,
-    LONGEST_PAUSE,
-    AdaptiveLimit,
-    Budget,
-    pause,
-)
+from psycopref.gateway.limits import FAST_SECONDS, AdaptiveLimit, Budget, pause
 
 some = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -174,14 +166,9 @@ def test_a_budget_loses_nothing_to_rounding():
 # ---- pauses ----
 
 
-@some
-@given(st.integers(1, 200), st.one_of(st.none(), st.floats(), st.floats(0, 600)))
-def test_a_pause_is_bounded(attempt, after):
-    obeyed = after is not None and 0 < after <= LONGEST_AFTER
-    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
-    low, high = (after, 1.25 * after) if obeyed else (longest / 2, longest)
-    assert all(low <= pause(attempt, after) <= high for _ in range(20))
-
-
 def test_pauses_are_spread_so_that_calls_do_not_come_back_as_one():
-    assert len({pause(3) for _ in range(50)}) > 40 < len({pause(3, 2.0) for _ in range(50)})
+    for bounds, pauses in (
+        ((1.0, 2.0), {pause(3) for _ in range(50)}),
+        ((2.0, 2.5), {pause(3, 2.0) for _ in range(50)}),
+    ):
+        assert len(pauses) > 40 and bounds[0] <= min(pauses) <= max(pauses) <= bounds[1]

@@ -1,4 +1,4 @@
-"""The screen by words: floors on written cases by flag and half, what takes a phrase back, pointers, counts, and the crisis slice."""
+"""The screen by words: floors on written cases, what takes a phrase back, pointers, counts, and the crisis slice."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import one_line
 
 from psycopref.rater.safety_screen import CRISIS_TOPIC, FLAGS, crisis_speeches, crisis_table, flagged_examples, pointers
 from psycopref.rater.safety_screen import screen, screen_answers, screen_cases, screen_quality, screen_table, statements
@@ -30,6 +29,7 @@ def test_every_flag_has_enough_cases_of_both_kinds():
     assert set(counted.index.get_level_values(0)) == set(FLAGS) and (counted >= 30).all()
     assert pd.DataFrame(CASES).groupby(["flag", "flagged", "set"]).size().min() >= 15
     assert len({(found["flag"], found["response"]) for found in CASES}) == len(CASES)
+    assert {tuple(found) for found in CASES} == {("flag", "crisis", "response", "flagged", "set")}
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -53,12 +53,6 @@ def test_quality_does_not_depend_on_order_and_leaves_empty_shares_empty(quality)
     only = screen_quality([one]).set_index(["flag", "set"])
     assert only.loc["means", "develop"].precision is None and only.loc["means", "develop"].recall is None
     assert only.loc["human", "develop"].n == 0
-
-
-@pytest.mark.parametrize("change", [{"flag": "rude"}, {"set": "test"}, {"more": 1}])
-def test_broken_case_lines_are_refused(tmp_path, change):
-    pd.Series([CASES[0], dict(CASES[0], **change)]).to_json(tmp_path / "cases.jsonl", orient="records", lines=True)
-    assert "cases.jsonl, case 2: found" in one_line(lambda: screen_cases(tmp_path / "cases.jsonl"))
 
 
 def test_idioms_of_care_are_no_means_and_their_look_alikes_are():

@@ -1,7 +1,7 @@
-"""A model server of the tests' own: chat completions and batches by OpenAI's protocol, on the loopback address, in a process of its own.
+"""A model server of the tests' own: chat completions and batches by OpenAI's protocol, in a process of its own.
 
-It outlives the client that it answers, and notes what was asked and what was answered. So a test can kill a client at any moment
-and see afterwards what was paid for twice. Replies follow from the hash of what was asked: nothing is random, nothing is learnt.
+It outlives the client that it answers, and notes what was asked and what was answered. So a test can kill a client at
+any moment and see afterwards what was paid for twice. Replies follow from the hash of what was asked.
 A batch misbehaves by the name of its model, up to a hyphen:
 flaky: a third of the lines new to the server end with status 500; asked again, they are answered
 expired, cancelled: half of the lines new to the server are left; asked again, they are answered

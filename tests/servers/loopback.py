@@ -1,4 +1,4 @@
-"""What the tests of fetching and of sources share: servers and a hub on the loopback address, and the look of a refusal."""
+"""What the tests of fetching and of sources share: servers and a hub on the loopback address."""
 
 import contextlib
 import http.server
@@ -9,22 +9,13 @@ import subprocess
 import sys
 import threading
 
-import pytest
-
 from psycopref.corpus import fetching
-from psycopref.core.settings import StudyError
+
+from refusals import one_line  # noqa: F401, for those who test fetching
 
 BODY = ("Context,Response\n" + "".join(f"I count the stairs {n} times.,Tell me more.\n" for n in range(4000))).encode()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LATER = "89abcdef0123456789abcdef0123456789abcdef"
-
-
-def one_line(action) -> str:
-    with pytest.raises(StudyError) as error:
-        action()
-    message = str(error.value)
-    assert "\n" not in message and 20 < len(message) < 900
-    return message
 
 
 def open_loopback(tmp_path, monkeypatch):
@@ -39,7 +30,7 @@ def open_loopback(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def serve(answer):
-    """Answer requests on a loopback port: `answer(handler)` writes what it likes; the list of requests' headers is yielded."""
+    """Answer requests on a loopback port by `answer(handler, n)`; the list of requests' headers is yielded."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -67,11 +58,8 @@ def serve(answer):
 def send(handler, body, status=200, cut=None, **headers):
     """Send an answer; with `cut`, promise all and send so many bytes."""
     handler.send_response(status)
-    for name, value in {
-        "Content-Length": str(len(body)),
-        **{k.replace("_", "-"): v for k, v in headers.items()},
-    }.items():
-        handler.send_header(name, value)
+    for name, value in ({"Content_Length": str(len(body))} | headers).items():
+        handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
     if handler.command == "GET":
         handler.wfile.write(body[:cut])
@@ -107,40 +95,28 @@ class Hub:
         if revision not in (None, "main", self.commit, COMMIT):
             return send(handler, b"no", 404, X_Error_Code="RevisionNotFound", X_Repo_Commit=self.commit)
         if listing:
-            body = {
-                "id": repo,
-                "sha": self.commit,
-                "siblings": [{"rfilename": name} for name in self.files],
-                "private": False,
-                "gated": False,
-                "downloads": 0,
-                "tags": [],
-            }
+            body = {"id": repo, "sha": self.commit, "siblings": [{"rfilename": name} for name in self.files]}
+            body |= {"private": False, "gated": False, "downloads": 0, "tags": []}
             return send(handler, json.dumps(body).encode(), Content_Type="application/json")
         if path not in self.files:
             return send(handler, b"no", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
-        commit = COMMIT if revision == COMMIT else self.commit
-        return send(
-            handler,
-            self.files[path],
-            ETag=f'"{len(self.files[path])}-{commit[:4]}"',
-            X_Repo_Commit=commit,
-            Content_Type="text/plain",
-        )
+        commit, body = COMMIT if revision == COMMIT else self.commit, self.files[path]
+        named = {"ETag": f'"{len(body)}-{commit[:4]}"', "X_Repo_Commit": commit, "Content_Type": "text/plain"}
+        return send(handler, body, **named)
 
 
 def in_child(code, tmp_path, endpoint, *addresses, offline="0"):
-    """Run code that prints JSON lines. huggingface_hub reads its settings when it is imported, so it gets a process of its own."""
+    """Run code that prints JSON lines, in a process of its own: huggingface_hub reads its settings when imported."""
     keep = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
-    environment = {**keep, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline, "PSYCOPREF_CACHE": str(tmp_path / "cache"),
-                   "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code, *addresses],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        cwd=tmp_path,
-    )
+    own = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": offline,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    own |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    own |= {"PSYCOPREF_CACHE": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
+    command, how = [sys.executable, "-c", code, *addresses], dict(env=keep | own, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,6 +1,7 @@
-"""What tests start instead of `vllm serve`: a server of chat completions on the loopback address, with faults to choose from.
+"""What tests start instead of `vllm serve`: a chat server on the loopback address, with faults to order.
 
-A fault is an option, or a word in brackets in what is asked, such as [busy]. Candidates follow from the messages, the seed and the candidate's place, so the same request gets the same words, as it would from vLLM in a perfect world.
+A fault is an option, or a word in brackets in what is asked, such as [busy]. Candidates follow from the messages, the
+seed and the candidate's place, so the same request gets the same words, as it would from vLLM in a perfect world.
 
     python tests/servers/sampling_server.py --model FOLDER --port 8000 --log calls.jsonl --fault crash
 """
@@ -35,6 +36,11 @@ def candidate(messages, seed: int, place: int) -> tuple[str, str]:
     return f"I hear you, {digest[:12]}.", "length" if digest[0] in "01" else "stop"
 
 
+def no(status: int, message: str, **headers) -> web.Response:
+    """Refuse a call."""
+    return web.json_response({"error": {"message": message, "code": status}}, status=status, headers=headers)
+
+
 class SamplingServer:
     def __init__(self, options):
         self.options, self.seen, self.answered = options, set(), 0
@@ -46,9 +52,7 @@ class SamplingServer:
 
     async def models(self, request):
         root = "/models/last-iteration" if self.options.fault == "root" else self.options.model
-        return web.json_response(
-            {"object": "list", "data": [{"id": self.options.name, "object": "model", "root": root}]}
-        )
+        return web.json_response({"object": "list", "data": [{"id": self.options.name, "root": root}]})
 
     async def chat(self, request):
         body = await request.json()
@@ -57,42 +61,33 @@ class SamplingServer:
         first, self.seen = key not in self.seen, self.seen | {key}
         self.note(body=body)
         if body["model"] != self.options.name:
-            return web.json_response({"error": {"message": "no such model", "code": 404}}, status=404)
+            return no(404, "no such model")
         if fault == "long":
-            return web.json_response(
-                {"error": {"message": "This model's maximum context length is 8 tokens.", "code": 400}}, status=400
-            )
+            return no(400, "This model's maximum context length is 8 tokens.")
         if fault == "busy" and first:
-            return web.json_response(
-                {"error": {"message": "busy", "code": 503}}, status=503, headers={"retry-after-ms": "10"}
-            )
+            return no(503, "busy", **{"retry-after-ms": "10"})
         if fault == "die" and self.answered >= self.options.after:
             os._exit(9)
         if fault == "cut" and first:
             request.transport.close()
         self.answered += 1
         said = [candidate(body["messages"], body["seed"], place) for place in range(body["n"] - (fault == "short"))]
-        choices = [
-            {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": why}
-            for i, (text, why) in enumerate(said)
-        ]
+        messages = [({"role": "assistant", "content": text}, why) for text, why in said]
+        choices = [{"index": i, "message": one, "finish_reason": why} for i, (one, why) in enumerate(messages)]
         usage = {"prompt_tokens": 9, "completion_tokens": 9 * len(said)}
         return web.json_response({"object": "chat.completion", "choices": choices, "usage": usage})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind, default in (
-        ("model", str, None),
-        ("port", int, None),
-        ("name", str, "policy"),
-        ("log", str, ""),
-        ("after", int, 0),
-        ("fault", str, ""),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--model")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--name", default="policy")
+    parser.add_argument("--log", default="")
+    parser.add_argument("--after", type=int, default=0)
+    parser.add_argument("--fault", choices=["", *FAULTS], default="")
     options = parser.parse_args()
-    assert options.fault in ("", *FAULTS), options.fault
+    signal.alarm(300)  # whoever started it may have been killed
     if options.fault == "crash":
         sys.exit("torch.OutOfMemoryError: no room for the weights")
     if options.fault == "deaf":
@@ -104,14 +99,8 @@ def main() -> None:
         time.sleep(120)
     application = web.Application()
     application.add_routes([web.get("/v1/models", server.models), web.post("/v1/chat/completions", server.chat)])
-    web.run_app(
-        application,
-        host="127.0.0.1",
-        port=options.port,
-        print=None,
-        access_log=None,
-        handle_signals=options.fault != "deaf",
-    )
+    where = {"host": "127.0.0.1", "port": options.port, "handle_signals": options.fault != "deaf"}
+    web.run_app(application, **where, print=None, access_log=None)
 
 
 if __name__ == "__main__":
