@@ -127,14 +127,6 @@ def test_losses_under_the_same_adapters_are_equal_and_the_sides_own_are_put_back
     assert all(map(torch.equal, before, sides[0].trainer.model.parameters()))
 
 
-def test_all_sides_of_dpo_have_the_same_tokens(works):
-    sides = sides_of(works["policy"])
-    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert all(list(own.trainer.train_dataset[part]) == [row[part] for row in own.work.rows] for own in sides)
-    stock, ours = sides[2].trainer.args, sides[0].trainer.args
-    assert stock.gradient_checkpointing and not stock.precompute_ref_log_probs and not ours.gradient_checkpointing
-
-
 @KINDS
 def test_another_start_or_other_pairs_are_refused(kind, works, tokenizer):
     work, shifted = works[kind], load_start(kind, find_weights("random-tiny"), tokenizer, "float32")
@@ -201,21 +193,6 @@ def test_a_way_out_of_memory_loses_and_the_next_is_tried(works):
 
     tried = try_ways(lambda way: Full(works["policy"], way), [Way("trl", 4), Way("trl", 8)])
     assert tried[0] == (0.0, Way("trl", 4)) and tried[1][0] > 0
-
-
-@KINDS
-def test_full_training_shares_weights_and_optimiser(kind, tokenizer):
-    model = random_model(kind, SHAPE, tokenizer, "float32")
-    own = replace(small(kind), lora=LoraSettings(), batch_size=4)
-    work = Work(kind, lambda: twin(model), tokenizer, made_pairs(tokenizer, 4, "demo"), own, checkpointing=True)
-    sides = sides_of(work, torch.optim.AdamW(model.parameters(), lr=1e-3))
-    assert same_work(sides)["reference gap"] < 1e-5
-    first = next(model.parameters())
-    before = first.clone()
-    for side in sides:
-        assert next(side.trainer.model.parameters()) is first and side.trainer.args.gradient_checkpointing
-        assert side() == 4 and not torch.equal(before, first)
-        before = first.clone()
 
 
 def test_packs_go_to_the_device_with_the_batch(works):
