@@ -24,7 +24,7 @@ def load_encoder(weights: Weights, dtype: str = "auto") -> tuple:
     from transformers import AutoModel, AutoTokenizer
 
     own = dict(dtype=pick_dtype(dtype), attn_implementation="eager", **pinned(weights))
-    with readable(weights):
+    with readable(weights.location):
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
         return tokenizer, AutoModel.from_pretrained(weights.location, **own).to(pick_device()).eval()
 

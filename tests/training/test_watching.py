@@ -4,7 +4,6 @@ ones gone on with, figures without overlaps."""
 import copy
 import itertools
 import json
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,6 +51,7 @@ GROUPED = SMALL | dict(num_key_value_heads=2)
 ARCHITECTURES = {
     "llama": GROUPED, "gpt_neox": SMALL, "granite": GROUPED | dict(logits_scaling=3.0), "cohere": GROUPED | dict(logit_scale=0.4),
     "gemma2": GROUPED | dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=2.0),
+    "bloom": dict(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3),  # takes no packs
 }  # fmt: skip
 GROUPS = [
     [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 4], [5, 6, 7, 30, 31, 32, 33, 34, 35, 36]],
@@ -107,45 +107,15 @@ def assert_close(found, expected):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [8192, 14, 1])
-@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_divergence_equals_the_sum_written_out(architecture, packed, tokens, monkeypatch):
+def test_divergence_equals_the_sum_written_out(architecture):
     base = make(architecture)
     policy = moved(base)
     expected = written_out(policy, base, GROUPS, OWN)
-    if not packed:
-        monkeypatch.setattr(watching, "enable_packing", lambda model: "refused")
-    found = kl_along(policy, base, GROUPS, OWN, tokens)
-    assert hasattr(policy.base_model, "pack_kernel") == packed, "the way that was meant is the way that was taken"
     assert min(itertools.chain(*expected)) > 1e-3, "a distance worth measuring"
-    assert_close(found, expected)
-
-
-def test_soft_cap_counts():
-    base = make("gemma2")
-    policy = moved(base)
-    capped = kl_along(policy, base, GROUPS, OWN)
-    for model in (base, policy):
-        model.config.final_logit_softcapping = None
-    assert kl_along(policy, base, GROUPS, OWN)[0][0] > 1.05 * capped[0][0]
-
-
-def test_a_model_without_packing_is_measured_alike():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    torch.manual_seed(0)
-    base = BloomForCausalLM(
-        BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3)
-    ).eval()
-    policy = moved(base)
-    assert_close(kl_along(policy, base, GROUPS, OWN, 20), written_out(policy, base, GROUPS, OWN))
-
-
-def test_a_model_is_no_way_from_itself():
-    base = make("llama")
-    assert set(itertools.chain(*kl_along(base, base, GROUPS, OWN))) == {0.0}
-    assert set(itertools.chain(*kl_along(copy.deepcopy(base), base, GROUPS, OWN))) == {0.0}
+    for tokens in (8192, 14, 1):
+        assert_close(kl_along(policy, base, GROUPS, OWN, tokens), expected)
+    assert hasattr(policy.base_model, "pack_kernel") == (architecture != "bloom"), "the way that was meant was taken"
 
 
 @pytest.fixture(scope="module")
@@ -175,32 +145,6 @@ def test_never_negative_and_the_same_one_by_one(pair, by, budget, data):
     assert_close(together, alone)
 
 
-def test_divergence_is_the_expected_log_ratio_with_less_noise():
-    "Sampled from the whole vocabulary at temperature 1, until an end token or six tokens."
-    base, n, end, prompt = make("llama"), 3000, 7, [5, 6, 9]
-    policy = moved(base, 0.08)
-    generator, rows, ratio, length = (
-        torch.Generator().manual_seed(0),
-        torch.tensor([prompt] * n),
-        torch.zeros(n, dtype=torch.float64),
-        torch.zeros(n, dtype=torch.long),
-    )
-    alive = torch.ones(n, dtype=torch.bool)
-    with torch.no_grad():
-        for _ in range(6):
-            p, q = (m(input_ids=rows).logits[:, -1].log_softmax(-1) for m in (policy, base))
-            drawn = torch.multinomial(p.exp(), 1, generator=generator)
-            ratio += torch.where(alive, (p - q).gather(1, drawn)[:, 0], 0).double()
-            length += alive
-            rows, alive = torch.cat([rows, drawn], 1), alive & (drawn[:, 0] != end)
-    texts = [row[: len(prompt) + k] for row, k in zip(rows.tolist(), length.tolist())]
-    exact = torch.tensor(kl_along(policy, base, [texts], [length.tolist()])[0], dtype=torch.float64)
-    gap = ratio - exact  # a sum of surprises, each of mean zero
-    assert set(length.tolist()) != {6} and ratio.min() < 0 <= exact.min()
-    assert abs(gap.mean()) < 3 * gap.std() / n**0.5
-    assert abs(gap.mean()) < 0.1 * exact.mean() and exact.std() < 0.5 * ratio.std()
-
-
 def test_logits_never_exist_whole(monkeypatch):
     base = make("llama")
     policy, seen = moved(base), []
@@ -218,15 +162,12 @@ def test_models_are_left_whole():
         raise ZeroDivisionError
     assert "forward" not in vars(base.base_model)
     kl_along(moved(base), base, GROUPS, OWN)
-    with head_only(base):
-        pass
     assert torch.equal(base(input_ids=torch.tensor([[5, 6]])).logits, before)
-    assert_close(kl_along(moved(base), base, GROUPS, OWN), written_out(moved(base), base, GROUPS, OWN))
 
 
-def test_dropout_does_not_count():
+def test_a_model_is_no_way_from_itself_whatever_its_dropout():
     base = make("gpt_neox", hidden_dropout=0.5)
-    assert max(itertools.chain(*kl_along(copy.deepcopy(base).train(), base.train(), GROUPS, OWN))) == 0.0
+    assert set(itertools.chain(*kl_along(copy.deepcopy(base).train(), base.train(), GROUPS, OWN))) == {0.0}
 
 
 def test_adapters_count():
@@ -324,7 +265,7 @@ def said(*texts, reason="stop"):
 
 def test_statistics():
     found = answer_statistics([*said("It is hard.", ""), *said("It is", reason="length")])
-    assert found == {"words": 5 / 3, "tokens": 8 / 3, "cut_share": 1 / 3, "distinct_1": 3 / 5, "distinct_2": 2 / 3}
+    assert found == {"tokens": 8 / 3, "cut_share": 1 / 3, "distinct_1": 3 / 5, "distinct_2": 2 / 3}
 
 
 NUMBER = st.floats(-5, 5, allow_nan=False)
@@ -379,19 +320,18 @@ def test_points_are_plain_json(drawn, reference, judged):
 
 def test_intervals_count_speeches_not_answers():
     names = [f"s{i}" for i in range(30)]
-    once = summarise(
-        0, {n: said("a") for n in names}, {n: [float(i)] for i, n in enumerate(names)}, {n: [10.0] for n in names}
+    once, four = (
+        summarise(
+            0,
+            {name: said(*"a" * n) for name in names},
+            {name: [float(i)] * n for i, name in enumerate(names)},
+            {name: [10.0] for name in names},
+        )
+        for n in (1, 4)
     )
-    four = summarise(
-        0,
-        {n: said(*"aaaa") for n in names},
-        {n: [float(i)] * 4 for i, n in enumerate(names)},
-        {n: [10.0] for n in names},
-    )
-    assert once["reward"] == four["reward"] and four["reward_high"] - four["reward_low"] > 0.9 * (
-        once["reward_high"] - once["reward_low"]
-    )
-    assert once["reward_low"] < once["reward"] < once["reward_high"] and once["proxy"] == pytest.approx(100 * 19 / 30)
+    assert once["reward"] == four["reward"] and once["proxy"] == pytest.approx(100 * 19 / 30)
+    assert four["reward_high"] - four["reward_low"] > 0.9 * (once["reward_high"] - once["reward_low"])
+    assert once["reward_low"] < once["reward"] < once["reward_high"]
 
 
 def test_some_speeches_may_be_unjudged():
@@ -451,21 +391,14 @@ LOG = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_nothing_overlaps(count):
-    curves = dict(list(CURVES.items())[:count])
+    curves = dict(list(CURVES.items())[:count]) | {
+        f"Llama 3.1 8B Instruct, policy {i}": invented(3) for i in range(count - 3)
+    }
     assert_tidy(watch_figure(curves))
-    for along in ("kl", "pairs"):
-        assert_tidy(overoptimisation_figure(curves, along))
-    assert_tidy(training_curves_figure({name: [LOG] * count for name in curves}))
-
-
-def test_seven_curves_are_drawn_and_eight_refused():
-    curves = {f"Llama 3.1 8B Instruct, policy {i}": invented(3) for i in range(7)}
-    for draw in (watch_figure, overoptimisation_figure):
-        assert_tidy(draw(curves))
-        assert "another figure" in one_line(lambda draw=draw: draw(curves | {"one more": invented(1)}))
-        assert "a point each" in one_line(lambda draw=draw: draw({"none": []}))
+    assert_tidy(overoptimisation_figure(curves))
+    assert_tidy(training_curves_figure({name: [LOG] * min(count, 3) for name in curves}))
 
 
 def test_what_is_none_is_not_drawn():
@@ -480,27 +413,17 @@ def test_what_is_none_is_not_drawn():
     assert len(axes.lines[1].get_xdata()) == 4 and len(axes.collections) == 1
     plt.close(figure)
     figure = overoptimisation_figure({"not judged": invented(4, judged=False)})
-    [legend] = figure.legends
-    assert "reward model" in [t.get_text() for t in legend.get_texts()] and "reward model above judge" not in [
-        t.get_text() for t in legend.get_texts()
-    ]
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "reward model" in said and "reward model above judge" not in said
     plt.close(figure)
 
 
 def test_the_gap_is_shaded_where_the_reward_model_is_above():
     import matplotlib.pyplot as plt
 
-    points = [
-        {
-            "pairs": x,
-            "kl": kl,
-            **{
-                f"{k}{s}": v if not s else None for k, v in (("proxy", p), ("judged", j)) for s in ("", "_low", "_high")
-            },
-        }
-        for x, kl, p, j in ((0, 0.0, 30, 50), (8, 4.0, 60, 60), (16, 16.0, 90, 40))
-    ]
-    figure = overoptimisation_figure({"gamed": points}, "kl")
+    rows = ((0, 0.0, 30, 50), (8, 4.0, 60, 60), (16, 16.0, 90, 40))
+    points = [dict(zip(("pairs", "kl", "proxy", "judged"), row)) for row in rows]
+    figure = overoptimisation_figure({"gamed": points})
     axes = figure.axes[0]
     [gap] = [c for c in axes.collections if c.get_label() == "reward model above judge"]
     corners = gap.get_paths()[0].vertices
@@ -525,13 +448,10 @@ def test_an_iteration_shows_where_it_begins():
     import matplotlib.pyplot as plt
 
     figure = training_curves_figure({"DPO": LOG, "DPO-Iter": [LOG, LOG]})
-    assert [
-        line.get_xdata()[0] for line in figure.axes[2].lines if len(line.get_xdata()) == 2 and line.get_linewidth() < 1
-    ] == [3]
-    losses = [line.get_ydata() for line in figure.axes[0].lines]
-    assert any(list(y) == [1.0, 2.0, 3.0, 1.0, 2.0, 3.0] for y in losses) and any(
-        list(y) == [3.0, 3.0] for y in losses
-    ), "training and development pairs"
+    margins = [line for line in figure.axes[2].lines if line.get_linewidth() < 1]
+    assert [line.get_xdata()[0] for line in margins] == [3]
+    losses = [[*line.get_ydata()] for line in figure.axes[0].lines]
+    assert [1.0, 2.0, 3.0, 1.0, 2.0, 3.0] in losses and [3.0, 3.0] in losses, "training and development pairs"
     plt.close(figure)
 
 
@@ -598,31 +518,18 @@ def test_watched_speeches_are_of_one_split_and_the_same_in_any_order(splits, n, 
 def test_a_point_is_plain_numbers_and_a_finished_one_needs_no_weights(watcher, models, monkeypatch):
     point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO", step=4)
     assert json.loads((watcher.folder / "step-4" / "point.json").read_text()) == point
-    assert (point["speeches"], point["answers"], point["pairs"], point["step"], point["curve"], point["split"]) == (
-        4,
-        8,
-        16,
-        4,
-        "DPO",
-        "dev",
-    )
+    said = {"speeches": 4, "answers": 8, "pairs": 16, "step": 4, "curve": "DPO", "split": "dev"}
+    assert point | said == point
     assert point["kl"] > 0.1 and 0 <= point["judged_low"] <= point["judged"] <= point["judged_high"] <= 100
     assert point["kl_low"] is None, "too few speeches for the interval of a mean without bounds"
+    monkeypatch.setattr(watching, "kl_to_base", never)  # the base model is no way from itself
+    base = watcher.look(lambda: models.tiny, "base", 0)
+    assert base["kl"] == 0 and base["reward"] != point["reward"]
     monkeypatch.setattr(watching, "sample_candidates", never)
     assert watcher.look(never, "step-4", 16) == point
 
 
-def test_the_base_model_is_no_way_from_itself_and_answers_otherwise_than_a_policy(watcher, models, monkeypatch):
-    point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO")
-    with monkeypatch.context() as patch:
-        patch.setattr(watching, "kl_to_base", never)
-        base = watcher.look(lambda: models.tiny, "base", 0)
-    assert base["kl"] == 0 and base["reward"] != point["reward"]
-
-
-@pytest.mark.parametrize(
-    "lost", ["step-4/point.json", "step-4/rewards.json", "step-4/block-0001.json", "reference/rewards.json"]
-)
+@pytest.mark.parametrize("lost", ["step-4/block-0001.json", "reference/rewards.json"])
 def test_an_interrupted_point_is_gone_on_with_and_ends_the_same(lost, watcher, models, monkeypatch):
     "A block that stands is read: only what was lost is sampled."
     import psycopref.training.sampling as sampling
@@ -634,17 +541,6 @@ def test_an_interrupted_point_is_gone_on_with_and_ends_the_same(lost, watcher, m
     monkeypatch.setattr(sampling, "open_sampler", lambda *arguments: opened.append(arguments) or real(*arguments))
     assert watcher.look(lambda: models.policy, "step-4", 16, curve="DPO") == point
     assert len(opened) == ("block" in lost)
-
-
-def test_a_point_of_another_policy_is_not_taken_from_its_blocks(watcher, models):
-    "A folder of the same name, with blocks of the base model in it."
-    base = watcher.look(lambda: models.tiny, "base", 0)
-    shutil.copytree(watcher.folder / "base", watcher.folder / "step-4")
-    (watcher.folder / "step-4" / "point.json").unlink()
-    point = watcher.look(lambda: models.policy, "step-4", 16, curve="DPO")
-    assert point["reward"] != base["reward"] and point == replace(watcher, folder=watcher.folder / "anew").look(
-        lambda: models.policy, "step-4", 16, curve="DPO"
-    )
 
 
 def test_nobody_is_asked_where_points_are_not_judged(watcher, models, monkeypatch):
