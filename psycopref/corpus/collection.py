@@ -18,7 +18,7 @@ from psycopref.corpus.duplicates import (
     clusters,
     exact_join,
     keep_one,
-    leakage,
+    leaked,
     near_pairs,
     same_text,
 )
@@ -27,15 +27,15 @@ from .sources import RELEASED_DATASET, Opened, open_released, open_source
 from .topics import LOW, topic_slug
 
 # %% auto #0
-__all__ = ['KEPT', 'SPEECH_COLUMNS', 'ROW_FATES', 'open_sources', 'kept_rows', 'read_source', 'drop_exact', 'mask_private',
-           'drop_near', 'cluster_table', 'describe_clusters', 'drop_table', 'describe_drops', 'describe_masking',
-           'collect', 'gold_rows', 'topic_examples', 'collect_released', 'mask_pairs', 'collect_any', 'limit_speeches',
-           'split_of', 'split_speeches', 'audit_split', 'leaks_before', 'draw_and_split', 'topic_table',
-           'describe_topics', 'split_table', 'describe_split', 'audit_table', 'describe_audit', 'describe_methods',
-           'describe_labels']
+__all__ = ['KEPT', 'SPEECH_COLUMNS', 'ROW_FATES', 'open_sources', 'kept_rows', 'read_source', 'drop_exact', 'drop_near',
+           'mask_private', 'cluster_table', 'describe_clusters', 'drop_table', 'describe_drops', 'describe_masking',
+           'collect', 'topic_examples', 'collect_released', 'collect_any', 'limit_speeches', 'split_of',
+           'split_speeches', 'audit_split', 'draw_and_split', 'topic_table', 'describe_topics', 'split_table',
+           'describe_split', 'audit_table', 'describe_audit', 'describe_methods', 'describe_labels']
 
 # %% ../../nbs/corpus/06_collection.ipynb #df4a7e96
 KEPT = ""  # the reason of a row that is kept
+SPEECH_COLUMNS = ("speech_id", "source", "speech", "topic", "topics", "topic_by", "scraped", "reason")
 
 
 def open_sources(specs: typing.Sequence[str]) -> list[Opened]:
@@ -59,48 +59,49 @@ def kept_rows(frame):
     return frame[frame.reason == KEPT].reset_index(drop=True)
 
 # %% ../../nbs/corpus/06_collection.ipynb #315596d2
-SPEECH_COLUMNS = ("speech_id", "source", "speech", "topic", "topics", "topic_by", "scraped", "reason")
-
-
 def read_source(opened: Opened, min_characters: int = 100, max_characters: int = 1000):
     """Read and clean all rows of a source.
 
     Returns (frame of SPEECH_COLUMNS, number of rows that repeat an earlier one)."""
     import pandas as pd
 
-    source, raw, rows = opened.source, opened.read(), []
-    for one in progress(raw.speeches, f"cleaning {source.name}", unit="row"):
-        text, reason = judge(one.text, min_characters, max_characters)
-        slugs = list(dict.fromkeys(slug for slug in map(topic_slug, one.topics) if slug))
-        if one.topics and not slugs:
-            place = f"{opened.paths[0]}, row {one.row}"
-            raise StudyError(
-                f"{place}: topic {one.topics[0]!r} is not among the 42 of Table 4; add an alias in `corpus.topics`"
-            )
+    source, (raw, repeats), rows = opened.source, opened.read(), []
+    for number, said, topics in progress(raw.itertuples(), f"cleaning {source.name}", len(raw), "row"):
+        text, reason = judge(said, min_characters, max_characters)
+        slugs = list(dict.fromkeys(slug for slug in map(topic_slug, topics) if slug))
+        if topics and not slugs:
+            found = f"{opened.paths[0]}, row {number}: topic {topics[0]!r} is not among the 42 of Table 4"
+            raise StudyError(f"{found}; add an alias in `corpus.topics`")
         topic, by = (slugs[0], "gold") if slugs else ("others", "none given")
-        row = (f"{source.name}-{one.row}", source.name, text, topic, tuple(slugs), by, source.scraped, reason or KEPT)
+        row = (f"{source.name}-{number}", source.name, text, topic, tuple(slugs), by, source.scraped, reason or KEPT)
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(SPEECH_COLUMNS)), raw.repeats
+    return pd.DataFrame(rows, columns=list(SPEECH_COLUMNS)), repeats
 
 # %% ../../nbs/corpus/06_collection.ipynb #409f9d87
-def _order(frame, texts) -> list:
-    "Rank speeches: the first source wins, then the text."
-    rank = {name: i for i, name in enumerate(dict.fromkeys(frame.source))}
-    return [(rank[source], *canonical_key(text)) for source, text in zip(frame.source, texts)]
+def _keep_one(frame, part, labels, reason: str):
+    "Keep one row of each group; the first source wins, then the text. Returns (frame with reasons, mask of part)."
+    rank = {name: i for i, name in enumerate(dict.fromkeys(part.source))}
+    keep = keep_one(labels, [(rank[source], *canonical_key(text)) for source, text in zip(part.source, part.speech)])
+    return frame.assign(reason=frame.reason.mask(frame.index.isin(part.index[~keep]), reason)), keep
 
 
 def drop_exact(frame):
     "Keep one of the speeches that differ in case, spacing and punctuation only; the others get the reason duplicate."
-    import numpy as np
-    import pandas as pd
+    part = frame[frame.reason == KEPT]
+    return _keep_one(frame, part, part.speech.map(same_text).factorize()[0], "duplicate")[0]
 
-    rows = np.flatnonzero(frame.reason == KEPT)
-    texts = frame.speech.to_numpy()[rows]
-    labels = pd.factorize(np.array([same_text(text) for text in texts], dtype=object))[0]
-    keep = keep_one(labels, _order(frame.iloc[rows], texts))
-    reasons = frame.reason.to_numpy(dtype=object).copy()
-    reasons[rows[~keep]] = "duplicate"
-    return frame.assign(reason=reasons)
+
+def drop_near(frame, threshold: float = 0.7, seed: int = 0):
+    """Keep one speech of each cluster of near-duplicates.
+
+    threshold: Jaccard index (`corpus.duplicates`). Returns (the frame with the reason near-duplicate, list of
+    clusters, near pairs of the candidates, the candidates)."""
+    part = frame[frame.reason == KEPT]
+    pairs = near_pairs(part.speech.tolist(), threshold, seed)
+    labels = clusters(len(part), pairs)
+    frame, keep = _keep_one(frame, part, labels, "near-duplicate")
+    part = part.reset_index(drop=True)
+    return frame, cluster_report(part, labels, keep), pairs, part
 
 # %% ../../nbs/corpus/06_collection.ipynb #97b2187c
 def mask_private(frame, whose: str = "scraped", names: str = "lexicon"):
@@ -122,23 +123,6 @@ def mask_private(frame, whose: str = "scraped", names: str = "lexicon"):
         kinds = {kind: found.get(kind, 0) if todo else None for kind in PERSONAL_KINDS}
         counts.append({"source": source, "speeches": len(own), **kinds, "note": "" if todo else spared})
     return frame.assign(speech=speech), pd.DataFrame(counts)
-
-# %% ../../nbs/corpus/06_collection.ipynb #4c6f7096
-def drop_near(frame, threshold: float = 0.7, seed: int = 0):
-    """Keep one speech of each cluster of near-duplicates.
-
-    threshold: Jaccard index (`corpus.duplicates`). Returns (the frame with the reason near-duplicate, list of
-    clusters, near pairs of the candidates, the candidates)."""
-    import numpy as np
-
-    rows = np.flatnonzero(frame.reason == KEPT)
-    part = frame.iloc[rows].reset_index(drop=True)
-    pairs = near_pairs(part.speech.tolist(), threshold, seed)
-    labels = clusters(len(part), pairs)
-    keep = keep_one(labels, _order(part, part.speech))
-    reasons = frame.reason.to_numpy(dtype=object).copy()
-    reasons[rows[~keep]] = "near-duplicate"
-    return frame.assign(reason=reasons), cluster_report(part, labels, keep), pairs, part
 
 # %% ../../nbs/corpus/06_collection.ipynb #fa573071
 def cluster_table(found: typing.Sequence[dict], most: int = 8):
@@ -217,82 +201,70 @@ def collect(sources: typing.Sequence[Opened], settings, seed: int = 0) -> dict:
     clusters, pairs, candidates."""
     import pandas as pd
 
-    read = [read_source(opened, settings.min_characters, settings.max_characters) for opened in sources]
-    for opened, (own, _) in zip(sources, read):
+    frames, repeats = [], {}
+    for opened in sources:
+        own, repeats[opened.source.name] = read_source(opened, settings.min_characters, settings.max_characters)
         if not (own.reason == KEPT).any():
             place = f"{opened.paths[0]}: source {opened.source.name}"
             raise StudyError(f"{place} has no usable client speech ({len(own)} rows read); check the file")
-    frame = drop_exact(pd.concat([own for own, _ in read], ignore_index=True))
-    frame, masked = mask_private(frame, settings.mask, settings.names)
+        frames.append(own)
+    frame, masked = mask_private(drop_exact(pd.concat(frames, ignore_index=True)), settings.mask, settings.names)
     frame, report, pairs, candidates = drop_near(frame, settings.near_duplicate, seed)
-    repeats = {opened.source.name: n for opened, (_, n) in zip(sources, read)}
-    found = {"frame": frame, "repeats": repeats, "masked": masked}
-    return found | {"clusters": report, "pairs": pairs, "candidates": candidates}
+    found = {"frame": frame, "repeats": repeats, "masked": masked, "clusters": report}
+    return found | {"pairs": pairs, "candidates": candidates}
 
 # %% ../../nbs/corpus/06_collection.ipynb #80e7b6ac
-def gold_rows(frame) -> list[tuple[str, str]]:
-    "Return (speech, topic) of the usable speeches with a gold topic."
-    usable = frame[(frame.reason == KEPT) & (frame.topic_by == "gold")]
-    return list(zip(usable.speech, usable.topic))
-
-
 def topic_examples(teachers: typing.Sequence[Opened], settings) -> list[tuple[str, str]]:
-    "Return (speech, topic) of sources that only help to train the topic classifier."
-    limits = settings.min_characters, settings.max_characters
-    return [row for opened in teachers for row in gold_rows(read_source(opened, *limits)[0])]
+    "Return (speech, topic) of the usable speeches with a gold topic, of sources that only help to train the classifier."
+    rows = []
+    for opened in teachers:
+        frame, _ = read_source(opened, settings.min_characters, settings.max_characters)
+        gold = kept_rows(frame[frame.topic_by == "gold"])
+        rows += zip(gold.speech, gold.topic)
+    return rows
 
 
 def collect_released(spec: str, settings):
     """Read speeches and pairs of the released dataset.
 
     spec: released, or released=PLACE; settings: psycopref.core.settings.SpeechSettings. Returns (frame of speeches
-    like that of collect, with the column part; parts: train and test -> pairs; origin)."""
-    found = open_released(spec)
-    given = {"topic": "others", "topics": [()] * len(found.speeches), "topic_by": "none given"}
-    frame, parts = found.speeches.assign(**given, scraped=True, reason=KEPT), found.parts
+    like that of collect, with the column part; parts: train and test -> pairs)."""
+    parts, speeches = open_released(spec)
+    given = {"topic": "others", "topics": [()] * len(speeches), "topic_by": "none given"}
+    frame = speeches.assign(**given, scraped=True, reason=KEPT)
     if settings.mask == "all":
         frame = mask_private(frame, "all", settings.names)[0]
-        parts = {name: mask_pairs(pairs, settings.names, name) for name, pairs in parts.items()}
-    return frame, parts, found.origin
+        for part, pairs in parts.items():
+            for text in ("question", "chosen", "rejected"):
+                pairs[text] = mask_texts(pairs[text].tolist(), settings.names, f"masking {part} {text}")[0]
+    return frame, parts
 
 
-def mask_pairs(pairs, names: str, part: str):
-    "Mask personal data in the texts of preference pairs."
-    texts = ("question", "chosen", "rejected")
-    masked = {text: mask_texts(pairs[text].tolist(), names=names, name=f"masking {part} {text}")[0] for text in texts}
-    return pairs.assign(**masked)
-
-# %% ../../nbs/corpus/06_collection.ipynb #ef721863
 def collect_any(sources: typing.Sequence[Opened], settings, seed: int = 0) -> dict:
     "Collect the speeches of a run; `released` holds the pairs of the released dataset, or None for other sources."
     if not is_released(settings.sources):
         return collect(sources, settings, seed) | {"released": None}
-    frame, parts, _ = collect_released(settings.sources[0], settings)
+    frame, parts = collect_released(settings.sources[0], settings)
     repeats = dict.fromkeys(frame.source.unique(), 0)
     empty = {"masked": None, "clusters": [], "pairs": None, "candidates": None}
     return {"frame": frame, "repeats": repeats, "released": parts, **empty}
 
 # %% ../../nbs/corpus/06_collection.ipynb #c6194c35
-def _rank(frame, seed: int, purpose: str):
-    "Rank the speeches of each topic by hash."
-    keys = frame.speech_id.map(lambda name: derived_seed(seed, purpose, name))
-    return keys.groupby(frame.topic).rank(method="first").astype(int)
-
-
 def limit_speeches(frame, limit: int | None, seed: int):
     "Keep at most `limit` speeches, spread evenly over topics, in their old order; None keeps all."
     if limit is None or limit >= len(frame):
         return frame
-    order = frame.assign(rank=_rank(frame, seed, "limit")).sort_values(["rank", "topic", "speech_id"]).index[:limit]
+    keys = frame.speech_id.map(lambda name: derived_seed(seed, "limit", name))
+    ranked = frame.assign(rank=keys.groupby(frame.topic).rank(method="first"))
+    order = ranked.sort_values(["rank", "topic", "speech_id"]).index[:limit]
     return frame.loc[sorted(order)].reset_index(drop=True)
 
 
 def split_of(speech: str, test_fraction: float, dev_fraction: float, seed: int, part: str | None = None) -> str:
-    """Choose the part of a speech by a hash of its words.
+    """Choose the part of a speech by a hash of its words: train, dev or test.
 
     speech: a cleaned speech; test_fraction: share held out for testing (§3.3: 3,291 of 26,483); dev_fraction: share
-    of the rest for selection (§4.2); part: test or train where that is fixed already (released dataset). Returns
-    train, dev or test."""
+    of the rest for selection (§4.2); part: test or train where that is fixed already (released dataset)."""
     words = same_text(speech)
     if part is None:
         part = "test" if derived_seed(seed, "test", words) < test_fraction * 2**32 else "train"
@@ -322,28 +294,24 @@ def audit_split(frame, candidates, pairs, settings, seed: int, drop_leaks: bool 
     frame: speeches with their split; candidates: speeches before near-duplicates were dropped; None where they are
     unknown; pairs: near pairs of the candidates; settings: psycopref.core.settings.SpeechSettings; drop_leaks:
     False only counts them. Returns (frame without the leaks, dict of counts)."""
+    import numpy as np
+
     test, rest, threshold = frame[frame.split == "test"], frame[frame.split != "test"], settings.near_duplicate
-    leaks = exact_join(test.speech.tolist(), rest.speech.tolist(), threshold)
-    twins = sorted({int(row) for row in leaks["j"]}) if drop_leaks else []
-    clean = frame.drop(index=rest.index[twins])
-    others = clean[clean.split != "test"]
-    left = exact_join(test.speech.tolist(), others.speech.tolist(), threshold) if twins else leaks
+    leaks, before = exact_join(test.speech.tolist(), rest.speech.tolist(), threshold), None
+    twins = rest.index[leaks.j.unique()] if drop_leaks else []
+    others = rest.drop(index=twins)
+    left = exact_join(test.speech.tolist(), others.speech.tolist(), threshold) if len(twins) else leaks
+    if candidates is not None:
+        sides = [split_of(speech, settings.test_fraction, 0.0, seed) for speech in candidates.speech]
+        before = leaked(np.array(sides) == "test", pairs)
     counts = {
         "test speeches": len(test),
         "other speeches": len(others),
         "test speeches with a near-duplicate outside": left.i.nunique(),
         "dropped by the audit": len(twins),
-        "would have had one without near-deduplication": leaks_before(candidates, pairs, settings.test_fraction, seed),
+        "would have had one without near-deduplication": before,
     }
-    return clean.reset_index(drop=True), counts
-
-
-def leaks_before(candidates, pairs, test_fraction: float, seed: int) -> int | None:
-    "Count test speeches with a near-duplicate outside, had none been removed; None where candidates are unknown."
-    if candidates is None:
-        return None
-    sides = [split_of(speech, test_fraction, 0.0, seed) for speech in candidates.speech]
-    return leakage(candidates.assign(split=sides), pairs)["leaked"]
+    return frame.drop(index=twins).reset_index(drop=True), counts
 
 # %% ../../nbs/corpus/06_collection.ipynb #973c9112
 def draw_and_split(labelled, collected: dict, settings, seed: int):
@@ -383,10 +351,9 @@ def describe_topics(table) -> str:
     fine = table.iloc[:-1]
     ours, paper = fine.speeches / fine.speeches.sum(), fine["paper speeches"] / fine["paper speeches"].sum()
     gap = (ours - paper).abs()
-    first = fine.loc[gap.idxmax()]
-    empty = int((fine.speeches == 0).sum())
+    first, found = fine.loc[gap.idxmax()], int((fine.speeches > 0).sum())
     return (
-        f"{len(fine) - empty} of the paper's {len(fine)} topics occur. Shares differ most for {first.topic} "
+        f"{found} of the paper's {len(fine)} topics occur. Shares differ most for {first.topic} "
         f"({first['share %']}% here, {first['paper share %']}% in the paper), and {gap.sum() / 2:.0%} of our speeches "
         "would have to be about something else to give the paper's distribution."
     )
@@ -416,20 +383,17 @@ def describe_split(table, test_fraction: float, published: bool = False) -> str:
     """Describe the share held out, overall and by coarse topic, against what chance allows.
 
     test_fraction: share meant for testing; published: whether the parts are those of the released dataset."""
-
-    def outside(row) -> bool:
-        low, high = map(float, row["by chance %"].split(" to "))
-        return not low <= row["test %"] <= high
-
     topics, total = table[table["by chance %"].notna()].iloc[:-1], table.iloc[-1]
+    held_out = f"{total.test} of {total.speeches} speeches ({total['test %']}%) are held out"
     if published:
-        return f"{total.test} of {total.speeches} speeches ({total['test %']}%) are held out, as published."
-    odd = [row["coarse topic"] for _, row in topics.iterrows() if outside(row)]
+        return f"{held_out}, as published."
+    ends = topics["by chance %"].str.split(" to ", expand=True).astype(float)
+    odd = topics["coarse topic"][~topics["test %"].between(ends[0], ends[1])].tolist()
     named = f": {', '.join(odd)}" if odd else ""
     return (
-        f"{total.test} of {total.speeches} speeches ({total['test %']}%) are held out, where {test_fraction:.1%} is "
-        f"meant and 95% of all seeds give {total['by chance %']}%. {len(odd)} of {len(topics)} coarse topics lie "
-        f"outside their own range{named}; about one in twenty does so by chance."
+        f"{held_out}, where {test_fraction:.1%} is meant and 95% of all seeds give {total['by chance %']}%. "
+        f"{len(odd)} of {len(topics)} coarse topics lie outside their own range{named}; about one in twenty does so by "
+        "chance."
     )
 
 # %% ../../nbs/corpus/06_collection.ipynb #a1ae813e

@@ -5,8 +5,8 @@
 # %% ../../nbs/corpus/04_duplicates.ipynb #21b34f2f
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import re
 import typing
 
@@ -15,7 +15,7 @@ from ..core.settings import StudyError
 # %% auto #0
 __all__ = ['SHINGLE', 'CHUNK', 'BLOCK', 'SHARED', 'JOIN_ROWS', 'CROWD', 'SLOTS', 'MISSED', 'EXACT_ROWS', 'same_text', 'shingles',
            'shingle_matrix', 'jaccard', 'exact_join', 'near_pairs', 'clusters', 'canonical_key', 'keep_one',
-           'cluster_report', 'leakage']
+           'cluster_report', 'leaked']
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #5892bf3a
 def same_text(text: str) -> str:
@@ -146,28 +146,22 @@ def _verified(candidates, compare, threshold: float, n: int):
     return frame
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #095ebc4f
-def _check_threshold(threshold: float, least: float = 0) -> None:
-    "Refuse a threshold that is no Jaccard index."
-    if not (threshold and least <= threshold <= 1):
-        raise StudyError(
-            f"threshold: found {threshold}, expected a Jaccard index above 0, from {least} to 1; 0.7 separates "
-            "near-duplicates from other speeches"
-        )
+def _check_threshold(threshold: float) -> None:
+    "Refuse a threshold that is no Jaccard index of near-duplicates."
+    if not 0.3 <= threshold <= 1:
+        raise StudyError(f"threshold: found {threshold}, expected a Jaccard index from 0.3 to 1, e.g. 0.7")
 
 
 def exact_join(left: typing.Sequence[str], right: typing.Sequence[str], threshold: float = 0.7):
     """Find every pair at the threshold between two lists, e.g. test and train.
 
-    threshold: Jaccard index, above 0. Returns a frame of i (row of left), j (row of right) and jaccard, sorted; attrs:
+    threshold: Jaccard index, from 0.3. Returns a frame of i (row of left), j (row of right) and jaccard, sorted; attrs:
     compared."""
-    import functools
-
     _check_threshold(threshold)
-    left, right = list(left), list(right)
-    n, middle = len(left) + len(right), len(left)
-    matrix = shingle_matrix(left + right)
-    candidates = _rare_candidates(matrix, slice(0, middle), slice(middle, n), threshold)
-    pairs = _verified(candidates, functools.partial(_row_jaccard, matrix), threshold, n)
+    texts, middle = [*left, *right], len(left)
+    matrix = shingle_matrix(texts)
+    candidates = _rare_candidates(matrix, slice(0, middle), slice(middle, len(texts)), threshold)
+    pairs = _verified(candidates, functools.partial(_row_jaccard, matrix), threshold, len(texts))
     pairs["j"] -= middle
     return pairs
 
@@ -207,11 +201,9 @@ EXACT_ROWS = 100_000  # speeches up to which all pairs are found
 def near_pairs(texts: typing.Sequence[str], threshold: float = 0.7, seed: int = 0, exact_rows: int = EXACT_ROWS):
     """Find near-duplicates: all up to `exact_rows` speeches, beyond that all but 0.1% at the threshold, and never a wrong pair.
 
-    threshold: Jaccard index, above 0.3; seed: of the sketches. Returns a frame of i < j (rows) and jaccard, sorted; attrs:
+    threshold: Jaccard index, from 0.3; seed: of the sketches. Returns a frame of i < j (rows) and jaccard, sorted; attrs:
     compared (pairs compared exactly)."""
-    import functools
-
-    _check_threshold(threshold, 0.3)
+    _check_threshold(threshold)
     texts = list(texts)
     n = len(texts)
     if n > exact_rows:
@@ -224,23 +216,17 @@ def near_pairs(texts: typing.Sequence[str], threshold: float = 0.7, seed: int = 
 def clusters(n: int, pairs):
     """Group rows that pairs connect.
 
-    pairs: frame of i and j, of near_pairs. Returns int64 cluster of each row, numbered by first row."""
+    n: number of rows; pairs: frame of i and j, of near_pairs. Returns int64 cluster of each row, numbered by first row."""
     import numpy as np
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    i, j = (np.asarray(pairs[column], np.int64) for column in ("i", "j"))
-    if len(i) and not 0 <= min(i.min(), j.min()) <= max(i.max(), j.max()) < n:
-        raise StudyError(
-            f"pairs: row {max(i.max(), j.max())} or {min(i.min(), j.min())} is outside 0 … {n - 1}; give the pairs of "
-            "these rows"
-        )
-    labels = (
-        connected_components(coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
-        if n
-        else np.empty(0, int)
+    if not n:
+        return np.empty(0, np.int64)
+    edges = coo_array((np.ones(len(pairs["i"]), bool), (pairs["i"], pairs["j"])), shape=(n, n))
+    _, first, inverse = np.unique(
+        connected_components(edges, directed=False)[1], return_index=True, return_inverse=True
     )
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 # %% ../../nbs/corpus/04_duplicates.ipynb #21778cf2
@@ -264,35 +250,24 @@ def cluster_report(frame, labels: typing.Sequence[int], kept: typing.Sequence[bo
     """List clusters of two or more for inspection, the biggest first: label, size and members.
 
     frame: speech_id, source and speech, one row for each label; kept: mask of keep_one."""
-    import numpy as np
     import pandas as pd
 
-    own = pd.DataFrame({"label": np.asarray(labels, np.int64), "kept": np.asarray(kept, bool)})
-    keeper = own[own.kept].reset_index().set_index("label")["index"]
+    parts = frame[["speech_id", "source"]].assign(excerpt=frame.speech.str[:160]).reset_index(drop=True)
+    own = parts.assign(label=labels, kept=kept)
+    keeper = pd.Series(own.index[own.kept], own.label[own.kept])
     own = own.assign(size=own.groupby("label").kept.transform("size")).query("size > 1")
     own = own.sort_values(["size", "label", "kept"], ascending=[False, True, False], kind="stable")
     own["similarity"] = jaccard(frame.speech.tolist(), own.index, keeper[own.label])
-    parts = frame[["speech_id", "source"]].assign(excerpt=frame.speech.str[:160]).reset_index(drop=True)
-    own = own.join(parts)
     columns = ["speech_id", "source", "kept", "similarity", "excerpt"]
-    groups = own.groupby("label", sort=False)
     return [
         {"label": int(label), "size": len(group), "members": group[columns].to_dict("records")}
-        for label, group in groups
+        for label, group in own.groupby("label", sort=False)
     ]
 
-# %% ../../nbs/corpus/04_duplicates.ipynb #8d5136ad
-def leakage(frame, pairs, of: str = "test", into: str = "train") -> dict:
-    """Count rows of the split `of` that have a near-duplicate in the split `into`.
 
-    frame: with split, one row for each row of the pairs. Returns rows of `of`, pairs between both, rows with a pair
-    (leaked), rows in a cluster with a seen row (linked), and the share of these."""
+def leaked(unseen, pairs) -> int:
+    "Count the unseen rows that have a near-duplicate among the others. unseen: boolean mask, one for each row of the pairs."
     import numpy as np
 
-    unseen, seen = (np.asarray(frame.split == split, bool) for split in (of, into))
-    labels = clusters(len(frame), pairs)
-    i, j = (np.asarray(pairs[column], np.int64) for column in ("i", "j"))
-    leaked = np.concatenate([i[unseen[i] & seen[j]], j[unseen[j] & seen[i]]])
-    linked, rows = int((unseen & np.isin(labels, labels[seen])).sum()), int(unseen.sum())
-    counts = {"rows": rows, "pairs": len(leaked), "leaked": len(np.unique(leaked)), "linked": linked}
-    return {**counts, "share": linked / rows if rows else math.nan}
+    i, j = pairs.i.to_numpy(), pairs.j.to_numpy()
+    return len(np.unique(np.where(unseen[i], i, j)[unseen[i] != unseen[j]]))

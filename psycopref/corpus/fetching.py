@@ -17,8 +17,8 @@ from ..core.settings import StudyError
 from ..core.stages import cache_root
 
 # %% auto #0
-__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'FETCH_TIMEOUT', 'Choose', 'short_reason', 'url_place', 'fetch_url',
-           'url_is_here', 'parse_hub', 'hub_note', 'fetch_hub', 'hub_is_here']
+__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'FETCH_TIMEOUT', 'short_reason', 'url_place', 'fetch_url', 'url_is_here',
+           'parse_hub', 'hub_note', 'fetch_hub', 'hub_is_here']
 
 # %% ../../nbs/corpus/00_fetching.ipynb #4c665cc1
 def short_reason(error: Exception) -> str:
@@ -30,15 +30,13 @@ def url_place(url: str) -> Path:
     "Return where the file of a URL lies in the cache."
     try:
         parts = urllib.parse.urlsplit(url)
-        host, name = parts.hostname, urllib.parse.unquote(parts.path).rsplit("/", 1)[-1]
-    except ValueError as error:
-        host, why = None, str(error)
-    else:
-        why = "it has no host"
-    if not host:
-        raise StudyError(f"{url}: is no valid URL ({why}); expected https://host/path/to/file")
+    except ValueError:
+        parts = urllib.parse.urlsplit("")
+    if not parts.hostname:
+        raise StudyError(f"{url}: is no valid URL; expected https://host/path/to/file")
+    name = urllib.parse.unquote(parts.path).rpartition("/")[2]
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".")[-80:] or "file"
-    return cache_root() / "sources" / f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:12]}" / safe
+    return cache_root() / "sources" / f"{parts.hostname}-{hashlib.sha256(url.encode()).hexdigest()[:12]}" / safe
 
 # %% ../../nbs/corpus/00_fetching.ipynb #f859ead0
 def _check_kept(path: Path, noted: str | None, pinned: str | None = None) -> None:
@@ -145,10 +143,6 @@ def _known(uri: str) -> dict:
     return read_json(note) if note.is_file() else {"commit": revision, "files": {path: None} if path else {}}
 
 # %% ../../nbs/corpus/00_fetching.ipynb #fe96e891
-# (names in a repository, its address) -> the chosen ones, in reading order
-Choose = typing.Callable[[list[str], str], list[str]]
-
-
 def _ask_hub(what: str, remedy: str, ask: typing.Callable, *args, **kwargs):
     "Call the hub's client; its errors become one line."
     from huggingface_hub import constants, errors
@@ -164,11 +158,11 @@ def _ask_hub(what: str, remedy: str, ask: typing.Callable, *args, **kwargs):
         ) from None
 
 # %% ../../nbs/corpus/00_fetching.ipynb #dc16c4e0
-def fetch_hub(uri: str, remedy: str, choose: Choose, sha256: str | None = None) -> list[tuple[Path, dict]]:
+def fetch_hub(uri: str, remedy: str, choose: typing.Callable, sha256: str | None = None) -> list[tuple[Path, dict]]:
     """Return files of a hub dataset at one commit, from the hub's cache or downloaded; check their hashes.
 
-    remedy: what a user can do when it fails; choose: picks files where the address has no path; sha256: the hash of a
-    single file, if known. Returns files, and where they came from."""
+    remedy: what a user can do when it fails; choose: (names, address) -> the names to read, in reading order, where the
+    address has no path; sha256: the hash of a single file, if known. Returns files, and where they came from."""
     from huggingface_hub import HfApi, hf_hub_download
 
     repo, revision, _ = parse_hub(uri)
@@ -197,6 +191,5 @@ def hub_is_here(uri: str) -> bool:
 
     repo, known = parse_hub(uri)[0], _known(uri)
     at = {"revision": known["commit"], "repo_type": "dataset"}
-    return bool(known["files"]) and all(
-        isinstance(try_to_load_from_cache(repo, name, **at), str) for name in known["files"]
-    )
+    here = [isinstance(try_to_load_from_cache(repo, name, **at), str) for name in known["files"]]
+    return bool(here) and all(here)

@@ -5,29 +5,33 @@
 # %% ../../nbs/corpus/07_general.ipynb #4506db13
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
 import re
 import typing
-import urllib.parse
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
 from .collection import split_of
-from .fetching import parse_hub
-from .sources import HUB, UNKNOWN_LICENCE, Opened, Source, as_text, open_source, read_columns
+from psycopref.corpus.sources import (
+    HUB,
+    UNKNOWN_LICENCE,
+    Opened,
+    Source,
+    as_text,
+    need_columns,
+    open_source,
+    read_cells,
+    read_columns,
+    whole_number,
+)
 
 # %% auto #0
-__all__ = ['ATTRIBUTES', 'GENERAL_COLUMNS', 'REVISION', 'GENERAL_SETS', 'SET_TITLES', 'HELPFULNESS', 'SEVENTY_B', 'RULES',
-           'PAIR_COLUMNS', 'FATES', 'VALIDATION_DEV', 'DRAWN_COLUMNS', 'title_of', 'parse_place', 'open_general',
-           'read_general', 'BadPrompt', 'parse_prompt', 'unreadable_prompts', 'exact', 'RatingRule', 'weighted_sums',
-           'pairs_from_ratings', 'read_ready_pairs', 'General', 'collect_general', 'split_by_prompt', 'split_general',
-           'draw_pairs', 'mix_pairs', 'Mix', 'grid']
+__all__ = ['ATTRIBUTES', 'GENERAL_COLUMNS', 'REVISION', 'GENERAL_SETS', 'SET_TITLES', 'STRENGTH', 'HELPFULNESS', 'SEVENTY_B',
+           'RULES', 'PAIR_COLUMNS', 'FATES', 'VALIDATION_DEV', 'DRAWN_COLUMNS', 'parse_place', 'open_general',
+           'read_ratings', 'parse_prompt', 'RatingRule', 'exact', 'weighted_sums', 'pairs_from_ratings', 'ready_pairs',
+           'General', 'collect_general', 'split_by_prompt', 'split_general', 'draw_pairs', 'mix_pairs', 'Mix', 'grid']
 
 # %% ../../nbs/corpus/07_general.ipynb #518772c1
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer2, each 0 to 4
@@ -36,37 +40,22 @@ REVISION = "990b2711a36180dd19d9c94b8627844866f8982a"  # the commit of nvidia/He
 _AT = f"hf://datasets/nvidia/HelpSteer2@{REVISION}"
 _ENDINGS = ("jsonl.gz", "jsonl", "parquet", "csv")
 _LAYOUTS = (*((f"train*.{end}", f"validation*.{end}") for end in _ENDINGS), *((f"*.{end}",) for end in _ENDINGS))
-_HELPSTEER2 = Source("helpsteer2", "CC-BY-4.0", f"{HUB}/nvidia/HelpSteer2", ("prompt",), (_AT,), _LAYOUTS)
+_SET = Source("helpsteer2", "CC-BY-4.0", f"{HUB}/nvidia/HelpSteer2", ("prompt",), (_AT,), _LAYOUTS)
+_OURS = {"licence": "MIT, written for this repository; fictional", "page": "https://github.com/psycopref/psycopref"}
+_READY = f"{_AT}/preference/preference.jsonl.gz"
 
 GENERAL_SETS = {
-    "demo": Source(
-        "general-demo",
-        "MIT, written for this repository; fictional",
-        "https://github.com/psycopref/psycopref",
-        ("prompt",),
-        ("package:general.jsonl",),
-        _LAYOUTS,
-        scraped=False,
-    ),
-    "helpsteer2": _HELPSTEER2,
-    "helpsteer2-preference": dataclasses.replace(
-        _HELPSTEER2, name="helpsteer2-preference", homes=(f"{_AT}/preference/preference.jsonl.gz",)
-    ),
+    "demo": replace(_SET, name="general-demo", homes=("package:general.jsonl",), scraped=False, **_OURS),
+    "helpsteer2": _SET,
+    "helpsteer2-preference": replace(_SET, name="helpsteer2-preference", homes=(_READY,)),
 }
-
-# %% ../../nbs/corpus/07_general.ipynb #081ed98a
 SET_TITLES = {"helpsteer2": "HelpSteer2", "helpsteer2-preference": "HelpSteer2-Preference"}  # as papers write them
 
-
-def title_of(name: str) -> str:
-    "Return what tables call a set: its name in papers, or its own."
-    return SET_TITLES.get(name, name)
-
 # %% ../../nbs/corpus/07_general.ipynb #05e9c4aa
-def parse_place(place: str, revision: str | None = None) -> tuple[Source, str]:
+def parse_place(place: str) -> tuple[Source, str]:
     """Read the parameter that names a set of the general domain: the source, and where its files are.
 
-    place: a declared name, name=WHERE, or a path or an address; revision: branch, tag or commit of a hub dataset."""
+    place: a declared name, name=WHERE, or a path or an address."""
     name, sign, where = (part.strip() for part in place.partition("="))
     worded = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
     if place.strip() and (not worded or not (sign or name in GENERAL_SETS) and Path(name).exists()):
@@ -77,138 +66,63 @@ def parse_place(place: str, revision: str | None = None) -> tuple[Source, str]:
     if sign and not where:
         alone = f", or {name} alone" if name in GENERAL_SETS else ""
         raise StudyError(f"general set {place!r}: nothing follows the sign; give {name}=/path/to/it{alone}")
-    own = {"name": name, "licence": UNKNOWN_LICENCE, "page": "its publisher", "homes": ()}
-    source = GENERAL_SETS.get(name) or dataclasses.replace(_HELPSTEER2, **own)
-    return source, _at_revision(where or source.homes[0], revision)
+    own = replace(_SET, name=name, licence=UNKNOWN_LICENCE, page="its publisher", homes=())
+    source = GENERAL_SETS.get(name, own)
+    return source, where or source.homes[0]
 
 
-def _at_revision(where: str, revision: str | None) -> str:
-    "Put a revision into a hub address."
-    if revision is None:
-        return where
-    if not where.startswith("hf://"):
-        raise StudyError(
-            f"{where}: has no revision {revision!r}, only datasets of the hub have; leave the revision out"
-        )
-    repo, _, path = parse_hub(where)
-    return f"hf://datasets/{repo}@{urllib.parse.quote(revision, safe='')}" + (f"/{path}" if path else "")
-
-# %% ../../nbs/corpus/07_general.ipynb #5136e104
-def open_general(place: str, revision: str | None = None) -> Opened:
+def open_general(place: str) -> Opened:
     "Find a set's files, fetching what is not here; arguments as for parse_place."
-    source, where = parse_place(place, revision)
+    source, where = parse_place(place)
     if Path(where).expanduser().is_file():  # its neighbours are none of its parts
-        source = dataclasses.replace(source, layouts=tuple(layout for layout in source.layouts if len(layout) == 1))
+        source = replace(source, layouts=tuple(layout for layout in source.layouts if len(layout) == 1))
     return open_source(f"{source.name}={where}", {source.name: source})
 
 # %% ../../nbs/corpus/07_general.ipynb #8f129359
-def _column(path: Path, columns: dict[str, list], names: typing.Sequence[str], hint: str) -> None:
-    "Refuse a table that lacks columns."
-    if missing := [name for name in names if name not in columns]:
-        found = f"columns {missing} are missing, found {list(columns)[:10]}, expected {', '.join(names)}"
-        raise StudyError(f"{path}: {found}; {hint}")
+STRENGTH = "preference_strength"  # of ready pairs, -3 to 3
+_SCALES = dict.fromkeys(ATTRIBUTES, (0, 4)) | {STRENGTH: (-3, 3)}
 
 
-def _values(path: Path, name: str, values: list, read: typing.Callable, expected: str, remedy: str) -> list:
-    "Read each cell of a column; a cell that cannot be read is named."
-    found = [read(value) for value in values]
-    if None in found:
-        row = found.index(None)
-        cell = f"{name} is {values[row]!r:.60} ({type(values[row]).__name__})"
-        raise StudyError(f"{path}, row {row}: {cell}, expected {expected}; mend the row, or {remedy}")
-    return found
+def _rows(path: Path, columns: dict[str, list], names: typing.Sequence[str], remedy: str):
+    "Make a frame of columns: ratings and strengths are whole numbers on their scale, all others are text."
+    import pandas as pd
+
+    cells = {}
+    for name in names:
+        rule = (as_text, "text")
+        if scale := _SCALES.get(name):
+            rule = (whole_number(*scale), "a whole number from {} to {}".format(*scale))
+        cells[name] = read_cells(path, name, columns[name], *rule, remedy)
+    return pd.DataFrame(cells)
 
 
-def _texts(path: Path, name: str, values: list, remedy: str) -> list[str]:
-    "Take a column of texts."
-    return _values(path, name, values, as_text, "text", remedy)
-
-
-def _whole_numbers(path: Path, name: str, values: list, low: int, high: int, remedy: str) -> list[int]:
-    "Take a column of whole numbers on a scale; CSV has them as text."
-
-    def read(value):
-        number = int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]", value.strip()) else value
-        return number if type(number) is int and low <= number <= high else None
-
-    return _values(path, name, values, read, f"a whole number from {low} to {high}", remedy)
-
-# %% ../../nbs/corpus/07_general.ipynb #42c5d9c8
-def _rated(opened: Opened):
-    "Read the rated rows of an opened set."
+def read_ratings(opened: Opened):
+    "Return the rated responses of a set: GENERAL_COLUMNS, and held_out in a validation file; indexed over all files."
     import pandas as pd
 
     remedy, frames = opened.source.remedy, []
-    hint = (
-        f"these are no ratings in HelpSteer2's schema (read_ready_pairs takes ready pairs); if they should be, {remedy}"
-    )
+    hint = f"these are no ratings in HelpSteer2's schema (mixing.rule=ready takes ready pairs); if they should be, {remedy}"
     for path in opened.paths:
         columns = read_columns(path)
-        _column(path, columns, GENERAL_COLUMNS, hint)
-        texts = {name: _texts(path, name, columns[name], remedy) for name in ("prompt", "response")}
-        ratings = {name: _whole_numbers(path, name, columns[name], 0, 4, remedy) for name in ATTRIBUTES}
-        frames.append(pd.DataFrame({**texts, **ratings}))
-    rows = pd.concat(frames, ignore_index=True)
-    rows.attrs["files"] = [(path.name, len(frame)) for path, frame in zip(opened.paths, frames)]
-    return rows
-
-
-def read_general(place: str, revision: str | None = None):
-    """Read rated responses in HelpSteer2's published schema; arguments as for parse_place.
-
-    Returns a frame with GENERAL_COLUMNS; its index is the row over all files."""
-    return _rated(open_general(place, revision))
+        need_columns(path, columns, GENERAL_COLUMNS, hint)
+        rows = _rows(path, columns, GENERAL_COLUMNS, remedy)
+        frames.append(rows.assign(held_out=path.name.lower().startswith("validation")))
+    return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/corpus/07_general.ipynb #1b190648
-class BadPrompt(ValueError):
-    "Say why a prompt cannot be told apart into turns."
-
-
-def parse_prompt(prompt: str) -> list[dict]:
+def parse_prompt(prompt: str) -> list[dict] | None:
     """Take a prompt apart into chat messages.
 
-    prompt: in HelpSteer2's form. Returns messages with role and content, from the first user turn to the last."""
+    prompt: in HelpSteer2's form. Returns messages with role and content, from the first user turn to the last; None where
+    the turns can't be told apart."""
     parts = re.split(r"^<extra_id_1>(Assistant|User)\n", prompt, flags=re.M)
-    contents = [part.removesuffix("\n") if number < len(parts) // 2 else part for number, part in enumerate(parts[::2])]
-    roles = ["user", *(role.lower() for role in parts[1::2])]
-    for number, (role, content) in enumerate(zip(roles, contents), start=1):
-        if role != ("user" if number % 2 else "assistant"):
-            raise BadPrompt(f"turn {number} is the {role}'s, out of turn")
-        if "<extra_id_" in content:
-            raise BadPrompt(f"turn {number} holds a mark that begins no turn")
-        if not content.strip():
-            raise BadPrompt(f"turn {number} is blank")
-    if len(roles) % 2 == 0:
-        raise BadPrompt("the last turn is the assistant's")
-    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
-
-# %% ../../nbs/corpus/07_general.ipynb #b5ab9e87
-def _conversations(prompts: typing.Iterable[str]) -> tuple[dict[str, list[dict]], dict[str, str]]:
-    "Parse different prompts: messages of the readable, reasons of the others."
-    messages, reasons = {}, {}
-    for prompt in dict.fromkeys(prompts):
-        try:
-            messages[prompt] = parse_prompt(prompt)
-        except BadPrompt as error:
-            reasons[prompt] = str(error)
-    return messages, reasons
-
-
-def unreadable_prompts(rows):
-    "List the prompts that are set aside: a frame of row (its first), why, excerpt."
-    import pandas as pd
-
-    first = rows.sort_index().prompt.drop_duplicates().reset_index(name="prompt").set_index("prompt").iloc[:, 0]
-    reasons = _conversations(rows.prompt)[1]
-    listed = sorted((int(first[prompt]), why, " ".join(prompt.split())[:60]) for prompt, why in reasons.items())
-    return pd.DataFrame(listed, columns=["row", "why", "excerpt"])
+    contents, roles = [part.removesuffix("\n") for part in parts[:-1:2]] + parts[-1:], ["User", *parts[1::2]]
+    in_turn = roles == ["User", "Assistant"] * (len(roles) // 2) + ["User"]
+    if not in_turn or not all(content.strip() and "<extra_id_" not in content for content in contents):
+        return None
+    return [{"role": role.lower(), "content": content} for role, content in zip(roles, contents)]
 
 # %% ../../nbs/corpus/07_general.ipynb #109221d6
-def exact(value: float) -> Fraction:
-    "Take a decimal number as it is written, not as the nearest float: 0.65 is 13/20."
-    return Fraction(str(value))
-
-
 @dataclass(frozen=True)
 class RatingRule:
     "Say which of two rated responses is preferred."
@@ -216,120 +130,96 @@ class RatingRule:
     weights: dict[str, float]  # attribute -> weight; one that is not named does not count
     min_gap: float  # least difference of the weighted sums; equal sums never make a pair
 
-# %% ../../nbs/corpus/07_general.ipynb #dac502e2
+
 HELPFULNESS = RatingRule({"helpfulness": 1.0}, 1.0)  # the default: as §3.3 does, a gap of at least 1
 SEVENTY_B = RatingRule(
     {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}, 0.05
 )  # weights of the 70B reward model (Wang et al. 2024); the gap is ours: the smallest step, so only ties fall out
 RULES = {"helpfulness": HELPFULNESS, "70b": SEVENTY_B}
 
+# %% ../../nbs/corpus/07_general.ipynb #dac502e2
+def exact(value: float) -> Fraction:
+    "Take a decimal number as it is written, not as the nearest float: 0.65 is 13/20."
+    return Fraction(str(value))
 
-def weighted_sums(rows, rule: RatingRule) -> list[Fraction]:
-    "Weigh the ratings of each response of read_general."
-    weights = {name: exact(weight) for name, weight in rule.weights.items() if weight}
-    return [
-        sum(weight * int(rating) for weight, rating in zip(weights.values(), ratings))
-        for ratings in zip(*(rows[name] for name in weights))
-    ]
+
+def weighted_sums(rows, rule: RatingRule):
+    "Weigh the ratings of each response; a column of Fraction."
+    return sum(rows[name].astype(object) * exact(weight) for name, weight in rule.weights.items() if weight)
 
 # %% ../../nbs/corpus/07_general.ipynb #c3a4781e
-def _compare(responses: list[str], sums: list[Fraction], min_gap: Fraction) -> tuple[list[tuple], Counter]:
-    "Compare all responses to one prompt: (gap, chosen, rejected), the widest first; and what became of the rest."
-    found, counts = [], Counter()
-    for (a, sum_a), (b, sum_b) in itertools.combinations(zip(responses, sums), 2):
-        gap = abs(sum_a - sum_b)
-        if a.strip() == b.strip() or gap < min_gap or not gap:
-            counts["same text" if a.strip() == b.strip() else "too small gap" if gap else "ties"] += 1
-        else:
-            found.append((gap, a, b) if sum_a > sum_b else (gap, b, a))
-    return sorted(found, key=lambda one: (-one[0], derived_seed(0, "pair", *one[1:]), *one[1:])), counts
-
-# %% ../../nbs/corpus/07_general.ipynb #a70fbd61
 PAIR_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "gap")
-FATES = ("response pairs", "same text", "ties", "too small gap", "over the cap", "pairs")
+FATES = ("response pairs", "same text", "ties", "too small gap", "pairs")
 
 
-def _pair_frame(found: list[tuple], where: str, hint: str):
-    "Make the frame of pairs from (ID, messages, chosen, rejected, gap)."
-    import pandas as pd
+def _settle(source: str, rows, candidates, min_gap=0):
+    """Keep the candidates that are pairs, in their order, and count what became of all.
 
-    if not found:
-        raise StudyError(f"{where}: gives no pair; {hint}")
-    frame = pd.DataFrame(found, columns=["ID", "messages", "chosen", "rejected", "gap"])
-    questions = [messages[-1]["content"] for messages in frame.messages]
-    return frame.assign(prefID=range(len(frame)), question=questions, gap=frame.gap.astype(float))[list(PAIR_COLUMNS)]
+    rows: frame of prompt; candidates: prompt, chosen, rejected, gap. Returns (frame with PAIR_COLUMNS, dict of counts)."""
+    import numpy as np
+
+    first = {prompt: row for row, prompt in zip(rows.index[::-1], rows.prompt[::-1])}
+    messages = {prompt: parse_prompt(prompt) for prompt in first}
+    found = candidates[candidates.prompt.map(lambda prompt: messages[prompt] is not None)]
+    same = found.chosen.map(str.strip) == found.rejected.map(str.strip)
+    fates = np.select([same, found.gap == 0, found.gap < min_gap], FATES[1:4], "pairs")
+    counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": list(messages.values()).count(None)}
+    counts |= {fate: int((fates == fate).sum()) for fate in FATES} | {"response pairs": len(found)}
+    found = found[fates == "pairs"]
+    if found.empty:
+        wanted = f"has a gap of {float(min_gap):g}; lower it by another rule" if min_gap else "is one; check its rows"
+        raise StudyError(f"{source}: gives no pair; of {len(fates)} pairs of responses none {wanted}")
+    texts = {"messages": found.prompt.map(messages), "gap": found.gap.astype(float)}
+    found = found.assign(ID=[f"{source}-{first[prompt]}" for prompt in found.prompt], **texts)
+    questions = [messages[-1]["content"] for messages in found.messages]
+    return found.assign(prefID=range(len(found)), question=questions)[list(PAIR_COLUMNS)].reset_index(drop=True), counts
 
 # %% ../../nbs/corpus/07_general.ipynb #099152ac
-def pairs_from_ratings(rows, rule: RatingRule = HELPFULNESS, source: str = "helpsteer2", per_prompt: int | None = None):
-    """Make preference pairs of rated responses; the order of rows changes nothing.
+def pairs_from_ratings(rows, rule: RatingRule = HELPFULNESS, source: str = "helpsteer2"):
+    """Make preference pairs of rated responses, those of a prompt from the widest gap; the order of rows changes nothing.
 
-    rows: frame of read_general; source: begins the ids; per_prompt: at most so many pairs of a prompt; None takes all.
-    Returns (frame with PAIR_COLUMNS, dict of counts)."""
-    if per_prompt is not None and per_prompt < 1:
-        raise StudyError(f"pairs of {source}: found per_prompt {per_prompt}, expected at least 1, or None; mend it")
+    rows: frame of read_ratings; source: begins the ids. Returns (frame with PAIR_COLUMNS, dict of counts)."""
+    import pandas as pd
+
     rows = rows.sort_index()
-    rows = rows.assign(sum=weighted_sums(rows, rule))
-    messages, unreadable = _conversations(rows.prompt)
-    found, fates, single = [], Counter(), 0
-    for prompt, own in rows.groupby("prompt", sort=False):
-        if prompt not in messages:
-            continue
-        single += len(own) == 1
-        pairs, rest = _compare(own.response.tolist(), own["sum"].tolist(), exact(rule.min_gap))
-        kept = pairs[:per_prompt]
-        found += [(f"{source}-{own.index[0]}", messages[prompt], *texts, gap) for gap, *texts in kept]
-        fates += rest
-        fates += Counter({"response pairs": math.comb(len(own), 2), "over the cap": len(pairs) - len(kept)})
-        fates += Counter({"pairs": len(kept)})
-    counts = {"rows": len(rows), "prompts": len(messages) + len(unreadable), "unreadable prompts": len(unreadable)}
-    counts |= {"single responses": single, **{fate: fates[fate] for fate in FATES}}
-    none = f"of {fates['response pairs']} pairs of responses none has a gap of {rule.min_gap}"
-    return _pair_frame(found, source, f"{none}; lower min_gap, or take another rule"), counts
+    rows = rows.assign(sum=weighted_sums(rows, rule), place=range(len(rows)))
+    first = rows.groupby("prompt").place.transform("min")
+    both = rows.assign(first=first).merge(rows, on="prompt", suffixes=("", "_2")).query("place < place_2")
+    ahead = both["sum"] > both.sum_2
+    texts = {
+        "chosen": both.response.where(ahead, both.response_2),
+        "rejected": both.response_2.where(ahead, both.response),
+    }
+    pairs = pd.DataFrame(
+        {"prompt": both.prompt, "first": both["first"], **texts, "gap": (both["sum"] - both.sum_2).abs()}
+    )
+    pairs["chance"] = [derived_seed(0, "pair", *texts) for texts in zip(pairs.chosen, pairs.rejected)]
+    pairs = pairs.sort_values(
+        ["first", "gap", "chance", "chosen", "rejected"], ascending=[True, False, True, True, True]
+    )
+    found, counts = _settle(source, rows, pairs, exact(rule.min_gap))
+    single = ~rows.prompt.duplicated(keep=False) & rows.prompt.map(parse_prompt).notna()
+    return found, counts | {"single responses": int(single.sum())}
 
 # %% ../../nbs/corpus/07_general.ipynb #54b2ac1e
-def _ready_rows(path: Path, source: Source):
-    "Read ready pairs: prompt, chosen, rejected, gap (0 for no preference)."
+def ready_pairs(opened: Opened):
+    "Take the pairs of a set that names the preferred response. Returns (frame with PAIR_COLUMNS, dict of counts)."
     import pandas as pd
 
-    columns, gaps = read_columns(path), None
-    strength = "preference_strength"
-    ordered = "chosen" in columns or "response_1" not in columns
-    sides = ("chosen", "rejected") if ordered else ("response_1", "response_2")
-    hint = f"these are no ready pairs (read_general takes ratings); if they should be, {source.remedy}"
-    _column(path, columns, ("prompt", *sides, *([] if ordered else [strength])), hint)
-    prompts, first, second = (_texts(path, name, columns[name], source.remedy) for name in ("prompt", *sides))
-    if strength in columns:
-        gaps = _whole_numbers(path, strength, columns[strength], -3, 3, source.remedy)
-    if not ordered:
-        first, second = zip(*((a, b) if gap < 0 else (b, a) for a, b, gap in zip(first, second, gaps)))
-    rows = pd.DataFrame({"prompt": prompts, "chosen": first, "rejected": second})
-    return rows.assign(gap=math.nan if gaps is None else list(map(abs, gaps)))
-
-# %% ../../nbs/corpus/07_general.ipynb #41af5301
-def _ready(opened: Opened):
-    "Make the pairs, their counts, and the list of unreadable prompts of an opened set."
-    import pandas as pd
-
-    source = opened.source.name
-    rows = pd.concat([_ready_rows(path, opened.source) for path in opened.paths], ignore_index=True)
-    messages, unreadable = _conversations(rows.prompt)
-    first = rows.reset_index().groupby("prompt")["index"].min()
-    found, fates = [], Counter()
-    for row in (row for row in rows.itertuples() if row.prompt in messages):
-        fate = "same text" if row.chosen.strip() == row.rejected.strip() else "ties" if row.gap == 0 else "pairs"
-        fates += Counter({"response pairs": 1, fate: 1})
-        if fate == "pairs":
-            found.append((f"{source}-{first[row.prompt]}", messages[row.prompt], row.chosen, row.rejected, row.gap))
-    counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": len(unreadable)}
-    counts |= {fate: fates[fate] for fate in FATES[:3] + FATES[-1:]}
-    return _pair_frame(found, source, f"check its {len(rows)} rows"), counts, unreadable_prompts(rows)
-
-
-def read_ready_pairs(place: str, revision: str | None = None):
-    """Read pairs whose preferred response is named; arguments as for parse_place.
-
-    Returns (frame with PAIR_COLUMNS, dict of counts)."""
-    return _ready(open_general(place, revision))[:2]
+    remedy, frames = opened.source.remedy, []
+    hint = f"these are no ready pairs (mixing.rule=70b takes ratings); if they should be, {remedy}"
+    for path in opened.paths:
+        columns = read_columns(path)
+        ordered = "chosen" in columns or "response_1" not in columns
+        names = ("prompt", "chosen", "rejected") if ordered else ("prompt", "response_1", "response_2", STRENGTH)
+        need_columns(path, columns, names, hint)
+        rows = _rows(path, columns, dict.fromkeys([*names, *columns.keys() & {STRENGTH}]), remedy)
+        if not ordered:
+            first, second, better = rows.response_1, rows.response_2, rows[STRENGTH] < 0
+            rows = rows.assign(chosen=first.where(better, second), rejected=second.where(better, first))
+        frames.append(rows.assign(gap=rows[STRENGTH].abs() if STRENGTH in rows else float("nan")))
+    rows = pd.concat(frames, ignore_index=True)
+    return _settle(opened.source.name, rows, rows[["prompt", "chosen", "rejected", "gap"]])
 
 # %% ../../nbs/corpus/07_general.ipynb #e47a46ec
 @dataclass(frozen=True)
@@ -339,53 +229,36 @@ class General:
     name: str  # begins the ids
     pairs: typing.Any  # frame with PAIR_COLUMNS
     counts: dict[str, int]  # what became of rows, prompts and pairs of responses
-    unreadable: typing.Any  # frame: row, why, excerpt
-    origin: dict  # as of sources.Opened
     paths: tuple[Path, ...]  # the files read
     held_out: frozenset[str] = frozenset()  # IDs of the pairs whose prompt is in the set's own validation split
 
     @property
     def title(self) -> str:
-        "What tables call it."
-        return title_of(self.name)
-
-# %% ../../nbs/corpus/07_general.ipynb #df66a54d
-def _of_validation(rows, pairs) -> frozenset[str]:
-    "Find the pairs whose prompt comes first in a validation file; an ID ends with its prompt's first row."
-    held = [name.lower().startswith("validation") for name, n in rows.attrs["files"] for _ in range(n)]
-    return frozenset(name for name in pairs.ID if held[int(name.rpartition("-")[2])])
+        "What tables call it: its name in papers, or its own."
+        return SET_TITLES.get(self.name, self.name)
 
 
-def collect_general(
-    place: str = "demo",
-    rule: RatingRule | None = HELPFULNESS,
-    per_prompt: int | None = None,
-    revision: str | None = None,
-) -> General:
-    """Open a set (as for parse_place) and make its pairs.
-
-    rule: who is preferred; None reads ready pairs; per_prompt: at most so many pairs of a prompt; does not bind ready
-    pairs."""
-    opened = open_general(place, revision)
+def collect_general(place: str = "demo", rule: RatingRule | None = HELPFULNESS) -> General:
+    "Open a set (as for parse_place) and make its pairs. rule: who is preferred; None reads ready pairs."
+    opened = open_general(place)
     name = opened.source.name
     if rule is None:
-        return General(name, *_ready(opened), opened.origin, opened.paths)
-    rows = _rated(opened)
-    pairs, counts = pairs_from_ratings(rows, rule, name, per_prompt)
-    unreadable, held_out = unreadable_prompts(rows), _of_validation(rows, pairs)
-    return General(name, pairs, counts, unreadable, opened.origin, opened.paths, held_out)
+        return General(name, *ready_pairs(opened), opened.paths)
+    rows = read_ratings(opened)
+    pairs, counts = pairs_from_ratings(rows, rule, name)
+    held_out = {f"{name}-{row}" for row in rows.index[rows.held_out]}  # an ID ends with its prompt's first row
+    return General(name, pairs, counts, opened.paths, held_out.intersection(pairs.ID))
 
 # %% ../../nbs/corpus/07_general.ipynb #d61afdbf
 def split_by_prompt(pairs, test_fraction: float, dev_fraction: float, seed: int):
     """Add a column split (train, dev or test) by a hash of the prompt; every part that is asked for must have some.
 
     test_fraction: share of the prompts held out for testing; dev_fraction: share of the others for selection."""
-    shares = {"test": test_fraction, "dev": dev_fraction}
     words = ["\n".join(message["content"] for message in messages) for messages in pairs.messages]
     side = {text: split_of(text, test_fraction, dev_fraction, seed) for text in set(words)}
     frame = pairs.assign(split=[side[text] for text in words])
-    wanted = ["train", *(name for name, share in shares.items() if share)]
-    if lacking := [part for part in wanted if part not in set(frame.split)]:
+    wanted = {"train": 1, "dev": dev_fraction, "test": test_fraction}
+    if lacking := [part for part, share in wanted.items() if share and part not in set(frame.split)]:
         found = f"of {len(side)} prompts none falls into {' and '.join(lacking)}"
         raise StudyError(f"split of general pairs: {found}; take more prompts or another seed")
     return frame
@@ -417,15 +290,15 @@ def draw_pairs(pairs, n: int | None, seed: int, domain: str):
     domain: counselling or general. Returns a frame with DRAWN_COLUMNS."""
     if pairs.duplicated(["ID", "prefID"]).any():
         raise StudyError(
-            f"{domain} pairs: two have the same ID and prefID, so one could be drawn twice; join parts once"
+            f"{domain} pairs: two have the same ID and prefID, and one could be drawn twice; join parts once"
         )
     wanted = len(pairs) if n is None else n
     if not 0 <= wanted <= len(pairs) or (n is None and not wanted):
         expected = f"found {len(pairs)}, expected at least {max(wanted, 1)}"
         raise StudyError(f"{domain} pairs: {expected}; take a smaller budget, or more pairs")
-    order = _hash_order(pairs, seed, "mix", domain)[:wanted]
-    messages = pairs.messages if "messages" in pairs.columns else [None] * len(pairs)
-    return pairs.assign(messages=messages, domain=domain).iloc[order][list(DRAWN_COLUMNS)].reset_index(drop=True)
+    messages = pairs.messages if "messages" in pairs else [None] * len(pairs)
+    drawn = pairs.assign(messages=messages, domain=domain).iloc[_hash_order(pairs, seed, "mix", domain)[:wanted]]
+    return drawn[list(DRAWN_COLUMNS)].reset_index(drop=True)
 
 
 def _hash_order(pairs, seed: int, *purpose: str) -> list[int]:
@@ -441,14 +314,11 @@ def mix_pairs(psy, general, n_psy: int | None, n_general: int | None, seed: int)
     import pandas as pd
 
     drawn = [draw_pairs(psy, n_psy, seed, "counselling"), draw_pairs(general, n_general, seed, "general")]
-    both = sorted(set(psy.ID) & set(general.ID))
-    if both:
-        raise StudyError(
-            f"mixture: {len(both)} IDs are in both domains, e.g. {both[0]}; give the general set a name of its own, "
-            "name=/path/to/it"
-        )
+    if both := sorted(set(psy.ID) & set(general.ID)):
+        found = f"{len(both)} IDs are in both domains, e.g. {both[0]}"
+        raise StudyError(f"mixture: {found}; give the general set a name of its own, name=/path/to/it")
     mixed = pd.concat([part for part in drawn if len(part)] or drawn, ignore_index=True)
-    if not len(mixed):
+    if mixed.empty:
         raise StudyError("mixture: no pair is asked for; expected some of one domain at least, give n_psy or n_general")
     mixed = mixed.iloc[_hash_order(mixed, seed, "shuffle")].reset_index(drop=True)
     own = [None if domain == "counselling" else list(said) for domain, said in zip(mixed.domain, mixed.messages)]
@@ -463,39 +333,22 @@ class Mix:
     psy: int | None  # counselling pairs; None takes all
     help: int | None  # general pairs; None takes all
 
-    @property
-    def slug(self) -> str:
-        "Its name as part of a file's name."
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
-# %% ../../nbs/corpus/07_general.ipynb #0b47ea24
-def _short(n: int) -> str:
-    "Write a number as the paper does: 10k, but 160."
-    return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
+def grid(budget: int = 10_000, names: tuple[str, str] = ("PsyCoPref", "HelpSteer2")) -> tuple[Mix, ...]:
+    """Declare the mixtures of the paper, in its order.
 
-
-def grid(budget: int | None = 10_000, names: tuple[str, str] = ("PsyCoPref", "HelpSteer2")) -> tuple[Mix, ...]:
-    """Declare the mixtures of the paper.
-
-    budget: pairs in all; None leaves the budgeted cells out; names: what tables call the counselling and the
-    general pairs. Returns in the paper's order."""
+    budget: pairs in all, of a budgeted cell; names: what tables call the counselling and the general pairs."""
+    if budget < 2:
+        found = f"found a budget of {budget}, expected at least 2 pairs"
+        raise StudyError(f"mixture: {found}; take a larger mixing.budget")
     psy, general = names
-    cells = [Mix(psy, None, 0), Mix(general, 0, None), Mix(f"{general} + {psy}", None, None)]
-    if budget is not None:
-        if budget < 2:
-            raise StudyError(
-                f"mixture: found a budget of {budget}, expected at least 2 pairs; take a larger one, or None for no "
-                "budget"
-            )
-        half, rest = budget // 2, budget - budget // 2
-        cells += [
-            Mix(f"Psy{_short(budget)}", budget, 0),
-            Mix(f"Help{_short(budget)}", 0, budget),
-            Mix(f"Psy{_short(half)}Help{_short(rest)}", half, rest),
-        ]
-    if len({cell.slug for cell in cells}) < len(cells):
-        raise StudyError(
-            f"mixture: the names {[cell.name for cell in cells]} are not all different as file names; name the sets "
-            "differently"
-        )
-    return tuple(cells)
+    half, rest = budget // 2, budget - budget // 2
+    whole, a, b = (f"{n // 1000}k" if n % 1000 == 0 else str(n) for n in (budget, half, rest))
+    return (
+        Mix(psy, None, 0),
+        Mix(general, 0, None),
+        Mix(f"{general} + {psy}", None, None),
+        Mix(f"Psy{whole}", budget, 0),
+        Mix(f"Help{whole}", 0, budget),
+        Mix(f"Psy{a}Help{b}", half, rest),
+    )

@@ -5,15 +5,17 @@
 # %% ../../nbs/corpus/08_labelled_text.ipynb #4be6408b
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter
 
 from ..core.paper import resource_path
 from ..core.settings import StudyError, suggest
-from .sources import UNKNOWN_LICENCE, Source, open_source, read_columns
+from .sources import UNKNOWN_LICENCE, Source, need_columns, open_source, read_cells, read_columns
 
 # %% auto #0
 __all__ = ['LABEL_COLUMNS', 'ALL_SCORES', 'TITLES', 'CORPORA', 'COMPARISONS', 'Comparison', 'Labelled', 'label_comparison_table',
@@ -52,11 +54,8 @@ TITLES = {name: one["title"] for name, one in _DECLARED.items()}  # as papers wr
 CORPORA = {
     name: Source(name, one.get("licence", UNKNOWN_LICENCE), one["page"], ("text",)) for name, one in _DECLARED.items()
 }
-COMPARISONS = tuple(
-    Comparison(name, **{**row, "scores": tuple(row.get("scores", ALL_SCORES))})
-    for name, one in _DECLARED.items()
-    for row in one["comparisons"]
-)
+_ROWS = [{"corpus": name, **row} for name, one in _DECLARED.items() for row in one["comparisons"]]
+COMPARISONS = tuple(TypeAdapter(list[Comparison]).validate_python(_ROWS))
 
 
 def label_comparison_table():
@@ -85,26 +84,25 @@ def read_labelled(spec: str) -> Labelled:
     return Labelled(rows[~blank].reset_index(drop=True), dropped, opened.origin, opened.paths)
 
 
+def _number(value) -> float | None:
+    "Return a finite number, also where a cell has it as text."
+    try:
+        return float(value) if math.isfinite(float(value)) else None
+    except (TypeError, ValueError):
+        return None
+
+
 def _labelled_rows(path: Path):
     "Read one file into a frame with LABEL_COLUMNS."
     import pandas as pd
 
     columns = read_columns(path)
-    if missing := [name for name in LABEL_COLUMNS if name not in columns]:
-        raise StudyError(
-            f"{path}: columns {missing} are missing, found {list(columns)[:8]}, expected {', '.join(LABEL_COLUMNS)}; "
-            "the recipes in nbs/guide/10_labelled_text.ipynb convert the published files"
-        )
-    rows = pd.DataFrame({name: columns[name] for name in LABEL_COLUMNS}, dtype=object)
-    labels = pd.to_numeric(rows.label, errors="coerce").astype(float)
-    wrong = ~labels.abs().lt(float("inf"))
-    if wrong.any():
-        row = int(wrong.to_numpy().argmax())
-        raise StudyError(f"{path}, row {row}: label is {rows.label[row]!r:.60}, expected a number; mend the row")
-    texts = rows[["context", "text", "construct", "group"]].map(
-        lambda value: "" if value is None else str(value).strip()
-    )
-    return texts.assign(label=labels)[list(LABEL_COLUMNS)]
+    remedy = "the recipes in nbs/guide/10_labelled_text.ipynb convert the published files"
+    need_columns(path, columns, LABEL_COLUMNS, remedy)
+    columns["label"] = read_cells(path, "label", columns["label"], _number, "a number", "leave it out")
+    for name in ("context", "text", "construct", "group"):
+        columns[name] = ["" if value is None else str(value).strip() for value in columns[name]]
+    return pd.DataFrame({name: columns[name] for name in LABEL_COLUMNS})
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #38a836dd
 def labelled_files(spec: str) -> list[Path]:

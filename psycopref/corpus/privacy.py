@@ -21,13 +21,12 @@ from ..core.paper import resource_path
 from ..core.settings import StudyError
 
 # %% auto #0
-__all__ = ['PRIORITY', 'PERSONAL_KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'NAME_WORDS', 'WORD', 'TAIL', 'ABBREVIATED', 'RELATION',
-           'NAME_CUE', 'MY_NAME', 'VERBAL', 'STREET_TYPE', 'POSTCODE', 'STREET', 'MAYBE_ADDRESS', 'REGIONS',
-           'BARE_SUFFIXES', 'WEB_PATTERNS', 'NO_HANDLES', 'HANDLE', 'PHONE_LIKE', 'PHONE_WORDS', 'LOCAL_PHONE',
-           'ENTITIES', 'name_key', 'name_lexicon', 'WordLists', 'word_lists', 'Word', 'split_words', 'supported',
-           'starts_name', 'name_end', 'find_names', 'find_addresses', 'is_web_address', 'kept_recognisers',
-           'own_recognisers', 'load_pipeline', 'make_analyzer', 'mask_found', 'mask_text', 'mask_texts',
-           'privacy_cases', 'masking_quality']
+__all__ = ['PRIORITY', 'PERSONAL_KINDS', 'PLACEHOLDERS', 'PLACEHOLDER', 'NAME_WORDS', 'PATTERNS', 'WORD', 'TAIL', 'ABBREVIATED',
+           'RELATION', 'NAME_CUE', 'MY_NAME', 'VERBAL', 'STREET_TYPE', 'POSTCODE', 'STREET', 'MAYBE_ADDRESS',
+           'BARE_SUFFIXES', 'REGIONS', 'PHONE_LIKE', 'ENTITIES', 'name_key', 'name_lexicon', 'WordLists', 'word_lists',
+           'Word', 'split_words', 'supported', 'starts_name', 'name_end', 'find_names', 'find_addresses',
+           'is_web_address', 'find_phones', 'recognisers', 'load_pipeline', 'make_analyzer', 'mask_found', 'mask_text',
+           'mask_texts', 'privacy_cases', 'masking_quality']
 
 # %% ../../nbs/corpus/03_privacy.ipynb #565d8a08
 PRIORITY = ("email", "url", "address", "phone", "handle", "person")
@@ -36,18 +35,17 @@ PLACEHOLDERS = {kind: "[name]" if kind == "person" else f"[{kind}]" for kind in 
 PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
 # %% ../../nbs/corpus/03_privacy.ipynb #920094cc
-NAME_WORDS = {
-    name: frozenset(words.split())
-    for name, words in yaml.safe_load(resource_path("privacy_words.yaml").read_text(encoding="utf-8")).items()
-}
+NAME_WORDS = yaml.safe_load(resource_path("privacy_words.yaml").read_text(encoding="utf-8"))
+PATTERNS = NAME_WORDS.pop("patterns")
+NAME_WORDS = {name: frozenset(words.split()) for name, words in NAME_WORDS.items()}
 
-# %% ../../nbs/corpus/03_privacy.ipynb #4c983c95
+
 def name_key(name: str) -> str:
     "Return a word in lower case without accents, as it is looked up."
     plain = unicodedata.normalize("NFD", name.lower().replace("’", "'").replace("ø", "o").replace("ł", "l"))
     return "".join(c for c in plain if not unicodedata.combining(c))
 
-
+# %% ../../nbs/corpus/03_privacy.ipynb #4c983c95
 @functools.cache
 def name_lexicon() -> tuple[frozenset[str], frozenset[str]]:
     "Gather first names and last names of faker's locales, as keys."
@@ -72,7 +70,7 @@ class WordLists(typing.NamedTuple):
     needy: dict[str, str]  # first names that need support, with their group
     last: frozenset[str]  # last names
 
-# %% ../../nbs/corpus/03_privacy.ipynb #6b2f7fbe
+
 @functools.cache
 def word_lists() -> WordLists:
     "Sort faker's names by what else they are."
@@ -81,17 +79,13 @@ def word_lists() -> WordLists:
     from faker.providers.person.en_US import Provider as Persons
     from spacy.lang.en.stop_words import STOP_WORDS
 
-    first, last = name_lexicon()
+    (first, last), lists = name_lexicon(), NAME_WORDS
     areas = {name.lower() for name in (*Places.countries, *Places.states, *Persons.language_names)}
     common = frozenset(STOP_WORDS) | {word.lower() for word in Vocabulary.word_list}
-    kept = NAME_WORDS["kept"] | (areas - first) | {word for word in STOP_WORDS if len(word) < 4 and word != "may"}
-    needy = dict.fromkeys(
-        {name for name in first if len(name) == 2} | (first & common) | NAME_WORDS["mostly_words"], "word"
-    )
-    needy |= dict.fromkeys(NAME_WORDS["mostly_names"], "name") | dict.fromkeys(
-        NAME_WORDS["places"] | (areas & first), "place"
-    )
-    needy = {name: group for name, group in needy.items() if name not in kept}
+    kept = lists["kept"] | (areas - first) | {word for word in STOP_WORDS if len(word) < 4 and word != "may"}
+    words = {name for name in first if len(name) == 2} | (first & common) | lists["mostly_words"]
+    groups = {"word": words, "name": lists["mostly_names"], "place": lists["places"] | (areas & first)}
+    needy = {name: group for group, names in groups.items() for name in names - kept}  # the last group wins
     return WordLists(frozenset(STOP_WORDS), common, kept, first - needy.keys() - kept, needy, last - kept)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #972ef3f8
@@ -316,19 +310,9 @@ def find_addresses(text: str) -> list[tuple[int, int]]:
     return spans
 
 # %% ../../nbs/corpus/03_privacy.ipynb #bbcfb440
-REGIONS = ("US", "GB", "CA", "AU", "IN", "IE", "NZ", "ZA")
 BARE_SUFFIXES = frozenset("com org net edu gov".split())
-WEB_PATTERNS = {
-    "with scheme or www": r"(?<![\w@])(?:https?://|www\.)[^\s<>\"'’”\[\]]*[\w/=#-]",
-    "bare": r"(?<![\w.@-])(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}(?![\w@-])(?:/(?:[^\s<>\"'’”\[\]]*[\w/=#-])?)?",
-}
-NO_HANDLES = "work|home|school|night|least|all|first|once|the|my|me|you|that|this"
-HANDLE = r"(?<![\w@./+-])(?:@(?!(?:" + NO_HANDLES + r")\b)[a-z_][\w.]*\w|/?u/[\w-]{3,20})(?!@)\b"
 
 
-PHONE_LIKE = re.compile(r"\d(?:[\s().+/-]{0,3}\d){6}")
-
-# %% ../../nbs/corpus/03_privacy.ipynb #2a845478
 @functools.cache
 def _suffixes():
     "Open the public suffix list that tldextract ships with."
@@ -345,70 +329,47 @@ def is_web_address(text: str) -> bool:
         return True
     suffix = _suffixes()(text).suffix
     if "/" in text:
-        return bool(suffix) and (
-            suffix not in word_lists().common or re.match(r"(?i)(?:t|wa|fb|m)\.me/", text) is not None
-        )
+        known = suffix not in word_lists().common or re.match(r"(?i)(?:t|wa|fb|m)\.me/", text)
+        return bool(suffix and known)
     return suffix in BARE_SUFFIXES or suffix.split(".")[0] in BARE_SUFFIXES | {"co", "ac"} and "." in suffix
 
 # %% ../../nbs/corpus/03_privacy.ipynb #de05b370
-def _strict_classes():
-    "Derive presidio's recognisers with our conditions; inside a function, since importing presidio takes seconds."
-    from presidio_analyzer.predefined_recognizers import EmailRecognizer, PhoneRecognizer, UrlRecognizer
+REGIONS = ("US", "GB", "CA", "AU", "IN", "IE", "NZ", "ZA")
+PHONE_LIKE = re.compile(r"\d(?:[\s().+/-]{0,3}\d){6}")
 
-    class Email(EmailRecognizer):
-        def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
-            return super().analyze(text, entities, nlp_artifacts, regex_flags) if "@" in text else []
 
-        def validate_result(self, pattern_text):
-            """Returns with the suffix list that ships; the parent may ask the network."""
-            return _suffixes()(pattern_text).fqdn != ""
+def find_phones(text: str) -> list[tuple[int, int]]:
+    "Find phone numbers that are valid in one of REGIONS, or have a country code; first and last character (exclusive)."
+    from phonenumbers import PhoneNumberMatcher
 
-    class Web(UrlRecognizer):
-        def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
-            return super().analyze(text, entities, nlp_artifacts, regex_flags) if re.search(r"\w\.\w|://", text) else []
-
-        def invalidate_result(self, pattern_text):
-            return not is_web_address(pattern_text)
-
-    class Phone(PhoneRecognizer):
-        def analyze(self, text, entities, nlp_artifacts=None):
-            found = super().analyze(text, entities, nlp_artifacts) if PHONE_LIKE.search(text) else []
-            for hit in found:  # an opening bracket alone belongs to the sentence
-                hit.start += text[hit.start] == "(" and ")" not in text[hit.start : hit.end]
-            return [hit for hit in found if re.search(r"\d{3}", text[hit.start : hit.end])]
-
-    return Email, Web, Phone
+    spans = []
+    for region in (*REGIONS, "ZZ") if PHONE_LIKE.search(text) else ():
+        for hit in PhoneNumberMatcher(text, region, leniency=int(region != "ZZ")):
+            start, end = hit.start, hit.end
+            start += text[start] == "(" and ")" not in text[start:end]  # an opening bracket alone is the sentence's
+            spans += [(start, end)] if re.search(r"\d{3}", text[start:end]) else []
+    return spans
 
 # %% ../../nbs/corpus/03_privacy.ipynb #ac565c46
-def kept_recognisers() -> list:
-    """Make presidio's own recognisers stricter, and quick where a text can't hold what they look for.
-
-    Returns presidio's recognisers for e-mail, web addresses and phone numbers."""
-    from presidio_analyzer import Pattern
-
-    Email, Web, Phone = _strict_classes()
-    joint = Pattern(
-        "before a sentence joint", r"[\w.+-]+@(?:[\w-]+\.)+(?:com|org|net|edu|gov|co\.uk|ca)(?=\.[A-Z])", 0.5
-    )
-    web = [Pattern(name, rf"(?i){pattern}", 0.6) for name, pattern in WEB_PATTERNS.items()]
-    return [
-        Email(patterns=[*Email.PATTERNS, joint]),
-        Web(patterns=web),
-        Phone(supported_regions=REGIONS),
-        Phone(supported_regions=("ZZ",), leniency=0, name="international"),
-    ]
-
-# %% ../../nbs/corpus/03_privacy.ipynb #0e22a4bd
-PHONE_WORDS = "call|text|phone|number|cell|mobile|reach|ring|contact"
-LOCAL_PHONE = (
-    r"(?<=\b(?:" + PHONE_WORDS + r")\w*\W+(?:[a-z']+\W+){0,4})"
-    r"(?<![\d-])\d{3}[-. ]\d{4}(?![\d-])"
-)
-
-# %% ../../nbs/corpus/03_privacy.ipynb #73e83539
-def own_recognisers() -> list:
-    "Return our recognisers for names, addresses, handles and local phone numbers, behind presidio's interface."
+def recognisers() -> list:
+    "Return presidio's recognisers for PATTERNS and for our rules; in a function, since importing presidio takes seconds."
     from presidio_analyzer import LocalRecognizer, Pattern, PatternRecognizer, RecognizerResult
+    from presidio_analyzer.predefined_recognizers import EmailRecognizer
+
+    checks = {"EMAIL_ADDRESS": lambda text: _suffixes()(text).fqdn, "URL": is_web_address}
+    library = {"EMAIL_ADDRESS": EmailRecognizer.PATTERNS}
+
+    class Checked(PatternRecognizer):
+        def __init__(self, entity, needs, any_of):
+            self.needs, self.check = re.compile(needs), checks.get(entity, bool)
+            patterns = [*library.get(entity, ()), *(Pattern(entity, one, 0.6) for one in any_of)]
+            super().__init__(entity, name=f"patterns of {entity}", patterns=patterns)
+
+        def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
+            return super().analyze(text, entities, nlp_artifacts, regex_flags) if self.needs.search(text) else []
+
+        def invalidate_result(self, pattern_text):
+            return not self.check(pattern_text)
 
     class Rule(LocalRecognizer):
         def __init__(self, entity, find):
@@ -421,17 +382,8 @@ def own_recognisers() -> list:
         def analyze(self, text, entities, nlp_artifacts=None):
             return [RecognizerResult(self.supported_entities[0], start, end, 1.0) for start, end in self.find(text)]
 
-    class Local(PatternRecognizer):
-        def analyze(self, text, entities, nlp_artifacts=None, regex_flags=None):
-            found = re.search(r"\d{3}[-. ]\d{4}", text)
-            return super().analyze(text, entities, nlp_artifacts, regex_flags) if found else []
-
-    return [
-        Rule("PERSON", find_names),
-        Rule("ADDRESS", find_addresses),
-        PatternRecognizer("HANDLE", name="handles", patterns=[Pattern("handle", HANDLE, 0.6)]),
-        Local("PHONE_NUMBER", name="local numbers", patterns=[Pattern("after a word such as call", LOCAL_PHONE, 0.6)]),
-    ]
+    rules = {"PERSON": find_names, "ADDRESS": find_addresses, "PHONE_NUMBER": find_phones}
+    return [Checked(**row) for row in PATTERNS] + [Rule(*rule) for rule in rules.items()]
 
 # %% ../../nbs/corpus/03_privacy.ipynb #70978009
 ENTITIES = {"PERSON": "person", "EMAIL_ADDRESS": "email", "PHONE_NUMBER": "phone"}
@@ -459,21 +411,19 @@ def load_pipeline(names: str):
 # %% ../../nbs/corpus/03_privacy.ipynb #f5cf51da
 @functools.lru_cache(maxsize=4)
 def make_analyzer(names: str = "lexicon"):
-    """Build presidio's engine with our recognisers; kept for the next text.
+    """Build presidio's AnalyzerEngine with our recognisers; kept for the next text.
 
-    names: lexicon, or a spaCy pipeline's name or folder, used beside the lexicon. Returns presidio's
-    AnalyzerEngine."""
+    names: lexicon, or a spaCy pipeline's name or folder, used beside the lexicon."""
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import NoOpNlpEngine, SpacyNlpEngine
     from presidio_analyzer.predefined_recognizers import SpacyRecognizer
 
-    recognisers = [*kept_recognisers(), *own_recognisers()]
-    engine = NoOpNlpEngine([{"lang_code": "en", "model_name": "none"}])
+    ours, engine = recognisers(), NoOpNlpEngine([{"lang_code": "en", "model_name": "none"}])
     if names != "lexicon":
         engine = SpacyNlpEngine()
         engine.nlp = {"en": load_pipeline(names)}
-        recognisers.append(SpacyRecognizer(supported_entities=["PERSON"]))
-    return AnalyzerEngine(registry=RecognizerRegistry(recognisers), nlp_engine=engine)
+        ours.append(SpacyRecognizer(supported_entities=["PERSON"]))
+    return AnalyzerEngine(registry=RecognizerRegistry(ours), nlp_engine=engine)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #941afba3
 def _resolve(hits: list[tuple[int, int, str]], text: str) -> list[tuple[int, int, str]]:
@@ -508,7 +458,7 @@ def mask_found(text: str, names: str = "lexicon") -> tuple[str, list[tuple[str, 
         for start, end, kind in reversed(spans):
             text = text[:start] + PLACEHOLDERS[kind] + text[end:]
 
-# %% ../../nbs/corpus/03_privacy.ipynb #e7431c5f
+
 def mask_text(text: str, names: str = "lexicon") -> tuple[str, dict[str, int]]:
     """Mask what points at a person in one text.
 
@@ -517,24 +467,13 @@ def mask_text(text: str, names: str = "lexicon") -> tuple[str, dict[str, int]]:
     counts = Counter(kind for _, kind in found)
     return masked, {kind: counts[kind] for kind in PERSONAL_KINDS}
 
-# %% ../../nbs/corpus/03_privacy.ipynb #94a7041a
-def mask_texts(
-    texts: typing.Sequence[str], names: str = "lexicon", workers: int = 1, name: str = ""
-) -> tuple[list[str], dict[str, int]]:
+
+def mask_texts(texts: typing.Sequence[str], names: str = "lexicon", name: str = "") -> tuple[list[str], dict[str, int]]:
     """Mask many texts; returns them in the same order, and the sum of their counts.
 
-    names: lexicon, or an installed spaCy pipeline; workers: processes, each of which needs seconds to start; name: of
-    the progress bar, e.g. the source."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
+    names: lexicon, or an installed spaCy pipeline; name: of the progress bar, e.g. the source."""
     make_analyzer(names)  # so that a missing pipeline is told once, here
-    one = functools.partial(mask_text, names=names)
-    if workers == 1:
-        pairs = [one(text) for text in progress(texts, f"mask {name}".strip(), total=len(texts))]
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            pairs = list(progress(pool.map(one, texts, chunksize=256), f"mask {name}".strip(), total=len(texts)))
+    pairs = [mask_text(text, names) for text in progress(texts, f"mask {name}".strip(), len(texts))]
     return [masked for masked, _ in pairs], {kind: sum(counts[kind] for _, counts in pairs) for kind in PERSONAL_KINDS}
 
 # %% ../../nbs/corpus/03_privacy.ipynb #f70626e4
@@ -552,17 +491,14 @@ def masking_quality(cases: typing.Iterable[dict], names: str = "lexicon"):
     masked, right, precision, recall."""
     import pandas as pd
 
-    planted, masked, right = Counter(), Counter(), Counter()
+    columns = {name: Counter() for name in ("planted", "masked", "right")}
     for case in cases:
         found, wanted = Counter(mask_found(case["text"], names)[1]), Counter(map(tuple, case["spans"]))
-        for counter, spans in ((planted, wanted), (masked, found), (right, found & wanted)):
+        for counter, spans in zip(columns.values(), (wanted, found, found & wanted)):
             counter.update(kind for _, kind in spans.elements())
             counter["all"] += spans.total()
-    rows = [
-        {"kind": kind, "planted": planted[kind], "masked": masked[kind], "right": right[kind]}
-        for kind in (*PERSONAL_KINDS, "all")
-    ]
-    frame = pd.DataFrame(rows)
+    kinds = [*PERSONAL_KINDS, "all"]
+    frame = pd.DataFrame({"kind": kinds} | {name: [count[kind] for kind in kinds] for name, count in columns.items()})
     return frame.assign(
         precision=(frame.right / frame.masked.where(frame.masked > 0)).round(3),
         recall=(frame.right / frame.planted.where(frame.planted > 0)).round(3),

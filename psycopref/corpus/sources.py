@@ -16,10 +16,11 @@ import json
 import re
 import typing
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter
 
 from ..core.files import SCHEMAS, sha256_file
 from ..core.paper import resource_path
@@ -27,33 +28,10 @@ from ..core.settings import StudyError, suggest
 from .fetching import fetch_hub, fetch_url, hub_is_here, short_reason, url_is_here
 
 # %% auto #0
-__all__ = ['UNKNOWN_LICENCE', 'TURN_MARKS', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'RawSpeech', 'RawSpeeches', 'Source',
-           'read_text', 'read_columns', 'find_column', 'as_text', 'read_table', 'read_line_pairs', 'client_turn',
-           'pick_files', 'local_files', 'Opened', 'parse_spec', 'locate', 'open_source', 'is_local', 'is_here',
+__all__ = ['UNKNOWN_LICENCE', 'TURN_MARKS', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'Source', 'read_text', 'read_columns',
+           'need_columns', 'read_cells', 'as_text', 'whole_number', 'find_column', 'read_table', 'read_line_pairs',
+           'client_turn', 'pick_files', 'local_files', 'Opened', 'parse_spec', 'locate', 'open_source', 'is_here',
            'Released', 'open_released', 'read_part', 'released_speeches']
-
-# %% ../../nbs/corpus/01_sources.ipynb #c9c1b9e1
-@dataclass(frozen=True)
-class RawSpeech:
-    "Hold one row as a source has it."
-
-    row: int  # 0-based, counted over the files of the source in reading order
-    text: str  # as published; may hold HTML; empty where the row has no client speech
-    topics: tuple[str, ...] = ()  # as published
-
-
-@dataclass(frozen=True)
-class RawSpeeches:
-    "Hold what a source has; every row is a speech or a repeat."
-
-    speeches: tuple[RawSpeech, ...]
-    repeats: int = 0  # rows that only repeat the key and the text of an earlier row
-    unreadable: int = 0  # speeches left empty: the cell holds no text, or no client speech can be told apart in it
-
-    @property
-    def rows(self) -> int:
-        "The number of rows in the source's files."
-        return len(self.speeches) + self.repeats
 
 # %% ../../nbs/corpus/01_sources.ipynb #ca56a80c
 UNKNOWN_LICENCE = "not known to us: read its page before you use it"
@@ -75,8 +53,8 @@ class Source:
     scraped: bool = True  # written by real people: personal data will be masked
     fallback: str | None = None  # encoding of a file that is not UTF-8
     sha256: tuple[str, ...] = ()  # pinned hashes, one for each home
-    client_part: typing.Callable[[str], str | None] | None = None  # takes the client's part out of a text
-    read: typing.Callable[[Source, typing.Sequence[Path]], RawSpeeches] | None = None  # a reader of its own
+    client_part: typing.Callable | None = None  # takes the client's part out of a text
+    read: typing.Callable | None = None  # a reader of its own, in place of read_table
 
     @property
     def remedy(self) -> str:
@@ -84,6 +62,13 @@ class Source:
         return f"download it yourself from {self.page} and give {self.name}=/path/to/it"
 
 # %% ../../nbs/corpus/01_sources.ipynb #e9d0774f
+def read_text(path: Path, fallback: str | None = None) -> str:
+    """Read a text file, plain or packed with gzip; another encoding, a NUL byte or an unreadable file is one line.
+
+    fallback: encoding to try after UTF-8, e.g. cp1252."""
+    return _decode(path, _data(path), fallback)
+
+
 def _data(path: Path) -> bytes:
     "Read a file, unpacked where it is packed with gzip."
     try:
@@ -95,64 +80,49 @@ def _data(path: Path) -> bytes:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def read_text(path: Path, fallback: str | None = None) -> str:
-    """Read a text file, plain or packed with gzip; another encoding, a NUL byte or an unreadable file is one line.
-
-    fallback: encoding to try after UTF-8, e.g. cp1252."""
-    data = _data(path)
+def _decode(path: Path, data: bytes, fallback: str | None) -> str:
+    "Decode UTF-8, else the fallback."
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise StudyError(f"{path}: is UTF-16, expected UTF-8; convert it first, e.g. iconv -f utf-16 -t utf-8")
-    text = _decode(path, data, fallback)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        try:
+            text = data.decode(fallback or "utf-8")
+        except UnicodeDecodeError:
+            found = f"is not {f'UTF-8 or {fallback}' if fallback else 'UTF-8'} (byte {error.start})"
+            raise StudyError(f"{path}: {found}; convert it first, e.g. iconv -f cp1252 -t utf-8") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise StudyError(f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again")
     return text
 
-# %% ../../nbs/corpus/01_sources.ipynb #3e4dd393
-def _decode(path: Path, data: bytes, fallback: str | None) -> str:
-    "Decode UTF-8, else the fallback."
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = error.start
-    with contextlib.suppress(UnicodeDecodeError):
-        if fallback:
-            return data.decode(fallback)
-    expected = f"UTF-8 or {fallback}" if fallback else "UTF-8"
-    raise StudyError(
-        f"{path}: is not {expected} (byte {place}); convert it first, e.g. iconv -f cp1252 -t utf-8"
-    ) from None
-
 # %% ../../nbs/corpus/01_sources.ipynb #10b27938
-def read_columns(path: Path, fallback: str | None = None) -> dict[str, list]:
+def read_columns(path: Path, fallback: str | None = None, remedy: str = "download it again") -> dict[str, list]:
     """Read CSV, a JSON list, JSON lines (also packed with gzip) or parquet; a broken row is one line with its place.
 
-    fallback: encoding to try after UTF-8. Returns column -> values in file order; None where a row has none."""
-    kind = Path(path).name.lower().removesuffix(".gz").rpartition(".")[2]
-    if _data(path)[:4] == b"PAR1":
-        columns = _read_parquet(path)
-    else:
-        text = read_text(path, fallback)
-        if not text.strip():
-            raise StudyError(f"{path}: is empty; download it again")
-        if kind == "parquet":
-            raise StudyError(f"{path}: is no parquet file (it does not begin with PAR1); download it again")
-        as_json = kind in ("json", "jsonl", "ndjson") or (kind != "csv" and text.lstrip()[0] in "[{")
-        columns = _read_json_rows(path, text) if as_json else _read_csv(path, text)
-    if not any(columns.values()):
-        raise StudyError(f"{path}: holds no rows; download it again")
-    return columns
-
-
-def _read_parquet(path: Path) -> dict[str, list]:
-    "Read a parquet table."
+    fallback: encoding to try after UTF-8; remedy: what a user can do. Returns column -> values in file order; None where
+    a row has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        return pq.read_table(path).to_pydict()
-    except (pa.ArrowException, OSError) as error:
-        raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); download it again") from None
+    kind, data = Path(path).name.lower().removesuffix(".gz").rpartition(".")[2], _data(path)
+    if data[:4] == b"PAR1":
+        try:
+            columns = pq.read_table(pa.BufferReader(data)).to_pydict()
+        except (pa.ArrowException, OSError) as error:
+            raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); {remedy}") from None
+    else:
+        text = _decode(path, data, fallback)
+        if not text.strip():
+            raise StudyError(f"{path}: is empty; {remedy}")
+        if kind == "parquet":
+            raise StudyError(f"{path}: is no parquet file (it does not begin with PAR1); {remedy}")
+        as_json = kind in ("json", "jsonl", "ndjson") or (kind != "csv" and text.lstrip()[0] in "[{")
+        columns = (_read_json if as_json else _read_csv)(path, text)
+    if not any(columns.values()):
+        raise StudyError(f"{path}: holds no rows; {remedy}")
+    return columns
 
 # %% ../../nbs/corpus/01_sources.ipynb #6c0c0fa4
 def _read_csv(path: Path, text: str) -> dict[str, list]:
@@ -177,46 +147,47 @@ def _read_csv(path: Path, text: str) -> dict[str, list]:
         raise StudyError(f"{path}: the head names {sorted(twice)} more than once; rename all but one")
     return {name: [cells[i] for cells in rows] for i, name in enumerate(head)}
 
-# %% ../../nbs/corpus/01_sources.ipynb #b8280c8d
-def _read_json_rows(path: Path, text: str) -> dict[str, list]:
+
+def _read_json(path: Path, text: str) -> dict[str, list]:
     "Read a JSON list of objects, or one object for each line."
-    if text.lstrip().startswith("["):
-        numbered, place = enumerate(_json(path, text, 0), start=1), "item"
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        numbered, place = ((n, _json(path, line, n - 1)) for n, line in lines if line.strip()), "line"
-    rows = []
-    for number, row in numbered:
+    listed, rows = text.lstrip().startswith("["), []
+    parts = [text] if listed else text.split("\n")
+    for number, part in enumerate(parts, start=1):
+        try:
+            found = json.loads(part) if part.strip() else []
+        except (ValueError, RecursionError) as error:
+            where = (
+                f"{path}, line {number - 1 + getattr(error, 'lineno', 1)}: is not valid JSON ({short_reason(error)})"
+            )
+            expected = "expected a list of objects or one object for each line"
+            raise StudyError(f"{where}; {expected}; download it again") from None
+        if listed:
+            rows = [(f"item {n}", row) for n, row in enumerate(found, start=1)]
+        elif part.strip():
+            rows.append((f"line {number}", found))
+    for place, row in rows:
         if not isinstance(row, dict):
-            found = type(row).__name__
-            raise StudyError(f"{path}, {place} {number}: found {found}, expected a JSON object with named columns")
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name.strip(): [row.get(name) for row in rows] for name in names}
+            found = f"found {type(row).__name__}, expected a JSON object with named columns"
+            raise StudyError(f"{path}, {place}: {found}")
+    names = dict.fromkeys(name for _, row in rows for name in row)
+    return {name.strip(): [row.get(name) for _, row in rows] for name in names}
 
-# %% ../../nbs/corpus/01_sources.ipynb #cad96a5e
-def _json(path: Path, text: str, lines_before: int):
-    "Parse JSON."
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = lines_before + getattr(error, "lineno", 1)
-        raise StudyError(
-            f"{path}, line {line}: is not valid JSON ({short_reason(error)}); expected a list of objects or one object "
-            "for each line; download it again"
-        ) from None
+# %% ../../nbs/corpus/01_sources.ipynb #224aab81
+def need_columns(path: Path, columns: dict[str, list], names: typing.Iterable[str], remedy: str) -> None:
+    "Refuse a table that lacks columns."
+    if missing := [name for name in names if name not in columns]:
+        found = f"columns {missing[:6]} are missing, found {list(columns)[:8]}"
+        raise StudyError(f"{path}: {found}; {remedy}")
 
-# %% ../../nbs/corpus/01_sources.ipynb #512f82e4
-def find_column(columns: dict[str, list], names: typing.Sequence[str], path: Path, source: Source) -> list:
-    "Return the values of a column under one of its names, the best first; case does not matter."
-    known = {name.casefold(): name for name in columns}
-    for name in names:
-        if name.casefold() in known:
-            return columns[known[name.casefold()]]
-    raise StudyError(
-        f"{path}: has no column {' or '.join(map(repr, names))}, found {list(columns)[:12]}; is it {source.name}'s "
-        f"file? If not, {source.remedy}"
-    )
+
+def read_cells(path: Path, name: str, values: list, read: typing.Callable, expected: str, remedy: str) -> list:
+    "Read each cell of a column; the first for which `read` gives None is refused."
+    found = [read(value) for value in values]
+    if None in found:
+        row = found.index(None)
+        cell = f"{name} is {values[row]!r:.60} ({type(values[row]).__name__})"
+        raise StudyError(f"{path}, row {row}: {cell}, expected {expected}; mend the row, or {remedy}")
+    return found
 
 
 def as_text(value) -> str | None:
@@ -225,77 +196,76 @@ def as_text(value) -> str | None:
         return None
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-# %% ../../nbs/corpus/01_sources.ipynb #74c47e40
-def _read_cells(source: Source, path: Path) -> list[tuple]:
-    "Read speech, key and topic of every row of a file."
+
+def whole_number(low: float, high: float) -> typing.Callable:
+    "Return a reader of whole numbers on a scale; CSV has them as text."
+
+    def read(value):
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value) else value
+        return number if type(number) is int and low <= number <= high else None
+
+    return read
+
+# %% ../../nbs/corpus/01_sources.ipynb #512f82e4
+def find_column(columns: dict[str, list], names: typing.Sequence[str], path: Path, source: Source) -> list:
+    "Return the values of a column under one of its names, the best first; case does not matter."
+    known = {name.casefold(): values for name, values in columns.items()}
+    for name in names:
+        if name.casefold() in known:
+            return known[name.casefold()]
+    found = f"has no column {' or '.join(map(repr, names))}, found {list(columns)[:12]}"
+    raise StudyError(f"{path}: {found}; is it {source.name}'s file? If not, {source.remedy}")
+
+
+def read_table(source: Source, path: Path) -> list[tuple[str | None, str, tuple[str, ...]]]:
+    "Read the client's text (None where a cell holds none), key and topics of every row of a table."
     columns = read_columns(path, source.fallback)
     texts = find_column(columns, source.speech, path, source)
     if not any(isinstance(text, str) for text in texts):
         odd = type(next((text for text in texts if text is not None), None)).__name__
-        raise StudyError(
-            f"{path}: the column of the client's speech holds {odd}, expected text; is it {source.name}'s file?"
-        )
-    blank = [None] * len(texts)
+        found = f"the column of the client's speech holds {odd}, expected text"
+        raise StudyError(f"{path}: {found}; is it {source.name}'s file?")
+    blank, part = [None] * len(texts), source.client_part or str
     keys = find_column(columns, (source.same,), path, source) if source.same else blank
-    return list(zip(texts, keys, find_column(columns, source.topic, path, source) if source.topic else blank))
-
-# %% ../../nbs/corpus/01_sources.ipynb #2285b5c1
-def read_table(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
-    "Read client speeches out of tables, in reading order; every row is a speech or counted as a repeat."
-    cells = [(path, *cell) for path in paths for cell in _read_cells(source, path)]
-    speeches, seen, repeats, unreadable = [], set(), 0, 0
-    for row, (path, value, key, topic) in enumerate(cells):
-        text = as_text(value)
-        if text is not None and source.client_part:
-            text = source.client_part(text)
-        mark = ("" if key is None else str(key).strip(), text)
-        if mark[0] and mark in seen:
-            repeats += 1
-            continue
-        seen.add(mark)
-        unreadable += text is None
-        speeches.append(RawSpeech(row, text or "", _topics(path, row, topic)))
-    return RawSpeeches(tuple(speeches), repeats, unreadable)
-
-# %% ../../nbs/corpus/01_sources.ipynb #de257230
-def _topics(path: Path, row: int, value) -> tuple[str, ...]:
-    "Split a comma list of topics."
-    if value is not None and not isinstance(value, str):
-        raise StudyError(f"{path}, row {row}: the topic is {value!r:.60} ({type(value).__name__}), expected text")
-    return tuple(topic.strip() for topic in (value or "").split(",") if topic.strip())
+    topics = find_column(columns, source.topic, path, source) if source.topic else blank
+    topics = read_cells(
+        path, "the topic", topics, lambda one: "" if one is None else as_text(one), "text", source.remedy
+    )
+    return [
+        (
+            None if as_text(text) is None else part(as_text(text)),
+            "" if key is None else as_text(str(key).strip()),
+            tuple(topic.strip() for topic in topic.split(",") if topic.strip()),
+        )
+        for text, key, topic in zip(texts, keys, topics)
+    ]
 
 # %% ../../nbs/corpus/01_sources.ipynb #a4f006ea
-def read_line_pairs(source: Source, paths: typing.Sequence[Path]) -> RawSpeeches:
+def read_line_pairs(source: Source, paths: typing.Sequence[Path]) -> list[tuple]:
     "Read one table, or two aligned files of lines of which the first holds the client's speeches."
     if len(paths) == 1:
-        return read_table(source, paths)
-    files = [read_text(path, source.fallback).removesuffix("\n").split("\n") for path in paths]
-    questions = [line.rstrip("\r") for line in files[0]]
-    if len(questions) != len(files[1]):
+        return read_table(source, paths[0])
+    questions, answers = (read_text(path, source.fallback).removesuffix("\n").split("\n") for path in paths)
+    if len(questions) != len(answers):
         raise StudyError(
-            f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(files[1])}, expected as many; one of "
+            f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(answers)}, expected as many; one of "
             f"them is cut, {source.remedy}"
         )
     if not any(map(str.strip, questions)):
         raise StudyError(f"{paths[0]}: is empty; {source.remedy}")
-    return RawSpeeches(tuple(RawSpeech(row, line) for row, line in enumerate(questions)))
+    return [(line.rstrip("\r"), "", ()) for line in questions]
 
 # %% ../../nbs/corpus/01_sources.ipynb #094fff98
 _MARKS = """Instruct Output, Instruction Response, Instruction Output, Question Answer, Q A, Human Assistant,
     User Assistant, Patient Therapist, Client Therapist, Client Counselor, Input Output"""
 TURN_MARKS = tuple(tuple(pair.split()) for pair in _MARKS.split(","))
+_WORDED = [rf"[\s#<*]*{q}[>*]*\s*:[\s*]*(.*?)(?:^|(?<=[\s#<*])){a}[>*]*\s*:" for q, a in TURN_MARKS]
+_TURNS = [re.compile(one, re.S | re.M) for one in (*_WORDED, r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\]")]
 
 
-@functools.cache
-def _turn_patterns() -> list[re.Pattern]:
-    "Compile what finds a client's turn at the beginning of a text."
-    worded = [rf"[\s#<*]*{q}[>*]*\s*:[\s*]*(.*?)(?:^|(?<=[\s#<*])){a}[>*]*\s*:" for q, a in TURN_MARKS]
-    return [re.compile(pattern, re.S | re.M) for pattern in (*worded, r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\]")]
-
-# %% ../../nbs/corpus/01_sources.ipynb #2f3a72e2
 def client_turn(text: str) -> str | None:
     "Take the client's turn out of a text that also holds the answer; None where no pair of turn marks is found."
-    found = next((match for pattern in _turn_patterns() if (match := pattern.match(text))), None)
+    found = next((match for pattern in _TURNS if (match := pattern.match(text))), None)
     return found and found[1].strip(" \t\r\n#<*")
 
 # %% ../../nbs/corpus/01_sources.ipynb #df6dc1e2
@@ -304,13 +274,12 @@ HUB = "https://huggingface.co/datasets"
 
 def _declared() -> dict[str, Source]:
     "Read the declared sources."
-    found, functions = {}, {one.__name__: one for one in (read_line_pairs, client_turn)}
-    for row in yaml.safe_load(resource_path("sources.yaml").read_text(encoding="utf-8")):
-        lists = {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
-        lists |= {"layouts": tuple(map(tuple, row["layouts"]))} if "layouts" in row else {}
-        named = {name: functions[row[name]] for name in ("client_part", "read") if name in row}
-        found[row["name"]] = Source(**{"licence": UNKNOWN_LICENCE, **row, **lists, **named})
-    return found
+    rows = yaml.safe_load(resource_path("sources.yaml").read_text(encoding="utf-8"))
+    functions = {"client_part": {"client_turn": client_turn}, "read": {"read_line_pairs": read_line_pairs}}
+    for row in rows:
+        row |= {field: known[row[field]] for field, known in functions.items() if field in row}
+    found = TypeAdapter(list[Source]).validate_python([{"licence": UNKNOWN_LICENCE, **row} for row in rows])
+    return {source.name: source for source in found}
 
 
 SOURCES = _declared()
@@ -321,28 +290,20 @@ def pick_files(source: Source, names: typing.Iterable[str], where: str) -> list[
     """Choose files by the first layout that fits; a set that lacks a part, or a choice to be made, is one line.
 
     names: paths below the folder, with slashes. Returns the chosen ones, in reading order."""
-    names = list(names)
-    for prefix in ("", "data/"):
-        own = sorted(
-            name[len(prefix) :] for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]
-        )
-        for layout in source.layouts:
-            found = [[name for name in own if fnmatch.fnmatchcase(name, pattern)] for pattern in layout]
-            if not any(found):
-                continue
-            lacking = [pattern for pattern, matches in zip(layout, found) if not matches]
-            if lacking:
-                raise StudyError(
-                    f"{where}: holds {[m for ms in found for m in ms]} of {source.name} but not {lacking}; "
-                    f"{source.remedy}"
-                )
-            if not source.many and max(map(len, found)) > 1:
-                raise StudyError(
-                    f"{where}: several files fit {source.name}: {max(found, key=len)[:6]}; give one as "
-                    f"{source.name}=/path/to/file"
-                )
-            return [prefix + name for matches in found for name in matches]
-    listed = ", ".join(sorted(names)[:8]) or "nothing"
+    names = sorted(names)
+    for prefix, layout in ((prefix, layout) for prefix in ("", "data/") for layout in source.layouts):
+        own = [name.removeprefix(prefix) for name in names if name.rpartition("/")[0] == prefix.rstrip("/")]
+        found = [fnmatch.filter(own, pattern) for pattern in layout]
+        if not any(found):
+            continue
+        if lacking := [pattern for pattern, matches in zip(layout, found) if not matches]:
+            held = f"holds {sum(found, [])} of {source.name} but not {lacking}"
+            raise StudyError(f"{where}: {held}; {source.remedy}")
+        if not source.many and max(map(len, found)) > 1:
+            several = f"several files fit {source.name}: {max(found, key=len)[:6]}"
+            raise StudyError(f"{where}: {several}; give one as {source.name}=/path/to/file")
+        return [prefix + name for matches in found for name in matches]
+    listed = ", ".join(names[:8]) or "nothing"
     expected = " or ".join(" and ".join(layout) for layout in source.layouts)
     raise StudyError(f"{where}: has no file of {source.name}, found {listed}, expected {expected}; {source.remedy}")
 
@@ -350,21 +311,17 @@ def pick_files(source: Source, names: typing.Iterable[str], where: str) -> list[
 def local_files(source: Source, where: str) -> list[Path]:
     "Find the files of a local copy, a file or a folder, in reading order."
     path = Path(where).expanduser()
-    if path.is_dir():
-        return [path / name for name in pick_files(source, _names_below(path), str(path))]
-    if not path.is_file():
+    if not path.is_dir() and not path.is_file():
         raise StudyError(f"{path}: no such file or folder; check {source.name}=…, or {source.remedy}")
-    for layout in source.layouts:
-        fits = [name for name in _names_below(path.parent) if any(fnmatch.fnmatchcase(name, own) for own in layout)]
-        if len(layout) > 1 and path.name in fits:
-            return [path.parent / name for name in pick_files(source, fits, str(path.parent))]
-    return [path]
-
-
-def _names_below(folder: Path) -> list[str]:
-    "List the files of a folder and of its data/."
-    found = [path for own in (folder, folder / "data") if own.is_dir() for path in own.iterdir() if path.is_file()]
-    return [path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")]
+    folder = path if path.is_dir() else path.parent
+    if path.is_file():  # alone, or with the others of its set
+        sets = [own for own in source.layouts if len(own) > 1 and any(fnmatch.fnmatch(path.name, one) for one in own)]
+        if not sets:
+            return [path]
+        source = replace(source, layouts=tuple(sets))
+    below = [one for own in (folder, folder / "data") if own.is_dir() for one in own.iterdir() if one.is_file()]
+    names = [one.relative_to(folder).as_posix() for one in below if not one.name.startswith(".")]
+    return [folder / name for name in pick_files(source, names, str(folder))]
 
 # %% ../../nbs/corpus/01_sources.ipynb #1d89c311
 @dataclass(frozen=True)
@@ -375,9 +332,16 @@ class Opened:
     paths: tuple[Path, ...]  # in reading order
     origin: dict  # source, licence, page; and for each file: file, from, commit, bytes, sha256
 
-    def read(self) -> RawSpeeches:
-        "Read all raw speeches."
-        return (self.source.read or read_table)(self.source, self.paths)
+    def read(self):
+        """Read all raw speeches.
+
+        Returns (frame of text and topics, indexed by the row over all files; number of rows that repeat an earlier one)."""
+        import pandas as pd
+
+        read = self.source.read or (lambda source, paths: [row for path in paths for row in read_table(source, path)])
+        rows = pd.DataFrame(read(self.source, self.paths), columns=["text", "key", "topics"])
+        repeat = rows.key.ne("") & rows.duplicated(["key", "text"])
+        return rows.loc[~repeat, ["text", "topics"]].fillna({"text": ""}), int(repeat.sum())
 
 
 def parse_spec(spec: str, known: dict[str, Source] | None = None) -> tuple[Source, tuple[str, ...]]:
@@ -417,12 +381,6 @@ def open_source(spec: str, known: dict[str, Source] | None = None) -> Opened:
     return Opened(source, tuple(path for path, _ in files), {**origin, "files": [own for _, own in files]})
 
 # %% ../../nbs/corpus/01_sources.ipynb #9f7bf2fe
-def is_local(spec: str) -> bool:
-    "Say whether opening a source downloads nothing; False also where a local copy is still to be named."
-    _, places = parse_spec(spec, {**SOURCES, RELEASED_DATASET.name: RELEASED_DATASET})
-    return bool(places) and all(map(is_here, places))
-
-
 def is_here(place: str) -> bool:
     "Say whether a path or an address needs no network."
     if place.startswith("hf://"):
@@ -432,81 +390,43 @@ def is_here(place: str) -> bool:
     return place.startswith("package:") or Path(place).expanduser().exists()
 
 # %% ../../nbs/corpus/01_sources.ipynb #496a7f5f
-@dataclass(frozen=True)
-class Released:
+class Released(typing.NamedTuple):
     "Hold the released pairs."
 
     parts: dict  # train, test -> frame with the columns of SCHEMAS["pairs"], texts as published
     speeches: typing.Any  # frame: speech_id, source, speech (outer blanks removed), part; one row for each ID
-    origin: dict  # as of Opened, and blank_responses: how many responses hold no word
-    paths: tuple[Path, ...]  # the files read, train then test
 
 
 def open_released(spec: str = "released") -> Released:
-    "Open the released dataset and check it. spec: released, released=FOLDER, or hf://datasets/OWNER/NAME@REVISION."
-    spec = f"released={spec}" if spec.startswith("hf://") else spec
+    "Open the released dataset and check it. spec: released, or released=PLACE."
     opened = open_source(spec, {RELEASED_DATASET.name: RELEASED_DATASET})
     if len(opened.paths) != 2:
         found = f"gives {len(opened.paths)} file, expected the train and the test part"
         raise StudyError(f"{spec}: {found}; give their folder or dataset")
     parts = {part: read_part(path) for part, path in zip(("train", "test"), opened.paths)}
-    blank = sum(
-        int((frame[side].str.strip() == "").sum()) for frame in parts.values() for side in ("chosen", "rejected")
-    )
-    return Released(parts, released_speeches(parts), {**opened.origin, "blank_responses": blank}, opened.paths)
+    return Released(parts, released_speeches(parts))
 
 # %% ../../nbs/corpus/01_sources.ipynb #e0bc3b02
 def read_part(path: Path):
-    """Read one parquet file of the released dataset into a frame with the columns of SCHEMAS["pairs"].
+    """Read one file of the released dataset into a frame with the columns of SCHEMAS["pairs"].
 
-    Other columns, other types, empty values and ratings off the scale are one line."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    Missing columns, other types, blank names and questions, odd ids and ratings off the scale of 1 to 5 are one line."""
+    import pandas as pd
 
-    remedy = f"is it the released dataset? If not, {RELEASED_DATASET.remedy}"
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); {remedy}") from None
-    if missing := [name for name in SCHEMAS["pairs"] if name not in table.column_names]:
-        raise StudyError(f"{path}: columns {missing[:6]} are missing, found {table.column_names[:8]}; {remedy}")
+    def worded(value, pattern=r"(?s).*\S.*"):
+        return as_text(value) if isinstance(value, str) and re.fullmatch(pattern, value) else None
+
+    remedy, cells = RELEASED_DATASET.remedy, {}
+    columns = read_columns(path, remedy=remedy)
+    need_columns(path, columns, SCHEMAS["pairs"], f"is it the released dataset? If not, {remedy}")
+    rules = dict.fromkeys(SCHEMAS["pairs"], (worded, "text")) | dict.fromkeys(("chosen", "rejected"), (as_text, "text"))
+    rules["ID"] = (functools.partial(worded, pattern=r".+-\d+"), "source-row, e.g. psycho8k-3135")
     for name, kind in SCHEMAS["pairs"].items():
-        found = table.schema.field(name).type
-        if not _fits(kind, found):
-            raise StudyError(f"{path}: column {name} holds {found}, expected {kind}; {remedy}")
-    types = {"str": pa.string(), "int": pa.int64()}
-    schema = pa.schema([(name, types[kind]) for name, kind in SCHEMAS["pairs"].items()])
-    frame = table.select(schema.names)
-    nulls = [name for name in schema.names if frame[name].null_count]
-    if nulls or not frame.num_rows:
-        raise StudyError(f"{path}: has {f'empty values in {nulls}' if nulls else 'no rows'}; {remedy}")
-    frame = frame.cast(schema).to_pandas()
-    _check_values(path, frame)
-    return frame
-
-# %% ../../nbs/corpus/01_sources.ipynb #e2562e43
-def _fits(kind: str, found) -> bool:
-    "Say whether a column has its type; widths of integers and storage forms of text don't matter."
-    import pyarrow.types as types
-
-    value = found.value_type if types.is_dictionary(found) else found
-    if kind == "str":
-        return types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
-    return types.is_signed_integer(value) or types.is_uint8(value)
-
-
-def _check_values(path: Path, frame) -> None:
-    "Refuse blank names and questions, odd ids and ratings off the scale of 1 to 5."
-    texts = ("ID", "question", "chosen_model", "rejected_model")
-    checks = [(name, frame[name].str.strip() == "", "text") for name in texts]
-    checks += [("ID", ~frame["ID"].str.fullmatch(r".+-\d+"), "source-row, e.g. psycho8k-3135")]
-    ratings = [name for name in SCHEMAS["pairs"] if name.endswith("_rating")]
-    checks += [(name, ~frame[name].between(1, 5), "1 to 5") for name in ratings]
-    for name, wrong, expected in checks:
-        if wrong.any():
-            row = int(wrong.to_numpy().argmax())
-            found = f"{path}, row {row}: {name} is {frame[name].tolist()[row]!r:.60}, expected {expected}"
-            raise StudyError(f"{found}; {RELEASED_DATASET.remedy}")
+        if kind == "int":
+            scale = (1, 5) if name.endswith("_rating") else (0, float("inf"))
+            rules[name] = (whole_number(*scale), "a whole number from {} to {}".format(*scale))
+        cells[name] = read_cells(path, name, columns[name], *rules[name], remedy)
+    return pd.DataFrame(cells)
 
 # %% ../../nbs/corpus/01_sources.ipynb #e78b105c
 def released_speeches(parts: dict):

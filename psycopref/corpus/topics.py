@@ -20,9 +20,9 @@ from ..models.generation import Decoding
 from ..core.prompts import BadReply, fill, find_json, prompt_text
 
 # %% auto #0
-__all__ = ['ALIASES', 'METHODS', 'LOW', 'topic_slug', 'topic_descriptions', 'topic_probabilities', 'training_rows',
-           'topic_request', 'read_topic', 'label_by_model', 'cross_validate', 'macro_f1', 'score_topics',
-           'compare_methods', 'assign_topics']
+__all__ = ['ALIASES', 'METHODS', 'FOLDS', 'LEAST_GOLD', 'LOW', 'topic_slug', 'topic_descriptions', 'topic_probabilities',
+           'training_rows', 'topic_request', 'read_topic', 'label_by_model', 'cross_validate', 'macro_f1',
+           'score_topics', 'compare_methods', 'assign_topics']
 
 # %% ../../nbs/corpus/05_topics.ipynb #2ca2cd36
 ALIASES = {
@@ -51,12 +51,14 @@ def topic_descriptions() -> dict[str, str]:
         found = json.loads(prompt_text("topics.json"))
     except json.JSONDecodeError as error:
         raise StudyError(f"topics.json: is no JSON ({error}); mend the file in your prompts folder") from None
-    if not isinstance(found, dict) or set(found) != set(coarse_of()):
-        odd = sorted(set(found) ^ set(coarse_of()))[:5] if isinstance(found, dict) else type(found).__name__
-        raise StudyError(f"topics.json: expected exactly the 42 topics of Table 4 as keys, wrong or missing: {odd}")
-    empty = [slug for slug in coarse_of() if not isinstance(found[slug], str) or not found[slug].strip()]
-    if empty:
-        raise StudyError(f"topics.json: expected a sentence for each topic, found none for {empty[:5]}")
+    if isinstance(found, dict):
+        empty = [slug for slug, what in found.items() if not isinstance(what, str) or not what.strip()]
+        wrong = sorted(found.keys() ^ coarse_of().keys()) or empty
+    else:
+        wrong = [type(found).__name__]
+    if wrong:
+        expected = "expected exactly the 42 topics of Table 4 as keys, each with a sentence"
+        raise StudyError(f"topics.json: {expected}, wrong or missing: {wrong[:5]}")
     return {slug: found[slug] for slug in coarse_of()}
 
 # %% ../../nbs/corpus/05_topics.ipynb #bdfa15d0
@@ -79,9 +81,8 @@ def _tfidf(train: list[str], topics: list[str], texts: list[str]):
     "Count words, then a linear head."
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, min_df=2 if len(train) > 500 else 1, strip_accents="unicode"
-    )
+    rare = 2 if len(train) > 500 else 1
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=rare, strip_accents="unicode")
     return _head(words.fit_transform(train), topics, words.transform(texts))
 
 # %% ../../nbs/corpus/05_topics.ipynb #e4f6982b
@@ -129,21 +130,16 @@ def topic_probabilities(
     return found
 
 # %% ../../nbs/corpus/05_topics.ipynb #d15b92f1
-def training_rows(
-    frame, more: typing.Sequence[tuple[str, str]] = ()
-) -> tuple[list[str], list[str], list[str], list[str]]:
+def training_rows(frame, more: typing.Sequence[tuple[str, str]] = ()):
     """Collect what a classifier may learn from: the run's gold rows, and our corpus where it is not part of the run.
 
     frame: speeches with the columns speech, topic and topic_by; more: (speech, topic) of sources that only help to
     train. Returns gold speeches, their topics, our speeches, their topics."""
     gold = frame[frame.topic_by == "gold"]
     known = set(map(same_text, gold.speech))
-    ours = [json.loads(line) for line in resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()]
-    ours = [
-        pair
-        for pair in [*more, *((row["speech"], topic_slug(row["topic"])) for row in ours)]
-        if same_text(pair[0]) not in known
-    ]
+    lines = resource_path("demo_speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    ours = [(row["speech"], topic_slug(row["topic"])) for row in map(json.loads, lines)]
+    ours = [pair for pair in [*more, *ours] if same_text(pair[0]) not in known]
     return gold.speech.tolist(), gold.topic.tolist(), [speech for speech, _ in ours], [topic for _, topic in ours]
 
 # %% ../../nbs/corpus/05_topics.ipynb #c8997284
@@ -184,14 +180,11 @@ def label_by_model(gateway, uri: str, texts: typing.Sequence[str]):
     return found
 
 # %% ../../nbs/corpus/05_topics.ipynb #d3dddff1
+FOLDS = 5
+
+
 def cross_validate(
-    method: str,
-    gold: list[str],
-    topics: list[str],
-    ours: list[str],
-    our_topics: list[str],
-    folds: int = 5,
-    seed: int = 0,
+    method: str, gold: list[str], topics: list[str], ours: list[str], our_topics: list[str], seed: int = 0
 ):
     """Classify each gold speech with a model trained on the other folds.
 
@@ -201,10 +194,9 @@ def cross_validate(
 
     found, part = np.zeros((len(gold), len(coarse_of()))), np.empty(len(gold), int)
     chance = np.random.default_rng(derived_seed(seed, "folds")).random(len(gold))
-    part[np.lexsort((chance, np.array(topics)))] = (
-        np.arange(len(gold)) % folds
-    )  # each topic is dealt round, so rare ones spread
-    for fold in range(folds):
+    order = np.lexsort((chance, np.array(topics)))
+    part[order] = np.arange(len(gold)) % FOLDS  # each topic is dealt round, so rare ones spread
+    for fold in range(FOLDS):
         learn, check = np.flatnonzero(part != fold), np.flatnonzero(part == fold)
         texts, labels = [gold[i] for i in learn] + ours, [topics[i] for i in learn] + our_topics
         found[check] = topic_probabilities(method, texts, labels, [gold[i] for i in check])
@@ -219,10 +211,8 @@ def macro_f1(truth, said, weights=None) -> float:
 
     size, right = max(truth.max(), said.max()) + 1, truth == said
     weights = np.ones(len(truth)) if weights is None else weights
-    hits, real, named = (
-        np.bincount(*columns, minlength=size)
-        for columns in ((truth[right], weights[right]), (truth, weights), (said, weights))
-    )
+    pairs = ((truth[right], weights[right]), (truth, weights), (said, weights))
+    hits, real, named = (np.bincount(*columns, minlength=size) for columns in pairs)
     return float(100 * (2 * hits / np.where(real + named > 0, real + named, 1))[real > 0].mean())
 
 # %% ../../nbs/corpus/05_topics.ipynb #fad03b5b
@@ -257,66 +247,46 @@ def score_topics(
     }
 
 # %% ../../nbs/corpus/05_topics.ipynb #f8350154
-def compare_methods(
-    frame,
-    methods: typing.Sequence[str],
-    threshold: float,
-    gateway=None,
-    more: typing.Sequence[tuple[str, str]] = (),
-    seed: int = 0,
-    least: int = 50,
-):
-    """Compare ways to find a topic on the run's gold rows; a model is asked about every row, since it needs no
-    training.
+LEAST_GOLD = 50  # gold rows below which nothing is compared
 
-    frame: speeches with speech, topic and topic_by; methods: keys of METHODS, or gateway URIs; threshold: least
-    probability of the best topic; gateway: gateway.Gateway, where a method is a model; more: (speech, topic) of
-    sources that only help to train; least: gold rows below which nothing is compared. Returns frame: one row for
-    each method."""
+
+def compare_methods(
+    frame, methods: typing.Sequence[str], threshold: float, gateway=None, more: typing.Sequence = (), seed: int = 0
+):
+    """Compare ways to find a topic on the run's gold rows, one row for each method.
+
+    frame: speeches with speech, topic and topic_by; methods: keys of METHODS, or gateway URIs, asked about every row;
+    threshold: least probability of the best topic; gateway: gateway.Gateway, where a method is a model; more: (speech,
+    topic) of sources that only help to train."""
     import pandas as pd
 
-    gold, topics, ours, our_topics = training_rows(frame, more)
-    if len(gold) < least:
-        return pd.DataFrame(
-            [
-                {"method": m, "gold speeches": len(gold), "note": f"not measured: fewer than {least} gold speeches"}
-                for m in methods
-            ]
-        )
+    learnt = training_rows(frame, more)
+    if (n := len(learnt[0])) < LEAST_GOLD:
+        note = f"not measured: fewer than {LEAST_GOLD} gold speeches"
+        return pd.DataFrame([{"method": method, "gold speeches": n, "note": note} for method in methods])
     rows = []
     for method in methods:
-        found = (
-            label_by_model(gateway, method, gold)
-            if ":" in method
-            else cross_validate(method, gold, topics, ours, our_topics, seed=seed)
-        )
-        note = (
-            f"{int((found.max(1) == 0).sum())} replies unreadable"
-            if ":" in method
-            else "no training"
-            if method == "zero-shot"
-            else ""
-        )
-        scores = score_topics(topics, found, threshold, seed=seed) | {"in the source's list %": _any_of(frame, found)}
-        rows.append(
-            {
-                "method": method,
-                "gold speeches": len(gold),
-                **{k: v if v is None else round(float(v), 1) for k, v in scores.items()},
-                "note": note,
-            }
-        )
+        if ":" in method:
+            found = label_by_model(gateway, method, learnt[0])
+            note = f"{int((found.max(1) == 0).sum())} replies unreadable"
+        else:
+            found = cross_validate(method, *learnt, seed=seed)
+            note = "no training" if method == "zero-shot" else ""
+        scores = score_topics(learnt[1], found, threshold, seed=seed) | {
+            "in the source's list %": _any_of(frame, found)
+        }
+        rounded = {name: value if value is None else round(float(value), 1) for name, value in scores.items()}
+        rows.append({"method": method, "gold speeches": n, **rounded, "note": note})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/corpus/05_topics.ipynb #e7d0ec15
 def _any_of(frame, probabilities) -> float | None:
     "Share, in %, of gold speeches whose predicted topic is one of those that the source gave."
     if "topics" not in frame:
         return None
     slugs, listed = list(coarse_of()), frame.topics[frame.topic_by == "gold"]
-    return (
-        100 * sum(row.max() > 0 and slugs[row.argmax()] in own for row, own in zip(probabilities, listed)) / len(listed)
-    )
+    hits = sum(row.max() > 0 and slugs[row.argmax()] in own for row, own in zip(probabilities, listed))
+    return 100 * hits / len(listed)
 
 # %% ../../nbs/corpus/05_topics.ipynb #043fd7f9
 LOW = "classifier, low confidence"
@@ -325,19 +295,17 @@ LOW = "classifier, low confidence"
 def assign_topics(frame, method: str, threshold: float, gateway=None, more: typing.Sequence[tuple[str, str]] = ()):
     """Give every speech without a gold topic the classifier's.
 
-    frame: speeches with speech, topic and topic_by ("gold" or "none given"); method: a key of METHODS, or a gateway
-    URI; threshold: least probability of the best topic, in [0, 1]; gateway: gateway.Gateway, where the method is a
-    model; more: (speech, topic) of sources that only help to train. Returns the frame with topic, coarse_topic and
-    topic_by filled."""
+    frame: speeches with speech, topic and topic_by ("gold" or "none given"); method, gateway, more: as for
+    compare_methods; threshold: least probability of the best topic, in [0, 1]. Returns the frame with topic,
+    coarse_topic and topic_by filled."""
     frame, open_rows = frame.copy(), (frame.topic_by != "gold").to_numpy()
     if open_rows.any():
         texts, slugs = frame.speech[open_rows].tolist(), list(coarse_of())
-        gold, topics, ours, our_topics = training_rows(frame, more)
-        found = (
-            label_by_model(gateway, method, texts)
-            if ":" in method
-            else topic_probabilities(method, gold + ours, topics + our_topics, texts)
-        )
+        if ":" in method:
+            found = label_by_model(gateway, method, texts)
+        else:
+            gold, topics, ours, our_topics = training_rows(frame, more)
+            found = topic_probabilities(method, gold + ours, topics + our_topics, texts)
         sure = (found.max(1) >= threshold) & (found.max(1) > 0)
         frame.loc[open_rows, "topic"] = [slugs[i] if ok else "others" for i, ok in zip(found.argmax(1), sure)]
         frame.loc[open_rows, "topic_by"] = ["classifier" if ok else LOW for ok in sure]

@@ -22,7 +22,7 @@ from psycopref.corpus.duplicates import (
     exact_join,
     jaccard,
     keep_one,
-    leakage,
+    leaked,
     near_pairs,
     same_text,
     shingle_matrix,
@@ -185,12 +185,11 @@ def test_bands_keep_their_promise(threshold):
     assert bands * rows <= duplicates.SLOTS and (1 - threshold**rows) ** bands < MISSED
 
 
-@pytest.mark.parametrize(
-    "threshold, find", [*((t, near_pairs) for t in (0, 0.29, 1.01, math.nan)), (0, exact_join), (1.5, exact_join)]
-)
-def test_senseless_thresholds_are_one_line(threshold, find):
-    with pytest.raises(StudyError, match=r"^threshold: found .* expected [^\n]*$"):
-        find(["a"], *[["a"]] * (find is exact_join), threshold=threshold)
+@pytest.mark.parametrize("threshold", [0, 0.29, 1.01, math.nan])
+def test_senseless_thresholds_are_one_line(threshold):
+    for find in (near_pairs, lambda *given: exact_join(["a"], *given)):
+        with pytest.raises(StudyError, match=r"^threshold: found .* expected [^\n]*$"):
+            find(["a"], threshold)
 
 
 # ---- crowds ----
@@ -221,12 +220,12 @@ def test_a_crowd_hangs_together_without_all_its_pairs(shipped, monkeypatch, exac
 
 
 @few
-@given(corpora(), corpora(), st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 1.0]))
+@given(corpora(), corpora(), st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]))
 def test_exact_join_is_brute_force(left, right, threshold):
     assert as_dict(exact_join(left, right, threshold)) == brute_force(left, right, threshold)
 
 
-@pytest.mark.parametrize("threshold", [0.02, 0.2, 0.5, 0.7, 0.8, 1.0])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("shared", [1, 2, 16, 500])
 def test_exact_join_misses_nothing_however_many_rare_shingles_it_asks_for(made, threshold, shared, monkeypatch):
     monkeypatch.setattr(duplicates, "SHARED", shared)
@@ -287,12 +286,6 @@ def test_a_crowd_keeps_the_same_text_in_any_order(shipped):
     assert len(kept) == 1 and len(kept.pop()) == 50
 
 
-def test_pairs_of_other_rows_are_one_line():
-    for shift in (0, 1):
-        with pytest.raises(StudyError, match=r"^pairs: row [^\n]*$"):
-            clusters(3, pd.DataFrame({"i": [0], "j": [5]}) - shift)
-
-
 # ---- reports ----
 
 
@@ -306,24 +299,14 @@ def table(made):
     return frame, pairs, labels, keep_one(labels, list(map(canonical_key, texts)))
 
 
-def test_leakage_before_and_after(table):
+def test_leaks_before_and_after(table):
     frame, pairs, labels, kept = table
-    before = leakage(frame, pairs)
-    test, train = (frame.speech[frame.split == split].tolist() for split in ("test", "train"))
-    truth = brute_force(test, train, 0.7)
-    assert before["rows"] == 80 and before["pairs"] == len(truth)
-    assert before["leaked"] == len({i for i, _ in truth}) > 10
-    assert before["linked"] >= before["leaked"] and before["share"] == before["linked"] / 80
+    test = (frame.split == "test").to_numpy()
+    truth = brute_force(frame.speech[test].tolist(), frame.speech[~test].tolist(), 0.7)
+    assert leaked(test, pairs) == len({i for i, _ in truth}) > 10
     left = frame[kept]
-    after = leakage(left, near_pairs(left.speech))
-    assert (after["pairs"], after["leaked"], after["linked"], after["share"]) == (0, 0, 0, 0)
+    assert leaked(test[kept], near_pairs(left.speech)) == 0
     assert exact_join(left.speech[left.split == "test"], left.speech[left.split == "train"]).empty
-
-
-def test_rows_linked_through_a_third_are_counted():
-    frame = pd.DataFrame({"split": ["train", "dev", "test", "test"]})
-    expected = {"rows": 2, "pairs": 0, "leaked": 0, "linked": 1, "share": 0.5}
-    assert leakage(frame, pd.DataFrame({"i": [0, 1], "j": [1, 2]})) == expected
 
 
 def test_cluster_report_shows_each_removed_row(table):

@@ -1,7 +1,6 @@
 """General pairs: rows are read or refused, the rule is exact, a prompt has one side, a mixture is what it is called."""
 
 import gzip
-import hashlib
 import itertools
 import json
 import math
@@ -11,18 +10,18 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback import COMMIT, Hub, in_child, one_line, open_loopback, ranged, send, serve
+from loopback import COMMIT, Hub, in_child, one_line, serve
 
 from psycopref.corpus.duplicates import same_text
 from psycopref.corpus.general import (
     ATTRIBUTES,
+    FATES,
     GENERAL_COLUMNS,
     HELPFULNESS,
     PAIR_COLUMNS,
     REVISION,
     RULES,
     SEVENTY_B,
-    BadPrompt,
     RatingRule,
     collect_general,
     draw_pairs,
@@ -32,10 +31,9 @@ from psycopref.corpus.general import (
     pairs_from_ratings,
     parse_place,
     parse_prompt,
-    read_general,
-    read_ready_pairs,
+    read_ratings,
+    ready_pairs,
     split_by_prompt,
-    unreadable_prompts,
     weighted_sums,
 )
 from psycopref.corpus.collection import split_of
@@ -47,6 +45,7 @@ def rated(prompt="Why is the sky blue?", response="Air scatters it.", *ratings, 
     return dict(zip(GENERAL_COLUMNS, (prompt, response, *ratings, *(3, 3, 4, 2, 2)[len(ratings) :]))) | changed
 
 
+READY = {"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": 1}
 SKY = [rated(), rated(response="The sea.", helpfulness=1)]
 TWO = [*SKY, rated("Name a prime.", "Seven.", 4), rated("Name a prime.", "Nine.", 0)]
 
@@ -63,6 +62,14 @@ def put(path, data):
 
 def frame_of(rows):
     return pd.DataFrame(rows, columns=list(GENERAL_COLUMNS))
+
+
+def read_general(place):
+    return read_ratings(open_general(str(place)))[list(GENERAL_COLUMNS)]
+
+
+def read_ready(place):
+    return ready_pairs(open_general(str(place)))
 
 
 # ---- places ----
@@ -98,14 +105,12 @@ def test_a_folder_gives_its_parts_in_order_and_a_file_itself(tmp_path):
 
 
 PLACES = {
-    ("here.jsonl", None): ("general", "here.jsonl"),
-    ("mine=here.jsonl", None): ("mine", "here.jsonl"),
-    ("./a=b", None): ("general", "./a=b"),
-    ("https://a.b/c?d=e", None): ("general", "https://a.b/c?d=e"),
-    ("hf://datasets/o/n@main/f.csv", None): ("general", "hf://datasets/o/n@main/f.csv"),
-    ("helpsteer2", None): ("helpsteer2", f"hf://datasets/nvidia/HelpSteer2@{REVISION}"),
-    ("helpsteer2", "main"): ("helpsteer2", "hf://datasets/nvidia/HelpSteer2@main"),
-    ("mine=hf://datasets/o/n@main/f.csv", "v/1"): ("mine", "hf://datasets/o/n@v%2F1/f.csv"),
+    "here.jsonl": ("general", "here.jsonl"),
+    "mine=here.jsonl": ("mine", "here.jsonl"),
+    "./a=b": ("general", "./a=b"),
+    "https://a.b/c?d=e": ("general", "https://a.b/c?d=e"),
+    "hf://datasets/o/n@main/f.csv": ("general", "hf://datasets/o/n@main/f.csv"),
+    "helpsteer2": ("helpsteer2", f"hf://datasets/nvidia/HelpSteer2@{REVISION}"),
 }
 NO_PLACES = ("helpster2", "nothing-here", "helpsteer2=", "mine= ", "", "=", "./absent.jsonl", "mine=./absent")
 
@@ -114,14 +119,12 @@ def test_places_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "here.jsonl", jsonl(TWO))
     for place, (name, where) in PLACES.items():
-        source, found = parse_place(*place)
+        source, found = parse_place(place)
         assert (source.name, found) == (name, where)
     assert len(REVISION) == 40 and open_general("helpsteer2=here.jsonl").origin["licence"] == "CC-BY-4.0"
     assert open_general("mine=here.jsonl").origin["licence"].startswith("not known")
     for place in (*NO_PLACES, "hf://models/a/b"):
         one_line(lambda place=place: open_general(place))
-    for place in ("demo", "here.jsonl", "https://a.b/c.csv"):
-        assert "only datasets of the hub" in one_line(lambda place=place: open_general(place, "main"))
 
 
 FAULTS = [
@@ -148,8 +151,8 @@ def test_a_faulty_row_is_one_line(tmp_path, column, value, words):
 @pytest.mark.parametrize("missing", GENERAL_COLUMNS)
 def test_a_missing_column_is_one_line(tmp_path, missing):
     path = put(tmp_path / "a.jsonl", jsonl({k: v for k, v in row.items() if k != missing} for row in TWO))
-    message = one_line(lambda: read_general(str(path)))
-    assert f"columns ['{missing}'] are missing" in message and "read_ready_pairs" in message
+    message = one_line(lambda: read_general(path))
+    assert f"columns ['{missing}'] are missing" in message and "mixing.rule=ready" in message
 
 
 PACKED = gzip.compress(jsonl(TWO * 50))
@@ -164,65 +167,43 @@ DAMAGED = [
 @pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_file_is_one_line(tmp_path, data):
     path = put(tmp_path / "a.jsonl.gz", data)
-    message = one_line(lambda: read_general(str(path)))
+    message = one_line(lambda: read_general(path))
     assert str(path) in message and ("unpacked" in message or data not in DAMAGED[:3])
-
-
-def test_a_table_of_the_web_is_read_and_known(tmp_path, monkeypatch):
-    open_loopback(tmp_path, monkeypatch)
-    data = gzip.compress(jsonl(TWO), mtime=0)
-
-    def answer(handler, n):
-        return ranged(handler, data, '"one"') if handler.path.endswith("a.jsonl.gz") else send(handler, b"no", 404)
-
-    with serve(answer) as (address, seen):
-        assert read_general(f"mine={address}/a.jsonl.gz").to_dict("records") == TWO
-        found = collect_general(f"mine={address}/a.jsonl.gz")
-        assert "404" in one_line(lambda: read_general(f"mine={address}/b.jsonl.gz"))
-    assert found.origin["files"][0]["sha256"] == hashlib.sha256(data).hexdigest()
-    assert sum(request["path"].endswith("a.jsonl.gz") for request in seen) == 1
 
 
 IN_CHILD = """
 import json, sys
 from psycopref.core.settings import StudyError
-from psycopref.corpus.general import collect_general, read_general, read_ready_pairs
+from psycopref.corpus.general import HELPFULNESS, collect_general, open_general
 for spec in sys.argv[1:]:
-    place, _, revision = spec.partition("#")
+    rule = None if spec.startswith("ready=") else HELPFULNESS
     try:
-        if place.startswith("ready:"):
-            pairs, counts = read_ready_pairs(place[6:], revision or None)
-            result = {"counts": counts, "chosen": pairs.chosen.tolist()}
-        else:
-            found = collect_general(place, revision=revision or None)
-            result = {"rows": len(read_general(place, revision or None)), "ids": found.pairs.ID.tolist()}
-            result |= {"files": found.origin["files"], "title": found.title}
+        found = collect_general(spec, rule)
+        files = open_general(spec).origin["files"]
+        print(json.dumps({"counts": found.counts, "ids": list(found.pairs.ID), "files": files, "title": found.title}))
     except StudyError as error:
-        result = {"error": str(error)}
-    print(json.dumps(result))
+        print(json.dumps({"error": str(error)}))
 """
 
 
 def test_a_set_of_the_hub_is_read_at_its_commit(tmp_path):
     hub, place = Hub(), "helpsteer2=hf://datasets/any/set"
-    strong = [{"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": n} for n in (-2, 0, 1)]
+    strong = [READY | {"preference_strength": n} for n in (-2, 0, 1)]
     hub.files = {
         "README.md": b"# words",
         "train.jsonl.gz": gzip.compress(jsonl(TWO[:2])),
         "validation.jsonl.gz": gzip.compress(jsonl(TWO[2:])),
         "preference/preference.jsonl.gz": gzip.compress(jsonl(strong)),
-        "disagreements/disagreements.jsonl.gz": b"other",
     }
     one_file = "hf://datasets/any/set@main/train.jsonl.gz"
-    ready = "ready:mine=hf://datasets/any/set@main/preference/preference.jsonl.gz"
-    places = (place, f"{place}#{COMMIT}", one_file, ready, f"{place}#other", "mine=hf://datasets/any/gated")
+    ready = "ready=hf://datasets/any/set@main/preference/preference.jsonl.gz"
+    places = (place, one_file, ready, f"{place}@other", "mine=hf://datasets/any/gated")
     with serve(hub) as (address, seen):
-        found, at_commit, one, pairs, wrong, gated = in_child(IN_CHILD, tmp_path, address, *places)
-    assert found["rows"] == 4 and found["ids"] == ["helpsteer2-0", "helpsteer2-2"] and found["title"] == "HelpSteer2"
+        found, one, pairs, wrong, gated = in_child(IN_CHILD, tmp_path, address, *places)
+    assert found["counts"]["rows"] == 4 and found["ids"] == ["helpsteer2-0", "helpsteer2-2"]
     files = [(entry["file"], entry["commit"]) for entry in found["files"]]
-    assert files == [("train.jsonl.gz", COMMIT), ("validation.jsonl.gz", COMMIT)]
-    assert at_commit["files"][0]["from"].endswith(f"@{COMMIT}") and one["rows"] == 2 and one["ids"] == ["general-0"]
-    assert pairs["chosen"] == ["one", "two"] and pairs["counts"]["ties"] == 1
+    assert files == [("train.jsonl.gz", COMMIT), ("validation.jsonl.gz", COMMIT)] and found["title"] == "HelpSteer2"
+    assert one["ids"] == ["general-0"] and (pairs["counts"]["pairs"], pairs["counts"]["ties"]) == (2, 1)
     assert "RevisionNotFound" in wrong["error"] and "GatedRepo" in gated["error"]
     assert gated["error"].endswith("give mine=/path/to/it")
     offline = in_child(IN_CHILD, tmp_path, "http://127.0.0.1:9", place, "helpsteer2", offline="1")
@@ -265,12 +246,10 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("prompt", UNREADABLE)
 def test_what_cannot_be_told_apart_is_set_aside(prompt):
-    with pytest.raises(BadPrompt):
-        parse_prompt(prompt)
+    assert parse_prompt(prompt) is None
     rows = frame_of([*TWO, rated(prompt, "x"), rated(prompt, "y", 0)])
     pairs, counts = pairs_from_ratings(rows)
-    listed = unreadable_prompts(rows)
-    assert counts["unreadable prompts"] == len(listed) == 1 and listed.row[0] == 4 and len(listed.why[0]) > 5
+    assert counts["unreadable prompts"] == 1
     assert len(pairs) == 2 and counts["response pairs"] == 2 and counts["single responses"] == 0
 
 
@@ -291,7 +270,7 @@ def test_gaps_are_those_of_exact_fractions(weights, rows, data):
     least = data.draw(st.sampled_from(gaps))
     kept = [gap for gap in gaps if gap and gap >= least]
     rule = RatingRule(weights, float(least))
-    assert weighted_sums(frame, rule) == expected
+    assert weighted_sums(frame, rule).tolist() == expected
     if not kept:
         one_line(lambda: pairs_from_ratings(frame, rule))
         return
@@ -325,8 +304,8 @@ some_rows = st.lists(st.tuples(st.sampled_from("abcd"), texts, st.integers(0, 4)
 
 
 @few
-@given(some_rows, st.randoms(use_true_random=False), st.sampled_from([None, 1, 2]))
-def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, random, per_prompt):
+@given(some_rows, st.randoms(use_true_random=False))
+def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, random):
     frame = frame_of([rated(*row) for row in rows])
     shuffled = frame.iloc[random.sample(range(len(rows)), len(rows))]
     first = {prompt: [p for p, *_ in rows].index(prompt) for prompt, *_ in rows}
@@ -334,29 +313,24 @@ def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, rando
     both = [pair for group in groups for pair in itertools.combinations(group, 2)]
     wide = [(a, b) for a, b in both if a[0] != b[0] and a[1] != b[1]]
     if not wide:
-        one_line(lambda: pairs_from_ratings(frame, per_prompt=per_prompt))
+        assert "none has a gap of 1" in one_line(lambda: pairs_from_ratings(frame))
         return
-    pairs, counts = pairs_from_ratings(frame, per_prompt=per_prompt)
-    again, counts_again = pairs_from_ratings(shuffled, per_prompt=per_prompt)
+    pairs, counts = pairs_from_ratings(frame)
+    again, counts_again = pairs_from_ratings(shuffled)
     assert pairs.equals(again) and counts == counts_again
     assert [*pairs] == list(PAIR_COLUMNS) and pairs.prefID.tolist() == list(range(len(pairs)))
     columns = ["question", "chosen", "rejected", "gap"]
-    elsewhere = pairs_from_ratings(shuffled.reset_index(drop=True), per_prompt=per_prompt)[0]
+    elsewhere = pairs_from_ratings(shuffled.reset_index(drop=True))[0]
     stay = sorted(elsewhere[columns].values.tolist()) == sorted(pairs[columns].values.tolist())
     assert stay, "in another file the same pairs stay, if not the ids"
-    fates = ("same text", "ties", "too small gap", "over the cap", "pairs")
-    assert counts["response pairs"] == len(both) == sum(counts[fate] for fate in fates)
-    assert counts["pairs"] == len(pairs) == len(wide) - counts["over the cap"]
+    assert counts["response pairs"] == len(both) == sum(counts[fate] for fate in FATES[1:])
+    assert counts["pairs"] == len(pairs) == len(wide)
     assert counts["same text"] == sum(a[0] == b[0] for a, b in both)
     assert (counts["rows"], counts["prompts"]) == (len(rows), len(groups))
     assert counts["single responses"] == sum(len(group) == 1 for group in groups)
     assert set(zip(pairs.ID, pairs.question)) <= {(f"helpsteer2-{row}", prompt) for prompt, row in first.items()}
-    if per_prompt:
-        widest = pairs_from_ratings(frame)[0].groupby("ID").gap.max()
-        assert pairs.groupby("ID").size().max() <= per_prompt
-        assert pairs.groupby("ID").gap.max().equals(widest), "the widest stay"
-    else:
-        assert counts["over the cap"] == 0
+    rows_of = pairs.ID.str.rpartition("-")[2].astype(int)
+    assert rows_of.is_monotonic_increasing and (pairs.gap.groupby(rows_of).diff().fillna(0) <= 0).all(), "widest first"
 
 
 def test_messages_end_with_the_question():
@@ -367,29 +341,22 @@ def test_messages_end_with_the_question():
     assert pairs.to_dict("records") == [expected | {"messages": turns}]
 
 
-def test_what_gives_no_pair_is_one_line():
-    assert "none has a gap of 1" in one_line(lambda: pairs_from_ratings(frame_of([rated(), rated(response="b")])))
-    one_line(lambda: pairs_from_ratings(frame_of(TWO), per_prompt=0))
-
-
 # ---- ready pairs ----
-
-READY = {"prompt": "a", "response_1": "one", "response_2": "two", "preference_strength": 1}
 
 
 def test_ready_pairs_in_both_forms(tmp_path):
     plain = [{"prompt": "a", "chosen": "x", "rejected": "y", "preference_strength": n} for n in (2, 0, -1)]
     plain.append({"prompt": "", "chosen": "x", "rejected": "y", "preference_strength": 1})
-    pairs, counts = read_ready_pairs(f"mine={put(tmp_path / 'a.jsonl', jsonl(plain))}")
+    pairs, counts = read_ready(f"mine={put(tmp_path / 'a.jsonl', jsonl(plain))}")
     assert pairs[["ID", "chosen", "gap"]].values.tolist() == [["mine-0", "x", 2.0], ["mine-0", "x", 1.0]]
     names = ("rows", "prompts", "unreadable prompts", "response pairs", "same text", "ties", "pairs")
     assert counts == dict(zip(names, (4, 2, 1, 3, 0, 1, 2)))
     published = pd.DataFrame([READY | {"preference_strength": n, "split": "train"} for n in (-3, -1, 0, 2)])
     published.to_parquet(tmp_path / "b.parquet")
-    pairs, counts = read_ready_pairs(str(tmp_path / "b.parquet"))
+    pairs, counts = read_ready(tmp_path / "b.parquet")
     expected = [["one", "two", 3.0], ["one", "two", 1.0], ["two", "one", 2.0]]
     assert pairs[["chosen", "rejected", "gap"]].values.tolist() == expected and counts["ties"] == 1
-    no_strength = read_ready_pairs(str(put(tmp_path / "c.csv", b"prompt,chosen,rejected\na,x,y\n")))[0]
+    no_strength = read_ready(put(tmp_path / "c.csv", b"prompt,chosen,rejected\na,x,y\n"))[0]
     assert no_strength.gap.isna().all() and no_strength.ID[0] == "general-0"
 
 
@@ -401,7 +368,7 @@ def test_faults_of_ready_pairs_are_one_line(tmp_path, column, value):
     less = {name: cell for name, cell in READY.items() if name != column}
     for rows, words in (([READY, READY | {column: value}], "row 1"), ([less], "missing")):
         path = put(tmp_path / "a.jsonl", jsonl(rows))
-        assert words in one_line(lambda path=path: read_ready_pairs(str(path)))
+        assert words in one_line(lambda path=path: read_ready(path))
 
 
 # ---- split ----
@@ -499,13 +466,9 @@ def test_what_cannot_be_mixed_is_one_line(psy, general, n, m, words):
 @few
 @given(st.integers(2, 60_000))
 def test_a_cell_of_the_grid_is_what_its_name_says(budget):
-    cells = grid(budget, ("PsyCoPref", "mine"))
-    assert [cell.name for cell in cells[:3]] == ["PsyCoPref", "mine", "mine + PsyCoPref"]
-    assert len({cell.slug for cell in cells}) == 6
-    for cell in cells[3:]:
+    for cell in grid(budget, ("PsyCoPref", "mine"))[3:]:
         said = cell.name.replace("k", "000").removeprefix("Psy").split("Help")
         assert [int(part or 0) for part in (*said, 0)[:2]] == [cell.psy, cell.help] and cell.psy + cell.help == budget
-        assert cell.slug.isalnum() and cell.slug == cell.slug.lower()
 
 
 # ---- our own set ----
@@ -513,6 +476,5 @@ def test_a_cell_of_the_grid_is_what_its_name_says(budget):
 
 def test_our_own_set_is_whole():
     demo = collect_general()
-    assert demo.counts["rows"] == 400 and len(demo.unreadable) == 0 and demo.title == "general-demo"
-    assert not set(demo.pairs.ID) & set(PSY.ID) and demo.origin["licence"].startswith("MIT")
+    assert demo.counts["rows"] == 400 and demo.counts["unreadable prompts"] == 0
     assert len(mix_pairs(PSY, demo.pairs, 80, 80, 0)) == 160

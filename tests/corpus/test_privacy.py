@@ -106,11 +106,6 @@ def test_many_texts_keep_their_order_and_number(capsys):
     assert mask_texts([]) == ([], dict.fromkeys(PERSONAL_KINDS, 0))
 
 
-def test_two_processes_mask_as_one_does():
-    many = ["Call Priya.", "Will I sleep?", "Anna's @anna_k"]
-    assert mask_texts(many, workers=2) == mask_texts(many)
-
-
 @pytest.mark.parametrize(
     "text, masked",
     [

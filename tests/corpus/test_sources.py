@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -18,18 +17,8 @@ from loopback import BODY, COMMIT, Hub, in_child, one_line, open_loopback, range
 from psycopref.corpus import sources
 from psycopref.core.files import SCHEMAS, sha256_file
 from psycopref.corpus.fetching import url_place
-from psycopref.corpus.sources import (
-    RELEASED_DATASET,
-    SOURCES,
-    RawSpeech,
-    Source,
-    client_turn,
-    is_local,
-    open_released,
-    open_source,
-    pick_files,
-    read_columns,
-)
+from psycopref.corpus.sources import RELEASED_DATASET, SOURCES, Source, client_turn, is_here, open_released
+from psycopref.corpus.sources import open_source, pick_files, read_columns
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -41,144 +30,121 @@ def test_importing_stays_light(module):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def as_csv(path, head, *rows, encoding="utf-8"):
-    text = io.StringIO()
-    csv.writer(text).writerows([head, *rows])
+def put(path, content):
+    """Write bytes, or columns in the form that the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.getvalue().encode(encoding))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".csv":
+        pd.DataFrame(content).to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        pd.DataFrame(content).to_parquet(path)
+    else:
+        rows = pd.DataFrame(content, dtype=object).to_dict("records")
+        whole = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
+        path.write_text(whole, encoding="utf-8")
     return path
 
 
 def texts(spec):
-    return {speech.row: speech.text for speech in open_source(spec).read().speeches}
+    return open_source(spec).read()[0].text.to_dict()
 
 
 # ---- each source as published ----
 
-CHAT_HEAD = "questionID questionTitle questionText questionUrl topics therapistName therapistUrl answerText upvotes"
-CHAT_2020 = " questionID questionTitle questionText questionLink topic therapistInfo therapistURL answerText upvotes"
-CHAT_2020 += " views split"
+SAID = 'I said "no".\nThen, I left.'
+SAD = {"Context": ["I am sad.", "I am sad.", "I am tired.", "I am sad.", ""], "Response": list("abcde")}
+INTERVIEW, SYNTHETIC = "Interview_Data_6K.csv", "Synthetic_Data_10K.csv"
+QA = {"Id_Number": ["4500", "4501"], "Patient Question": ["I am late, again.", ""]}
+PHI2 = {
+    "### Human: I am sad. ### Assistant: Why?": "I am sad.",
+    "Question: I am tired.\nAnswer: Rest.": "I am tired.",
+    "no mark at all": "",
+    "[INST] I am cold. [/INST] Dress.": "I am cold.",
+}
+PUBLISHED = {
+    "counsel-chat": (
+        {
+            "data/counselchat-data.csv": {
+                "questionID": ["a1", "a1", "b2"],
+                "questionText": [SAID, SAID, ""],
+                "topics": "",
+            }
+        }
+        | {"data/20200325_counsel_chat.csv": {"questionID": ["0"], "questionText": ["I am sad."], "topic": ["grief"]}},
+        ({0: SAID, 2: ""}, 1),
+    ),
+    "psycho8k": ({"GPT_2.0.json": {"input": ["One.", "Two."], "output": ["a", "b"]}}, ({0: "One.", 1: "Two."}, 0)),
+    "psycho8k lines": (
+        {"input.txt": "I can’t sleep…\nCafé at night\n\n".encode("cp1252"), "output_GT.txt": b"a\nb\nc\n"},
+        ({0: "I can’t sleep…", 1: "Café at night", 2: ""}, 0),
+    ),
+    "therapistQA": (
+        {"Annotated_data.csv": b"\xef\xbb\xbf" + pd.DataFrame(QA).to_csv(index=False).encode()},
+        ({0: "I am late, again.", 1: ""}, 0),
+    ),
+    "amod-counsel": ({"combined_dataset.jsonl": SAD}, ({0: "I am sad.", 2: "I am tired.", 4: ""}, 2)),
+    "mentalChat16k": (
+        {SYNTHETIC: {"input": ["made 0", "made 1"]}, INTERVIEW: {"input": ["heard 0"]}},
+        ({0: "heard 0", 1: "made 0", 2: "made 1"}, 0),
+    ),
+    "mentalAgora": (
+        {"train.parquet": {"post1": ["I am sad.", None]}, "test.parquet": {"post1": ["I am old."]}},
+        ({0: "I am old.", 1: "I am sad.", 2: ""}, 0),
+    ),
+    "phi2Mental": ({"phi2-data.csv": {"text": list(PHI2)}}, (dict(enumerate(PHI2.values())), 0)),
+}
 
 
-def chat_csv(path, *rows):
-    """Write a counsel-chat table of (key, text, topics)."""
-    page = "https://example.org"
-    full = [
-        (*(key, "T", text, page, topics, "Someone", page), "<p>I hear you,\nand more.</p>", 1)
-        for key, text, topics in rows
-    ]
-    return as_csv(path, CHAT_HEAD.split(), *full)
-
-
-def test_counsel_chat_in_both_forms(tmp_path):
-    said = 'I said "no".\nThen, I left.'
-    rows = [("a1", said, "Family Conflict,Stress"), ("a1", said, "Family Conflict,Stress"), ("b2", "", "")]
-    found = open_source(f"counsel-chat={chat_csv(tmp_path / 'counselchat-data.csv', *rows)}").read()
-    assert found.speeches == (RawSpeech(0, said, ("Family Conflict", "Stress")), RawSpeech(2, ""))
-    assert (found.rows, found.repeats, found.unreadable) == (3, 1, 0)
-    old = [
-        ("0", "I am sad.", "grief-and-loss", "a"),
-        ("0", "I am sad.", "grief-and-loss", "b"),
-        ("1", "I am tired.", "depression", "c"),
-    ]
-    old = [
-        (n, key, "T", text, "l", topic, "i", "u", said, 1, 2, "train") for n, (key, text, topic, said) in enumerate(old)
-    ]
-    for folder in ("old", "clone/data"):
-        as_csv(tmp_path / folder / "20200325_counsel_chat.csv", CHAT_2020.split(" "), *old)
-    found = open_source(f"counsel-chat={tmp_path / 'old'}").read()
-    expected = RawSpeech(0, "I am sad.", ("grief-and-loss",)), RawSpeech(2, "I am tired.", ("depression",))
-    assert found.speeches == expected and found.repeats == 1
-    both = chat_csv(tmp_path / "clone" / "data" / "counselchat-data.csv", *rows)
-    assert open_source(f"counsel-chat={tmp_path / 'clone'}").paths == (both,), "one form, not both"
-
-
-def test_a_key_that_returns_with_another_text_is_a_speech(tmp_path):
-    rows = [("a", "one", ""), ("a", "two", ""), ("a", "one", ""), ("", "one", ""), ("", "one", "")]
-    found = open_source(f"counsel-chat={chat_csv(tmp_path / 'a.csv', *rows)}").read()
-    assert [s.row for s in found.speeches] == [0, 1, 3, 4] and found.repeats == 1 and found.rows == 5
-
-
-def test_the_published_counsel_chat_is_read_whole(counsel_chat):
-    frame = pd.read_csv(counsel_chat, dtype=str, keep_default_na=False)
-    found = open_source(f"counsel-chat={counsel_chat}").read()
-    assert found.rows == len(frame) == 1482 and found.unreadable == 0
-    first = frame[~frame.questionID.duplicated()]
-    assert [s.row for s in found.speeches] == first.index.tolist() and found.repeats == len(frame) - len(first)
-    one_end = first.questionText.str.replace("\r\n?", "\n", regex=True).tolist()
-    assert [re.sub(r"\r\n?", "\n", s.text) for s in found.speeches] == one_end
-    listed = [tuple(t.strip() for t in topics.split(",") if t.strip()) for topics in first.topics]
-    assert [s.topics for s in found.speeches] == listed
-
-
-def test_psycho8k_as_json_and_as_two_files_of_lines(tmp_path):
-    path = tmp_path / "Alexander_Street_shareGPT_2.0.json"
-    rows = [{"instruction": "Please answer.", "input": f"Speech {n}.", "output": "Answer."} for n in range(3)]
-    path.write_text(json.dumps(rows, indent=2))
-    assert texts(f"psycho8k={path}") == texts(f"psycho8k={tmp_path}") == {n: f"Speech {n}." for n in range(3)}
-    lines = tmp_path / "lines"
-    lines.mkdir()
-    (lines / "input.txt").write_bytes("I can’t sleep…\nCafé at night\u0085no\n\n".encode("cp1252", "replace"))
-    (lines / "output_GT.txt").write_bytes(b"a\nb\nc\n")
-    for spec in (lines, lines / "input.txt", lines / "output_GT.txt"):
-        assert list(texts(f"psycho8k={spec}").values()) == ["I can’t sleep…", "Café at night?no", ""]
-    (lines / "output_GT.txt").write_bytes(b"a\nb\n")
-    assert "3 lines" in one_line(lambda: texts(f"psycho8k={lines}"))
-    (lines / "output_GT.txt").unlink()
-    assert "output_GT.txt" in one_line(lambda: texts(f"psycho8k={lines / 'input.txt'}"))
-
-
-def test_therapist_qa_with_its_byte_order_mark(tmp_path):
-    head = ("Id_Number", "Patient Question", "Distorted part", "Dominant Distortion", "Secondary Distortion (Optional)")
-    rows = ("4500", "I am late, again.", "", "No Distortion", ""), ("4501", "", "x", "Labeling", "")
-    path = as_csv(tmp_path / "Annotated_data.csv", head, *rows, encoding="utf-8-sig")
-    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
-    assert texts(f"therapistQA={path}") == {0: "I am late, again.", 1: ""}
-    as_csv(tmp_path / "Therapist_responses.csv", ("Answer", "Question", "Id_Number"), ("A.", "Q.", "1"))
-    assert texts(f"therapistQA={tmp_path}") == {0: "Q."}
-    assert "kaggle" in one_line(lambda: open_source("therapistQA")) and not is_local("therapistQA")
-
-
-def test_amod_counsel_counts_the_rows_that_repeat_a_context(tmp_path):
-    contexts = ["I am sad.", "I am sad.", "I am tired.", "I am sad.", ""]
-    rows = (json.dumps({"Context": c, "Response": f"R{n}"}) + "\n" for n, c in enumerate(contexts))
-    (tmp_path / "combined_dataset.json").write_text("".join(rows))
-    found = open_source(f"amod-counsel={tmp_path}").read()
-    assert {s.row: s.text for s in found.speeches} == {0: "I am sad.", 2: "I am tired.", 4: ""}
-    assert found.repeats == 2 and found.rows == 5
-
-
-def test_mental_chat_16k_counts_its_rows_over_both_files(tmp_path):
-    synthetic, interview = tmp_path / "Synthetic_Data_10K.csv", tmp_path / "Interview_Data_6K.csv"
-    for path, said in ((synthetic, "made"), (interview, "heard")):
-        rows = (("You are a helpful assistant.", f"{said} {n}", "ok") for n in range(2))
-        as_csv(path, ("instruction", "input", "output"), *rows)
-    expected = {0: "heard 0", 1: "heard 1", 2: "made 0", 3: "made 1"}
-    assert texts(f"mentalChat16k={tmp_path}") == texts(f"mentalChat16k={synthetic}") == expected
-    interview.unlink()
-    for spec in (tmp_path, synthetic):  # half of it would have other row numbers
-        assert "Interview" in one_line(lambda spec=spec: open_source(f"mentalChat16k={spec}"))
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_a_source_is_read_as_it_was_published(tmp_path, case):
+    files, (expected, repeats) = PUBLISHED[case]
+    paths = [put(tmp_path / name, content) for name, content in files.items()]
+    name = case.split()[0]
+    sets = name != "mentalAgora"  # whose parts have no names that tell one from two
+    for where in (tmp_path, *paths[: 1 if name == "counsel-chat" else 2 * sets]):
+        frame, found = open_source(f"{name}={where}").read()
+        assert (frame.text.to_dict(), found) == (expected, repeats), where
 
 
 @pytest.mark.parametrize("column", ["question", "Question", "query", "input", "text", "post1"])
 def test_mental_agora_under_any_likely_column(tmp_path, column):
-    train = pd.DataFrame({"author": [7, 8], column: ["I am sad.", None], "response": "ok"})
-    train.to_parquet(tmp_path / "train.parquet")
-    found = open_source(f"mentalAgora={tmp_path}").read()
-    assert [s.text for s in found.speeches] == ["I am sad.", ""] and found.unreadable == 1
-    pd.DataFrame({column: ["I am old."], "response": "ok"}).to_parquet(tmp_path / "test.parquet")
-    assert list(texts(f"mentalAgora={tmp_path}").values()) == ["I am old.", "I am sad.", ""]
+    put(tmp_path / "a.parquet", {"author": [7, 8], column: ["I am sad.", None]})
+    assert texts(f"mentalAgora={tmp_path}") == {0: "I am sad.", 1: ""}
 
 
-def test_phi2_mental_yields_the_question_only(tmp_path):
-    shown = {
-        "### Human: I am sad. ### Assistant: Why?": "I am sad.",
-        "Question: I am tired.\nAnswer: Rest.": "I am tired.",
-        "no mark at all": "",
-        "[INST] I am cold. [/INST] Dress.": "I am cold.",
-    }
-    found = open_source(f"phi2Mental={as_csv(tmp_path / 'phi2-data.csv', ('text',), *zip(shown))}").read()
-    assert [s.text for s in found.speeches] == [*shown.values()] and (found.unreadable, found.rows) == (1, 4)
+HALVES = {"psycho8k": ("input.txt", "output_GT.txt"), "mentalChat16k": (SYNTHETIC, INTERVIEW)}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_a_set_would_have_other_row_numbers(tmp_path, name):
+    there, lacks = HALVES[name]
+    put(tmp_path / there, b"input\na\n")
+    for spec in (tmp_path, tmp_path / there):
+        assert lacks[:9] in one_line(lambda spec=spec: open_source(f"{name}={spec}"))
+    if name == "psycho8k":
+        put(tmp_path / lacks, b"a\n")
+        assert "2 lines" in one_line(lambda: texts(f"psycho8k={tmp_path}"))
+
+
+def test_topics_keys_and_repeats(tmp_path):
+    said = {"questionID": ["a", "a", "a", "", ""], "questionText": ["one", "two", "one", "one", "one"]}
+    path = put(tmp_path / "a.csv", said | {"topics": ["Family Conflict, Stress,", "", "", "", ""]})
+    frame, repeats = open_source(f"counsel-chat={path}").read()
+    assert frame.index.tolist() == [0, 1, 3, 4] and repeats == 1, "a key that returns with another text is a speech"
+    assert frame.topics.tolist() == [("Family Conflict", "Stress"), (), (), ()]
+
+
+def test_the_published_counsel_chat_is_read_whole(counsel_chat):
+    frame = pd.read_csv(counsel_chat, dtype=str, keep_default_na=False)
+    found, repeats = open_source(f"counsel-chat={counsel_chat}").read()
+    first = frame[~frame.questionID.duplicated()]
+    assert len(found) + repeats == len(frame) == 1482 and found.index.tolist() == first.index.tolist()
+    one_end = first.questionText.str.replace("\r\n?", "\n", regex=True).tolist()
+    assert [re.sub(r"\r\n?", "\n", text) for text in found.text] == one_end
+    assert found.topics.tolist() == [
+        tuple(t.strip() for t in topics.split(",") if t.strip()) for topics in first.topics
+    ]
 
 
 words = st.sampled_from(["I", "can't", "sleep.", "Why?", "was", "late,", "2", "é", "again"])
@@ -194,14 +160,6 @@ def test_the_answer_never_gets_into_the_question(question, answer, marks, before
     assert client_turn(text) == question
 
 
-def test_the_demo_corpus_is_shipped():
-    opened = open_source("demo")
-    found = opened.read()
-    assert found.rows == len(found.speeches) == 336 and all(s.topics and s.text for s in found.speeches)
-    assert is_local("demo") and opened.origin["licence"].startswith("MIT")
-    assert opened.origin["files"][0]["from"] == "package:demo_speeches.jsonl"
-
-
 @pytest.mark.parametrize("source", [*SOURCES.values(), RELEASED_DATASET], ids=lambda source: source.name)
 def test_every_source_is_declared_in_full(source):
     assert source.licence and source.page.startswith("https://") and source.speech
@@ -210,12 +168,6 @@ def test_every_source_is_declared_in_full(source):
     names = [home.rsplit("/", 1)[1] for home in source.homes if home.endswith((".csv", ".json", ".parquet"))]
     same = not names or pick_files(source, names[::-1], "home") == names
     assert same, "a folder that holds its files is read in the same order"
-
-
-def test_the_sources_are_these():
-    assert " ".join(SOURCES) == (
-        "demo counsel-chat psycho8k therapistQA amod-counsel mentalChat16k mentalAgora phi2Mental"
-    )
 
 
 # ---- nothing lost ----
@@ -228,19 +180,15 @@ cells = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 def test_a_table_is_the_same_in_every_form(tmp_path_factory, rows, kind):
     path = tmp_path_factory.mktemp("form") / f"table.{kind}"
     table = {"Context": [a for a, _ in rows], "Response": [b for _, b in rows]}
-    objects = [dict(zip(table, row)) for row in rows]
     if kind == "csv":
-        as_csv(path, tuple(table), *rows)
-    elif kind == "parquet":
-        pd.DataFrame(table).to_parquet(path)
-    elif kind == "json":
-        path.write_text(json.dumps(objects))
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([list(table), *rows])
     else:
-        path.write_text("".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects), encoding="utf-8")
+        put(path, table)
     assert read_columns(path) == table
-    found = open_source(f"amod-counsel={path}").read()
     first = [a for n, (a, _) in enumerate(rows) if not a.strip() or a not in table["Context"][:n]]
-    assert found.rows == len(rows) and [s.text for s in found.speeches] == first
+    frame, repeats = open_source(f"amod-counsel={path}").read()
+    assert frame.text.tolist() == first and len(frame) + repeats == len(rows)
 
 
 values = st.one_of(
@@ -251,37 +199,35 @@ values = st.one_of(
 
 @few
 @given(st.lists(values, min_size=1, max_size=8))
-def test_a_cell_that_is_no_text_is_counted(tmp_path_factory, values):
+def test_a_cell_that_is_no_text_is_an_empty_speech(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("json") / "a.json"
     path.write_text(json.dumps([{"input": value} for value in values]))
-    expected = [value if isinstance(value, str) else "" for value in values]
     if not any(isinstance(value, str) for value in values):
-        assert "expected text" in one_line(lambda: open_source(f"psycho8k={path}").read())
+        assert "expected text" in one_line(lambda: texts(f"psycho8k={path}"))
         return
-    found = open_source(f"psycho8k={path}").read()
-    assert found.unreadable == sum(not isinstance(value, str) for value in values)
-    assert len(found.speeches) == len(values)
-    assert all(s.text == value or "\ufffd" in s.text for s, value in zip(found.speeches, expected))
+    expected = [value if isinstance(value, str) else "" for value in values]
+    found = texts(f"psycho8k={path}")
+    assert len(found) == len(values)
+    assert all(found[row] == text or "\ufffd" in found[row] for row, text in enumerate(expected))
 
 
 def test_a_cell_of_fifty_million_characters_passes_and_the_limit_is_restored(tmp_path):
-    before = csv.field_size_limit()
-    path = as_csv(tmp_path / "a.csv", ("Context", "Response"), ("x" * 50_000_000, "y"))
+    before, path = csv.field_size_limit(), put(tmp_path / "a.csv", b"Context,Response\n" + b"x" * 50_000_000 + b",y\n")
     assert len(texts(f"amod-counsel={path}")[0]) == 50_000_000 and csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize("strange", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])
 def test_a_line_ends_only_where_lines_end(tmp_path, strange):
     first = json.dumps({"Context": f"a{strange}b"}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_bytes(f'{first}\r\n\r\n{{"Context": "c"}}\r\n'.encode())
-    (tmp_path / "a.csv").write_bytes(f'Context,Response\r\n"a{strange}b",x\r\n\r\nc,y\r\n'.encode())
+    put(tmp_path / "a.jsonl", f'{first}\r\n\r\n{{"Context": "c"}}\r\n'.encode())
+    put(tmp_path / "a.csv", f'Context,Response\r\n"a{strange}b",x\r\n\r\nc,y\r\n'.encode())
     for path in tmp_path.iterdir():
         assert list(texts(f"amod-counsel={path}").values()) == [f"a{strange}b", "c"]
 
 
 def test_half_a_surrogate_pair_becomes_something_a_file_can_hold(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"Context": "odd \\ud83d end"}\n{"Context": "smile \\ud83d\\ude00"}\n')
-    assert list(texts(f"amod-counsel={tmp_path / 'a.jsonl'}").values()) == ["odd \ufffd end", "smile \U0001f600"]
+    path = put(tmp_path / "a.jsonl", b'{"Context": "odd \\ud83d end"}\n{"Context": "smile \\ud83d\\ude00"}\n')
+    assert list(texts(f"amod-counsel={path}").values()) == ["odd \ufffd end", "smile \U0001f600"]
 
 
 # ---- bad input ----
@@ -317,40 +263,38 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_with_its_place(tmp_path, name):
     content, expected = BAD[name]
-    (tmp_path / name).write_bytes(content)
-    message = one_line(lambda: open_source(f"amod-counsel={tmp_path / name}").read())
+    message = one_line(lambda: texts(f"amod-counsel={put(tmp_path / name, content)}"))
     assert name in message and expected in message
 
 
-BAD_SPECS = (
-    "",
-    "=a.csv",
-    "demo=",
-    "demo= ",
-    "psycho8k=hf://datasets/only",
-    "psycho8k=https:///x",
-    "psycho8k=https://[::1/x",
-)
+BAD_SPECS = {
+    "": "not declared",
+    "=a.csv": "not declared",
+    "amod-counsell": "Did you mean amod-counsel",
+    "demo=": "nothing follows",
+    "demo= ": "nothing follows",
+    "therapistQA": "kaggle",
+    "psycho8k=hf://datasets/only": "hf://datasets/OWNER",
+    "psycho8k=https:///x": "no valid URL",
+    "psycho8k=https://[::1/x": "no valid URL",
+    "amod-counsel={}/empty": "found nothing",
+    "amod-counsel={}/two": "a.csv",
+    "amod-counsel={}/absent": "no such file",
+}
 
 
-def test_missing_places_are_one_line(tmp_path):
+@pytest.mark.parametrize("spec", BAD_SPECS)
+def test_missing_places_are_one_line(tmp_path, spec):
     (tmp_path / "empty").mkdir()
     for name in ("a.csv", "b.csv"):
-        as_csv(tmp_path / "two" / name, ("Context",), ("a",))
-    for place, words in (("empty", "found nothing"), ("two", "a.csv"), ("absent", "no such file")):
-        assert words in one_line(lambda place=place: open_source(f"amod-counsel={tmp_path / place}"))
-    for spec in BAD_SPECS:
-        one_line(lambda spec=spec: open_source(spec))
-    assert "Did you mean amod-counsel" in one_line(lambda: open_source("amod-counsell"))
-    one_line(lambda: is_local("amod-counsell"))
-    local = [is_local(f"amod-counsel={tmp_path / path}") for path in ("absent", "two/absent.csv", "two")]
-    assert local == [False, False, True]
+        put(tmp_path / "two" / name, b"Context\na\n")
+    assert BAD_SPECS[spec] in one_line(lambda: open_source(spec.format(tmp_path)))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_permission_is_one_line(tmp_path):
-    as_csv(tmp_path / "a.csv", ("Context",), ("a",)).chmod(0)
-    assert "permission" in one_line(lambda: open_source(f"amod-counsel={tmp_path / 'a.csv'}").read()).lower()
+    put(tmp_path / "a.csv", b"Context\na\n").chmod(0)
+    assert "permission" in one_line(lambda: texts(f"amod-counsel={tmp_path / 'a.csv'}")).lower()
 
 
 # ---- files of the web and of the hub ----
@@ -366,19 +310,16 @@ def test_a_source_of_the_web_is_read_and_known(own_cache):
         return ranged(handler, BODY, '"one"') if handler.path.endswith("a.csv") else send(handler, b"sorry", 404)
 
     with serve(answer) as (address, seen):
-        spec = f"amod-counsel={address}/data/a.csv"
-        assert not is_local(spec)
+        place = f"{address}/data/a.csv"
+        spec = f"amod-counsel={place}"
+        assert not is_here(place)
         opened = open_source(spec)
         assert open_source(spec).origin == opened.origin and len(seen) == 1
         message = one_line(lambda: open_source(f"amod-counsel={address}/other.csv"))
     assert "404" in message and message.endswith("and give amod-counsel=/path/to/it")
-    assert opened.read().rows == 4000 and is_local(spec) and opened.origin["source"] == "amod-counsel"
+    assert len(opened.read()[0]) == 4000 and is_here(place) and opened.origin["source"] == "amod-counsel"
     (origin,) = opened.origin["files"]
-    assert origin["sha256"] == sha256_file(opened.paths[0]) and origin["from"] == f"{address}/data/a.csv"
-    opened.paths[0].write_bytes(BODY[:-1])
-    assert "has changed" in one_line(lambda: open_source(spec))
-    opened.paths[0].unlink()
-    assert not is_local(spec)
+    assert origin["sha256"] == sha256_file(opened.paths[0]) and origin["from"] == place
 
 
 def test_the_pinned_hash_of_a_home_is_held(own_cache):
@@ -388,22 +329,21 @@ def test_the_pinned_hash_of_a_home_is_held(own_cache):
             home = f"{address}/{name}.csv"
             return {"p": Source("p", "MIT", "https://example.org", ("Context",), (home,), sha256=(value,))}
 
-        assert open_source("p", pinned("a", hashlib.sha256(BODY).hexdigest())).read().rows == 4000
+        assert len(open_source("p", pinned("a", hashlib.sha256(BODY).hexdigest())).read()[0]) == 4000
         assert "another file" in one_line(lambda: open_source("p", pinned("b", "0" * 64)))
         assert not url_place(f"{address}/b.csv").exists()
-        later = one_line(lambda: open_source("p", pinned("a", "0" * 64)))
-        assert "pinned" in later, "a file that was fetched before the pin"
         open_source(f"p={address}/a.csv", pinned("c", "0" * 64))
 
 
 IN_CHILD = """
 import json, sys
 from psycopref.core.settings import StudyError
-from psycopref.corpus.sources import is_local, open_source
+from psycopref.corpus.sources import is_here, open_source
 for spec in sys.argv[1:]:
+    place = spec.partition("=")[2]
     try:
-        local, opened = is_local(spec), open_source(spec)
-        result = {"local": local, "rows": opened.read().rows, "files": opened.origin["files"], "now": is_local(spec)}
+        before, opened = is_here(place), open_source(spec)
+        result = {"before": before, "rows": len(opened.read()[0]), "files": opened.origin["files"], "now": is_here(place)}
     except StudyError as error:
         result = {"error": str(error)}
     print(json.dumps(result))
@@ -415,7 +355,7 @@ def test_a_source_of_the_hub_is_read_at_its_commit(tmp_path):
     more = ("phi2Mental=hf://datasets/any/set@main/data/more.csv", "amod-counsel=hf://datasets/any/gated")
     with serve(Hub()) as (address, seen):
         first, listed, other, gated = in_child(IN_CHILD, tmp_path, address, one, whole, *more)
-    assert not first["local"] and first["now"] and first["rows"] == listed["rows"] == 4000
+    assert not first["before"] and first["now"] and first["rows"] == listed["rows"] == 4000
     files = [(entry["file"], entry["commit"]) for entry in listed["files"]]
     assert files == [("train.csv", COMMIT)], "the layout chooses from the list"
     assert "has no column" in other["error"] and gated["error"].endswith("give amod-counsel=/path/to/it")
@@ -432,33 +372,25 @@ def pair(ID="psycho8k-3135", prefID=0, question="I am tired.", **other):
 
 
 def released(folder, train):
-    folder.mkdir(parents=True, exist_ok=True)
     for part, rows in (("train", train), ("test", [pair("therapistQA-4356", 9, " I am late. ")])):
-        pd.DataFrame(rows).to_parquet(folder / f"{part}-00000-of-00001.parquet")
+        put(folder / f"{part}-00000-of-00001.parquet", rows)
     return f"released={folder}"
 
 
 def test_the_released_dataset_is_opened_and_reduced_to_its_speeches(tmp_path):
     other = pair("mental-chat-7", 2, "I am tired.", rejected=" ")
-    train = [pair(prefID=0, chosen=" Tell me more."), pair(prefID=1), other]
+    train = [pair(chosen=" Tell me more."), pair(prefID=1, question="I am tired.\n"), other]
     released(tmp_path / "r" / "data", train)
     for where in ("r", "r/data", "r/data/test-00000-of-00001.parquet"):
-        found = open_released(f"released={tmp_path / where}")
-        assert found.speeches.to_dict("split")["data"] == [
+        parts, speeches = open_released(f"released={tmp_path / where}")
+        assert speeches.to_dict("split")["data"] == [
             ["psycho8k-3135", "psycho8k", "I am tired.", "train"],
             ["mental-chat-7", "mental-chat", "I am tired.", "train"],
             ["therapistQA-4356", "therapistQA", "I am late.", "test"],
         ]
-        assert list(found.speeches) == ["speech_id", "source", "speech", "part"]
-        assert [path.name for path in found.paths] == ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"]
-        files = [(file["file"][:4], file["sha256"]) for file in found.origin["files"]]
-        assert files == [(path.name[:4], sha256_file(path)) for path in found.paths]
-    assert found.parts["train"].to_dict("records") == train and found.parts["test"].question.tolist() == [
-        " I am late. "
-    ]
-    assert all(list(frame) == list(SCHEMAS["pairs"]) for frame in found.parts.values())
-    assert found.origin["blank_responses"] == 1 and found.origin["licence"] == "CC-BY-NC-4.0"
-    assert is_local(f"released={tmp_path / 'r'}")
+        assert list(speeches) == ["speech_id", "source", "speech", "part"]
+    assert parts["train"].to_dict("records") == train and parts["test"].question.tolist() == [" I am late. "]
+    assert all(list(frame) == list(SCHEMAS["pairs"]) for frame in parts.values())
 
 
 def test_columns_in_another_order_or_of_another_width_are_the_same(tmp_path):
@@ -472,13 +404,13 @@ def test_columns_in_another_order_or_of_another_width_are_the_same(tmp_path):
 FAULTS = {
     "rating 0": [pair(chosen_empathy_rating=0)],
     "rating 6": [pair(), pair(rejected_staging_rating=6)],
-    "rating as text": [pair(chosen_empathy_rating="3")],
     "rating as real": [pair(chosen_empathy_rating=3.0)],
     "no rating": [pair(), pair(chosen_safety_rating=None)],
     "no text": [pair(), pair(chosen=None)],
     "blank question": [pair(question=" \n")],
     "blank model": [pair(chosen_model="")],
     "number as text": [pair(question=3)],
+    "number as id": [pair(3)],
     "id without a row": [pair("psycho8k")],
     "id without a source": [pair("-3")],
     "two questions": [pair(), pair(question="I am late.")],
@@ -491,15 +423,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_released_file_is_one_line(tmp_path, fault):
-    spec = released(tmp_path, FAULTS[fault])
-    message = one_line(lambda: open_released(spec))
+    message = one_line(lambda: open_released(released(tmp_path, FAULTS[fault])))
     assert "train-00000" in message or "released dataset" in message
     assert message.endswith("and give released=/path/to/it")
-
-
-def test_the_same_question_with_other_blanks_is_one_question(tmp_path):
-    spec = released(tmp_path, [pair(), pair(prefID=1, question=" I am tired.\n")])
-    assert len(open_released(spec).speeches) == 2
 
 
 def test_a_missing_or_broken_part_is_one_line(tmp_path):
@@ -508,6 +434,5 @@ def test_a_missing_or_broken_part_is_one_line(tmp_path):
     assert "parquet" in one_line(lambda: open_released(spec))
     path.unlink()
     assert "test-*.parquet" in one_line(lambda: open_released(spec))
-    for wrong in ("released=", f"released={tmp_path / 'none'}", "demo", "released=hf://nothing", "hf://nothing"):
+    for wrong in ("released=", f"released={tmp_path / 'none'}", "demo", "released=hf://nothing"):
         one_line(lambda wrong=wrong: open_released(wrong))
-    assert is_local(spec) and not is_local("released=/nowhere/at/all")
