@@ -215,7 +215,7 @@ def collect(sources: typing.Sequence[Opened], settings, seed: int = 0) -> dict:
 
 # %% ../../nbs/corpus/06_collection.ipynb #80e7b6ac
 def topic_examples(teachers: typing.Sequence[Opened], settings) -> list[tuple[str, str]]:
-    "Return (speech, topic) of the usable speeches with a gold topic, of sources that only help to train the classifier."
+    "Return (speech, topic) of the gold speeches of sources that only help to train the classifier."
     rows = []
     for opened in teachers:
         frame, _ = read_source(opened, settings.min_characters, settings.max_characters)

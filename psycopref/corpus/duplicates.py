@@ -13,7 +13,7 @@ import typing
 from ..core.settings import StudyError
 
 # %% auto #0
-__all__ = ['SHINGLE', 'CHUNK', 'BLOCK', 'SHARED', 'JOIN_ROWS', 'CROWD', 'SLOTS', 'MISSED', 'EXACT_ROWS', 'same_text', 'shingles',
+__all__ = ['SHINGLE', 'CHUNK', 'SHARED', 'JOIN_ROWS', 'CROWD', 'SLOTS', 'MISSED', 'EXACT_ROWS', 'same_text', 'shingles',
            'shingle_matrix', 'jaccard', 'exact_join', 'near_pairs', 'clusters', 'canonical_key', 'keep_one',
            'cluster_report', 'leaked']
 
@@ -28,7 +28,6 @@ def same_text(text: str) -> str:
 # %% ../../nbs/corpus/04_duplicates.ipynb #3860406d
 SHINGLE = 5  # characters in a shingle
 CHUNK = 8192  # pairs compared at once; bounds the memory
-BLOCK = 32_768  # rows whose shingles are held at once
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -72,16 +71,14 @@ def _row_jaccard(matrix, i, j):
         found[start : start + CHUNK] = common / (sizes[a] + sizes[b] - common)
     return found
 
-# %% ../../nbs/corpus/04_duplicates.ipynb #aad45b7a
+
 def jaccard(texts: typing.Sequence[str], i, j):
     "Return the exact Jaccard index of each pair of rows `i` and `j`, as float64."
     import numpy as np
 
     i, j, found = np.asarray(i, np.int64), np.asarray(j, np.int64), np.empty(len(i))
-    few = len(np.unique(np.concatenate([i, j]))) <= BLOCK
-    step = max(1, len(i)) if few else BLOCK // 2  # pairs that have no more than BLOCK rows
-    for start in range(0, len(i), step):
-        part = slice(start, start + step)
+    for start in range(0, len(i), CHUNK):
+        part = slice(start, start + CHUNK)
         rows, places = np.unique(np.concatenate([i[part], j[part]]), return_inverse=True)
         found[part] = _row_jaccard(shingle_matrix([texts[row] for row in rows.tolist()]), *np.split(places, 2))
     return found

@@ -101,7 +101,7 @@ def read_ratings(opened: Opened):
     import pandas as pd
 
     remedy, frames = opened.source.remedy, []
-    hint = f"these are no ratings in HelpSteer2's schema (mixing.rule=ready takes ready pairs); if they should be, {remedy}"
+    hint = f"these are no ratings as in HelpSteer2 (mixing.rule=ready takes ready pairs); if they should be, {remedy}"
     for path in opened.paths:
         columns = read_columns(path)
         need_columns(path, columns, GENERAL_COLUMNS, hint)
@@ -113,8 +113,8 @@ def read_ratings(opened: Opened):
 def parse_prompt(prompt: str) -> list[dict] | None:
     """Take a prompt apart into chat messages.
 
-    prompt: in HelpSteer2's form. Returns messages with role and content, from the first user turn to the last; None where
-    the turns can't be told apart."""
+    prompt: in HelpSteer2's form. Returns messages with role and content, from the first user turn to the last; None
+    where the turns can't be told apart."""
     parts = re.split(r"^<extra_id_1>(Assistant|User)\n", prompt, flags=re.M)
     contents, roles = [part.removesuffix("\n") for part in parts[:-1:2]] + parts[-1:], ["User", *parts[1::2]]
     in_turn = roles == ["User", "Assistant"] * (len(roles) // 2) + ["User"]
@@ -155,12 +155,12 @@ FATES = ("response pairs", "same text", "ties", "too small gap", "pairs")
 def _settle(source: str, rows, candidates, min_gap=0):
     """Keep the candidates that are pairs, in their order, and count what became of all.
 
-    rows: frame of prompt; candidates: prompt, chosen, rejected, gap. Returns (frame with PAIR_COLUMNS, dict of counts)."""
+    rows: frame of prompt; candidates: prompt, chosen, rejected, gap. Returns (frame of PAIR_COLUMNS, counts)."""
     import numpy as np
 
     first = {prompt: row for row, prompt in zip(rows.index[::-1], rows.prompt[::-1])}
     messages = {prompt: parse_prompt(prompt) for prompt in first}
-    found = candidates[candidates.prompt.map(lambda prompt: messages[prompt] is not None)]
+    found = candidates[candidates.prompt.isin([prompt for prompt, turns in messages.items() if turns])]
     same = found.chosen.map(str.strip) == found.rejected.map(str.strip)
     fates = np.select([same, found.gap == 0, found.gap < min_gap], FATES[1:4], "pairs")
     counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": list(messages.values()).count(None)}
@@ -176,7 +176,7 @@ def _settle(source: str, rows, candidates, min_gap=0):
 
 # %% ../../nbs/corpus/07_general.ipynb #099152ac
 def pairs_from_ratings(rows, rule: RatingRule = HELPFULNESS, source: str = "helpsteer2"):
-    """Make preference pairs of rated responses, those of a prompt from the widest gap; the order of rows changes nothing.
+    """Make preference pairs of rated responses, of a prompt the widest gap first; the order of rows changes nothing.
 
     rows: frame of read_ratings; source: begins the ids. Returns (frame with PAIR_COLUMNS, dict of counts)."""
     import pandas as pd

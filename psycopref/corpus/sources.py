@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import fnmatch
 import functools
@@ -53,8 +52,7 @@ class Source:
     scraped: bool = True  # written by real people: personal data will be masked
     fallback: str | None = None  # encoding of a file that is not UTF-8
     sha256: tuple[str, ...] = ()  # pinned hashes, one for each home
-    client_part: typing.Callable | None = None  # takes the client's part out of a text
-    read: typing.Callable | None = None  # a reader of its own, in place of read_table
+    turns: bool = False  # the answer stands in the same text, after turn marks
 
     @property
     def remedy(self) -> str:
@@ -101,8 +99,8 @@ def _decode(path: Path, data: bytes, fallback: str | None) -> str:
 def read_columns(path: Path, fallback: str | None = None, remedy: str = "download it again") -> dict[str, list]:
     """Read CSV, a JSON list, JSON lines (also packed with gzip) or parquet; a broken row is one line with its place.
 
-    fallback: encoding to try after UTF-8; remedy: what a user can do. Returns column -> values in file order; None where
-    a row has none."""
+    fallback: encoding to try after UTF-8; remedy: what a user can do. Returns column -> values in file order; None
+    where a row has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -225,7 +223,7 @@ def read_table(source: Source, path: Path) -> list[tuple[str | None, str, tuple[
         odd = type(next((text for text in texts if text is not None), None)).__name__
         found = f"the column of the client's speech holds {odd}, expected text"
         raise StudyError(f"{path}: {found}; is it {source.name}'s file?")
-    blank, part = [None] * len(texts), source.client_part or str
+    blank, part = [None] * len(texts), client_turn if source.turns else str
     keys = find_column(columns, (source.same,), path, source) if source.same else blank
     topics = find_column(columns, source.topic, path, source) if source.topic else blank
     topics = read_cells(
@@ -242,15 +240,11 @@ def read_table(source: Source, path: Path) -> list[tuple[str | None, str, tuple[
 
 # %% ../../nbs/corpus/01_sources.ipynb #a4f006ea
 def read_line_pairs(source: Source, paths: typing.Sequence[Path]) -> list[tuple]:
-    "Read one table, or two aligned files of lines of which the first holds the client's speeches."
-    if len(paths) == 1:
-        return read_table(source, paths[0])
+    "Read two aligned files of lines of which the first holds the client's speeches; rows as those of read_table."
     questions, answers = (read_text(path, source.fallback).removesuffix("\n").split("\n") for path in paths)
     if len(questions) != len(answers):
-        raise StudyError(
-            f"{paths[0]}: has {len(questions)} lines, {paths[1].name} has {len(answers)}, expected as many; one of "
-            f"them is cut, {source.remedy}"
-        )
+        found = f"has {len(questions)} lines, {paths[1].name} has {len(answers)}, expected as many"
+        raise StudyError(f"{paths[0]}: {found}; one of them is cut, {source.remedy}")
     if not any(map(str.strip, questions)):
         raise StudyError(f"{paths[0]}: is empty; {source.remedy}")
     return [(line.rstrip("\r"), "", ()) for line in questions]
@@ -270,19 +264,9 @@ def client_turn(text: str) -> str | None:
 
 # %% ../../nbs/corpus/01_sources.ipynb #df6dc1e2
 HUB = "https://huggingface.co/datasets"
-
-
-def _declared() -> dict[str, Source]:
-    "Read the declared sources."
-    rows = yaml.safe_load(resource_path("sources.yaml").read_text(encoding="utf-8"))
-    functions = {"client_part": {"client_turn": client_turn}, "read": {"read_line_pairs": read_line_pairs}}
-    for row in rows:
-        row |= {field: known[row[field]] for field, known in functions.items() if field in row}
-    found = TypeAdapter(list[Source]).validate_python([{"licence": UNKNOWN_LICENCE, **row} for row in rows])
-    return {source.name: source for source in found}
-
-
-SOURCES = _declared()
+_ROWS = yaml.safe_load(resource_path("sources.yaml").read_text(encoding="utf-8"))
+_DECLARED = TypeAdapter(list[Source]).validate_python([{"licence": UNKNOWN_LICENCE, **row} for row in _ROWS])
+SOURCES = {source.name: source for source in _DECLARED}
 RELEASED_DATASET = SOURCES.pop("released")
 
 # %% ../../nbs/corpus/01_sources.ipynb #b1876f4d
@@ -335,11 +319,14 @@ class Opened:
     def read(self):
         """Read all raw speeches.
 
-        Returns (frame of text and topics, indexed by the row over all files; number of rows that repeat an earlier one)."""
+        Returns (frame of text and topics, indexed by the row over all files; number of rows that repeat one)."""
         import pandas as pd
 
-        read = self.source.read or (lambda source, paths: [row for path in paths for row in read_table(source, path)])
-        rows = pd.DataFrame(read(self.source, self.paths), columns=["text", "key", "topics"])
+        if self.paths[0].suffix == ".txt" and len(self.paths) == 2:
+            cells = read_line_pairs(self.source, self.paths)
+        else:
+            cells = [row for path in self.paths for row in read_table(self.source, path)]
+        rows = pd.DataFrame(cells, columns=["text", "key", "topics"])
         repeat = rows.key.ne("") & rows.duplicated(["key", "text"])
         return rows.loc[~repeat, ["text", "topics"]].fillna({"text": ""}), int(repeat.sum())
 
@@ -410,7 +397,7 @@ def open_released(spec: str = "released") -> Released:
 def read_part(path: Path):
     """Read one file of the released dataset into a frame with the columns of SCHEMAS["pairs"].
 
-    Missing columns, other types, blank names and questions, odd ids and ratings off the scale of 1 to 5 are one line."""
+    Missing columns, other types, blank names and questions, odd ids and ratings off their scale are one line."""
     import pandas as pd
 
     def worded(value, pattern=r"(?s).*\S.*"):

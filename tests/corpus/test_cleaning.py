@@ -5,14 +5,13 @@ import re
 import signal
 import unicodedata
 
-import ftfy
 import pytest
 from bs4 import BeautifulSoup
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from psycopref.corpus import cleaning
-from psycopref.corpus.cleaning import REASONS, clean, judge, language
+from psycopref.corpus.cleaning import REASONS, clean, judge
 
 few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 ENGLISH = (
@@ -80,14 +79,12 @@ def test_cleaning_settles_on_one_line_of_plain_text(text):
     assert not marks, "no invisible or bidirectional mark"
 
 
-@pytest.mark.parametrize("mark", "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u061c", ids=ascii)
-def test_every_bidirectional_mark_goes(mark):
+@pytest.mark.parametrize(
+    "mark", "\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u061c", ids=ascii
+)
+def test_every_invisible_mark_goes(mark):
     assert clean(f"{mark}I said {mark} so{mark}") == "I said so"
-
-
-@pytest.mark.parametrize("mark", ["\u200d", "\u200e", "\u200f"], ids=ascii)
-def test_an_invisible_mark_does_not_split_a_word(mark):
-    assert clean(f"I was aw{mark}ake") == "I was awake"
+    assert mark not in "\u200d\u200e\u200f" or clean(f"I was aw{mark}ake") == "I was awake", "no word is split"
 
 
 @pytest.mark.parametrize("blank", [c for c in map(chr, range(0x10000)) if c.isspace() and c != "\x85"], ids=ascii)
@@ -164,37 +161,13 @@ def test_markup_is_stripped_as_a_parser_strips_it(page):
     assert clean(page) == clean(soup.get_text(" ").replace("<", "&lt;"))
 
 
-NO_TAGS = [
-    *("a <b and c", "I <3 you", "x < y > z", "<my wife> said", "I feel </3", "a < b and c > d", "<-- look"),
-    *(
-        "<<< really >>>",
-        "<",
-        "x<y",
-        "<thing>",
-        "1<2>0",
-        "he said <<no>>",
-        "</p",
-        "<p",
-        "<a.b>",
-        "<i-think>",
-        "<br-ing>",
-    ),
-    *(
-        "<!-- open",
-        "<!ok>",
-        "I told <a friend> about it",
-        "<i am tired>",
-        "a <b and c> d",
-        "my <main problem> is sleep",
-    ),
-]
-NO_ENTITIES = [
-    *("outgoing &shy people", "work &times I forget", "fear &notable grief", "the car &pounds of debt"),
-    "see x.org/?a=1&copy=2",
-]
+NO_TAGS = """a <b and c|I <3 you|x < y > z|<my wife> said|I feel </3|a < b and c > d|<-- look|<<< really >>>|<|x<y|<thing>
+1<2>0|he said <<no>>|</p|<p|<a.b>|<i-think>|<br-ing>|<!-- open|<!ok>|I told <a friend> about it|<i am tired>|a <b and c> d
+my <main problem> is sleep|outgoing &shy people|work &times I forget|fear &notable grief|the car &pounds of debt
+see x.org/?a=1&copy=2"""
 
 
-@pytest.mark.parametrize("text", NO_TAGS + NO_ENTITIES)
+@pytest.mark.parametrize("text", re.split(r"[|\n]", NO_TAGS))
 def test_what_is_no_tag_and_no_entity_of_html_stays(text):
     assert clean(text) == text
 
@@ -238,35 +211,12 @@ def filled(piece: str, tail: str = "") -> str:
 
 
 @pytest.mark.parametrize("text", [filled("<"), filled("<b "), filled("<b" + " " * 1000), filled("<<b>"), filled("<!--"), filled("<script>"), filled("<script></script "), filled("<!doctype "),
-                                  filled("&"), filled("&lt;"), filled("&#"), filled("a\u200b"), "a" + "\u200b" * (LONGEST - 1), filled(" \x00"), filled("\ud800"), filled("Ã"), filled("â€™"),
+                                  filled("&"), filled("&lt;"), filled("&#"), "&" + filled("amp;")[:-1], "&" + filled("#38;")[:-1], filled("a\u200b"), "a" + "\u200b" * (LONGEST - 1), filled(" \x00"), filled("\ud800"), filled("Ã"), filled("â€™"),
                                   filled("ÃƒÂ"), "a" + "\u0301" * (LONGEST - 1), filled("\x1b[1;"), filled("ﷺ"), filled("\u1100\u1161"), filled("😀")],
                          ids=lambda text: ascii(text[:12]))  # fmt: skip
 def test_hostile_text_comes_to_an_end(alarm, text):
     assert len(text) <= LONGEST
     assert judge(text)[1] in REASONS
-
-
-def passes(monkeypatch, text, most) -> int:
-    """Count the rounds of cleaning; each goes over the whole text."""
-    rounds, fix = [], ftfy.fix_text
-
-    def counted(*arguments, **keywords):
-        rounds.append(1)
-        assert len(rounds) <= most, f"more than {most} rounds over {len(text)} characters"
-        return fix(*arguments, **keywords)
-
-    monkeypatch.setattr(ftfy, "fix_text", counted)
-    clean(text)
-    return len(rounds)
-
-
-def test_an_ordinary_text_takes_two_rounds(monkeypatch):
-    assert passes(monkeypatch, "<p>I&#39;m tired.</p>\n" * 40, 2) == 2
-
-
-@pytest.mark.parametrize("text", [filled("amp;")[:-1], filled("#38;")[:-1]], ids=["amp", "number"])
-def test_rounds_do_not_grow_with_the_text(alarm, monkeypatch, text):
-    passes(monkeypatch, "&" + text, 100)
 
 
 def test_an_entity_with_thousands_of_digits_is_only_text():
@@ -328,25 +278,3 @@ def test_the_longest_cell_that_is_looked_at_is_judged_as_any():
     assert judge("\n".join([ENGLISH.strip()] + [" " * 100] * 480)) == (ENGLISH.strip(), None)
     assert judge(" " * LONGEST) == ("", "empty")
     assert judge(ENGLISH + " " * 400, max_characters=200) == (ENGLISH.strip(), None)
-
-
-def test_languages_are_told():
-    told = {
-        "en": ENGLISH,
-        "de": GERMAN,
-        "fr": "Depuis que mon frère a déménagé, je ne dors plus et j'écoute la maison.",
-        "es": "Desde que mi hermano se mudó no duermo bien y escucho la casa.",
-        "ru": "С тех пор как брат уехал, я плохо сплю и слушаю дом.",
-    }
-    assert {language(text.strip()): text for text in told.values()} == told
-
-
-def test_published_questions_are_usable_or_have_a_plain_reason(counsel_chat):
-    import pandas as pd
-
-    questions = pd.read_csv(counsel_chat, dtype=str, keep_default_na=False).questionText.drop_duplicates()
-    judged = [judge(text) for text in questions]
-    assert {reason for _, reason in judged} == {None, "empty", "too short", "too long"}, "none is in another language"
-    assert sum(reason is None for _, reason in judged) > 550
-    left = re.compile(r"&\w+;|</?(p|br|b|i|a)\b|[\x00-\x1f]|â€")
-    assert not [text for text, reason in judged if reason is None and left.search(text)]

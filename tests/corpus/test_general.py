@@ -155,22 +155,6 @@ def test_a_missing_column_is_one_line(tmp_path, missing):
     assert f"columns ['{missing}'] are missing" in message and "mixing.rule=ready" in message
 
 
-PACKED = gzip.compress(jsonl(TWO * 50))
-HALF = len(PACKED) // 2
-DAMAGED = [
-    *(PACKED[:-20], PACKED[:40], PACKED[:HALF] + bytes([PACKED[HALF] ^ 255]) + PACKED[HALF + 1 :]),
-    *(gzip.compress(content) for content in (b"", b"\n", b"\xe9\x81\n", b'{"prompt": \n', b'["a"]')),
-    *(b"\x1f\x8b and no more", b"", b"PAR1 and no more", b"<html></html>"),
-]
-
-
-@pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_file_is_one_line(tmp_path, data):
-    path = put(tmp_path / "a.jsonl.gz", data)
-    message = one_line(lambda: read_general(path))
-    assert str(path) in message and ("unpacked" in message or data not in DAMAGED[:3])
-
-
 IN_CHILD = """
 import json, sys
 from psycopref.core.settings import StudyError
@@ -279,14 +263,6 @@ def test_gaps_are_those_of_exact_fractions(weights, rows, data):
     assert (counts["ties"], counts["too small gap"]) == (gaps.count(0), sum(0 < gap < least for gap in gaps))
     by_text = dict(zip(frame.response, expected))
     assert all(by_text[chosen] - by_text[rejected] >= least for chosen, rejected in zip(pairs.chosen, pairs.rejected))
-
-
-def test_a_gap_that_floats_lose_is_kept():
-    rule = RatingRule({"helpfulness": 0.65, "correctness": 0.8}, 0.8)
-    lost = [(h, c) for h in range(5) for c in range(4) if (0.65 * h + 0.8 * (c + 1)) - (0.65 * h + 0.8 * c) < 0.8]
-    assert lost, "floats would lose some"
-    for h, c in lost:
-        assert len(pairs_from_ratings(frame_of([rated("p", "x", h, c + 1), rated("p", "y", h, c)]), rule)[0]) == 1
 
 
 def test_declared_rules():

@@ -1,6 +1,7 @@
 """Every source is read in the form it was published in, and no row is lost."""
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -257,6 +258,9 @@ BAD = {
     "nulls.jsonl": (b'{"Context": null}\n', "expected text"),
     "no.parquet": (b"nothing of the kind", "PAR1"),
     "cut.parquet": (b"PAR1" + b"\x15" * 40, "parquet"),
+    "cut.csv.gz": (gzip.compress(b"Context,Response\na,b\n")[:-12], "unpacked"),
+    "odd.csv.gz": (b"\x1f\x8b and no more", "unpacked"),
+    "none.csv.gz": (gzip.compress(b"\n"), "is empty"),
 }
 
 
@@ -343,7 +347,8 @@ for spec in sys.argv[1:]:
     place = spec.partition("=")[2]
     try:
         before, opened = is_here(place), open_source(spec)
-        result = {"before": before, "rows": len(opened.read()[0]), "files": opened.origin["files"], "now": is_here(place)}
+        rows = len(opened.read()[0])
+        result = {"before": before, "rows": rows, "files": opened.origin["files"], "now": is_here(place)}
     except StudyError as error:
         result = {"error": str(error)}
     print(json.dumps(result))
