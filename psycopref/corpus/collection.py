@@ -116,12 +116,10 @@ def mask_private(frame, whose: str = "scraped", names: str = "lexicon"):
     spared = "not masked: fictional" if whose == "scraped" else "not masked: speeches.mask is none"
     speech, counts = frame.speech.to_numpy(dtype=object).copy(), []
     for source, own in frame[frame.reason == KEPT].groupby("source", sort=False):
-        todo = whose == "all" or (whose == "scraped" and bool(own.scraped.iloc[0]))
-        found = dict.fromkeys(PERSONAL_KINDS, 0)
-        if todo:
-            speech[own.index], found = mask_texts(own.speech.tolist(), names=names, name=f"masking {source}")
-        kinds = {kind: found.get(kind, 0) if todo else None for kind in PERSONAL_KINDS}
-        counts.append({"source": source, "speeches": len(own), **kinds, "note": "" if todo else spared})
+        found, note = dict.fromkeys(PERSONAL_KINDS), spared
+        if whose == "all" or (whose == "scraped" and own.scraped.all()):
+            (speech[own.index], found), note = mask_texts(own.speech.tolist(), names, f"masking {source}"), ""
+        counts.append({"source": source, "speeches": len(own), **found, "note": note})
     return frame.assign(speech=speech), pd.DataFrame(counts)
 
 # %% ../../nbs/corpus/06_collection.ipynb #fa573071
@@ -131,10 +129,9 @@ def cluster_table(found: typing.Sequence[dict], most: int = 8):
     found: clusters of near-duplicates, biggest first; most: clusters to show."""
     import pandas as pd
 
-    columns = ["speech_id", "kept", "similarity", "excerpt"]
-    members = [(one["label"], one["size"], member) for one in found[:most] for member in one["members"]]
-    rows = [[label, size, *(member[name] for name in columns)] for label, size, member in members]
-    return pd.DataFrame(rows, columns=["cluster", "members", *columns]).round(2)
+    rows = pd.json_normalize(found[:most], "members", ["label", "size"])
+    rows = rows.rename(columns={"label": "cluster", "size": "members"})
+    return rows.reindex(columns=["cluster", "members", "speech_id", "kept", "similarity", "excerpt"]).round(2)
 
 
 def describe_clusters(found: typing.Sequence[dict] | None, threshold: float) -> str:

@@ -199,7 +199,7 @@ def whole_number(low: float, high: float) -> typing.Callable:
     "Return a reader of whole numbers on a scale; CSV has them as text."
 
     def read(value):
-        number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value) else value
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,9}\s*", value) else value
         return number if type(number) is int and low <= number <= high else None
 
     return read

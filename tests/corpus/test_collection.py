@@ -1,8 +1,6 @@
 """Every row is kept or counted, the order of rows changes nothing, and a speech keeps its part whatever is added."""
 
-import csv
 import dataclasses
-import io
 import itertools
 import json
 
@@ -56,11 +54,9 @@ LINES = [
 ]
 
 
-def chat_csv(path, rows, header=("questionID", "questionText", "topics")) -> str:
+def chat_csv(path, rows) -> str:
     """Write rows as a counsel-chat table; give the source as a user would."""
-    text = io.StringIO()
-    csv.writer(text).writerows([header, *rows])
-    path.write_text(text.getvalue(), encoding="utf-8")
+    pd.DataFrame(rows, columns=["questionID", "questionText", "topics"]).to_csv(path, index=False)
     return f"counsel-chat={path}"
 
 
@@ -307,31 +303,23 @@ def test_the_released_dataset_brings_speeches_parts_and_pairs(tmp_path):
 
 
 def test_released_texts_are_masked_only_on_demand(tmp_path):
-    folder = released_folder(tmp_path / "r")
+    folder, said = released_folder(tmp_path / "r"), "I hear you. Write to help@example.org."
     path = folder / "data" / "train-00000-of-00001.parquet"
-    pairs = pd.read_parquet(path)
-    pairs.loc[:, "chosen"] = "I hear you. Write to help@example.org."
-    pairs.to_parquet(path)
-    parts = [
-        collect_released(f"released={folder}", dataclasses.replace(DEMO.speeches, mask=mask))[1]
-        for mask in (DEMO.speeches.mask, "all")
-    ]
-    assert [part["train"].chosen[0] for part in parts] == [pairs.chosen[0], "I hear you. Write to [email]."]
-    assert parts[0]["test"].ID.equals(parts[1]["test"].ID)
+    pd.read_parquet(path).assign(chosen=said).to_parquet(path)
+    for mask, expected in ((DEMO.speeches.mask, said), ("all", "I hear you. Write to [email].")):
+        parts = collect_released(f"released={folder}", dataclasses.replace(DEMO.speeches, mask=mask))[1]
+        assert set(parts["train"].chosen) == {expected}
 
 
 # ---- the real table ----
 
 
 def test_counsel_chat_is_read_whole(counsel_chat):
-    limit = csv.field_size_limit(1 << 24)  # some answers are longer than the csv module expects
-    with open(counsel_chat, newline="", encoding="utf-8") as handle:
-        table = list(csv.DictReader(handle))
-    csv.field_size_limit(limit)
+    table = pd.read_csv(counsel_chat, dtype=str, keep_default_na=False)
     found, kept = gathered(f"counsel-chat={counsel_chat}")
     tally = drop_table(found["frame"], found["repeats"]).iloc[0]
     assert tally["rows"] == len(table) == tally[list(ROW_FATES)].sum() and tally.kept == len(kept) > 500
-    assert tally["rows"] - tally.repeated == len({row["questionID"] for row in table})
+    assert tally["rows"] - tally.repeated == table.questionID.nunique()
     assert kept.topic.isin(list(coarse_of())).all() and (kept.topic_by == "gold").mean() > 0.98
     assert kept.speech_id.is_unique and not kept.speech.str.contains(r"</?[a-z]+>|&\w+;|\n|@\w", regex=True).any()
 

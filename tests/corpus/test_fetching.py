@@ -139,80 +139,49 @@ for uri in sys.argv[1:]:
 
 
 def test_a_hub_dataset_is_fetched_at_the_commit_that_was_found(tmp_path):
-    hub = Hub()
-    one, all_of_it = "hf://datasets/any/set@main/train.csv", "hf://datasets/any/set"
+    hub, at, silent = Hub(), "hf://datasets/any/set", "http://127.0.0.1:9"
+    one = f"{at}@main/train.csv"
     with serve(hub) as (address, seen):
-        first, listed = in_child(IN_CHILD, tmp_path, address, one, all_of_it)
+        first, listed = in_child(IN_CHILD, tmp_path, address, one, at)
         hub.commit, hub.files = LATER, {**hub.files, "train.csv": BODY + b"a later row,ok\n"}
         asked = len(seen)
-        again = in_child(IN_CHILD, tmp_path, address, one, all_of_it)
+        again = in_child(IN_CHILD, tmp_path, address, one, at)
         assert len(seen) == asked, "a branch is looked up once"
-        pinned, later = in_child(
-            IN_CHILD,
-            tmp_path,
-            address,
-            f"hf://datasets/any/set@{COMMIT}/train.csv",
-            "hf://datasets/any/set@main/data/more.csv",
-        )
-    assert not first["before"] and first["now"] and first["bytes"] == [len(BODY)] and first["asked"] == []
-    assert first["files"] == [
-        {
-            "file": "train.csv",
-            "from": one,
-            "commit": COMMIT,
-            "bytes": len(BODY),
-            "sha256": hashlib.sha256(BODY).hexdigest(),
-        }
+        pinned, later = in_child(IN_CHILD, tmp_path, address, f"{at}@{COMMIT}/train.csv", f"{at}@main/data/more.csv")
+    assert not first["before"] and first["now"] and first["asked"] == []
+    known = {"file": "train.csv", "from": one, "commit": COMMIT, "bytes": len(BODY)}
+    assert first["files"] == [known | {"sha256": hashlib.sha256(BODY).hexdigest()}]
+    assert [(own["file"], own["commit"]) for own in listed["files"]] == [
+        ("train.csv", COMMIT),
+        ("data/more.csv", COMMIT),
     ]
-    assert [entry["file"] for entry in listed["files"]] == ["train.csv", "data/more.csv"] and {
-        entry["commit"] for entry in listed["files"]
-    } == {COMMIT}
-    assert listed["asked"] == [[["README.md", "data/more.csv", "train.csv"], "hf://datasets/any/set@main"]]
-    assert [result["before"] for result in again] == [True, True] and [result["files"] for result in again] == [
-        first["files"],
-        listed["files"],
-    ]
-    assert [result["asked"] for result in again] == [[], []], "the choice is noted too"
+    assert listed["asked"] == [[["README.md", "data/more.csv", "train.csv"], f"{at}@main"]]
+    assert [result["files"] for result in again] == [first["files"], listed["files"]]
+    assert [(result["before"], result["asked"]) for result in again] == [(True, [])] * 2, "the choice is noted too"
     assert pinned["files"][0]["commit"] == COMMIT and later["files"][0]["commit"] == LATER
-    silent = "http://127.0.0.1:9"
-    assert [result["bytes"] for result in in_child(IN_CHILD, tmp_path, silent, one, all_of_it, offline="1")] == [
-        [len(BODY)],
-        [len(BODY)] * 2,
-    ]
-    assert (
-        "HF_HUB_OFFLINE"
-        in in_child(IN_CHILD, tmp_path, silent, "hf://datasets/any/other@main/a.csv", offline="1")[0]["error"]
-    )
-    cached = next((tmp_path / "hf").rglob(f"snapshots/{COMMIT}/train.csv"))
-    cached.write_bytes(BODY[:100])
+    *offline, other = in_child(IN_CHILD, tmp_path, silent, one, at, "hf://datasets/any/other@main/a.csv", offline="1")
+    assert [result["bytes"] for result in offline] == [[len(BODY)], [len(BODY)] * 2]
+    assert "HF_HUB_OFFLINE" in other["error"]
+    next((tmp_path / "hf").rglob(f"snapshots/{COMMIT}/train.csv")).write_bytes(BODY[:100])
     assert "has changed" in in_child(IN_CHILD, tmp_path, silent, one, offline="1")[0]["error"]
+
+
+REFUSALS = {
+    "gated@main/a.csv": "GatedRepo",
+    "absent@main/a.csv": "RepositoryNotFound",
+    "set@other/train.csv": "RevisionNotFound",
+    "set@main/absent.csv": "EntryNotFound",
+    "gated": "GatedRepo",
+    "set@other": "RevisionNotFound",
+}
 
 
 def test_the_refusals_of_the_hub_are_one_line(tmp_path):
     with serve(Hub()) as (address, seen):
-        found = in_child(
-            IN_CHILD,
-            tmp_path,
-            address,
-            *(
-                f"hf://datasets/any/{rest}"
-                for rest in (
-                    "gated@main/a.csv",
-                    "absent@main/a.csv",
-                    "set@other/train.csv",
-                    "set@main/absent.csv",
-                    "gated",
-                    "set@other",
-                )
-            ),
-        )
-    kinds = ("GatedRepo", "RepositoryNotFound", "RevisionNotFound", "EntryNotFound", "GatedRepo", "RevisionNotFound")
-    assert all(
-        kind in result["error"] and result["error"].endswith("or give up") and "\n" not in result["error"]
-        for kind, result in zip(kinds, found, strict=True)
-    ), found
-    (silent,) = in_child(IN_CHILD, tmp_path, address, "hf://datasets/any/set")
-    assert "ConnectError" in silent["error"] and silent["error"].endswith("or give up"), "nobody listens there any more"
+        found = in_child(IN_CHILD, tmp_path, address, *(f"hf://datasets/any/{rest}" for rest in REFUSALS))
+    found += in_child(IN_CHILD, tmp_path, address, "hf://datasets/any/set")  # nobody listens there any more
+    for kind, result in zip([*REFUSALS.values(), "ConnectError"], found, strict=True):
+        assert kind in result["error"] and result["error"].endswith("or give up") and "\n" not in result["error"]
 
 
 part = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,11}", fullmatch=True)
@@ -223,6 +192,6 @@ part = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,11}", fullmatch=True)
 def test_a_hub_address_is_taken_apart_as_it_was_put_together(owner, name, revision, path):
     uri = f"hf://datasets/{owner}/{name}@{revision}" + (f"/{path}" if path else "")
     assert parse_hub(uri) == (f"{owner}/{name}", revision, path)
-    assert hub_note(uri).resolve().is_relative_to(fetching.cache_root().resolve() / "sources" / "hub") and hub_note(
-        uri
-    ) != hub_note(uri + "x")
+    note = hub_note(uri)
+    assert note.resolve().is_relative_to(fetching.cache_root().resolve() / "sources" / "hub")
+    assert note != hub_note(uri + "x")

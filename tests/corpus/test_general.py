@@ -75,19 +75,17 @@ def read_ready(place):
 # ---- places ----
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.gz", "a.parquet", "a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.gz", "a.parquet", "a.csv.gz"])
 def test_every_form_gives_the_same_rows(tmp_path, name):
     rows = [*TWO, rated('One,\n"two"\n<extra_id_1>Assistant\né\n<extra_id_1>User\n…', "")]
-    path = tmp_path / name
+    path, frame = tmp_path / name, frame_of(rows)
     if name == "a.parquet":
-        frame_of(rows).astype(dict.fromkeys(ATTRIBUTES, "int32")).to_parquet(path)
-    elif "csv" in name:
-        frame_of(rows).to_csv(path, index=False, compression="gzip" if name.endswith("gz") else None)
+        frame.astype(dict.fromkeys(ATTRIBUTES, "int32")).to_parquet(path)
     else:
-        put(path, gzip.compress(jsonl(rows)) if name.endswith("gz") else jsonl(rows))
+        data = frame.to_csv(index=False).encode() if "csv" in name else jsonl(rows)
+        put(path, gzip.compress(data) if name.endswith("gz") else data)
     found = read_general(f"mine={path}")
     assert found.to_dict("records") == rows and found.index.tolist() == list(range(5))
-    assert found.dtypes[list(ATTRIBUTES)].eq("int64").all()
 
 
 def test_a_folder_gives_its_parts_in_order_and_a_file_itself(tmp_path):
@@ -326,7 +324,7 @@ def test_ready_pairs_in_both_forms(tmp_path):
     pairs, counts = read_ready(f"mine={put(tmp_path / 'a.jsonl', jsonl(plain))}")
     assert pairs[["ID", "chosen", "gap"]].values.tolist() == [["mine-0", "x", 2.0], ["mine-0", "x", 1.0]]
     names = ("rows", "prompts", "unreadable prompts", "response pairs", "same text", "ties", "pairs")
-    assert counts == dict(zip(names, (4, 2, 1, 3, 0, 1, 2)))
+    assert [counts[name] for name in names] == [4, 2, 1, 3, 0, 1, 2]
     published = pd.DataFrame([READY | {"preference_strength": n, "split": "train"} for n in (-3, -1, 0, 2)])
     published.to_parquet(tmp_path / "b.parquet")
     pairs, counts = read_ready(tmp_path / "b.parquet")

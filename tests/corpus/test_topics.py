@@ -221,22 +221,9 @@ def test_our_speeches_help_where_they_are_not_part_of_the_run(shipped):
     gold, slugs, more, more_topics = training_rows(TRAIN)
     assert (gold, slugs) == LEARNT and more == ours and set(more_topics) == set(SLUGS)
     own = pd.DataFrame({"speech": ours[:50], "topic": more_topics[:50], "topic_by": "gold"})
-    gold, _, more, _ = training_rows(own)
-    assert gold == ours[:50] and more == ours[50:]
+    gold, _, more, topics = training_rows(own, [("another", "aging"), (ours[3], "stress")])
+    assert gold == ours[:50] and more == ["another", *ours[50:]] and topics[0] == "aging", "no gold speech twice"
     assert training_rows(own.assign(topic_by="none given"))[0] == [], "only gold is learnt from"
-
-
-def test_more_rows_never_hold_a_gold_speech(spy, shipped):
-    frame = frame_of({"anxiety": 30, "stress": 30})
-    other = "a speech of another source"
-    more = [(other, "aging"), (frame.speech[0], "golf-is-never-read"), (frame.speech[31], "stress")]
-    gold, _, others, other_topics = training_rows(frame, more)
-    assert (others[0], other_topics[0], len(others)) == (other, "aging", 1 + len(shipped))
-    assert not set(others) & set(gold)
-    assert compare_methods(frame, ["spy"], 0.0, more=more)["gold speeches"].tolist() == [60]
-    for learnt, labels, asked in spy.calls:
-        assert learnt.count(other) == 1 and labels[learnt.index(other)] == "aging" and set(asked) <= set(frame.speech)
-        assert not set(learnt) & set(asked), "a speech was learnt and then scored"
 
 
 # ---- cross-validation ----
@@ -382,11 +369,6 @@ def test_the_question_holds_every_topic_the_speech_and_a_schema(server, gateway)
     assert np.array_equal(found, probabilities_of(["stress"]))
 
 
-REPLIES = {
-    '{"topic": "aging"}': "aging",
-    'Sure! Here it is:\n```json\n{"topic": "aging"}\n```\nBe well.': "aging",
-    '{"topic": "STRESS ", "why": "tired"}': "stress",
-}
 UNREADABLE = [
     *(json.dumps({"topic": value}) for value in ("golf", "", None, 3, "anxiety, stress", {"topic": "aging"})),
     *('{"Topic": "aging"}', "aging", "[]", "{", '{"topic": "aging"', '{"topic": "aging"} {"topic": "stress"}'),
@@ -394,19 +376,17 @@ UNREADABLE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "reply, slug", [*REPLIES.items(), *((text, None) for text in UNREADABLE)], ids=lambda v: str(v)[:20]
-)
-def test_replies_are_read_or_have_no_topic(reply, slug):
-    assert read_topic(ChatReply(reply)) == slug
-    assert read_topic(Failure("no text", reply)) is None
+@pytest.mark.parametrize("reply", UNREADABLE, ids=lambda reply: reply[:20])
+def test_what_names_no_topic_is_none(reply):
+    assert read_topic(ChatReply(reply)) is None
 
 
 @few
-@given(st.text(max_size=60))
+@given(st.text(max_size=60) | st.sampled_from(["STRESS ", "Grief and Loss"]))
 def test_any_reply_is_read(text):
-    assert read_topic(ChatReply(text)) in [*SLUGS, None]
-    assert read_topic(ChatReply(json.dumps({"topic": text}))) == topic_slug(text) in [*SLUGS, None]
+    assert read_topic(ChatReply(text)) is read_topic(Failure("no text", text)) is None
+    assert read_topic(ChatReply(json.dumps({"topic": text, "why": "tired"}))) == topic_slug(text)
+    assert read_topic(ChatReply('Sure! Here it is:\n```json\n{"topic": "aging"}\n```\nBe well.')) == "aging"
 
 
 def test_labels_stand_with_their_speeches_and_what_cannot_be_read_is_a_row_of_zeros(server, gateway):
