@@ -11,7 +11,6 @@ import collections
 import contextlib
 import itertools
 import os
-import queue
 import threading
 import time
 import typing
@@ -85,42 +84,34 @@ class Gateway:
         return [row for row in self.cache.bill() if row["stage"] == self.stage]
 
 # %% ../../nbs/gateway/04_gateway.ipynb #e28e0890
-def read_ahead(work: typing.AsyncGenerator, ahead: int = 2) -> typing.Iterator:
-    "Iterate over an async generator that runs in another thread. ahead: items that may wait to be read."
-    items = queue.SimpleQueue()
+def read_ahead(work: typing.AsyncGenerator) -> typing.Iterator:
+    "Iterate over an async generator whose event loop runs in another thread, also while nobody reads."
+    loop, over = asyncio.new_event_loop(), object()
+    thread, steps = threading.Thread(target=loop.run_forever, daemon=True), []
 
-    async def pump():
-        free = asyncio.Semaphore(ahead)
-        items.put((asyncio.get_running_loop(), asyncio.current_task(), free))
-        async with contextlib.aclosing(work):
-            async for item in work:
-                items.put((item,))
-                await free.acquire()
+    async def step():
+        steps[:] = [asyncio.current_task()]
+        return await anext(work, over)
 
-    def run():
-        try:
-            items.put(asyncio.run(pump()))
-        except BaseException as error:
-            items.put(error)
-
-    def call(action):
-        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
-            loop.call_soon_threadsafe(action)
+    async def end():
+        for task in steps:
+            task.cancel()
+        await asyncio.gather(*steps, return_exceptions=True)
+        await work.aclose()
+        await loop.shutdown_default_executor()
 
     def stop():
-        call(task.cancel)
-        thread.join()
+        if not loop.is_closed():
+            asyncio.run_coroutine_threadsafe(end(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
 
-    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    loop, task, free = items.get()
     atexit.register(stop)  # a reader that nobody closed holds up no exit
     try:
-        while isinstance(item := items.get(), tuple):
-            yield item[0]
-            call(free.release)
-        if item is not None:
-            raise item
+        while (item := asyncio.run_coroutine_threadsafe(step(), loop).result()) is not over:
+            yield item
     finally:
         stop()
         atexit.unregister(stop)
@@ -279,11 +270,9 @@ async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         if self.error:
             raise self.error
         found, usd = await self.pay(list(group.values()))
-    replies, sums = (
-        dict(zip(group, found)),
-        (sum(r.prompt_tokens for r in found), sum(r.completion_tokens for r in found)),
-    )
-    self.book({key: reply for key, reply in replies.items() if isinstance(reply, ChatReply)}, len(found), *sums, usd)
+    replies = dict(zip(group, found))
+    tokens = [sum(getattr(reply, name) for reply in found) for name in ("prompt_tokens", "completion_tokens")]
+    self.book({key: reply for key, reply in replies.items() if isinstance(reply, ChatReply)}, len(found), *tokens, usd)
     await asyncio.shield(self.write())  # what was paid for is kept, also where this call is cancelled
     return replies
 

@@ -384,7 +384,7 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
         def sample(prompts, decoding, n=1, name=""):
             hows = [replace(decoding, seed=seed) for seed in prompt_seeds(decoding, len(prompts))]
             bodies = [server_body(server.model, messages, how, n, dated) for messages, how in zip(prompts, hows)]
-            found, answers = [None] * len(prompts), read_ahead(_ask_all(server, bodies), SAMPLES_IN_FLIGHT)
+            found, answers = [None] * len(prompts), read_ahead(_ask_all(server, bodies))
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
                 group = [Sample(*own, decoding.max_tokens if own[1] == "length" else count(own[0])) for own in choices]
                 found[place] = group * (n // len(group))

@@ -77,9 +77,8 @@ class Work:
     @functools.cached_property
     def rows(self) -> list[dict]:
         "The pairs as tokens."
-        return (pair_rows if self.kind == "reward" else dpo_rows)(self.pairs, self.tokenizer, self.settings.max_length)[
-            0
-        ]
+        rows = pair_rows if self.kind == "reward" else dpo_rows
+        return rows(self.pairs, self.tokenizer, self.settings.max_length)[0]
 
     def __post_init__(self):
         if len(self.rows) < len(self.pairs) or len(self.rows) % self.settings.batch_size:
@@ -173,11 +172,8 @@ def side_models(work: Work, way: Way) -> dict:
     model = add_lora(work.fresh(), lora, head=work.kind == "reward")
     if way.side == "trl":
         unwrap(model).set_attn_implementation(way.attention)
-    return (
-        {"model": model}
-        if work.kind == "reward"
-        else {"model": model, "ref_model": work.fresh() if lora.rank else None}
-    )
+    reference = {"ref_model": work.fresh() if lora.rank else None} if work.kind == "policy" else {}
+    return {"model": model} | reference
 
 
 @dataclass
@@ -283,10 +279,8 @@ def relative_gap(ours: list[float], theirs: list[float]) -> float:
 
 def reference_gap(first: Side, second: Side) -> float:
     "Compare the references' log-probabilities of two sides: difference as a share of their norm."
-    names = ("ref_chosen_logps", "ref_rejected_logps")
-    return relative_gap(
-        *(sum((list(side.trainer.train_dataset[name]) for name in names), []) for side in (first, second))
-    )
+    rows = [side.trainer.train_dataset for side in (first, second)]
+    return relative_gap(*([*own["ref_chosen_logps"], *own["ref_rejected_logps"]] for own in rows))
 
 
 def same_work(sides: list[Side]) -> dict:
@@ -328,38 +322,26 @@ def try_ways(make: typing.Callable[[Way], Side], ways: list[Way]) -> list[tuple[
     return tried
 
 
-def compare(
-    name: str,
-    what: str,
-    work: Work,
-    ways: list[Way],
-    rounds: int,
-    stock: bool = False,
-    strategies: typing.Sequence[str] = (),
-    optimiser=None,
-) -> dict:
-    """Measure ours beside trl at its best, and as it comes where `stock` is true, in pairs/s.
+def compare(name: str, what: str, work: Work, ways: list[Way], rounds: int, optimiser=None) -> dict:
+    """Measure ours beside trl at its best, and for DPO with adapters as it comes, in pairs/s.
 
-    ways: trl's, of which the fastest is taken; strategies: then tried on it; optimiser: shared by the sides."""
+    ways: trl's, of which the fastest is taken, then its fastest strategy; optimiser: shared by the sides."""
     make = functools.partial(Side, work, optimiser=optimiser)
-    sides = {"ours": make(our_way(work)), "theirs": make(ways[0])} | ({"stock": make(Way("stock"))} if stock else {})
-    same = same_work(list(sides.values()))
-    tried = try_ways(make, ways)
+    sides = {"ours": make(our_way(work)), "theirs": make(ways[0])}
+    if work.kind == "policy" and work.settings.lora.rank:
+        sides["stock"] = make(Way("stock"))
+    same, tried = same_work(list(sides.values())), try_ways(make, ways)
     best = max(tried, key=lambda own: own[0])[1]
-    tried += try_ways(make, [replace(best, strategy=own) for own in strategies if own != best.strategy])
+    tried += try_ways(make, [replace(best, strategy=own) for own in STRATEGIES if own != best.strategy])
     best = max(tried, key=lambda own: own[0])[1]
     sides["theirs"] = make(best)
     what += f", against trl ({best.strategy}, {best.pairs} pairs a pass, {best.attention})"
     found = side_by_side(name, what, "pairs/s", sides, rounds)
-    return {
-        **found,
-        "ways": {side: asdict(own.way) for side, own in sides.items()},
-        "tried": [asdict(way) | {"rate": rate} for rate, way in tried],
-        "positions": {side: own.positions() for side, own in sides.items()}
-        | {"useful": sum(row["length"] for row in work.rows)},
-        "peak GB": {side: own.peak_gb for side, own in sides.items()},
-        **same,
-    }
+    found |= {"ways": {side: asdict(own.way) for side, own in sides.items()}}
+    found |= {"tried": [asdict(way) | {"rate": rate} for rate, way in tried]}
+    found |= {"positions": {side: own.positions() for side, own in sides.items()}}
+    found["positions"]["useful"] = sum(row["length"] for row in work.rows)
+    return found | {"peak GB": {side: own.peak_gb for side, own in sides.items()}, **same}
 
 
 def demo_settings(kind: Kind, pack_tokens: int | None = None) -> RewardSettings | DpoSettings:
@@ -402,9 +384,8 @@ def lora_bench(
             f"last {settings.lora.last_layers} layers of {backbone}, {str(model.dtype).removeprefix('torch.')}"
         )
         pairs = made_pairs(tokenizer, settings.batch_size * steps, profile)
-        work, policy = Work(kind, lambda: twin(model), tokenizer, pairs, settings), kind == "policy"
-        more = dict(stock=policy, strategies=() if policy else STRATEGIES)
-        row = compare(f"{kind}_training", what, work, [Way("trl", size) for size in sizes], rounds, **more)
+        work = Work(kind, lambda: twin(model), tokenizer, pairs, settings)
+        row = compare(f"{kind}_training", what, work, [Way("trl", size) for size in sizes], rounds)
         found.append({"label": f"{profile}'s lengths", **row})
         keep_rows(f"{kind}_training", found)  # after each, for long answers take long
     return found
@@ -498,24 +479,14 @@ def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
     return max(rates[1:])
 
 
-def shape_bench(
-    kind: Kind,
-    name: str,
-    shape: dict,
-    rounds: int,
-    pairs: int,
-    checkpointing: bool = True,
-    matmul: int = 8192,
-    model=None,
-) -> dict:
-    """Measure full training of a shape: pairs/s, share of the machine's own rate, memory.
+def shape_bench(kind: Kind, name: str, model, rounds: int, pairs: int, checkpointing: bool = True, matmul: int = 8192):
+    """Measure training of every weight of a model: pairs/s, share of the machine's own rate, memory.
 
-    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate; model: of
-    this shape; None makes one. Counted are 6 operations a weight and useful token, 2 more for DPO's reference."""
+    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate. Counted are 6
+    operations a weight and useful token, 2 more for DPO's reference."""
     import torch
 
     tokenizer = load_tokenizer(find_weights("random-tiny"))
-    model = random_model(kind, shape, tokenizer) if model is None else model
     own = RewardSettings() if kind == "reward" else DpoSettings()
     settings = replace(own, batch_size=pairs, epochs=1, checkpoints=0, lora=LoraSettings())
     optimiser = step_optimiser(model, settings.learning_rate)
@@ -525,8 +496,7 @@ def shape_bench(
         f"tokens, every weight of {name} in bfloat16, {'with' if checkpointing else 'no'} gradient checkpointing, "
         f"{type(optimiser).__name__}"
     )
-    more = dict(strategies=STRATEGIES, optimiser=optimiser)
-    found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, **more)
+    found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, optimiser)
     weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     each = (6 if kind == "reward" else 8) * weights * found["positions"]["useful"] / pairs
     most = matmul_rate(torch.bfloat16, matmul)
@@ -534,10 +504,8 @@ def shape_bench(
     return {"label": name, **found, "FLOP a pair": each, "matmul FLOP/s": most, "share": shares}
 
 
-def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpointing: bool, also=None) -> list[dict]:
-    """Measure shapes on a GPU and keep what was found; nothing without a GPU.
-
-    shapes: keys of SHAPES; also: another bench of (name, model, tokenizer, rounds), done first on the same model."""
+def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpointing: bool) -> list[dict]:
+    "Measure shapes, keys of SHAPES, on a GPU and keep what was found; nothing without a GPU."
     import torch
 
     if unknown := [name for name in shapes if name not in SHAPES]:
@@ -545,9 +513,7 @@ def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpoint
     found, tokenizer = [], load_tokenizer(find_weights("random-tiny"))
     for name in shapes if torch.cuda.is_available() else []:
         model = random_model(kind, SHAPES[name], tokenizer)
-        own = [also(name, model, tokenizer, rounds)] if also else []
-        own.append(shape_bench(kind, name, SHAPES[name], rounds, pairs, checkpointing, model=model))
-        found += own
+        found.append(shape_bench(kind, name, model, rounds, pairs, checkpointing))
         keep_rows(f"{kind}_gpu", found)
         del model
         torch.cuda.empty_cache()

@@ -14,39 +14,16 @@ from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.core.paper import resource_path
 from psycopref.core.prompts import BATTLE_KEYS, parse_battle, parse_choice, parse_ratings
 from psycopref.rater import acts, language, rules
-from psycopref.rater.rubric import FEATURES, rubric_features, rubric_rationale, rubric_scores, stage_of_change
-from psycopref.rater.rubric import to_rating, total
+from psycopref.rater.rubric import rubric_features, rubric_rationale, rubric_scores, stage_of_change
+from psycopref.rater.rubric import to_rating
 from psycopref.rater.rules import PHRASES, RulesModel, rubric_reply
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 SPEECH = "My wife says I drink too much. Maybe part of me is scared. Since my brother died I can't sleep."
 PARTS = ["It sounds like the nights are long.", "That makes sense.", "You must stop drinking.", "Calm down.", SPEECH]
-PARTS += [
-    "What do you miss most about your brother?",
-    "I'm sorry to hear that.",
-    "1. Rest\n2. Talk to someone",
-    "don't",
-]
-PARTS += [
-    "n't",
-    "?",
-    "!!!",
-    "\n",
-    "...",
-    "…",
-    "’",
-    "ﬁ",
-    "İ",
-    "ß",
-    "你好",
-    "🙂",
-    "\x00",
-    "\u2028",
-    "you",
-    "i",
-    "not not not",
-]
+PARTS += ["What do you miss most about your brother?", "I'm sorry to hear that.", "1. Rest\n2. Talk to someone"]
+PARTS += [*"don't n't ? !!! ... … ’ ﬁ İ ß 你好 🙂 you i".split(), "\n", "\x00", "\u2028", "not not not"]
 PARTS += ["your fault", "it is not your fault", "why don't you just"]
 some = st.lists(st.sampled_from(PARTS), max_size=8)
 said = st.one_of(st.text(max_size=200), some.map(" ".join), some.map("".join))
@@ -74,23 +51,9 @@ def test_a_score_is_the_clipped_sum_of_its_points_and_the_rationale_says_it(spee
 
 
 @few
-@given(st.dictionaries(st.text(max_size=3), st.floats(-9, 9), max_size=5))
-def test_a_total_is_the_sum_between_1_and_5(points):
-    assert total(points) == pytest.approx(min(5, max(1, sum(points.values()))), abs=1e-6)
-
-
-@few
-@given(st.one_of(st.floats(allow_nan=False), st.integers(0, 600).map(lambda n: n / 100)))
-def test_a_rating_is_a_whole_number_near_its_score(score):
-    rating = to_rating(score)
-    assert type(rating) is int and 1 <= rating <= 5
-    assert not 1 <= score <= 5 or abs(rating - score) <= 0.5
-    assert (rating == 1 or score >= 1) and (rating == 5 or score <= 5)
-
-
-@few
 @given(st.floats(1, 5), st.floats(1, 5))
-def test_a_higher_score_is_never_a_lower_rating(first, second):
+def test_a_rating_is_the_whole_number_nearest_to_its_score(first, second):
+    assert type(to_rating(first)) is int and 1 <= to_rating(first) <= 5 and abs(to_rating(first) - first) <= 0.5
     assert first > second or to_rating(first) <= to_rating(second)
 
 
@@ -154,25 +117,12 @@ def test_swapping_the_responses_swaps_the_verdict_where_scores_differ(first, sec
     assert parse_choice(rubric_reply("rank", fields(first, second))) == here["overall"]
 
 
-def test_the_property_above_sees_both_verdicts():
-    pairs = [(a.format(word="w"), b.format(word="w")) for a in PHRASES for b in PHRASES if a != b]
-    verdicts = [parse_battle(rubric_reply("battle", fields(*pair)))["overall"] for pair in pairs]
-    assert verdicts.count(1) > 20 and verdicts.count(2) > 20
-
-
 @few
 @given(st.lists(said, min_size=1, max_size=6), st.sampled_from(PRINCIPLE_KEYS))
 def test_ratings_are_the_rounded_scores_in_the_order_shown(responses, key):
     shown = {"client_speech": SPEECH, "principle": key} | {f"response_{i}": r for i, r in enumerate(responses, 1)}
     rated = parse_ratings(rubric_reply("rate", shown), len(responses))
     assert [rating for rating, _ in rated] == [to_rating(rubric_scores(SPEECH, r)[key]) for r in responses]
-
-
-def test_every_principle_uses_more_than_one_end_of_the_scale():
-    responses = [p.format(word="brother") for p in PHRASES]
-    table = [rubric_scores(SPEECH, r) for r in responses]
-    for key in FEATURES:
-        assert max(row[key] for row in table) - min(row[key] for row in table) > 0.5, key
 
 
 # ---- constructs ----
