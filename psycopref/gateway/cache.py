@@ -82,11 +82,8 @@ class ReplyCache:
 
     def __init__(self, path: Path, also: tuple[Path, ...] = ()):
         "also: other caches to look replies up in; nobody writes them meanwhile."
-        self.path, self.lock, self.remedy = (
-            Path(path),
-            threading.Lock(),
-            "move it away, replies will be asked for again",
-        )
+        self.path, self.lock = Path(path), threading.Lock()
+        self.remedy = "move it away, replies will be asked for again"
         self.also = [(other, open_finished(other)) for other in also]
         self.books: dict[tuple[str, str], str] = {}  # (stage, model) -> our row in `spent`
         self.mark = contextlib.ExitStack()  # says that this process works with the file, where that matters
@@ -202,8 +199,7 @@ def open_cache(run: Run, stage: str = "", shard: Shard | None = None) -> ReplyCa
             merge_shard(cache, part)
         return cache
     own, *beside = [
-        folder / f"replies-{stage}-{part}.sqlite"
-        for part in (shard, *(Shard(i, shard.n) for i in range(1, shard.n + 1)))
+        folder / f"replies-{stage}-{Shard(i, shard.n)}.sqlite" for i in (shard.number, *range(1, shard.n + 1))
     ]
     others = [part for part in parts if part not in beside]  # left by another number of shards, or another stage
     with contextlib.ExitStack() as mark:  # first of all: from now on nobody merges the file

@@ -21,10 +21,8 @@ __all__ = ['START_CALLS', 'FAST_SECONDS', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGE
            'minute_limits', 'expected_tokens', 'pause', 'Budget']
 
 # %% ../../nbs/gateway/00_limits.ipynb #11a40c56
-START_CALLS, FAST_SECONDS = (
-    32,
-    0.05,
-)  # calls in flight at first; answers that take twice as long or less are fast anyway
+START_CALLS = 32  # in flight at first
+FAST_SECONDS = 0.05  # answers that take twice as long or less are fast anyway
 
 
 class AdaptiveLimit:

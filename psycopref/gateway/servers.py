@@ -142,9 +142,7 @@ class OpenAIModel:
         "Return the server's address, its key, and whether a proxy may lie between (not on this machine)."
         key = server_key(self.base_url)
         if not key and not self.base_url:
-            raise StudyError(
-                f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or name a model that needs no key"
-            )
+            raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or take a model without a key")
         address = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         return address.rstrip("/"), key, urlsplit(self.base_url).hostname not in LOOPBACK
 
@@ -164,11 +162,8 @@ class OpenAIModel:
 
     def chat_arguments(self, request: ChatRequest) -> dict:
         "Translate a request into the API's arguments."
-        how = {
-            "model": self.model,
-            "messages": list(request.messages),
-            "max_completion_tokens": request.decoding.max_tokens,
-        }
+        how = {"model": self.model, "messages": list(request.messages)}
+        how |= {"max_completion_tokens": request.decoding.max_tokens}
         how |= {name: getattr(request.decoding, name) for name in ("temperature", "top_p", "seed")}
         if request.schema:
             schema = {"name": "reply", "strict": True, "schema": request.schema}

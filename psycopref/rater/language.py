@@ -176,8 +176,8 @@ def _copied(words: tuple[str, ...], source: tuple[str, ...], run: int = 6) -> li
 
 # %% ../../nbs/rater/00_language.ipynb #0fe0cb0b
 @lru_cache(maxsize=1024)
-def _read(client_speech: str, response: str) -> Exchange:
-    "Read an exchange whose types are checked. Returns the reading."
+def read_exchange(client_speech: str, response: str) -> Exchange:
+    "Read a client speech and a response once for all principles."
     client, sentences = plain(client_speech), sentences_of(response)
     said = tuple(word for sentence in sentences for word in words_of(sentence))
     once = {}
@@ -191,11 +191,3 @@ def _read(client_speech: str, response: str) -> Exchange:
     return Exchange(
         client, response.strip(), said, tuple(once.values()), reply, words, client_gist, client_gist & own, copied
     )
-
-# %% ../../nbs/rater/00_language.ipynb #1d40ea12
-def read_exchange(client_speech: str, response: str) -> Exchange:
-    "Read a client speech and a response once for all principles."
-    for name, value in (("client_speech", client_speech), ("response", response)):
-        if not isinstance(value, str):
-            raise TypeError(f"rubric: {name} is {type(value).__name__}, expected str; pass the text of one turn")
-    return _read(client_speech, response)

@@ -62,14 +62,6 @@ def test_silence_gets_the_lowest_score_everywhere(response):
     assert set(rubric_scores(SPEECH, response).values()) == {1.0}
 
 
-@pytest.mark.parametrize("response", [None, 3, b"bytes", ["a"]])
-def test_what_is_no_text_is_refused(response):
-    with pytest.raises(TypeError, match="response"):
-        rubric_scores(SPEECH, response)
-    with pytest.raises(TypeError, match="client_speech"):
-        rubric_scores(response, "I hear you.")
-
-
 @pytest.mark.parametrize("part", ["a ", "?", "not ", "you ", "\n", "'", "it sounds like you feel "])
 def test_a_very_long_text_is_scored_too(part):
     text = part * (80_000 // max(4, len(part)))
