@@ -15,14 +15,14 @@ from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, StageReader, StageWriter
 from ..core.settings import StudyError, load_profile
-from ..core.stages import Cell, Run, Shard, as_dotted, check_layout, stage_settings
+from ..core.stages import Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
 from ..core.tables import Label, format_cell, html_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
 
 # %% auto #0
 __all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'changed_settings', 'public_value', 'full_caption',
-           'open_stage']
+           'stages_of_run', 'open_stage']
 
 # %% ../../nbs/run/00_chapter.ipynb #e7df6d8d
 def shown_table(frame, caption: str, label: Label | None = None, rows: int = 24) -> str:
@@ -109,7 +109,7 @@ def read_json(self: ChapterStage, stage: str, name: str):
     self.input_file(stage, f"{name}.json")
     return self._reader(stage).json(name)
 
-
+# %% ../../nbs/run/00_chapter.ipynb #e6cf0aca
 @patch
 def receipt(self: ChapterStage, stage: str) -> dict:
     "Return an earlier stage's receipt: who answered, who rated, what it cost. It is not noted as an input."
@@ -171,7 +171,7 @@ def public_value(value):
         return value.partition("=")[0]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
-
+# %% ../../nbs/run/00_chapter.ipynb #ee22ba21
 @patch(as_prop=True)
 def profile(self: ChapterStage) -> str:
     "The profile's name, with every changed setting that this stage's results hang on."
@@ -197,7 +197,7 @@ def full_caption(kind: str, number: str, caption: str) -> str:
     ours = number.startswith("S") and "§" not in caption and "not in the paper" not in caption
     return f"{kind} {number}: {caption}{' (not in the paper)' if ours else ''}"
 
-
+# %% ../../nbs/run/00_chapter.ipynb #3681dbd1
 @patch
 def table(self: ChapterStage, number: str, slug: str, frame, caption: str, label: Label | None = None, rows: int = 24):
     "Write `table_<number>_<slug>` in all forms, and show it."
@@ -248,6 +248,12 @@ def finish(self: ChapterStage, **facts) -> None:
     shown = [sum(1 for _ in (self.work / kind).glob("*.json")) for kind in ("tables", "figures")]
     self.writer.finish()
     print(f"outputs/{self.run.name}/{self.writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed")
+
+
+def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:
+    "Return the stages of a run; its speeches say whether it starts from the released dataset, which needs fewer."
+    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
+    return stages_of(load_profile(profile, {"speeches.sources": sources}))
 
 
 def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None, part=None) -> ChapterStage:

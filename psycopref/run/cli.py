@@ -22,27 +22,28 @@ def parse_value(text: str):
         return text
 
 
-def named_values(items: list[str] | None) -> dict:
+def named_values(items: list[str]) -> dict:
     """Read arguments of the form "name=value"."""
     from psycopref.core.settings import StudyError
 
-    if wrong := [item for item in items or [] if "=" not in item]:
+    if wrong := [item for item in items if "=" not in item]:
         raise StudyError(f"argument {wrong[0]!r}: expected name=value")
-    return {item.partition("=")[0]: parse_value(item.partition("=")[2]) for item in items or []}
+    return {item.partition("=")[0]: parse_value(item.partition("=")[2]) for item in items}
 
 
-def notebook_values(parameters: str, items: list[str] | None, overrides: list[str] | None) -> dict:
-    "Join all parameters at once (a JSON object), single ones, and overrides."
+def notebook_values(given: argparse.Namespace) -> dict:
+    "Join all parameters at once (`parameters`, a JSON object), single ones (`parameter`), and `override`s."
     from psycopref.core.settings import StudyError
 
-    given = parse_value(parameters)
-    if not isinstance(given, dict):
-        raise StudyError(f"""--parameters: found {parameters!r}, expected a JSON object such as '{{"RUN": "try"}}'""")
-    given |= named_values(items)
-    changed = given.get("OVERRIDES", {})
-    if overrides and not isinstance(changed, dict):
-        raise StudyError(f"""OVERRIDES: found {changed!r}, expected an object such as '{{"dpo.beta": 0.05}}'""")
-    return given | ({"OVERRIDES": changed | named_values(overrides)} if overrides else {})
+    values, changed = parse_value(given.parameters), named_values(given.override)
+    if not isinstance(values, dict):
+        found = f"--parameters: found {given.parameters!r}, expected a JSON object such as"
+        raise StudyError(f"""{found} '{{"RUN": "try"}}'""")
+    values |= named_values(given.parameter)
+    usual = values.get("OVERRIDES", {})
+    if changed and not isinstance(usual, dict):
+        raise StudyError(f"""OVERRIDES: found {usual!r}, expected an object such as '{{"dpo.beta": 0.05}}'""")
+    return values | ({"OVERRIDES": usual | changed} if changed else {})
 
 # %% ../../nbs/run/06_cli.ipynb #0aa91cbf
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     summary = "Reproduce preference learning for counselling responses."
     parser = argparse.ArgumentParser(prog="psycopref", description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
-    many, override = {"action": "append", "metavar": "NAME=VALUE"}, "a setting, e.g. reward.learning_rate=1e-5"
+    many, override = (
+        {"action": "append", "default": [], "metavar": "NAME=VALUE"},
+        "a setting, e.g. reward.learning_rate=1e-5",
+    )
     run = commands.add_parser("run", help="execute one notebook with parameters, strictly")
     run.add_argument("notebook", help="e.g. nbs/04_pairs.ipynb")
     run.add_argument("-p", "--parameter", help="a parameter of the notebook, as JSON or text", **many)
@@ -91,21 +95,19 @@ def execute(given: argparse.Namespace) -> int:
     from psycopref.core.stages import Run
     from psycopref.run import results, runner
 
-    if given.command == "run":
-        values = notebook_values(given.parameters, given.parameter, given.override)
-        lines = [str(runner.run_notebook(given.notebook, values))]
-    elif given.command == "retry":
-        lines = [str(runner.retry(Run(given.run), given.stage))]
-    elif given.command == "notebooks":
-        lines = results.publish(Run(given.run))
-    elif given.command == "compare":
-        lines = runner.compare(given.first, given.second)
-    else:
-        lines = runner.trace(given.path) if given.command == "trace" else runner.seconds(given.run)
-    print("\n".join(lines))
+    commands = {
+        "run": lambda: [runner.run_notebook(given.notebook, notebook_values(given))],
+        "retry": lambda: [runner.retry(Run(given.run), given.stage)],
+        "notebooks": lambda: results.publish(Run(given.run)),
+        "compare": lambda: runner.compare(given.first, given.second),
+        "trace": lambda: runner.trace(given.path),
+        "seconds": lambda: runner.seconds(given.run),
+    }
+    lines = commands[given.command]()
+    print(*lines, sep="\n")
     return int(given.command == "compare" and not all(line.startswith("same") for line in lines))
 
-
+# %% ../../nbs/run/06_cli.ipynb #12522cf6
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; None takes the terminal's arguments.
 

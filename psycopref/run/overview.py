@@ -9,17 +9,17 @@ import textwrap
 import typing
 
 from ..core.files import StageReader, read_json
-from ..core.paper import paper_values
 from ..core.settings import Profile, load_profile
 from ..core.stages import Run, Stage, stages_of
 from ..core.tables import PALETTE, new_figure
 from ..models.weights import Weights
 from .plan import parameters, plan_run, unknown_costs, work_frame, worded
+from .report_page import PAPER_REWARD, paper_win_rate
 
 # %% auto #0
-__all__ = ['BOX_PLACES', 'PHASES', 'PHASE_COLOURS', 'BOX_WIDTH', 'BOX_HEIGHT', 'earlier_stages', 'chain_arrows', 'chapter_number',
-           'phase_of', 'draw_box', 'draw_arrow', 'chain_figure', 'stage_plans', 'plan_frame', 'plan_sentences',
-           'weights_frame', 'weights_sentence', 'result_rows', 'results_table']
+__all__ = ['BOXES', 'PHASE_COLOURS', 'BOX_WIDTH', 'BOX_HEIGHT', 'earlier_stages', 'chain_arrows', 'chapter_number', 'draw_box',
+           'draw_arrow', 'chain_figure', 'stage_plans', 'plan_frame', 'plan_sentences', 'weights_frame',
+           'weights_sentence', 'results_table']
 
 # %% ../../nbs/run/05_overview.ipynb #a23a103b
 def earlier_stages(stages: typing.Mapping[str, Stage], name: str) -> set[str]:
@@ -38,23 +38,19 @@ def chain_arrows(stages: typing.Mapping[str, Stage]) -> list[tuple[str, str]]:
     return arrows
 
 # %% ../../nbs/run/05_overview.ipynb #d853ceb1
-BOX_PLACES = {  # column and row of each stage's box
-    "00_study": (7, 2), "01_speeches": (0, 0), "02_responses": (1, 0), "03_ratings": (2, 0), "04_pairs": (3, 0),
-    "05_reward": (3, 1), "06_policy": (4, 1), "07_win_rates": (4, 2), "08_ablations": (5, 1), "09_mixing": (4, 0),
-    "10_judges": (5, 2), "11_experts": (5, 3), "12_trial": (6, 3), "13_report": (6, 2),
+BOXES = {  # column and row of each stage's box, and the phase of the study that it belongs to
+    "00_study": (7, 2, ""), "01_speeches": (0, 0, "dataset"), "02_responses": (1, 0, "dataset"),
+    "03_ratings": (2, 0, "dataset"), "04_pairs": (3, 0, "dataset"), "05_reward": (3, 1, "training"),
+    "06_policy": (4, 1, "training"), "07_win_rates": (4, 2, "evaluation"), "08_ablations": (5, 1, "training"),
+    "09_mixing": (4, 0, "training"), "10_judges": (5, 2, "evaluation"), "11_experts": (5, 3, "evaluation"),
+    "12_trial": (6, 3, "evaluation"), "13_report": (6, 2, ""),
 }  # fmt: skip
-PHASES = {"dataset": (1, 2, 3, 4), "training": (5, 6, 8, 9), "evaluation": (7, 10, 11, 12)}  # chapters by number
 PHASE_COLOURS = {"dataset": PALETTE[5], "training": PALETTE[4], "evaluation": PALETTE[2], "": "#BBBBBB"}
 
 
 def chapter_number(name: str) -> int:
     "Return the number of a chapter: 5 for 05_reward."
     return int(name.partition("_")[0])
-
-
-def phase_of(name: str) -> str:
-    "Return the phase of the study that a chapter belongs to; the first and the last chapter have none."
-    return next((phase for phase, numbers in PHASES.items() if chapter_number(name) in numbers), "")
 
 # %% ../../nbs/run/05_overview.ipynb #cd870e77
 BOX_WIDTH, BOX_HEIGHT = 0.84, 0.66  # shares of the distance between two places
@@ -64,10 +60,9 @@ def draw_box(axes, name: str, title: str):
     "Draw a chapter's box with its number and title; return the patch."
     from matplotlib.patches import FancyBboxPatch
 
-    (column, row), colour = BOX_PLACES[name], PHASE_COLOURS[phase_of(name)]
-    corner = (column - BOX_WIDTH / 2, -row - BOX_HEIGHT / 2)
-    shape = "round,pad=0,rounding_size=0.08"
-    box = FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, boxstyle=shape, edgecolor=colour, linewidth=1.6)
+    column, row, phase = BOXES[name]
+    corner, shape = (column - BOX_WIDTH / 2, -row - BOX_HEIGHT / 2), "round,pad=0,rounding_size=0.08"
+    box = FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, boxstyle=shape, edgecolor=PHASE_COLOURS[phase], linewidth=1.6)
     box.set_facecolor((*box.get_edgecolor()[:3], 0.22))
     axes.add_patch(box)
     lines = textwrap.wrap(title, 17)
@@ -94,7 +89,7 @@ def chain_figure(stages: typing.Mapping[str, Stage]):
     boxes = {name: draw_box(axes, name, stage.title) for name, stage in stages.items()}
     for need, name in chain_arrows(stages):
         draw_arrow(axes, boxes[need], boxes[name])
-    columns, rows = zip(*(BOX_PLACES[name] for name in stages))
+    columns, rows, _ = zip(*(BOXES[name] for name in stages))
     axes.set(xlim=(min(columns) - 0.5, max(columns) + 0.5), ylim=(-max(rows) - 0.5, 0.5))
     axes.axis("off")
     keys = [Patch(facecolor=colour, alpha=0.5, label=phase) for phase, colour in PHASE_COLOURS.items() if phase]
@@ -104,10 +99,10 @@ def chain_figure(stages: typing.Mapping[str, Stage]):
 # %% ../../nbs/run/05_overview.ipynb #6f2a353e
 def stage_plans(profile: Profile):
     "Estimate what each stage of a run will take, the sum below, as a pandas.DataFrame; ask no network."
-    rows = plan_run(profile).work()
-    frame = work_frame(profile, rows, sums=True)
-    frame["work"] = [stage.title if (stage := stages_of(profile).get(name)) else "all" for name in frame.stage]
-    frame.attrs["left out"] = unknown_costs(rows)
+    plan, titles = plan_run(profile), {name: stage.title for name, stage in stages_of(profile).items()}
+    frame = work_frame(plan, sums=True)
+    frame["work"] = frame.stage.map(titles).fillna("all")
+    frame.attrs["left out"] = unknown_costs(plan.work())
     return frame
 
 
@@ -160,31 +155,20 @@ def weights_sentence(found: typing.Sequence[Weights]) -> str:
     return f"Reward models and policies start from {ours}, in the paper from {theirs}."
 
 # %% ../../nbs/run/05_overview.ipynb #663ed4f1
-def result_rows(reward: dict, rates: dict) -> list[dict]:
-    "List the headline results of the summaries of chapters 5 and 7: reward models, the best baseline, win rates."
-    theirs = {row["model"]: row["accuracy"] for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
-    names, found = ("result", "measured", "95% interval", "n", "paper"), []
-    baselines = [row for row in reward["rows"] if row["kind"] == "baseline"]
-    for row in [row for row in reward["rows"] if row["kind"] == "reward model"]:
-        what, n = f"{row['model']}: accuracy on test pairs, %", f"{row['pairs']} pairs"
-        found.append((what, row["accuracy %"], row["95% interval"], n, theirs))
-    best = max(baselines, key=lambda row: row["accuracy %"])
-    what, n = f"{best['model']}: accuracy on test pairs, % (best baseline)", f"{best['pairs']} pairs"
-    found.append((what, best["accuracy %"], best["95% interval"], n, None))
-    for row in rates["rows"]:
-        kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
-        setting = "free" if row["setting"].startswith("w/o") else "length"
-        paper = paper_values()["table_2"][setting]["Llama3-8B" + kind]["overall"]
-        what, n = f"{row['model']}: win rate {row['setting']}, %", f"{row['n']} speeches"
-        found.append((what, row["Overall"], row["95% interval"], n, paper))
-    return [dict(zip(names, row)) for row in found]
-
-
 def results_table(run: Run):
     "Read the headline results of a finished run, and who made them. Returns (frame, label)."
     import pandas as pd
 
     reward, rates = StageReader(run, "05_reward"), StageReader(run, "07_win_rates")
-    frame = pd.DataFrame(result_rows(reward.json("summary"), rates.json("summary")), dtype=object)
+    rows, models = [], reward.json("summary")["rows"]
+    best = max((row for row in models if row["kind"] == "baseline"), key=lambda row: row["accuracy %"])
+    ours = [(row, "", PAPER_REWARD["accuracy"]) for row in models if row["kind"] == "reward model"]
+    for row, note, paper in [*ours, (best, " (best baseline)", None)]:
+        what, n = f"{row['model']}: accuracy on test pairs, %{note}", f"{row['pairs']} pairs"
+        rows.append((what, row["accuracy %"], row["95% interval"], n, paper))
+    for row in rates.json("summary")["rows"]:
+        what, n = f"{row['model']}: win rate {row['setting']}, %", f"{row['n']} speeches"
+        rows.append((what, row["Overall"], row["95% interval"], n, paper_win_rate(row)))
+    frame = pd.DataFrame(rows, columns=["result", "measured", "95% interval", "n", "paper"], dtype=object)
     label = read_json(rates.path("tables/table_2_win_rates.json"))["label"]
     return frame.where(frame.notna(), None), label

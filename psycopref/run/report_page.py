@@ -13,13 +13,14 @@ from pathlib import Path
 from ..core.tables import TABLE_STYLE, Label
 from ..core.files import StageReader, read_json
 from ..gateway.cache import run_bill
-from ..core.settings import load_profile
-from ..core.stages import Run, stages_of
+from ..core.stages import Run
 from ..core.paper import paper_values
+from .chapter import stages_of_run
 
 # %% auto #0
-__all__ = ['INVENTORY', 'Item', 'gather', 'absent', 'headlines', 'provenance', 'run_books', 'asked_name', 'spending_table',
-           'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'Item', 'gather', 'absent', 'paper_win_rate', 'headlines', 'provenance', 'run_books',
+           'asked_name', 'spending_table', 'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown',
+           'absent_rows']
 
 # %% ../../nbs/run/01_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -74,6 +75,16 @@ def absent(found: list[dict]) -> list[tuple[Item, str]]:
     return [(item, item.absent) for item in INVENTORY if (item.kind, item.number) not in have]
 
 # %% ../../nbs/run/01_report_page.ipynb #c816c649
+PAPER_REWARD = {row["model"]: row for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
+
+
+def paper_win_rate(row: dict) -> float:
+    "Return the paper's overall win rate, in %, beside one of ours. row: of Table 2, with model and setting."
+    kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
+    setting = "free" if row["setting"].startswith("w/o") else "length"
+    return paper_values()["table_2"][setting]["Llama3-8B" + kind]["overall"]
+
+
 def headlines(reward: list[dict], battles: list[dict], experts: list[dict]):
     """Compare our headline numbers with the paper's.
 
@@ -81,20 +92,18 @@ def headlines(reward: list[dict], battles: list[dict], experts: list[dict]):
     Returns a frame: result, ours, 95% interval, paper, difference."""
     import pandas as pd
 
-    published, rows = paper_values(), []
-    table_1 = {row["model"]: row for row in published["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
+    rows = []
     for row in (row for row in reward if row["kind"] == "reward model"):
         what = f"reward model accuracy, %: {row['model']}"
-        rows.append((what, row["accuracy %"], row["95% interval"], table_1["accuracy"], 1))
-        rows += [(f"reward model {key}", row[key], None, table_1[key.lower()], 3) for key in ("AUC", "ECE", "Brier")]
-    for setting, name in (("w/o length constraint", "free"), ("w/ length constraint", "length")):
-        for row in (row for row in battles if row["setting"] == setting):
-            kind = next((suffix for suffix in (" + DPO-Iter", " + DPO") if row["model"].endswith(suffix)), "")
-            theirs = published["table_2"][name]["Llama3-8B" + kind]["overall"]
-            rows.append((f"win rate {setting}, %: {row['model']}", row["Overall"], row["95% interval"], theirs, 1))
+        rows.append((what, row["accuracy %"], row["95% interval"], PAPER_REWARD["accuracy"], 1))
+        rows += [
+            (f"reward model {key}", row[key], None, PAPER_REWARD[key.lower()], 3) for key in ("AUC", "ECE", "Brier")
+        ]
+    for row in sorted(battles, key=lambda row: row["setting"], reverse=True):  # without the constraint, then with it
+        what = f"win rate {row['setting']}, %: {row['model']}"
+        rows.append((what, row["Overall"], row["95% interval"], paper_win_rate(row), 1))
     rows += [(row["result"], row["ours"], row["interval"], row["paper"], 1) for row in experts]
-    known = [isinstance(ours, (int, float)) for _, ours, *_ in rows]
-    data = [(*row[:4], round(row[1] - row[3], row[4]) if there else None) for row, there in zip(rows, known)]
+    data = [(*row[:4], round(row[1] - row[3], row[4]) if isinstance(row[1], (int, float)) else None) for row in rows]
     columns = ["result", "ours", "95% interval", "paper (Llama3-8B, GPT-4o)", "difference"]
     frame = pd.DataFrame(data, columns=columns, dtype=object)
     return frame.where(frame.notna(), None)
@@ -108,11 +117,9 @@ def provenance(run: Run, stages: tuple[str, ...]):
     for name in stages:
         receipt = StageReader(run, name).receipt
         used = [model for model in receipt.get("models", {}).values() if "calls" in model]
-        calls, cached, written, usd = (
-            sum(model[key] for model in used) for key in ("calls", "cached", "completion_tokens", "usd")
-        )
+        *sums, usd = (sum(model[key] for model in used) for key in ("calls", "cached", "completion_tokens", "usd"))
         commit = (receipt["commit"] or "none")[:10] + ("+" if receipt["changed_files"] else "")
-        rows.append([name, receipt["seconds"], calls, cached, written, round(usd, 2), commit, receipt["finished"]])
+        rows.append([name, receipt["seconds"], *sums, round(usd, 2), commit, receipt["finished"]])
     sums = [round(sum(column), 2) for column in list(zip(*rows))[1:6]]
     columns = ["stage", "seconds", "model calls", "from the cache", "tokens out", "US dollars", "commit", "finished"]
     return pd.DataFrame([*rows, ["all", *sums, "", ""]], columns=columns, dtype=object)
@@ -183,8 +190,7 @@ def overview_page(title: str, label: Label, tables: list[str], found: list[dict]
 # %% ../../nbs/run/01_report_page.ipynb #234f6c4c
 def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:
     "Name the stages that a report of this run is made of; the released dataset needs no responses and no ratings."
-    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
-    return stages_of(load_profile(profile, {"speeches.sources": sources}))["13_report"].needs
+    return stages_of_run(run, profile)["13_report"].needs
 
 
 def copy_shown(run: Run, found: list[dict], own: Path, folder: Path) -> None:

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 
 from ..core.files import StageReader, atomic_path
-from ..core.settings import StudyError, load_profile
-from ..core.stages import Run, check_layout, project_root, stages_of
+from ..core.settings import StudyError
+from ..core.stages import Run, check_layout, project_root
+from .chapter import stages_of_run
 from .runner import run_notebook
 
 LIMIT = 500_000  # bytes of a chapter with its outputs
@@ -19,7 +20,7 @@ SHOWS = re.compile(r"\b(stage\.(table|figure|preview|say)|display)\(")  # cells 
 
 # %% auto #0
 __all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'clean_output', 'cleaned', 'publication_faults', 'code_sources', 'with_outputs',
-           'run_stages', 'publish', 'copy_results']
+           'publish', 'copy_results']
 
 # %% ../../nbs/run/03_results.ipynb #368a1919
 # what a browser shows, and plain text where there is nothing else
@@ -55,39 +56,29 @@ def cleaned(outputs: list[dict], root: str) -> list[dict]:
 # %% ../../nbs/run/03_results.ipynb #6519b2b7
 def publication_faults(notebook: dict) -> list[str]:
     "List what makes a chapter unfit to publish: missing results, errors, paths of a machine, size."
-    found = []
+    found, place = [], r"(?<![\w.])(file://)?/(home|root|Users|tmp|work|mnt|opt|data|var|private)/\w"
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] != "code":
             continue
-        source, outputs = "".join(cell["source"]), cell["outputs"]
-        if SHOWS.search(source) and not outputs:
-            found.append(f"cell {number} shows a result and holds no output")
-        if any(output["output_type"] == "error" for output in outputs):
-            found.append(f"cell {number} holds an error")
-        if any(output.get("name") == "stderr" for output in outputs):
-            found.append(f"cell {number} holds a warning or a progress bar")
-        texts = [
-            output["data"][form] for output in outputs for form in output.get("data", {}) if form.startswith("text")
-        ]
+        outputs, shows = cell["outputs"], SHOWS.search("".join(cell["source"]))
+        texts = [text for own in outputs for form, text in own.get("data", {}).items() if form.startswith("text")]
         texts += [output["text"] for output in outputs if "text" in output]
-        if any(
-            re.search(r"(?<![\w.])(file://)?/(home|root|Users|tmp|work|mnt|opt|data|var|private)/\w", "".join(text))
-            for text in texts
-        ):
-            found.append(f"cell {number} holds a path of a machine")
+        faults = {
+            "shows a result and holds no output": shows and not outputs,
+            "holds an error": any(output["output_type"] == "error" for output in outputs),
+            "holds a warning or a progress bar": any(output.get("name") == "stderr" for output in outputs),
+            "holds a path of a machine": any(re.search(place, "".join(text)) for text in texts),
+        }
+        found += [f"cell {number} {fault}" for fault, there in faults.items() if there]
     size = len(json.dumps(notebook, indent=1, ensure_ascii=False).encode())
     return found + ([f"it has {size} bytes, expected at most {LIMIT}"] if size > LIMIT else [])
 
 # %% ../../nbs/run/03_results.ipynb #2f3dd98c
 def code_sources(notebook: dict) -> dict[str, str]:
     "Return the code of a notebook's cells by their ids, without the cell of parameters that papermill adds."
-    return {
-        cell["id"]: "".join(cell["source"])
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code"
-        and cell["id"] != "injected"
-        and "injected-parameters" not in cell.get("metadata", {}).get("tags", [])
-    }
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    own = [cell for cell in cells if "injected-parameters" not in cell.get("metadata", {}).get("tags", [])]
+    return {cell["id"]: "".join(cell["source"]) for cell in own}
 
 
 def with_outputs(chapter: dict, executed: dict, name: str, root: str) -> dict:
@@ -99,19 +90,11 @@ def with_outputs(chapter: dict, executed: dict, name: str, root: str) -> dict:
     more = {key: {"outputs": kept, "execution_count": None} for key, kept in outputs.items()}
     return chapter | {"cells": [cell | more.get(cell["id"], {}) for cell in chapter["cells"]]}
 
-
-def run_stages(run: Run) -> list[str]:
-    "Name the stages of a run; one that starts from the released dataset has no responses and no ratings."
-    first = StageReader(run, "01_speeches").receipt
-    return list(
-        stages_of(load_profile(first["profile"], {"speeches.sources": first["settings"]["speeches"]["sources"]}))
-    )
-
-
+# %% ../../nbs/run/03_results.ipynb #25349d5f
 def publish(run: Run) -> list[str]:
     "Execute the index of a finished run and copy all outputs into `nbs/`; return a line for each chapter."
     check_layout(run)
-    _ = StageReader(run, run_stages(run)[-1]).receipt  # refuses a run that is not finished
+    _ = StageReader(run, [*stages_of_run(run)][-1]).receipt  # refuses a run that is not finished
     run_notebook(project_root() / "nbs" / "index.ipynb", {"RUN": run.name})
     return copy_results(run)
 
@@ -121,20 +104,17 @@ def copy_results(run: Run, nbs: Path | None = None) -> list[str]:
 
     Returns a line for each chapter."""
     nbs, found, lines = nbs or project_root() / "nbs", {}, []
-    for name in ("index", *run_stages(run)):
+    for name in ("index", *stages_of_run(run)):
         path, executed = nbs / f"{name}.ipynb", run.outputs / "notebooks" / f"{name}.ipynb"
         if not executed.is_file():
             raise StudyError(f"{executed}: not found; finish the run first (make reproduce RUN={run.name})")
-        chapter = json.loads(path.read_text(encoding="utf-8"))
-        found[path] = with_outputs(
-            chapter, json.loads(executed.read_text(encoding="utf-8")), path.name, str(project_root())
-        )
+        chapter, done = (json.loads(place.read_text(encoding="utf-8")) for place in (path, executed))
+        found[path] = with_outputs(chapter, done, path.name, str(project_root()))
         if wrong := publication_faults(found[path]):
             raise StudyError(f"{path.name}: {wrong[0]}; nothing was copied")
     for path, notebook in found.items():
+        text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         with atomic_path(path) as partial:
-            partial.write_text(
-                json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
-            )
+            partial.write_text(text, encoding="utf-8")
         lines.append(f"{path.name:24}{path.stat().st_size / 1000:8.0f} kB")
     return lines

@@ -16,21 +16,14 @@ import tempfile
 import threading
 from pathlib import Path
 
-from psycopref.core.stages import (
-    as_dotted,
-    check_layout,
-    STAGES,
-    Run,
-    Stage,
-    grid_cells,
-    parse_shard,
-    project_root,
-    stage_settings,
-    stages_of,
-)
-from ..core.settings import StudyError, load_profile, suggest
+from ..core.files import StageReader, read_json, sha256_file
 from ..core.paper import resource_path
+from ..core.settings import StudyError, load_profile, suggest
+from ..core.stages import STAGES, Run, Stage, as_dotted, check_layout, grid_cells, parse_shard, project_root
+from ..core.stages import stage_settings, stages_of
 from ..corpus.labelled_text import labelled_files
+from ..gateway.cache import open_cache
+from .chapter import stages_of_run
 
 # %% auto #0
 __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'retry', 'code_cells',
@@ -43,9 +36,8 @@ def notebook_parameters(path: Path) -> dict:
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(
-            f"{path}: is no notebook ({type(error).__name__}); give a path such as nbs/04_pairs.ipynb"
-        ) from None
+        said = f"{path}: is no notebook ({type(error).__name__}); give a path such as nbs/04_pairs.ipynb"
+        raise StudyError(said) from None
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         found = f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one"
@@ -78,17 +70,15 @@ def check_parameters(path: Path, given: dict) -> dict:
 @contextlib.contextmanager
 def followed_progress():
     "Show what the notebook's progress bars write, if a person is watching the terminal."
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8", suffix=".progress", delete=False) as log:
-        os.environ["PSYCOPREF_PROGRESS"] = log.name
-        done = threading.Event()
+    done = threading.Event()
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", suffix=".progress") as log:
 
         def follow():
             while not done.wait(0.5):
-                text = log.read()
-                if text and sys.stderr.isatty():
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+                if sys.stderr.isatty():
+                    print(log.read(), end="", file=sys.stderr, flush=True)
 
+        os.environ["PSYCOPREF_PROGRESS"] = log.name
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
@@ -97,9 +87,8 @@ def followed_progress():
             done.set()
             thread.join()
             del os.environ["PSYCOPREF_PROGRESS"]
-            os.unlink(log.name)
 
-
+# %% ../../nbs/run/02_runner.ipynb #35c3821e
 def run_notebook(path: Path, given: dict) -> Path:
     "Check the parameters, execute a notebook of nbs/, and keep the executed copy; return its path."
     import papermill
@@ -126,9 +115,6 @@ def run_notebook(path: Path, given: dict) -> Path:
 # %% ../../nbs/run/02_runner.ipynb #2571b563
 def retry(run: Run, stage: str = "03_ratings") -> Path:
     "Forget the replies in a stage's quarantine, and run the stage again; return the executed notebook."
-    from psycopref.core.files import read_json
-    from psycopref.gateway.cache import open_cache
-
     folder = run.stage(stage)
     place = next((p for p in (folder.with_name(f"{stage}.partial"), folder) if (p / "quarantine.json").is_file()), None)
     if place is None:
@@ -204,13 +190,11 @@ def code_hash(path: Path) -> str:
 # %% ../../nbs/run/02_runner.ipynb #9d1fb687
 def stage_parameters(stage: Stage, profile: str, run: str, seed: int, overrides: dict) -> dict:
     "Return a stage's parameters, with those overrides that change what it reads."
-    load_profile(profile, overrides)
     usual = stage_settings(load_profile(profile), stage.name)
-    own = {
-        name: value
-        for name, value in overrides.items()
-        if stage_settings(load_profile(profile, {name: value}), stage.name) != usual
+    found = {
+        name: stage_settings(load_profile(profile, {name: value}), stage.name) for name, value in overrides.items()
     }
+    own = {name: value for name, value in overrides.items() if found[name] != usual}
     return {"PROFILE": profile, "RUN": run, "SEED": seed, "OVERRIDES": own}
 
 
@@ -228,7 +212,7 @@ def own_files(profile, stage: str) -> list[str]:
     places = [Path(place) for place in named.get(stage, ()) if place]
     return [str(path) for place in places for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
 
-
+# %% ../../nbs/run/02_runner.ipynb #e92bc19b
 def stage_rules(profile: str, run: str, seed: int = 0, overrides: dict | None = None) -> list[dict]:
     """Describe the chain for Snakemake; paths are relative to the project.
 
@@ -259,8 +243,6 @@ def trace(path: Path) -> list[str]:
     """Follow an artefact back through the receipts.
 
     path: an artefact of a run, or a stage folder. Returns lines, from the artefact back to the sources."""
-    from psycopref.core.files import StageReader
-
     path = Path(path).resolve()
     root = project_root() / "outputs"
     parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
@@ -283,11 +265,9 @@ def trace(path: Path) -> list[str]:
         todo += [part for source in receipt["inputs"] for part in Path(source).parts if part in STAGES]
     return lines
 
-
+# %% ../../nbs/run/02_runner.ipynb #ef23c26e
 def compare(first: str, second: str) -> list[str]:
     "Compare the tables of two runs by hash: a line for each, same, different, or only in one."
-    from psycopref.core.files import sha256_file
-
     hashes = {name: {p.name: sha256_file(p) for p in Run(name).tables.glob("*.csv")} for name in (first, second)}
     for name in (name for name, found in hashes.items() if not found):
         raise StudyError(f"compare: {name} has no tables; run it first")
@@ -302,9 +282,5 @@ def compare(first: str, second: str) -> list[str]:
 
 def seconds(name: str) -> list[str]:
     "Return how long each stage of a run took: a line for each stage, then the sum."
-    from psycopref.core.files import read_json
-
-    sources = read_json(Run(name).stage("01_speeches") / "receipt.json")["settings"]["speeches"]["sources"]
-    stages = stages_of(load_profile("demo", {"speeches.sources": sources}))
-    spent = {stage: read_json(Run(name).stage(stage) / "receipt.json")["seconds"] for stage in stages}
+    spent = {stage: StageReader(Run(name), stage).receipt["seconds"] for stage in stages_of_run(Run(name))}
     return [f"{stage:16}{took:8.1f} s" for stage, took in (*spent.items(), ("all", sum(spent.values())))]
