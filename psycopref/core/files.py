@@ -145,9 +145,8 @@ def checked_table(path: Path, kind: str, frame):
         values = (v for v in frame[name].tolist() if v is not None)  # None is refused below, by name
         odd = next((v for v in values if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool)), None)
         if odd is not None:
-            raise StudyError(
-                f"{path}: {kind} rows have {name} = {str(odd)[:60]!r} ({type(odd).__name__}), expected {type_}"
-            )
+            found = f"{str(odd)[:60]!r} ({type(odd).__name__})"
+            raise StudyError(f"{path}: {kind} rows have {name} = {found}, expected {type_}")
     try:
         table = pa.Table.from_pandas(frame[expected], schema=_arrow_schema(kind), preserve_index=False, safe=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -183,10 +182,8 @@ def read_rows(path: Path, kind: str):
             raise StudyError(f"{path}: columns {missing} are missing, so these are no {kind} rows")
         return table.select(list(SCHEMAS[kind])).cast(_arrow_schema(kind)).to_pandas()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise StudyError(
-            f"{path}: cannot be read as {kind} rows ({' '.join(str(error).split())[:120]}); "
-            "delete the stage's folder and run it again"
-        ) from None
+        said = " ".join(str(error).split())[:120]
+        raise StudyError(f"{path}: cannot be read as {kind} rows ({said}); delete its folder and run again") from None
 
 # %% ../../nbs/core/04_files.ipynb #9a10ffe4
 VERSIONED = "psycopref torch transformers trl peft datasets openai numpy pandas scikit-learn".split()
@@ -279,19 +276,6 @@ class StageWriter(StageFiles):
             shutil.rmtree(self.work / kind, ignore_errors=True)
         return self
 
-    @property
-    def origin(self) -> list:
-        "Return what the results hang on: profile, seed, settings and inputs by hash, as plain data."
-        inputs = {_relative(path): sha256_file(path) for path in self.inputs}
-        return json.loads(json.dumps([self.profile, self.seed, self.settings, inputs]))
-
-    def is_current(self) -> bool:
-        "Check whether the finished stage was made from the same profile, seed, settings and inputs."
-        if not (self.folder / "receipt.json").is_file():
-            return False
-        receipt = read_json(self.folder / "receipt.json")
-        return [receipt[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
-
     __enter__ = begin
 
     def __exit__(self, kind, error, trace) -> None:
@@ -299,6 +283,22 @@ class StageWriter(StageFiles):
             self.finish()
 
 # %% ../../nbs/core/04_files.ipynb #c26f2c67
+@patch(as_prop=True)
+def origin(self: StageWriter) -> list:
+    "Return what the results hang on: profile, seed, settings and inputs by hash, as plain data."
+    inputs = {_relative(path): sha256_file(path) for path in self.inputs}
+    return json.loads(json.dumps([self.profile, self.seed, self.settings, inputs]))
+
+
+@patch
+def is_current(self: StageWriter) -> bool:
+    "Check whether the finished stage was made from the same profile, seed, settings and inputs."
+    if not (self.folder / "receipt.json").is_file():
+        return False
+    receipt = read_json(self.folder / "receipt.json")
+    return [receipt[key] for key in ("profile", "seed", "settings", "inputs")] == self.origin
+
+# %% ../../nbs/core/04_files.ipynb #3253db65
 def _described(folder: Path, stem: str, number: str, slug: str, caption: str, label: Label) -> None:
     "Write what the report needs of a table or figure."
     write_json(folder / f"{stem}.json", {"number": number, "slug": slug, "caption": caption, "label": str(label)})
@@ -339,14 +339,12 @@ def _relative(path: Path) -> str:
 
 def _hashes(folder: Path) -> dict[str, str]:
     "Hash every file under a folder but receipts, scratch folders and halves of atomic writes."
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: sha256_file(path)
-        for name, path in files.items()
-        if path.name != "receipt.json"
-        and "scratch" not in Path(name).parts
-        and not (path.name.startswith(".") and path.name.endswith(".partial"))
-    }
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, half = path.relative_to(folder), path.name.startswith(".") and path.name.endswith(".partial")
+        if path.name != "receipt.json" and "scratch" not in name.parts and not half:
+            found[str(name)] = sha256_file(path)
+    return found
 
 
 @patch
@@ -367,7 +365,7 @@ def receipt(self: StageWriter) -> dict:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
-
+# %% ../../nbs/core/04_files.ipynb #c0b67e67
 @patch
 def finish(self: StageWriter) -> None:
     "Write the receipt, then move the stage, its tables and its figures into place."
@@ -433,9 +431,16 @@ def progress(items: typing.Iterable | None, name: str, total: int | None = None,
     from tqdm.auto import tqdm as tqdm_auto
     from tqdm.std import tqdm as tqdm_text
 
+    class Followed(tqdm_text):
+        "Write to the file that the runner follows, and close it with the bar."
+
+        def close(self):
+            super().close()
+            file.close()
+
     shown = dict(desc=name, total=total, unit=unit)
     if follow := os.environ.get("PSYCOPREF_PROGRESS"):
         file = open(follow, "a", encoding="utf-8")
-        return tqdm_text(items, file=file, mininterval=0.5, ncols=88, ascii=True, disable=False, **shown)
+        return Followed(items, file=file, mininterval=0.5, ncols=88, ascii=True, disable=False, **shown)
     seen = "ipykernel" in sys.modules or sys.stderr.isatty()
     return tqdm_auto(items, disable=not seen, leave=False, **shown)

@@ -13,9 +13,7 @@ __all__ = ['resource_path', 'paper_values', 'coarse_topics', 'coarse_of']
 
 # %% ../../nbs/core/02_paper.ipynb #0ec5ab54
 def resource_path(name: str) -> Path:
-    """Return the path of a data file shipped with the package.
-
-    name: a file of psycopref/resources. Returns its path inside the installed package."""
+    "Return the path of a data file of psycopref/resources, inside the installed package."
     import psycopref
 
     return Path(psycopref.__file__).parent / "resources" / name
@@ -23,17 +21,12 @@ def resource_path(name: str) -> Path:
 
 @functools.cache
 def paper_values() -> dict:
-    """Return the paper's published values (arXiv:2502.19731; `_v2` from the later version).
-
-    Returns tables and counts as published, with their source."""
+    "Return the paper's published tables and counts (arXiv:2502.19731; `_v2` from the later version)."
     return json.loads(resource_path("paper.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/core/02_paper.ipynb #28e18e96
-@functools.cache
 def coarse_topics() -> dict[str, dict]:
-    """Return the eight coarse topics in the paper's order.
-
-    Returns slug -> title, short title, fine topics with the paper's counts."""
+    "Return the eight coarse topics in the paper's order: slug -> title, short title, fine topics with their counts."
     return paper_values()["taxonomy"]
 
 

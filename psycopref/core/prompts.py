@@ -78,13 +78,10 @@ def _parse_principles(text: str) -> tuple[Principle, ...]:
     try:
         found = tuple(Principle(**entry) for entry in json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
-        raise StudyError(
-            f"principles.json: expected a list of objects with key, name, description and criteria ({error})"
-        ) from None
-    if tuple(p.key for p in found) != PRINCIPLE_KEYS:
-        raise StudyError(
-            f"principles.json: found keys {[p.key for p in found]}, expected {list(PRINCIPLE_KEYS)} in this order"
-        )
+        expected = "a list of objects with key, name, description and criteria"
+        raise StudyError(f"principles.json: expected {expected} ({error})") from None
+    if (keys := tuple(own.key for own in found)) != PRINCIPLE_KEYS:
+        raise StudyError(f"principles.json: found keys {keys}, expected {PRINCIPLE_KEYS} in this order")
     return found
 
 # %% ../../nbs/core/05_prompts.ipynb #7f6f5a6a
@@ -124,8 +121,6 @@ def find_json(text: str) -> dict:
         raise BadReply("no JSON object in the reply")
     try:
         value = json.loads(text[start : end + 1])
-    except json.JSONDecodeError as error:
-        raise BadReply(f"broken JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, RecursionError) as error:
         raise BadReply(f"broken JSON: {str(error)[:60]}") from None
     if not isinstance(value, dict):
@@ -156,18 +151,14 @@ def _read_ratings(value, n: int) -> list[tuple[int, str]]:
     "Check one principle's ratings; rationales may be left out, and remarks under other keys are ignored."
     if not isinstance(value, dict):
         raise BadReply(f"found {str(value)[:60]!r}, expected an object with the ratings of {n} responses")
-    if f"response_{n + 1}_rating" in value:
-        raise BadReply(
-            f"response_{n + 1}_rating is there, expected ratings of {n} responses; so it is not clear which is which"
-        )
-    numbers = range(1, n + 1)
-    ratings = {f"response_{i}_rating": value.get(f"response_{i}_rating") for i in numbers}
-    rationales = {f"rationale_{i}": value.get(f"rationale_{i}", "") for i in numbers}
-    wrong = {
-        key: "a whole number from 1 to 5" for key, own in ratings.items() if type(own) is not int or not 1 <= own <= 5
-    }
-    wrong |= {key: "text" for key, own in rationales.items() if not isinstance(own, str)}
-    for key, expected in wrong.items():
+    if (more := f"response_{n + 1}_rating") in value:
+        raise BadReply(f"{more} is there, expected ratings of {n} responses; so it is not clear which is which")
+    ratings = {key: value.get(key) for key in (f"response_{i}_rating" for i in range(1, n + 1))}
+    rationales = {key: value.get(key, "") for key in (f"rationale_{i}" for i in range(1, n + 1))}
+    right = {key: type(own) is int and 1 <= own <= 5 for key, own in ratings.items()}
+    right |= {key: isinstance(own, str) for key, own in rationales.items()}
+    for key in (key for key, fits in right.items() if not fits):
+        expected = "a whole number from 1 to 5" if key in ratings else "text"
         raise BadReply(f"{key} is {str(value.get(key))[:60]!r}, expected {expected}")
     return list(zip(ratings.values(), rationales.values()))
 

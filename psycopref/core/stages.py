@@ -13,7 +13,7 @@ import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from .settings import DEMO, PAPER, Profile, StudyError, TINY, load_profile, suggest
+from .settings import Profile, StudyError, suggest
 
 # %% auto #0
 __all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
@@ -45,6 +45,7 @@ _ASKED = ("agreement", "evaluation.judge", "evaluation.bootstrap")
 _MADE = ("01_speeches", "04_pairs", "05_reward")
 _RATED = ("ratings", "responses.each_speech", "responses.block")
 
+# %% ../../nbs/core/01_stages.ipynb #25e29e6e
 _STAGES = [
     Stage("00_study", "the chain, the weights and the plan", (), _ALL),
     Stage("01_speeches", "client speeches", (), ("speeches",)),
@@ -71,9 +72,8 @@ def is_released(sources: typing.Iterable[str]) -> bool:
     "Check whether a run starts from the released dataset; its sources, names or name=place, can't hold others beside."
     names = [spec.partition("=")[0] for spec in sources]
     if RELEASED in names and len(names) > 1:
-        raise StudyError(
-            f"sources {names}: {RELEASED!r} brings its own pairs and can't be joined with others; name it alone"
-        )
+        found = f"sources {names}: {RELEASED!r} brings its own pairs"
+        raise StudyError(f"{found} and can't be joined with others; name it alone")
     return RELEASED in names
 
 
@@ -156,10 +156,8 @@ def check_layout(run: Run) -> None:
     "Refuse a run folder with stages of an older layout, such as 05_speeches."
     parts = {path.name: path.name.split(".")[0] for path in run.outputs.glob("[0-9][0-9]*_*") if path.is_dir()}
     if old := sorted(name for name, stage in parts.items() if stage not in STAGES):
-        raise StudyError(
-            f"outputs/{run.name}: holds {old[0]!r}, which is no stage of this version, expected such as "
-            f"{next(iter(STAGES))!r}; name another RUN, or remove the folder"
-        )
+        found = f"outputs/{run.name}: holds {old[0]!r}, which is no stage of this version"
+        raise StudyError(f"{found}, expected such as {next(iter(STAGES))!r}; name another RUN, or remove the folder")
 
 # %% ../../nbs/core/01_stages.ipynb #fa6d899b
 @dataclass(frozen=True)
@@ -220,9 +218,8 @@ def grid_cells(profile: Profile) -> list[Cell]:
     "List the cells of the mixing grid, in the profile's order."
     wrong = [mix for mix in profile.mixing.cells if mix not in MIXES[1:]]
     if wrong or len(set(profile.mixing.cells)) < len(profile.mixing.cells):
-        raise StudyError(
-            f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {', '.join(MIXES[1:])}"
-        )
+        known = ", ".join(MIXES[1:])
+        raise StudyError(f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {known}")
     return [Cell(backbone, mix) for backbone in profile.backbones for mix in profile.mixing.cells]
 
 

@@ -80,7 +80,7 @@ def html_table(frame, caption: str, label: Label) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div><p class='label'>{html.escape(str(label))}</p>"
     )
 
-
+# %% ../../nbs/core/03_tables.ipynb #8aed60c4
 _SIGNS = dict(zip("±≥≤·καρτφ−×→", r"\pm \geq \leq \cdot \kappa \alpha \rho \tau \varphi - \times \to".split()))
 _WORDS = r"\textbackslash{} \textasciitilde{} \textasciicircum{} \textless{} \textgreater{} --- -- \dots{} \S{}".split()
 _LATEX = str.maketrans(

@@ -10,14 +10,7 @@ from refusals import one_line
 from psycopref.core.stages import Run, project_root
 from psycopref.run.chapter import open_stage
 from psycopref.run.cli import main
-from psycopref.run.results import publish
 from psycopref.run.runner import notebook_parameters, trace
-
-
-def notebook(path, source):
-    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": [source]}
-    path.write_text(json.dumps({"cells": [cell]}))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -50,10 +43,9 @@ def test_help_imports_no_settings_and_nothing_heavy():
 
 @pytest.mark.parametrize("source", ["A = B = 1", "A, B = 1, 2", "A += 1", "print(1)", "A = f()"])
 def test_a_cell_of_parameters_holds_plain_values(tmp_path, source):
-    assert "lines like NAME = value" in one_line(lambda: notebook_parameters(notebook(tmp_path / "x.ipynb", source)))
-
-
-def test_a_file_that_is_no_text_is_no_notebook(tmp_path):
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": [source]}
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert "lines like NAME = value" in one_line(lambda: notebook_parameters(tmp_path / "x.ipynb"))
     (tmp_path / "x.ipynb").write_bytes(b"\xff\xfe\x00")
     assert "is no notebook" in one_line(lambda: notebook_parameters(tmp_path / "x.ipynb"))
 
@@ -68,12 +60,3 @@ def test_a_trace_begins_at_what_exists():
     )
     for path in (folder / "speeches.parquet", Run("tiny").tables, project_root()):
         assert "expected an existing path" in one_line(lambda: trace(path))
-
-
-def test_chapters_of_an_unfinished_or_older_run_are_not_published():
-    stage = open_stage("01_speeches", "tiny")
-    stage.keep(drops=[])
-    stage.finish()
-    assert "run 13_report first" in one_line(lambda: publish(Run("tiny")))
-    (Run("tiny").outputs / "05_speeches").mkdir()
-    assert "no stage of this version" in one_line(lambda: publish(Run("tiny")))

@@ -8,24 +8,15 @@ from refusals import one_line
 from psycopref.core.files import write_json
 from psycopref.core.stages import STAGES, Run, project_root
 from psycopref.run.chapter import open_stage
-from psycopref.run.results import copy_results, publication_faults
+from psycopref.run.results import copy_results, publication_faults, publish
 
-TEXT = {
-    "output_type": "display_data",
-    "data": {"text/markdown": ["It is so."], "text/plain": ["<object at 0x7f>"]},
-    "metadata": {"a": 1},
-}
+TEXT = {"output_type": "display_data", "metadata": {"a": 1}}
+TEXT |= {"data": {"text/markdown": ["It is so."], "text/plain": ["<object at 0x7f>"]}}
 
 
-def cell(source, *outputs, name="a", kind="code"):
-    return {
-        "cell_type": kind,
-        "id": name,
-        "metadata": {},
-        "source": [source],
-        "outputs": list(outputs),
-        "execution_count": 4,
-    }
+def cell(source, *outputs, name="a", tags=()):
+    found = {"cell_type": "code", "id": name, "source": [source], "outputs": list(outputs), "execution_count": 4}
+    return found | {"metadata": {"tags": list(tags)} if tags else {}}
 
 
 @pytest.fixture
@@ -34,11 +25,11 @@ def finished():
     stage = open_stage("01_speeches", "tiny")
     stage.keep(drops=[])
     stage.finish()
+    injected = cell("RUN = 'tiny'", name="injected", tags=["injected-parameters"])
+    executed = cell("stage.say(1)", TEXT) | {"metadata": {"papermill": {"duration": 3}}}
     for name in ("index", *STAGES):
         write_json(project_root() / "nbs" / f"{name}.ipynb", {"cells": [cell("stage.say(1)")], "nbformat": 4})
-        injected = cell("RUN = 'tiny'", name="injected")
-        executed = {"cells": [injected, cell("stage.say(1)", TEXT) | {"metadata": {"papermill": {"duration": 3}}}]}
-        write_json(Run("tiny").outputs / "notebooks" / f"{name}.ipynb", executed)
+        write_json(Run("tiny").outputs / "notebooks" / f"{name}.ipynb", {"cells": [injected, executed]})
     return Run("tiny")
 
 
@@ -46,53 +37,49 @@ def read(name):
     return json.loads((project_root() / "nbs" / f"{name}.ipynb").read_text())
 
 
+def spoil(finished, name, change):
+    """Change the second cell of an executed chapter."""
+    path = finished.outputs / "notebooks" / f"{name}.ipynb"
+    done = json.loads(path.read_text())
+    change(done["cells"][1])
+    write_json(path, done)
+
+
 def test_outputs_are_copied_and_nothing_else(finished):
+    stream = {"output_type": "stream", "name": "stdout", "text": [f"{project_root()}/outputs/tiny\n"]}
+    spoil(finished, "05_reward", lambda own: own.update(outputs=[stream]))
     assert len(copy_results(finished)) == 1 + len(STAGES)
     for name in ("index", *STAGES):
         [own] = read(name)["cells"]
         assert own["source"] == ["stage.say(1)"] and own["execution_count"] is None and own["metadata"] == {}
-        assert own["outputs"] == [
-            {"data": {"text/markdown": ["It is so."]}, "metadata": {}, "output_type": "display_data"}
-        ]
+        kept = TEXT | {"data": {"text/markdown": ["It is so."]}, "metadata": {}}
+        assert own["outputs"] == [stream | {"text": ["outputs/tiny\n"]} if name == "05_reward" else kept]
         assert publication_faults(read(name)) == []
 
 
+def shown(text):
+    return lambda own: own["outputs"][0]["data"].update({"text/markdown": [text]})
+
+
 @pytest.mark.parametrize(
-    "spoil, message",
+    "change, message",
     [
-        (lambda done: done["cells"][1].update(source=["stage.say(2)"]), "a cell was changed since the run"),
-        (lambda done: done["cells"][1].update(outputs=[]), "shows a result and holds no output"),
-        (lambda done: done["cells"][1]["outputs"].append({"output_type": "error", "ename": "E"}), "holds an error"),
-        (
-            lambda done: done["cells"][1]["outputs"][0]["data"].update({"text/markdown": ["/home/me/x"]}),
-            "a path of a machine",
-        ),
-        (
-            lambda done: done["cells"][1]["outputs"][0]["data"].update({"text/markdown": ["x" * 600_000]}),
-            "at most 500000",
-        ),
+        (lambda own: own.update(source=["stage.say(2)"]), "a cell was changed since the run"),
+        (lambda own: own.update(outputs=[]), "shows a result and holds no output"),
+        (lambda own: own["outputs"].append({"output_type": "error", "ename": "E"}), "holds an error"),
+        (shown("/home/me/x"), "a path of a machine"),
+        (shown("x" * 600_000), "at most 500000"),
     ],
 )
-def test_one_unfit_chapter_and_nothing_is_written(finished, spoil, message):
-    path = finished.outputs / "notebooks" / "13_report.ipynb"
-    done = json.loads(path.read_text())
-    spoil(done)
-    write_json(path, done)
+def test_one_unfit_chapter_and_nothing_is_written(finished, change, message):
+    spoil(finished, "13_report", change)
     assert message in one_line(lambda: copy_results(finished))
     assert all(read(name)["cells"][0]["outputs"] == [] for name in ("index", *STAGES))
 
 
-def test_a_run_that_is_not_finished_is_refused(finished):
+def test_a_run_that_is_not_finished_or_of_an_older_layout_is_refused(finished):
     (finished.outputs / "notebooks" / "07_win_rates.ipynb").unlink()
     assert "finish the run first" in one_line(lambda: copy_results(finished))
-
-
-def test_paths_below_the_project_become_relative(finished):
-    path = finished.outputs / "notebooks" / "05_reward.ipynb"
-    done = json.loads(path.read_text())
-    done["cells"][1]["outputs"] = [
-        {"output_type": "stream", "name": "stdout", "text": [f"{project_root()}/outputs/tiny\n"]}
-    ]
-    write_json(path, done)
-    copy_results(finished)
-    assert read("05_reward")["cells"][0]["outputs"][0]["text"] == ["outputs/tiny\n"]
+    assert "run 13_report first" in one_line(lambda: publish(finished))
+    (finished.outputs / "05_speeches").mkdir()
+    assert "no stage of this version" in one_line(lambda: publish(finished))
