@@ -55,7 +55,7 @@ class SpeechSettings:
     dev_fraction: float = 0.1  # share of the training speeches kept for selection (§4.2)
     limit: int | None = None  # keep at most this many speeches, spread over topics; None keeps all
 
-# %% ../../nbs/core/00_settings.ipynb #a477d782
+# %% ../../nbs/core/00_settings.ipynb #768e104c
 @dataclass(frozen=True, config=STRICT)
 class ResponseSettings:
     "Therapist responses from the model pool (§3.3, Table 5)."
@@ -134,7 +134,7 @@ class DpoSettings:
     report_to: str = "none"  # where transformers sends training curves: none, wandb, tensorboard, …
     push_to_hub: str = ""  # hub repositories for the first backbone's policies, private: NAME-dpo and NAME-dpo-iter
 
-# %% ../../nbs/core/00_settings.ipynb #57a12b09
+# %% ../../nbs/core/00_settings.ipynb #2d3af87c
 @dataclass(frozen=True, config=STRICT)
 class IterSettings:
     "The online part of DPO-Iter (§4.2; Pang et al., 2024)."
@@ -164,7 +164,7 @@ class IterSettings:
     keep_last: Count | None = None  # iterations whose weights stay on disk, beside the best; None keeps all
     select: Literal["reward", "win-rate"] = "reward"  # by what the iteration is chosen, on development speeches
 
-# %% ../../nbs/core/00_settings.ipynb #631e813c
+# %% ../../nbs/core/00_settings.ipynb #2d83bbf2
 @dataclass(frozen=True, config=STRICT)
 class WatchSettings:
     "What is measured after each checkpoint and iteration, on development speeches; nothing of it is in the paper."
@@ -206,7 +206,7 @@ class TrialSettings:
     corpora: tuple[str, ...] = ()
     bootstrap: int = 1000  # draws for an interval on labelled texts
 
-# %% ../../nbs/core/00_settings.ipynb #2eed2de7
+# %% ../../nbs/core/00_settings.ipynb #11c5a370
 @dataclass(frozen=True, config=STRICT)
 class AgreementSettings:
     "What experts are asked, and who answered (§3.4, §4.2)."
@@ -233,7 +233,7 @@ class MixSettings:
     # general test: reward-bench (the hub), a place with files in its schema; empty leaves it out
     reward_bench: str = "reward-bench"
 
-
+# %% ../../nbs/core/00_settings.ipynb #18ce5ac1
 @dataclass(frozen=True, config=STRICT)
 class AblationSettings:
     "Online against offline data at equal budget (§4.3, Fig. 4)."

@@ -58,12 +58,16 @@ class ChapterStage:
         self.overrides, self.models, self.label = dict(changed), {}, None
         self.readers: dict[str, StageReader] = {}
         self.writer = self.new_writer(part)
-        self._begun = False
 
     def new_writer(self, part=None) -> StageWriter:
         "Make a writer for the stage, or for a part of it."
         inputs, settings = [] if part is self.part else [*self.writer.inputs], stage_settings(self.settings, self.name)
         return StageWriter(self.run, self.name, self.settings.name, self.seed, settings, inputs, part=part)
+
+    @functools.cached_property
+    def begun(self) -> StageWriter:
+        "Open the work folder, after all inputs were read, and write through this."
+        return self.writer.begin()
 
     @functools.cached_property
     def gateway(self):
@@ -84,7 +88,7 @@ def _reader(self: ChapterStage, stage: str) -> StageReader:
 def note_input(self: ChapterStage, path: Path) -> Path:
     "Note a file as an input, e.g. one that the user brought."
     if path not in self.writer.inputs:
-        if self._begun:
+        if "begun" in vars(self):
             raise RuntimeError(f"{self.name}: reads {path.name} after it began to write; read all inputs first")
         self.writer.inputs.append(path)
     return path
@@ -109,7 +113,7 @@ def read_json(self: ChapterStage, stage: str, name: str):
     self.input_file(stage, f"{name}.json")
     return self._reader(stage).json(name)
 
-# %% ../../nbs/run/00_chapter.ipynb #e6cf0aca
+# %% ../../nbs/run/00_chapter.ipynb #6f98d510
 @patch
 def receipt(self: ChapterStage, stage: str) -> dict:
     "Return an earlier stage's receipt: who answered, who rated, what it cost. It is not noted as an input."
@@ -125,10 +129,7 @@ def has(self: ChapterStage, stage: str) -> bool:
 @patch(as_prop=True)
 def work(self: ChapterStage) -> Path:
     "The folder that is written to until the stage is signed; it survives an interruption."
-    if not self._begun:
-        self.writer.begin()
-        self._begun = True
-    return self.writer.work
+    return self.begun.work
 
 
 @patch(as_prop=True)
@@ -140,21 +141,19 @@ def scratch(self: ChapterStage) -> Path:
 @patch
 def keep_text(self: ChapterStage, file: str, text: str) -> Path:
     "Keep a text under its full file name."
-    self.work.mkdir(parents=True, exist_ok=True)
-    return self.writer.text(file, text)
+    return self.begun.text(file, text)
 
 
 @patch
 def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
     "Keep results as `<name>.parquet` (rows of a kind), `<name>.csv` (other frames) or `<name>.json`."
-    self.work.mkdir(parents=True, exist_ok=True)
     for name, value in results.items():
         if kind or (name in SCHEMAS and hasattr(value, "columns")):
-            self.writer.rows(kind or name, value, name)
+            self.begun.rows(kind or name, value, name)
         elif hasattr(value, "to_csv"):
             self.keep_text(f"{name}.csv", value.to_csv(index=False))
         else:
-            self.writer.json(name, value)
+            self.begun.json(name, value)
 
 # %% ../../nbs/run/00_chapter.ipynb #22e76870
 def changed_settings(settings, stage: str) -> dict:
@@ -171,7 +170,7 @@ def public_value(value):
         return value.partition("=")[0]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
-# %% ../../nbs/run/00_chapter.ipynb #ee22ba21
+# %% ../../nbs/run/00_chapter.ipynb #8edb013c
 @patch(as_prop=True)
 def profile(self: ChapterStage) -> str:
     "The profile's name, with every changed setting that this stage's results hang on."
@@ -197,15 +196,14 @@ def full_caption(kind: str, number: str, caption: str) -> str:
     ours = number.startswith("S") and "§" not in caption and "not in the paper" not in caption
     return f"{kind} {number}: {caption}{' (not in the paper)' if ours else ''}"
 
-# %% ../../nbs/run/00_chapter.ipynb #3681dbd1
+# %% ../../nbs/run/00_chapter.ipynb #232fe63b
 @patch
 def table(self: ChapterStage, number: str, slug: str, frame, caption: str, label: Label | None = None, rows: int = 24):
     "Write `table_<number>_<slug>` in all forms, and show it."
     from IPython.display import HTML, display
 
     label, caption = label or self.label or self.made_by(), full_caption("Table", number, caption)
-    self.work.mkdir(parents=True, exist_ok=True)
-    self.writer.table(number, slug, frame, caption, label)
+    self.begun.table(number, slug, frame, caption, label)
     display(HTML(shown_table(frame, caption, label, rows)))
 
 
@@ -215,8 +213,7 @@ def figure(self: ChapterStage, number: str, slug: str, figure, caption: str, lab
     from IPython.display import Image, Markdown, display
 
     caption = full_caption("Figure", number, caption)
-    self.work.mkdir(parents=True, exist_ok=True)
-    self.writer.figure(number, slug, figure, caption, label or self.label or self.made_by())
+    self.begun.figure(number, slug, figure, caption, label or self.label or self.made_by())
     display(Image(shown_figure(figure)), Markdown(f"*{caption}.*"))
 
 # %% ../../nbs/run/00_chapter.ipynb #ff721e86
@@ -240,14 +237,13 @@ def preview(self: ChapterStage, frame, *columns: str, rows: int = 3, caption: st
 @patch
 def finish(self: ChapterStage, **facts) -> None:
     "Write the receipt, with who answered and what it cost, and move the stage into place."
-    self.work.mkdir(parents=True, exist_ok=True)
-    asked = "gateway" in vars(self)
+    asked, writer = "gateway" in vars(self), self.begun
     models = (self.gateway.models() if asked else {}) | self.models | facts.pop("models", {})
     books = {"books": self.gateway.books()} if asked else {}
-    self.writer.facts |= {"models": models, "overrides": self.overrides, **books, **facts}
-    shown = [sum(1 for _ in (self.work / kind).glob("*.json")) for kind in ("tables", "figures")]
-    self.writer.finish()
-    print(f"outputs/{self.run.name}/{self.writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed")
+    writer.facts |= {"models": models, "overrides": self.overrides, **books, **facts}
+    shown = [sum(1 for _ in (writer.work / kind).glob("*.json")) for kind in ("tables", "figures")]
+    writer.finish()
+    print(f"outputs/{self.run.name}/{writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed")
 
 
 def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:

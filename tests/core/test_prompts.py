@@ -162,6 +162,9 @@ def test_the_form_of_one_principle_is_no_reply_on_all():
 @few
 @given(st.fixed_dictionaries({key: st.sampled_from([1, 2]) for key in BATTLE_KEYS}), wrappers)
 def test_a_verdict_is_read_and_nothing_else_passes_for_one(verdict, wrapper):
+    schema = battle_schema()
+    assert schema["required"] == list(BATTLE_KEYS) == list(schema["properties"])
+    assert all(rule["enum"] == [1, 2] for rule in schema["properties"].values())
     assert parse_battle(wrapper.replace("{}", json.dumps(verdict | {"note": "extra"}))) == verdict
     for key in BATTLE_KEYS:
         without = {name: own for name, own in verdict.items() if name != key}
@@ -170,26 +173,17 @@ def test_a_verdict_is_read_and_nothing_else_passes_for_one(verdict, wrapper):
                 parse_battle(json.dumps(wrong))
 
 
-def test_the_verdict_schema_asks_for_what_the_parser_reads():
-    schema = battle_schema()
-    assert schema["required"] == [*PRINCIPLE_KEYS, "overall"] == list(schema["properties"])
-    assert all(rule["enum"] == [1, 2] for rule in schema["properties"].values())
-
-
 CHOICES = ["{}", "Response {}", "{}.", "**{}**", "({})", "Reply {} is better.\n", "\n{}\n", "I choose {}!", "#{}"]
 CHOICES += ["{}, clearly", "Response {}: it is warmer. So my answer is {}."]
 NO_CHOICES = ["", "neither", "both", "0", "3", "12", "21", "1.5", "2.0", "10", "0.1", "1 or 2", "first", "v1.2"]
 
 
-@pytest.mark.parametrize("template", CHOICES)
-def test_a_choice_is_read(template):
-    assert [parse_choice(template.replace("{}", str(number))) for number in (1, 2)] == [1, 2]
-
-
-@pytest.mark.parametrize("text", [*NO_CHOICES, "Response 1 beats response 2"])
-def test_a_text_without_one_choice_is_refused(text):
-    with pytest.raises(BadReply):
-        parse_choice(text)
+def test_a_choice_is_read_and_a_text_without_one_refused():
+    for template in CHOICES:
+        assert [parse_choice(template.replace("{}", str(number))) for number in (1, 2)] == [1, 2], template
+    for text in (*NO_CHOICES, "Response 1 beats response 2"):
+        with pytest.raises(BadReply):
+            parse_choice(text)
 
 
 @few
@@ -227,9 +221,9 @@ def test_every_prompt_carries_the_words_as_they_are(speech, responses):
     assert all(f"Client: {speech}" in text for text in (*rated, *others, first))
 
 
-@pytest.mark.parametrize("values", [{}, {"a": 1}, {"a": 1, "b": 2, "c": 3}, {"b": 2, "c": 3}])
-def test_slots_and_values_must_match(values):
-    one_line(lambda: fill("{a} {b}", **values))
+def test_slots_and_values_must_match():
+    for values in ({}, {"a": 1}, {"a": 1, "b": 2, "c": 3}, {"b": 2, "c": 3}):
+        one_line(lambda values=values: fill("{a} {b}", **values))
 
 
 def test_prompts_name_the_principles_and_keys_they_ask_for():
