@@ -19,9 +19,9 @@ from ..feedback.battles import answer, battle, word_counts
 from ..feedback.rating import check_coverage
 
 # %% auto #0
-__all__ = ['CASES', 'policy_uri', 'all_answers', 'reference_name', 'Battles', 'battle_all', 'pick_cases', 'scored_cases',
-           'case_texts', 'best_policy', 'describe_win_rates', 'describe_differences', 'describe_trust',
-           'describe_compliance', 'describe_topic_rates', 'describe_crises']
+__all__ = ['CASES', 'policy_uri', 'all_answers', 'Battles', 'battle_all', 'pick_cases', 'scored_cases', 'case_texts',
+           'best_policy', 'describe_win_rates', 'describe_differences', 'describe_trust', 'describe_compliance',
+           'describe_topic_rates', 'describe_crises']
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #e138315f
 def policy_uri(run: Run, policy: dict) -> str:
@@ -39,11 +39,6 @@ def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen: Evalu
             own = derived_seed(seed, "answers", policy["kind"], setting)
             frames.append(answer(gateway, policy_uri(run, policy), asked, policy["policy"], chosen, own, target))
     return frames
-
-# %% ../../nbs/experiments/02_head_to_head.ipynb #50edfbd5
-def reference_name(label: str, untrained: bool) -> str:
-    "Shorten the label of the reference for tables; untrained: whether it is a backbone of the run."
-    return label.split(" (")[0] + (", untrained" if untrained else "")
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #2fef8016
 @dataclass(frozen=True)
@@ -65,12 +60,11 @@ def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Prof
     chosen = settings.evaluation
     reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed)
     untrained = chosen.reference in {f"local:{backbone}" for backbone in settings.backbones}
-    name = reference_name(gateway.counts[chosen.reference]["label"], untrained)
+    name = gateway.counts[chosen.reference]["label"].split(" (")[0] + ", untrained" * untrained
     judged = [battle(gateway, chosen.judge, speeches, said, reference, name) for said in own]
     battles = pd.concat([found for found, _ in judged], ignore_index=True)
     coverage = check_coverage(len(battles), 2 * len(speeches) * 2 * len(policies), chosen.coverage, "07_win_rates")
-    unread = [entry for _, more in judged for entry in more]
-    answers = pd.concat([reference, *own], ignore_index=True)
+    answers, unread = pd.concat([reference, *own], ignore_index=True), [entry for _, more in judged for entry in more]
     return Battles(answers, battles, unread, coverage, gateway.counts[chosen.judge]["label"], name)
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #d486816f
@@ -131,11 +125,10 @@ def describe_win_rates(rows: list[dict], n: int, reference: str) -> list[str]:
 
 def describe_differences(differences) -> list[str]:
     "Say the overall differences between policies that answer freely, of evaluation.win_rates.difference_rows."
-    own = differences[(differences.group == "Overall") & (differences.setting == "free")]
     return [
         f"{row.first} − {row.second}: {row.difference:+.1f} points ({row.low:.1f} to {row.high:.1f})"
         + (", which could be chance." if row.low <= 0 <= row.high else ".")
-        for row in own.itertuples()
+        for row in differences.query("group == 'Overall' and setting == 'free'").itertuples()
     ]
 
 
@@ -143,20 +136,18 @@ def describe_trust(trust) -> list[str]:
     "Say how often the judge contradicts itself, and which answers are longer (trust: of win_rates.trust_rows)."
     found = []
     if trust.flips.notna().any():
-        worst = trust.loc[trust.flips.idxmax()]
-        found.append(
-            f"On swapping the two answers the judge contradicts itself in at most {worst.flips:.1f}% of the speeches."
-        )
+        worst = f"{trust.flips.max():.1f}%"
+        found.append(f"On swapping the two answers the judge contradicts itself in at most {worst} of the speeches.")
     if trust.length_ratio.notna().any():
         longest = trust.loc[trust.length_ratio.idxmax()]
         found.append(
             f"The longest answers, relative to the reference's, are those of {longest.policy} "
-            f"({SETTINGS[longest.setting]}): "
-            f"{longest.length_ratio:.2f} times its words; a win rate that falls at equal length was bought with length."
+            f"({SETTINGS[longest.setting]}): {longest.length_ratio:.2f} times its words; "
+            "a win rate that falls at equal length was bought with length."
         )
     return found
 
-
+# %% ../../nbs/experiments/02_head_to_head.ipynb #24a8b582
 def describe_compliance(compliance: list[dict]) -> list[str]:
     "Say how many answers keep the asked length, of evaluation.win_rates.compliance_rows."
     share = "within 20% of the asked length, %"

@@ -19,13 +19,12 @@ from ..core.settings import Profile, StudyError
 from ..core.stages import MIXES, Cell, Run
 from ..core.tables import PALETTE, new_figure
 from ..corpus.general import RULES, Mix, collect_general, grid, mix_pairs, split_general
-from ..evaluation.baselines import score_frame
 from ..evaluation.reward_bench import read_reward_bench, score_reward_bench
+from .reward_table import model_scores, score_row
 from ..models.weights import Weights, find_weights, load_tokenizer
-from ..stats.intervals import mean_interval, win_interval
-from ..stats.scores import pairwise_metrics
+from ..stats.intervals import mean_interval
 from ..training.reward_model import rating_gaps, train_reward_model
-from ..training.scoring import load_reward_model, score_pairs
+from ..training.scoring import load_reward_model
 
 # %% auto #0
 __all__ = ['BUDGETED', 'MIXTURES', 'Domains', 'collect_domains', 'cell_mixes', 'cell_pairs', 'score_domains', 'make_cell',
@@ -89,26 +88,21 @@ def _with_gaps(pairs, domains: Domains):
 def score_domains(name: str, folder: Path, tokenizer, domains: Domains, dtype: str) -> dict:
     'Score the test pairs of psy, general and, where there is RewardBench, bench: name -> frame of kind "scores".'
     model = load_reward_model(str(folder), tokenizer, dtype)
-    tests = {"psy": domains.psy["test"], "general": domains.general["test"]}
-    if domains.bench is not None:
-        tests["bench"] = domains.bench
-    return {
-        test: score_frame(pairs, name, *score_pairs(model, tokenizer, pairs, f"{name}: {test}"))
-        for test, pairs in tests.items()
-    }
+    tests = {"psy": domains.psy["test"], "general": domains.general["test"], "bench": domains.bench}
+    return model_scores(name, model, tokenizer, {test: own for test, own in tests.items() if own is not None})
 
 
 def make_cell(writer: StageWriter, cell: Cell, settings: Profile, domains: Domains, seed: int) -> None:
     "Train and score one cell of the grid; sign it. writer: of the cell, begun."
     weights, mix = find_weights(cell.backbone), cell_mixes(settings.mixing.budget, domains)[cell.mix]
     train, dev = cell_pairs(mix, domains, seed)
-    model, job, dev = writer.work / "scratch" / "model", writer.work / "scratch" / "job", dev if len(dev) else None
-    training = train_reward_model(weights, train, settings.reward, model, job, settings.dtype, seed, dev=dev)
+    model, job = (writer.work / "scratch" / name for name in ("model", "job"))
+    how = (weights, train, settings.reward, model, job, settings.dtype, seed)
+    training = train_reward_model(*how, dev=dev if len(dev) else None)
     for test, frame in score_domains(mix.name, model, load_tokenizer(weights), domains, settings.dtype).items():
         writer.rows("scores", frame, test)
-    drawn = train.domain.value_counts().to_dict()
-    facts = {"backbone": weights.short, "mix": mix.name, "cell": cell.mix, "drawn": drawn, "training": training}
-    writer.json("cell", facts)
+    facts = {"backbone": weights.short, "mix": mix.name, "cell": cell.mix}
+    writer.json("cell", facts | {"drawn": train.domain.value_counts().to_dict(), "training": training})
     models = {weights.name: {"label": weights.label, "revision": weights.revision}}
     writer.facts |= {"models": models, "general": domains.title}
     writer.finish()
@@ -159,13 +153,6 @@ def started_with_cells(folders: typing.Iterable[Path]) -> float:
     return time.time() - sum(read_json(folder / "receipt.json")["seconds"] for folder in folders)
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #aa191030
-def _accuracy(scores, samples: int) -> tuple[float, str]:
-    "Compute accuracy in percent, and its interval."
-    right = (scores.chosen_score > scores.rejected_score).to_numpy(float)
-    low, high = win_interval(right, scores.ID.to_numpy(), samples)
-    return round(100 * right.mean(), 1), f"{low:.1f} to {high:.1f}"
-
-
 def paper_row(cell: str, backbone: str) -> dict:
     "Return the row of the paper's later version for a cell, as far as printed; it has Llama-3B and Llama-8B."
     published = paper_values()["mixing_v2"]
@@ -177,43 +164,30 @@ def paper_row(cell: str, backbone: str) -> dict:
     return {}
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #5c52c3fa
-def _bench_accuracy(entry: GridEntry, bench, samples: int) -> float | None:
-    "Compute RewardBench's overall accuracy in percent; None where it was not measured."
-    if bench is None:
-        return None
-    table = entry_bench(entry, bench, samples)
-    overall = table.loc[table.level == "overall", "accuracy"].iloc[0]
-    return None if np.isnan(overall) else round(100 * overall, 1)
-
-
 def entry_bench(entry: GridEntry, bench, samples: int = 1000):
     "Score RewardBench's pairs as its leaderboard does."
     scores = entry.scores["bench"]
     return score_reward_bench(bench, scores.chosen_score.to_numpy(), scores.rejected_score.to_numpy(), samples)
 
 
+def _bench_accuracy(entry: GridEntry, bench, samples: int) -> float | None:
+    "Compute RewardBench's overall accuracy in percent; None where it was not measured."
+    overall = float("nan") if bench is None else entry_bench(entry, bench, samples).accuracy.iloc[0]
+    return None if np.isnan(overall) else round(100 * overall, 1)
+
+
 def grid_row(entry: GridEntry, bench=None, samples: int = 1000) -> dict:
     "Summarise a model of the grid as a row of the tables. bench: frame of RewardBench's pairs."
-    scores, theirs = entry.scores, paper_row(entry.cell, entry.backbone)
-    psy, general = (_accuracy(scores[test], samples) for test in ("psy", "general"))
-    found = pairwise_metrics(scores["psy"].chosen_score, scores["psy"].rejected_score)
-    return {
-        "model": entry.backbone,
-        "data": entry.mixture,
-        "pairs": " + ".join(f"{n} {domain}" for domain, n in sorted(entry.drawn.items())),
-        "counselling %": psy[0],
-        "counselling, 95%": psy[1],
-        "AUC": found["auc"],
-        "Brier": found["brier"],
-        "general %": general[0],
-        "general, 95%": general[1],
-        "RewardBench %": _bench_accuracy(entry, bench, samples),
-        "the paper's row": theirs.get("name"),
-        "paper counselling %": theirs.get("accuracy"),
-        "paper AUC": theirs.get("auc"),
-        "paper Brier": theirs.get("brier"),
-        "paper RewardBench %": theirs.get("rewardbench"),
-    }
+    row = {"model": entry.backbone, "data": entry.mixture}
+    row["pairs"] = " + ".join(f"{n} {domain}" for domain, n in sorted(entry.drawn.items()))
+    for domain, test in (("counselling", "psy"), ("general", "general")):
+        found = score_row(entry.name, "", entry.scores[test], samples=samples)
+        row |= {f"{domain} %": found["accuracy %"], f"{domain}, 95%": found["95% interval"]}
+        row |= {"AUC": found["AUC"], "Brier": found["Brier"]} if test == "psy" else {}
+    row["RewardBench %"] = _bench_accuracy(entry, bench, samples)
+    theirs = paper_row(entry.cell, entry.backbone)
+    names = {"the paper's row": "name", "paper counselling %": "accuracy", "paper AUC": "auc", "paper Brier": "brier"}
+    return row | {title: theirs.get(key) for title, key in (names | {"paper RewardBench %": "rewardbench"}).items()}
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #b9fad400
 BUDGETED = ("psy", "help", "half")  # cells of equal size
@@ -266,7 +240,7 @@ def mixing_figure(rows: list[dict], general: str):
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #1e5632eb
 def _against_chance(interval: str) -> str:
     "Compare an accuracy's interval with a guess between two answers."
-    low, high = (float(end) for end in interval.split(" to "))
+    low, high = map(float, interval.split(" to "))
     return "better than a guess" if low > 50 else "worse than a guess" if high < 50 else "which may be a guess"
 
 
@@ -299,10 +273,8 @@ MIXTURES = {"both-all": ("psy-all", "help-all"), "half": ("psy", "help")}  # cel
 def describe_mixtures(entries: list[GridEntry], budgeted: bool, samples: int) -> list[str]:
     "Return a sentence on what both domains together gain or cost against each alone."
     found, sentences = {(entry.backbone, entry.cell): entry for entry in entries}, []
-    for entry in entries:
-        if entry.cell not in MIXTURES or (entry.cell in BUDGETED) != budgeted:
-            continue
-        for cell, test, domain in zip(MIXTURES[entry.cell], ("psy", "general"), ("counselling", "general")):
+    for entry in (entry for entry in entries if (entry.cell in BUDGETED) == budgeted):
+        for cell, test, domain in zip(MIXTURES.get(entry.cell, ()), ("psy", "general"), ("counselling", "general")):
             if one := found.get((entry.backbone, cell)):
                 gain = _gain(entry, one, test, samples)
                 sentences.append(f"{entry.name}, against {one.mixture}, on {domain} pairs: {gain}.")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 from ..core.settings import Profile, StudyError
@@ -34,9 +33,7 @@ def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> di
     fit, dev: pairs, dev may be empty; folder: of the checkpoints as plain models; scratch: of the job. Returns what
     train_policy returns, with points (the backbone's first) and the chosen step."""
     weights, settings, dtype = watcher.base, watcher.profile.dpo, watcher.profile.dtype
-    points = [
-        watcher.look(lambda: weights, "base", 0)
-    ]  # first, so that a judge that does not answer is noticed at once
+    points = [watcher.look(lambda: weights, "base", 0)]  # first, so that a silent judge is noticed at once
     options = {"dev": dev if len(dev) else None, "keep_points": True, "name": f"DPO {weights.slug}"}
     found = train_policy(weights, fit, settings, None, scratch / "job", dtype, watcher.seed, **options)
     for step, path in numbered(scratch / "job" / "checkpoints"):
@@ -64,20 +61,15 @@ def policy_entries(weights: Weights, result: dict, batch_size: int) -> list[dict
     """List the three policies of a backbone: untrained, DPO, DPO-Iter.
 
     Returns policy, kind, backbone, path below 06_policy (None for the backbone), curve of [pairs, path]."""
-    slug, offline, online = weights.slug, result["dpo"], result["iter"]
-    names = {"base": weights.short, "dpo": f"{weights.short} + DPO", "dpo-iter": f"{weights.short} + DPO-Iter"}
-    places = {"dpo": f"{slug}/dpo/step-{{}}", "dpo-iter": f"{slug}/iter/iteration-{{}}/policy"}
-    steps = [point["step"] for point in offline["points"][1:]]
-    curves = {
-        "base": [],
-        "dpo": [[step * batch_size, places["dpo"].format(step)] for step in steps],
-        "dpo-iter": [[online["points"][n]["pairs"], places["dpo-iter"].format(n)] for n in online["kept"]],
-    }
-    dpo, dpo_iter = places["dpo"].format(offline["chosen"]), places["dpo-iter"].format(online["best"])
-    paths = {"base": None, "dpo": dpo, "dpo-iter": dpo_iter}
+    offline, online = result["dpo"], result["iter"]
+    step, iteration = f"{weights.slug}/dpo/step-{{}}".format, f"{weights.slug}/iter/iteration-{{}}/policy".format
+    steps = [[point["step"] * batch_size, step(point["step"])] for point in offline["points"][1:]]
+    iterations = [[online["points"][n]["pairs"], iteration(n)] for n in online["kept"]]
+    rows = [("base", "", None, []), ("dpo", " + DPO", step(offline["chosen"]), steps)]
+    rows.append(("dpo-iter", " + DPO-Iter", iteration(online["best"]), iterations))
     return [
-        {"policy": names[kind], "kind": kind, "backbone": weights.name, "path": paths[kind], "curve": curves[kind]}
-        for kind in names
+        {"policy": weights.short + more, "kind": kind, "backbone": weights.name, "path": path, "curve": curve}
+        for kind, more, path, curve in rows
     ]
 
 # %% ../../nbs/experiments/01_policies.ipynb #f14f7d9d
@@ -96,26 +88,26 @@ def watcher_labels(watcher: Watcher) -> tuple[str, str]:
     return tuple((counts.get(uri) or {}).get("label", "") for uri in (chosen.judge, chosen.reference))
 
 
-def _policy_facts(watcher: Watcher, result: dict, entry: dict, run: str, receipts: dict) -> PolicyFacts:
-    "Collect what the card of a chosen policy says."
-    settings, weights, online = watcher.profile, watcher.base, {}
-    judge, reference = watcher_labels(watcher)
-    trainings = [result["dpo"]]
-    if entry["kind"] == "dpo-iter":
+def _policy_facts(watcher: Watcher, result: dict, entry: dict, run: str, receipts: dict, repo: str = "") -> PolicyFacts:
+    "Collect what the card of a chosen policy says; repo: where it will lie on the hub, without its kind."
+    settings, weights, kind = watcher.profile, watcher.base, entry["kind"]
+    online, trainings = {}, [result["dpo"]]
+    if kind == "dpo-iter":
         online = {"iter_settings": settings.dpo_iter, "chosen": result["iter"]["best"]}
         trainings = result["iter"]["iterations"]
+    judge, reference = watcher_labels(watcher)
     return PolicyFacts(
         weights=weights,
         run=run,
         profile=settings.name,
-        kind=entry["kind"],
+        kind=kind,
         trainings=trainings,
         settings=settings.dpo,
         decoding=watcher.decoding,
-        point=chosen_point(result, entry["kind"]),
+        point=chosen_point(result, kind),
         base_point=result["dpo"]["points"][0],
         scorer=f"the run's reward model of {weights.short}",
-        location=f"outputs/{run}/06_policy/{entry['path']}",
+        location=f"{repo}-{kind}" if repo else f"outputs/{run}/06_policy/{entry['path']}",
         precision=precision_words(settings.dpo.lora, settings.dtype),
         receipts=receipts,
         judge=judge,
@@ -132,42 +124,53 @@ def write_policy_cards(
 
     work: folder of the stage; scratch: of the offline job; receipts: stage -> receipt of 01_speeches, 04_pairs and,
     where there are ratings, 03_ratings."""
-    offline, repo = entries[1], watcher.profile.dpo.push_to_hub
-    pushed = repo and find_weights(watcher.profile.backbones[0]) == watcher.base
+    repo = watcher.profile.dpo.push_to_hub
+    if repo and find_weights(watcher.profile.backbones[0]) != watcher.base:
+        repo = ""
     if watcher.profile.dpo.lora.rank:
         checkpoint = scratch / "job" / "checkpoints" / f"checkpoint-{result['dpo']['chosen']}"
-        save_adapter(checkpoint, load_tokenizer(watcher.base), watcher.base, work / offline["path"])
+        save_adapter(checkpoint, load_tokenizer(watcher.base), watcher.base, work / entries[1]["path"])
     for entry in entries[1:]:
-        facts = _policy_facts(watcher, result, entry, run, receipts)
-        facts = replace(facts, location=f"{repo}-{entry['kind']}") if pushed else facts
+        facts = _policy_facts(watcher, result, entry, run, receipts, repo)
         hand_over(work / entry["path"], facts)
-        if pushed:
+        if repo:
             try:
                 print(push_policy(work / entry["path"], facts.location))
             except StudyError as error:
                 print(f"dpo.push_to_hub: the policy was not sent; {error} with `training.cards.push_policy`")
 
 # %% ../../nbs/experiments/01_policies.ipynb #0cb37356
+def _trainings(results: dict[str, dict], *titles: str) -> dict[str, dict]:
+    "Name both trainings of every backbone for figures: title -> what it returned."
+    return {
+        (f"{result['label']}: " if len(results) > 1 else "") + title: result[kind]
+        for result in results.values()
+        for kind, title in zip(("dpo", "iter"), titles)
+    }
+
+
 def policy_curves(results: dict[str, dict]) -> dict[str, list[dict]]:
     "Name the points of every training for figures; results are by backbone."
-    curves = {}
-    for result in results.values():
-        prefix = f"{result['label']}: " if len(results) > 1 else ""
-        curves[f"{prefix}DPO, the dataset's pairs"] = result["dpo"]["points"]
-        curves[f"{prefix}DPO-Iter, its own pairs"] = result["iter"]["points"]
-    return curves
+    found = _trainings(results, "DPO, the dataset's pairs", "DPO-Iter, its own pairs")
+    return {name: own["points"] for name, own in found.items()}
 
 
 def policy_logs(results: dict[str, dict]) -> dict[str, list]:
     "Name the logs of every training for figures; DPO-Iter has one for each iteration."
-    logs = {}
-    for result in results.values():
-        prefix = f"{result['label']}: " if len(results) > 1 else ""
-        logs[f"{prefix}DPO"] = result["dpo"]["log"]
-        logs[f"{prefix}DPO-Iter"] = [done["log"] for done in result["iter"]["iterations"]]
-    return logs
+    found = _trainings(results, "DPO", "DPO-Iter")
+    logs = lambda own: [done["log"] for done in own["iterations"]] if "iterations" in own else own["log"]
+    return {name: logs(own) for name, own in found.items()}
 
 # %% ../../nbs/experiments/01_policies.ipynb #b148af54
+_MEASURED = {
+    "reward": ("reward", 2),
+    "reward model prefers it, %": ("proxy", 1),
+    "judge prefers it, %": ("judged", 1),
+    "KL, nats": ("kl", 1),
+    "words": ("words", 1),
+}  # column -> what was measured, digits
+
+
 def _with_interval(point: dict, key: str, digits: int) -> str | None:
     "Format a number of a point with its interval."
     if point[key] is None:
@@ -178,21 +181,12 @@ def _with_interval(point: dict, key: str, digits: int) -> str | None:
 
 def _point_row(label: str, point: dict, chosen: bool) -> dict:
     "Format a point as a row."
-    dropped = point.get("dropped_share")
-    return {
-        "model": label,
-        "point": f"{point['curve']} {point['name']}".strip() + (" *" if chosen else ""),
-        "pairs": point["pairs"],
-        "reward": _with_interval(point, "reward", 2),
-        "reward model prefers it, %": _with_interval(point, "proxy", 1),
-        "judge prefers it, %": _with_interval(point, "judged", 1),
-        "KL, nats": _with_interval(point, "kl", 1),
-        "words": _with_interval(point, "words", 1),
-        "cut off %": round(100 * point["cut_share"], 1),
-        "distinct-2": round(point["distinct_2"], 3),
-        "dropped %": None if dropped is None else round(100 * dropped, 1),
-        "answers": point["answers"],
-    }
+    name, dropped = f"{point['curve']} {point['name']}".strip(), point.get("dropped_share")
+    row = {"model": label, "point": name + " *" * chosen, "pairs": point["pairs"]}
+    row |= {column: _with_interval(point, *shown) for column, shown in _MEASURED.items()}
+    row |= {"cut off %": round(100 * point["cut_share"], 1), "distinct-2": round(point["distinct_2"], 3)}
+    row["dropped %"] = None if dropped is None else round(100 * dropped, 1)
+    return row | {"answers": point["answers"]}
 
 # %% ../../nbs/experiments/01_policies.ipynb #26bc91a2
 def points_table(results: dict[str, dict]):
@@ -218,17 +212,15 @@ def describe_training(results: dict[str, dict]) -> list[str]:
     "Return sentences on how each training ended."
     sentences = []
     for name, log in policy_logs(results).items():
-        last = last_batch(log)
-        if not last:
+        if not (last := last_batch(log)):
             continue
         sentences.append(f"{name}: the loss of the last batch is {last['loss']:.3f} nats (untrained: ln 2 = 0.693).")
         chosen, accuracy = last.get("rewards/chosen"), last.get("rewards/accuracies")
         if chosen is not None and accuracy is not None:
-            moved = "more likely" if chosen > 0 else "less likely" if chosen < 0 else "as likely"
-            than = "as" if moved == "as likely" else "than"
+            moved = "more likely than" if chosen > 0 else "less likely than" if chosen < 0 else "as likely as"
             sentences.append(
                 f"It ranks {accuracy:.0%} of that batch's pairs as labelled, "
-                f"and the chosen answers are {moved} {than} under the reference."
+                f"and the chosen answers are {moved} under the reference."
             )
     return sentences
 
@@ -271,13 +263,12 @@ def describe_gap(curves: dict[str, list[dict]]) -> list[str]:
             sentences.append(f"{name}: fewer than two points were judged, so nothing can be said of over-optimisation.")
             continue
         first, last = known[0], known[-1]
-        before, after = win_rate_gap(first), win_rate_gap(last)
-        sure = _uncertainty([first, last])
+        before, after, chance = win_rate_gap(first), win_rate_gap(last), _uncertainty([first, last])
         reading = "it did not grow, so nothing here speaks for over-optimisation"
         if after > before:
-            clear = sure is not None and after - before > sure
-            unsure = f"it grew, but {last['speeches']} speeches can't tell this from chance"
-            reading = "it grew, as under over-optimisation" if clear else unsure
+            reading = f"it grew, but {last['speeches']} speeches can't tell this from chance"
+            if chance is not None and after - before > chance:
+                reading = "it grew, as under over-optimisation"
         sentences.append(
             f"{name}: the reward model prefers the last policy to the reference in {last['proxy']:.0f}% "
             f"of answers, the judge in {last['judged']:.0f}%. The gap is {after:+.0f} points, "

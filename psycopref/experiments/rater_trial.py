@@ -21,12 +21,11 @@ from ..rater.rules import RulesModel
 from ..stats.intervals import interval
 
 # %% auto #0
-__all__ = ['PAIR_FIELDS', 'SETS', 'LABEL_MEASURES', 'NOT_NAMED', 'LENGTH', 'read_minimal_pairs', 'score_texts', 'share_interval',
+__all__ = ['PAIR_FIELDS', 'SETS', 'LABEL_MEASURES', 'NOT_NAMED', 'CORPUS_COLUMNS', 'LENGTH', 'read_minimal_pairs', 'score_texts',
            'score_minimal_pairs', 'minimal_table', 'auc', 'spearman', 'pair_accuracy', 'measure_interval',
-           'observations', 'score_rows', 'compare_with_length', 'corpus_results', 'corpus_table', 'open_corpora',
-           'rubric_model', 'trial_inputs', 'trial_size', 'corpora_facts', 'trial_facts', 'minimal_rows',
-           'trial_results', 'weak_principles', 'minimal_sentences', 'minimal_range_sentences', 'construct_sentences',
-           'corpus_sentences', 'trial_figure']
+           'observations', 'compare_with_length', 'corpus_results', 'corpus_table', 'open_corpora', 'rubric_model',
+           'trial_inputs', 'trial_size', 'trial_facts', 'minimal_rows', 'trial_results', 'weak_principles',
+           'minimal_sentences', 'minimal_range_sentences', 'construct_sentences', 'corpus_sentences', 'trial_figure']
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #8be808ad
 PAIR_FIELDS = ("id", "principle", "construct", "client", "better", "worse", "set")
@@ -55,13 +54,6 @@ def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequenc
         found[said, response] = [*own, sum(own) / len(own), len(response.split())]
     return pd.DataFrame([found[key] for key in asked], columns=[*ALL_SCORES, "words"], dtype=float).round(9)
 
-# %% ../../nbs/experiments/06_rater_trial.ipynb #e5ecec9a
-def share_interval(right: int, n: int) -> tuple[float, float]:
-    "Compute Wilson's 95% interval of a share. Returns low, high, in [0, 1]."
-    z = 1.959963984540054
-    middle, spread = right / n + z * z / (2 * n), z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
-
 # %% ../../nbs/experiments/06_rater_trial.ipynb #9beb9cd5
 def score_minimal_pairs(pairs):
     "Score both sides of every pair; adds own (on the pair's principle), mean and words, each better minus worse."
@@ -73,37 +65,28 @@ def score_minimal_pairs(pairs):
 
 def _share(judged) -> dict:
     "Count how often the better answer scores above the other: a row of the table, in percent."
-    n, right = len(judged), int((judged.own > 0).sum())
-    low, high = share_interval(right, n)
-    counts = {
-        "ties %": judged.own == 0,
-        "mean of seven above %": judged["mean"] > 0,
-        "longer is better %": judged.words > 0,
-        "shorter is better %": judged.words < 0,
-    }
-    shares = {name: round(100 * int(wanted.sum()) / n, 1) for name, wanted in counts.items()}
-    interval = f"{100 * low:.1f} to {100 * high:.1f}"
-    return {"n": n, "better one above %": round(100 * right / n, 1), "95% interval": interval, **shares}
+    from scipy.stats import binomtest
+
+    n, right, percent = len(judged), judged.own > 0, lambda said: round(100 * int(said.sum()) / len(judged), 1)
+    low, high = binomtest(int(right.sum()), n).proportion_ci(method="wilson")
+    row = {"n": n, "better one above %": percent(right), "95% interval": f"{100 * low:.1f} to {100 * high:.1f}"}
+    row |= {"ties %": percent(judged.own == 0), "mean of seven above %": percent(judged["mean"] > 0)}
+    return row | {"longer is better %": percent(judged.words > 0), "shorter is better %": percent(judged.words < 0)}
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #7e54a253
 def minimal_table(judged, by: str | None = None):
     """Tabulate scored minimal pairs by set and principle, in percent; held-out first, since only these are evidence.
 
-    by: "construct" gives a row for each construct of a principle."""
+    by: "construct" gives a row for each construct of a principle, and none for all."""
     import pandas as pd
 
-    rows = []
+    rows, keys = [], ["set", "principle", *([by] if by else [])]
+    ordered = judged.assign(principle=pd.Categorical(judged.principle, PRINCIPLE_KEYS))
     for name in reversed(SETS):
-        own = judged[judged.set == name]
-        for principle in PRINCIPLE_KEYS:
-            group = own[own.principle == principle]
-            parts = group.groupby(by, sort=True) if by else [(None, group)] * bool(len(group))
-            rows += [
-                {"set": name, "principle": principle, **({by: part} if by else {}), **_share(pairs)}
-                for part, pairs in parts
-            ]
-        if by is None and len(own):
-            rows.append({"set": name, "principle": "all, each on its own", **_share(own)})
+        own = ordered[ordered.set == name]
+        rows += [dict(zip(keys, place)) | _share(part) for place, part in own.groupby(keys, observed=True)]
+        if not by and len(own):
+            rows.append({"set": name, "principle": "all, each on its own"} | _share(own))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #36ba7e36
@@ -166,7 +149,7 @@ def observations(comparison: Comparison, rows):
     columns = [*ALL_SCORES, "words", "label"]
     own = rows.loc[rows.construct == comparison.construct, [*columns, "group"]]
     if comparison.unit == "group":
-        own = own.groupby("group", sort=True, as_index=False).mean()
+        own = own.groupby("group", as_index=False).mean()
     if comparison.kind == "pair":
         own = own.reset_index(drop=True).reset_index()
         both = own.merge(own, on="group", suffixes=("", " other")).query("label > `label other`")
@@ -175,37 +158,23 @@ def observations(comparison: Comparison, rows):
         own = own.assign(label=1.0, group=both.group)
     return own.round(9).reset_index(drop=True)
 
-
-def score_rows(rows):
-    "Score the texts of a corpus: adds ALL_SCORES and words."
-    scores = score_texts(rows.context.tolist(), rows.text.tolist())
-    return rows.reset_index(drop=True).join(scores)
-
 # %% ../../nbs/experiments/06_rater_trial.ipynb #bc003340
-def compare_with_length(comparison: Comparison, observed, kind: str, samples: int, seed: int) -> list[dict]:
+def compare_with_length(comparison: Comparison, observed, samples: int, seed: int) -> list[dict]:
     """Measure how well scores, and length, predict labels.
 
     observed: frame of `observations`. Returns for each score: value, baseline, difference and the intervals."""
-    label, groups = observed.label.to_numpy(), observed.group.to_numpy()
-    words, measure = observed.words.to_numpy(), LABEL_MEASURES[kind][1]
-    value = lambda score: measure(score, label, np.ones(len(label)))
+    label, groups, kind = observed.label.to_numpy(), observed.group.to_numpy(), comparison.kind
+    value = lambda score: LABEL_MEASURES[kind][1](score, label, np.ones(len(label)))
     within = lambda score, against=None: measure_interval(kind, score, against, label, groups, samples, seed)
-    lengths = {"longer": words, "shorter": -words}
+    lengths = {"longer": observed.words.to_numpy(), "shorter": -observed.words.to_numpy()}
     baseline = max(lengths, key=lambda name: value(lengths[name]))
-    length = lengths[baseline]
-    shared = {
-        "n": len(label),
-        "groups": len(set(groups)),
-        "baseline": baseline,
-        "length": value(length),
-        "length interval": within(length),
-    }
-    rows = []
+    words, rows = lengths[baseline], []
+    shared = {"n": len(label), "groups": len(set(groups)), "baseline": baseline}
+    shared |= {"length": value(words), "length interval": within(words)}
     for name in comparison.scores:
         score = observed[name].to_numpy() * (1 if comparison.expected == "higher" else -1)
-        intervals = {"interval": within(score), "difference interval": within(score, length)}
-        point = value(score)
-        rows.append({"score": name, "value": point, "difference": point - shared["length"], **intervals, **shared})
+        found = {"score": name, "value": value(score), "difference": value(score) - shared["length"]}
+        rows.append(found | {"value interval": within(score), "difference interval": within(score, words)} | shared)
     return rows
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #e3570297
@@ -220,11 +189,6 @@ def _reading(found: dict) -> str:
     return "above length" if bounds[0] > 0 else "below length" if bounds[1] < 0 else "not told from length"
 
 
-def _bounds(bounds: tuple[float, float] | None) -> str | None:
-    "Format an interval."
-    return None if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
-
-
 def _head(comparison: Comparison, scores: typing.Sequence[str]) -> dict:
     "Return the cells that name a comparison."
     construct = comparison.construct + (" (mean of its responses)" if comparison.unit == "group" else "")
@@ -232,37 +196,36 @@ def _head(comparison: Comparison, scores: typing.Sequence[str]) -> dict:
     return {"corpus": TITLES[comparison.corpus], "construct": construct, "compared with": compared}
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #dbbeece3
-def _why_not(comparison: Comparison, observed, labelled: Labelled) -> str | None:
-    "Return the reason why a comparison can't be made, if there is one."
-    if not len(observed):
-        left = "; ".join(f"{count} {reason}" for reason, count in labelled.dropped.items())
-        files = ", ".join(path.name for path in labelled.paths)
-        return f"not measured: nothing to compare in {files}" + (f" (left out: {left})" if left else "")
-    alike = comparison.kind != "pair" and observed.label.nunique() < 2
-    return "not measured: all labels are alike" if alike else None
-
-
 def corpus_results(labelled: Labelled, samples: int, seed: int) -> list[tuple[Comparison, list[dict], str | None]]:
     "Make all comparisons of one corpus. Returns comparison, results, why there are none."
-    rows, found = score_rows(labelled.rows), []
+    rows, found = labelled.rows.reset_index(drop=True), []
+    rows = rows.join(score_texts(rows.context.tolist(), rows.text.tolist()))
+    left = "; ".join(f"{count} {reason}" for reason, count in labelled.dropped.items())
+    files = ", ".join(path.name for path in labelled.paths) + (f" (left out: {left})" if left else "")
     for comparison in (c for c in COMPARISONS if c.corpus == labelled.origin["source"]):
-        observed = observations(comparison, rows)
-        reason = _why_not(comparison, observed, labelled)
-        results = [] if reason else compare_with_length(comparison, observed, comparison.kind, samples, seed)
+        observed, results, reason = observations(comparison, rows), [], None
+        if observed.empty:
+            reason = f"not measured: nothing to compare in {files}"
+        elif comparison.kind != "pair" and observed.label.nunique() < 2:
+            reason = "not measured: all labels are alike"
+        else:
+            results = compare_with_length(comparison, observed, samples, seed)
         found.append((comparison, results, reason))
     return found
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #acdc5656
-_INTERVALS = {"value": "95% interval", "length": "length, 95% interval", "difference": "difference, 95% interval"}
+CORPUS_COLUMNS = ("corpus", "construct", "compared with", "measure", "n", "groups", "rubric", "95% interval")
+CORPUS_COLUMNS += ("baseline", "length", "length, 95% interval", "difference", "difference, 95% interval", "reading")
+_SHOWN = {"value": ("rubric", "95% interval"), "length": CORPUS_COLUMNS[9:11], "difference": CORPUS_COLUMNS[11:13]}
 
 
 def _cells(comparison: Comparison, one: dict) -> dict:
     "Return the cells of one result."
-    cells = {**_head(comparison, (one["score"],)), "measure": LABEL_MEASURES[comparison.kind][0]}
-    for name, interval in _INTERVALS.items():
-        cells |= {"rubric" if name == "value" else name: round(one[name], 3)}
-        cells |= {interval: _bounds(one["interval" if name == "value" else f"{name} interval"])}
-    return {**cells, **{name: one[name] for name in ("n", "groups", "baseline")}, "reading": _reading(one)}
+    cells = _head(comparison, (one["score"],)) | {name: one[name] for name in ("n", "groups", "baseline")}
+    for name, (shown, interval) in _SHOWN.items():
+        ends = one[f"{name} interval"]
+        cells |= {shown: round(one[name], 3), interval: ends and "{:.3f} to {:.3f}".format(*ends)}
+    return cells | {"measure": LABEL_MEASURES[comparison.kind][0], "reading": _reading(one)}
 
 
 def corpus_table(results: list):
@@ -273,10 +236,9 @@ def corpus_table(results: list):
     for comparison in COMPARISONS:
         found, reason = made.get(comparison, ([], NOT_NAMED))
         scores = ("all seven", "mean") if comparison.scores == ALL_SCORES else comparison.scores
-        rows += [_cells(comparison, one) for one in found] or [{**_head(comparison, scores), "reading": reason}]
-    columns = ["corpus", "construct", "compared with", "measure", "n", "groups", "rubric", "95% interval", "baseline"]
-    columns += ["length", "length, 95% interval", "difference", "difference, 95% interval", "reading"]
-    return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=columns, dtype=object)
+        rows += [_cells(comparison, one) for one in found] or [_head(comparison, scores) | {"reading": reason}]
+    rows = [[row.get(name) for name in CORPUS_COLUMNS] for row in rows]
+    return pd.DataFrame(rows, columns=CORPUS_COLUMNS, dtype=object)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #5181e135
 def open_corpora(specs: typing.Sequence[str]) -> list[Labelled]:
@@ -307,17 +269,15 @@ def trial_size(pairs, corpora: typing.Sequence[Labelled]) -> str:
     return ", ".join([f"{len(pairs)} minimal pairs", *labels])
 
 
-def corpora_facts(corpora: typing.Sequence[Labelled]) -> dict:
-    "Summarise the corpora for the receipt. Returns corpus -> origin, labels, groups, dropped."
-    counts = {c.origin["source"]: {"labels": len(c.rows), "groups": int(c.rows.group.nunique())} for c in corpora}
-    return {c.origin["source"]: {**c.origin, **counts[c.origin["source"]], "dropped": c.dropped} for c in corpora}
-
-
 def trial_facts(rubric: RulesModel, pairs, corpora: typing.Sequence[Labelled]) -> dict:
-    "Return what the receipt says of a trial."
+    "Return what the receipt says of a trial: models, rater, minimal_pairs by set, and what was read of each corpus."
+    found = {}
+    for own in corpora:
+        counts = {"labels": len(own.rows), "groups": int(own.rows.group.nunique()), "dropped": own.dropped}
+        found[own.origin["source"]] = own.origin | counts
     models = {rubric.uri: {"label": rubric.label, "identity": rubric.identity}}
     sizes = pairs.set.value_counts().to_dict()
-    return {"models": models, "rater": rubric.label, "minimal_pairs": sizes, "corpora": corpora_facts(corpora)}
+    return {"models": models, "rater": rubric.label, "minimal_pairs": sizes, "corpora": found}
 
 
 def minimal_rows(judged) -> list[dict]:
@@ -330,46 +290,47 @@ def trial_results(corpora: typing.Sequence[Labelled], samples: int, seed: int) -
     return [result for labelled in corpora for result in corpus_results(labelled, samples, seed)]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #bcdff9b8
+def _by_principle(table, name: str = "held-out"):
+    "Select the rows of a set, by principle; the last one is of all."
+    return table[table.set == name].set_index("principle")
+
+
 def weak_principles(table) -> list[str]:
     "List the principles whose held-out interval includes one half, or the share that length alone gets right."
-    held = table[(table.set == "held-out") & table.principle.isin(PRINCIPLE_KEYS)]
+    held = _by_principle(table)[:-1]
     low = held["95% interval"].str.split(" to ").str[0].astype(float)
     length = held[["longer is better %", "shorter is better %"]].max(axis=1).clip(lower=50)
-    return held.principle[low <= length].tolist()
-
-
-def _all_row(table, name: str):
-    "Return the row of a set over all principles."
-    return table[(table.set == name) & ~table.principle.isin(PRINCIPLE_KEYS)].iloc[0]
+    return held.index[low <= length].tolist()
 
 
 def minimal_sentences(table) -> list[str]:
     "Report a table of minimal pairs in sentences."
-    held, develop, weak = _all_row(table, "held-out"), _all_row(table, "develop"), weak_principles(table)
-    interval = held["95% interval"].replace(" to ", "–")
-    gap = develop["better one above %"] - held["better one above %"]
+    held, develop = (_by_principle(table, name).iloc[-1] for name in ("held-out", "develop"))
+    weak = weak_principles(table)
+    interval, share = held["95% interval"].replace(" to ", "–"), "better one above %"
+    gap = develop[share] - held[share]
     more = f"{gap:.1f} points more, which the rules may owe to their examples"
-    more = more if gap > 0 else "no more: nothing was overfitted"
+    told = "Every principle is distinguished from chance and from length."
+    if weak:
+        told = f"Not distinguished from chance or from length: {', '.join(weak)};"
+        told += " ratings of these principles are no evidence of them."
     return [
         f"On the {held.n} held-out pairs the better answer scores above the other on its own principle in"
-        f" {held['better one above %']}% (95% interval {interval}%), and ties in {held['ties %']}%.",
+        f" {held[share]}% (95% interval {interval}%), and ties in {held['ties %']}%.",
         f"Preferring the shorter answer would be right in {held['shorter is better %']}%,"
         f" the longer in {held['longer is better %']}%.",
-        f"On the develop pairs it is {develop['better one above %']}%, {more}.",
-        f"Not distinguished from chance or from length: {', '.join(weak)};"
-        " ratings of these principles are no evidence of them."
-        if weak
-        else "Every principle is distinguished from chance and from length.",
+        f"On the develop pairs it is {develop[share]}%, {more if gap > 0 else 'no more: nothing was overfitted'}.",
+        told,
     ]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #a241555b
 def minimal_range_sentences(table) -> list[str]:
     "Report the range of principles on held-out pairs, and what the mean of seven hides."
-    held = table[(table.set == "held-out") & table.principle.isin(PRINCIPLE_KEYS)].sort_values("better one above %")
-    low, high, mean = held.iloc[0], held.iloc[-1], held["mean of seven above %"]
+    held = _by_principle(table)[:-1].sort_values("better one above %")
+    share, mean = held["better one above %"], held["mean of seven above %"]
     return [
-        f"Of held-out pairs {low.principle} is right least ({low['better one above %']}%) and {high.principle} most"
-        f" ({high['better one above %']}%).",
+        f"Of held-out pairs {held.index[0]} is right least ({share.iloc[0]}%) and {held.index[-1]} most"
+        f" ({share.iloc[-1]}%).",
         f"The mean of seven, by which preferences are chosen, is above in {mean.min()} to {mean.max()}%: where it is"
         " right more often than the own principle, others make up for it; where less often, they drown it out.",
         "The pairs are clear cases by one author: they show what the rubric can miss, not how often it does.",
@@ -392,13 +353,9 @@ def corpus_sentences(results: list) -> list[str]:
     "Report labelled text in sentences; say so where none was measured."
     found = [_reading(one) for _, measured, _ in results for one in measured]
     if not found:
-        return [
-            "Not measured: no labelled corpus is named in `trial.corpora`."
-            if not results
-            else "Not measured: the corpora hold nothing to compare."
-        ]
-    counts = {name: found.count(name) for name in dict.fromkeys(found)}
-    listed = "; ".join(f"{name}: {n}" for name, n in counts.items())
+        why = "the corpora hold nothing to compare" if results else "no labelled corpus is named in `trial.corpora`"
+        return [f"Not measured: {why}."]
+    listed = "; ".join(f"{name}: {found.count(name)}" for name in dict.fromkeys(found))
     return [
         f"{len(found)} comparisons of a score with a label, by the interval of their difference from length: {listed}.",
         "Where a score is not distinguished from length, counting words would have served as well for that label.",
@@ -408,38 +365,43 @@ def corpus_sentences(results: list) -> list[str]:
 LENGTH = "length (the better of longer and shorter)"
 
 
+def _panel(axes, names: list[str], chance: float, title: str) -> None:
+    "Name the rows of a panel, and mark chance."
+    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axes.set_xlabel(title, fontsize=9)
+    axes.axvline(chance, color="#888888", linewidth=1, linestyle="--", zorder=1)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(labelsize=8)
+
+
 def _minimal_panel(axes, table) -> None:
     "Draw the minimal pairs: held-out filled, develop hollow, length as crosses."
-    names = list(dict.fromkeys(table.principle))
-    for name, colour, shift in (("held-out", PALETTE[0], -0.14), ("develop", PALETTE[5], 0.14)):
+    counts = table.groupby("principle", sort=False).n.sum()
+    filled, hollow = (PALETTE[0], PALETTE[0], -0.14), (PALETTE[5], "white", 0.14)
+    for name, (colour, fill, shift) in {"held-out": filled, "develop": hollow}.items():
         own = table[table.set == name]
-        y = [names.index(principle) + shift for principle in own.principle]
+        y = counts.index.get_indexer(own.principle) + shift
         bounds = own["95% interval"].str.split(" to ", expand=True).astype(float).reindex(columns=[0, 1])
         axes.hlines(y, bounds[0], bounds[1], color=colour, linewidth=1.6)
-        style = {"color": colour, "markerfacecolor": colour if name == "held-out" else "white", "markersize": 5.5}
+        style = {"color": colour, "markerfacecolor": fill, "markersize": 5.5}
         axes.plot(own["better one above %"], y, "o", label=f"rubric, {name} pairs", **style)
         length = own[["longer is better %", "shorter is better %"]].max(axis=1)
         axes.plot(length, y, "x", color="#777777", markersize=5, label=LENGTH if name == "develop" else None)
-    counts = table.groupby("principle", sort=False).n.sum()
-    labels, title = [f"{name} ({counts[name]})" for name in names], "better answer scored above, % (pairs in brackets)"
-    axes.set(yticks=range(len(names)), yticklabels=labels, xlim=(-3, 103), xlabel=title)
+    axes.set(xlim=(-3, 103))
     axes.set_title("Minimal pairs", loc="left", fontsize=10)
-    axes.axvline(50, color="#888888", linewidth=1, linestyle="--", zorder=1)
+    names = [f"{name} ({n})" for name, n in counts.items()]
+    _panel(axes, names, 50, "better answer scored above, % (pairs in brackets)")
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #37450896
 def _corpus_panel(axes, drawn: list[tuple[str, dict]], chance: float, title: str) -> None:
     "Draw one measure: the rubric, and length below it."
-    for key, bounds, colour, shift, marker in (
-        ("value", "interval", PALETTE[0], -0.14, "o"),
-        ("length", "length interval", "#777777", 0.14, "x"),
-    ):
-        y = [i + shift for i in range(len(drawn))]
+    for key, colour, shift, marker in (("value", PALETTE[0], -0.14, "o"), ("length", "#777777", 0.14, "x")):
+        y = np.arange(len(drawn)) + shift
         axes.plot([one[key] for _, one in drawn], y, marker, color=colour, markersize=5.5)
         for place, (_, one) in zip(y, drawn):
-            if one[bounds]:
-                axes.hlines(place, *one[bounds], color=colour, linewidth=1.6)
-    axes.set(yticks=range(len(drawn)), yticklabels=[name for name, _ in drawn], xlabel=title)
-    axes.axvline(chance, color="#888888", linewidth=1, linestyle="--", zorder=1)
+            if ends := one[f"{key} interval"]:
+                axes.hlines(place, *ends, color=colour, linewidth=1.6)
+    _panel(axes, [name for name, _ in drawn], chance, title)
 
 
 def _panels(results: list) -> list[tuple]:
@@ -448,8 +410,8 @@ def _panels(results: list) -> list[tuple]:
     for comparison, found, _ in results:
         for one in found:
             if len(found) < len(ALL_SCORES) or one["score"] == "mean":
-                head = _head(comparison, (one["score"],))
-                name = f"{head['corpus']}: {head['construct']}\n{head['compared with']} (n = {one['n']})"
+                corpus, construct, compared = _head(comparison, (one["score"],)).values()
+                name = f"{corpus}: {construct}\n{compared} (n = {one['n']})"
                 (ranks if comparison.kind == "ordinal" else shares).append((name, one))
     panels = ((shares, 0.5, "AUC, or share of pairs right"), (ranks, 0.0, "Spearman's rank correlation"))
     return [panel for panel in panels if panel[0]]
@@ -463,16 +425,10 @@ def trial_figure(table, results: list):
     heights = [0.42 * table.principle.nunique() + 0.9, *(0.44 * len(drawn) + 0.9 for drawn, _, _ in panels)]
     figure, grid = new_figure(7.6, sum(heights) + 0.5, 1 + len(panels), 1, squeeze=False, height_ratios=heights)
     _minimal_panel(grid[0, 0], table)
-    for axes, (drawn, chance, title) in zip(grid[1:, 0], panels):
-        _corpus_panel(axes, drawn, chance, title)
+    for axes, panel in zip(grid[1:, 0], panels):
+        _corpus_panel(axes, *panel)
     if panels:
         grid[1, 0].set_title("Labelled text", loc="left", fontsize=10)
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8, frameon=False
-    )
-    for axes in grid.flat:
-        axes.set_ylim(len(axes.get_yticks()) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.label.set_size(9)
+    legend = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure

@@ -26,18 +26,18 @@ from ..training.reward_model import train_reward_model
 from ..training.scoring import find_scorer, load_reward_model, load_scorer, score_pairs
 
 # %% auto #0
-__all__ = ['BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row', 'table_1', 'slice_tables', 'one_table',
-           'RewardStudy', 'score_baselines', 'plain_rows', 'train_backbones', 'score_others', 'ask_rankers',
-           'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame', 'best_temperature',
-           'shown_scorers', 'describe_trainings', 'describe_accuracy', 'describe_gains', 'describe_calibration',
-           'describe_slices', 'describe_rankers', 'write_cards']
+__all__ = ['LONGER', 'BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row', 'table_1', 'slice_tables',
+           'one_table', 'RewardStudy', 'score_baselines', 'plain_rows', 'untrained_scores', 'train_backbones',
+           'score_others', 'ask_rankers', 'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame',
+           'best_temperature', 'shown_scorers', 'describe_trainings', 'describe_accuracy', 'describe_gains',
+           'describe_calibration', 'describe_slices', 'describe_rankers', 'write_cards']
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #67784f04
 def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict]) -> dict:
     """Read the scores of a scorer, or make and write them; a torn file, and scores of other pairs, are made again.
 
     folder: of score files; tests: name -> pairs, such as dev and test; score: makes name -> frame of kind "scores"."""
-    slug = "".join(c if c.isalnum() or c in "-." else "-" for c in name).lower()
+    slug = re.sub(r"[^\w.-]|_", "-", name).lower()
     paths = {test: folder / f"{slug}.{test}.parquet" for test in tests}
     if not all(_holds(path, name, tests[test]) for test, path in paths.items()):
         for test, frame in score().items():
@@ -48,11 +48,11 @@ def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict]
 def _holds(path, name: str, pairs) -> bool:
     "Check whether a file holds a scorer's scores of these pairs."
     try:
-        frame = read_rows(path, "scores") if path.is_file() else None
-    except StudyError:
+        frame = read_rows(path, "scores")
+    except StudyError:  # there is none, or it is torn
         return False
-    own = frame is not None and set(frame.model) <= {name}
-    return own and [*zip(frame.ID, frame.prefID)] == [*zip(pairs.ID, pairs.prefID)]
+    keys = ["ID", "prefID"]
+    return set(frame.model) <= {name} and frame[keys].to_numpy().tolist() == pairs[keys].to_numpy().tolist()
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b9354ab4
 def model_scores(name: str, model, tokenizer, tests: dict) -> dict:
@@ -63,8 +63,9 @@ def model_scores(name: str, model, tokenizer, tests: dict) -> dict:
     }
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #e5f26d5d
+LONGER = "longer answer wins"  # whose scores are no log-odds
 BASELINES = {
-    "longer answer wins": None,
+    LONGER: None,
     "Bradley-Terry on length": length_bradley_terry,
     "Bradley-Terry on words (TF-IDF)": tfidf_scores,
     "Bradley-Terry on embeddings (MiniLM)": minilm_scores,
@@ -73,7 +74,7 @@ BASELINES = {
 
 def baseline_scores(name: str, train, tests: dict) -> dict:
     'Score pairs (name -> frame) with a key of BASELINES; return name -> frame of kind "scores".'
-    if BASELINES[name] is None:
+    if name == LONGER:
         return {test: score_frame(pairs, name, *length_scores(pairs)) for test, pairs in tests.items()}
     return BASELINES[name](train, tests)[0]
 
@@ -107,23 +108,19 @@ def table_1(rows: list[dict]):
         known = [name for name in published if re.match(re.escape(name) + r"(-HF)?(?![\w.-])", model, re.IGNORECASE)]
         return known[-1] if known else None
 
-    ours = [row | values.get(alike(row["model"]), {}) for row in rows]
-    theirs = [
-        {"model": name, "kind": f"paper: {row['kind']}", "95% interval": "not run here"} | values[name]
-        for name, row in published.items()
-        if name not in map(alike, (row["model"] for row in rows))
-    ]
-    frame = pd.DataFrame([*ours, *theirs], dtype=object)
+    table, ran = [row | values.get(alike(row["model"]), {}) for row in rows], {alike(row["model"]) for row in rows}
+    for name, row in published.items():
+        if name not in ran:
+            own = {"model": name, "kind": f"paper: {row['kind']}", "95% interval": "not run here"}
+            table.append(own | values[name])
+    frame = pd.DataFrame(table, dtype=object)
     return frame.where(frame.notna(), None)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #88165b0c
 def slice_tables(scores, pairs, speeches, samples: int = 1000) -> dict:
     "Cut a model's accuracy by topic, gap of the ratings and length: title -> frame of calibration.slice_table."
-    groups = {
-        "coarse topic of the client speech": topic_groups(pairs, speeches),
-        "gap of the mean ratings": gap_groups(pairs),
-        "words of the chosen answer": length_groups(pairs),
-    }
+    groups = {"coarse topic of the client speech": topic_groups(pairs, speeches)}
+    groups |= {"gap of the mean ratings": gap_groups(pairs), "words of the chosen answer": length_groups(pairs)}
     return {title: slice_table(scores, own, samples) for title, own in groups.items()}
 
 
@@ -131,8 +128,7 @@ def one_table(tables: dict, column: str):
     "Stack tables (title -> frame) under their titles, which stand in `column`."
     import pandas as pd
 
-    titled = [table.assign(**{column: title})[[column, *table.columns]] for title, table in tables.items()]
-    return pd.concat(titled, ignore_index=True)
+    return pd.concat(tables, names=[column]).reset_index(level=column).reset_index(drop=True)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b98eb7f4
 @dataclass(frozen=True)
@@ -164,13 +160,15 @@ class RewardStudy:
         "Read a scorer's scores, or compute and write them."
         return kept_scores(self.work / "scores", name, self.tests, score)
 
+    def model_scores(self, name: str, load: typing.Callable[[], tuple]) -> dict:
+        "Read a reward model's scores, or load it (model, tokenizer and more) and score."
+        return self.scores(name, lambda: model_scores(name, *load()[:2], self.tests))
+
 
 def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:
     "Score with the cheap baselines. Returns name -> (kind, scores of dev and test)."
-    return {
-        name: ("baseline", study.scores(name, lambda name=name: baseline_scores(name, study.fit, study.tests)))
-        for name in BASELINES
-    }
+    score = lambda name: study.scores(name, lambda: baseline_scores(name, study.fit, study.tests))
+    return {name: ("baseline", score(name)) for name in BASELINES}
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #1f070d62
 def plain_rows(frame) -> list[dict]:
@@ -178,32 +176,29 @@ def plain_rows(frame) -> list[dict]:
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #59c69995
-def _untrained(study: RewardStudy, weights: Weights, name: str) -> dict:
-    "Score with a backbone whose head is random."
-    tokenizer, head = load_tokenizer(weights), derived_seed(study.seed, "head")
-    model = load_reward_model(weights.location, tokenizer, study.settings.dtype, new_head=head, **pinned(weights))
-    return model_scores(name, model, tokenizer, study.tests)
-
-
-def _trained(study: RewardStudy, weights: Weights, name: str) -> dict:
-    "Score with a trained reward model of this run."
+def _load(study: RewardStudy, weights: Weights, location: str, **how) -> tuple:
+    "Load a reward model of this run. Returns model, tokenizer."
     tokenizer = load_tokenizer(weights)
-    model = load_reward_model(str(study.work / weights.slug), tokenizer, study.settings.dtype)
-    return model_scores(name, model, tokenizer, study.tests)
+    return load_reward_model(location, tokenizer, study.settings.dtype, **how), tokenizer
+
+
+def untrained_scores(study: RewardStudy, weights: Weights, name: str) -> dict:
+    "Score with a backbone whose head is random."
+    how = pinned(weights) | {"new_head": derived_seed(study.seed, "head")}
+    return study.model_scores(name, lambda: _load(study, weights, weights.location, **how))
 
 
 def train_backbones(study: RewardStudy) -> tuple[dict[str, tuple[str, dict]], dict]:
     "Train each backbone and score with it, before and after; also return what each training reported, by slug."
     found, trainings, dtype = {}, {}, study.settings.dtype
+    dev = study.tests["dev"] if len(study.tests["dev"]) else None
     for weights in study.backbones.values():
-        name, job = f"untrained head on {weights.short}", study.work / "scratch" / weights.slug
-        found[name] = ("baseline", study.scores(name, lambda: _untrained(study, weights, name)))
-        dev = study.tests["dev"] if len(study.tests["dev"]) else None
-        trainings[weights.slug] = train_reward_model(
-            weights, study.fit, study.settings.reward, study.work / weights.slug, job, dtype, study.seed, dev=dev
-        )
-        name = f"Bradley-Terry on {weights.short}"
-        found[name] = ("reward model", study.scores(name, lambda: _trained(study, weights, name)))
+        before, after = f"untrained head on {weights.short}", f"Bradley-Terry on {weights.short}"
+        folder, job = study.work / weights.slug, study.work / "scratch" / weights.slug
+        found[before] = ("baseline", untrained_scores(study, weights, before))
+        how = (weights, study.fit, study.settings.reward, folder, job, dtype, study.seed)
+        trainings[weights.slug] = train_reward_model(*how, dev=dev)
+        found[after] = ("reward model", study.model_scores(after, lambda: _load(study, weights, str(folder))))
     return found, trainings
 
 
@@ -211,18 +206,10 @@ def score_others(study: RewardStudy, taken: typing.Container[str], released: boo
     "Score with other reward models; `released` tells that the test pairs are the released dataset's."
     found, knows = {}, "" if released else "; trained on the released pairs, so it may know these speeches"
     for entry, weights in study.others.items():
-
-        def score(entry=entry):
-            model, tokenizer, weights = load_scorer(find_scorer(entry), study.settings.dtype)
-            return model_scores(weights.short, model, tokenizer, study.tests)
-
-        name = (
-            weights.short
-            if weights.short not in {*found} and weights.short not in taken
-            else f"{weights.short} ({entry})"
-        )
+        double = weights.short in found or weights.short in taken
+        name = f"{weights.short} ({entry})" if double else weights.short
         kind = "other reward model" + knows * entry.startswith("psychocounsel")
-        found[name] = (kind, study.scores(name, score))
+        found[name] = (kind, study.model_scores(name, lambda: load_scorer(find_scorer(entry), study.settings.dtype)))
     return found
 
 
@@ -239,30 +226,20 @@ def ask_rankers(gateway, study: RewardStudy) -> tuple[dict[str, dict], list[dict
 # %% ../../nbs/experiments/00_reward_table.ipynb #b66e1420
 def reward_rows(study: RewardStudy, found: dict[str, tuple[str, dict]], rankings: dict[str, dict]) -> list[dict]:
     "Summarise every scorer and ranker as a row of Table 1."
-    samples, bins = study.settings.evaluation.bootstrap, study.settings.reward.ece_bins[0]
-    rows = [
-        score_row(name, kind, own["test"], name != "longer answer wins", bins, samples)
-        for name, (kind, own) in found.items()
-    ]
+    how = {"bins": study.settings.reward.ece_bins[0], "samples": study.settings.evaluation.bootstrap}
+    rows = [score_row(name, kind, own["test"], name != LONGER, **how) for name, (kind, own) in found.items()]
     return rows + [ranker_row(name, summary) for name, summary in rankings.items()]
 
 
 def best_scorer(found: dict[str, tuple[str, dict]]) -> str:
     "Name our reward model that is right most often on the development pairs."
-
-    def right(name):
-        dev = found[name][1]["dev"]
-        return (dev.chosen_score > dev.rejected_score).mean()
-
-    return max((name for name, (kind, _) in found.items() if kind == "reward model"), key=right)
+    dev = {name: own["dev"] for name, (kind, own) in found.items() if kind == "reward model"}
+    return max(dev, key=lambda name: (dev[name].chosen_score > dev[name].rejected_score).mean())
 
 
 def gains_over(best: str, found: dict[str, tuple[str, dict]], samples: int):
     "Compare every other scorer with the best one, pair by pair."
-    scores = {name: own["test"] for name, (_, own) in found.items()}
-    return comparison_table(
-        {best: scores[best], **{name: own for name, own in scores.items() if name != best}}, best, samples
-    )
+    return comparison_table({name: own["test"] for name, (_, own) in found.items()}, best, samples)
 
 
 def ece_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
@@ -270,10 +247,8 @@ def ece_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
     import pandas as pd
 
     bins = sorted(study.settings.reward.ece_bins)
-    return pd.concat(
-        [ece_table(own["test"], bins) for name, (_, own) in found.items() if name != "longer answer wins"],
-        ignore_index=True,
-    )
+    tables = [ece_table(own["test"], bins) for name, (_, own) in found.items() if name != LONGER]
+    return pd.concat(tables, ignore_index=True)
 
 
 def temperature_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
@@ -295,7 +270,7 @@ def shown_scorers(best: str, found: dict[str, tuple[str, dict]]) -> dict:
     """Choose the scorers of the reliability figure: ours, other reward models, three baselines; four at most.
 
     Returns name -> test scores."""
-    names = [best, *(n for n in found if n != best and found[n][0] != "baseline")]
+    names = [best, *(name for name, (kind, _) in found.items() if kind != "baseline")]
     names += [n for n in found if any(word in n for word in ("TF-IDF", "embeddings", "untrained"))]
     return {name: found[name][1]["test"] for name in list(dict.fromkeys(names))[:4]}
 
@@ -319,43 +294,41 @@ def describe_accuracy(rows: list[dict], best: str) -> list[str]:
     "Set our best reward model beside the best baseline."
     ours = next(row for row in rows if row["model"] == best)
     rival = max((row for row in rows if row["kind"] == "baseline"), key=lambda row: row["accuracy %"])
-    gain = ours["accuracy %"] - rival["accuracy %"]
+    gain, said = ours["accuracy %"] - rival["accuracy %"], "It does not beat that baseline on these pairs."
+    if gain > 0:
+        said = f"The backbone adds {gain:.1f} points to it; whether that could be chance stands in the next table."
     return [
         f"{best} prefers the chosen answer in {ours['accuracy %']}% of {ours['pairs']} test pairs (95% interval "
         f"{ours['95% interval']}).",
         f"The best baseline, {rival['model']}, reaches {rival['accuracy %']}%.",
-        f"The backbone adds {gain:.1f} points to it; whether that could be chance stands in the next table."
-        if gain > 0
-        else "It does not beat that baseline on these pairs.",
+        said,
     ]
 
 
 def describe_gains(gains) -> list[str]:
     "Count the scorers from which our best reward model can't be told apart."
-    alike = gains[(gains.low <= 0) & (gains.high >= 0)]
-    names = ", ".join(alike.model)
+    alike = gains.model[(gains.low <= 0) & (gains.high >= 0)]
     return [
         f"Of {len(gains)} other scorers, {len(gains) - len(alike)} differ from it by more than chance (95% interval, "
         "over speeches).",
-        f"These pairs can't tell it from {names}." if names else "",
+        f"These pairs can't tell it from {', '.join(alike)}." if len(alike) else "",
     ]
 
 
 def describe_calibration(rows: list[dict], best: str, temperature: float | None, dev) -> list[str]:
     "Say how far the probabilities of our best reward model can be believed."
     ours = next(row for row in rows if row["model"] == best)
-    found = [f"{best}: ECE {ours['ECE']:.3f}, Brier {ours['Brier']:.3f} (0.25 is a coin)."]
     if temperature:
         confidence = "over" if temperature > 1 else "under"
-        return [
-            *found,
-            f"The temperature that fits the development pairs is {temperature:.2f}: the model is "
-            f"{confidence}confident.",
-        ]
-    why = no_temperature(dev.chosen_score, dev.rejected_score) if len(dev) else "there are no development pairs"
-    return [*found, f"No temperature was fitted: {why}."]
+        said = (
+            f"The temperature that fits the development pairs is {temperature:.2f}: the model is {confidence}confident."
+        )
+    else:
+        why = no_temperature(dev.chosen_score, dev.rejected_score) if len(dev) else "there are no development pairs"
+        said = f"No temperature was fitted: {why}."
+    return [f"{best}: ECE {ours['ECE']:.3f}, Brier {ours['Brier']:.3f} (0.25 is a coin).", said]
 
-
+# %% ../../nbs/experiments/00_reward_table.ipynb #9c4b1ec7
 def describe_slices(tables: dict) -> list[str]:
     "Name the weakest and the strongest group of each cut."
     found = []
@@ -381,34 +354,25 @@ def describe_rankers(rankings: dict[str, dict]) -> list[str]:
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #5f96c936
 def write_cards(
-    study: RewardStudy,
-    run: str,
-    receipts: dict,
-    trainings: dict,
-    found: dict,
-    rows: list[dict],
-    temperature: float | None,
-) -> None:
-    "Write a model card into the folder of each trained backbone; `temperature` is the best one's."
-    settings, best = study.settings.reward, best_scorer(found)
+    study: RewardStudy, run: str, receipts: dict, trainings: dict, found: dict, rows: list[dict], temperature
+):
+    "Write a model card into the folder of each trained backbone; `temperature` is the best one's, or None."
+    profile, best = study.settings, best_scorer(found)
     for place, weights in enumerate(study.backbones.values()):
-        name, repo = f"Bradley-Terry on {weights.short}", settings.push_to_hub if not place else ""
-        test = found[name][1]["test"]
-        eces = {
-            b: pairwise_metrics(test.chosen_score, test.rejected_score, b)["ece"] for b in sorted(settings.ece_bins)
-        }
+        name, repo = f"Bradley-Terry on {weights.short}", profile.reward.push_to_hub if not place else ""
+        test, bins = found[name][1]["test"], sorted(profile.reward.ece_bins)
         facts = RewardFacts(
             weights=weights,
             run=run,
-            profile=study.settings.name,
+            profile=profile.name,
             receipts=receipts,
             training=trainings[weights.slug],
-            settings=settings,
+            settings=profile.reward,
             rows=rows,
             own=name,
             location=repo or f"outputs/{run}/05_reward/{weights.slug}",
             temperature=temperature if name == best else None,
-            ece_by_bins=eces,
-            dtype=study.settings.dtype,
+            ece_by_bins={b: pairwise_metrics(test.chosen_score, test.rejected_score, b)["ece"] for b in bins},
+            dtype=profile.dtype,
         )
         (study.work / weights.slug / "README.md").write_text(reward_card(facts), encoding="utf-8")
