@@ -361,7 +361,7 @@ def _from_to(n) -> str:
     "Format how many judgements a panel counts; fewer where items were left out."
     return f"{n.min()}" if n.nunique() == 1 else f"{n.min()} to {n.max()}"
 
-# %% ../../nbs/experiments/05_expert_study.ipynb #3daf934b
+# %% ../../nbs/experiments/05_expert_study.ipynb #f9e4fbb7
 _BARS = (
     ("win", PALETTE[0], "white", "left", 1.5),
     ("tie", "#CCCCCC", "black", "center", None),
@@ -553,13 +553,10 @@ def expert_agreement_sentences(lines: list[dict], simulated: bool) -> list[str]:
     said = [f"{what.capitalize()}: {'; '.join(map(_line_text, own))}." for what, own in found.items() if own]
     if not said:
         return ["Not measured: no two raters answered the same items."]
-    reading = "A rater that agrees with annotators as often as they do with each other is as good as one more."
     if simulated:
-        reading = (
-            "These annotators are the offline rubric with noise: the numbers show that kits, files and tables work,"
-        )
-        reading += " and say nothing of experts."
-    return [*said, reading]
+        work = "the numbers show that kits, files and tables work, and say nothing of experts."
+        return [*said, f"These annotators are the offline rubric with noise: {work}"]
+    return [*said, "A rater that agrees with annotators as often as they do with each other is as good as one more."]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #50ed60c0
 def expert_principle_sentences(lines: list[dict]) -> list[str]:
@@ -606,20 +603,15 @@ def expert_tables(results: dict, who: list[str], simulated: bool) -> list[tuple]
     """List the tables that there is something for, each with what to say below it.
 
     Returns number, slug, frame, caption, sentences."""
-    agreement, principles = results["agreement"], results["principles"]
-    caption = "Agreement of annotators with each other, with the labels and with the judge (§3.4, §4.2)"
-    said = expert_agreement_sentences(agreement, simulated), expert_principle_sentences(principles)
-    tables = [
-        ("S33", "agreement", result_frame(agreement), annotator_caption(caption, who), said[0]),
-        (
-            "S34",
-            "agreement_by_principle",
-            result_frame(principles),
-            annotator_caption("Agreement by principle", who),
-            said[1],
-        ),
-    ]
-    return tables[: bool(who) + bool(principles)]
+    found, agreement, principles = [], results["agreement"], results["principles"]
+    if who:
+        caption = "Agreement of annotators with each other, with the labels and with the judge (§3.4, §4.2)"
+        said = expert_agreement_sentences(agreement, simulated)
+        found.append(("S33", "agreement", result_frame(agreement), annotator_caption(caption, who), said))
+    if principles:
+        caption, said = annotator_caption("Agreement by principle", who), expert_principle_sentences(principles)
+        found.append(("S34", "agreement_by_principle", result_frame(principles), caption, said))
+    return found
 
 
 def expert_figures(results: dict, policy: str, reference: str, who: list[str]) -> list[tuple]:

@@ -193,12 +193,16 @@ def grid_row(entry: GridEntry, bench=None, samples: int = 1000) -> dict:
 BUDGETED = ("psy", "help", "half")  # cells of equal size
 
 
+def _of_size(entries: list[GridEntry], rows: list[dict], budgeted: bool) -> list[tuple[GridEntry, dict]]:
+    "Select the cells of equal size, or the others, with their rows."
+    return [both for both in zip(entries, rows) if (both[0].cell in BUDGETED) == budgeted]
+
+
 def grid_table(entries: list[GridEntry], rows: list[dict], budgeted: bool):
     "List the rows of the cells of equal size, or of the others. Returns pandas.DataFrame."
     import pandas as pd
 
-    chosen = [row for entry, row in zip(entries, rows) if (entry.cell in BUDGETED) == budgeted]
-    return pd.DataFrame(chosen, dtype=object)
+    return pd.DataFrame([row for _, row in _of_size(entries, rows, budgeted)], dtype=object)
 
 
 def bench_table(entries: list[GridEntry], bench, samples: int):
@@ -244,11 +248,11 @@ def _against_chance(interval: str) -> str:
     return "better than a guess" if low > 50 else "worse than a guess" if high < 50 else "which may be a guess"
 
 
-def describe_transfer(entries: list[GridEntry], rows: list[dict], budgeted: bool) -> list[str]:
-    "Return a sentence on how each model of one domain does in the other, as grid_table chooses the rows."
+def describe_transfer(entries: list[GridEntry], rows: list[dict]) -> list[str]:
+    "Return a sentence on how each model of one domain does in the other."
     sentences = []
     for entry, row in zip(entries, rows):
-        if len(entry.drawn) == 1 and (entry.cell in BUDGETED) == budgeted:
+        if len(entry.drawn) == 1:
             [seen] = entry.drawn
             other = "general" if seen == "counselling" else "counselling"
             accuracy, interval = row[f"{other} %"], row[f"{other}, 95%"]
@@ -270,10 +274,10 @@ def _gain(first: GridEntry, second: GridEntry, test: str, samples: int) -> str:
 MIXTURES = {"both-all": ("psy-all", "help-all"), "half": ("psy", "help")}  # cell -> the cells of one domain
 
 
-def describe_mixtures(entries: list[GridEntry], budgeted: bool, samples: int) -> list[str]:
+def describe_mixtures(entries: list[GridEntry], samples: int) -> list[str]:
     "Return a sentence on what both domains together gain or cost against each alone."
     found, sentences = {(entry.backbone, entry.cell): entry for entry in entries}, []
-    for entry in (entry for entry in entries if (entry.cell in BUDGETED) == budgeted):
+    for entry in entries:
         for cell, test, domain in zip(MIXTURES.get(entry.cell, ()), ("psy", "general"), ("counselling", "general")):
             if one := found.get((entry.backbone, cell)):
                 gain = _gain(entry, one, test, samples)
@@ -283,5 +287,7 @@ def describe_mixtures(entries: list[GridEntry], budgeted: bool, samples: int) ->
 
 def describe_grid(entries: list[GridEntry], rows: list[dict], budgeted: bool, samples: int) -> list[str]:
     "Return sentences on the models of one table: what carries over, and what both domains together change."
-    said = describe_transfer(entries, rows, budgeted) + describe_mixtures(entries, budgeted, samples)
+    chosen = _of_size(entries, rows, budgeted)
+    entries, rows = [entry for entry, _ in chosen], [row for _, row in chosen]
+    said = describe_transfer(entries, rows) + describe_mixtures(entries, samples)
     return [*said, "Intervals are 95%, over speeches and prompts."] if said else []
