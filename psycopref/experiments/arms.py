@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..core.settings import EvaluationSettings, Profile, StudyError, load_profile
 from ..core.stages import Run, derived_seed
@@ -61,8 +62,6 @@ class Arms:
 
 def base_pairs(arms: Arms):
     "Sample candidates of the base model, and pair them by reward: (pairs, counts of dropped groups by reason)."
-    import pandas as pd
-
     asked, known, seed = arms.profile.ablation.pairs, list(arms.speeches), arms.seed
     frames, dropped = [], {}
     for turn, first in enumerate(range(0, asked, len(known))):
@@ -172,8 +171,6 @@ def join_curves(found: dict[str, dict]) -> dict[str, list[dict]]:
 # %% ../../nbs/experiments/03_arms.ipynb #4145cd44
 def curves_table(curves: dict[str, list[dict]]):
     "List the points of all curves."
-    import pandas as pd
-
     rows = [
         [title, p["pairs"], round(p["win_rate"], 1), f"{p['low']:.1f} to {p['high']:.1f}", p["n"]]
         for title, points in curves.items()

@@ -8,6 +8,7 @@ import itertools
 import typing
 from pathlib import Path
 import numpy as np
+import pandas as pd
 from ..core.files import PRINCIPLE_KEYS, read_json, write_json
 from ..core.paper import paper_values
 from ..core.prompts import BATTLE_KEYS
@@ -84,8 +85,6 @@ def kept_kit(folder: Path, kit_id: str):
     """Read a kept kit, for annotations that the run no longer asks for.
 
     folder: outputs/<run>/kept_kits; kit_id: as annotations name it. Returns (kit, key)."""
-    import pandas as pd
-
     known = sorted(path.stem for path in Path(folder).glob("*.json"))
     if kit_id not in known:
         hint = suggest(kit_id, known) if known else "It is empty; run 11_experts first."
@@ -102,8 +101,6 @@ def write_study_kits(folder: Path, kits: dict) -> None:
 
 def study_keys(kits: dict):
     """Join the keys of all kits. Returns frame of kind "kit_key"."""
-    import pandas as pd
-
     return pd.concat([key for _, key in kits.values()], ignore_index=True)
 
 
@@ -127,8 +124,6 @@ def label_verdicts(kit: dict, key, pairs):
     """Return the labels' verdict on each item by principle; a pair that stands twice is rated by both.
 
     kit: of preference pairs; pairs: frame of kind "pairs". Returns key with principle and shown."""
-    import pandas as pd
-
     texts, sides = {item["item_id"]: item["responses"] for item in kit["items"]}, ["chosen", "rejected"]
     side = lambda name: [texts[item][first != name] for item, first in zip(key.item_id, key["first"])]
     gaps = {name: pairs[f"chosen_{name}_rating"] - pairs[f"rejected_{name}_rating"] for name in PRINCIPLE_KEYS}
@@ -243,8 +238,6 @@ def comparison_groups(table) -> list[tuple]:
 
     table: of `annotator_table`. Returns (rater, or annotators; number of the annotator from 1; who; pairs); the number
     is 0 for all of them, and None where the paper has no such line."""
-    import pandas as pd
-
     people, label = [name for name in table if name not in OTHER_RATERS], annotator_label(table)
     every = answer_pairs(table, itertools.combinations(people, 2))
     groups = [("annotators", None if len(every) > 1 else 0, *pair) for pair in every.items()]
@@ -266,8 +259,6 @@ def compare_raters(said, samples: int, seed: int, names=("overall",), setting: s
 
     said: as in `annotator_table`; names: principles taken together; whole: all annotators together only. Returns
     (rater, number, who, column_agreement), as comparison_groups lists them; the strict judge meets all together."""
-    import pandas as pd
-
     table = pd.concat([annotator_table(said, name, setting) for name in names])
     level, speech = "ordinal" if "rating" in said else "nominal", dict(zip(said.item_id, said.speech_id))
     people, found = table[[name for name in table if name not in OTHER_RATERS]], []
@@ -336,8 +327,6 @@ def comparison_figure(shares: list[dict], policy: str, reference: str, who: str)
     """Draw Fig. 2: shares by principle, a panel for each setting.
 
     who: who judged, written above the panels. Returns matplotlib figure."""
-    import pandas as pd
-
     settings, names = pd.DataFrame(shares).set_index("principle").groupby("setting"), list(BATTLE_KEYS)
     figure, panels = new_figure(9.6, 4.8, columns=len(settings), sharey=True, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.12)
@@ -361,7 +350,7 @@ def _from_to(n) -> str:
     "Format how many judgements a panel counts; fewer where items were left out."
     return f"{n.min()}" if n.nunique() == 1 else f"{n.min()} to {n.max()}"
 
-# %% ../../nbs/experiments/05_expert_study.ipynb #f9e4fbb7
+# %% ../../nbs/experiments/05_expert_study.ipynb #6e7d800b
 _BARS = (
     ("win", PALETTE[0], "white", "left", 1.5),
     ("tie", "#CCCCCC", "black", "center", None),
@@ -402,8 +391,6 @@ def score_figure(means: list[dict], who: str):
     """Draw Fig. 3: mean scores by principle, both settings.
 
     who: who scored, written above the axes. Returns matplotlib figure."""
-    import pandas as pd
-
     figure, axes = new_figure(7.6, 4.2)
     looks, n = {"free": ("o", PALETTE[0], -1, "right"), "length": ("s", PALETTE[1], 1, "left")}, len(PRINCIPLE_KEYS)
     for setting, own in pd.DataFrame(means).set_index("principle").groupby("setting"):
@@ -464,8 +451,6 @@ def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, fo
 
     kits: name -> (kit, key); simulated: annotators, where there are no files; folder: where simulated annotators
     keep their files. Returns frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated."""
-    import pandas as pd
-
     if files:
         return gather_annotations(files, [kit for kit, _ in kits.values()])
     frames = [
@@ -502,8 +487,6 @@ def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: 
     kits: name -> (kit, key); pairs: frame of kind "pairs"; battles: frame of kind "battles", of the policy whose
     answers were annotated; order_seed: by which the paper's judge drew its orders: the seed of the win rates.
     Returns agreement, principles, shares, means: lines of Tables S33 and S34, and what Figs. 2 and 3 show."""
-    import pandas as pd
-
     key, others, how = kits["answers"][1], {}, {"samples": samples, "seed": seed}
     if "labels" in unshuffled:
         others["labels"] = {"the labels": label_verdicts(*kits["labels"], pairs)}
@@ -525,8 +508,6 @@ def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: 
 
 def result_frame(lines: list[dict]):
     "Make a table of lines. Returns frame in which what is missing is None."
-    import pandas as pd
-
     frame = pd.DataFrame(lines, dtype=object)
     return frame.where(frame.notna(), None)
 

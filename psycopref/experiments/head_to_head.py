@@ -8,6 +8,8 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, replace
 
+import pandas as pd
+
 from ..core.paper import coarse_topics
 from ..core.settings import EvaluationSettings, Profile
 from ..core.stages import Run, derived_seed
@@ -55,8 +57,6 @@ class Battles:
 
 def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Profile, seed: int) -> Battles:
     "Collect all answers, and judge each against the reference's in both orders."
-    import pandas as pd
-
     chosen = settings.evaluation
     reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed)
     untrained = chosen.reference in {f"local:{backbone}" for backbone in settings.backbones}
@@ -147,7 +147,7 @@ def describe_trust(trust) -> list[str]:
         )
     return found
 
-# %% ../../nbs/experiments/02_head_to_head.ipynb #24a8b582
+# %% ../../nbs/experiments/02_head_to_head.ipynb #08f972ca
 def describe_compliance(compliance: list[dict]) -> list[str]:
     "Say how many answers keep the asked length, of evaluation.win_rates.compliance_rows."
     share = "within 20% of the asked length, %"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..core.files import PRINCIPLE_KEYS, StageReader, StageWriter, read_json, read_rows
 from ..core.paper import paper_values
@@ -200,15 +201,11 @@ def _of_size(entries: list[GridEntry], rows: list[dict], budgeted: bool) -> list
 
 def grid_table(entries: list[GridEntry], rows: list[dict], budgeted: bool):
     "List the rows of the cells of equal size, or of the others. Returns pandas.DataFrame."
-    import pandas as pd
-
     return pd.DataFrame([row for _, row in _of_size(entries, rows, budgeted)], dtype=object)
 
 
 def bench_table(entries: list[GridEntry], bench, samples: int):
     "List RewardBench's sections for each model. Returns pandas.DataFrame."
-    import pandas as pd
-
     parts = [entry_bench(entry, bench, samples).assign(model=entry.name) for entry in entries]
     columns = ["model", "level", "name", "n", "accuracy", "low", "high", "note"]
     return pd.concat([part.query("level != 'subset'") for part in parts])[columns]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pandas as pd
+
 from ..core.settings import Profile, StudyError
 from ..models.weights import Weights, find_weights, load_tokenizer
 from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy, save_adapter
@@ -191,8 +193,6 @@ def _point_row(label: str, point: dict, chosen: bool) -> dict:
 # %% ../../nbs/experiments/01_policies.ipynb #26bc91a2
 def points_table(results: dict[str, dict]):
     "List every point of every training; a star marks the chosen ones. Returns pandas.DataFrame."
-    import pandas as pd
-
     rows = []
     for result in results.values():
         offline, online = result["dpo"], result["iter"]

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..core.files import PRINCIPLE_KEYS, progress
 from ..core.paper import resource_path
@@ -34,8 +35,6 @@ SETS = ("develop", "held-out")
 
 def read_minimal_pairs():
     "Return a frame of the package's minimal pairs, with PAIR_FIELDS."
-    import pandas as pd
-
     path = resource_path("minimal_pairs.jsonl")
     return pd.read_json(path, lines=True, dtype=False)[list(PAIR_FIELDS)]
 
@@ -45,8 +44,6 @@ def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequenc
 
     responses: (n,), one for each client speech. Returns frame with n rows: the seven principles and mean, 1-5, and
     words."""
-    import pandas as pd
-
     asked, found = list(zip(client_speeches, responses)), {}
     for said, response in progress(dict.fromkeys(asked), "12_trial"):
         scores = rubric_scores(said, response)
@@ -78,8 +75,6 @@ def minimal_table(judged, by: str | None = None):
     """Tabulate scored minimal pairs by set and principle, in percent; held-out first, since only these are evidence.
 
     by: "construct" gives a row for each construct of a principle, and none for all."""
-    import pandas as pd
-
     rows, keys = [], ["set", "principle", *([by] if by else [])]
     ordered = judged.assign(principle=pd.Categorical(judged.principle, PRINCIPLE_KEYS))
     for name in reversed(SETS):
@@ -230,8 +225,6 @@ def _cells(comparison: Comparison, one: dict) -> dict:
 
 def corpus_table(results: list):
     "Tabulate the results of all corpora; a comparison that was not made gets a row with its reason and empty cells."
-    import pandas as pd
-
     made, rows = {comparison: rest for comparison, *rest in results}, []
     for comparison in COMPARISONS:
         found, reason = made.get(comparison, ([], NOT_NAMED))

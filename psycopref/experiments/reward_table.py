@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from ..core.files import read_rows, write_rows
 from ..core.paper import paper_values
 from ..core.settings import Profile, StudyError
@@ -98,8 +100,6 @@ def score_row(name: str, kind: str, scores, calibrated: bool = True, bins: int =
 # %% ../../nbs/experiments/00_reward_table.ipynb #988abbef
 def table_1(rows: list[dict]):
     "Build Table 1: our scorers, then the paper's models as published; a model of both stands in one row."
-    import pandas as pd
-
     names = {"accuracy": "paper accuracy %", "auc": "paper AUC", "ece": "paper ECE", "brier": "paper Brier"}
     published = {row["model"]: row for row in paper_values()["table_1"]}
     values = {model: {title: row[key] for key, title in names.items()} for model, row in published.items()}
@@ -126,8 +126,6 @@ def slice_tables(scores, pairs, speeches, samples: int = 1000) -> dict:
 
 def one_table(tables: dict, column: str):
     "Stack tables (title -> frame) under their titles, which stand in `column`."
-    import pandas as pd
-
     return pd.concat(tables, names=[column]).reset_index(level=column).reset_index(drop=True)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #b98eb7f4
@@ -244,8 +242,6 @@ def gains_over(best: str, found: dict[str, tuple[str, dict]], samples: int):
 
 def ece_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
     "Compute ECE by number of bins for every scorer whose differences are log-odds."
-    import pandas as pd
-
     bins = sorted(study.settings.reward.ece_bins)
     tables = [ece_table(own["test"], bins) for name, (_, own) in found.items() if name != LONGER]
     return pd.concat(tables, ignore_index=True)
@@ -253,8 +249,6 @@ def ece_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
 
 def temperature_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
     "Compare our reward models before and after temperature scaling; empty without development pairs."
-    import pandas as pd
-
     bins, dev = sorted(study.settings.reward.ece_bins), len(study.tests["dev"])
     own = [scores for kind, scores in found.values() if kind == "reward model" and dev]
     return pd.concat([temperature_table(s["dev"], s["test"], bins) for s in own] or [pd.DataFrame()], ignore_index=True)
@@ -328,7 +322,7 @@ def describe_calibration(rows: list[dict], best: str, temperature: float | None,
         said = f"No temperature was fitted: {why}."
     return [f"{best}: ECE {ours['ECE']:.3f}, Brier {ours['Brier']:.3f} (0.25 is a coin).", said]
 
-# %% ../../nbs/experiments/00_reward_table.ipynb #9c4b1ec7
+# %% ../../nbs/experiments/00_reward_table.ipynb #037cf691
 def describe_slices(tables: dict) -> list[str]:
     "Name the weakest and the strongest group of each cut."
     found = []
