@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycopref.core.settings import StudyError, load_profile
@@ -23,8 +23,10 @@ def point(proxy, judged, half=5.0):
 
 
 rates = st.floats(0, 100)
+bounded = settings(deadline=None, derandomize=True, database=None)
 
 
+@bounded
 @given(st.lists(st.tuples(rates, st.none() | rates), min_size=1, max_size=5), st.none() | st.floats(0, 40))
 def test_a_gap_is_read_from_judged_points_only(drawn, half):
     [said] = policies.describe_gap({"DPO": [point(proxy, judged, half) for proxy, judged in drawn]})
@@ -49,6 +51,7 @@ def test_what_was_not_logged_or_measured_is_not_said():
     assert "KL" not in said and "60 words" in said
 
 
+@bounded
 @given(st.lists(rates, min_size=4, max_size=4), st.floats(0, 30))
 def test_arms_are_compared_by_their_last_points(values, half):
     titles = (*arms.ARM_TITLES.values(), *arms.POLICY_TITLES.values())
