@@ -1,4 +1,4 @@
-"""Jobs: kept or cleared, settings that come back, one at a time whoever was killed, launches that fail or are interrupted, and goals that are whole."""
+"""Jobs: kept or cleared, one at a time whoever was killed, launches that fail or are interrupted, whole goals."""
 
 import contextlib
 import dataclasses
@@ -8,39 +8,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from psycopref.training import jobs
-from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile
-from psycopref.training.jobs import (
-    JOB_KINDS,
-    do_job,
-    launch_command,
-    launch_plan,
-    load_job,
-    locked,
-    pair_columns,
-    restore,
-    run_or_launch,
-    store_job,
-    whole_folder,
-)
+from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, load_profile
 from psycopref.models.weights import Weights
+from psycopref.training import jobs
+from psycopref.training.jobs import do_job, launch_command, launch_plan, load_job, locked
+from psycopref.training.jobs import restore, run_or_launch, store_job, whole_folder
 from refusals import one_line
 
-PAIRS = pd.DataFrame(
-    {
-        "ID": ["a", "b"],
-        "prefID": [3, 4],
-        "question": ["I count the stairs.", "No."],
-        "chosen": ["What then?", "I see."],
-        "rejected": ["Stop.", "Why?"],
-    }
-)
+PAIRS = pd.DataFrame({"prefID": [3, 4], "question": ["I count the stairs.", "No."]})
+PAIRS = PAIRS.assign(chosen=["What then?", "I see."], rejected=["Stop.", "Why?"])
 
 
 @pytest.fixture(autouse=True)
@@ -76,21 +59,16 @@ def test_the_same_job_is_kept_and_another_one_cleared(tmp_path):
 
 
 def test_a_job_comes_back_as_it_was_stored(tmp_path):
-    wide = PAIRS.assign(
-        messages=[[{"role": "user", "content": "Why?"}], None],
-        gap=[1.5, 2.0],
-        chosen_empathy_rating=[5, 4],
-        chosen_model=["x", "y"],
-    )
+    talk = [{"role": "user", "content": "Why?"}]
+    wide = PAIRS.assign(messages=[talk, None], gap=[1.5, 2.0], chosen_empathy_rating=[5, 4], chosen_model=["x", "y"])
     own = {"kind": "dpo", "goal": tmp_path / "model", "schedule": (0, 8)}
     store_job(tmp_path / "job", own, {"train": wide, "dev": PAIRS[:0], "more": PAIRS})
     job, frames = load_job(tmp_path / "job")
     assert job["goal"] == tmp_path / "model" and job["schedule"] == [0, 8]
     assert list(frames) == ["train", "more"], "an empty frame is none"
-    read = {"prefID", "question", "chosen", "rejected", "messages", "gap", "chosen_empathy_rating"}
-    assert set(frames["train"]) == read == set(pair_columns(wide))
+    assert set(frames["train"]) == {*PAIRS, "messages", "gap", "chosen_empathy_rating"}
     assert frames["train"].chosen.tolist() == PAIRS.chosen.tolist()
-    assert [dict(message) for message in frames["train"].messages[0]] == wide.messages[0]
+    assert [dict(message) for message in frames["train"].messages[0]] == talk
 
 
 def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monkeypatch):
@@ -105,25 +83,31 @@ def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monk
 @pytest.mark.parametrize("profile", ["tiny", "demo", "paper"])
 def test_settings_come_back_from_plain_data(profile):
     found = load_profile(profile)
-    own = [
-        found,
-        *(part for part in vars(found).values() if dataclasses.is_dataclass(part)),
-        Weights("a", "b", "c", "d"),
-    ]
-    assert len(own) > 8
-    for part in own:
+    parts = [found, *filter(dataclasses.is_dataclass, vars(found).values()), Weights("a", "b", "c", "d")]
+    assert len(parts) > 8
+    for part in parts:
         assert restore(type(part), json.loads(json.dumps(dataclasses.asdict(part)))) == part
-    assert restore(Weights, None) is None
     with pytest.raises(ValueError, match="no_such_setting"):
         restore(RewardSettings, {"no_such_setting": 1})
 
 
 def test_a_job_of_an_unknown_kind_is_refused(tmp_path):
     assert "'dpo2'" in one_line(lambda: do_job(stored(tmp_path / "job", kind="dpo2")))
-    assert set(JOB_KINDS) == {"reward", "dpo"}
 
 
-# One at a time
+# Launching, with stand-ins for the command
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    "Let a launch start this Python code in place of accelerate."
+
+    def use(code, processes=2, config=""):
+        command = lambda folder, processes, config="": [sys.executable, "-c", code, str(folder)]
+        monkeypatch.setattr(jobs, "launch_command", command)
+        monkeypatch.setattr(jobs, "launch_plan", lambda batch_size: (processes, config))
+
+    return use
 
 
 def held(folder):
@@ -133,71 +117,6 @@ def held(folder):
             return False
         except BlockingIOError:
             return True
-
-
-def gone(pid, seconds=20.0):
-    "Wait until a process is gone, or only waits to be reaped."
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def appears(condition, process, seconds=90.0):
-    "Wait for what a process will do."
-    limit = time.monotonic() + seconds
-    while not (found := condition()):
-        if process.poll() is not None or time.monotonic() > limit:
-            raise RuntimeError(f"did not come; the process ended with {process.returncode}")
-        time.sleep(0.05)
-    return found
-
-
-PARENT = """
-import subprocess, sys, time
-from pathlib import Path
-from psycopref.training.jobs import locked
-folder = Path(sys.argv[1])
-with locked(folder) as lock:
-    child = subprocess.Popen([sys.executable, "-c", sys.argv[2], str(folder)], pass_fds=[lock])
-    (folder / "child").write_text(str(child.pid))
-    child.wait()
-"""
-CHILD = """
-import sys, time
-from pathlib import Path
-folder = Path(sys.argv[1])
-while not (folder / "go").exists():
-    time.sleep(0.05)
-(folder / "model").mkdir()
-(folder / "result.json").write_text('{"by": "the orphan"}')
-"""
-
-
-def test_a_start_waits_for_the_orphan_of_a_killed_one_and_finds_the_job_done(tmp_path, monkeypatch, capsys):
-    import threading
-
-    job = stored(tmp_path / "job")
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(job), CHILD])
-    child = int(appears(lambda: (job / "child").is_file() and (job / "child").read_text(), parent))
-    parent.kill()
-    parent.wait()
-    assert held(job), "its parent is dead, the child holds the job"
-    monkeypatch.setattr(jobs, "do_job", None)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run_or_launch(job)))
-    thread.start()
-    time.sleep(0.5)
-    assert not found and thread.is_alive()
-    (job / "go").touch()
-    thread.join(timeout=60)
-    assert found == [{"by": "the orphan"}] and gone(child) and not held(job)
-    assert "is still being trained by a process of an earlier start" in capsys.readouterr().err
 
 
 def test_a_job_is_free_behind_its_lock_even_after_an_error(tmp_path):
@@ -220,31 +139,9 @@ def test_a_job_is_done_only_with_its_result_and_its_goal(missing, tmp_path, monk
     assert run_or_launch(job) == {"by": "this start"}
 
 
-# Launching, with stand-ins for the command
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    "Let a launch start this Python code in place of accelerate."
-
-    def use(code, processes=2):
-        command = lambda folder, processes, config="": [sys.executable, "-c", code, str(folder)]
-        monkeypatch.setattr(jobs, "launch_command", command)
-        monkeypatch.setattr(jobs, "launch_plan", lambda batch_size: (processes, ""))
-
-    return use
-
-
-def test_a_launch_s_own_refusal_comes_back_as_one_line(tmp_path, launched):
-    launched(
-        'import sys; print("W0101 noise", file=sys.stderr); print("psycopref: dpo.beta: found 0", file=sys.stderr); '
-        'print("Traceback\\nChildFailedError", file=sys.stderr); sys.exit(1)'
-    )
-    said = one_line(lambda: run_or_launch(stored(tmp_path / "job")))
-    assert said == "training on 2 processes ended with 1: dpo.beta: found 0" and not held(tmp_path / "job")
-
-
+OWN = 'import sys; sys.exit("W0101 noise\\npsycopref: dpo.beta: found 0\\nTraceback\\nChildFailedError")'
 ENDS = {
+    OWN: "training on 2 processes ended with 1: dpo.beta: found 0",
     'import sys; sys.exit("first\\nRuntimeError: out of memory")': "ended with 1: RuntimeError: out of memory",
     "import os; os.kill(os.getpid(), 9)": "ended with -9: no message",
     "pass": "ended with 0: no message",
@@ -253,60 +150,34 @@ ENDS = {
 
 
 @pytest.mark.parametrize("code, expected", ENDS.items(), ids=ENDS.values())
-def test_any_other_end_is_one_line_too(code, expected, tmp_path, launched):
+def test_the_end_of_a_launch_is_told_in_one_line(code, expected, tmp_path, launched):
     launched(code)
     said = one_line(lambda: run_or_launch(stored(tmp_path / "job")))
-    assert expected in said and len(said) < 600
+    assert expected in said and len(said) < 600 and not held(tmp_path / "job")
 
 
-def test_a_launch_hands_down_the_lock(tmp_path, launched):
-    launched(
-        f"import os, sys; assert any(os.path.realpath(f'/proc/self/fd/{{n}}') == sys.argv[1] + '/lock' for n in "
-        f"os.listdir('/proc/self/fd')), 'no lock'\n{CHILD.replace('while', 'while 0 and')}"
-    )
-    assert run_or_launch(stored(tmp_path / "job")) == {"by": "the orphan"}
-
-
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from psycopref.training import jobs
-jobs.launch_command = lambda folder, processes, config="": [sys.executable, "-c", "import os, sys, time; open(sys.argv[1] + '/child', 'w').write(str(os.getpid())); time.sleep(600)", str(folder)]
-jobs.launch_plan = lambda batch_size: (2, "")
-try:
-    jobs.run_or_launch(Path(sys.argv[1]))
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
-
-
-def test_an_interrupted_start_ends_what_it_launched(tmp_path):
-    job = stored(tmp_path / "job")
-    start = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(job)], start_new_session=True)
-    child = int(appears(lambda: (job / "child").is_file() and (job / "child").read_text(), start))
-    os.kill(start.pid, signal.SIGINT)  # to the start alone, not to its group
-    assert start.wait(timeout=60) == 130 and gone(child, 1.0) and not held(job)
-
-
-TOLD = """
+DONE = """
 import os, sys, time
 from pathlib import Path
-open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8")
-time.sleep(1.5)
 folder = Path(sys.argv[1])
+assert any(os.path.realpath(f"/proc/self/fd/{n}") == f"{folder}/lock" for n in os.listdir("/proc/self/fd")), "no lock"
+open(os.environ["PSYCOPREF_PROGRESS"], "a").write("DPO 3/8")
+time.sleep(0.7)
 (folder / "model").mkdir()
 (folder / "result.json").write_text("{}")
 """
 
 
 @pytest.mark.parametrize("followed", [True, False])
-def test_progress_is_written_where_somebody_follows_else_shown_here(followed, tmp_path, launched, monkeypatch, capsys):
+def test_a_launch_hands_down_the_lock_and_its_progress_is_shown_where_nobody_above_follows(
+    followed, tmp_path, launched, monkeypatch, capsys
+):
     log = tmp_path / "progress"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     if followed:
         monkeypatch.setenv("PSYCOPREF_PROGRESS", str(log))
-    launched(TOLD)
-    run_or_launch(stored(tmp_path / "job"))
+    launched(DONE, *(() if followed else (1, "own.yaml")))  # one process is launched where a configuration is named
+    assert run_or_launch(stored(tmp_path / "job")) == {}
     assert followed == log.exists() and (log.read_text() if followed else capsys.readouterr().err) == "DPO 3/8"
 
 
@@ -315,8 +186,6 @@ def test_the_command_names_processes_or_a_configuration(monkeypatch):
     assert "--num_processes 2 " in two and "--multi_gpu" in two and two.endswith(" train job")
     assert "--multi_gpu" not in " ".join(launch_command(Path("job"), 1))
     assert "--config_file zero3.yaml" in own and "--num_processes 8 " in own and "--multi_gpu" not in own
-    command = launch_command(Path("job"), 2)
-    assert all(Path(program).is_file() for program in (command[0], command[-3]))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     plans = [launch_plan(n) for n in (64, 12, 7, 11)]
     assert plans == [(8, ""), (6, ""), (7, ""), (1, "")], "as many GPUs as divide a batch"
@@ -331,151 +200,156 @@ STANDING = """
 import os, sys, time
 from pathlib import Path
 from psycopref.training import jobs
-folder = Path(sys.argv[-1])
 
 def run_job(folder):
-    (folder / f"worker-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
+    rank = os.environ["RANK"]
+    (folder / f"worker-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
     while not (folder / "go").exists():
         time.sleep(0.05)
+    if rank == "0":
+        (folder / "model").mkdir()
+        (folder / "result.json").write_text('{"by": "the orphans"}')
 
 sys.modules["standing"], jobs.JOB_KINDS["dpo"] = sys.modules["__main__"], "standing:run_job"
-jobs.do_job(folder)
+jobs.do_job(Path(sys.argv[-1]))
 """
 LAUNCHED = """
 import sys
 from pathlib import Path
 from psycopref.training import jobs
-real = jobs.launch_command
-jobs.launch_command = lambda *a: [*real(*a)[:-3], sys.executable, str(Path(sys.argv[1]).parent / "standing.py"), sys.argv[1]]
-jobs.launch_plan = lambda batch_size: (int(sys.argv[2]), sys.argv[3])
+real, job = jobs.launch_command, Path(sys.argv[1])
+jobs.launch_command = lambda *how: [*real(*how)[:-3], sys.executable, str(job.parent / "standing.py"), str(job)]
+jobs.launch_plan = lambda batch_size: (2, "")
 try:
-    jobs.run_or_launch(Path(sys.argv[1]))
+    jobs.run_or_launch(job)
 except KeyboardInterrupt:
     sys.exit(130)
 """
-CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n"
+
+
+def soon(condition, seconds):
+    "Wait for what other processes will do; say whether it came."
+    limit = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return found
+
+
+def gone(pid, seconds=20.0):
+    "Wait until a process is gone, or only waits to be reaped."
+
+    def ended():
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    return soon(ended, seconds)
 
 
 @contextlib.contextmanager
-def standing(tmp_path, processes, config=""):
-    "Start a job whose workers stand and wait; yields the start and the workers' ids, and leaves nobody behind."
+def standing(tmp_path):
+    "Start a job whose two workers stand and wait; yields start, launcher and workers, and leaves nobody behind."
     (tmp_path / "standing.py").write_text(STANDING)
     job = stored(tmp_path / "job")
-    command = [sys.executable, "-c", LAUNCHED, str(job), str(processes), config]
-    own = dict(start_new_session=True, stderr=subprocess.DEVNULL)
-    start = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **own)
+    own = dict(stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    start = subprocess.Popen([sys.executable, "-c", LAUNCHED, str(job)], **own)
 
-    def all_there():
-        found = sorted(job.glob("worker-*"))
-        return found if len(found) == processes and all(path.read_text() for path in found) else None
+    def workers():
+        return [path.read_text().split() for path in job.glob("worker-*")]
 
     try:
-        files = appears(all_there, start)
-        yield job, start, [int(path.read_text()) for path in files]
+        assert soon(lambda: start.poll() is not None or list(map(len, workers())) == [2, 2], 90)
+        (first, launcher), (second, _) = workers()
+        yield job, start, int(launcher), [int(first), int(second)]
     finally:
         (job / "go").touch()
         start.kill()
         start.wait()
-        for path in job.glob("worker-*"):
-            assert gone(int(path.read_text())), "a worker is left"
+        assert all(gone(int(pid)) for pid, _ in workers()), "a worker is left"
 
 
-@pytest.mark.parametrize("processes", [2, 1], ids=["two", "one by a configuration"])
-def test_interrupting_a_launch_ends_it(processes, tmp_path):
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    with standing(tmp_path, processes, "" if processes == 2 else str(tmp_path / "own.yaml")) as (job, start, workers):
-        os.kill(start.pid, signal.SIGINT)
-        assert start.wait(timeout=60) == 130 and all(gone(pid, 5.0) for pid in workers) and not held(job)
+def test_interrupting_a_launch_ends_it(tmp_path):
+    with standing(tmp_path) as (job, start, launcher, workers):
+        os.kill(start.pid, signal.SIGINT)  # to the start alone, not to its group
+        assert start.wait(timeout=60) == 130 and all(gone(pid, 5.0) for pid in (launcher, *workers)) and not held(job)
 
 
-def test_workers_hold_the_job_when_start_and_launcher_were_killed(tmp_path):
-    "Workers lead sessions of their own, so a killed process group leaves them."
-    with standing(tmp_path, 2) as (job, start, workers):
-        os.killpg(start.pid, signal.SIGKILL)
+def test_a_start_waits_for_the_orphans_of_a_killed_one_and_finds_the_job_done(tmp_path, monkeypatch, capsys):
+    "First the launcher holds the job, then the workers do, who lead sessions of their own."
+    monkeypatch.setattr(jobs, "do_job", None)
+    found = []
+    with standing(tmp_path) as (job, start, launcher, workers):
+        start.kill()
         start.wait()
-        assert not any(gone(pid, 0.2) for pid in workers), "they go on"
-        with open(job / "workers", "a") as workers, pytest.raises(BlockingIOError):
-            fcntl.flock(workers, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        code = "import sys; from pathlib import Path; from psycopref.training.jobs import locked\n"
-        code += "with locked(Path(sys.argv[1])): print('free')"
-        waiting = subprocess.Popen([sys.executable, "-c", code, str(job)], stdout=subprocess.PIPE, text=True)
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(timeout=3)
+        assert held(job), "the start is dead, the launcher holds the job"
+        thread = threading.Thread(target=lambda: found.append(run_or_launch(job)))
+        thread.start()
+        said = soon(lambda: capsys.readouterr().err, 20)
+        os.kill(launcher, signal.SIGKILL)
+        assert gone(launcher) and not any(gone(pid, 0.5) for pid in workers), "they go on"
+        thread.join(timeout=0.5)
+        assert thread.is_alive() and not found
         (job / "go").touch()
-        assert waiting.communicate(timeout=60)[0] == "free\n"
+        thread.join(timeout=60)
+    assert found == [{"by": "the orphans"}] and not held(job)
+    assert "is still being trained by a process of an earlier start" in said
 
 
 # The goal
-
-
-def test_nothing_half_stands_at_the_goal(tmp_path):
-    goal = tmp_path / "policy"
-    with pytest.raises(KeyboardInterrupt), whole_folder(goal) as partial:
-        partial.mkdir()
-        (partial / "half").write_text("")
-        raise KeyboardInterrupt
-    assert not goal.exists()
-    with whole_folder(goal) as partial:
-        assert not partial.exists(), "what was left half is gone"
-        partial.mkdir()
-        (partial / "weights").write_text("first")
-        assert not goal.exists()
-    assert [path.name for path in goal.iterdir()] == ["weights"] and [path.name for path in tmp_path.iterdir()] == [
-        "policy"
-    ]
-    with pytest.raises(StudyError), whole_folder(goal) as partial:
-        partial.mkdir()
-        raise StudyError("the disk is full")
-    assert (goal / "weights").read_text() == "first", "an older one stays"
 
 
 def test_only_the_main_process_moves_the_folder(tmp_path):
     goal = tmp_path / "policy"
     with whole_folder(goal) as outer:
         outer.mkdir()
-        (outer / "weights").write_text("")
         with whole_folder(goal, main=False) as inner:
-            assert inner == outer and (outer / "weights").is_file()
-        assert not goal.exists() and (outer / "weights").is_file()
-    assert (goal / "weights").is_file()
+            assert inner == outer and outer.is_dir()
+        assert not goal.exists() and outer.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
 MOVING = """
 import os, signal, sys
 from pathlib import Path
 from psycopref.training.jobs import whole_folder
-goal, deed = Path(sys.argv[1]), int(sys.argv[2])
-seen = []
-def hook(event, arguments):
-    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and any(str(goal.parent) in str(own) for own in arguments):
-        seen.append(event)
-        if len(seen) == deed:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-with whole_folder(goal) as partial:
-    partial.mkdir()
-    for name in ("a", "b", "c"):
-        (partial / name).write_text("new")
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+def move(goal, deed):
+    seen = []
+
+    def hook(event, arguments):
+        if event in EVENTS and any(str(goal.parent) in str(own) for own in arguments):
+            seen.append(event)
+            if len(seen) == deed:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    with whole_folder(goal) as partial:
+        partial.mkdir()
+        for name in "abc":
+            (partial / name).write_text("new")
+    os._exit(0)
+
+for goal in sorted(Path(sys.argv[1]).glob("*/policy")):
+    if not os.fork():
+        move(goal, int(goal.parent.name))
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
 def test_killed_at_any_deed_the_goal_is_whole_or_missing(tmp_path):
-    "Old, new, or none at all for a moment: never something between."
-    places, states = [], []
-    for deed in range(1, 30):
-        goal = tmp_path / str(deed) / "policy"
-        goal.mkdir(parents=True)
-        for name in ("a", "b", "c"):
-            (goal / name).write_text("old")
-        places.append((goal, subprocess.Popen([sys.executable, "-c", MOVING, str(goal), str(deed)])))
-        if len(places) % 4 == 0:
-            places[-1][1].wait()
-        if deed > 8 and deed % 4 == 0 and places[-1][1].returncode == 0:
-            break
-    whole = [[(name, own) for name in ("a", "b", "c")] for own in ("old", "new")]
-    for goal, process in places:
-        process.wait()
+    "Old, new, or none at all for a moment: never something between; what was left half is no hindrance."
+    goals = [tmp_path / f"{deed:02}" / "policy" for deed in range(1, 30)]
+    for goal in goals:
+        for place in (goal, goal.with_name("policy.saving")):
+            place.mkdir(parents=True)
+            for name in "abc":
+                (place / name).write_text("old")
+    run = subprocess.run([sys.executable, "-c", MOVING, str(tmp_path)], capture_output=True, text=True, check=True)
+    codes = list(map(int, run.stdout.split()))
+    whole = [[(name, own) for name in "abc"] for own in ("old", "new")]
+    for goal in goals:
         found = sorted((path.name, path.read_text()) for path in goal.iterdir()) if goal.is_dir() else []
-        assert found in [*whole, []], found
-        states.append((process.returncode, found))
-    assert states[-1] == (0, whole[1]) and sum(code == -9 for code, _ in states) > 5
+        assert found in [*whole, []], (goal, found)
+    assert (codes[-1], found) == (0, whole[1]) and codes.count(-9) > 5 and set(codes) == {0, -9}

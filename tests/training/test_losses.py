@@ -1,4 +1,4 @@
-"""Our packed trainers against trl's own: same loss, same gradients, in float32, for five architectures."""
+"""Our packed trainers against trl's own: same loss, same gradients, in float32, for eight architectures."""
 
 import copy
 import warnings
@@ -7,19 +7,14 @@ import pytest
 import torch
 
 from psycopref.core.settings import LoraSettings
+from psycopref.models.weights import load_tokenizer
 from psycopref.training.packing import dpo_trainer, enable_packing, lay_out, reward_trainer
 from psycopref.training.texts import add_lora, dialogue, prompt_messages
-from psycopref.models.weights import find_weights, load_tokenizer
 
-PAIRS = [
-    (
-        "I count the stairs every morning before work.",
-        "It sounds tiring. What would happen if you lost count?",
-        "Stop.",
-    ),
-    ("No.", "I hear a no. What now?", "You should really talk about feelings, because that is what people do here."),
-    ("My sister moved out in March.", "You miss her.", "You miss her. How do the evenings feel?"),
-]
+QUESTIONS = ["I count the stairs every morning before work.", "No.", "My sister moved out in March."]
+CHOSEN = ["It sounds tiring. What would happen if you lost count?", "I hear a no. What now?", "You miss her."]
+REJECTED = ["Stop.", "You should really talk about feelings, because that is what people do here.", CHOSEN[2] + " And?"]
+PAIRS = list(zip(QUESTIONS, CHOSEN, REJECTED))
 SMALL = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SMALL |= dict(initializer_range=0.2)
 GROUPED = SMALL | dict(num_key_value_heads=2)
@@ -36,8 +31,12 @@ ARCHITECTURES = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(find_weights("random-tiny"))
+def tokenizer(tiny):
+    return load_tokenizer(tiny)
+
+
+def tokens(tokenizer, question, answer):
+    return tokenizer(dialogue(tokenizer, question, answer)).input_ids
 
 
 def make(architecture, kind, tokenizer):
@@ -58,18 +57,12 @@ def make(architecture, kind, tokenizer):
 def dataset(kind, tokenizer):
     from datasets import Dataset
 
-    rows = []
-    for question, *answers in PAIRS:
-        said = dict(zip(("chosen", "rejected"), answers))
-        if kind == "reward":
-            ids = {
-                f"{side}_ids": tokenizer(dialogue(tokenizer, question, text)).input_ids for side, text in said.items()
-            }
-            rows.append(ids)
-        else:
-            talk = {side: [{"role": "assistant", "content": text}] for side, text in said.items()}
-            rows.append({"prompt": prompt_messages(question), **talk})
-    return Dataset.from_list(rows)
+    if kind == "reward":
+        ids = [{"chosen_ids": tokens(tokenizer, q, c), "rejected_ids": tokens(tokenizer, q, r)} for q, c, r in PAIRS]
+        return Dataset.from_list(ids)
+    said = {"chosen": CHOSEN, "rejected": REJECTED}
+    talk = {side: [[{"role": "assistant", "content": text}] for text in own] for side, own in said.items()}
+    return Dataset.from_dict({"prompt": list(map(prompt_messages, QUESTIONS))} | talk)
 
 
 def move(model, lora):
@@ -126,17 +119,27 @@ def both(kind, architecture, tokenizer, tmp_path, lora, **more):
     return found
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+SMOOTH, LIKELY = {"label_smoothing": 0.1, "loss_type": ["robust"]}, {"loss_weights": [1.0, 0.3]}
+CASES = [
+    *(("reward", name, {}) for name in ARCHITECTURES),
+    ("reward", "llama", {"center_rewards_coefficient": 0.1}),
+    ("reward", "llama", {"gradient_checkpointing": True}),
+    *(("dpo", name, {}) for name in ARCHITECTURES),
+    ("dpo", "llama", SMOOTH),
+    ("dpo", "llama", SMOOTH | LIKELY | {"loss_type": ["robust", "sft"]}),
+    ("dpo", "llama", LIKELY | {"loss_type": ["sigmoid", "sft"]}),
+    ("dpo", "llama", {"ld_alpha": 0.5}),
+    ("dpo", "llama", {"precompute_ref_log_probs": False}),
+    ("dpo", "llama", {"gradient_checkpointing": True}),
+]
+WITH_ADAPTERS = [own for own in CASES if own[2].get("gradient_checkpointing") or own[1] == "gpt_neox"] + [CASES[0]]
+
+
 @pytest.mark.parametrize(
-    "architecture, more",
-    [
-        *((name, {}) for name in ARCHITECTURES),
-        ("llama", {"center_rewards_coefficient": 0.1}),
-        ("llama", {"gradient_checkpointing": True}),
-    ],
+    "kind, architecture, more, lora", [(*own, 0) for own in CASES] + [(*own, 4) for own in WITH_ADAPTERS]
 )
-def test_reward_loss_and_gradients_equal_trl(architecture, more, lora, tokenizer, tmp_path):
-    theirs, ours = both("reward", architecture, tokenizer, tmp_path, lora, **more)
+def test_loss_and_gradients_equal_trl(kind, architecture, more, lora, tokenizer, tmp_path):
+    theirs, ours = both(kind, architecture, tokenizer, tmp_path, lora, **more)
     assert_equal(ours, theirs)
 
 
@@ -146,24 +149,6 @@ def test_margins_equal_trl(tokenizer, tmp_path):
     without = gradients(build("reward", True, "llama", tokenizer, tmp_path, 0))
     assert_equal(ours, theirs)
     assert ours[0] > without[0] + 0.1, "a margin asks for more"
-
-
-@pytest.mark.parametrize("lora", [0, 4])
-@pytest.mark.parametrize(
-    "architecture, more",
-    [
-        *((name, {}) for name in ARCHITECTURES),
-        ("llama", {"label_smoothing": 0.1, "loss_type": ["robust"]}),
-        ("llama", {"label_smoothing": 0.1, "loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.3]}),
-        ("llama", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
-        ("llama", {"ld_alpha": 0.5}),
-        ("llama", {"precompute_ref_log_probs": False}),
-        ("llama", {"gradient_checkpointing": True}),
-    ],
-)
-def test_dpo_loss_and_gradients_equal_trl(architecture, more, lora, tokenizer, tmp_path):
-    theirs, ours = both("dpo", architecture, tokenizer, tmp_path, lora, **more)
-    assert_equal(ours, theirs)
 
 
 def test_first_dpo_loss_is_ln_2_and_a_moved_adapter_changes_it(tokenizer, tmp_path):
@@ -177,7 +162,7 @@ def test_first_dpo_loss_is_ln_2_and_a_moved_adapter_changes_it(tokenizer, tmp_pa
 def test_a_reward_is_the_same_alone_in_a_pack_and_padded(architecture, tokenizer):
     model, padded = make(architecture, "reward", tokenizer), make(architecture, "reward", tokenizer)
     assert enable_packing(model) == ""
-    groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in (c, r, c + " " + r)] for q, c, r in PAIRS]
+    groups = [[tokens(tokenizer, q, a) for a in (c, r, c + " " + r)] for q, c, r in PAIRS]
     flat = [text for group in groups for text in group]
     padding = tokenizer.pad({"input_ids": flat}, return_tensors="pt", padding_side="right")
     with torch.no_grad():
@@ -197,7 +182,7 @@ def test_answers_and_pairs_do_not_see_each_other(tokenizer):
     enable_packing(model)
 
     def rewards(*groups):
-        groups = [[tokenizer(dialogue(tokenizer, q, a)).input_ids for a in answers] for q, *answers in groups]
+        groups = [[tokens(tokenizer, q, a) for a in answers] for q, *answers in groups]
         ids = torch.tensor([[5]] * sum(map(len, groups)))
         with torch.no_grad():
             return model(input_ids=ids, pack=lay_out(groups)).logits.squeeze(-1).tolist()
@@ -237,15 +222,9 @@ def test_a_model_that_cannot_is_trained_the_plain_way_and_says_so(tokenizer, tmp
     assert any("does not take packed pairs" in str(warning.message) for warning in said)
 
 
-def test_a_model_with_attention_dropout_is_trained_the_plain_way(tokenizer):
-    model = make("llama", "reward", tokenizer)
-    model.config.attention_dropout = 0.1
-    assert "dropout" in enable_packing(model)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt_neox"])
 def test_bfloat16_on_a_cpu_is_as_near_to_float32_as_eager_attention(architecture, tokenizer, tmp_path):
-    "There packs attend by matrix products, with scores rounded as in transformers' eager attention; gradients must not be further off than there."
+    "Packs attend by matrix products there, with scores rounded as in transformers' eager attention: no further off."
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for ours in (False, True):

@@ -9,100 +9,59 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import one_line
 
 from psycopref.core.settings import LoraSettings, RewardSettings
-from psycopref.training.packing import (
-    EvenSampler,
-    Pack,
-    enable_packing,
-    even_packs,
-    lay_out,
-    packed_attention,
-    reward_trainer,
-    unwrap,
-)
-from psycopref.training.texts import (
-    accumulation_steps,
-    add_lora,
-    pack_size,
-    pair_messages,
-    pair_rows,
-    train_quietly,
-    training_precision,
-)
 from psycopref.models.weights import load_tokenizer
-
-few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-
-texts = st.lists(st.integers(2, 4), min_size=1, max_size=8)  # three tokens, so that texts start alike by chance too
-groups_of_texts = st.lists(
-    st.tuples(texts, st.lists(texts, min_size=1, max_size=5)).flatmap(
-        lambda drawn: st.tuples(*(st.sampled_from([drawn[0], drawn[0] + own, own, drawn[0][: len(own)]]) for own in drawn[1])).map(list)
-    ),
-    min_size=1, max_size=4,
-)  # fmt: skip
+from psycopref.training.packing import EvenSampler, enable_packing, even_packs, lay_out
+from psycopref.training.packing import packed_attention, reward_trainer, unwrap
+from psycopref.training.reward_model import reward_config
+from psycopref.training.texts import accumulation_steps, add_lora, pack_size, pair_messages, pair_rows
+from psycopref.training.texts import step_plan, train_quietly, training_precision
+from refusals import one_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+
+# The layout
+
+TEXT = st.lists(st.integers(2, 4), min_size=1, max_size=8)  # three tokens, so that texts start alike by chance too
+
+
+def alike(first):
+    "A text that goes on from the first, or is its beginning, or another one."
+    return TEXT.flatmap(lambda own: st.sampled_from([first, first + own, own, first[: len(own)]]))
+
+
+GROUPS = st.lists(TEXT.flatmap(lambda first: st.lists(alike(first), min_size=1, max_size=5)), min_size=1, max_size=4)
 
 
 def segments(pack):
-    """The columns of each segment's queries, and those of its keys."""
-    ends, key_ends = list(accumulate(pack.query_lengths)), list(accumulate(pack.key_lengths))
-    keys = pack.keys.tolist()
-    return [
-        (list(range(end - n, end)), keys[key_end - m : key_end])
-        for end, n, key_end, m in zip(ends, pack.query_lengths, key_ends, pack.key_lengths)
-    ]
-
-
-# ---- the layout ----
+    "The columns of each segment's queries, and those of its keys."
+    ends, key_ends = (list(accumulate(own)) for own in (pack.query_lengths, pack.key_lengths))
+    assert key_ends[-1] == len(pack.keys)
+    own = zip(ends, pack.query_lengths, key_ends, pack.key_lengths)
+    return [([*range(end - n, end)], pack.keys[key_end - m : key_end].tolist()) for end, n, key_end, m in own]
 
 
 @few
-@given(groups_of_texts)
-def test_every_text_is_spelled_by_the_columns_it_sees(groups):
-    pack = lay_out(groups)
-    ids, positions, found = pack.input_ids[0].tolist(), pack.position_ids[0].tolist(), segments(pack)
-    flat = [text for group in groups for text in group]
-    assert len(found) == len(flat)
-    for text, (queries, keys) in zip(flat, found):
-        assert [ids[column] for column in keys] == text
-        assert [positions[column] for column in keys] == list(range(len(text)))
-        assert queries and keys[-len(queries) :] == queries, "its last keys are its own tokens"
-
-
-@few
-@given(groups_of_texts)
-def test_segments_tile_the_width_and_a_text_sees_its_prompt_and_itself_only(groups):
-    pack = lay_out(groups)
-    found = segments(pack)
-    width = pack.input_ids.shape[1]
-    assert [column for queries, _ in found for column in queries] == list(range(width))
-    given = iter(found)
+@given(GROUPS)
+def test_a_text_is_spelled_by_its_prompt_s_columns_and_its_own_and_no_column_is_spare(groups):
+    pack, place = lay_out(groups), 0
+    ids, positions, found = pack.input_ids[0].tolist(), pack.position_ids[0].tolist(), iter(segments(pack))
     for group in groups:
-        (first, keys), *others = [next(given) for _ in group]
-        assert keys == first, "the first text sees itself"
-        for queries, keys in others:
-            assert keys == first[: shared_tokens(group)] + queries
-
-
-def shared_tokens(group):
-    """The common beginning, short of one token of the shortest text."""
-    return min(len(os.path.commonprefix(group)), min(map(len, group)) - 1)
-
-
-@few
-@given(groups_of_texts)
-def test_the_width_is_all_tokens_less_the_shared_ones(groups):
-    pack, total = lay_out(groups), sum(len(text) for group in groups for text in group)
-    width = total - sum((len(group) - 1) * shared_tokens(group) for group in groups)
-    assert pack.input_ids.shape == pack.position_ids.shape == (1, width)
-    assert sum(pack.key_lengths) == len(pack.keys) == total
+        start, shared = place, min(len(os.path.commonprefix(group)), min(map(len, group)) - 1)
+        for n, text in enumerate(group):
+            queries, keys = next(found)
+            prompt = range(start, start + shared) if n else ()
+            assert keys == [*prompt, *queries] and queries == [*range(place, place + len(queries))]
+            assert [ids[column] for column in keys] == text, "a token of its own, at least"
+            assert [positions[column] for column in keys] == list(range(len(text)))
+            place += len(queries)
+    assert next(found, None) is None and pack.input_ids.shape == pack.position_ids.shape == (1, place)
 
 
 @few
-@given(groups_of_texts, st.data())
+@given(GROUPS, st.data())
 def test_states_are_kept_at_the_ends_of_the_texts(groups, data):
     each = st.tuples(*(st.tuples(*(st.integers(1, len(text)) for text in group)) for group in groups))
     kept = data.draw(st.one_of(st.integers(1, 4), each))
@@ -116,22 +75,19 @@ def test_states_are_kept_at_the_ends_of_the_texts(groups, data):
 def test_moving_a_pack_keeps_what_it_is():
     pack = replace(lay_out([[[5, 6], [5, 7]]]), kernel="varlen")
     moved = pack.to("meta")
-    assert isinstance(moved, Pack) and moved.kernel == "varlen"
-    assert (moved.query_lengths, moved.key_lengths) == (pack.query_lengths, pack.key_lengths)
+    assert moved.kernel == "varlen" and moved.query_lengths == pack.query_lengths
     assert all(getattr(moved, name).device.type == "meta" for name in ("input_ids", "position_ids", "keys", "places"))
 
 
-# ---- models ----
+# Models
 
 
 def small_model(tokenizer, **more):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    shape = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    shape |= dict(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id) | more
-    return LlamaForSequenceClassification(LlamaConfig(**shape))
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    return LlamaForSequenceClassification(LlamaConfig(**shape | more))
 
 
 @pytest.fixture(scope="module")
@@ -139,28 +95,22 @@ def tokenizer(tiny):
     return load_tokenizer(tiny)
 
 
-def test_unwrapping_finds_the_model_with_its_adapters(tokenizer):
-    from torch import nn
-    from transformers import LlamaForSequenceClassification
+class Distributed(torch.nn.Module):
+    "Holds the model as accelerate's and torch's wrappers do."
 
-    class Distributed(nn.Module):  # holds the model as accelerate's and torch's wrappers do
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    model = small_model(tokenizer)
-    assert unwrap(model) is unwrap(Distributed(Distributed(model))) is model
-    adapted = add_lora(model, LoraSettings(rank=2, alpha=4), head=True)
-    inner = unwrap(Distributed(adapted))
-    assert type(inner) is LlamaForSequenceClassification and inner is unwrap(adapted)
-    assert any("lora_A" in name for name, _ in inner.base_model.named_parameters()) and inner.base_model is inner.model
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_packing_is_enabled_once_and_a_wrapped_model_is_the_same(training, tokenizer):
-    model = add_lora(small_model(tokenizer), LoraSettings(rank=2, alpha=4), head=True).train(training)
-    assert enable_packing(model) == "" == enable_packing(unwrap(model))
-    assert unwrap(model).base_model.training == training, "the probe leaves the mode as it was"
+def test_packing_is_enabled_once_below_adapters_and_wrappers(training, tokenizer):
+    model = small_model(tokenizer)
+    adapted = add_lora(model, LoraSettings(rank=2, alpha=4), head=True).train(training)
+    assert unwrap(model) is unwrap(Distributed(Distributed(adapted))) is model
+    assert any("lora_A" in name for name, _ in model.base_model.named_parameters())
+    assert enable_packing(adapted) == "" == enable_packing(model)
+    assert model.base_model.training == training, "the probe leaves the mode as it was"
 
 
 def test_a_refusal_leaves_the_model_as_it_was(tokenizer):
@@ -180,7 +130,7 @@ def test_attention_that_a_pack_does_not_know_is_refused(unknown):
 
 
 def test_a_backbone_with_dropout_in_its_attention_is_trained_the_plain_way(tokenizer, tmp_path):
-    """A probe without dropout would not see it; the first step of a training would."""
+    "A probe without dropout would not see it; the first step of a training would."
     from datasets import Dataset
     from trl import RewardConfig
 
@@ -194,69 +144,56 @@ def test_a_backbone_with_dropout_in_its_attention_is_trained_the_plain_way(token
     assert "dropout" in trainer.not_packed
 
 
-# ---- even packs ----
-
-batches = st.integers(1, 5).flatmap(lambda packs: st.tuples(st.just(packs), st.integers(1, 5))).flatmap(
-    lambda shape: st.tuples(st.just(shape[0]), st.lists(st.integers(1, 200), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])))  # fmt: skip
+# Even packs
 
 
 @few
-@given(batches)
-def test_packs_hold_equal_numbers_each_pair_once_and_differ_by_the_longest_at_most(drawn):
-    packs, lengths = drawn
+@given(st.integers(1, 5), st.integers(1, 5), st.data())
+def test_packs_hold_equal_numbers_each_pair_once_and_differ_by_the_longest_at_most(packs, size, data):
+    lengths = data.draw(st.lists(st.integers(1, 200), min_size=packs * size, max_size=packs * size))
     dealt = even_packs(lengths, packs)
-    assert len(dealt) == packs and {len(pack) for pack in dealt} == {len(lengths) // packs}
+    assert len(dealt) == packs and {len(pack) for pack in dealt} == {size}
     assert sorted(i for pack in dealt for i in pack) == list(range(len(lengths)))
     sums = [sum(lengths[i] for i in pack) for pack in dealt]
     assert max(sums) - min(sums) <= max(lengths)
 
 
-samplers = st.builds(
-    lambda size, packs, whole, rest, seed, long: (size * packs, size, seed, [1 + (i * long) % 37 for i in range(size * packs * whole + rest % (size * packs))]),
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 8), st.integers(0, 99), st.integers(1, 36),
-)  # fmt: skip
-
-
 @few
-@given(samplers)
-def test_an_epoch_is_whole_batches_without_repetition_dealt_evenly(drawn):
-    batch_size, size, seed, lengths = drawn
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 99), st.data())
+def test_an_epoch_is_whole_batches_without_repetition_dealt_evenly(size, packs, seed, data):
+    batch_size = size * packs
+    lengths = data.draw(st.lists(st.integers(1, 37), min_size=batch_size, max_size=5 * batch_size))
     sampler = EvenSampler(lengths, batch_size, size, seed)
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         order = list(sampler)
         assert len(order) == len(set(order)) == len(sampler) == len(lengths) // batch_size * batch_size
         assert set(order) <= set(range(len(lengths)))
-        sums = [sum(lengths[i] for i in order[place : place + size]) for place in range(0, len(order), size)]
-        for start in range(0, len(sums), batch_size // size):
-            batch = sums[start : start + batch_size // size]
-            assert max(batch) - min(batch) <= max(lengths)
+        sums = torch.tensor([lengths[i] for i in order]).view(-1, packs, size).sum(2)
+        assert (sums.amax(1) - sums.amin(1) <= max(lengths)).all()
+
+
+def drawn(lengths, batch_size, size, seed, epoch):
+    sampler = EvenSampler(lengths, batch_size, size, seed)
+    sampler.set_epoch(epoch)
+    return list(sampler)
 
 
 def test_a_seed_and_an_epoch_say_the_order():
     def order(seed, epoch, size=2):
-        sampler = EvenSampler([1 + i % 5 for i in range(43)], 8, size, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        return drawn([1 + i % 5 for i in range(43)], 8, size, seed, epoch)
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
-    assert {i for epoch in range(8) for i in order(0, epoch)} == set(range(43)), (
-        "the pairs that sit out are others each time"
-    )
+    assert {i for epoch in range(8) for i in order(0, epoch)} == set(range(43)), "others sit out each time"
     batches = [[set(order(0, 0, size)[start : start + 8]) for start in range(0, 40, 8)] for size in (1, 2, 8)]
     assert batches[0] == batches[1] == batches[2], "the batches are the same whatever the packs"
 
 
 def heaviest(lengths, batch_size, size, epochs, seed):
-    """Tokens of the heaviest pack of a training."""
-    found = 0
-    for epoch in range(epochs):
-        sampler = EvenSampler(lengths, batch_size, size, seed)
-        sampler.set_epoch(epoch)
-        order = list(sampler)
-        found = max([found, *(sum(lengths[i] for i in order[k : k + size]) for k in range(0, len(order), size))])
-    return found
+    "Tokens of the heaviest pack of a training."
+    orders = [drawn(lengths, batch_size, size, seed, epoch) for epoch in range(epochs)]
+    return max(sum(lengths[i] for i in own[k : k + size]) for own in orders for k in range(0, len(own), size))
 
 
 @settings(few, max_examples=40)
@@ -268,31 +205,29 @@ def heaviest(lengths, batch_size, size, epochs, seed):
     st.sampled_from([1, 2, 3]),
 )
 def test_the_largest_pack_that_fits_every_step_is_chosen(lengths, tokens, epochs, seed, processes):
-    batch_size = 12
-    size = pack_size(lengths, batch_size, tokens, epochs, seed, processes)
-    possible = [n for n in range(1, batch_size + 1) if batch_size % (n * processes) == 0]
-    assert size in possible and (size == 1 or heaviest(lengths, batch_size, size, epochs, seed) <= tokens)
+    size = pack_size(lengths, 12, tokens, epochs, seed, processes)
+    possible = [n for n in range(1, 13) if 12 % (n * processes) == 0]
+    assert size in possible and (size == 1 or heaviest(lengths, 12, size, epochs, seed) <= tokens)
     larger = [n for n in possible if n > size]
-    assert not larger or heaviest(lengths, batch_size, larger[0], epochs, seed) > tokens
-    assert size <= pack_size(lengths, batch_size, tokens, epochs, seed, 1), "more devices never make packs larger"
+    assert not larger or heaviest(lengths, 12, larger[0], epochs, seed) > tokens
+    assert size <= pack_size(lengths, 12, tokens, epochs, seed, 1), "more devices never make packs larger"
 
 
 def test_a_training_computes_the_packs_that_were_planned(tokenizer, tmp_path):
-    """In each epoch the loader gives whole batches in packs under the budget, and the batches of the sampler."""
+    "In each epoch the loader gives whole batches in packs under the budget, and the batches of the sampler."
     from datasets import Dataset
 
-    from psycopref.training.reward_model import reward_config
-    from psycopref.training.texts import step_plan
-
+    prompts = [[5] * (3 + i % 7) for i in range(22)]
     rows = [
-        {"chosen_ids": [5] * (3 + i % 7) + [6] * (1 + i % 5), "rejected_ids": [5] * (3 + i % 7) + [7] * (1 + i % 3)}
-        for i in range(22)
+        {"chosen_ids": prompt + [6] * (1 + i % 5), "rejected_ids": prompt + [7] * (1 + i % 3)}
+        for i, prompt in enumerate(prompts)
     ]
-    rows = [row | {"length": lay_out([list(row.values())]).input_ids.shape[1]} for row in rows]
+    lengths = [lay_out([list(row.values())]).input_ids.shape[1] for row in rows]
+    data = Dataset.from_list(rows).add_column("length", lengths)
     chosen = RewardSettings(batch_size=8, epochs=2, checkpoints=1, pack_tokens=70, max_length=64, learning_rate=1e-3)
-    plan = step_plan([row["length"] for row in rows], chosen, seed=4)
+    plan = step_plan(lengths, chosen, seed=4)
     assert plan["pack_size"] == 4 and plan["left_out"] == 6
-    args, data = reward_config(chosen, plan, tmp_path, 4, False), Dataset.from_list(rows)
+    args = reward_config(chosen, plan, tmp_path, 4, False)
     trainer = reward_trainer()(model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=data)
     widths, seen, collate = [], [], trainer.data_collator
 
@@ -304,58 +239,48 @@ def test_a_training_computes_the_packs_that_were_planned(tokenizer, tmp_path):
 
     trainer.data_collator = record
     train_quietly(trainer, "packs")
-    lengths, expected = [row["length"] for row in rows], []
     assert len(widths) == plan["steps"] * 2 == 8 and max(widths) <= chosen.pack_tokens < heaviest(lengths, 8, 8, 2, 4)
-    for epoch in (0, 1):
-        sampler = EvenSampler(lengths, 8, 4, 4)
-        sampler.set_epoch(epoch)
-        expected += [(rows[i]["chosen_ids"], rows[i]["rejected_ids"]) for i in sampler]
-    assert seen == expected
+    assert seen == [tuple(rows[i].values()) for epoch in (0, 1) for i in drawn(lengths, 8, 4, 4, epoch)]
 
 
-# ---- rows, as trl makes them ----
+# Rows, as trl makes them
 
-PAIRS = pd.DataFrame({
-    "ID": ["a", "b", "c", "d"], "prefID": [3, 5, 8, 9], "question": ["I count the stairs every morning.", " No. ", "Why?", "Is it\n\nme?"],
-    "messages": [None, None, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It is late."}, {"role": "assistant", "content": "Yes."},
-                              {"role": "user", "content": "Why?"}], None],
-    "chosen": ["What would happen if you lost count?", " I hear a no.", "What keeps you awake?", "Who says so?\n"],
-    "rejected": ["Stop.", "You should really talk, because that is what people do here.", "What keeps you up?", "Who says so, then?"],
-})  # fmt: skip
+TALK = [("system", "Be brief."), ("user", "It is late."), ("assistant", "Yes."), ("user", "Why?")]
+PAIRS = pd.DataFrame(
+    [
+        ("I count the stairs every morning.", None, "What would happen if you lost count?", "Stop."),
+        (" No. ", None, " I hear a no.", "You should really talk, because that is what people do here."),
+        ("", [{"role": r, "content": c} for r, c in TALK], "What keeps you awake?", "What keeps you up?"),
+        ("Is it\n\nme?", None, "Who says so?\n", "Who says so, then?"),
+    ],
+    columns=["question", "messages", "chosen", "rejected"],
+).assign(prefID=[3, 5, 8, 9])
 
 
 def test_rows_are_those_that_trl_makes_of_the_same_conversations(tokenizer, tmp_path):
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    spoken = [{"prompt": pair_messages(pair), "chosen": [{"role": "assistant", "content": pair.chosen}], "rejected": [{"role": "assistant", "content": pair.rejected}]}
-              for pair in PAIRS.itertuples()]  # fmt: skip
+    said = {side: [[{"role": "assistant", "content": text}] for text in PAIRS[side]] for side in ("chosen", "rejected")}
+    spoken = Dataset.from_dict({"prompt": [pair_messages(pair) for pair in PAIRS.itertuples()]} | said)
     own = dict(bf16=False, use_cpu=True, report_to="none", max_length=2000, disable_tqdm=True)
-    args, data = RewardConfig(output_dir=str(tmp_path), **own), Dataset.from_list(spoken)
-    trainer = RewardTrainer(model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=data)
-    theirs = trainer.train_dataset
+    args = RewardConfig(output_dir=str(tmp_path), **own)
+    trainer = RewardTrainer(model=small_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=spoken)
+    theirs = [(row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
     rows, long = pair_rows(PAIRS, tokenizer, 2000)
-    assert long == [] and len(rows) == len(theirs) == 4
-    for side in ("chosen_ids", "rejected_ids"):
-        assert [row[side] for row in rows] == list(theirs[side])
-    assert [row["length"] for row in rows] == [
-        len(c) + len(r) - len(os.path.commonprefix([c, r]))
-        for c, r in zip(theirs["chosen_ids"], theirs["rejected_ids"])
-    ]
+    assert long == [] and [(row["chosen_ids"], row["rejected_ids"]) for row in rows] == theirs
+    assert [row["length"] for row in rows] == [len(c) + len(r) - len(os.path.commonprefix([c, r])) for c, r in theirs]
 
 
 def test_pairs_that_trl_would_drop_in_silence_are_listed(tokenizer):
-    """The limit is one of tokens, and a text of just that length stays; margins stay with their pairs."""
+    "The limit is one of tokens, and a text of just that length stays; margins stay with their pairs."
     rows, _ = pair_rows(PAIRS, tokenizer, 2000)
     sizes = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    assert len(set(sizes)) == 4
     limit = sorted(sizes)[1]
+    assert len(set(sizes)) == 4 and all("margin" not in row for row in rows)
     kept, long = pair_rows(PAIRS, tokenizer, limit, margins=[0.5, 1.5, 2.5, 3.5])
-    assert long == [int(pair) for pair, size in zip(PAIRS.prefID, sizes) if size > limit] and len(long) == 2
-    assert [(row["chosen_ids"], row["margin"]) for row in kept] == [
-        (row["chosen_ids"], n + 0.5) for n, (row, size) in enumerate(zip(rows, sizes)) if size <= limit
-    ]
-    assert all("margin" not in row for row in rows)
+    assert long == [pair for pair, size in zip(PAIRS.prefID, sizes) if size > limit] and len(long) == 2
+    assert kept == [row | {"margin": n + 0.5} for n, row in enumerate(rows) if sizes[n] <= limit]
     assert "all 4 pairs" in one_line(lambda: pair_rows(PAIRS, tokenizer, min(sizes) - 1))
 
 
@@ -369,11 +294,12 @@ def test_the_global_batch_is_kept_or_the_split_refused(batch_size, micro, proces
         assert accumulation_steps(batch_size, micro, processes) * micro * processes == batch_size
 
 
-@pytest.mark.parametrize("gpu, rank, dtype, expected", [
-    (True, 0, "auto", ("float32", True)), (True, 0, "bfloat16", ("float32", True)), (True, 0, "float32", ("float32", False)), (True, 4, "auto", ("auto", False)),
-    (True, 4, "bfloat16", ("bfloat16", False)), (False, 0, "auto", ("auto", False)), (False, 0, "float32", ("float32", False)), (False, 4, "auto", ("auto", False)),
-])  # fmt: skip
-def test_weights_that_are_all_trained_on_a_gpu_are_kept_in_float32(gpu, rank, dtype, expected, monkeypatch):
-    """A step of 9e-6 is lost in bfloat16."""
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_weights_that_are_all_trained_on_a_gpu_are_kept_in_float32(gpu, rank, dtype, monkeypatch):
+    "A step of 9e-6 is lost in bfloat16."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    autocast = gpu and not rank and dtype != "float32"
+    expected = ("float32", True) if autocast else (dtype, False)
     assert training_precision(LoraSettings(rank=rank, alpha=8), dtype) == expected

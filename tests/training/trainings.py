@@ -1,6 +1,5 @@
 """Small trainings of reward models and by DPO, for tests of both."""
 
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +9,6 @@ import torch
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from psycopref.training.dpo import build_dpo_trainer, dpo_rows, train_policy, write_dpo_job
-from psycopref.training.jobs import run_or_launch
 from psycopref.training.reward_model import build_reward_trainer, train_reward_model, write_reward_job
 from psycopref.training.scoring import load_reward_model, score_pairs
 from psycopref.training.texts import last_checkpoint
@@ -23,19 +21,15 @@ SETTINGS = {
     "dpo lora": DpoSettings(**SMALL, **ADAPTERS),
     "dpo full": DpoSettings(**SMALL, learning_rate=1e-3),
 }
-ALONE = {name: own for name, own in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-ALONE |= {"OMP_NUM_THREADS": "1"}  # the environment of a launch
+PLACES = ("stairs", "doors", "windows", "cups", "letters", "coats", "trains")
+GOOD = ("What do you feel then?", "I hear how tiring it is. What would help?", "That sounds like a lot.")
+BAD = ("Stop it.", "You should pull yourself together, because everybody else does.", "Whatever.")
 
 
 def some_pairs(n, start=0):
-    places = ("stairs", "doors", "windows", "cups", "letters", "coats", "trains")
-    good = ("What do you feel then?", "I hear how tiring it is. What would help?", "That sounds like a lot.")
-    bad = ("Stop it.", "You should pull yourself together, because everybody else does.", "Whatever.")
-    rows = [
-        (f"s-{i}", i, f"I count the {places[i % 7]} number {i} again and again.", good[i % 3], bad[i % 3])
-        for i in range(start, start + n)
-    ]
-    return pd.DataFrame(rows, columns=["ID", "prefID", "question", "chosen", "rejected"])
+    pairs = pd.DataFrame({"prefID": range(start, start + n)})
+    pairs["question"] = [f"I count the {PLACES[i % 7]} number {i} again and again." for i in pairs.prefID]
+    return pairs.assign(chosen=[GOOD[i % 3] for i in pairs.prefID], rejected=[BAD[i % 3] for i in pairs.prefID])
 
 
 TRAIN, DEV = some_pairs(19), some_pairs(5, 100)
@@ -86,14 +80,10 @@ def pull(job, stop, settings):
         trainer.train(resume_from_checkpoint=found and str(found))
 
 
-def run(job):
-    return run_or_launch(job)
-
-
-def weights_of(folder):
+def weights_of(folder, name="model.safetensors"):
     from safetensors.torch import load_file
 
-    return load_file(Path(folder) / "model.safetensors")
+    return load_file(Path(folder) / name)
 
 
 def same(first, second):
