@@ -5,19 +5,23 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
-from psycopref.core.files import SCHEMAS, read_rows, sha256_file
-from psycopref.core.stages import STAGES
+from chains import bad, chain, planned, receipt, run_stage
+from psycopref.core.files import SCHEMAS, StageReader, read_rows, sha256_file
+from psycopref.core.stages import STAGES, Run
+from psycopref.run.runner import compare, stage_rules, trace
+from refusals import one_line
 
-from chains import bad, chain, planned, receipt, run, run_stage
+
+def table(copy, name, **more):
+    return pd.read_csv(copy / "outputs/tiny/tables" / f"{name}.csv", **more)
 
 
 def test_every_stage_is_signed_and_inputs_are_what_upstream_signed(copy):
     for stage in STAGES:
         signed = receipt(copy, stage)
-        assert (
-            signed["stage"] == stage and signed["seed"] == 0 and signed["seconds"] >= 0 and signed["versions"]["torch"]
-        )
+        assert (signed["stage"], signed["seed"]) == (stage, 0) and signed["versions"]["torch"]
         for path, digest in signed["inputs"].items():
             if path.startswith("outputs/") and not path.endswith("receipt.json"):
                 _, _, upstream, *rest = Path(path).parts
@@ -27,108 +31,94 @@ def test_every_stage_is_signed_and_inputs_are_what_upstream_signed(copy):
 
 
 def test_rows_keep_their_contracts(copy):
-    folder = copy / "outputs" / "tiny"
-    speeches = read_rows(folder / "01_speeches" / "speeches.parquet", "speeches")
-    responses = read_rows(folder / "02_responses" / "responses.parquet", "responses")
-    ratings = read_rows(folder / "03_ratings" / "ratings.parquet", "ratings")
-    train, test = (read_rows(folder / "04_pairs" / f"{name}.parquet", "pairs") for name in ("train", "test"))
-    assert set(responses.speech_id) == set(speeches.speech_id) and (responses.groupby("speech_id").size() == 4).all()
-    assert len(ratings) == 7 * len(responses) and ratings.rating.between(1, 5).all()
-    split = dict(zip(speeches.speech_id, speeches.split))
-    assert (
-        {split[i] for i in train.ID} <= {"train", "dev"}
-        and {split[i] for i in test.ID} == {"test"}
-        and test.ID.is_unique
-    )
-    sides = {
-        side: [c for c in train if c.startswith(f"{side}_") and c.endswith("_rating")]
-        for side in ("chosen", "rejected")
+    places = {
+        "speeches": "01_speeches",
+        "responses": "02_responses",
+        "ratings": "03_ratings",
+        "battles": "07_win_rates",
     }
+    rows = {name: read_rows(copy / f"outputs/tiny/{at}/{name}.parquet", name) for name, at in places.items()}
+    train, test = (read_rows(copy / f"outputs/tiny/04_pairs/{name}.parquet", "pairs") for name in ("train", "test"))
+    speeches, responses, ratings, battles = rows.values()
+    split = speeches.set_index("speech_id").split
+    assert set(responses.speech_id) == set(split.index) and (responses.groupby("speech_id").size() == 4).all()
+    assert len(ratings) == 7 * len(responses) and ratings.rating.between(1, 5).all()
+    assert {*split[train.ID]} <= {"train", "dev"} and {*split[test.ID]} == {"test"} and test.ID.is_unique
     for pairs in (train, test):
-        assert (pairs[sides["chosen"]].sum(axis=1) - pairs[sides["rejected"]].sum(axis=1) >= 7).all()
-    assert list(train.columns) == list(SCHEMAS["pairs"])
-    battles = read_rows(folder / "07_win_rates" / "battles.parquet", "battles")
-    assert set(battles.verdict) <= {"win", "loss"} and set(battles.speech_id) == set(
-        speeches.speech_id[speeches.split == "test"]
-    )
+        chosen, rejected = (pairs.filter(regex=f"^{side}_.*_rating$").sum(axis=1) for side in ("chosen", "rejected"))
+        assert (chosen - rejected >= 7).all() and list(pairs.columns) == list(SCHEMAS["pairs"])
+    assert set(battles.verdict) <= {"win", "loss"} and set(battles.speech_id) == set(split[split == "test"].index)
     assert (battles.groupby(["policy", "setting", "speech_id"]).size() == 2).all()
+
+
+PROMISED = {"tables": [*"123456", *(f"S{i}" for i in (4, *range(24, 39)))]}
+PROMISED["figures"] = [*"23456", "S3", "S4", "S11", "S12", "S13", "S14"]
 
 
 def test_every_promised_table_and_figure_is_there(copy):
     absent = json.loads((copy / "outputs/tiny/13_report/absent.json").read_text())
-    excused = {(item["kind"], item["number"]) for item in absent}
-    assert excused <= {("table", "3"), ("table", "6")}, (
-        "only cases may be missing, where no battle was won in both orders"
-    )
-    for kind, folder, prefix, numbers in (
-        ("table", "outputs/tiny/tables", "table", [*"123456", *(f"S{i}" for i in (4, *range(24, 39)))]),
-        ("figure", "figures/tiny", "fig", [*"23456", "S3", "S4", "S11", "S12", "S13", "S14"]),
-    ):
-        for number in numbers:
-            if (kind, number) not in excused:
-                labels = [json.loads(p.read_text())["label"] for p in (copy / folder).glob(f"{prefix}_{number}_*.json")]
-                assert labels and all("profile: tiny" in label for label in labels), (kind, number)
+    excused = {(f"{item['kind']}s", item["number"]) for item in absent}
+    cases = {("tables", "3"), ("tables", "6")}
+    assert excused <= cases, "only cases may be missing, where no battle was won in both orders"
+    for kind, number in {(kind, number) for kind, numbers in PROMISED.items() for number in numbers} - excused:
+        folder, prefix = (copy / "outputs/tiny/tables", "table") if kind == "tables" else (copy / "figures/tiny", "fig")
+        labels = [json.loads(path.read_text())["label"] for path in folder.glob(f"{prefix}_{number}_*.json")]
+        assert labels and all("profile: tiny" in label for label in labels), (kind, number)
 
 
-def test_what_was_simulated_says_so_and_is_nobody_s_headline(copy):
+def test_what_was_simulated_says_so_and_the_paper_never_fills_our_columns(copy):
+    tables, figures = "outputs/tiny/tables/table_S3", "figures/tiny/fig_"
     for place in (
-        "outputs/tiny/tables/table_S33_agreement.json",
-        "outputs/tiny/tables/table_S34_agreement_by_principle.json",
-        "figures/tiny/fig_2_comparison.json",
-        "figures/tiny/fig_3_scores.json",
+        f"{tables}3_agreement",
+        f"{tables}4_agreement_by_principle",
+        f"{figures}2_comparison",
+        f"{figures}3_scores",
     ):
-        shown = json.loads((copy / place).read_text())
+        shown = json.loads((copy / f"{place}.json").read_text())
         assert "simulated" in shown["label"] and "no human took part" in shown["caption"], place
-    table = pd.read_csv(copy / "outputs/tiny/tables/table_S7_headlines.csv")
-    experts = table[table.result.str.contains("expert")]
-    assert (
-        len(experts) == 4 and experts.ours.isna().all() and experts["95% interval"].str.contains("not measured").all()
-    )
+    found = table(copy, "table_S7_headlines")
+    experts = found[found.result.str.contains("expert")]
+    assert len(experts) == 4 and experts.ours.isna().all()
+    assert experts["95% interval"].str.contains("not measured").all()
+    rewards = table(copy, "table_1_reward")
+    published = rewards.kind.str.startswith("paper")
+    assert (rewards["accuracy %"].isna() == published).all() and (
+        rewards["paper accuracy %"].notna() == published
+    ).all()
 
 
-def test_the_paper_never_fills_our_columns(copy):
-    table = pd.read_csv(copy / "outputs/tiny/tables/table_1_reward.csv")
-    published = table[table.kind.str.startswith("paper")]
-    assert published["accuracy %"].isna().all() and published["paper accuracy %"].notna().all()
-    assert table[~table.kind.str.startswith("paper")]["paper accuracy %"].isna().all()
+REDONE = {
+    "reward.learning_rate=0.002": "05_reward 06_policy 07_win_rates 08_ablations 09_mixing 10_judges 11_experts",
+    "evaluation.judge=rules:rubric": "08_ablations",
+    "ablation.pairs=4": "08_ablations",
+    "judges.speeches=3": "10_judges",
+    "agreement.scored=3": "11_experts",
+    "mixing.budget=12": "09_mixing",
+}
 
 
-def test_a_finished_run_has_nothing_to_do(copy):
-    assert "Nothing to be done" in chain(copy, "--dry-run")
+@pytest.mark.parametrize("setting", REDONE)
+def test_a_setting_changes_its_stage_and_what_follows(setting, copy, monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
+    name, _, value = setting.partition("=")
+    value = value if ":" in value else json.loads(value)
+    redone = []
+    for before, after in zip(stage_rules("tiny", "tiny"), stage_rules("tiny", "tiny", overrides={name: value})):
+        if before != after or {Path(need).parent.name for need in after["needs"]} & {*redone} - {"00_study"}:
+            redone.append(after["name"])
+    assert redone == ["00_study", *REDONE[setting].split(), "13_report"]
 
 
-def test_a_parameter_re_runs_its_stage_and_what_follows(copy):
-    output = chain(copy, "--dry-run", overrides='{"reward.learning_rate": 0.002}')
-    assert planned(output) == [
-        "00_study",
-        "05_reward",
-        "06_policy",
-        "07_win_rates",
-        "08_ablations",
-        "09_mixing",
-        "10_judges",
-        "11_experts",
-        "13_report",
-    ]
-    output = chain(copy, "--dry-run", overrides='{"evaluation.judge": "rules:rubric", "ablation.pairs": 4}')
-    assert planned(output) == ["00_study", "08_ablations", "13_report"]
-    output = chain(copy, "--dry-run", overrides='{"judges.speeches": 3}')
-    assert planned(output) == ["00_study", "10_judges", "13_report"]
-    output = chain(copy, "--dry-run", overrides='{"agreement.scored": 3}')
-    assert planned(output) == ["00_study", "11_experts", "13_report"]
-    output = chain(copy, "--dry-run", overrides='{"mixing.budget": 12}')
-    assert planned(output) == ["00_study", "09_mixing", "13_report"] and output.count("09_mixing_cell") >= 1
-
-
-def test_code_re_runs_its_stage_and_what_follows(copy):
-    path = copy / "nbs" / "07_win_rates.ipynb"
+def test_settings_and_code_re_run_their_stages_and_what_follows(copy):
+    path = copy / "nbs" / "10_judges.ipynb"
     before = path.read_text()
     try:
-        path.write_text(before.replace("stage.keep(answers=answers", "stage.keep( answers=answers"))
+        path.write_text(before.replace("stage.keep(", "stage.keep( "))
         assert path.read_text() != before
-        assert planned(chain(copy, "--dry-run")) == ["07_win_rates", "10_judges", "11_experts", "13_report"]
+        output = chain(copy, "--dry-run", overrides='{"mixing.budget": 12}')
     finally:
         path.write_text(before)
+    assert planned(output) == ["00_study", "09_mixing", "10_judges", "13_report"] and "09_mixing_cell" in output
 
 
 def test_prose_and_saved_outputs_re_run_nothing(copy):
@@ -147,61 +137,45 @@ def test_prose_and_saved_outputs_re_run_nothing(copy):
         path.write_text(before)
 
 
-def test_a_run_folder_of_an_older_layout_is_refused_in_one_line(copy):
+def test_an_older_layout_and_broken_files_are_refused_in_one_line(copy, monkeypatch):
     (copy / "outputs/old/05_speeches").mkdir(parents=True)
-    line = run_stage(copy, "01_speeches", "-p", "RUN=old")
+    config = ("--config", "profile=tiny", "run=old")
+    line = bad(copy, "snakemake", "--cores", "2", "--nolock", *config)
     assert "outputs/old: holds '05_speeches'" in line and "expected such as '00_study'" in line
-    assert "outputs/old: holds '05_speeches'" in bad(
-        copy, "snakemake", "--cores", "2", "--nolock", "--config", "profile=tiny", "run=old"
-    )
+    shutil.copytree(copy / "outputs/tiny", copy / "outputs/broken", ignore=shutil.ignore_patterns("1*", "cache"))
+    path = copy / "outputs/broken/02_responses/responses.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "was changed since" in run_stage(copy, "03_ratings", "-p", "RUN=broken")
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
+    (copy / "outputs/broken/03_ratings/receipt.json").unlink()
+    assert "has no receipt.json" in one_line(lambda: StageReader(Run("broken"), "03_ratings"))
 
 
 def test_report_is_self_contained(copy):
     chain(copy, "--report", "outputs/tiny/report.html")
     page = (copy / "outputs/tiny/report.html").read_text()
-    for name in (
-        "table_1_reward",
-        "table_2_win_rates",
-        "fig_4_online_offline",
-        "table_S7_headlines",
-        "table_S15_spending",
-    ):
-        assert name in page
+    for name in ("1_reward", "2_win_rates", "S7_headlines", "S15_spending"):
+        assert f"table_{name}" in page
+    assert "fig_4_online_offline" in page
     assert 'src="http' not in page and '<link rel="stylesheet" href="http' not in page
 
 
 def test_the_report_says_what_was_asked_and_that_it_was_free(copy):
-    table = pd.read_csv(copy / "outputs/tiny/tables/table_S15_spending.csv", keep_default_na=False, dtype=str)
-    books = [row for stage in STAGES if stage != "13_report" for row in receipt(copy, stage).get("books", [])]
-    assert (
-        {row["stage"] for row in books}
-        == set(table.stage) - {"all"}
-        == {"02_responses", "03_ratings", "05_reward", "06_policy", "07_win_rates", "10_judges", "08_ablations"}
+    found = table(copy, "table_S15_spending", keep_default_na=False, dtype=str)
+    books = pd.DataFrame(
+        [row for stage in STAGES if stage != "13_report" for row in receipt(copy, stage).get("books", [])]
     )
-    for stage in set(table.stage) - {"all"}:
-        assert table[table.stage == stage].calls.astype(int).sum() == sum(
-            row["calls"] for row in books if row["stage"] == stage
-        )
-    assert table[table.stage == "02_responses"].calls.tolist() == ["168"] and table[
-        table.stage == "03_ratings"
-    ].calls.tolist() == ["294"]
-    assert int(table.calls.iloc[-1]) == sum(row["calls"] for row in books) and set(table["US dollars"]) == {"0.00"}
+    calls = found.assign(calls=found.calls.astype(int)).groupby("stage").calls.sum()
+    expected = books.groupby("stage").calls.sum()
+    assert calls.drop("all").to_dict() == expected.to_dict() and calls["all"] == expected.sum()
+    assert (calls["02_responses"], calls["03_ratings"], len(expected)) == (168, 294, 7)
+    assert set(found["US dollars"]) == {"0.00"} and str(copy) not in "".join(found.model)
     page = (copy / "outputs/tiny/13_report/overview.html").read_text()
-    assert "nothing was paid: no model asked has a price" in page and str(copy) not in "".join(table.model)
+    assert "nothing was paid: no model asked has a price" in page
 
 
-def test_broken_files_are_one_line(copy):
-    shutil.copytree(copy / "outputs/tiny", copy / "outputs/broken", ignore=shutil.ignore_patterns("1*", "cache"))
-    (copy / "outputs/broken/03_ratings/receipt.json").unlink()
-    assert "has no receipt.json" in run_stage(copy, "04_pairs", "-p", "RUN=broken")
-    path = copy / "outputs/broken/02_responses/responses.parquet"
-    path.write_bytes(path.read_bytes()[:100])
-    assert "was changed since" in run_stage(copy, "03_ratings", "-p", "RUN=broken")
-
-
-def test_trace_and_compare(copy):
-    lines = run(copy, "psycopref", "trace", "outputs/tiny/04_pairs").splitlines()
-    assert [line.split(":")[0] for line in lines if not line.startswith(" ")][0] == "04_pairs" and any(
-        line.startswith("01_speeches") for line in lines
-    )
-    assert set(line.split()[0] for line in run(copy, "psycopref", "compare", "tiny", "tiny").splitlines()) == {"same"}
+def test_trace_and_compare(copy, monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
+    stages = [line.split(":")[0] for line in trace(copy / "outputs/tiny/04_pairs") if not line.startswith(" ")]
+    assert stages[0] == "04_pairs" and "01_speeches" in stages
+    assert {line.split()[0] for line in compare("tiny", "tiny")} == {"same"}

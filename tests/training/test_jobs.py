@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -15,11 +14,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, load_profile
+from psycopref.core.settings import DpoSettings, LoraSettings, load_profile
 from psycopref.models.weights import Weights
 from psycopref.training import jobs
+from psycopref.training.dpo import DpoJob
 from psycopref.training.jobs import do_job, launch_command, launch_plan, load_job, locked
-from psycopref.training.jobs import restore, run_or_launch, store_job, whole_folder
+from psycopref.training.jobs import read_job, run_or_launch, store_job, whole_folder
+from psycopref.training.reward_model import RewardJob
 from refusals import one_line
 
 PAIRS = pd.DataFrame({"prefID": [3, 4], "question": ["I count the stairs.", "No."]})
@@ -33,8 +34,11 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def stored(folder, goal=None, pairs=PAIRS, **more):
-    job = {"kind": "dpo", "goal": goal or folder / "model", "settings": dataclasses.asdict(DpoSettings())} | more
+JOB = DpoJob(Weights("a", "b", "c", "d"), DpoSettings(), Path("model"))
+
+
+def stored(folder, pairs=PAIRS, **more):
+    job = dataclasses.replace(JOB, **{"goal": folder / "model"} | more)
     store_job(folder, job, {"train": pairs, "dev": None})
     return folder
 
@@ -47,9 +51,9 @@ def test_the_same_job_is_kept_and_another_one_cleared(tmp_path):
     (job / "checkpoints").mkdir()
     stored(job, pairs=PAIRS.assign(note="nobody reads this"))
     assert (job / "checkpoints").is_dir()
-    changed, beta = PAIRS.assign(chosen=["What then?", "I hear you."]), dataclasses.asdict(DpoSettings(beta=0.2))
-    lora = dataclasses.asdict(DpoSettings(lora=LoraSettings(rank=2)))
-    others = [{"pairs": own} for own in (changed, PAIRS[:1], PAIRS[::-1])] + [{"settings": beta}, {"settings": lora}]
+    changed = PAIRS.assign(chosen=["What then?", "I hear you."])
+    others = [{"pairs": own} for own in (changed, PAIRS[:1], PAIRS[::-1])]
+    others += [{"settings": DpoSettings(beta=0.2)}, {"settings": DpoSettings(lora=LoraSettings(rank=2))}]
     others += [{"goal": tmp_path / "elsewhere"}, {"kind": "reward"}, {"seed": 1}]
     for more in others:
         (job / "checkpoints").mkdir(exist_ok=True)
@@ -61,10 +65,11 @@ def test_the_same_job_is_kept_and_another_one_cleared(tmp_path):
 def test_a_job_comes_back_as_it_was_stored(tmp_path):
     talk = [{"role": "user", "content": "Why?"}]
     wide = PAIRS.assign(messages=[talk, None], gap=[1.5, 2.0], chosen_empathy_rating=[5, 4], chosen_model=["x", "y"])
-    own = {"kind": "dpo", "goal": tmp_path / "model", "schedule": (0, 8)}
+    lora = LoraSettings(rank=2, last_layers=3)
+    own = dataclasses.replace(JOB, settings=DpoSettings(lora=lora), schedule=(0, 8), reference=JOB.start, optimiser="")
     store_job(tmp_path / "job", own, {"train": wide, "dev": PAIRS[:0], "more": PAIRS})
-    job, frames = load_job(tmp_path / "job")
-    assert job["goal"] == tmp_path / "model" and job["schedule"] == [0, 8]
+    job, frames = load_job(tmp_path / "job", DpoJob)
+    assert job == own
     assert list(frames) == ["train", "more"], "an empty frame is none"
     assert set(frames["train"]) == {*PAIRS, "messages", "gap", "chosen_empathy_rating"}
     assert frames["train"].chosen.tolist() == PAIRS.chosen.tolist()
@@ -75,20 +80,23 @@ def test_a_job_that_was_half_written_is_none_and_is_written_again(tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(jobs, "write_json", lambda path, value: (_ for _ in ()).throw(KeyboardInterrupt))
         stored(tmp_path / "job")
-    assert "job.json" in one_line(lambda: load_job(tmp_path / "job"))
+    assert "job.json" in one_line(lambda: read_job(tmp_path / "job"))
     (tmp_path / "job" / "left").write_text("by who was interrupted")
-    assert len(load_job(stored(tmp_path / "job"))[1]["train"]) == 2 and not (tmp_path / "job" / "left").exists()
+    assert len(load_job(stored(tmp_path / "job"), DpoJob)[1]["train"]) == 2
+    assert not (tmp_path / "job" / "left").exists()
 
 
 @pytest.mark.parametrize("profile", ["tiny", "demo", "paper"])
-def test_settings_come_back_from_plain_data(profile):
-    found = load_profile(profile)
-    parts = [found, *filter(dataclasses.is_dataclass, vars(found).values()), Weights("a", "b", "c", "d")]
-    assert len(parts) > 8
-    for part in parts:
-        assert restore(type(part), json.loads(json.dumps(dataclasses.asdict(part)))) == part
+def test_the_settings_of_a_profile_come_back_and_unknown_ones_are_refused(profile, tmp_path):
+    own = load_profile(profile)
+    place = stored(tmp_path / "job", settings=own.dpo) / "job.json"
+    assert load_job(place.parent, DpoJob)[0].settings == own.dpo
+    job = RewardJob(JOB.start, own.reward, Path("model"))
+    store_job(tmp_path / "reward", job, {"train": PAIRS})
+    assert load_job(tmp_path / "reward", RewardJob)[0] == job
+    place.write_text(place.read_text().replace('"beta"', '"no_such_setting"'))
     with pytest.raises(ValueError, match="no_such_setting"):
-        restore(RewardSettings, {"no_such_setting": 1})
+        load_job(place.parent, DpoJob)
 
 
 def test_a_job_of_an_unknown_kind_is_refused(tmp_path):

@@ -238,7 +238,7 @@ def test_a_training_computes_the_packs_that_were_planned(tokenizer, tmp_path):
         return batch
 
     trainer.data_collator = record
-    train_quietly(trainer, "packs")
+    train_quietly(trainer)
     assert len(widths) == plan["steps"] * 2 == 8 and max(widths) <= chosen.pack_tokens < heaviest(lengths, 8, 8, 2, 4)
     assert seen == [tuple(rows[i].values()) for epoch in (0, 1) for i in drawn(lengths, 8, 4, 4, epoch)]
 
@@ -281,7 +281,7 @@ def test_pairs_that_trl_would_drop_in_silence_are_listed(tokenizer):
     kept, long = pair_rows(PAIRS, tokenizer, limit, margins=[0.5, 1.5, 2.5, 3.5])
     assert long == [pair for pair, size in zip(PAIRS.prefID, sizes) if size > limit] and len(long) == 2
     assert kept == [row | {"margin": n + 0.5} for n, row in enumerate(rows) if sizes[n] <= limit]
-    assert "all 4 pairs" in one_line(lambda: pair_rows(PAIRS, tokenizer, min(sizes) - 1))
+    assert "4 pairs, all longer" in one_line(lambda: pair_rows(PAIRS, tokenizer, min(sizes) - 1))
 
 
 @few

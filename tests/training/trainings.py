@@ -8,8 +8,9 @@ import torch
 
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
-from psycopref.training.dpo import build_dpo_trainer, dpo_rows, train_policy, write_dpo_job
-from psycopref.training.reward_model import build_reward_trainer, train_reward_model, write_reward_job
+from psycopref.training.dpo import DpoJob, build_dpo_trainer, dpo_rows, train_policy, write_dpo_job
+from psycopref.training.jobs import store_job
+from psycopref.training.reward_model import RewardJob, build_reward_trainer, train_reward_model
 from psycopref.training.scoring import load_reward_model, score_pairs
 from psycopref.training.texts import last_checkpoint
 
@@ -43,9 +44,9 @@ def is_reward(settings) -> bool:
 def write(start, folder, settings, goal, dtype="float32", seed=0, pairs=TRAIN, dev=None, **more):
     "Write a job of the kind of its settings."
     if is_reward(settings):
-        write_reward_job(folder, start, pairs, dev, settings, goal, dtype, seed)
+        store_job(folder, RewardJob(start, settings, goal, dtype, seed), {"train": pairs, "dev": dev})
     else:
-        write_dpo_job(folder, start, pairs, settings, goal, dtype, seed, dev=dev, **more)
+        write_dpo_job(folder, DpoJob(start, settings, goal, dtype, seed, **more), pairs, dev)
     return folder
 
 
