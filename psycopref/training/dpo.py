@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import atomic_path, read_json, write_json
@@ -19,7 +20,6 @@ from ..models.weights import Weights, find_weights, load_causal_lm, load_tokeniz
 from psycopref.training.jobs import (
     clear_checkpoints,
     load_job,
-    restore,
     run_or_launch,
     save_goal,
     store_job,
@@ -30,8 +30,7 @@ from psycopref.training.jobs import (
 from .packing import dpo_trainer
 from psycopref.training.texts import (
     add_lora,
-    check_batch,
-    evaluate_last,
+    keep_short,
     last_checkpoint,
     numbered,
     pair_messages,
@@ -39,6 +38,7 @@ from psycopref.training.texts import (
     save_merged,
     sharded,
     silence,
+    step_callback,
     step_plan,
     take_device,
     train_quietly,
@@ -47,7 +47,7 @@ from psycopref.training.texts import (
 )
 
 # %% auto #0
-__all__ = ['dpo_rows', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'run_dpo_job', 'train_policy', 'materialise']
+__all__ = ['dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'run_dpo_job', 'train_policy', 'materialise']
 
 # %% ../../nbs/training/05_dpo.ipynb #170a90f1
 def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
@@ -77,69 +77,47 @@ def dpo_rows(pairs, tokenizer, max_length: int, needed: bool = True) -> tuple[li
 
     max_length: tokens of prompt plus one response; needed: refuse pairs that are all too long. Rows have prompt_ids,
     chosen_ids, rejected_ids, length."""
-    rows, long = [], []
+    rows, sizes = [], []
     for pair in pairs.itertuples():
         row = _split(tokenizer, pair)
         prompt, *answers = map(len, row.values())
-        if prompt + max(answers) > max_length:
-            long.append(int(pair.prefID))
-        else:
-            rows.append(row | {"length": prompt + sum(answers)})
-    if needed and not rows:
-        raise StudyError(
-            f"DPO: found {len(long)} pairs, all longer than max_length {max_length}; expected one to train on; raise "
-            "dpo.max_length"
-            if long
-            else "DPO: found no pair, expected one to train on; look at what was dropped"
-        )
-    return rows, long
+        rows.append(row | {"length": prompt + sum(answers)})
+        sizes.append(prompt + max(answers))
+    return keep_short(rows, sizes, pairs, max_length, needed, "dpo")
 
 # %% ../../nbs/training/05_dpo.ipynb #b44ef05e
-def write_dpo_job(
-    folder: Path,
-    start: Weights,
-    pairs,
-    settings: DpoSettings,
-    goal: Path | None,
-    dtype: str,
-    seed: int,
-    reference: Weights | None = None,
-    dev=None,
-    nll_weight: float = 0.0,
-    keep_points: bool = False,
-    schedule: tuple[int, int] | None = None,
-    optimiser: str | Path | None = None,
-    name: str = "DPO",
-) -> None:
+@dataclass(frozen=True)
+class DpoJob:
+    "Say what a DPO training is done with; its pairs lie beside it."
+
+    start: Weights
+    settings: DpoSettings
+    goal: Path | None  # of the finished policy; None where its checkpoints are all that is wanted
+    dtype: str = "auto"  # auto, bfloat16 or float32
+    seed: int = 0  # of batches and adapters
+    reference: Weights | None = None  # what holds the policy; None takes its start
+    nll_weight: float = 0.0  # of the chosen answers' likelihood
+    keep_points: bool = False  # leave all checkpoints' weights for curves; the goal gets the last step's, not the best
+    schedule: tuple[int, int] | None = None  # (steps before, steps in all) where several jobs share one
+    optimiser: str | Path | None = None  # file of moments to go on with, "" to begin; a finished job writes one then
+    name: str = "DPO"  # shown before the bar
+    kind: str = "dpo"
+
+
+def write_dpo_job(folder: Path, job: DpoJob, pairs, dev=None) -> None:
     """Write a training down, its pairs as tokens; what another job left in the folder is cleared.
 
-    goal: where the finished policy goes; None where its checkpoints are all that is wanted; seed: of batches and
-    adapters; reference: what holds the policy; None takes its start; dev: pairs to choose the checkpoint by;
-    nll_weight: of the chosen answers' likelihood; keep_points: leave all checkpoints' weights for curves; a goal
-    then gets those of the last step, not of the best; schedule: (steps done before, steps in all) where the step
-    size falls across several jobs; optimiser: a file of moments to go on with, "" to begin; a finished job writes
-    one when this is not None; name: shown before the bar."""
-    if optimiser is not None and settings.lora.rank:
+    dev: pairs to choose the checkpoint by, or None."""
+    if job.optimiser is not None and job.settings.lora.rank:
         raise StudyError(
             "dpo_iter.optimiser: moments can't be kept for adapters, which start anew in each iteration; set it to "
             "reset, or dpo.lora.rank to 0"
         )
-    job = {
-        "kind": "dpo",
-        "start": dataclasses.asdict(start),
-        "reference": None if reference is None or reference == start else dataclasses.asdict(reference),
-        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "push_to_hub"},
-        "goal": goal,
-        "dtype": dtype,
-        "seed": seed,
-        "nll_weight": nll_weight,
-        "keep_points": keep_points,
-        "schedule": schedule,
-        "optimiser": None if optimiser is None else str(optimiser),
-        "name": name,
-    }
+    reference = None if job.reference == job.start else job.reference
+    settings = dataclasses.replace(job.settings, push_to_hub="")  # says nothing of the training
+    job = dataclasses.replace(job, settings=settings, reference=reference)
     store_job(folder, job, {"train": pairs, "dev": dev})
-    _write_rows(folder, load_tokenizer(start), settings.max_length)
+    _write_rows(folder, load_tokenizer(job.start), settings.max_length)
 
 # %% ../../nbs/training/05_dpo.ipynb #e52ff8d3
 def _write_rows(folder: Path, tokenizer, max_length: int) -> None:
@@ -147,7 +125,7 @@ def _write_rows(folder: Path, tokenizer, max_length: int) -> None:
     from datasets import Dataset
 
     silence()
-    for name, frame in load_job(folder)[1].items():
+    for name, frame in load_job(folder, DpoJob)[1].items():
         if not (folder / "rows" / name).is_dir():
             rows, long = dpo_rows(frame, tokenizer, max_length, needed=name == "train")
             with whole_folder(folder / "rows" / name) as partial:
@@ -166,7 +144,7 @@ def _read_rows(folder: Path, name: str) -> tuple:
     return load_from_disk(str(place)) if (place / "state.json").is_file() else None, read_json(place / "too_long.json")
 
 # %% ../../nbs/training/05_dpo.ipynb #2567e35e
-def _load_moments(optimiser, path: str) -> None:
+def _load_moments(optimiser, path: str | Path) -> None:
     "Give an optimiser the moments that another job kept."
     import torch
 
@@ -185,22 +163,20 @@ def _load_moments(optimiser, path: str) -> None:
     optimiser.load_state_dict(optimiser.state_dict() | {"state": states})
 
 
-def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | None):
+def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | Path | None):
     "Make our DPO trainer go on with another job's schedule and moments, where there are any."
 
     class ContinuingDPOTrainer(dpo_trainer()):
         def create_scheduler(self, num_training_steps, optimizer=None):
             if schedule is None:
                 return super().create_scheduler(num_training_steps, optimizer)
-            from torch.optim.lr_scheduler import LambdaLR
+            from transformers import get_linear_schedule_with_warmup
 
-            (first, total), warm = schedule, self.args.get_warmup_steps(schedule[1])
-
-            def share(step):
-                done = first + step
-                return done / max(1, warm) if done < warm else max(0.0, (total - done) / max(1, total - warm))
-
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            (first, total), optimizer = schedule, optimizer or self.optimizer
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # else a schedule begins at its first step
+            warm = self.args.get_warmup_steps(total)
+            self.lr_scheduler = get_linear_schedule_with_warmup(optimizer, warm, total, first - 1)
             return self.lr_scheduler
 
         def create_optimizer(self, *arguments):
@@ -213,7 +189,7 @@ def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | None):
 
 # %% ../../nbs/training/05_dpo.ipynb #d601a9ca
 def _slim():
-    "Keep two checkpoints whole; the older ones are curve points, nobody goes on from them."
+    "Make a TrainerCallback that keeps two checkpoints whole; older ones are curve points, nobody goes on from them."
     from transformers import TrainerCallback
 
     class Slim(TrainerCallback):
@@ -224,62 +200,51 @@ def _slim():
     return Slim()
 
 
-def dpo_config(
-    settings: DpoSettings,
-    plan: dict,
-    folder: Path,
-    seed: int,
-    evaluate: bool,
-    autocast: bool = False,
-    nll_weight: float = 0.0,
-    keep_points: bool = False,
-):
-    """Translate our settings into a trl.DPOConfig.
+def dpo_config(job: DpoJob, plan: dict, folder: Path, evaluate: bool, autocast: bool = False):
+    """Translate a job into a trl.DPOConfig.
 
-    plan: of step_plan; folder: for checkpoints; autocast: compute in bfloat16 above float32 weights; nll_weight: of
-    the chosen answers' likelihood; keep_points: leave all checkpoints' weights."""
+    plan: of step_plan; folder: for checkpoints; evaluate: whether there are development pairs; autocast: compute in
+    bfloat16 above float32 weights."""
     from trl import DPOConfig
 
-    more = dict(beta=settings.beta, label_smoothing=settings.label_smoothing, bf16=autocast)
-    more["loss_type"] = ["robust" if settings.label_smoothing else "sigmoid"]  # trl's plain loss reads no smoothing
-    if nll_weight:
-        more |= dict(loss_type=[*more["loss_type"], "sft"], loss_weights=[1.0, nll_weight])
-    more["precompute_ref_log_probs"] = True
-    return trainer_config(DPOConfig, settings, plan, folder, seed, evaluate, keep_all=keep_points, **more)
+    smoothing = job.settings.label_smoothing
+    more = dict(loss_type=["robust" if smoothing else "sigmoid"])  # trl's plain loss reads no smoothing
+    if job.nll_weight:
+        more = dict(loss_type=[*more["loss_type"], "sft"], loss_weights=[1.0, job.nll_weight])
+    more |= dict(beta=job.settings.beta, label_smoothing=smoothing, bf16=autocast, precompute_ref_log_probs=True)
+    return trainer_config(DPOConfig, job.settings, plan, folder, job.seed, evaluate, keep_all=job.keep_points, **more)
 
 # %% ../../nbs/training/05_dpo.ipynb #b8dfae42
-def _models(job: dict, settings: DpoSettings) -> tuple:
+def _models(job: DpoJob) -> tuple:
     "Load a job's policy and reference: (policy, reference or None, whether to compute by autocast)."
-    start, reference = restore(Weights, job["start"]), restore(Weights, job["reference"])
-    dtype, autocast = training_precision(settings.lora, job["dtype"])
+    lora, (dtype, autocast) = job.settings.lora, training_precision(job.settings.lora, job.dtype)
     # a plain model is the fastest reference; sharded, trl would load one without packs
-    own = reference or settings.lora.rank or sharded()
-    apart = load_causal_lm(reference or start, dtype) if own else None
-    return add_lora(load_causal_lm(start, dtype), settings.lora, seed=job["seed"]), apart, autocast
+    own = job.reference or lora.rank or sharded()
+    apart = load_causal_lm(job.reference or job.start, dtype) if own else None
+    return add_lora(load_causal_lm(job.start, dtype), lora, seed=job.seed), apart, autocast
 
 
 def build_dpo_trainer(folder: Path) -> tuple:
     "Make the trainer of a job, the reference's log-probabilities computed or found: (trainer, tokenizer, facts)."
-    job, _ = load_job(folder)
-    settings, tokenizer = restore(DpoSettings, job["settings"]), load_tokenizer(restore(Weights, job["start"]))
-    (rows, long), (dev, dev_long) = _read_rows(folder, "train"), _read_rows(folder, "dev")
-    plan, seed = step_plan(list(rows["length"]), settings, job["seed"]), job["seed"]
+    (job, _), (rows, long), (dev, dev_long) = (
+        load_job(folder, DpoJob),
+        *(_read_rows(folder, n) for n in ("train", "dev")),
+    )
+    plan, tokenizer = step_plan(list(rows["length"]), job.settings, job.seed), load_tokenizer(job.start)
     silence()
     # before the configuration: DeepSpeed would take the weights apart while they are read, and packs need them whole
-    model, apart, autocast = _models(job, settings)
-    how, place = (autocast, job["nll_weight"], job["keep_points"]), folder / "checkpoints"
-    config = dpo_config(settings, plan, place, seed, dev is not None, *how)
-    trainer = _continuing_trainer(job["schedule"], job["optimiser"])(
+    model, apart, autocast = _models(job)
+    config = dpo_config(job, plan, folder / "checkpoints", dev is not None, autocast)
+    trainer = _continuing_trainer(job.schedule, job.optimiser)(
         model=model,
         ref_model=apart,
         args=config,
         train_dataset=rows,
         eval_dataset=dev if config.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        callbacks=[evaluate_last(), *([_slim()] if job["keep_points"] else [])],
+        callbacks=[step_callback(job.name), *([_slim()] if job.keep_points else [])],
     )
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
-    check_batch(trainer, settings, "dpo")
     return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
 
 # %% ../../nbs/training/05_dpo.ipynb #7094101c
@@ -296,33 +261,40 @@ def run_dpo_job(folder: Path) -> dict:
     """Train; go on where an interrupted run was. Every process of a launch calls this.
 
     Returns what happened: log, best step, development loss, what was dropped, seconds of this start."""
-    (job, _), clock = load_job(folder), [time.perf_counter()]
-    take_device(restore(DpoSettings, job["settings"]).lora)
-    if job["optimiser"] is not None and sharded():
+    (job, _), clock = load_job(folder, DpoJob), [time.perf_counter()]
+    take_device(job.settings.lora)
+    if job.optimiser is not None and sharded():
         raise StudyError("dpo_iter.optimiser: sharded moments can't be kept here; set it to reset")
     trainer, tokenizer, facts = build_dpo_trainer(folder)
     clock.append(time.perf_counter())
-    log = train_quietly(trainer, job["name"], last_checkpoint(folder / "checkpoints", facts["steps"]))
+    log = train_quietly(trainer, last_checkpoint(folder / "checkpoints", facts["steps"]))
     clock.append(time.perf_counter())
-    if job["optimiser"] is not None:
+    if job.optimiser is not None:
         _save_moments(trainer, folder / "optimiser.pt")
-    if job["goal"] is not None:
-        save_goal(trainer, tokenizer, job["goal"])
+    if job.goal is not None:
+        save_goal(trainer, tokenizer, job.goal)
     clock.append(time.perf_counter())
     spans = [round(b - a, 3) for a, b in itertools.pairwise(clock)]
     facts["seconds"] = dict(zip(("reference", "train", "save"), spans))
-    facts["points"] = [step for step, _ in numbered(folder / "checkpoints")] if job["keep_points"] else []
-    return write_result(folder, trainer, log, job["keep_points"], **facts)
+    facts["points"] = [step for step, _ in numbered(folder / "checkpoints")] if job.keep_points else []
+    return write_result(folder, trainer, log, job.keep_points, **facts)
 
 # %% ../../nbs/training/05_dpo.ipynb #cf751d7b
 def train_policy(
-    start: Weights, pairs, settings: DpoSettings, goal: Path | None, scratch: Path, dtype="auto", seed=0, **more
+    start: Weights,
+    pairs,
+    settings: DpoSettings,
+    goal: Path | None,
+    scratch: Path,
+    dtype="auto",
+    seed=0,
+    dev=None,
+    **more,
 ) -> dict:
     """Train a policy by DPO and save it as a plain transformers model; a finished job is not done again.
 
-    scratch: folder of the job; more: reference, dev, nll_weight, keep_points, schedule, optimiser, name; as all
-    others, write_dpo_job says what they are."""
-    write_dpo_job(scratch, start, pairs, settings, goal, dtype, seed, **more)
+    scratch: folder of the job; dev: pairs to choose the checkpoint by; more: fields of DpoJob."""
+    write_dpo_job(scratch, DpoJob(start, settings, goal, dtype, seed, **more), pairs, dev)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/05_dpo.ipynb #84cacc6c
@@ -345,11 +317,9 @@ def materialise(start: Weights, checkpoint: Path, folder: Path, dtype: str = "au
             save_merged(model, load_tokenizer(start), partial)
         else:
             partial.mkdir()
-            own = {
-                path for kind in ("*.safetensors", "*.json", "*.jinja", "tokenizer*") for path in checkpoint.glob(kind)
-            }
-            for path in own - {checkpoint / "trainer_state.json"}:
-                _link(path, partial / path.name)
+            for path in checkpoint.iterdir():
+                if path.suffix in (".safetensors", ".json", ".jinja", ".model") and path.name != "trainer_state.json":
+                    _link(path, partial / path.name)
         write_json(partial / "made_of.json", made_of)
     return folder
 

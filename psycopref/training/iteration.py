@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import random
 import shutil
@@ -25,7 +26,7 @@ from .sampling import sample_candidates, score_candidates
 from ..models.weights import Weights, find_weights
 
 # %% auto #0
-__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'Clock',
+__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'timed',
            'candidate_pairs', 'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune', 'check_strategy',
            'iterate']
 
@@ -43,14 +44,11 @@ def iteration_prompts(speech_ids: list[str], n: int, iteration: int, seed: int, 
         return random.Random(derived_seed(seed, "fresh", iteration)).sample(known, n)
     waiting, turn = [], 0
     for _ in range(iteration + 1):
-        if (
-            len(waiting) < n
-        ):  # a new round; those that still wait from the last one come first, and not again in this iteration
+        if len(waiting) < n:  # a new round; who still waits comes first, and not again in this iteration
             order, turn = random.Random(derived_seed(seed, "round", turn)).sample(known, len(known)), turn + 1
-            rest = set(waiting)
-            first = [name for name in order if name not in rest][: n - len(waiting)]
-            taken = set(first)
-            waiting = [*waiting, *first, *(name for name in order if name not in taken)]
+            late = set(waiting)
+            first = {*itertools.islice((name for name in order if name not in late), n - len(waiting))}
+            waiting += sorted(order, key=lambda name: name not in first)
         found, waiting = waiting[:n], waiting[n:]
     return found
 
@@ -63,8 +61,7 @@ def _choices(answers: list[str], rewards: list[float], settings: IterSettings) -
     words = [max(1, len(text.split())) for text in answers]
     return [
         (i, j)
-        for place, i in enumerate(ranks)
-        for j in ranks[place + 1 :]
+        for i, j in itertools.combinations(ranks, 2)
         if max(words[i], words[j]) <= (1 + settings.length_slack) * min(words[i], words[j])
     ]
 
@@ -122,7 +119,7 @@ def cut_answers(samples: dict) -> dict:
 # %% ../../nbs/training/08_iteration.ipynb #88d4c8a3
 @dataclass(frozen=True)
 class Online:
-    "Say what DPO-Iter is done with."
+    "Say what DPO-Iter is done with. Iterations count from 1; 0 is the backbone."
 
     folder: Path  # of all iterations
     base: Weights  # the backbone
@@ -135,39 +132,27 @@ class Online:
     seed: int  # of the run
 
     def place(self, number: int) -> Path:
-        "Name an iteration's folder. number: 1-based; 0 is the backbone. Returns folder of the iteration."
+        "Name an iteration's folder."
         return self.folder / f"iteration-{number}"
 
     def policy(self, number: int) -> Weights:
-        "Find the policy of an iteration. number: 0 is the backbone. Returns the policy after that iteration."
+        "Find the policy after an iteration."
         return find_weights(str(self.place(number) / "policy")) if number else self.base
 
     def decoding(self, number: int) -> Decoding:
-        "Say how an iteration samples. Returns how its candidates are sampled."
-        own = self.settings
-        return Decoding(
-            own.max_tokens or self.max_tokens,
-            own.temperature,
-            own.top_k,
-            own.top_p,
-            derived_seed(self.seed, "iteration", number),
-        )
+        "Say how an iteration samples its candidates."
+        own, seed = self.settings, derived_seed(self.seed, "iteration", number)
+        return Decoding(own.max_tokens or self.max_tokens, own.temperature, own.top_k, own.top_p, seed)
 
 # %% ../../nbs/training/08_iteration.ipynb #16f3f852
-@dataclass
-class Clock:
-    "Note the seconds of each phase; of one that was interrupted, those of its longest start."
-
-    place: Path  # a JSON file
-
-    def __call__(self, phase: str, work: typing.Callable):
-        "Do a phase; note how long it took, unless it was only read."
-        before = time.perf_counter()
-        found = work()
-        took, known = time.perf_counter() - before, read_json(self.place) if self.place.is_file() else {}
-        if took > known.get(phase, 0):  # a phase that is read again takes no time
-            write_json(self.place, known | {phase: round(took, 3)})
-        return found
+def timed(place: Path, phase: str, work: typing.Callable):
+    "Do a phase; note its seconds in a JSON file, of one that was interrupted those of its longest start."
+    before = time.perf_counter()
+    found = work()
+    took, known = time.perf_counter() - before, read_json(place) if place.is_file() else {}
+    if took > known.get(phase, 0):  # a phase that is read again takes no time
+        write_json(place, known | {phase: round(took, 3)})
+    return found
 
 # %% ../../nbs/training/08_iteration.ipynb #cccf69d5
 def candidate_pairs(online: Online, number: int):
@@ -180,17 +165,17 @@ def candidate_pairs(online: Online, number: int):
     folder, own = online.place(number), online.settings
     names = iteration_prompts(list(online.speeches), own.prompts, number - 1, online.seed, own.draw)
     write_json(folder / "prompts.json", names)
-    asked, clock = {name: online.speeches[name] for name in names}, Clock(folder / "seconds.json")
-    place, title = folder / "candidates", f"iteration {number}: "
-    policy, how = functools.partial(online.policy, number - 1), online.decoding(number)
-    samples = clock(
-        "sample",
-        lambda: sample_candidates(policy(), asked, place, own, how, own.candidates, online.dtype, title + "sampling"),
-    )
+    asked = {name: online.speeches[name] for name in names}
+    place, title, seconds = folder / "candidates", f"iteration {number}: ", folder / "seconds.json"
+
+    def sample():
+        how = online.policy(number - 1), asked, place, own, online.decoding(number), own.candidates, online.dtype
+        return sample_candidates(*how, title + "sampling")
+
+    samples = timed(seconds, "sample", sample)
     answers = {name: [sample.text for sample in group] for name, group in samples.items()}
-    rewards = clock(
-        "score", lambda: score_candidates(online.scorer, asked, answers, place, online.dtype, title + "scoring")
-    )
+    score = functools.partial(score_candidates, online.scorer, asked, answers, place, online.dtype, title + "scoring")
+    rewards = timed(seconds, "score", score)
     pairs, dropped = online_pairs(asked, answers, rewards, own, cut_answers(samples))
     with atomic_path(folder / "pairs.parquet") as partial:
         pairs.to_parquet(partial, index=False)
@@ -216,12 +201,9 @@ def iteration_schedule(online: Online, number: int) -> tuple[int, int] | None:
 def learn(online: Online, number: int, pairs) -> dict:
     "Train an iteration's policy on its pairs. pairs: frame of its pairs."
     own, folder = online.settings, online.place(number)
-    how = dataclasses.replace(
-        online.dpo,
-        epochs=own.epochs,
-        learning_rate=online.dpo.learning_rate if own.learning_rate is None else own.learning_rate,
-        checkpoints=own.checkpoints + 1 if own.checkpoints else 0,
-    )
+    rate = online.dpo.learning_rate if own.learning_rate is None else own.learning_rate
+    looks = own.checkpoints + 1 if own.checkpoints else 0
+    how = dataclasses.replace(online.dpo, epochs=own.epochs, learning_rate=rate, checkpoints=looks)
     start, reference = (
         online.policy(number - 1 if choice == "previous" else 0) for choice in (own.init, own.reference)
     )
@@ -240,26 +222,17 @@ def run_iteration(online: Online, number: int) -> dict:
         return read_json(folder / "done.json")
     pairs, facts = candidate_pairs(online, number)
     if len(pairs) < online.dpo.batch_size:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in facts["dropped"].items() if n) or "none"
         raise StudyError(
             f"DPO-Iter {number}: {len(pairs)} of {facts['groups']} groups gave a pair, expected at least a batch of "
-            f"{online.dpo.batch_size} "
-            f"(dropped: {', '.join(f'{n} {reason}' for reason, n in facts['dropped'].items() if n) or 'none'}); raise "
-            "dpo_iter.prompts, or lower dpo.batch_size"
+            f"{online.dpo.batch_size} (dropped: {reasons}); raise dpo_iter.prompts, or lower dpo.batch_size"
         )
     training = learn(online, number, pairs)
-    made = [
-        folder / "prompts.json",
-        folder / "pairs.parquet",
-        *sorted((folder / "candidates").glob("*.json")),
-        *sorted((folder / "policy").glob("*.safetensors")),
-    ]
-    done = {
-        "iteration": number,
-        **facts,
-        **{key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")},
-        "seconds": read_json(folder / "seconds.json") | training["seconds"],
-        "files": {str(path.relative_to(folder)): sha256_file(path) for path in made},
-    }
+    found = {key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")}
+    seconds = read_json(folder / "seconds.json") | training["seconds"]
+    made = ("prompts.json", "pairs.parquet", "candidates/*.json", "policy/*.safetensors")
+    files = {str(path.relative_to(folder)): sha256_file(path) for name in made for path in sorted(folder.glob(name))}
+    done = {"iteration": number, **facts, **found, "seconds": seconds, "files": files}
     if (folder / "job" / "optimiser.pt").is_file():
         os.replace(folder / "job" / "optimiser.pt", folder / "optimiser.pt")
     write_json(folder / "done.json", done)
@@ -270,9 +243,8 @@ def run_iteration(online: Online, number: int) -> dict:
 def _tidy(online: Online, number: int) -> None:
     "Take away what a finished iteration has no more use for."
     shutil.rmtree(online.place(number) / "job", ignore_errors=True)
-    (online.place(number - 1) / "optimiser.pt").unlink(missing_ok=True)
-    if number == online.settings.iterations:
-        (online.place(number) / "optimiser.pt").unlink(missing_ok=True)
+    for n in (number - 1, *([number] if number == online.settings.iterations else [])):
+        (online.place(n) / "optimiser.pt").unlink(missing_ok=True)
 
 # %% ../../nbs/training/08_iteration.ipynb #000a8388
 def best_point(points: list[dict], select: str) -> int:
@@ -280,13 +252,13 @@ def best_point(points: list[dict], select: str) -> int:
 
     points: of `training.watching`, one for each candidate; select: reward / win-rate. Returns place of the best;
     the earlier of equals."""
-    key = {"reward": "reward", "win-rate": "judged"}[select]
-    if any(point[key] is None for point in points):
+    found = [point["judged" if select == "win-rate" else "reward"] for point in points]
+    if None in found:
         raise StudyError(
             "select: found points that were not judged, expected verdicts where win-rate chooses; set watch.judged to "
             "true, or select by reward"
         )
-    return max(range(len(points)), key=lambda i: (points[i][key], -i))
+    return found.index(max(found))
 
 
 def prune(online: Online, newest: int, best: int) -> list[int]:
@@ -327,20 +299,9 @@ def iterate(online: Online, look: typing.Callable[..., dict]) -> dict:
     for number in range(1, online.settings.iterations + 1):
         done.append(run_iteration(online, number))
         seen += done[-1]["steps"] * online.dpo.batch_size
-        points.append(
-            look(
-                functools.partial(online.policy, number),
-                f"iteration-{number}",
-                seen,
-                curve="DPO-Iter",
-                dropped_share=done[-1]["dropped_share"],
-            )
-        )
+        find, more = functools.partial(online.policy, number), {"dropped_share": done[-1]["dropped_share"]}
+        points.append(look(find, f"iteration-{number}", seen, curve="DPO-Iter", **more))
         best = 1 + best_point(points[1:], online.settings.select)
         prune(online, number, best)
-    return {
-        "iterations": done,
-        "points": points,
-        "best": best,
-        "kept": [n for n in range(1, len(points)) if (online.place(n) / "policy").is_dir()],
-    }
+    kept = [n for n in range(1, len(points)) if (online.place(n) / "policy").is_dir()]
+    return {"iterations": done, "points": points, "best": best, "kept": kept}

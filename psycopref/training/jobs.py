@@ -27,7 +27,7 @@ from ..models.weights import release
 from .texts import best_checkpoint, devices, name_for_older, numbered, save_trained
 
 # %% auto #0
-__all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'load_job', 'restore', 'do_job', 'launch_command', 'launch_plan',
+__all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'read_job', 'load_job', 'do_job', 'launch_command', 'launch_plan',
            'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder', 'clear_checkpoints',
            'save_goal', 'training_facts', 'write_result']
 
@@ -38,14 +38,16 @@ def pair_columns(frame) -> list[str]:
     return [name for name in known if name in frame] + [name for name in frame if name.endswith("_rating")]
 
 
-def store_job(folder: Path, job: dict, frames: dict) -> None:
+def store_job(folder: Path, job, frames: dict) -> None:
     """Write a training down; what another job left in the folder is cleared.
 
-    job: kind, goal, and whatever the kind needs, as plain data; frames: name -> frame of pairs, or None."""
+    job: a dataclass with kind, goal and settings; frames: name -> frame of pairs, or None."""
+    from pydantic import TypeAdapter
+
     frames = {name: own[pair_columns(own)] for name, own in frames.items() if own is not None and len(own)}
     hashes = {name: hashlib.sha256(own.to_json(orient="records").encode()).hexdigest() for name, own in frames.items()}
-    job = json.loads(json.dumps(job | {"goal": job["goal"] and str(job["goal"]), "pairs": hashes}))
-    if (folder / "job.json").is_file() and read_json(folder / "job.json") == job:
+    tree = json.loads(TypeAdapter(type(job)).dump_json(job)) | {"pairs": hashes}
+    if (folder / "job.json").is_file() and read_json(folder / "job.json") == tree:
         return
     (folder / "job.json").unlink(missing_ok=True)  # first, so that a half-cleared folder is nobody's job
     shutil.rmtree(folder, ignore_errors=True)
@@ -53,25 +55,24 @@ def store_job(folder: Path, job: dict, frames: dict) -> None:
     for name, own in frames.items():
         with atomic_path(folder / f"{name}.parquet") as partial:
             own.to_parquet(partial, index=False)
-    write_json(folder / "job.json", job)
+    write_json(folder / "job.json", tree)
 
 # %% ../../nbs/training/02_jobs.ipynb #0db8c535
-def load_job(folder: Path) -> tuple[dict, dict]:
-    "Read a job, its goal as a path or None, and its frames of pairs by name."
-    import pandas as pd
-
+def read_job(folder: Path) -> dict:
+    "Read a job as plain data: kind, goal, settings and what else its dataclass has, and the hashes of its pairs."
     if not (Path(folder) / "job.json").is_file():
         raise StudyError(f"{folder}: has no job.json; expected the folder of a training")
-    job = read_json(Path(folder) / "job.json")
-    frames = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in job["pairs"]}
-    return job | {"goal": job["goal"] and Path(job["goal"])}, frames
+    return read_json(Path(folder) / "job.json")
 
 
-def restore(kind, tree: dict | None):
-    "Rebuild settings or Weights from plain data; None stays None."
+def load_job(folder: Path, kind: type) -> tuple:
+    "Read a job: (the dataclass `kind`, frames of pairs by name)."
+    import pandas as pd
     from pydantic import TypeAdapter
 
-    return None if tree is None else TypeAdapter(kind).validate_json(json.dumps(tree))
+    tree = read_job(folder)
+    frames = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in tree.pop("pairs")}
+    return TypeAdapter(kind).validate_json(json.dumps(tree)), frames
 
 # %% ../../nbs/training/02_jobs.ipynb #171b5510
 JOB_KINDS = {
@@ -82,13 +83,10 @@ JOB_KINDS = {
 
 def do_job(folder: Path) -> dict:
     "Do a job in this process; `psycopref train FOLDER` calls this in each process of a launch. Returns its result."
-    job, _ = load_job(folder)
-    if job.get("kind") not in JOB_KINDS:
-        raise StudyError(
-            f"{folder}: is a job of kind {job.get('kind')!r}, expected one of {', '.join(JOB_KINDS)}; it was written "
-            "by another version"
-        )
-    module, _, name = JOB_KINDS[job["kind"]].partition(":")
+    if (kind := read_job(folder).get("kind")) not in JOB_KINDS:
+        known = ", ".join(JOB_KINDS)
+        raise StudyError(f"{folder}: is a job of kind {kind!r}, expected one of {known}; another version wrote it")
+    module, _, name = JOB_KINDS[kind].partition(":")
     with at_work(folder):
         return getattr(importlib.import_module(module), name)(Path(folder))
 
@@ -117,8 +115,7 @@ def accelerate_strategy() -> str:
     "Read from PSYCOPREF_ACCELERATE how a training is spread over GPUs: DDP, FSDP2 or ZeRO-3."
     import yaml
 
-    named = os.environ.get("PSYCOPREF_ACCELERATE", "")
-    if not named:
+    if not (named := os.environ.get("PSYCOPREF_ACCELERATE")):
         return "DDP"
     try:
         text = (project_root() / Path(named).expanduser()).read_text(encoding="utf-8")
@@ -138,8 +135,8 @@ def locked(folder: Path) -> typing.Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = "is still being trained by a process of an earlier start; waiting for it"
-            print(f"psycopref: {folder.name} {said}", file=sys.stderr)
+            held = f"{folder.name} is still being trained by a process of an earlier start; waiting for it"
+            print(f"psycopref: {held}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         with open(Path(folder) / "workers", "a") as workers:
             fcntl.flock(workers, fcntl.LOCK_EX)
@@ -208,9 +205,9 @@ def _launch(folder: Path, processes: int, config: str, lock: int) -> None:
 
 def run_or_launch(folder: Path) -> dict:
     "Do a job, in this process or in several; a finished one is read. Returns its result."
-    job, _ = load_job(folder)
+    job = read_job(folder)
     with locked(folder) as lock:
-        if not ((folder / "result.json").is_file() and (job["goal"] is None or job["goal"].is_dir())):
+        if not ((folder / "result.json").is_file() and (job["goal"] is None or Path(job["goal"]).is_dir())):
             processes, config = launch_plan(job["settings"]["batch_size"])
             if processes == 1 and not config:
                 return do_job(folder)

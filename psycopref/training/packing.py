@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import types
 import typing
@@ -36,8 +37,8 @@ class Pack:
 
     def to(self, device, non_blocking: bool = False) -> Pack:
         "Move the tensors, as accelerate's loaders do with a batch."
-        names = ("input_ids", "position_ids", "keys", "places", "starts")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        tensors = {name: own for name, own in vars(self).items() if hasattr(own, "device")}
+        return replace(self, **{name: own.to(device, non_blocking=non_blocking) for name, own in tensors.items()})
 
 # %% ../../nbs/training/00_packing.ipynb #c7fba907
 def lay_out(groups: list[list[list[int]]], kept: int | list[list[int]] = 1) -> Pack:
@@ -48,18 +49,19 @@ def lay_out(groups: list[list[list[int]]], kept: int | list[list[int]] = 1) -> P
     import torch
 
     ids, positions, keys, places, queries, lengths = [], [], [], [], [], []
-    for number, group in enumerate(groups):
+    wanted = [[kept] * len(group) for group in groups] if isinstance(kept, int) else kept
+    for group, numbers in zip(groups, wanted):
         shared = max(min(common_prefix(group), min(map(len, group)) - 1), 0)  # so that each text has a token of its own
-        start, wanted = len(ids), kept if isinstance(kept, int) else kept[number]
-        for branch, text in enumerate(group):
-            first = shared if branch else 0
+        start = len(ids)
+        for text, n in zip(group, numbers):
+            first = shared if len(ids) > start else 0
             columns = [*range(start, start + first), *range(len(ids), len(ids) + len(text) - first)]
             ids += text[first:]
             positions += range(first, len(text))
             keys += columns
             queries.append(len(text) - first)
             lengths.append(len(text))
-            places.append(columns[-(wanted if isinstance(wanted, int) else wanted[branch]) :])
+            places.append(columns[-n:])
     most = max(map(len, places))
     filled = [own + own[-1:] * (most - len(own)) for own in places]
     starts = torch.tensor([[0, *itertools.accumulate(own)] for own in (queries, lengths)], dtype=torch.int32)
@@ -73,12 +75,10 @@ def _repeat_heads(states, heads: int):
 
 
 @functools.lru_cache(maxsize=64)  # the segments of a pack, for all its layers
-def _segment_mask(queries: int, keys: int, window: int | None, device):
-    "Say which keys a segment's queries see; None stands for the plain causal mask."
+def _seen(queries: int, keys: int, window: int | None, device):
+    "Say which keys a segment's queries see, (queries, keys): lower-right causal, within a sliding window."
     import torch
 
-    if queries == keys and (window is None or keys <= window):
-        return None
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries - window + 1)
 
@@ -88,8 +88,7 @@ def _segment_bias(queries: int, keys: int, window: int | None, repeats: int, dty
     "Return the mask as numbers to add, (1, repeats × queries, keys): 0 where a query sees, -inf where not."
     import torch
 
-    mask = _segment_mask(queries, keys, window, device)
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril() if mask is None else mask
+    seen = _seen(queries, keys, window, device)
     bias = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
     return bias.repeat(repeats, 1)[None]
 
@@ -104,12 +103,11 @@ def _by_products(query, key, value, scaling: float, window: int | None):
     return (scores.softmax(-1) @ value[0]).view(1, heads, n, size)
 
 
-def _capped_attention(query, key, value, mask, scaling: float, cap: float):
+def _capped_attention(query, key, value, seen, scaling: float, cap: float):
     "Attend with a soft cap on the scores (Gemma 2), which SDPA does not know."
     import torch
 
     scores = cap * torch.tanh((query @ key.transpose(-1, -2) * scaling).float() / cap)
-    seen = mask if mask is not None else torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 # %% ../../nbs/training/00_packing.ipynb #e7ac4b1e
@@ -129,12 +127,14 @@ def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
         if products and heads * own.shape[2] * k.shape[2] <= _MOST_SCORES:
             found.append(_by_products(own, k, v, scaling, window))
             continue
-        mask = _segment_mask(own.shape[2], k.shape[2], window, own.device)
+        queries, keys = own.shape[2], k.shape[2]
+        plain = cap is None and queries == keys and (window is None or keys <= window)  # SDPA's own triangle
+        seen = None if plain else _seen(queries, keys, window, own.device)
         k, v = (_repeat_heads(states, heads) for states in (k, v))
         if cap is not None:
-            found.append(_capped_attention(own, k, v, mask, scaling, cap))
+            found.append(_capped_attention(own, k, v, seen, scaling, cap))
         else:
-            found.append(scaled_dot_product_attention(own, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling))
+            found.append(scaled_dot_product_attention(own, k, v, attn_mask=seen, is_causal=plain, scale=scaling))
     return torch.cat(found, 2).transpose(1, 2)
 
 
@@ -221,19 +221,7 @@ def _probe(model, backbone, kernel: str, autocast: bool) -> float:
         backbone.train(training)
     return float((packed.float() - alone.float()).norm() / alone.float().norm())
 
-
-def _kernels(model, half: bool) -> list[str]:
-    "List the ways to attend on this model's device, fastest first."
-    import importlib.util
-
-    fast = half and model.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen")
-    return ["varlen", "segments"] if fast else ["segments"]
-
 # %% ../../nbs/training/00_packing.ipynb #0691c77d
-# whatever a foreign model says to a pack
-_REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError)
-
-
 def enable_packing(model, autocast: bool = False, tolerance: float | None = None) -> str:
     """Teach a model's backbone to take packs, and prove that it gives the same states; return why not, or "".
 
@@ -257,11 +245,12 @@ def enable_packing(model, autocast: bool = False, tolerance: float | None = None
     half = autocast or model.dtype in (torch.bfloat16, torch.float16)
     limit = tolerance or (0.05 if half else 1e-3)
     backbone.forward = _packing_forward(backbone)
-    for kernel in _kernels(model, half):
+    fast = half and model.device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen")
+    for kernel in ("varlen", "segments") if fast else ("segments",):
         try:
             off = _probe(model, backbone, kernel, autocast)
-        except _REFUSALS as error:
-            reason = str(error).splitlines()[0][:200]
+        except Exception as error:  # whatever a foreign model says to a pack
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue
         if off <= limit:
             backbone.pack_kernel = kernel

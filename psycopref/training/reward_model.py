@@ -5,8 +5,8 @@
 # %% ../../nbs/training/04_reward_model.ipynb #438c71c0
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import PRINCIPLE_KEYS, read_json
@@ -14,16 +14,15 @@ from ..core.settings import LoraSettings, RewardSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
-from .jobs import load_job, restore, run_or_launch, save_goal, store_job, training_facts, write_result
+from .jobs import load_job, run_or_launch, save_goal, store_job, training_facts, write_result
 from .packing import reward_trainer
 from .scoring import load_reward_model
 from psycopref.training.texts import (
     add_lora,
-    check_batch,
-    evaluate_last,
     last_checkpoint,
     pair_rows,
     silence,
+    step_callback,
     step_plan,
     take_device,
     train_quietly,
@@ -32,7 +31,7 @@ from psycopref.training.texts import (
 )
 
 # %% auto #0
-__all__ = ['rating_gaps', 'loss_margins', 'write_reward_job', 'reward_config', 'build_reward_trainer', 'run_reward_job',
+__all__ = ['rating_gaps', 'loss_margins', 'RewardJob', 'reward_config', 'build_reward_trainer', 'run_reward_job',
            'train_reward_model', 'reward_curve_figure']
 
 # %% ../../nbs/training/04_reward_model.ipynb #76e31b60
@@ -64,19 +63,19 @@ def loss_margins(pairs) -> list[float]:
     return gaps
 
 # %% ../../nbs/training/04_reward_model.ipynb #7f93cb5f
-def write_reward_job(
-    folder: Path, weights: Weights, train, dev, settings: RewardSettings, goal: Path, dtype: str, seed: int
-) -> None:
-    """Write a training down; what another job left in the folder is cleared.
+@dataclass(frozen=True)
+class RewardJob:
+    "Say what a reward model is trained with; its pairs lie beside it."
 
-    train, dev: frames of pairs, dev or None; goal: where the finished model goes; dtype: auto, bfloat16, float32."""
-    job = {"kind": "reward", "weights": dataclasses.asdict(weights), "settings": dataclasses.asdict(settings)}
-    store_job(folder, job | {"goal": goal, "dtype": dtype, "seed": seed}, {"train": train, "dev": dev})
+    weights: Weights
+    settings: RewardSettings
+    goal: Path  # of the finished model
+    dtype: str = "auto"  # auto, bfloat16 or float32
+    seed: int = 0
+    kind: str = "reward"
 
 # %% ../../nbs/training/04_reward_model.ipynb #8401d90f
-def reward_config(
-    settings: RewardSettings, plan: dict, folder: Path, seed: int, evaluate: bool, autocast: bool = False
-):
+def reward_config(settings: RewardSettings, plan: dict, folder: Path, seed: int, evaluate: bool, autocast=False):
     """Translate our settings into a trl.RewardConfig.
 
     plan: of step_plan; folder: for checkpoints; autocast: compute in bfloat16 above float32 weights."""
@@ -90,30 +89,26 @@ def build_reward_trainer(folder: Path) -> tuple:
     "Make the trainer of a job: (trainer, tokenizer, facts)."
     from datasets import Dataset
 
-    job, frames = load_job(folder)
-    weights, settings, seed = restore(Weights, job["weights"]), restore(RewardSettings, job["settings"]), job["seed"]
-    tokenizer, (dtype, autocast) = load_tokenizer(weights), training_precision(settings.lora, job["dtype"])
-
-    def rows_of(name: str) -> tuple[list[dict], list[int]]:
-        pairs = frames.get(name)
-        if pairs is None:
-            return [], []
+    job, frames = load_job(folder, RewardJob)
+    settings, seed, tokenizer = job.settings, job.seed, load_tokenizer(job.weights)
+    found = {"dev": ([], [])}
+    for name, pairs in frames.items():
         margins = loss_margins(pairs) if settings.margin else None
-        return pair_rows(pairs, tokenizer, settings.max_length, margins, needed=name == "train")
-
-    (rows, long), (dev, dev_long) = rows_of("train"), rows_of("dev")
-    plan, head = step_plan([row["length"] for row in rows], settings, seed), derived_seed(seed, "head")
-    model = load_reward_model(weights.location, tokenizer, dtype, new_head=head, **pinned(weights))
+        found[name] = pair_rows(pairs, tokenizer, settings.max_length, margins, needed=name == "train")
+    (rows, long), (dev, dev_long) = found["train"], found["dev"]
+    plan = step_plan([row["length"] for row in rows], settings, seed)
+    dtype, autocast = training_precision(settings.lora, job.dtype)
+    head, adapters = derived_seed(seed, "head"), derived_seed(seed, "adapters")
+    model = load_reward_model(job.weights.location, tokenizer, dtype, new_head=head, **pinned(job.weights))
     silence()
     trainer = reward_trainer()(
-        model=add_lora(model, settings.lora, head=True, seed=derived_seed(seed, "adapters")),
+        model=add_lora(model, settings.lora, head=True, seed=adapters),
         args=reward_config(settings, plan, folder / "checkpoints", seed, bool(dev), autocast),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(dev) if dev else None,
-        callbacks=[evaluate_last()],
+        callbacks=[step_callback(f"reward model {job.weights.slug}")],
     )
-    check_batch(trainer, settings, "reward")
     return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
 
 # %% ../../nbs/training/04_reward_model.ipynb #22a2d33b
@@ -121,12 +116,11 @@ def run_reward_job(folder: Path) -> dict:
     """Train; go on where an interrupted run was. Every process of a launch calls this.
 
     Returns what happened: log, best step, development loss, what was dropped."""
-    job, _ = load_job(folder)
-    take_device(restore(RewardSettings, job["settings"]).lora)
+    job, _ = load_job(folder, RewardJob)
+    take_device(job.settings.lora)
     trainer, tokenizer, facts = build_reward_trainer(folder)
-    resume = last_checkpoint(folder / "checkpoints", facts["steps"])
-    log = train_quietly(trainer, f"reward model {restore(Weights, job['weights']).slug}", resume)
-    save_goal(trainer, tokenizer, job["goal"], older=True)  # other people's tools pin transformers 4
+    log = train_quietly(trainer, last_checkpoint(folder / "checkpoints", facts["steps"]))
+    save_goal(trainer, tokenizer, job.goal, older=True)  # other people's tools pin transformers 4
     return write_result(folder, trainer, log, **facts)
 
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
@@ -136,7 +130,7 @@ def train_reward_model(
     """Train a Bradley-Terry reward model and save it as a plain transformers model; a finished job is not done again.
 
     goal: where the finished model goes; scratch: folder of the job; dev: pairs to choose the checkpoint by."""
-    write_reward_job(scratch, weights, train, dev, settings, goal, dtype, seed)
+    store_job(scratch, RewardJob(weights, settings, goal, dtype, seed), {"train": train, "dev": dev})
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/04_reward_model.ipynb #21c186c7

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import typing
 from pathlib import Path
 
 from ..core.files import progress
@@ -20,10 +19,10 @@ from ..models.weights import quiet_transformers
 from .packing import EvenSampler
 
 # %% auto #0
-__all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'pair_rows', 'devices', 'accumulation_steps', 'pack_size',
-           'step_plan', 'check_batch', 'training_precision', 'add_lora', 'save_merged', 'save_trained', 'sharded',
+__all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'keep_short', 'pair_rows', 'devices', 'accumulation_steps',
+           'pack_size', 'step_plan', 'training_precision', 'add_lora', 'save_merged', 'save_trained', 'sharded',
            'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
-           'progress_callback', 'numbered', 'best_checkpoint', 'last_checkpoint', 'train_quietly', 'evaluate_last']
+           'step_callback', 'numbered', 'best_checkpoint', 'last_checkpoint', 'train_quietly']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
 def prompt_messages(client_speech: str) -> list[dict]:
@@ -49,25 +48,34 @@ def dialogue(tokenizer, client_speech: str, response: str) -> str:
     return render(tokenizer, prompt_messages(client_speech), response)
 
 # %% ../../nbs/training/01_texts.ipynb #eac01cd2
-def pair_rows(
-    pairs, tokenizer, max_length: int, margins: typing.Sequence[float] | None = None, needed: bool = True
-) -> tuple[list[dict], list[int]]:
+def keep_short(rows: list[dict], sizes: list[int], pairs, max_length: int, needed: bool, section: str) -> tuple:
+    """Split rows of pairs by length: (those within max_length, prefIDs of the others).
+
+    sizes: tokens of each pair's prompt with its longer answer; needed: refuse to keep none; section: reward / dpo."""
+    kept = [row for row, size in zip(rows, sizes) if size <= max_length]
+    if needed and not kept:
+        raise StudyError(
+            f"{section}: found {len(rows)} pairs, all longer than max_length {max_length}; expected one to train on; "
+            f"raise {section}.max_length"
+            if rows
+            else f"{section}: found no pair, expected one to train on; look at what was dropped"
+        )
+    return kept, [int(name) for name, size in zip(pairs.prefID, sizes) if size > max_length]
+
+
+def pair_rows(pairs, tokenizer, max_length: int, margins=None, needed: bool = True) -> tuple[list[dict], list[int]]:
     """Tokenise pairs for trl's RewardTrainer; list the prefIDs of overlong ones.
 
     max_length: tokens of prompt plus one response; margins: one for each pair; needed: refuse pairs that are all too
     long. Rows have chosen_ids, rejected_ids, length."""
-    rows, long = [], []
+    rows, sizes = [], []
     for place, pair in enumerate(pairs.itertuples()):
         texts = [render(tokenizer, pair_messages(pair), text) for text in (pair.chosen, pair.rejected)]
         ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        if max(map(len, ids)) > max_length:
-            long.append(int(pair.prefID))
-            continue
         row = {"chosen_ids": ids[0], "rejected_ids": ids[1], "length": sum(map(len, ids)) - common_prefix(ids)}
         rows.append(row if margins is None else row | {"margin": float(margins[place])})
-    if needed and not rows:
-        raise StudyError(f"training: all {len(long)} pairs are longer than max_length {max_length}; raise it")
-    return rows, long
+        sizes.append(max(map(len, ids)))
+    return keep_short(rows, sizes, pairs, max_length, needed, "reward")
 
 # %% ../../nbs/training/01_texts.ipynb #0377e9df
 def devices() -> int:
@@ -111,17 +119,6 @@ def step_plan(lengths: list[int], settings, seed: int) -> dict:
     steps = max(1, int(settings.epochs * (len(lengths) // settings.batch_size)))
     every, left_out = math.ceil(steps / max(1, settings.checkpoints)), len(lengths) % settings.batch_size
     return {"pack_size": size, "steps": steps, "every": max(1, every), "left_out": left_out}
-
-
-def check_batch(trainer, settings, section: str) -> None:
-    "Refuse a trainer whose steps are not of the asked size. section: reward / dpo, for the error."
-    args = trainer.args
-    whole = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if whole != settings.batch_size:
-        raise StudyError(
-            f"{section}.batch_size: found steps of {whole} pairs over {args.world_size} processes, expected "
-            f"{settings.batch_size}; start the job with accelerate launch"
-        )
 
 # %% ../../nbs/training/01_texts.ipynb #95fe43b4
 def training_precision(lora: LoraSettings, dtype: str) -> tuple[str, bool]:
@@ -221,19 +218,16 @@ def name_for_older(folder: Path) -> list[str]:
     """Write a saved model's settings so that transformers 4.51, which rewardbench needs, reads them like 5.
 
     folder: a model with its tokenizer, as save_pretrained wrote it. Returns the files that were changed."""
-    files, changed = {"config.json": _older_config, "tokenizer_config.json": _older_tokenizer}, []
-    for path in (Path(folder) / name for name in files):
-        if not path.is_file():
-            raise StudyError(
-                f"{path}: no such file; expected a folder with a model and its tokenizer, as save_pretrained writes it"
-            )
-    for name, older in files.items():
-        before = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        if (after := older(before)) != before:
-            text = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-            changed.append(name)
-    return changed
+    older = {"config.json": _older_config, "tokenizer_config.json": _older_tokenizer}
+    paths = [Path(folder) / name for name in older]
+    for path in (path for path in paths if not path.is_file()):
+        raise StudyError(f"{path}: no such file; expected a model with its tokenizer, as save_pretrained writes them")
+    before = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    after = [change(own) for change, own in zip(older.values(), before)]
+    changed = [(path, new) for path, old, new in zip(paths, before, after) if new != old]
+    for path, new in changed:
+        path.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [path.name for path, _ in changed]
 
 # %% ../../nbs/training/01_texts.ipynb #d63a077e
 def common_arguments(settings, folder, seed: int, micro_batch_size: int, **more) -> dict:
@@ -275,7 +269,8 @@ def one_device(arguments):
 
 
 def trainer_config(kind, settings, plan: dict, folder, seed: int, evaluate: bool, keep_all: bool = False, **more):
-    """Make trl's configuration of a training: its steps, and when checkpoints are saved and compared.
+    """Make trl's configuration of a training: its steps, and when checkpoints are saved and compared; refuse processes
+    that nobody reckoned with.
 
     kind: RewardConfig or DPOConfig; plan: of step_plan; evaluate: whether there are development pairs; keep_all: keep
     every checkpoint and the last step's weights, not the best two and the best."""
@@ -285,7 +280,13 @@ def trainer_config(kind, settings, plan: dict, folder, seed: int, evaluate: bool
     if settings.checkpoints and evaluate:
         own |= dict(eval_strategy="steps", eval_steps=plan["every"], load_best_model_at_end=not keep_all)
         own |= dict(metric_for_best_model="eval_loss", greater_is_better=False)
-    return one_device(kind(**common_arguments(settings, folder, seed, plan["pack_size"], **own, **more)))
+    arguments = one_device(kind(**common_arguments(settings, folder, seed, plan["pack_size"], **own, **more)))
+    if arguments.world_size != devices():
+        raise StudyError(
+            f"found {arguments.world_size} processes, of which WORLD_SIZE says {devices()}, expected steps of "
+            f"{settings.batch_size} pairs over all of them; start the job with accelerate launch"
+        )
+    return arguments
 
 # %% ../../nbs/training/01_texts.ipynb #7cec4577
 def silence() -> None:
@@ -299,19 +300,23 @@ def silence() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
-def progress_callback(name: str):
-    "Make a TrainerCallback that shows a trainer's steps as our progress bar."
+def step_callback(name: str):
+    """Make a TrainerCallback that shows a trainer's steps as our progress bar, and evaluates and saves after the last.
+
+    name: shown before the bar. Without it the last checkpoint could not be the best one."""
     from transformers import TrainerCallback
 
-    class Progress(TrainerCallback):
+    class Steps(TrainerCallback):
         def on_train_begin(self, args, state, control, **keywords):
             self.bar = iter(progress(range(state.max_steps - state.global_step), name, unit="step"))
             next(self.bar, None)
 
         def on_step_end(self, args, state, control, **keywords):
             next(self.bar, None)
+            if state.global_step >= state.max_steps and args.eval_strategy != "no":
+                control.should_evaluate = control.should_save = True
 
-    return Progress()
+    return Steps()
 
 # %% ../../nbs/training/01_texts.ipynb #fb8cd04a
 def numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -343,24 +348,10 @@ def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
     return None
 
 # %% ../../nbs/training/01_texts.ipynb #81734a08
-def train_quietly(trainer, name: str, resume: Path | None = None) -> list[dict]:
-    "Train with our progress bar, from a checkpoint if there is one; return the log, one entry for each step."
+def train_quietly(trainer, resume: Path | None = None) -> list[dict]:
+    "Train without the trainer's own prints, from a checkpoint if there is one; return the log, an entry a step."
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(progress_callback(name))
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer.state.log_history
-
-
-def evaluate_last():
-    "Make a TrainerCallback that evaluates after the last step too, so that the last checkpoint may be the best."
-    from transformers import TrainerCallback
-
-    class Last(TrainerCallback):
-        def on_step_end(self, args, state, control, **keywords):
-            if state.global_step >= state.max_steps and args.eval_strategy != "no":
-                control.should_evaluate = control.should_save = True
-            return control
-
-    return Last()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import math
 import random
 import tempfile
@@ -12,12 +13,13 @@ import time
 import typing
 from dataclasses import asdict, dataclass, replace
 
+from pydantic import TypeAdapter
+
 from bench import demo_speeches, in_child, keep, keep_rows, peak_mb, side_by_side
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile, suggest
 from psycopref.core.tables import PALETTE, new_figure
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from psycopref.training.dpo import dpo_rows
-from psycopref.training.jobs import restore
 from psycopref.training.packing import dpo_trainer, reward_trainer, unwrap
 from psycopref.training.scoring import load_reward_model
 from psycopref.training.texts import (
@@ -398,7 +400,7 @@ def measure_memory(backbone: str, dtype: str, profile: str, settings: dict, way:
     "Train one side of DPO in this process, which should be new."
     import trl.trainer.dpo_trainer  # noqa: F401, so that it counts as loaded
 
-    weights, own = find_weights(backbone), restore(DpoSettings, settings)
+    weights, own = find_weights(backbone), TypeAdapter(DpoSettings).validate_json(json.dumps(settings))
     load = functools.partial(load_causal_lm, weights, dtype)
     tokenizer, first = load_tokenizer(weights), [load()]
     loaded, pairs = peak_mb(), made_pairs(tokenizer, own.batch_size, profile)

@@ -149,7 +149,8 @@ def stand_ins(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("init, reference", itertools.product(["previous", "base"], repeat=2))
+@pytest.mark.parametrize("init", ["previous", "base"])
+@pytest.mark.parametrize("reference", ["previous", "base"])
 def test_an_iteration_starts_and_is_held_where_the_settings_say_and_the_newest_policy_answers(
     init, reference, stand_ins, tmp_path
 ):
@@ -311,11 +312,9 @@ def test_the_best_point_is_by_reward_or_by_win_rate_and_the_earlier_of_equals():
 
 MOMENTS = [
     "iter/iteration-1/candidates/block-0000.json",
-    "iter/iteration-1/job/rows/train/cache-*.arrow",
-    "iter/iteration-1/job/checkpoints/checkpoint-1/trainer_state.json",
     "iter/iteration-1/policy.saving",
     "points/iteration-1/block-0000.json",
-    "iter/iteration-2/job/checkpoints/checkpoint-2",
+    "iter/iteration-2/job/checkpoints/checkpoint-1/trainer_state.json",
 ]
 
 
