@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +15,11 @@ from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import DpoSettings, StudyError
 from ..models.generation import common_prefix
 from ..models.weights import Weights, find_weights, load_causal_lm, load_tokenizer
-from psycopref.training.jobs import (
-    clear_checkpoints,
-    load_job,
-    run_or_launch,
-    save_goal,
-    store_job,
-    training_facts,
-    whole_folder,
-    write_result,
-)
+from .jobs import clear_checkpoints, load_job, run_or_launch, store_job, training_facts, whole_folder
 from .packing import dpo_trainer
 from psycopref.training.texts import (
     add_lora,
     keep_short,
-    last_checkpoint,
-    numbered,
     pair_messages,
     render,
     save_merged,
@@ -40,14 +27,12 @@ from psycopref.training.texts import (
     silence,
     step_callback,
     step_plan,
-    take_device,
-    train_quietly,
     trainer_config,
     training_precision,
 )
 
 # %% auto #0
-__all__ = ['dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'run_dpo_job', 'train_policy', 'materialise']
+__all__ = ['dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'train_policy', 'materialise']
 
 # %% ../../nbs/training/05_dpo.ipynb #170a90f1
 def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
@@ -163,8 +148,10 @@ def _load_moments(optimiser, path: str | Path) -> None:
     optimiser.load_state_dict(optimiser.state_dict() | {"state": states})
 
 
-def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | Path | None):
-    "Make our DPO trainer go on with another job's schedule and moments, where there are any."
+def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | Path | None, kept: Path):
+    "Make our DPO trainer go on with another job's schedule and moments, where there are any. kept: for its moments."
+
+    import torch
 
     class ContinuingDPOTrainer(dpo_trainer()):
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -184,6 +171,13 @@ def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | Path | 
             if moments:
                 _load_moments(made, moments)
             return made
+
+        def train(self, *arguments, **keywords):
+            found = super().train(*arguments, **keywords)
+            if moments is not None and self.is_world_process_zero():
+                with atomic_path(kept) as partial:
+                    torch.save(self.optimizer.state_dict()["state"], partial)
+            return found
 
     return ContinuingDPOTrainer
 
@@ -231,11 +225,13 @@ def build_dpo_trainer(folder: Path) -> tuple:
         *(_read_rows(folder, n) for n in ("train", "dev")),
     )
     plan, tokenizer = step_plan(list(rows["length"]), job.settings, job.seed), load_tokenizer(job.start)
+    if job.optimiser is not None and sharded():
+        raise StudyError("dpo_iter.optimiser: sharded moments can't be kept here; set it to reset")
     silence()
     # before the configuration: DeepSpeed would take the weights apart while they are read, and packs need them whole
     model, apart, autocast = _models(job)
     config = dpo_config(job, plan, folder / "checkpoints", dev is not None, autocast)
-    trainer = _continuing_trainer(job.schedule, job.optimiser)(
+    trainer = _continuing_trainer(job.schedule, job.optimiser, folder / "optimiser.pt")(
         model=model,
         ref_model=apart,
         args=config,
@@ -246,38 +242,6 @@ def build_dpo_trainer(folder: Path) -> tuple:
     )
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
     return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
-
-# %% ../../nbs/training/05_dpo.ipynb #7094101c
-def _save_moments(trainer, place: Path) -> None:
-    "Save Adam's moments for the next job."
-    import torch
-
-    if trainer.is_world_process_zero():
-        with atomic_path(place) as partial:
-            torch.save(trainer.optimizer.state_dict()["state"], partial)
-
-
-def run_dpo_job(folder: Path) -> dict:
-    """Train; go on where an interrupted run was. Every process of a launch calls this.
-
-    Returns what happened: log, best step, development loss, what was dropped, seconds of this start."""
-    (job, _), clock = load_job(folder, DpoJob), [time.perf_counter()]
-    take_device(job.settings.lora)
-    if job.optimiser is not None and sharded():
-        raise StudyError("dpo_iter.optimiser: sharded moments can't be kept here; set it to reset")
-    trainer, tokenizer, facts = build_dpo_trainer(folder)
-    clock.append(time.perf_counter())
-    log = train_quietly(trainer, last_checkpoint(folder / "checkpoints", facts["steps"]))
-    clock.append(time.perf_counter())
-    if job.optimiser is not None:
-        _save_moments(trainer, folder / "optimiser.pt")
-    if job.goal is not None:
-        save_goal(trainer, tokenizer, job.goal)
-    clock.append(time.perf_counter())
-    spans = [round(b - a, 3) for a, b in itertools.pairwise(clock)]
-    facts["seconds"] = dict(zip(("reference", "train", "save"), spans))
-    facts["points"] = [step for step, _ in numbered(folder / "checkpoints")] if job.keep_points else []
-    return write_result(folder, trainer, log, job.keep_points, **facts)
 
 # %% ../../nbs/training/05_dpo.ipynb #cf751d7b
 def train_policy(

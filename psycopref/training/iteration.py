@@ -228,11 +228,14 @@ def run_iteration(online: Online, number: int) -> dict:
             f"{online.dpo.batch_size} (dropped: {reasons}); raise dpo_iter.prompts, or lower dpo.batch_size"
         )
     training = learn(online, number, pairs)
-    found = {key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")}
-    seconds = read_json(folder / "seconds.json") | training["seconds"]
     made = ("prompts.json", "pairs.parquet", "candidates/*.json", "policy/*.safetensors")
-    files = {str(path.relative_to(folder)): sha256_file(path) for name in made for path in sorted(folder.glob(name))}
-    done = {"iteration": number, **facts, **found, "seconds": seconds, "files": files}
+    done = {
+        "iteration": number,
+        **facts,
+        **{key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")},
+        "seconds": read_json(folder / "seconds.json") | training["seconds"],
+        "files": {str(p.relative_to(folder)): sha256_file(p) for name in made for p in sorted(folder.glob(name))},
+    }
     if (folder / "job" / "optimiser.pt").is_file():
         os.replace(folder / "job" / "optimiser.pt", folder / "optimiser.pt")
     write_json(folder / "done.json", done)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import typing
 from pathlib import Path
 
@@ -24,7 +25,15 @@ from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import StudyError
 from ..core.stages import project_root
 from ..models.weights import release
-from .texts import best_checkpoint, devices, name_for_older, numbered, save_trained
+from psycopref.training.texts import (
+    devices,
+    last_checkpoint,
+    name_for_older,
+    numbered,
+    save_trained,
+    take_device,
+    train_quietly,
+)
 
 # %% auto #0
 __all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'read_job', 'load_job', 'do_job', 'launch_command', 'launch_plan',
@@ -76,19 +85,34 @@ def load_job(folder: Path, kind: type) -> tuple:
 
 # %% ../../nbs/training/02_jobs.ipynb #171b5510
 JOB_KINDS = {
-    "reward": "psycopref.training.reward_model:run_reward_job",
-    "dpo": "psycopref.training.dpo:run_dpo_job",
-}  # kind -> who does it
+    "reward": "psycopref.training.reward_model:build_reward_trainer",
+    "dpo": "psycopref.training.dpo:build_dpo_trainer",
+}  # kind -> who builds its trainer
 
 
 def do_job(folder: Path) -> dict:
-    "Do a job in this process; `psycopref train FOLDER` calls this in each process of a launch. Returns its result."
-    if (kind := read_job(folder).get("kind")) not in JOB_KINDS:
-        known = ", ".join(JOB_KINDS)
+    """Train; go on where an interrupted run was; `psycopref train FOLDER` calls this in each process of a launch.
+
+    Returns what happened: log, best step, development loss, points, what was dropped, seconds of this start."""
+    job, place, clock = read_job(folder), Path(folder) / "checkpoints", [time.perf_counter()]
+    if job.get("kind") not in JOB_KINDS:
+        kind, known = job.get("kind"), ", ".join(JOB_KINDS)
         raise StudyError(f"{folder}: is a job of kind {kind!r}, expected one of {known}; another version wrote it")
-    module, _, name = JOB_KINDS[kind].partition(":")
+    module, _, name = JOB_KINDS[job["kind"]].partition(":")
     with at_work(folder):
-        return getattr(importlib.import_module(module), name)(Path(folder))
+        take_device(bool(job["settings"]["lora"]["rank"]))
+        trainer, tokenizer, facts = getattr(importlib.import_module(module), name)(Path(folder))
+        clock.append(time.perf_counter())
+        log = train_quietly(trainer, last_checkpoint(place, facts["steps"]))
+        clock.append(time.perf_counter())
+        if job["goal"]:
+            older = job["kind"] == "reward"  # other people's tools pin transformers 4
+            save_goal(trainer, tokenizer, Path(job["goal"]), older)
+        clock.append(time.perf_counter())
+        facts["seconds"] = {
+            name: round(clock[i + 1] - clock[i], 3) for i, name in enumerate(("reference", "train", "save"))
+        }
+        return write_result(Path(folder), trainer, facts, log, job.get("keep_points", False))
 
 # %% ../../nbs/training/02_jobs.ipynb #46239216
 def launch_command(folder: Path, processes: int, config: str = "") -> list[str]:
@@ -256,11 +280,16 @@ def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: li
     return found | {"not_packed": trainer.not_packed, **plan}
 
 
-def write_result(folder: Path, trainer, log: list[dict], keep_points: bool = False, **facts) -> dict:
+def write_result(folder: Path, trainer, facts: dict, log: list[dict], keep_points: bool = False) -> dict:
     "Write a training's result and clear its checkpoints. keep_points: leave their weights for curves."
-    step, loss = best_checkpoint(trainer.state)
-    result = {**facts, "best_step": step, "dev_loss": loss, "devices": devices()}
-    result["log"] = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+    state, best = trainer.state, trainer.state.best_model_checkpoint
+    result = facts | {
+        "points": [step for step, _ in numbered(folder / "checkpoints")] if keep_points else [],
+        "best_step": int(best.rpartition("-")[2]) if best else state.global_step,
+        "dev_loss": float(state.best_metric) if best else None,
+        "devices": devices(),
+        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
+    }
     if trainer.is_world_process_zero():
         write_json(folder / "result.json", result)
         clear_checkpoints(folder, keep_points)

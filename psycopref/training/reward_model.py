@@ -14,25 +14,22 @@ from ..core.settings import LoraSettings, RewardSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
-from .jobs import load_job, run_or_launch, save_goal, store_job, training_facts, write_result
+from .jobs import load_job, run_or_launch, store_job, training_facts
 from .packing import reward_trainer
 from .scoring import load_reward_model
 from psycopref.training.texts import (
     add_lora,
-    last_checkpoint,
     pair_rows,
     silence,
     step_callback,
     step_plan,
-    take_device,
-    train_quietly,
     trainer_config,
     training_precision,
 )
 
 # %% auto #0
-__all__ = ['rating_gaps', 'loss_margins', 'RewardJob', 'reward_config', 'build_reward_trainer', 'run_reward_job',
-           'train_reward_model', 'reward_curve_figure']
+__all__ = ['rating_gaps', 'loss_margins', 'RewardJob', 'reward_config', 'build_reward_trainer', 'train_reward_model',
+           'reward_curve_figure']
 
 # %% ../../nbs/training/04_reward_model.ipynb #76e31b60
 def rating_gaps(pairs) -> list[float]:
@@ -111,18 +108,6 @@ def build_reward_trainer(folder: Path) -> tuple:
     )
     return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
 
-# %% ../../nbs/training/04_reward_model.ipynb #22a2d33b
-def run_reward_job(folder: Path) -> dict:
-    """Train; go on where an interrupted run was. Every process of a launch calls this.
-
-    Returns what happened: log, best step, development loss, what was dropped."""
-    job, _ = load_job(folder, RewardJob)
-    take_device(job.settings.lora)
-    trainer, tokenizer, facts = build_reward_trainer(folder)
-    log = train_quietly(trainer, last_checkpoint(folder / "checkpoints", facts["steps"]))
-    save_goal(trainer, tokenizer, job.goal, older=True)  # other people's tools pin transformers 4
-    return write_result(folder, trainer, log, **facts)
-
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
 def train_reward_model(
     weights: Weights, train, settings: RewardSettings, goal: Path, scratch: Path, dtype="auto", seed=0, dev=None
@@ -137,7 +122,7 @@ def train_reward_model(
 def reward_curve_figure(trainings: dict[str, dict]):
     """Draw training and development loss; a ring marks the checkpoint that was kept.
 
-    trainings: name -> what run_reward_job returned."""
+    trainings: name -> what train_reward_model returned."""
     figure, axes = new_figure(6.2, 3.6)
     kinds = {"loss": ("training batches", dict(linewidth=1, alpha=0.6))}
     kinds["eval_loss"] = ("development pairs", dict(marker="o", linewidth=1.8))

@@ -22,7 +22,7 @@ from .packing import EvenSampler
 __all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'keep_short', 'pair_rows', 'devices', 'accumulation_steps',
            'pack_size', 'step_plan', 'training_precision', 'add_lora', 'save_merged', 'save_trained', 'sharded',
            'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
-           'step_callback', 'numbered', 'best_checkpoint', 'last_checkpoint', 'train_quietly']
+           'step_callback', 'numbered', 'last_checkpoint', 'train_quietly']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
 def prompt_messages(client_speech: str) -> list[dict]:
@@ -181,11 +181,11 @@ def sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-def take_device(lora: LoraSettings) -> None:
+def take_device(adapters: bool) -> None:
     "Take this process's own GPU, before weights are loaded; refuse what could not be saved in the end."
     import torch
 
-    if lora.rank and sharded():
+    if adapters and sharded():
         raise StudyError(
             "lora.rank: adapters under FSDP or DeepSpeed can't be merged here; train them with plain data "
             "parallelism, or set the rank to 0"
@@ -322,13 +322,6 @@ def step_callback(name: str):
 def numbered(folder: Path) -> list[tuple[int, Path]]:
     "List (step, path) of a trainer's checkpoints (checkpoint-8, checkpoint-16, …), ascending."
     return sorted((int(path.name.split("-")[-1]), path) for path in Path(folder).glob("checkpoint-*"))
-
-
-def best_checkpoint(state) -> tuple[int, float | None]:
-    "Return the step whose weights were kept and their development loss, from the trainer's state."
-    if not state.best_model_checkpoint:
-        return state.global_step, None
-    return int(Path(state.best_model_checkpoint).name.split("-")[-1]), float(state.best_metric)
 
 
 def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:

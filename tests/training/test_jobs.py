@@ -209,7 +209,7 @@ import os, sys, time
 from pathlib import Path
 from psycopref.training import jobs
 
-def run_job(folder):
+def build(folder):
     rank = os.environ["RANK"]
     (folder / f"worker-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
     while not (folder / "go").exists():
@@ -217,8 +217,9 @@ def run_job(folder):
     if rank == "0":
         (folder / "model").mkdir()
         (folder / "result.json").write_text('{"by": "the orphans"}')
+    sys.exit()
 
-sys.modules["standing"], jobs.JOB_KINDS["dpo"] = sys.modules["__main__"], "standing:run_job"
+sys.modules["standing"], jobs.JOB_KINDS["dpo"] = sys.modules["__main__"], "standing:build"
 jobs.do_job(Path(sys.argv[-1]))
 """
 LAUNCHED = """
