@@ -1,4 +1,4 @@
-"""The chapters read as chapters: results in place, few imports, no definitions; README is one page and says what the run says."""
+"""The chapters read as chapters: results in place, few imports, no definitions; README says what the run says."""
 
 import ast
 import json
