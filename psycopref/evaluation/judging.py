@@ -5,7 +5,8 @@
 # %% ../../nbs/evaluation/03_judging.ipynb #5e101a61
 from __future__ import annotations
 
-import re
+import itertools
+import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -13,29 +14,29 @@ from pathlib import Path
 
 from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import paper_values
-from ..core.prompts import BadReply, parse_battle, parse_choice
+from ..core.prompts import parse_battle, parse_choice
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
-from .win_rates import SETTINGS, family, judged_twice, shown_first
-from ..feedback.battles import ORDERS, battle_request, consistent_verdicts
+from .win_rates import SETTINGS, family, ratios, rounded, same_family, share_of, shown_first
+from .win_rates import with_interval
+from ..feedback.battles import BATTLE, KEYS, ORDERS, ask_judge, battle_request, both_orders
+from ..feedback.battles import consistent_verdicts, side_by_side
 from ..feedback.choosing import ranking_request
 from ..gateway.gateway import PROVIDERS, chat_model
-from ..models.chat import ChatRequest, Failure
+from ..models.chat import ChatRequest
 from ..models.weights import find_weights
-from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement, rank_correlation
-from ..stats.intervals import mean_interval, win_interval
-from ..stats.scores import flip_rate
+from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement
+from ..stats.intervals import mean_interval
 from ..training.sampling import score_candidates
 from ..training.scoring import find_scorer
 
 # %% auto #0
-__all__ = ['KEYS', 'BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'NUMBERS', 'AGREEMENT_COLUMNS', 'NO_DISAGREEMENT', 'Judge',
-           'parse_judge', 'read_judges', 'open_judges', 'judge_label', 'judge_names', 'panel_labels', 'panel_made_by',
-           'judged_speeches', 'contests', 'asked_verdicts', 'distinct_texts', 'reward_scores', 'word_scores',
-           'scored_verdicts', 'stored_verdicts', 'verdicts_of', 'all_verdicts', 'margin_rows', 'percent_with_interval',
-           'judge_row', 'judge_family', 'same_family_side', 'judge_families', 'self_preference', 'judges_table',
-           'numbers_of', 'first_shown_names', 'win_rate_spread', 'judges_sentences', 'correlate_judges', 'agreements',
+__all__ = ['BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'NUMBERS', 'NO_DISAGREEMENT', 'Judge', 'parse_judge', 'read_judges',
+           'open_judges', 'judge_names', 'panel_labels', 'panel_made_by', 'judged_speeches', 'contests',
+           'asked_verdicts', 'distinct_texts', 'reward_margins', 'extra_words', 'scored_verdicts', 'stored_verdicts',
+           'verdicts_of', 'all_verdicts', 'margin_rows', 'judge_row', 'judge_family', 'judge_families',
+           'self_preference', 'judges_table', 'first_shown_names', 'spread_sentence', 'judges_sentences', 'agreements',
            'panel_alpha', 'agreement_table', 'agreements_json', 'agreement_sentences', 'kappa_figure',
            'kappa_sentences', 'disagreements', 'disagreement_table', 'disagreement_sentences']
 
@@ -57,16 +58,13 @@ class Judge:
 def parse_judge(spec: str) -> Judge:
     "Parse the name of a judge, an entry of `judges.others` or `evaluation.judge`."
     kind, _, place = spec.partition(":")
-    uri = place if kind == "choose" else spec
     if spec in ("reward", "longer") or (kind == "reward" and place):
         return Judge(spec, kind, place)
+    uri = place if kind == "choose" else spec
     provider, _, name = uri.partition(":")
     if provider in PROVIDERS and name:
         return Judge(spec, "choose" if kind == "choose" else "battle", uri)
-    known = [
-        *(f"{name}:" for name in PROVIDERS),
-        *("reward longer reward: choose:".split() if kind != "choose" else []),
-    ]
+    known = [f"{name}:" for name in PROVIDERS] + ["reward", "longer", "reward:", "choose:"] * (kind != "choose")
     raise StudyError(
         f"judge {spec!r}: found no such judge, expected in judges.others reward, "
         f"reward:NAME, longer, a gateway URI or choose:URI. {suggest(uri, known)}"
@@ -89,37 +87,30 @@ def open_judges(main: str, others: typing.Sequence[str]) -> list[Judge]:
     return judges
 
 # %% ../../nbs/evaluation/03_judging.ipynb #53b61287
-def judge_label(judge: Judge, reward: str = "") -> str:
-    "Return a judge's full name, for captions. reward: what the run's own reward model is."
+def _names(judge: Judge, reward: str = "") -> tuple[str, str]:
+    "Return a judge's short name, in which a stand-in keeps that word, and the full one. reward: see `panel_labels`."
     if judge.kind == "longer":
-        return "longer answer wins (a baseline, no judge)"
+        return "longer answer (baseline)", "longer answer wins (a baseline, no judge)"
     if judge.kind == "reward":
-        return f"reward model: {judge.weights.label if judge.place else reward}"
-    return f"{chat_model(judge.place).label}{', asked only to choose' if judge.kind == 'choose' else ''}"
-
-
-def _short_name(judge: Judge) -> str:
-    "Return a judge's name for tables and axes; a stand-in keeps that word."
-    if judge.kind == "longer":
-        return "longer answer (baseline)"
-    if judge.kind == "reward":
-        return judge.weights.short if judge.place else "reward model"
+        short, label = (judge.weights.short, judge.weights.label) if judge.place else ("reward model", reward)
+        return short, f"reward model: {label}"
     label = chat_model(judge.place).label
-    return (label if "stand-in" in label else label.split(" (")[0]) + (", choosing" if judge.kind == "choose" else "")
+    short = label if "stand-in" in label else label.split(" (")[0]
+    return (f"{short}, choosing", f"{label}, asked only to choose") if judge.kind == "choose" else (short, label)
 
 
 def judge_names(judges: typing.Sequence[Judge]) -> dict[str, str]:
     "Return spec -> short name of each judge, no two alike."
     names = {}
     for judge in judges:
-        name = _short_name(judge)
+        name, _ = _names(judge)
         names[judge.spec] = f"{name} ({judge.spec})" if name in names.values() else name
     return names
 
 
 def panel_labels(judges: typing.Sequence[Judge], reward: str) -> dict[str, str]:
     "Return spec -> full name of each judge. reward: what the run's own reward model is."
-    return {judge.spec: judge_label(judge, reward) for judge in judges}
+    return {judge.spec: _names(judge, reward)[1] for judge in judges}
 
 
 def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple, str, str]:
@@ -144,68 +135,38 @@ def judged_speeches(speeches, answers, n: int | None, seed: int):
     return own[own.speech_id.isin(chosen)].reset_index(drop=True)
 
 
-_BATTLE = ["policy", "setting", "speech_id"]
-KEYS = ["speech_id", "setting", "policy", "order"]  # what names one question to a judge
 BASELINE = "longer"  # compared with the judges, and never counted as one
 
 
 def contests(speeches, answers):
-    """Return each answer of a policy beside the reference's, in both orders.
-
-    speeches: frame with speech_id and speech; answers: frame of kind "answers". Returns frame: KEYS, speech,
-    response (of the policy), against (of the reference)."""
-    import pandas as pd
-
-    reference = answers[answers.policy == "reference"][["speech_id", "response"]].rename(
-        columns={"response": "against"}
-    )
-    own = answers[answers.policy != "reference"].merge(speeches[["speech_id", "speech"]], on="speech_id")
-    both = own.merge(reference, on="speech_id").merge(pd.DataFrame({"order": ORDERS}), how="cross")
-    return both[[*KEYS, "speech", "response", "against"]]
+    "Return each answer of a policy beside the reference's, in both orders (`side_by_side`); answers: with both."
+    theirs = answers.policy == "reference"
+    return side_by_side(speeches, answers[~theirs], answers[theirs])
 
 # %% ../../nbs/evaluation/03_judging.ipynb #c5cba860
-def _ask_choice(row) -> ChatRequest:
+def _ask_choice(speech: str, policy: str, reference: str, order: str) -> ChatRequest:
     "Ask for the number of the better response, as `feedback.choosing` asks rankers."
-    pair = types.SimpleNamespace(question=row.speech, chosen=row.response, rejected=row.against)
-    return ranking_request(pair, "chosen first" if row.order == ORDERS[0] else "rejected first")
+    pair = types.SimpleNamespace(question=speech, chosen=policy, rejected=reference)
+    return ranking_request(pair, "chosen first" if order == ORDERS[0] else "rejected first")
 
 
 JUDGE_PROMPTS = {  # kind -> how it is asked, and how its reply is read
-    "battle": (lambda row: battle_request(row.speech, row.response, row.against, row.order), parse_battle),
+    "battle": (battle_request, parse_battle),
     "choose": (_ask_choice, lambda text: {"overall": parse_choice(text)}),
 }
-
-
-def _policy_verdict(found: dict, order: str) -> dict:
-    "Convert a reply to the policy's verdict and margin."
-    verdicts = {key: "win" if (number == 1) == (order == ORDERS[0]) else "loss" for key, number in found.items()}
-    points = [1 if verdict == "win" else -1 for key, verdict in verdicts.items() if key != "overall"]
-    return {"verdict": verdicts["overall"], "margin": sum(points) / len(points) if points else None}
-
-# %% ../../nbs/evaluation/03_judging.ipynb #740f8592
 VERDICT_COLUMNS = [*KEYS, "judge", "verdict", "margin"]  # margin: missing where a judge has none
+
+
+def _with_margins(found):
+    "Return verdicts (VERDICT_COLUMNS) of verdicts by principle."
+    points = found[[f"{key}_verdict" for key in PRINCIPLE_KEYS]].replace({"win": 1, "loss": -1, "tie": 0})
+    return found.assign(margin=points.astype(float).mean(axis=1))[VERDICT_COLUMNS]
 
 
 def asked_verdicts(gateway, judge: Judge, table):
     "Ask a language model about every contest; return verdicts (VERDICT_COLUMNS) and a list of what has none, and why."
-    import pandas as pd
-
-    request, read = JUDGE_PROMPTS[judge.kind]
-    parts, rows, skipped = [own for _, own in table.groupby(["policy", "setting"], sort=False)], [], []
-    asked = ((request(row) for row in own.itertuples()) for own in parts)
-    stream = gateway.stream(chat_model(judge.place), asked, f"judging: {judge.spec}", len(table))
-    for row, reply in (
-        (row, reply) for replies, own in zip(stream, parts) for row, reply in zip(own.itertuples(), replies)
-    ):
-        place = {key: getattr(row, key) for key in KEYS} | {"judge": judge.spec}
-        if isinstance(reply, Failure):
-            skipped.append({**place, "kind": "failed", "reason": reply.reason, "raw": reply.raw})
-            continue
-        try:
-            rows.append({**place, **_policy_verdict(read(reply.text), row.order)})
-        except BadReply as error:
-            skipped.append({**place, "kind": "unreadable", "reason": str(error), "raw": reply.text})
-    return pd.DataFrame(rows, columns=VERDICT_COLUMNS).astype({"margin": float}), skipped
+    found, skipped = ask_judge(gateway, judge.place, table, f"judging: {judge.spec}", *JUDGE_PROMPTS[judge.kind])
+    return _with_margins(found.assign(judge=judge.spec)), [entry | {"judge": judge.spec} for entry in skipped]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #d0396078
 def distinct_texts(table) -> dict[str, list[str]]:
@@ -214,27 +175,27 @@ def distinct_texts(table) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys([*own.against, *own.response])) for name, own in parts}
 
 
-def reward_scores(scorer: str, table, folder: Path, dtype: str = "auto", name: str = "scoring") -> dict:
-    """Return (speech_id, text) -> reward of every answer; what an interrupted run has scored is read.
+def reward_margins(scorer: str, table, folder: Path, dtype: str = "auto", name: str = "scoring") -> list[float]:
+    """Return the policy's reward less the reference's of every contest; what an interrupted run has scored is read.
 
     scorer: folder of a reward model, or a name of `training.scoring`; folder: where rewards are kept; name: shown
     before the progress bar."""
     texts, speeches = distinct_texts(table), dict(zip(table.speech_id, table.speech))
     rewards = score_candidates(scorer, speeches, texts, folder, dtype, name)
-    return {(own, text): reward for own, said in texts.items() for text, reward in zip(said, rewards[own])}
+    reward = {(own, text): value for own, said in texts.items() for text, value in zip(said, rewards[own])}
+    return [reward[own, a] - reward[own, b] for own, a, b in zip(table.speech_id, table.response, table.against)]
 
 
-def word_scores(table) -> dict:
-    "Return (speech_id, text) -> number of words of every answer."
-    return {(own, text): len(text.split()) for own, said in distinct_texts(table).items() for text in said}
+def extra_words(table):
+    "Return how many words more than the reference's answer the policy's has."
+    return table.response.str.split().str.len() - table.against.str.split().str.len()
 
-# %% ../../nbs/evaluation/03_judging.ipynb #4cdbf03c
-def scored_verdicts(judge: Judge, table, scores: dict):
-    "Let the higher score win; the margin is the difference of scores. scores: (speech_id, text) -> score."
+
+def scored_verdicts(judge: Judge, table, margin):
+    "Let the higher score win (VERDICT_COLUMNS). margin: the policy's score less the reference's, (n,)."
     import numpy as np
 
-    own, theirs = ([scores[key] for key in zip(table.speech_id, table[side])] for side in ("response", "against"))
-    margin = np.subtract(own, theirs).astype(float)
+    margin = np.asarray(margin, float)
     verdict = np.select([margin > 0, margin < 0], ["win", "loss"], "tie")
     return table[KEYS].assign(judge=judge.spec, verdict=verdict, margin=margin)
 
@@ -247,10 +208,7 @@ def stored_verdicts(judge: Judge, battles, table):
             f"battles of 07_win_rates: found the judge {found}, expected {judge.spec}; "
             "run 07_win_rates again, or set evaluation.judge"
         )
-    own = table[KEYS].merge(battles, on=KEYS, validate="one_to_one")
-    principles = own[[f"{key}_verdict" for key in PRINCIPLE_KEYS]]
-    margin = (principles == "win").sum(axis=1) - (principles == "loss").sum(axis=1)
-    return own.assign(margin=margin / len(PRINCIPLE_KEYS))[VERDICT_COLUMNS]
+    return _with_margins(table[KEYS].merge(battles, on=KEYS, validate="one_to_one"))
 
 # %% ../../nbs/evaluation/03_judging.ipynb #e24afe52
 def verdicts_of(judge: Judge, table, gateway, scorer: str, folder: Path, dtype: str = "auto"):
@@ -260,10 +218,10 @@ def verdicts_of(judge: Judge, table, gateway, scorer: str, folder: Path, dtype: 
     if judge.kind in JUDGE_PROMPTS:
         return asked_verdicts(gateway, judge, table)
     if judge.kind == "longer":
-        return scored_verdicts(judge, table, word_scores(table)), []
+        return scored_verdicts(judge, table, extra_words(table)), []
     own = Path(folder) / f"{derived_seed(0, judge.spec):x}"
-    scores = reward_scores(judge.place or scorer, table, own, dtype, f"scoring: {judge.spec}")
-    return scored_verdicts(judge, table, scores), []
+    margin = reward_margins(judge.place or scorer, table, own, dtype, f"scoring: {judge.spec}")
+    return scored_verdicts(judge, table, margin), []
 
 
 def all_verdicts(judges: typing.Sequence[Judge], table, battles, *how):
@@ -274,54 +232,38 @@ def all_verdicts(judges: typing.Sequence[Judge], table, battles, *how):
     import pandas as pd
 
     main, *others = judges
-    found = [verdicts_of(judge, table, *how) for judge in others]
-    verdicts = pd.concat([stored_verdicts(main, battles, table), *(own for own, _ in found)], ignore_index=True)
-    return verdicts, [entry for _, missed in found for entry in missed]
+    found, skipped = zip(
+        (stored_verdicts(main, battles, table), []), *(verdicts_of(own, table, *how) for own in others)
+    )
+    return pd.concat(found, ignore_index=True), list(itertools.chain(*skipped))
 
 
 def margin_rows(judged) -> list[dict]:
     "Return the margins of judges that have them, as rows for JSON."
-    return judged.loc[judged.margin.notna(), ["judge", *_BATTLE, "order", "margin"]].to_dict("records")
-
-# %% ../../nbs/evaluation/03_judging.ipynb #b7910494
-def percent_with_interval(values, speeches, samples: int) -> str | None:
-    'Format a share in percent with its interval over speeches, such as "62.5 (50.1 to 75.0)"; None without values.'
-    if not len(values):
-        return None
-    share = f"{100 * values.mean():.1f}"
-    if speeches.nunique() < 2:
-        return share
-    low, high = win_interval(values.to_numpy(), clusters=speeches.to_numpy(), samples=samples)
-    return f"{share} ({low:.1f} to {high:.1f})"
-
-
-def _longer_chosen(own, table):
-    "Return whether each decided verdict is for the longer answer, and its speech; equal lengths are left out."
-    extra = table.assign(extra=table.response.str.split().str.len() - table.against.str.split().str.len())
-    whole = own.merge(extra[[*KEYS, "extra"]], on=KEYS).query("verdict != 'tie' and extra != 0")
-    return (whole.verdict == "win") == (whole.extra > 0), whole.speech_id
+    return judged.loc[judged.margin.notna(), ["judge", *BATTLE, "order", "margin"]].to_dict("records")
 
 # %% ../../nbs/evaluation/03_judging.ipynb #f80bc85c
 def judge_row(own, table, skipped: typing.Sequence[dict], samples: int) -> dict:
     """Return one row of Table S29, without its names.
 
     own: verdicts of one judge in one setting; table: of contests in it; skipped: what that judge did not answer."""
-    wide = own.pivot(index=_BATTLE, columns="order", values="verdict").reindex(columns=list(ORDERS)).dropna()
-    first, row = shown_first(own), {}
+
+    def percent(hits, speeches):
+        return with_interval(*share_of(hits, speeches, samples=samples))
+
+    wide, first, row = both_orders(own), shown_first(own), {}
     for policy in table.policy.unique():
         said = own[own.policy == policy]
-        row[f"{policy}: win rate %"] = percent_with_interval(said.verdict == "win", said.speech_id, samples)
+        row[f"{policy}: win rate %"] = percent(said.verdict == "win", said.speech_id)
     complete = len(own) + len(skipped) == len(table)  # else 07_win_rates skipped replies and knows why
     failed = sum(entry["kind"] == "failed" for entry in skipped)
-    row["ties %"] = round(100 * float((own.verdict == "tie").mean()), 1) if len(own) else None
-    row["coverage %"] = round(100 * len(own) / len(table), 1)
-    row |= {"unreadable": len(skipped) - failed, "failed calls": failed} if complete else _NO_COUNTS
-    row["flips %"] = round(flip_rate(*(wide[order].to_numpy() for order in ORDERS)), 1) if len(wide) else None
-    row["for the first shown %"] = percent_with_interval(first["first"], first.speech_id, samples)
-    return row | {"for the longer %": percent_with_interval(*_longer_chosen(own, table), samples)}
-
-
-_NO_COUNTS = {"unreadable": None, "failed calls": None}
+    row |= {"ties %": rounded(100 * (own.verdict == "tie").mean()), "coverage %": rounded(100 * len(own) / len(table))}
+    row |= dict(zip(("unreadable", "failed calls"), (len(skipped) - failed, failed) if complete else (None, None)))
+    row["flips %"] = rounded(100 * (wide[ORDERS[0]] != wide[ORDERS[1]]).mean())
+    row["for the first shown %"] = percent(first["first"], first.speech_id)
+    decided = own.merge(table[KEYS].assign(extra=extra_words(table)), on=KEYS).query("verdict != 'tie' and extra != 0")
+    row["for the longer %"] = percent((decided.verdict == "win") == (decided.extra > 0), decided.speech_id)
+    return row
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2ede16fa
 def judge_family(judge: Judge, backbone: str) -> str:
@@ -333,53 +275,41 @@ def judge_family(judge: Judge, backbone: str) -> str:
     return family(judge.place)
 
 
-def same_family_side(judge: str, policy: str, reference: str) -> str:
-    "Return the side of a battle that is of the judge's family: policy, reference, both or neither. All are families."
-    sides = [name for name, own in (("policy", policy), ("reference", reference)) if judge and own == judge]
-    return sides[0] if len(sides) == 1 else "both" if sides else "neither"
-
-
 def judge_families(judges: typing.Sequence[Judge], backbone: str, answers, reference: str) -> dict[str, str]:
     """Return judge, policy or "reference" -> family; empty for rules and baselines.
 
     backbone: what the run's own reward model was trained from; reference: gateway URI of the reference model."""
     found = {judge.spec: judge_family(judge, backbone) for judge in judges}
-    found |= {name: family(name) for name in answers.policy.unique() if name != "reference"}
-    return found | {"reference": family(reference)}
+    return found | {name: family(name) for name in answers.policy.unique()} | {"reference": family(reference)}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #9f514ccc
 def self_preference(judged, judge: str, families: dict[str, str], samples: int = 1000) -> dict:
     """Compare how often a judge chooses its own family with how often judges of other families do.
 
-    judged: verdicts of all judges; families: of judge_families. Returns side, points (percentage points) or None,
-    low, high, n battles."""
-    import numpy as np
-
-    wide = judged.pivot(index=KEYS, columns="judge", values="verdict").reset_index()
-    theirs, ours = families["reference"], families[judge]
-    sides = {policy: same_family_side(ours, families[policy], theirs) for policy in wide.policy.unique()}
-    single = [side for side in sides.values() if side in ("policy", "reference")]
-    side = " and ".join(dict.fromkeys(single or sides.values()))
-    strangers = [name for name in judged.judge.unique() if not (families[name] and families[name] == ours)]
-    others = [name for name in strangers if name not in (judge, BASELINE)]
-    own = wide[wide.policy.map(sides).isin(single)]
-    own = own[own[judge].notna() & own[others].notna().any(axis=1)] if judge in wide else own.head(0)
+    judged: verdicts of all judges; families: of judge_families. Returns side, n battles and, where there are some,
+    points (percentage points), low, high."""
+    ours = families[judge]
+    others = [name for name in judged.judge.unique() if name != BASELINE and families[name] != ours]
+    wide = judged.pivot(index=KEYS, columns="judge", values="verdict").reindex(columns=[judge, *others]).reset_index()
+    kin = {name: same_family(ours, families["reference"], families[name]) for name in wide.policy.unique() if ours}
+    single = [side for side in kin.values() if side in ("policy", "reference")]
+    side = " and ".join(dict.fromkeys(single or kin.values())) or "neither"
+    own = wide[wide.policy.map(kin).isin(single) & wide[judge].notna() & wide[others].notna().any(axis=1)]
     if own.empty:
-        return {"side": side, "points": None, "low": None, "high": None, "n": 0}
-    wanted = np.where(own.policy.map(sides) == "policy", "win", "loss")
-    votes = np.column_stack([np.where(own[name].notna(), own[name] == wanted, np.nan).astype(float) for name in others])
-    gap = ((own[judge] == wanted) - np.nanmean(votes, axis=1)).to_numpy()
-    low, high = (100 * end for end in mean_interval(gap, own.speech_id.to_numpy(), (-1, 1), samples))
-    return {"side": side, "points": 100 * float(gap.mean()), "low": low, "high": high, "n": len(own)}
+        return {"side": side, "n": 0}
+    wanted, said = own.policy.map(kin).map({"policy": "win", "reference": "loss"}), own[[judge, *others]]
+    votes = said.eq(wanted, axis=0).where(said.notna()).astype(float)
+    gap = votes[judge] - votes[others].mean(axis=1)
+    low, high = mean_interval(gap.to_numpy(), own.speech_id.to_numpy(), (-1, 1), samples)
+    return {"side": side, "n": len(own), "points": 100 * gap.mean(), "low": 100 * low, "high": 100 * high}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #878b4b32
 def _self_preference_text(found: dict) -> str:
-    "Format a self-preference, or why there is none."
-    if found["points"] is None:
-        reasons = {"both": "both sides are", "neither": "neither side is"}
+    "Word a self-preference, or why there is none."
+    if not found["n"]:
+        reasons = {"reference and policy": "both sides are", "neither": "neither side is"}
         return f"— ({reasons.get(found['side'], 'no battle that it and another family judged is')} of its family)"
-    interval = f" ({found['low']:+.1f} to {found['high']:+.1f})" if found["low"] is not None else ""
-    return f"{found['points']:+.1f}{interval}, {found['side']} of its family"
+    return f"{found['points']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f}), {found['side']} of its family"
 
 
 def judges_table(judged, table, skipped: typing.Sequence[dict], names: dict, families: dict, samples: int = 1000):
@@ -390,55 +320,45 @@ def judges_table(judged, table, skipped: typing.Sequence[dict], names: dict, fam
     import pandas as pd
 
     rows = []
-    for setting, part in table.groupby("setting", sort=False):
+    for (setting, part), (spec, name) in itertools.product(table.groupby("setting", sort=False), names.items()):
         seen = judged[judged.setting == setting]
-        for spec, name in names.items():
-            missed = [entry for entry in skipped if (entry["judge"], entry["setting"]) == (spec, setting)]
-            row = {"setting": SETTINGS[setting], "judge": name}
-            row |= judge_row(seen[seen.judge == spec], part, missed, samples)
-            row["self-preference, points"] = _self_preference_text(self_preference(seen, spec, families, samples))
-            rows.append(row | {"n": int((seen.judge == spec).sum())})
+        own, missed = seen[seen.judge == spec], [e for e in skipped if (e["judge"], e["setting"]) == (spec, setting)]
+        row = {"setting": SETTINGS[setting], "judge": name, **judge_row(own, part, missed, samples)}
+        row["self-preference, points"] = _self_preference_text(self_preference(seen, spec, families, samples))
+        rows.append(row | {"n": len(own)})
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #30b59e4c
-def numbers_of(cell: str | None) -> tuple[float, float, float] | None:
-    "Parse a cell such as 62.5 (50.1 to 75.0) to value, low, high; None where there is no interval."
-    found = re.fullmatch(r"([-\d.]+) \(([-\d.]+) to ([-\d.]+)\)", cell or "")
-    return tuple(map(float, found.groups())) if found else None
-
-
-def _by_setting(each, column: str) -> dict[str, list]:
-    "Return judge -> the cells of a column that are there, one for each setting."
-    return {judge: own[column].dropna().tolist() for judge, own in each.groupby("judge", sort=False)}
-
-
 def first_shown_names(each) -> list[str]:
     "Return the judges whose interval of the share for the first shown excludes 50% in a setting."
-    found = {j: map(numbers_of, own) for j, own in _by_setting(each, "for the first shown %").items()}
-    return [judge for judge, own in found.items() if any(one and not one[1] <= 50 <= one[2] for one in own)]
+    ends = each["for the first shown %"].fillna("").str.extract(r"\((.+) to (.+)\)").astype(float)
+    return each.judge[(ends[0] > 50) | (ends[1] < 50)].unique().tolist()
 
 
-def win_rate_spread(each) -> tuple | None:
-    """Find the win rate on which the judges (without the baseline) differ most.
-
-    Returns policy, setting, lowest judge, its win rate, highest judge, its win rate."""
-    found, ending = [], ": win rate %"
-    for column in [name for name in each if name.endswith(ending)]:
-        for setting, own in each[~each.judge.str.contains("baseline")].groupby("setting", sort=False):
-            rates = {judge: float(cell.split()[0]) for judge, cell in zip(own.judge, own[column]) if cell}
-            if len(rates) > 1:
-                low, high = min(rates, key=rates.get), max(rates, key=rates.get)
-                found.append((column.removesuffix(ending), setting, low, rates[low], high, rates[high]))
-    return max(found, key=lambda one: one[5] - one[3], default=None)
+def spread_sentence(each) -> str:
+    "Say on which win rate the judges (without the baseline) differ most; empty with fewer than two."
+    rates = each[~each.judge.str.contains("baseline")].set_index(["setting", "judge"]).filter(like=": win rate %")
+    rates = rates.melt(var_name="column", value_name="rate", ignore_index=False).dropna().reset_index()
+    rates["rate"] = rates.rate.str.split().str[0].astype(float)
+    parts = [own for _, own in rates.groupby(["column", "setting"], sort=False) if len(own) > 1]
+    ends = [(own.loc[own.rate.idxmin()], own.loc[own.rate.idxmax()]) for own in parts]
+    if not ends:
+        return ""
+    low, high = max(ends, key=lambda two: two[1].rate - two[0].rate)
+    where = f"{low.column.removesuffix(': win rate %')}, {low.setting}"
+    return (
+        f"The judges differ most on {where}: the win rate is {low.rate}% for {low.judge} and {high.rate}% for "
+        f"{high.judge}."
+    )
 
 # %% ../../nbs/evaluation/03_judging.ipynb #95ed2b8d
 def judges_sentences(each, enough: float = 90) -> list[str]:
     "Report Table S29 in sentences."
-    coverage, flips = _by_setting(each, "coverage %"), _by_setting(each, "flips %")
-    poor = [f"{judge} ({min(own):.1f}%)" for judge, own in coverage.items() if min(own) < enough]
-    flipped = [f"{judge} {min(own):.1f} to {max(own):.1f}%" for judge, own in flips.items() if own and max(own) > 0]
-    first, spread = first_shown_names(each), win_rate_spread(each)
-    own = [cell for cell in each["self-preference, points"] if not cell.startswith("—")]
+    by = each[["coverage %", "flips %"]].astype(float).groupby(each.judge, sort=False).agg(["min", "max"])
+    poor = [f"{judge} ({low:.1f}%)" for judge, low in by["coverage %", "min"].items() if low < enough]
+    flips, first = by["flips %"], first_shown_names(each)
+    flipped = [f"{judge} {low:.1f} to {high:.1f}%" for judge, low, high in flips[flips["max"] > 0].itertuples()]
+    measured = sum(not cell.startswith("—") for cell in each["self-preference, points"])
     return [
         f"Not to be relied on, because fewer than {enough:g}% of the questions have a verdict: {', '.join(poor)}."
         if poor
@@ -447,60 +367,39 @@ def judges_sentences(each, enough: float = 90) -> list[str]:
         f"A preference for one place, beyond chance: {', '.join(first)}."
         if first
         else "No judge prefers one place beyond chance.",
-        f"The judges differ most on {spread[0]}, {spread[1]}: the win rate is {spread[3]}% for {spread[2]}"
-        f" and {spread[5]}% for {spread[4]}."
-        if spread
-        else "",
-        f"Self-preference was measured in {len(own)} of {len(each)} rows."
-        if own
+        spread_sentence(each),
+        f"Self-preference was measured in {measured} of {len(each)} rows."
+        if measured
         else "No self-preference could be measured: no judge and just one of two sides are of one family of models.",
     ]
 
 # %% ../../nbs/evaluation/03_judging.ipynb #1206739d
+def _correlation(table, pair: tuple[str, str], method: str) -> tuple[float, int]:
+    """Correlate two judges; NaN where one is constant or rows are fewer than three. Returns it and the rows.
+
+    table: frame with a column for each judge; method: kendall or spearman."""
+    both = table.reindex(columns=list(pair)).dropna()
+    known = len(both) > 2 and (both.nunique() > 1).all()
+    return both[pair[0]].corr(both[pair[1]], method=method) if known else float("nan"), len(both)
+
+
 def _rates(judged):
     "Return each judge's win rates by policy and setting, from battles that all in the frame judged."
     whole = judged[judged.groupby(KEYS).judge.transform("nunique") == judged.judge.nunique()]
     won = whole.assign(won=whole.verdict == "win")
     return won.pivot_table(index=["policy", "setting"], columns="judge", values="won")
 
-
-def _margins(judged):
-    "Return each judge's margin of each answer, the mean of both orders."
-    return judged_twice(judged, [*_BATTLE, "judge"]).pivot_table(index=_BATTLE, columns="judge", values="margin")
-
-
-def correlate_judges(wide, first: str, second: str, kind: str) -> tuple:
-    """Return the correlation of two judges, or None where one is constant or rows are fewer than three, and the rows.
-
-    wide: frame with a column for each judge; kind: kendall or spearman."""
-    if not {first, second} <= set(wide.columns):
-        return None, 0
-    both = wide[[first, second]].dropna()
-    if len(both) < 3 or (both.nunique() < 2).any():
-        return None, len(both)
-    return rank_correlation(both[first].to_numpy(), both[second].to_numpy())[kind], len(both)
-
 # %% ../../nbs/evaluation/03_judging.ipynb #f1270f30
-def _agreement(judged, samples: int) -> dict[tuple, dict]:
-    "Compare each two judges that gave verdicts; the two orders of a battle are two items of one speech."
-    if judged.judge.nunique() < 2:
-        return {}
-    long = judged.assign(item=judged[KEYS].agg("\t".join, axis=1), rater=judged.judge, label=judged.verdict)
-    rows = pairwise_agreement(long, samples, cluster="speech_id").to_dict("records")
-    return {frozenset([row["first"], row["second"]]): row for row in rows}
-
-
-def _why_no_kappa(wide, first: str, second: str, names: dict) -> str:
+def _why_no_kappa(wide, pair: tuple[str, str], names: dict) -> str:
     "Return why κ of two judges says nothing; empty where it does."
-    both = wide[[first, second]].dropna() if {first, second} <= set(wide.columns) else wide.head(0)
+    both = wide.reindex(columns=list(pair)).dropna()
     if both.empty:
         return "no battle was judged by both"
-    single = [judge for judge in (first, second) if both[judge].nunique() == 1]
-    always = ", ".join(f"{names[judge]} always says {both[judge].iloc[0]}" for judge in single)
-    return f"no κ: {always}" if single else ""
+    single = [f"{names[judge]} always says {both[judge].iloc[0]}" for judge in pair if both[judge].nunique() == 1]
+    return f"no κ: {', '.join(single)}" if single else ""
 
 # %% ../../nbs/evaluation/03_judging.ipynb #4cd138e4
-NUMBERS = ("agreement", "low", "high", "kappa", "kappa_low", "kappa_high")
+NUMBERS = ["agreement", "low", "high", "kappa", "kappa_low", "kappa_high"]
 
 
 def agreements(judged, names: dict[str, str], samples: int = 1000):
@@ -508,22 +407,26 @@ def agreements(judged, names: dict[str, str], samples: int = 1000):
 
     judged: verdicts of all judges. Returns frame: first, second, n, NUMBERS, tau, places (rows of tau), rho, answers
     (rows of rho), remark."""
-    import itertools
-    import math
-
     import pandas as pd
 
+    pairs = list(itertools.combinations(names, 2))
     wide = judged.pivot(index=KEYS, columns="judge", values="verdict")
-    margins, found, rows = _margins(judged), _agreement(judged, samples), []
-    for pair in itertools.combinations(names, 2):
-        row, remark = found.get(frozenset(pair), {"n": 0}), _why_no_kappa(wide, *pair, names)
-        missing = NUMBERS if not row["n"] else NUMBERS[3:] if remark else ()
-        numbers = [math.nan if name in missing else row[name] for name in NUMBERS]
-        tau, places = correlate_judges(_rates(judged[judged.judge.isin(pair)]), *pair, "kendall")
-        rho, answers = correlate_judges(margins, *pair, "spearman")
-        rows.append([*pair, row["n"], *numbers, tau, places, rho, answers, remark])
-    columns = ["first", "second", "n", *NUMBERS, "tau", "places", "rho", "answers", "remark"]
-    return pd.DataFrame(rows, columns=columns).astype({"tau": float, "rho": float})
+    margins = both_orders(judged, "judge", values="margin").mean(axis=1).unstack("judge")
+    found = pd.DataFrame(columns=["first", "second", "n", *NUMBERS])
+    if judged.judge.nunique() > 1:  # the two orders of a battle are two items of one speech
+        long = judged.sort_values("judge", key=lambda own: own.map(list(names).index), kind="stable")
+        long = long.assign(item=long[KEYS].agg("\t".join, axis=1)).rename(
+            columns={"judge": "rater", "verdict": "label"}
+        )
+        found = pairwise_agreement(long, samples, cluster="speech_id")
+    found = found.set_index(["first", "second"]).reindex(pairs).reset_index()
+    found = found.astype(dict.fromkeys(NUMBERS, float)).assign(n=found.n.fillna(0).astype(int))
+    taus = [_correlation(_rates(judged[judged.judge.isin(pair)]), pair, "kendall") for pair in pairs]
+    rhos = [_correlation(margins, pair, "spearman") for pair in pairs]
+    remarks = [_why_no_kappa(wide, pair, names) for pair in pairs]
+    found.loc[[remark != "" for remark in remarks], NUMBERS[3:]] = float("nan")
+    found[["tau", "places"]], found[["rho", "answers"]] = taus, rhos
+    return found.astype({"places": int, "answers": int}).assign(remark=remarks)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2a52c1c0
 def panel_alpha(judged, samples: int = 1000) -> dict:
@@ -532,25 +435,16 @@ def panel_alpha(judged, samples: int = 1000) -> dict:
     Returns alpha, low, high (None where undefined), n battles that at least two judged."""
     wide = judged[judged.judge != BASELINE].pivot(index=KEYS, columns="judge", values="verdict")
     wide = wide[wide.notna().sum(axis=1) >= 2]
-    if wide.empty or wide.stack().nunique() < 2:
+    if wide.stack().nunique() < 2:
         return {"alpha": None, "low": None, "high": None, "n": len(wide)}
     labels, speeches = wide.to_numpy().T, wide.index.get_level_values("speech_id").to_numpy()
-    low, high = alpha_interval(labels, clusters=speeches, samples=samples) if len(set(speeches)) > 1 else (None, None)
+    low, high = alpha_interval(labels, clusters=speeches, samples=samples)
     return {"alpha": krippendorff_alpha(labels), "low": low, "high": high, "n": len(wide)}
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2c508dff
-_S30 = (
-    "judge; with; n; agreement %; κ; Krippendorff's α; order of policies, τ; policies × settings; margins, ρ; answers"
-)
-AGREEMENT_COLUMNS = [*_S30.split("; "), "paper agreement %", "remark"]
-
-
-def _with_interval(value, low=None, high=None, digits: int = 2) -> str | None:
-    "Format a number with its interval; None where there is no number."
-    if value is None or value != value:
-        return None
-    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if low is not None and low == low else ""
-    return f"{value:.{digits}f}{interval}"
+def _alpha_text(alpha: dict) -> str | None:
+    "Word `panel_alpha`; None where it is undefined."
+    return None if alpha["alpha"] is None else with_interval(alpha["alpha"], alpha["low"], alpha["high"], 2)
 
 
 def agreement_table(pairs, alpha: dict, names: dict[str, str]):
@@ -559,21 +453,21 @@ def agreement_table(pairs, alpha: dict, names: dict[str, str]):
     pairs: of agreements; alpha: of panel_alpha; names: of judge_names."""
     import pandas as pd
 
-    rows = []
-    for row in pairs.itertuples():
-        cells = {"judge": names[row.first], "with": names[row.second], "n": row.n, "remark": row.remark}
-        cells["agreement %"] = _with_interval(row.agreement, row.low, row.high, 1)
-        cells["κ"] = _with_interval(row.kappa, row.kappa_low, row.kappa_high)
-        cells |= {"order of policies, τ": _with_interval(row.tau), "policies × settings": row.places}
-        rows.append(cells | {"margins, ρ": _with_interval(row.rho), "answers": row.answers})
-    all_of_them = {"judge": "all judges, without the baseline", "with": "each other", "n": alpha["n"]}
-    all_of_them["Krippendorff's α"] = _with_interval(alpha["alpha"], alpha["low"], alpha["high"])
-    all_of_them["remark"] = "α undefined: one word only, or one judge" if alpha["alpha"] is None else ""
+    def worded(*columns, digits):
+        return [with_interval(*numbers, digits) for numbers in zip(*(pairs[name] for name in columns))]
+
+    table = {"judge": pairs["first"].map(names), "with": pairs.second.map(names), "n": pairs.n}
+    table |= {"agreement %": worded(*NUMBERS[:3], digits=1), "κ": worded(*NUMBERS[3:], digits=2)}
+    table |= {"Krippendorff's α": None, "order of policies, τ": ratios(pairs.tau), "policies × settings": pairs.places}
+    table |= {"margins, ρ": ratios(pairs.rho), "answers": pairs.answers, "paper agreement %": None}
+    every = {"judge": "all judges, without the baseline", "with": "each other", "n": alpha["n"]}
+    undefined = "α undefined: one word only, or one judge" if alpha["alpha"] is None else ""
+    every |= {"Krippendorff's α": _alpha_text(alpha), "remark": undefined}
     paper = paper_values()["agreement"]
     theirs = {"judge": "GPT-4o", "with": "experts", "paper agreement %": paper["experts_with_judge_percent"]}
     theirs["remark"] = f"the paper's, {paper['pairs']} pairs (§4.2); not measured here"
-    frame = pd.DataFrame([*rows, all_of_them, theirs], columns=AGREEMENT_COLUMNS, dtype=object)
-    return frame.where(frame.notna(), None)
+    rows = pd.DataFrame({**table, "remark": pairs.remark}, dtype=object)
+    return pd.concat([rows, pd.DataFrame([every, theirs], columns=list(rows), dtype=object)], ignore_index=True)
 
 
 def agreements_json(pairs) -> list[dict]:
@@ -582,8 +476,8 @@ def agreements_json(pairs) -> list[dict]:
 
 # %% ../../nbs/evaluation/03_judging.ipynb #92b05c32
 def _kappa_text(row) -> str:
-    "Format κ of two judges with its interval."
-    return _with_interval(row.kappa, row.kappa_low, row.kappa_high)
+    "Word κ of two judges with its interval."
+    return with_interval(row.kappa, row.kappa_low, row.kappa_high, 2)
 
 
 def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
@@ -591,10 +485,9 @@ def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
     main, others = next(iter(names)), []
     for row in pairs[(pairs["first"] == main) & (pairs.n > 0)].itertuples():
         kappa = f", κ = {_kappa_text(row)}" if row.kappa == row.kappa else ""
-        others.append(f"{names[row.second]} {_with_interval(row.agreement, row.low, row.high, 1)}{kappa}")
-    known = pairs[pairs.kappa.notna() & pairs.kappa_low.notna()]
-    sure = known[(known.kappa_low > 0) | (known.kappa_high < 0)]
-    text = _with_interval(alpha["alpha"], alpha["low"], alpha["high"])
+        others.append(f"{names[row.second]} {with_interval(row.agreement, row.low, row.high)}{kappa}")
+    known, sure = pairs[pairs.kappa.notna()], pairs[(pairs.kappa_low > 0) | (pairs.kappa_high < 0)]
+    text = _alpha_text(alpha)
     return [
         f"With {names[main]} agree, in percent of verdicts: {'; '.join(others)}."
         if others
@@ -609,29 +502,24 @@ def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
 # %% ../../nbs/evaluation/03_judging.ipynb #bacd5b28
 def kappa_figure(pairs, names: dict[str, str]):
     "Draw κ of each two judges (`agreements`) as a heat map with numbers; a dash where κ is undefined (Fig. S13)."
-    import textwrap
-
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
-    place, n = {spec: i for i, spec in enumerate(names)}, len(names)
-    values = np.full((n, n), np.nan)
-    for row in pairs.itertuples():
-        values[place[row.first], place[row.second]] = values[place[row.second], place[row.first]] = row.kappa
+    n, kappa = len(names), pairs.pivot(index="first", columns="second", values="kappa")
+    kappa = kappa.reindex(index=list(names), columns=list(names))
+    values = kappa.fillna(kappa.T).to_numpy(float)
     figure, axes = new_figure(3.6 + 0.95 * n, 2.2 + 0.72 * n)
     labels = [textwrap.fill(name.replace("stand-in", "stand\u2011in"), 24) for name in names.values()]
-    colours = LinearSegmentedColormap.from_list("kappa", [PALETTE[1], "#ffffff", PALETTE[0]]).with_extremes(
-        bad="#e4e4e4"
-    )
-    image = axes.imshow(values, vmin=-1, vmax=1, cmap=colours)
+    colours = LinearSegmentedColormap.from_list("kappa", [PALETTE[1], "#ffffff", PALETTE[0]])
+    image = axes.imshow(values, vmin=-1, vmax=1, cmap=colours.with_extremes(bad="#e4e4e4"))
     axes.set_xticks(range(n), labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), labels)
     for (i, j), value in np.ndenumerate(values):
         if i == j:
             axes.fill_between([j - 0.5, j + 0.5], i - 0.5, i + 0.5, color="#9a9a9a")
         else:
-            text, colour = "—" if np.isnan(value) else f"{value:.2f}".replace("-", "−"), "#1a1a1a"
-            axes.text(j, i, text, ha="center", va="center", color="#ffffff" if abs(value) > 0.75 else colour)
+            text = "—" if np.isnan(value) else f"{value:.2f}".replace("-", "−")
+            axes.text(j, i, text, ha="center", va="center", color="#ffffff" if abs(value) > 0.75 else "#1a1a1a")
     axes.grid(visible=False)
     figure.colorbar(image, shrink=0.8, label="Cohen's κ\n1 alike, 0 by chance, −1 opposite")
     return figure
@@ -654,15 +542,8 @@ def disagreements(judged, main: str, n: int = 3, seed: int = 0):
 
     judged: verdicts of all judges; main: spec of the main judge; seed: breaks ties. Returns frame: policy, setting,
     speech_id, opposed, judges, then a column for each judge with win, loss, tie or missing."""
-    import pandas as pd
-
-    opposite, parts = (
-        {"win": "loss", "loss": "win"},
-        judged_twice(judged, [*_BATTLE, "judge"]).groupby("judge", sort=False),
-    )
-    strict = [consistent_verdicts(own).assign(judge=spec) for spec, own in parts]
-    empty = pd.DataFrame(columns=[*_BATTLE, "judge", "verdict"])
-    wide = pd.concat(strict or [empty]).pivot(index=_BATTLE, columns="judge", values="verdict")
+    opposite = {"win": "loss", "loss": "win"}
+    wide = consistent_verdicts(judged, "judge").pivot(index=BATTLE, columns="judge", values="verdict")
     decided = wide[wide[main].isin(list(opposite))] if main in wide else wide.head(0)
     others = decided.drop(columns=[main, BASELINE], errors="ignore")
     opposed = others.eq(decided[main].map(opposite), axis=0).sum(axis=1) if len(decided) else []
@@ -670,10 +551,10 @@ def disagreements(judged, main: str, n: int = 3, seed: int = 0):
     found = found[2 * found.opposed > found.judges]
 
     def order(i):
-        return -found.opposed[i], found.judges[i], derived_seed(seed, "disagreement", *found.loc[i, _BATTLE])
+        return -found.opposed[i], found.judges[i], derived_seed(seed, "disagreement", *found.loc[i, BATTLE])
 
     shown = found.loc[sorted(found.index, key=order)].drop_duplicates("speech_id").head(n)
-    return shown[[*_BATTLE, "opposed", "judges", *wide.columns]].reset_index(drop=True)
+    return shown[[*BATTLE, "opposed", "judges", *wide.columns]].reset_index(drop=True)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #3142b99d
 NO_DISAGREEMENT = (
@@ -686,17 +567,13 @@ def disagreement_table(found, table, names: dict[str, str], characters: int = 32
     """Tabulate disagreements, with texts shortened to so many characters (Table S37).
 
     found: of disagreements; table: of contests; names: of judge_names, the main judge first."""
-    import textwrap
-
     import pandas as pd
 
-    texts, rows = table.drop_duplicates(_BATTLE).set_index(_BATTLE), []
+    texts, rows = table.drop_duplicates(BATTLE).set_index(BATTLE), []
     for _, case in found.iterrows():
-        own = texts.loc[tuple(case[_BATTLE])]
-        speech, mine, theirs = (
-            textwrap.shorten(own[name], characters, placeholder=" …") for name in ("speech", "response", "against")
-        )
-        (main, verdict), *others = {name: _VERDICT_WORDS.get(case.get(spec)) for spec, name in names.items()}.items()
+        own = texts.loc[tuple(case[BATTLE]), ["speech", "response", "against"]]
+        speech, mine, theirs = (textwrap.shorten(text, characters, placeholder=" …") for text in own)
+        (main, verdict), *others = [(name, _VERDICT_WORDS.get(case.get(spec))) for spec, name in names.items()]
         row = {"policy": case.policy, "setting": case.setting, "client speech": speech}
         row |= {"policy's answer (machine text)": mine, "reference's answer (machine text)": theirs}
         row |= {f"main judge: {main}": verdict, "others": "; ".join(f"{name}: {said}" for name, said in others if said)}

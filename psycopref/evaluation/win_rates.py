@@ -15,16 +15,16 @@ import yaml
 from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import coarse_topics, paper_values, resource_path
 from ..core.tables import PALETTE, new_figure
-from ..feedback.battles import ORDERS, consistent_verdicts, paper_verdicts, word_counts
+from ..feedback.battles import ORDERS, both_orders, consistent_verdicts, paper_verdicts, word_counts
 from ..stats.intervals import compare_policies, win_interval
 from ..stats.length_control import FEWEST_SPEECHES, length_controlled
-from ..stats.scores import VERDICTS, flip_rate
+from ..stats.scores import VERDICTS
 
 # %% auto #0
-__all__ = ['SETTINGS', 'TRAININGS', 'READINGS', 'MEAN', 'GROUPINGS', 'FAMILIES', 'QUANTILES', 'policy_key', 'places',
-           'checked_battles', 'judged_twice', 'read_verdicts', 'rate_row', 'macro_row', 'group_rows', 'fine_topics',
-           'win_rate_cells', 'pick', 'Marked', 'mark_best', 'summary_rows', 'table_2', 'family', 'shown_first',
-           'same_family', 'matched_words', 'trust_row', 'length_row', 'trust_rows', 'trust_table', 'cell_table',
+__all__ = ['SETTINGS', 'TRAININGS', 'READINGS', 'MEAN', 'FAMILIES', 'QUANTILES', 'policy_key', 'places', 'read_verdicts',
+           'rate_row', 'share_of', 'macro_row', 'fine_topics', 'win_rate_cells', 'pick', 'Marked', 'mark_best',
+           'summary_rows', 'rounded', 'with_interval', 'table_2', 'family', 'shown_first', 'same_family',
+           'matched_words', 'trust_row', 'length_row', 'trust_rows', 'trust_table', 'ratios', 'cell_table',
            'principle_win_rates', 'difference_rows', 'difference_table', 'compliance_rows', 'compliance_table',
            'win_rate_figure', 'topic_figure', 'fine_topic_figure', 'compliance_figure']
 
@@ -48,37 +48,9 @@ def places(frame) -> list[tuple[str, str]]:
     pairs = set(zip(frame.setting, frame.policy))
     return sorted(pairs, key=lambda pair: (list(SETTINGS).index(pair[0]), policy_key(pair[1])))
 
-# %% ../../nbs/evaluation/00_win_rates.ipynb #a2025af7
-_KEYS = ["setting", "policy", "speech_id"]
-
-
-def checked_battles(battles, speeches):
-    """Return sorted battles of one judge with topic and coarse_topic; raise ValueError for rows that would miscount.
-
-    battles: frame of kind "battles"; speeches: frame with speech_id, topic and coarse_topic."""
-    repeated = battles.duplicated([*_KEYS, "order"])
-    unknown = set(battles.speech_id) - set(speeches.speech_id)
-    wrong = {
-        "settings": (set(battles.setting) - set(SETTINGS), f"{', '.join(SETTINGS)}; correct them"),
-        "orders": (set(battles.order) - set(ORDERS), f"{', '.join(ORDERS)}; correct them"),
-        "further judges": (sorted(set(battles.judge))[1:], "one; choose the rows of one judge"),
-        "repeated battles of": (battles.speech_id[repeated], "one of each; drop the others"),
-        "unknown speeches": (unknown, "none; pass the speeches that were judged"),
-        "coarse topics": (set(speeches.coarse_topic) - set(coarse_topics()), "the paper's eight; map the topics first"),
-    }
-    for what, (found, expected) in wrong.items():
-        if len(found):
-            raise ValueError(f"win_rates: found {what} {sorted(set(found))[:3]}, expected {expected}")
-    topics = speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id")
-    return battles.merge(topics, on="speech_id").sort_values([*_KEYS, "order"], ignore_index=True)
-
 # %% ../../nbs/evaluation/00_win_rates.ipynb #484438f8
 READINGS = ("one order", "swap-consistent")
-
-
-def judged_twice(verdicts, keys: list[str] = _KEYS):
-    "Return the verdicts of battles that were judged in both orders. keys: columns that name a battle."
-    return verdicts[verdicts.groupby(keys).order.transform("nunique") == len(ORDERS)]
+_KEYS = ["setting", "policy", "speech_id"]
 
 
 def read_verdicts(battles, reading: str, seed: int, column: str = "verdict"):
@@ -86,10 +58,7 @@ def read_verdicts(battles, reading: str, seed: int, column: str = "verdict"):
 
     reading: one of READINGS; seed: draws the order of the first reading; column: or "<principle>_verdict"."""
     found = battles[[*_KEYS, "order"]].assign(verdict=battles[column])
-    if reading == READINGS[0]:
-        found = paper_verdicts(found, seed)
-    elif len(found := judged_twice(found)):
-        found = consistent_verdicts(found)
+    found = paper_verdicts(found, seed) if reading == READINGS[0] else consistent_verdicts(found)
     return found[[*_KEYS, "verdict"]].sort_values(_KEYS, ignore_index=True)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #79cde6f0
@@ -97,41 +66,27 @@ def rate_row(verdicts, **interval) -> dict:
     """Return n, wins, losses, ties, win_rate, low and high (percent) of verdicts, which may be none.
 
     verdicts: frame with speech_id and verdict; interval: samples, level, seed."""
-    wins, losses, ties = (int((verdicts.verdict == word).sum()) for word in VERDICTS)
-    row = {"n": len(verdicts), "wins": wins, "losses": losses, "ties": ties}
-    rate, low, high = _share(verdicts.verdict == "win", verdicts.speech_id, **interval)
-    return {**row, "win_rate": rate, "low": low, "high": high}
+    counts = [int((verdicts.verdict == word).sum()) for word in VERDICTS]
+    found = len(verdicts), *counts, *share_of(verdicts.verdict == "win", verdicts.speech_id, **interval)
+    return dict(zip(("n", "wins", "losses", "ties", "win_rate", "low", "high"), found))
 
 
-def _share(hits, speeches, **interval) -> tuple[float, float, float]:
+def share_of(hits, speeches, **interval) -> tuple[float, float, float]:
     "Return a share of rows in percent with its interval over speeches; NaN without rows."
-    if not len(hits):
-        return np.nan, np.nan, np.nan
-    hits = np.asarray(hits, int)
-    return 100 * hits.mean(), *win_interval(hits, speeches.to_numpy(), **interval)
+    return 100 * hits.mean(), *win_interval(hits.to_numpy(int), speeches.to_numpy(), **interval)
 
 
 def macro_row(rows: list[dict]) -> dict:
     "Return the mean over topics that have speeches, as `rate_row` does; counts are sums."
-    rows = [row for row in rows if row["n"]]
     sums = {name: sum(row[name] for row in rows) for name in ("n", "wins", "losses", "ties")}
-    if not rows:
+    known = [[row["win_rate"], row["low"], row["high"]] for row in rows if row["n"]]
+    if not known:
         return {**sums, "win_rate": np.nan, "low": np.nan, "high": np.nan}
-    rate, low, high = (np.array([row[name] for row in rows]) for name in ("win_rate", "low", "high"))
-    down, up = math.hypot(*(rate - low)) / len(rows), math.hypot(*(high - rate)) / len(rows)
-    return {**sums, "win_rate": rate.mean(), "low": max(0.0, rate.mean() - down), "high": min(100.0, rate.mean() + up)}
+    rate, low, high = np.array(known).T
+    mean, down, up = rate.mean(), math.hypot(*(rate - low)) / len(rate), math.hypot(*(high - rate)) / len(rate)
+    return {**sums, "win_rate": mean, "low": max(0.0, mean - down), "high": min(100.0, mean + up)}
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #1659a123
-MEAN = "mean over topics"
-
-
-def group_rows(verdicts, by: str, groups: list[str], **interval) -> list[dict]:
-    "Return a `rate_row` with `group` for each group, those without verdicts too, and the mean over them last."
-    parts = dict(tuple(verdicts.groupby(by)))
-    rows = [{"group": group, **rate_row(parts.get(group, verdicts.iloc[:0]), **interval)} for group in groups]
-    return [*rows, {"group": MEAN, **macro_row(rows)}]
-
-
 def fine_topics(speeches) -> list[str]:
     "Return the fine topics that speeches have, in the paper's order; a user's own come last in their coarse topic."
     have = dict(zip(speeches.topic, speeches.coarse_topic))
@@ -140,32 +95,34 @@ def fine_topics(speeches) -> list[str]:
     return [topic for slug, topic in ordered if have.get(topic) == slug]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #50658562
-GROUPINGS = ("all", "coarse topic", "fine topic", "principle")
+MEAN = "mean over topics"
 
 
 def win_rate_cells(battles, speeches, seed: int, samples: int = 1000, level: float = 0.95):
     """Rate every policy in every setting, reading and group.
 
     battles: frame of kind "battles", one judge; speeches: those that were judged, with topic and coarse_topic.
-    Returns frame: setting, policy, reading, grouping, group, n, wins, losses, ties, win_rate, low, high (percent)."""
+    Returns frame: setting, policy, reading, grouping (all, coarse topic, fine topic, principle), group, n, wins,
+    losses, ties, win_rate, low, high (percent)."""
     import pandas as pd
 
-    battles, rows, interval = checked_battles(battles, speeches), [], {"samples": samples, "level": level, "seed": seed}
-    topics = battles[["speech_id", "topic", "coarse_topic"]].drop_duplicates()
+    rows, interval = [], {"samples": samples, "level": level, "seed": seed}
+    topics = speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id")
+    groups = {"all": ["Overall"], "coarse topic": coarse_topics(), "fine topic": fine_topics(speeches)}
     for reading in READINGS:
-        overall = read_verdicts(battles, reading, seed).merge(topics, on="speech_id")
-        aspects = {key: read_verdicts(battles, reading, seed, f"{key}_verdict") for key in PRINCIPLE_KEYS}
-        for setting, policy in places(battles):
-            own = pick(overall, setting=setting, policy=policy)
-            parts = {key: pick(part, setting=setting, policy=policy) for key, part in aspects.items()}
+        own = read_verdicts(battles, reading, seed).merge(topics, on="speech_id", validate="many_to_one")
+        parts = {"all": own.assign(group="Overall"), "coarse topic": own.assign(group=own.coarse_topic)}
+        keys = [read_verdicts(battles, reading, seed, f"{key}_verdict").assign(group=key) for key in PRINCIPLE_KEYS]
+        parts |= {"fine topic": own.assign(group=own.topic), "principle": pd.concat(keys)}
+        for (setting, policy), (grouping, part) in itertools.product(places(battles), parts.items()):
+            where, part = {"setting": setting, "policy": policy}, pick(part, setting=setting, policy=policy)
             found = {
-                "all": [{"group": "Overall", **rate_row(own, **interval)}],
-                "coarse topic": group_rows(own, "coarse_topic", list(coarse_topics()), **interval),
-                "fine topic": group_rows(own, "topic", fine_topics(speeches), **interval),
-                "principle": [{"group": key, **rate_row(part, **interval)} for key, part in parts.items()],
+                group: rate_row(pick(part, group=group), **interval) for group in groups.get(grouping, PRINCIPLE_KEYS)
             }
-            where = {"setting": setting, "policy": policy, "reading": reading}
-            rows += [{**where, "grouping": name, **row} for name, group in found.items() for row in group]
+            if "topic" in grouping:
+                found[MEAN] = macro_row(list(found.values()))
+            where |= {"reading": reading, "grouping": grouping}
+            rows += [{**where, "group": group, **row} for group, row in found.items()]
     return pd.DataFrame(rows)
 
 
@@ -205,37 +162,41 @@ def summary_rows(cells, trust) -> list[dict]:
     "Summarise each policy in each setting in plain numbers, for Table 2 and the report."
     rows = []
     for setting, policy in places(cells):
-        own = pick(cells, setting=setting, policy=policy)
+        own, where = pick(cells, setting=setting, policy=policy), {"setting": SETTINGS[setting], "model": policy}
         rates = pick(own, reading=READINGS[0], grouping="coarse topic").set_index("group").win_rate
         plain, strict = (pick(own, reading=reading, grouping="all").iloc[0] for reading in READINGS)
         about = pick(trust, setting=setting, policy=policy).iloc[0]
-        row = {"setting": SETTINGS[setting], "model": policy}
-        row |= {short: _number(rates[slug]) for slug, short in _SHORT.items()}
-        row |= {"Overall": _number(plain.win_rate), "95% interval": _interval(plain.low, plain.high)}
-        row |= {"swap-consistent": _number(strict.win_rate), "flips %": _number(about.flips)}
-        row |= {"length ratio": _number(about.length_ratio, 2), "length-controlled": _number(about.controlled)}
+        row = where | {short: rounded(rates[slug]) for slug, short in _SHORT.items()}
+        row |= {"Overall": rounded(plain.win_rate), "95% interval": _interval(plain.low, plain.high)}
+        row |= {"swap-consistent": rounded(strict.win_rate), "flips %": rounded(about.flips)}
+        row |= {"length ratio": rounded(about.length_ratio, 2), "length-controlled": rounded(about.controlled)}
         rows.append(row | {"n": int(plain.n)})
     return rows
 
 
-def _number(value: float, digits: int = 1) -> float | None:
+def rounded(value: float, digits: int = 1) -> float | None:
     "Round; None where nothing was measured."
-    return None if value is None or math.isnan(value) else round(float(value), digits)
+    return None if math.isnan(value) else round(float(value), digits)
 
 
-def _interval(low: float, high: float) -> str | None:
-    "Format an interval in percent; None where there is none."
-    return None if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+def _interval(low: float, high: float, digits: int = 1) -> str | None:
+    "Word an interval; None where there is none."
+    return None if math.isnan(low) else f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def with_interval(value: float, low: float, high: float, digits: int = 1) -> str | None:
+    "Word a number with its interval, such as 62.5 (50.1 to 75.0); None where there is none."
+    return None if math.isnan(value) else f"{value:.{digits}f} ({_interval(low, high, digits)})"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e8502d56
 def _section(title: str, rows: list[dict], prefix: str = "") -> list[dict]:
     "Put a title above rows, and name a trained policy by its training where its base stands above it."
-    named, base = [], None
+    named, base = [{"model": title, **dict.fromkeys(rows[0].keys() - {"model"}, "")}], None
     for row in mark_best(rows):
         own, plus, training = row["model"].partition(" + ")
         named.append({**row, "model": prefix + (f"+ {training}" if plus and own == base else row["model"])})
         base = base if plus else own
-    return [{"model": title, **dict.fromkeys(rows[0].keys() - {"model"}, "")}, *named]
+    return named
 
 
 def table_2(rows: list[dict], reference: str):
@@ -247,20 +208,15 @@ def table_2(rows: list[dict], reference: str):
     printed, n = [], paper_values()["dataset"]["test_speeches"]
     for title in dict.fromkeys(row["setting"] for row in rows):
         printed += _section(f"{title}, against {reference}", [row for row in rows if row["setting"] == title])
+    names = {**_SHORT, "overall": "Overall"}
     for setting, title in SETTINGS.items():
-        published = paper_values()["table_2"][setting].items()
         own = [
-            {"model": model, **dict(zip(_COLUMNS, _in_order(rates))), "95% interval": None, "n": n}
-            for model, rates in published
+            {"model": model, **{names[slug]: rate for slug, rate in rates.items()}, "95% interval": None, "n": n}
+            for model, rates in paper_values()["table_2"][setting].items()
         ]
         printed += _section(f"paper: {title}, against GPT-4o", own, "paper: ")
     frame = pd.DataFrame(printed, dtype=object)[["model", *_COLUMNS, "95% interval", "n"]]
     return frame.where(frame.notna(), None)
-
-
-def _in_order(rates: dict) -> list[float]:
-    "Return published rates in the order of the columns."
-    return [rates[slug] for slug in [*_SHORT, "overall"]]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #626f3873
 FAMILIES = yaml.safe_load(resource_path("model_families.yaml").read_text(encoding="utf-8"))  # family -> pattern
@@ -280,9 +236,8 @@ def shown_first(battles):
     """Return for each decided verdict whether the answer that stood first won: speech_id, first (0 or 1).
 
     battles: frame of kind "battles"; only speeches judged in both orders count."""
-    both = judged_twice(battles)
-    decided = both[both.verdict != "tie"]
-    return decided[["speech_id"]].assign(first=((decided.verdict == "win") == (decided.order == ORDERS[0])).astype(int))
+    both = both_orders(battles).melt(ignore_index=False).reset_index().query("value != 'tie'")
+    return both[["speech_id"]].assign(first=((both.value == "win") == (both.order == ORDERS[0])).astype(int))
 
 
 def same_family(judge: str, reference: str, policy: str) -> str:
@@ -296,39 +251,33 @@ def matched_words(answers):
 
     answers: frame of kind "answers", the reference's among them. Returns frame: setting, policy, speech_id, words,
     reference_words, asked (the reference's words, at least 5), ratio (words over asked), cut."""
-    reference = answers[answers.policy == "reference"]
-    if reference.empty:
-        raise ValueError("win_rates: found no answers of the reference, expected some; pass the answers as stored")
-    theirs, asked = dict(zip(reference.speech_id, reference.response)), word_counts(reference)
-    own = answers[(answers.policy != "reference") & answers.speech_id.isin(theirs)]
+    words = answers.assign(words=answers.response.str.split().str.len())
+    reference = words[words.policy == "reference"].set_index("speech_id")
+    own = words[(words.policy != "reference") & words.speech_id.isin(reference.index)]
     own = own.sort_values(_KEYS, ignore_index=True)
-    own = own[_KEYS].assign(
-        words=own.response.str.split().str.len(),
-        reference_words=[len(theirs[name].split()) for name in own.speech_id],
-        asked=[target or asked[name] for target, name in zip(own.target_words, own.speech_id)],
-        cut=own.finish_reason == "length",
-    )
-    return own.assign(ratio=own.words / own.asked)
+    asked = own.target_words.where(own.target_words > 0, own.speech_id.map(word_counts(reference.reset_index())))
+    own = own.assign(reference_words=own.speech_id.map(reference.words), asked=asked, ratio=own.words / asked)
+    own = own.assign(cut=own.finish_reason == "length")
+    return own[[*_KEYS, "words", "reference_words", "asked", "ratio", "cut"]]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e7b7c8e2
 def trust_row(battles, words, asked: int, seed: int, **interval) -> dict:
     """Measure how far one row of Table 2 can be trusted, in percent.
 
-    battles: checked battles of one policy and setting; words: of matched_words, the same; asked: verdicts asked;
-    interval: samples, level."""
-    plain, strict = (read_verdicts(battles, reading, seed) for reading in READINGS)
-    first = shown_first(battles)
-    share, low, high = _share(first["first"], first.speech_id, seed=seed, **interval)
-    wide = battles.pivot(index="speech_id", columns="order", values="verdict").reindex(columns=ORDERS).dropna()
-    judge, reference, policy = (battles[name].iloc[0] for name in ("judge", "reference", "policy"))
-    row = {"n": len(plain)}
-    for name, found in (("plain", plain), ("strict", strict)):
-        row |= {f"{name}_{word}": int((found.verdict == word).sum()) for word in ("win", "loss", "tie")}
-    row |= {"flips": flip_rate(*(wide[order].to_numpy() for order in ORDERS)) if len(wide) else np.nan}
-    row |= {"first": share, "first_low": low, "first_high": high}
+    battles: of one policy and setting; words: of matched_words, the same; asked: verdicts asked; interval: samples,
+    level."""
+    plain, strict = (read_verdicts(battles, reading, seed).verdict for reading in READINGS)
+    first, wide = shown_first(battles), both_orders(battles)
+    judge, reference, policy = battles[["judge", "reference", "policy"]].iloc[0]
+    row = {"n": len(plain)} | {f"plain_{word}": int((plain == word).sum()) for word in VERDICTS}
+    row |= {f"strict_{word}": int((strict == word).sum()) for word in VERDICTS}
+    row |= {"flips": 100 * (wide[ORDERS[0]] != wide[ORDERS[1]]).mean()}
+    row |= dict(
+        zip(("first", "first_low", "first_high"), share_of(first["first"], first.speech_id, seed=seed, **interval))
+    )
     row |= {"judge_family": family(judge), "kin": same_family(judge, reference, policy)}
     row |= {"asked": asked, "coverage": 100 * len(battles) / asked}
-    return row | length_row(plain, words, seed=seed, **interval)
+    return row | length_row(read_verdicts(battles, READINGS[0], seed), words, seed=seed, **interval)
 
 
 def length_row(verdicts, words, **interval) -> dict:
@@ -337,17 +286,15 @@ def length_row(verdicts, words, **interval) -> dict:
     verdicts: of read_verdicts, one policy and setting; words: of matched_words, the same; interval: samples, level,
     seed. Returns length_ratio, longer, raw, controlled, controlled_low, controlled_high, length_effect."""
     joined = verdicts.merge(words, on=_KEYS).sort_values("speech_id", ignore_index=True)
+    wins, extra = (joined.verdict == "win").astype(int), joined.words - joined.reference_words
+    ratio = joined.words / joined.reference_words.clip(lower=1)
+    row = {"length_ratio": ratio.median(), "longer": 100 * (extra > 0).mean(), "raw": 100 * wins.mean()}
     fit = dict.fromkeys(("controlled", "low", "high", "length_effect"), np.nan)
-    ratio, longer, raw = np.nan, np.nan, np.nan
-    if len(joined):
-        wins, extra = (joined.verdict == "win").to_numpy(int), (joined.words - joined.reference_words).to_numpy()
-        ratio = float((joined.words / joined.reference_words.clip(lower=1)).median())
-        longer, raw = 100 * float((extra > 0).mean()), 100 * wins.mean()
-        varied = len(set(extra)) > 1 or not extra.any()  # else the effect of length can't be told from the policy's
-        if varied and joined.speech_id.nunique() >= FEWEST_SPEECHES:
-            fit = length_controlled(wins, extra, joined.speech_id.to_numpy(), **interval)
-    row = {"length_ratio": ratio, "longer": longer, "raw": raw, "controlled": fit["controlled"]}
-    return row | {"controlled_low": fit["low"], "controlled_high": fit["high"], "length_effect": fit["length_effect"]}
+    varied = extra.nunique() > 1 or not extra.any()  # else the effect of length can't be told from the policy's
+    if varied and joined.speech_id.nunique() >= FEWEST_SPEECHES:
+        fit = length_controlled(wins.to_numpy(), extra.to_numpy(), joined.speech_id.to_numpy(), **interval)
+    row |= {"controlled": fit["controlled"], "controlled_low": fit["low"], "controlled_high": fit["high"]}
+    return row | {"length_effect": fit["length_effect"]}
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #7fca7edf
 def trust_rows(battles, answers, speeches, seed: int, samples: int = 1000, level: float = 0.95):
@@ -357,8 +304,7 @@ def trust_rows(battles, answers, speeches, seed: int, samples: int = 1000, level
     judged. Returns frame: setting, policy, and the keys of trust_row."""
     import pandas as pd
 
-    battles, words = checked_battles(battles, speeches), matched_words(answers)
-    asked, rows = len(ORDERS) * speeches.speech_id.nunique(), []
+    words, asked, rows = matched_words(answers), len(ORDERS) * speeches.speech_id.nunique(), []
     for setting, policy in places(battles):
         where = {"setting": setting, "policy": policy}
         own = trust_row(pick(battles, **where), pick(words, **where), asked, seed, samples=samples, level=level)
@@ -370,24 +316,31 @@ def trust_table(trust):
     "Tabulate how far each win rate can be trusted (Table S28)."
     import pandas as pd
 
-    rows = []
-    for row in trust.itertuples():
-        cells = {"setting": SETTINGS[row.setting], "model": row.policy, "n": row.n}
-        cells["wins / losses / ties"] = f"{row.plain_win} / {row.plain_loss} / {row.plain_tie}"
-        cells["swap-consistent: wins / losses / ties"] = f"{row.strict_win} / {row.strict_loss} / {row.strict_tie}"
-        cells |= {"flips %": _number(row.flips), "shown first wins, %": _number(row.first)}
-        cells |= {"95% interval": _interval(row.first_low, row.first_high), "judge's family": row.judge_family}
-        cells |= {"same family": row.kin, "coverage %": _number(row.coverage)}
-        cells |= {"length ratio": _ratio(row.length_ratio), "longer than the reference, %": _number(row.longer)}
-        cells |= {"win rate %": _number(row.raw), "length-controlled %": _number(row.controlled)}
-        cells["95% interval, length-controlled"] = _interval(row.controlled_low, row.controlled_high)
-        rows.append(cells)
-    return pd.DataFrame(rows, dtype=object)
+    table = {"setting": trust.setting.map(SETTINGS), "model": trust.policy, "n": trust.n}
+    table["wins / losses / ties"] = _counts(trust, "plain_win", "plain_loss", "plain_tie")
+    table["swap-consistent: wins / losses / ties"] = _counts(trust, "strict_win", "strict_loss", "strict_tie")
+    table |= {"flips %": trust.flips.map(rounded), "shown first wins, %": trust["first"].map(rounded)}
+    table |= {"95% interval": _intervals(trust, "first_low", "first_high"), "judge's family": trust.judge_family}
+    table |= {"same family": trust.kin, "coverage %": trust.coverage.map(rounded)}
+    table |= {"length ratio": ratios(trust.length_ratio), "longer than the reference, %": trust.longer.map(rounded)}
+    table |= {"win rate %": trust.raw.map(rounded), "length-controlled %": trust.controlled.map(rounded)}
+    table["95% interval, length-controlled"] = _intervals(trust, "controlled_low", "controlled_high")
+    return pd.DataFrame(table, dtype=object)
 
 
-def _ratio(value: float | None) -> str | None:
-    "Format a ratio with two digits."
-    return None if value is None or math.isnan(value) else f"{value:.2f}"
+def _counts(frame, *columns: str) -> list[str]:
+    "Word counts of wins, losses and ties."
+    return [" / ".join(map(str, counts)) for counts in frame[list(columns or ("wins", "losses", "ties"))].to_numpy()]
+
+
+def _intervals(frame, low: str = "low", high: str = "high") -> list:
+    "Word a column of intervals."
+    return [_interval(*ends) for ends in zip(frame[low], frame[high])]
+
+
+def ratios(column) -> list:
+    "Word a column of ratios with two digits."
+    return [None if value is None or math.isnan(value) else f"{value:.2f}" for value in column]
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #1f082fc1
 def cell_table(cells, grouping: str):
@@ -396,43 +349,34 @@ def cell_table(cells, grouping: str):
     grouping: "coarse topic" or "fine topic"."""
     import pandas as pd
 
-    rows, titles = [], _SHORT if grouping == GROUPINGS[1] else {}
-    for setting, policy in places(cells):
-        own = pick(cells, setting=setting, policy=policy)
-        own = pd.concat([own[own.grouping == grouping], own[own.grouping == "all"]])
-        for one, two in zip(*(pick(own, reading=reading).itertuples() for reading in READINGS)):
-            row = {"setting": SETTINGS[setting], "model": policy, grouping: titles.get(one.group, one.group)}
-            row |= {"n": one.n, "wins / losses / ties": f"{one.wins} / {one.losses} / {one.ties}"}
-            row |= {"win rate %": _number(one.win_rate), "95% interval": _interval(one.low, one.high)}
-            row["swap-consistent: n"] = two.n
-            row["swap-consistent: wins / losses / ties"] = f"{two.wins} / {two.losses} / {two.ties}"
-            row |= {"swap-consistent %": _number(two.win_rate), "its 95% interval": _interval(two.low, two.high)}
-            rows.append(row)
-    return pd.DataFrame(rows, dtype=object)
+    parts = [(*place, part) for place in places(cells) for part in (grouping, "all")]
+    one, two = (
+        pd.concat([pick(cells, setting=s, policy=p, grouping=g, reading=reading) for s, p, g in parts])
+        for reading in READINGS
+    )
+    table = {"setting": one.setting.map(SETTINGS), "model": one.policy, grouping: one.group.replace(_SHORT), "n": one.n}
+    table |= {"wins / losses / ties": _counts(one), "win rate %": one.win_rate.map(rounded)}
+    table |= {"95% interval": _intervals(one), "swap-consistent: n": two.n.to_numpy()}
+    table["swap-consistent: wins / losses / ties"] = _counts(two)
+    table |= {"swap-consistent %": two.win_rate.map(rounded).to_numpy(), "its 95% interval": _intervals(two)}
+    return pd.DataFrame(table, dtype=object).reset_index(drop=True)
 
 
 def principle_win_rates(cells):
     "Tabulate win rates by principle with intervals, a row for each policy, setting and reading (Table S36)."
     import pandas as pd
 
-    rows = []
-    for (setting, policy), reading in itertools.product(places(cells), READINGS):
-        own = pick(cells, setting=setting, policy=policy, reading=reading)
-        own = own[own.grouping.isin(["all", "principle"])].set_index("group")
-        text = {r.Index: f"{r.win_rate:.1f} ({_interval(r.low, r.high)})" if r.n else None for r in own.itertuples()}
-        row = {"setting": SETTINGS[setting], "model": policy, "reading": reading}
-        row |= {key: text[key] for key in PRINCIPLE_KEYS}
-        rows.append(row | {"overall verdict": text["Overall"], "n": int(own.n["Overall"])})
-    return pd.DataFrame(rows, dtype=object)
+    own = cells[cells.grouping.isin(["all", "principle"])]
+    texts = [with_interval(*ends) for ends in zip(own.win_rate, own.low, own.high)]
+    wide = own.assign(text=texts).pivot(index=["setting", "policy", "reading"], columns="group", values=["text", "n"])
+    table = wide.loc[[(*place, reading) for place in places(cells) for reading in READINGS]].reset_index()
+    names = {"setting": table.setting.map(SETTINGS), "model": table.policy, "reading": table.reading}
+    names |= {key: table["text", key] for key in PRINCIPLE_KEYS}
+    return pd.DataFrame(
+        {**names, "overall verdict": table["text", "Overall"], "n": table["n", "Overall"]}, dtype=object
+    )
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #aa1bef66
-_DIFFERENCES = "setting first second group n difference low high better worse p p_holm".split()
-_DIFFERENCE_TITLES = (
-    "setting; model; compared with; topic; n; difference, points; 95% interval; wins only here; wins only there; "
-    "p, sign test; p, Holm over topics"
-).split("; ")
-
-
 def difference_rows(battles, speeches, seed: int, samples: int = 1000, level: float = 0.95):
     """Compare every two policies of a setting, the later row of Table 2 with the earlier one.
 
@@ -440,35 +384,32 @@ def difference_rows(battles, speeches, seed: int, samples: int = 1000, level: fl
     compare_policies with setting, first and second."""
     import pandas as pd
 
-    battles, parts = checked_battles(battles, speeches), []
-    topics = battles[["speech_id", "coarse_topic"]].drop_duplicates()
+    topics = speeches[["speech_id", "coarse_topic"]].drop_duplicates("speech_id")
     verdicts = read_verdicts(battles, READINGS[0], seed).merge(topics, on="speech_id")
     own = {place: part.drop(columns=_KEYS[:2]) for place, part in verdicts.groupby(_KEYS[:2])}
-    for earlier, later in itertools.combinations(places(battles), 2):
-        one, two = own.get(later, verdicts[:0]), own.get(earlier, verdicts[:0])
-        if earlier[0] == later[0] and set(one.speech_id) & set(two.speech_id):
-            found = compare_policies(one, two, by="coarse_topic", samples=samples, level=level, seed=seed)
+    columns = "setting first second group n difference low high better worse p p_holm".split()
+    parts = [pd.DataFrame(columns=columns)]
+    for earlier, later in itertools.combinations([place for place in places(battles) if place in own], 2):
+        if earlier[0] == later[0] and set(own[earlier].speech_id) & set(own[later].speech_id):
+            how = {"by": "coarse_topic", "samples": samples, "level": level, "seed": seed}
+            found = compare_policies(own[later], own[earlier], **how)
             parts.append(found.assign(setting=later[0], first=later[1], second=earlier[1]))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_DIFFERENCES)
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def difference_table(differences):
     "Tabulate differences between policies in percentage points (Table S35)."
     import pandas as pd
 
-    place = {name: number for number, name in enumerate([*_SHORT, "Overall"])}
-
-    def order(row):
-        return list(SETTINGS).index(row.setting), policy_key(row.second), policy_key(row.first), place[row.group]
-
-    rows = []
-    for row in sorted(differences.itertuples(), key=order):
-        cells = {"setting": SETTINGS[row.setting], "model": row.first, "compared with": row.second}
-        cells |= {"topic": _SHORT.get(row.group, row.group), "n": row.n}
-        cells |= {"difference, points": _number(row.difference), "95% interval": _interval(row.low, row.high)}
-        cells |= {"wins only here": row.better, "wins only there": row.worse, "p, sign test": _p(row.p)}
-        rows.append(cells | {"p, Holm over topics": _p(row.p_holm) if row.group in _SHORT else None})
-    return pd.DataFrame(rows, columns=_DIFFERENCE_TITLES, dtype=object)
+    policies = sorted({*differences["first"], *differences.second}, key=policy_key)
+    ranks = [*SETTINGS, *policies, *_SHORT, "Overall"]
+    rows = differences.sort_values(["setting", "second", "first", "group"], key=lambda names: names.map(ranks.index))
+    table = {"setting": rows.setting.map(SETTINGS), "model": rows["first"], "compared with": rows.second}
+    table |= {"topic": rows.group.replace(_SHORT), "n": rows.n, "difference, points": rows.difference.map(rounded)}
+    table |= {"95% interval": _intervals(rows), "wins only here": rows.better, "wins only there": rows.worse}
+    adjusted = rows.p_holm.where(rows.group != "Overall")
+    table |= {"p, sign test": rows.p.map(_p), "p, Holm over topics": adjusted.map(_p)}
+    return pd.DataFrame(table, dtype=object).reset_index(drop=True)
 
 
 def _p(value: float) -> str | None:
@@ -482,14 +423,16 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def compliance_rows(answers) -> list[dict]:
     "Describe the ratio of words to asked words for each policy in the length setting, in plain numbers."
     words, rows = matched_words(answers), []
+    titles = [f"{100 * q:.0f}th percentile" for q in QUANTILES]
+    titles[2] = "median of words / asked words"
     for setting, policy in places(words[words.setting == "length"]):
-        own = pick(words, setting=setting, policy=policy)
-        free = pick(words, setting="free", policy=policy).ratio
-        titles = ["median of words / asked words" if q == 0.5 else f"{100 * q:.0f}th percentile" for q in QUANTILES]
-        row = {"model": policy} | {title: round(float(own.ratio.quantile(q)), 2) for title, q in zip(titles, QUANTILES)}
-        row["within 20% of the asked length, %"] = round(float(100 * own.ratio.between(0.8, 1.2).mean()), 1)
-        row["cut off %"] = round(float(100 * own.cut.mean()), 1)
-        row["median without the instruction"] = _number(free.median(), 2)
+        own, free = (pick(words, setting=name, policy=policy) for name in (setting, "free"))
+        row = {"model": policy, **dict(zip(titles, own.ratio.quantile(QUANTILES).map(lambda ratio: rounded(ratio, 2))))}
+        row["within 20% of the asked length, %"] = rounded(100 * own.ratio.between(0.8, 1.2).mean())
+        row |= {
+            "cut off %": rounded(100 * own.cut.mean()),
+            "median without the instruction": rounded(free.ratio.median(), 2),
+        }
         rows.append(row | {"n": len(own)})
     return rows
 
@@ -499,8 +442,7 @@ def compliance_table(rows: list[dict]):
     import pandas as pd
 
     frame = pd.DataFrame(rows, dtype=object)
-    ratios = [name for name in frame if "percentile" in name or "median" in name]
-    return frame.assign(**{name: frame[name].map(_ratio) for name in ratios})
+    return frame.assign(**{name: ratios(frame[name]) for name in frame if "percentile" in name or "median" in name})
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #946f7f94
 _LOOKS = {"free": (PALETTE[0], "o"), "length": (PALETTE[1], "s")}  # colour and marker of a setting
@@ -524,30 +466,30 @@ def _name_lines(axes, policies: list[str]) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _draw_rates(axes, rows, policies: list[str], offset: float, setting: str, filled: bool = True, label=None) -> None:
-    "Draw win rates with their intervals on a percent axis with a line at 50."
-    colour, marker = _LOOKS[setting]
-    y = np.array([policies.index(policy) for policy in rows.policy]) + offset
-    bars = np.clip([rows.win_rate - rows.low, rows.high - rows.win_rate], 0, None)
-    looks = {"fmt": marker, "color": colour, "markerfacecolor": colour if filled else "white", "markersize": 5}
-    axes.errorbar(rows.win_rate, y, xerr=bars, linewidth=1.2, capsize=2, label=label, **looks)
+def _draw_rates(axes, cells, policies: list[str], looks: dict, apart: float) -> None:
+    """Draw win rates with their intervals on a percent axis with a line at 50, a policy a line.
+
+    cells: of one group; looks: (setting, reading) -> its name in the legend; apart: distance of two of them."""
+    for place, ((setting, reading), label) in enumerate(looks.items()):
+        rows, (colour, marker) = pick(cells, setting=setting, reading=reading), _LOOKS[setting]
+        y = np.array([policies.index(policy) for policy in rows.policy]) + (place - (len(looks) - 1) / 2) * apart
+        bars = np.clip([rows.win_rate - rows.low, rows.high - rows.win_rate], 0, None)
+        how = {"markerfacecolor": colour if reading == READINGS[0] else "white", "markersize": 5, "capsize": 2}
+        axes.errorbar(rows.win_rate, y, xerr=bars, fmt=marker, color=colour, linewidth=1.2, label=label, **how)
     axes.set(xlim=(-3, 103), xticks=range(0, 101, 25))
+    axes.axvline(50, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
+    _name_lines(axes, policies)
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #5e667e8d
 def win_rate_figure(cells, reference: str):
     "Draw overall win rates with their intervals in both readings (Fig. S3). reference: its label."
-    policies, settings = _lines_of(cells)
-    overall, looks = pick(cells, grouping="all"), list(itertools.product(settings, READINGS))
+    (policies, settings), overall = _lines_of(cells), pick(cells, grouping="all")
     figure, axes = new_figure(7.6, 0.62 * len(policies) + 1.9)
-    for place, (setting, reading) in enumerate(looks):
-        rows, offset = pick(overall, setting=setting, reading=reading), (place - (len(looks) - 1) / 2) * 0.18
-        label = f"{SETTINGS[setting]}, {reading}"
-        _draw_rates(axes, rows, policies, offset, setting, reading == READINGS[0], label)
+    looks = {(setting, reading): f"{SETTINGS[setting]}, {reading}" for setting in settings for reading in READINGS}
+    _draw_rates(axes, overall, policies, looks, 0.18)
     for line in np.arange(len(policies) - 1) + 0.5:
         axes.axhline(line, color="#dddddd", linewidth=0.8, zorder=0)
-    axes.axvline(50, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
     axes.set_xlabel(f"win rate against {reference}, %\n(95% interval over n = {_spread(overall.n)} speeches)")
-    _name_lines(axes, policies)
     figure.legend(frameon=False, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
@@ -558,27 +500,21 @@ def topic_figure(cells, reference: str):
     figure, panels = new_figure(10, 2 * (0.38 * len(policies) + 1) + 0.6, rows=2, columns=4, sharex=True, sharey=True)
     for axes, (slug, title) in zip(panels.flat, _SHORT.items()):
         own = pick(cells, grouping="coarse topic", reading=READINGS[0], group=slug)
-        for place, setting in enumerate(settings):
-            label = SETTINGS[setting] if axes is panels.flat[0] else None
-            offset = (place - (len(settings) - 1) / 2) * 0.3
-            _draw_rates(axes, pick(own, setting=setting), policies, offset, setting, label=label)
-        axes.axvline(50, color="#444444", linestyle="--", linewidth=1.2, zorder=1)
-        _name_lines(axes, policies)
+        first = axes is panels.flat[0]
+        looks = {(setting, READINGS[0]): SETTINGS[setting] if first else None for setting in settings}
+        _draw_rates(axes, own, policies, looks, 0.3)
         axes.set_title(f"{title} (n = {_spread(own.n)})", fontsize=9)
         axes.tick_params(labelsize=8)
     figure.supxlabel(f"win rate against {reference}, % (95% interval over speeches, one order)", fontsize=9)
     figure.legend(frameon=False, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
-# %% ../../nbs/evaluation/00_win_rates.ipynb #e525dd5d
-def _write_rates(axes, rates, sure) -> None:
-    "Write each rate into its field, bold where its interval leaves out 50%."
-    for (row, column), rate in np.ndenumerate(rates):
-        if not np.isnan(rate):
-            strong = sure[row, column]
-            looks = {"fontsize": 7, "fontweight": "bold" if strong else "normal", "ha": "center", "va": "center"}
-            colour = "white" if strong and abs(rate - 50) > 38 else "#222222"
-            axes.text(column, row, f"{rate:.0f}", color=colour, **looks)
+# %% ../../nbs/evaluation/00_win_rates.ipynb #4ed1a748
+def _write_rate(axes, row: int, column: int, rate: float, strong: bool) -> None:
+    "Write a rate into its field, bold where its interval leaves out 50%."
+    if not np.isnan(rate):
+        looks = {"fontsize": 7, "fontweight": "bold" if strong else "normal", "ha": "center", "va": "center"}
+        axes.text(column, row, f"{rate:.0f}", color="white" if strong and abs(rate - 50) > 38 else "#222222", **looks)
 
 
 def _runs(labels: list) -> list[tuple]:
@@ -586,23 +522,22 @@ def _runs(labels: list) -> list[tuple]:
     runs = [(label, list(own)) for label, own in itertools.groupby(range(len(labels)), key=labels.__getitem__)]
     return [(label, own[0], own[-1]) for label, own in runs]
 
-# %% ../../nbs/evaluation/00_win_rates.ipynb #4ed1a748
+
 def fine_topic_figure(cells, speeches, reference: str):
     "Draw win rates by fine topic as a map (Fig. S14). speeches: frame with topic and coarse_topic."
     from matplotlib.colors import LinearSegmentedColormap
 
-    own = pick(cells, grouping="fine topic", reading=READINGS[0])
-    topics, columns = [topic for topic in fine_topics(speeches) if topic in set(own.group)], places(cells)
+    own, columns = pick(cells, grouping="fine topic", reading=READINGS[0]), places(cells)
+    topics = [topic for topic in fine_topics(speeches) if topic in set(own.group)]
     wide = own.pivot(index="group", columns=["setting", "policy"]).reindex(index=topics)
-    rates, low, high, n = (
-        wide[name].reindex(columns=columns).to_numpy(float) for name in ("win_rate", "low", "high", "n")
-    )
+    rates, low, high, n = (wide[name][columns].to_numpy(float) for name in ("win_rate", "low", "high", "n"))
     figure, axes = new_figure(max(5.2, 3.8 + 0.42 * len(columns)), 2.4 + 0.205 * len(topics))
     sure = (low > 50) | (high < 50)
     colours = LinearSegmentedColormap.from_list("sides", [PALETTE[1], "#ffffff", PALETTE[0]])
     axes.imshow(rates, cmap=colours, vmin=0, vmax=100, aspect="auto", alpha=np.where(sure, 1.0, 0.3))
     axes.grid(visible=False)
-    _write_rates(axes, rates, sure)
+    for (row, column), rate in np.ndenumerate(rates):
+        _write_rate(axes, row, column, rate, sure[row, column])
     coarse = dict(zip(speeches.topic, speeches.coarse_topic))
     for label, first, last in _runs([_SHORT[coarse[topic]] for topic in topics]):
         axes.axhline(last + 0.5, color="#444444", linewidth=0.8)
@@ -614,8 +549,9 @@ def fine_topic_figure(cells, speeches, reference: str):
     axes.xaxis.tick_top()
     turned = {"rotation": 55, "ha": "left", "rotation_mode": "anchor", "fontsize": 7.5}
     axes.set_xticks(range(len(columns)), [policy for _, policy in columns], **turned)
-    names = [f"{topic} (n = {_spread(n[row])})" for row, topic in enumerate(topics)]
-    axes.set_yticks(range(len(topics)), names, fontsize=7.5)
+    axes.set_yticks(
+        range(len(topics)), [f"{topic} (n = {_spread(n[row])})" for row, topic in enumerate(topics)], fontsize=7.5
+    )
     axes.tick_params(length=0)
     text = f"win rate against {reference}, % (one order);\nbold, full colour: the 95% interval leaves out 50%"
     axes.set_xlabel(text, fontsize=8, labelpad=34)

@@ -5,25 +5,19 @@
 # %% ../../nbs/feedback/04_battles.ipynb #f5ebce0a
 from __future__ import annotations
 
+import typing
+
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
-from ..models.chat import ChatRequest, Failure
+from ..core.prompts import BadReply, battle_schema, comparison_prompt, parse_battle, responding_prompt
 from ..core.settings import EvaluationSettings
 from ..core.stages import derived_seed
 from ..gateway.gateway import chat_model
+from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
-from ..stats.scores import swap_consistent
-from psycopref.core.prompts import (
-    BATTLE_KEYS,
-    BadReply,
-    battle_schema,
-    comparison_prompt,
-    parse_battle,
-    responding_prompt,
-)
 
 # %% auto #0
-__all__ = ['ORDERS', 'answer_decoding', 'answer', 'word_counts', 'battle_request', 'paper_order', 'battle', 'paper_verdicts',
-           'consistent_verdicts']
+__all__ = ['ORDERS', 'BATTLE', 'KEYS', 'answer_decoding', 'answer', 'word_counts', 'side_by_side', 'battle_request', 'ask_judge',
+           'battle', 'paper_order', 'paper_verdicts', 'both_orders', 'consistent_verdicts']
 
 # %% ../../nbs/feedback/04_battles.ipynb #9df2e9c3
 def answer_decoding(chosen: EvaluationSettings, seed: int) -> Decoding:
@@ -55,6 +49,21 @@ def word_counts(answers) -> dict:
 
 # %% ../../nbs/feedback/04_battles.ipynb #5ba565f6
 ORDERS = ("policy first", "reference first")
+BATTLE = ["policy", "setting", "speech_id"]  # what names a battle
+KEYS = ["speech_id", "setting", "policy", "order"]  # what names one question to a judge
+_VERDICTS = {"overall": "verdict"} | {key: f"{key}_verdict" for key in PRINCIPLE_KEYS}  # in a reply -> its column
+
+
+def side_by_side(speeches, answers, reference):
+    """Return each answer of a policy beside the reference's, in both orders.
+
+    speeches: frame with speech_id and speech; answers, reference: frames of kind "answers", of policies and of the
+    reference. Returns frame: KEYS, speech, response (of the policy), against (of the reference)."""
+    import pandas as pd
+
+    theirs = reference[["speech_id", "response"]].rename(columns={"response": "against"})
+    both = answers.merge(speeches[["speech_id", "speech"]], on="speech_id").merge(theirs, on="speech_id")
+    return both.merge(pd.DataFrame({"order": ORDERS}), how="cross")[[*KEYS, "speech", "response", "against"]]
 
 
 def battle_request(client_speech: str, policy: str, reference: str, order: str) -> ChatRequest:
@@ -64,50 +73,65 @@ def battle_request(client_speech: str, policy: str, reference: str, order: str) 
     message = {"role": "user", "content": comparison_prompt("battle", client_speech, first, second)}
     return ChatRequest((message,), Decoding(max_tokens=200), battle_schema(), "battle", fields)
 
-
-def paper_order(speech_id: str, seed: int) -> str:
-    "Draw the one order in which the paper's judge would see a battle."
-    return ORDERS[derived_seed(seed, "battle order", speech_id) % 2]
-
 # %% ../../nbs/feedback/04_battles.ipynb #60aa7c0a
+def ask_judge(
+    gateway,
+    judge: str,
+    table,
+    name: str = "judging",
+    request: typing.Callable = battle_request,
+    read: typing.Callable = parse_battle,
+):
+    """Ask a judge to compare answers; return the frame of its verdicts, and a list of what has none, and why.
+
+    table: of side_by_side; request: from speech, response, against and order; read: from a reply to 1 or 2, the better as
+    shown, for "overall" and maybe for principles. Returns frame: KEYS, verdict, `<principle>_verdict`."""
+    import pandas as pd
+
+    parts, rows, skipped = [own for _, own in table.groupby(["policy", "setting"], sort=False)], [], []
+    asked = ((request(*row) for row in own[["speech", "response", "against", "order"]].to_numpy()) for own in parts)
+    for replies, own in zip(gateway.stream(chat_model(judge), asked, name, len(table)), parts):
+        for place, reply in zip(own[KEYS].to_dict("records"), replies):
+            try:
+                if isinstance(reply, Failure):
+                    raise BadReply(reply.reason)
+                won = 1 if place["order"] == ORDERS[0] else 2
+                found = {_VERDICTS[key]: "win" if n == won else "loss" for key, n in read(reply.text).items()}
+                rows.append(place | found)
+            except BadReply as error:
+                kind, raw = ("failed", reply.raw) if isinstance(reply, Failure) else ("unreadable", reply.text)
+                skipped.append(place | {"kind": kind, "reason": str(error), "raw": raw})
+    return pd.DataFrame(rows, columns=[*KEYS, *_VERDICTS.values()]), skipped
+
+
 def battle(gateway, judge: str, speeches, policy, reference, reference_name: str, seed: int | None = None):
     """Judge every answer to a speech that the reference answered too.
 
     policy, reference: frames of kind "answers"; seed: judge in the one order that it draws, None judges in both.
     Returns (frame of kind "battles", list of unreadable and failed verdicts)."""
-    import pandas as pd
-
-    texts, theirs = dict(zip(speeches.speech_id, speeches.speech)), dict(zip(reference.speech_id, reference.response))
-    jobs = [
-        (row, order)
-        for row in policy.itertuples()
-        if row.speech_id in theirs
-        for order in (ORDERS if seed is None else [paper_order(row.speech_id, seed)])
-    ]
-    asked = [battle_request(texts[row.speech_id], row.response, theirs[row.speech_id], order) for row, order in jobs]
-    rows, skipped = [], []
-    for (row, order), reply in zip(jobs, gateway.ask(chat_model(judge), asked, "judging")):
-        what = {"speech_id": row.speech_id, "policy": row.policy, "setting": row.setting, "order": order}
-        failed = isinstance(reply, Failure)
-        try:
-            found = parse_battle("" if failed else reply.text)
-        except BadReply as error:
-            raw = {"reason": str(error), "raw": reply.raw if failed else reply.text}
-            skipped.append(what | {"kind": "failed" if failed else "unreadable"} | raw)
-            continue
-        won = {key: "win" if found[key] == (1 if order == ORDERS[0] else 2) else "loss" for key in BATTLE_KEYS}
-        verdicts = {"verdict": won["overall"]} | {f"{key}_verdict": won[key] for key in PRINCIPLE_KEYS}
-        rows.append(what | verdicts | {"reference": reference_name, "judge": judge})
-    return pd.DataFrame(rows, columns=list(SCHEMAS["battles"])), skipped
+    table = side_by_side(speeches, policy, reference)
+    found, skipped = ask_judge(gateway, judge, table if seed is None else paper_verdicts(table, seed))
+    return found.assign(reference=reference_name, judge=judge)[list(SCHEMAS["battles"])], skipped
 
 # %% ../../nbs/feedback/04_battles.ipynb #c0e18f80
+def paper_order(speech_id: str, seed: int) -> str:
+    "Draw the one order in which the paper's judge would see a battle."
+    return ORDERS[derived_seed(seed, "battle order", speech_id) % 2]
+
+
 def paper_verdicts(battles, seed: int):
     "Read the battles as the paper does: the rows of one seeded order for each speech."
     return battles[battles.order == battles.speech_id.map(lambda name: paper_order(name, seed))]
 
 
-def consistent_verdicts(battles):
-    "Read the battles strictly, a win or loss only where both orders agree: a row for each policy, setting and speech."
-    keys = ["policy", "setting", "speech_id"]
-    wide = battles.pivot(index=keys, columns="order", values="verdict").dropna().reset_index()
-    return wide.assign(verdict=swap_consistent(wide[ORDERS[0]].to_numpy(), wide[ORDERS[1]].to_numpy()))
+def both_orders(battles, *more: str, values: str = "verdict"):
+    """Return the values of battles that were judged in both orders, a column for each order.
+
+    more: columns that name a battle beside BATTLE; with it they are the index."""
+    return battles.pivot(index=[*BATTLE, *more], columns="order", values=values).reindex(columns=list(ORDERS)).dropna()
+
+
+def consistent_verdicts(battles, *more: str):
+    "Read the battles strictly, a win or loss only where both orders agree: a row for each that `both_orders` returns."
+    wide = both_orders(battles, *more)
+    return wide.assign(verdict=wide[ORDERS[0]].where(wide[ORDERS[0]] == wide[ORDERS[1]], "tie")).reset_index()
