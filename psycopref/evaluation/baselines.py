@@ -49,10 +49,7 @@ def _differences(chosen, rejected):
 
     if sparse.issparse(chosen):
         return sparse.vstack([chosen - rejected, sparse.csr_matrix((1, chosen.shape[1]))]).tocsr()
-    found = np.zeros((len(chosen) + 1, chosen.shape[1]))
-    found[:-1] = chosen
-    found[:-1] -= rejected
-    return found
+    return np.vstack([np.subtract(chosen, rejected, dtype=float), np.zeros(chosen.shape[1])])
 
 
 def _regression(tolerance: float):

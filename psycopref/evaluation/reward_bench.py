@@ -101,26 +101,23 @@ def _named(path: Path) -> dict[str, list]:
     return columns
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #d4cd0a13
+_FORMS = {  # column -> what a good cell is, and how to say so
+    "subset": (lambda value: isinstance(value, str) and value in PUBLISHED, ""),
+    "chosen": (lambda value: isinstance(value, str), "text; mend the row."),
+    "rejected": (lambda value: isinstance(value, str), "text; mend the row."),
+    "prompt": (lambda value: _turns(value) is not None, "text, or turns that begin and end with the user's; mend it."),
+    "id": (lambda value: value is not None and value != "", "a number or a name; number the rows."),
+}
+
+
 def _check_pairs(path: Path, columns: dict[str, list]) -> None:
     "Refuse unknown subsets, responses that are no text, prompts that can't be read and rows without an id."
-    text, turns = (
-        "expected text; mend the row.",
-        "expected text, or turns that begin and end with the user's; mend the row.",
-    )
-    rules = {
-        "subset": (lambda value: isinstance(value, str) and value in PUBLISHED, ""),
-        "chosen": (lambda value: isinstance(value, str), text),
-        "rejected": (lambda value: isinstance(value, str), text),
-        "prompt": (lambda value: _turns(value) is not None, turns),
-        "id": (lambda value: value is not None and value != "", "expected a number or a name; number the rows."),
-    }
-    for column, (good, expected) in rules.items():
-        wrong = next((row for row, value in enumerate(columns[column]) if not good(value)), None)
-        if wrong is not None:
-            value = columns[column][wrong]
-            said = f"{column} {value!r:.60} is not known. {suggest(str(value), PUBLISHED)}"
-            said = f"{column} is {value!r:.60}, {expected}" if expected else said
-            raise StudyError(f"{path}, row {wrong}: {said} Is it RewardBench? If not, {BENCH.remedy}")
+    for column, (good, expected) in _FORMS.items():
+        for row, value in enumerate(columns[column]):
+            if not good(value):
+                said = f"{column} {value!r:.60} is not known. {suggest(str(value), PUBLISHED)}"
+                said = f"{column} is {value!r:.60}, expected {expected}" if expected else said
+                raise StudyError(f"{path}, row {row}: {said} Is it RewardBench? If not, {BENCH.remedy}")
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #11a9073e
 def _read_pairs(path: Path):
@@ -165,32 +162,19 @@ def _interval(own, shares: dict[str, float], samples: int, seed: int) -> tuple[f
     ends = interval(score, *columns, invented=unseen, clusters=prompts, samples=samples, seed=seed)
     return score(*columns, np.ones(len(own))), *ends
 
-# %% ../../nbs/evaluation/02_reward_bench.ipynb #6324c60b
-def _size(found: int, published: int) -> str:
-    "Return a note where there are other than the published pairs."
-    return "" if found == published else f"{found} pairs, {published} are published"
-
-
-def _note(shares: dict[str, float], counts: dict[str, int]) -> tuple[str, bool]:
-    "Return what lacks, or how many pairs there are; and whether the score can be given."
-    lacking = [subset for subset in shares if not counts.get(subset)]
-    if len(lacking) == len(shares):
-        return "no pair in the file", False
-    if lacking:
-        return f"lacks {len(lacking)} of {len(shares)} subsets: {', '.join(lacking)}", False
-    return _size(sum(counts[subset] for subset in shares), sum(PUBLISHED[subset] for subset in shares)), True
-
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #73142041
 def _row(level: str, name: str, shares: dict[str, float], frame, samples: int, seed: int) -> dict:
-    "Score what the shares describe."
+    "Score what the shares describe, with a note where pairs or subsets lack."
     own = frame[frame.subset.isin(list(shares))]
-    counts = own.subset.value_counts().to_dict()
-    note, complete = _note(shares, counts)
-    row = {"level": level, "name": name, "n": len(own), "accuracy": np.nan, "low": np.nan, "high": np.nan, "note": note}
-    if not complete:
-        return row
-    score, low, high = _interval(own, shares, samples, seed)
-    return {**row, "accuracy": score, "low": low, "high": high}
+    lacking = [subset for subset in shares if subset not in set(own.subset)]
+    row = {"level": level, "name": name, "n": len(own), "accuracy": np.nan, "low": np.nan, "high": np.nan, "note": ""}
+    if own.empty:
+        return row | {"note": "no pair in the file"}
+    if lacking:
+        return row | {"note": f"lacks {len(lacking)} of {len(shares)} subsets: {', '.join(lacking)}"}
+    published = sum(PUBLISHED[subset] for subset in (overall_shares() if level == "micro" else shares))
+    row["accuracy"], row["low"], row["high"] = _interval(own, shares, samples, seed)
+    return row | {"note": "" if len(own) == published else f"{len(own)} pairs, {published} are published"}
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #c14dd834
 def _scored(pairs, chosen_scores, rejected_scores):
@@ -229,9 +213,7 @@ def score_reward_bench(pairs, chosen_scores, rejected_scores, samples: int = 100
     import pandas as pd
 
     frame = _scored(pairs, chosen_scores, rejected_scores)
-    overall, micro, *others = [_row(*part, frame, samples, seed) for part in _parts(frame.subset.tolist())]
-    if micro["n"]:
-        micro["note"] = _size(micro["n"], sum(PUBLISHED[subset] for weights in SECTIONS.values() for subset in weights))
+    overall, *others = [_row(*part, frame, samples, seed) for part in _parts(frame.subset.tolist())]
     if set(PRIOR_PAIRS) <= set(frame.subset):
         overall["note"] = "; ".join(filter(None, [overall["note"], "with Prior Sets at half weight"]))
-    return pd.DataFrame([overall, micro, *others])
+    return pd.DataFrame([overall, *others])

@@ -84,8 +84,8 @@ def ask_judge(
 ):
     """Ask a judge to compare answers; return the frame of its verdicts, and a list of what has none, and why.
 
-    table: of side_by_side; request: from speech, response, against and order; read: from a reply to 1 or 2, the better as
-    shown, for "overall" and maybe for principles. Returns frame: KEYS, verdict, `<principle>_verdict`."""
+    table: of side_by_side; request: from speech, response, against and order; read: from a reply to 1 or 2, the
+    better as shown, for "overall" and maybe for principles. Returns frame: KEYS, verdict, `<principle>_verdict`."""
     import pandas as pd
 
     parts, rows, skipped = [own for _, own in table.groupby(["policy", "setting"], sort=False)], [], []

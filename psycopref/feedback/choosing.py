@@ -5,6 +5,7 @@
 # %% ../../nbs/feedback/03_choosing.ipynb #418cf5f1
 from __future__ import annotations
 
+import itertools
 import typing
 
 from ..models.chat import ChatRequest, Failure
@@ -16,8 +17,8 @@ from ..stats.intervals import mean_interval
 from ..core.prompts import BadReply, comparison_prompt, parse_choice
 
 # %% auto #0
-__all__ = ['SHOWN_ORDERS', 'COLUMNS', 'ranking_request', 'read_choice', 'read_verdict', 'rank_blocks', 'rank_pairs',
-           'pair_verdicts', 'ranker_summary', 'ranker_row', 'ranker_table']
+__all__ = ['SHOWN_ORDERS', 'COLUMNS', 'ranking_request', 'read_verdict', 'rank_pairs', 'pair_verdicts', 'ranker_summary',
+           'ranker_row', 'ranker_table']
 
 # %% ../../nbs/feedback/03_choosing.ipynb #bad60ec4
 SHOWN_ORDERS = {"chosen first": 1, "rejected first": 2}  # where the chosen response is shown, so the right answer
@@ -31,50 +32,26 @@ def ranking_request(pair, order: str, seed: int = 0, max_tokens: int = 6) -> Cha
     return ChatRequest((message,), Decoding(max_tokens, seed=seed), None, "rank", fields)
 
 # %% ../../nbs/feedback/03_choosing.ipynb #0c070625
-def read_choice(reply) -> int | None:
-    "Return 1 or 2; None where the reply does not name exactly one of them."
+def read_verdict(pair, order: str, text: str) -> dict:
+    "Compare a reply with the label of the data; `correct` is 1 or 0, and 0.5 where no choice can be read."
     try:
-        return parse_choice(reply.text)
+        choice = parse_choice(text)
     except BadReply:
-        return None
-
-
-def read_verdict(pair, order: str, choice: int | None) -> dict:
-    "Compare a choice with the label of the data; `correct` is 1 or 0, and 0.5 where the reply is unreadable."
+        choice = None
     correct = 0.5 if choice is None else float(choice == SHOWN_ORDERS[order])
     row = {"ID": pair.ID, "prefID": pair.prefID, "order": order, "choice": choice}
     return row | {"readable": choice is not None, "correct": correct}
 
-# %% ../../nbs/feedback/03_choosing.ipynb #fa174d01
+# %% ../../nbs/feedback/03_choosing.ipynb #94dd6da7
 COLUMNS = {"ID": "str", "prefID": "int64", "order": "str", "choice": "Int64", "readable": bool, "correct": float}
 
 
-def rank_blocks(gateway, uri: str, pairs, seed: int = 0, max_tokens: int = 6, block: int = 256) -> typing.Iterator:
-    """Ask for every pair in both orders, block by block: (verdicts, failed calls) of each block.
-
-    max_tokens: of a reply; block: pairs whose calls are in memory together."""
-    parts, model = blocks(pairs, block), chat_model(uri)
-
-    def jobs(part):
-        return ((pair, order) for pair in part.itertuples() for order in SHOWN_ORDERS)
-
-    asked = ((ranking_request(*job, seed, max_tokens) for job in jobs(part)) for part in parts)
-    for replies, part in zip(gateway.stream(model, asked, "ranking", len(SHOWN_ORDERS) * len(pairs)), parts):
-        verdicts, failures = [], []
-        for (pair, order), reply in zip(jobs(part), replies):
-            if isinstance(reply, Failure):
-                row = {"ID": pair.ID, "prefID": int(pair.prefID), "order": order}
-                failures.append(row | {"reason": reply.reason, "raw": reply.raw})
-            else:
-                verdicts.append(read_verdict(pair, order, read_choice(reply)))
-        yield verdicts, failures
-
-# %% ../../nbs/feedback/03_choosing.ipynb #94dd6da7
 def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, max_tokens: int = 6, block: int = 256):
     """Ask a language model to choose between chosen and rejected, in both orders.
 
-    coverage: least share of pairs answered in both orders. Returns (frame of verdicts, two rows for a pair; list of
-    failed calls). Raises StudyError where pairs are missing or doubled, or too few are answered."""
+    coverage: least share of pairs answered in both orders; max_tokens: of a reply; block: pairs whose calls are in
+    memory together. Returns (frame of verdicts, two rows for a pair; list of failed calls). Raises StudyError where
+    pairs are missing or doubled, or too few are answered."""
     import pandas as pd
 
     twice = int(pairs.duplicated(["ID", "prefID"]).sum())
@@ -83,8 +60,15 @@ def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, 
             f"ranking: found {len(pairs)} pairs, {twice} of them twice, expected some, each "
             "with an ID and prefID of its own; look at 04_pairs"
         )
-    found = list(rank_blocks(gateway, uri, pairs, seed, max_tokens, block))
-    rows, failures = ([row for block in found for row in block[i]] for i in (0, 1))
+    jobs = [(pair, order) for pair in pairs.itertuples() for order in SHOWN_ORDERS]
+    asked = ((ranking_request(*job, seed, max_tokens) for job in part) for part in blocks(jobs, 2 * block))
+    stream, rows, failures = gateway.stream(chat_model(uri), asked, "ranking", len(jobs)), [], []
+    for reply, (pair, order) in zip(itertools.chain.from_iterable(stream), jobs):
+        if isinstance(reply, Failure):
+            place = {"ID": pair.ID, "prefID": int(pair.prefID), "order": order}
+            failures.append(place | {"reason": reply.reason, "raw": reply.raw})
+        else:
+            rows.append(read_verdict(pair, order, reply.text))
     whole = len(pairs) - len({(failure["ID"], failure["prefID"]) for failure in failures})
     if whole / len(pairs) < coverage:
         raise StudyError(
@@ -97,14 +81,12 @@ def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, 
 # %% ../../nbs/feedback/03_choosing.ipynb #56c246d1
 def pair_verdicts(verdicts):
     "Join the two orders of each pair; `correct` is their mean, `readable` means both, one row for each whole pair."
-    forward, backward = (verdicts[verdicts.order == order] for order in SHOWN_ORDERS)
-    both = forward.merge(backward, on=["ID", "prefID"], suffixes=("", "_swapped"), validate="one_to_one")
-    readable = both.readable & both.readable_swapped
-    return both[["ID", "prefID"]].assign(
-        correct=(both.correct + both.correct_swapped) / 2,
-        readable=readable,
-        same_winner=readable & (both.correct == both.correct_swapped),
+    own = verdicts.groupby(["ID", "prefID"], sort=False)
+    pairs = own.agg(
+        correct=("correct", "mean"), readable=("readable", "all"), same=("correct", "nunique"), n=("order", "size")
     )
+    pairs = pairs[pairs.n == len(SHOWN_ORDERS)].reset_index()
+    return pairs.assign(same_winner=pairs.readable & (pairs.same == 1)).drop(columns=["same", "n"])
 
 # %% ../../nbs/feedback/03_choosing.ipynb #27c64310
 def ranker_summary(verdicts, failures: typing.Sequence[dict] = (), samples: int = 1000) -> dict:
@@ -119,45 +101,26 @@ def ranker_summary(verdicts, failures: typing.Sequence[dict] = (), samples: int 
             "orders; run the ranking again"
         )
     calls = verdicts.merge(pairs[["ID", "prefID"]], on=["ID", "prefID"])
-    read, clear, agreed = calls[calls.readable], pairs[pairs.readable], pairs[pairs.same_winner]
+    read = calls[calls.readable]
+    shares = {"accuracy": pairs.correct, "accuracy_readable": read.correct, "unreadable": ~calls.readable}
+    shares |= {"position_1": read.choice == 1, "same_winner": pairs.same_winner[pairs.readable]}
+    shares["accuracy_same_winner"] = pairs.correct[pairs.same_winner]
     low, high = mean_interval(pairs.correct.to_numpy(), pairs.ID.to_numpy(), samples=samples)
-    return {
-        "pairs": len(pairs),
-        "speeches": pairs.ID.nunique(),
-        "failed_calls": len(failures),
-        "accuracy": _share(pairs.correct),
-        "low": low,
-        "high": high,
-        "accuracy_readable": _share(read.correct),
-        "unreadable": _share(~calls.readable),
-        "position_1": _share(read.choice == 1),
-        "same_winner": _share(clear.same_winner),
-        "accuracy_same_winner": _share(agreed.correct),
-    }
-
-
-def _share(values) -> float | None:
-    "Average; None where there is nothing."
-    return float(values.mean()) if len(values) else None
+    counts = {"pairs": len(pairs), "speeches": pairs.ID.nunique(), "failed_calls": len(failures)}
+    means = {name: float(values.mean()) if len(values) else None for name, values in shares.items()}
+    return counts | means | {"low": low, "high": high}
 
 # %% ../../nbs/feedback/03_choosing.ipynb #4f07da61
+def _interval_text(summary: dict) -> str:
+    "Word the interval of the accuracy."
+    return f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
+
+
 def ranker_row(name: str, summary: dict) -> dict:
     "Put a ranker into Table 1; it gives no probability, so only accuracy. Returns one row of Table 1."
-    return {
-        "model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)",
-        "kind": "LLM as ranker",
-        "accuracy %": round(100 * summary["accuracy"], 1),
-        "95% interval": _interval_text(summary),
-        "AUC": None,
-        "ECE": None,
-        "Brier": None,
-        "pairs": summary["pairs"],
-    }
-
-
-def _interval_text(summary: dict) -> str | None:
-    "Word an interval, where there is one."
-    return None if summary["low"] is None else f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
+    row = {"model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)", "kind": "LLM as ranker"}
+    row |= {"accuracy %": round(100 * summary["accuracy"], 1), "95% interval": _interval_text(summary)}
+    return row | dict.fromkeys(("AUC", "ECE", "Brier")) | {"pairs": summary["pairs"]}
 
 
 def ranker_table(summaries: dict[str, dict]):
@@ -166,22 +129,16 @@ def ranker_table(summaries: dict[str, dict]):
     summaries: name of a ranker -> ranker_summary. Returns frame, one row for each ranker, shares in %."""
     import pandas as pd
 
-    columns = {
-        "accuracy %": "accuracy",
-        "readable only %": "accuracy_readable",
-        "unreadable %": "unreadable",
-        "first shown chosen %": "position_1",
-        "same winner in both orders %": "same_winner",
-        "accuracy where the same %": "accuracy_same_winner",
+    titles = {
+        "accuracy": "accuracy %",
+        "accuracy_readable": "readable only %",
+        "unreadable": "unreadable %",
+        "position_1": "first shown chosen %",
+        "same_winner": "same winner in both orders %",
+        "accuracy_same_winner": "accuracy where the same %",
     }
-    rows = [
-        {
-            "ranker": name,
-            **{title: None if s[key] is None else round(100 * s[key], 1) for title, key in columns.items()},
-            "95% interval of the accuracy": _interval_text(s),
-            "failed calls": s["failed_calls"],
-            "pairs": s["pairs"],
-        }
-        for name, s in summaries.items()
-    ]
-    return pd.DataFrame(rows, dtype=object)
+    found = pd.DataFrame(summaries.values(), dtype=object).assign(ranker=list(summaries))
+    shares = found[list(titles)].map(lambda share: round(100 * share, 1), na_action="ignore").rename(columns=titles)
+    intervals = [_interval_text(summary) for summary in summaries.values()]
+    shares = shares.assign(**{"95% interval of the accuracy": intervals, "failed calls": found.failed_calls})
+    return pd.concat([found.ranker, shares, found.pairs], axis=1)

@@ -59,34 +59,29 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
     return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"]))
 
 # %% ../../nbs/feedback/02_pairing.ipynb #3979035e
+def _ratings_of(pairs, side: str):
+    "Return the ratings of the chosen or of the rejected responses, a column for each principle."
+    return pairs[[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS]].set_axis(list(PRINCIPLE_KEYS), axis=1)
+
+
 def paired_responses(parts: dict):
     "Recover the rated responses that occur in pairs (split -> pairs), each once: speech_id, model, ratings, total."
     import pandas as pd
 
-    keys = list(PRINCIPLE_KEYS)
-    sides = [
-        pairs[["ID", f"{side}_model", *(f"{side}_{key}_rating" for key in keys)]].set_axis(
-            ["speech_id", "model", *keys], axis=1
-        )
-        for pairs in parts.values()
-        for side in ("chosen", "rejected")
-    ]
-    rows = pd.concat(sides).drop_duplicates(["speech_id", "model"], ignore_index=True)
-    return rows.assign(total=rows[keys].sum(axis=1))
+    sides = [(pairs, side, _ratings_of(pairs, side)) for pairs in parts.values() for side in ("chosen", "rejected")]
+    rows = [own.assign(total=own.sum(axis=1), speech_id=p.ID, model=p[f"{side}_model"]) for p, side, own in sides]
+    rows = pd.concat(rows).drop_duplicates(["speech_id", "model"], ignore_index=True)
+    return rows[["speech_id", "model", *PRINCIPLE_KEYS, "total"]]
 
 
 def principle_table(pairs):
     "Compare chosen and rejected responses by principle; inverted = the rejected response is rated higher."
-    import pandas as pd
-
-    rows = []
-    for key in PRINCIPLE_KEYS:
-        chosen, rejected = pairs[f"chosen_{key}_rating"], pairs[f"rejected_{key}_rating"]
-        means, inverted = (chosen.mean(), rejected.mean(), (chosen - rejected).mean()), rejected > chosen
-        shares = (round(100 * (chosen == rejected).mean(), 1), int(inverted.sum()), round(100 * inverted.mean(), 1))
-        rows.append([key, *(round(mean, 2) for mean in means), *shares])
-    columns = ["principle", "chosen", "rejected", "difference", "equal %", "inverted", "inverted %"]
-    return pd.DataFrame(rows, columns=columns)
+    chosen, rejected = (_ratings_of(pairs, side) for side in ("chosen", "rejected"))
+    gap, table = chosen - rejected, chosen.mean().round(2).to_frame("chosen")
+    table = table.assign(rejected=rejected.mean().round(2), difference=gap.mean().round(2))
+    table["equal %"], table["inverted"] = (100 * gap.eq(0).mean()).round(1), gap.lt(0).sum()
+    table["inverted %"] = (100 * gap.lt(0).mean()).round(1)
+    return table.rename_axis("principle").reset_index()
 
 # %% ../../nbs/feedback/02_pairing.ipynb #9410e25a
 def pair_summary(speeches, scored, parts: dict):

@@ -9,14 +9,14 @@ import itertools
 import random
 import typing
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import SCHEMAS
-from ..core.paper import paper_values, resource_path
+from ..core.paper import resource_path
 from ..core.prompts import responding_prompt
 from ..core.settings import StudyError, suggest
-from ..core.stages import Shard, blocks, derived_seed, parse_shard, project_root
+from ..core.stages import Shard, blocks, derived_seed, project_root
 from ..gateway.gateway import chat_model
 from ..gateway.servers import NotServed
 from ..models.chat import ChatRequest, Failure
@@ -41,6 +41,8 @@ class Member:
     system: bool = True  # False where the model's chat template refuses a system message
     thinking: int = 0  # tokens that the model may spend on hidden reasoning before the response
 
+    __pydantic_config__ = {"extra": "forbid"}
+
     def messages(self, client_speech: str) -> tuple[dict, ...]:
         "Write the chat messages to this member."
         said = []
@@ -62,25 +64,18 @@ def read_pool(path: Path) -> tuple[Member, ...]:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    names = [field.name for field in fields(Member)]
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        pool = TypeAdapter(tuple[Member, ...]).validate_python(entries)
-    except OSError as error:
-        raise StudyError(
-            f"pool {str(path)!r}: can't be read ({error.strerror}); give the path of a .json file"
-        ) from None
-    except yaml.YAMLError as error:
-        raise StudyError(f"pool {str(path)!r}: {' '.join(str(error).split())}; expected a list of members") from None
+        pool = TypeAdapter(tuple[Member, ...]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise StudyError(f"pool {str(path)!r}: {said}; expected a .json file with a list of members") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "file"
         raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None
-    strange = {key for entry in entries for key in entry} - set(names)
-    twice = [name for name, n in Counter(member.name for member in pool).items() if n > 1]
-    if strange or twice:
-        what = f"unknown field {sorted(strange)[0]!r}" if strange else f"two members are called {twice[0]!r}"
-        raise StudyError(f"pool {str(path)!r}: {what}; expected {', '.join(names)}, and a name for each")
+    name, n = Counter(member.name for member in pool).most_common(1)[0] if pool else ("", 0)
+    if n > 1:
+        raise StudyError(f"pool {str(path)!r}: two members are called {name!r}; give each a name of its own")
     return pool
 
 

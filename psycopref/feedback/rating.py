@@ -5,18 +5,13 @@
 # %% ../../nbs/feedback/01_rating.ipynb #d8d63a4b
 from __future__ import annotations
 
+import itertools
 import random
 import typing
 
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
-from psycopref.core.prompts import (
-    BadReply,
-    parse_all_ratings,
-    parse_ratings,
-    rating_all_schema,
-    rating_prompt,
-    rating_schema,
-)
+from ..core.prompts import BadReply, parse_all_ratings, parse_ratings, rating_all_schema, rating_prompt
+from ..core.prompts import rating_schema
 from ..core.settings import StudyError
 from ..core.stages import blocks, derived_seed
 from ..gateway.gateway import chat_model
@@ -25,9 +20,9 @@ from ..models.generation import Decoding
 
 # %% auto #0
 __all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_blocks', 'check_known',
-           'rating_rows', 'skipped_entry', 'read_ratings', 'rate', 'rating_frames', 'check_coverage', 'rating_summary',
-           'member_interval', 'describe_ratings', 'mode_agreement_row', 'preference_agreement', 'mode_agreement',
-           'rated_twice', 'describe_modes', 'first_speeches']
+           'read_ratings', 'rate', 'rating_frames', 'check_coverage', 'rating_summary', 'member_interval',
+           'describe_ratings', 'mode_agreement_row', 'preference_agreement', 'mode_agreement', 'describe_modes',
+           'first_speeches']
 
 # %% ../../nbs/feedback/01_rating.ipynb #e8bc5558
 MODES: dict[str, tuple[str | None, ...]] = {"principle": PRINCIPLE_KEYS, "speech": (None,)}
@@ -124,42 +119,32 @@ def check_known(answered: typing.Iterable[str], speeches: typing.Container[str])
         found = f"{len(strange)} speeches have responses and are unknown, such as {strange[0]!r}"
         raise StudyError(f"ratings: {found}; run 02_responses again")
 
-# %% ../../nbs/feedback/01_rating.ipynb #985257a2
-def rating_rows(name: str, principle: str, found: list[tuple[int, str]], order: list[int], members, rater: str) -> list:
-    "Return the rows of one call, in the members' own order."
-    first = {"speech_id": name, "principle": principle, "rater": rater}
-    return [
-        first | {"model": members[i], "rating": found[k][0], "rationale": found[k][1], "position": k + 1}
-        for i, k in sorted((i, k) for k, i in enumerate(order))
-    ]
-
-
-def skipped_entry(name: str, principle: str, reason: str, raw: str = "", key: str = "") -> dict:
-    "Describe what has no rating, and why."
-    return {"speech_id": name, "principle": principle, "reason": reason, "raw": raw, "key": key}
-
 # %% ../../nbs/feedback/01_rating.ipynb #21c2497e
 def read_ratings(
     answered: list[tuple], short: list[tuple], rater: str, each_speech: int, key: typing.Callable
 ) -> tuple:
-    """Read the replies to the calls of a block: (frame of ratings, list of what was skipped).
+    """Read the replies to the calls of a block: (frame of ratings, by member, and list of what was skipped).
 
     answered: (job, reply, members of the speech), job = (speech_id, principle or None, order); short: (speech_id,
     number of responses) where some are missing; key: from a job to its request's key."""
     import pandas as pd
 
     rows, skipped = [], []
-    for name, n in short:
-        reason = f"the speech has {n} of {each_speech} responses"
-        skipped += [skipped_entry(name, principle, reason) for principle in PRINCIPLE_KEYS]
+
+    def skip(name, principle, reason, raw="", key=""):
+        skipped.append({"speech_id": name, "principle": principle, "reason": reason, "raw": raw, "key": key})
+
+    for (name, n), principle in itertools.product(short, PRINCIPLE_KEYS):
+        skip(name, principle, f"the speech has {n} of {each_speech} responses")
     for job, reply, members in answered:
         name, call, order = job
         for principle, found in read_reply(reply, call, each_speech).items():
             if isinstance(found, BadReply):
-                raw = reply.raw if isinstance(reply, Failure) else reply.text
-                skipped.append(skipped_entry(name, principle, str(found), raw, key(job)))
-            else:
-                rows += rating_rows(name, principle, found, order, members, rater)
+                skip(name, principle, str(found), reply.raw if isinstance(reply, Failure) else reply.text, key(job))
+                continue
+            for i, k in sorted((i, k) for k, i in enumerate(order)):
+                row = {"speech_id": name, "principle": principle, "rater": rater, "model": members[i]}
+                rows.append(row | {"rating": found[k][0], "rationale": found[k][1], "position": k + 1})
     return pd.DataFrame(rows, columns=list(SCHEMAS["ratings"])), skipped
 
 # %% ../../nbs/feedback/01_rating.ipynb #5a17f1d9
@@ -274,45 +259,37 @@ def mode_agreement(first, second, min_gap_sum: int = 7):
     the sum of the seven with the preferences."""
     import pandas as pd
 
-    both = rated_twice(first, second)
-    each = [(name, both[both.principle == name]) for name in PRINCIPLE_KEYS]
-    rows = [
-        mode_agreement_row(name, own["first"].to_numpy(), own["second"].to_numpy()) for name, own in each if len(own)
-    ]
-    sums = both.groupby(["speech_id", "model"], sort=False)[["first", "second"]].agg(["sum", "size"])
-    whole = sums[sums["first", "size"] == len(PRINCIPLE_KEYS)].xs("sum", axis=1, level=1).reset_index()
-    if len(whole):
-        row = mode_agreement_row("sum of seven", whole["first"].to_numpy(), whole["second"].to_numpy())
-        rows.append(row | preference_agreement(whole, min_gap_sum))
-    return pd.DataFrame(rows, dtype=object).pipe(lambda frame: frame.where(frame.notna(), None))
-
-
-def rated_twice(first, second):
-    "Join the ratings of two modes; refuse two that have none in common."
     key = ["speech_id", "model", "principle"]
-    pair = [
-        ratings[[*key, "rating"]].rename(columns={"rating": name})
-        for name, ratings in (("first", first), ("second", second))
-    ]
-    both = pair[0].merge(pair[1], on=key, validate="one_to_one")
+    columns = [ratings.set_index(key).rating for ratings in (first, second)]
+    both = pd.concat(columns, axis=1, join="inner", keys=["first", "second"]).reset_index()
     if both.empty:
         found = f"{len(first)} and {len(second)} ratings have no response and principle in common"
         raise StudyError(f"mode agreement: {found}; rate the same speeches in both modes")
-    return both
+    parts = {name: both[both.principle == name] for name in PRINCIPLE_KEYS}
+    sums = both.groupby(["speech_id", "model"], sort=False)[["first", "second"]]
+    parts["sum of seven"] = sums.sum()[sums.size() == len(PRINCIPLE_KEYS)].reset_index()
+    rows = [
+        mode_agreement_row(name, own["first"].to_numpy(), own["second"].to_numpy())
+        for name, own in parts.items()
+        if len(own)
+    ]
+    if len(parts["sum of seven"]):
+        rows[-1] |= preference_agreement(parts["sum of seven"], min_gap_sum)
+    return pd.DataFrame(rows, dtype=object).pipe(lambda frame: frame.where(frame.notna(), None))
 
 
 def describe_modes(compared) -> list[str]:
     "Describe how far two rating modes agree, by principle and in the preferences that follow."
     by = compared[compared.principle != "sum of seven"]
-    kappas = [value for value in by.kappa if value is not None]
-    spread = f"kappa lies between {min(kappas):.2f} and {max(kappas):.2f}" if kappas else "kappa is not defined"
-    said = [f"By principle {by['exact %'].min()} to {by['exact %'].max()}% of the ratings are equal, and {spread}."]
+    kappas = by.kappa.dropna()
+    spread = f"kappa lies between {min(kappas):.2f} and {max(kappas):.2f}" if len(kappas) else "kappa is not defined"
+    said = f"By principle {by['exact %'].min()} to {by['exact %'].max()}% of the ratings are equal, and {spread}."
     last = compared.iloc[-1]
     if last.principle != "sum of seven" or not last["preferred in a mode"]:
-        return [*said, "No pair of responses is a preference in either mode, so preferences can't be compared."]
+        return [said, "No pair of responses is a preference in either mode, so preferences can't be compared."]
     same, n = last["same of these %"], last["preferred in a mode"]
     return [
-        *said,
+        said,
         f"Of {n} pairs that at least one mode takes as a preference, {same}% are the same preference in both.",
     ]
 

@@ -16,7 +16,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from psycopref.core.files import read_rows, write_rows
 from psycopref.evaluation import baselines
-from psycopref.evaluation.baselines import STRENGTHS, bradley_terry_scores, fit_bradley_terry, length_bradley_terry
+from psycopref.evaluation.baselines import STRENGTHS, fit_bradley_terry, length_bradley_terry
 from psycopref.evaluation.baselines import length_scores, minilm_scores, score_frame, tfidf_features, tfidf_scores
 from psycopref.models.weights import Weights
 from psycopref.stats.scores import accuracy, expected_calibration_error, pairwise_metrics, preference_probability
@@ -70,24 +70,6 @@ def test_the_fit_maximises_the_pairwise_likelihood(seed, strength, standardise, 
     assert np.abs(model.weights - reference).max() < 1e-5
     expected = {"strength": strength, "dimensions": 4, "pairs": 120, "speeches": 60}
     assert expected.items() <= model.facts.items()
-
-
-def test_the_fit_is_what_gradient_descent_on_the_reward_loss_finds():
-    import torch
-
-    chosen, rejected, groups = drawn(7, 400)
-    difference, weights = torch.tensor(chosen - rejected), torch.zeros(4, dtype=torch.double, requires_grad=True)
-    descent = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-
-    def loss():
-        descent.zero_grad()
-        found = -torch.nn.functional.logsigmoid(difference @ weights).mean()
-        found.backward()
-        return found
-
-    descent.step(loss)
-    ours = fit_bradley_terry(chosen, rejected, groups, strengths=[1e8]).weights
-    assert np.abs(ours - weights.detach().numpy()).max() < 1e-3
 
 
 def test_a_fit_in_standard_units_scores_raw_features_and_ignores_constants():
@@ -284,14 +266,6 @@ def test_the_same_pairs_give_the_same_bits_and_equal_texts_tie(embedded, scores)
     assert first["test"].equals(second["test"]) and facts == same and json.loads(json.dumps(facts)) == facts
     tied = scores(TRAIN, {"test": TEST.assign(rejected=TEST.chosen)})[0]["test"]
     assert (tied.chosen_score == tied.rejected_score).all()
-
-
-def test_features_of_ones_own():
-    def vowels(questions, responses):
-        return np.array([[text.count("e")] for text in responses])
-
-    frames, model = bradley_terry_scores("vowels", TRAIN, {"test": TEST}, vowels)
-    assert np.array_equal(frames["test"].chosen_score, TEST.chosen.str.count("e") * model.weights[0])
 
 
 # the frame

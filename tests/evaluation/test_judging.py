@@ -15,15 +15,13 @@ from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWrit
 from psycopref.core.settings import load_profile
 from psycopref.core.stages import Run, derived_seed, stage_settings
 from psycopref.evaluation import judging
-from psycopref.evaluation.judging import KEYS, Judge, agreement_table, agreements, asked_verdicts, contests
-from psycopref.evaluation.judging import disagreement_table, disagreements, judge_families, judge_names, judge_row
-from psycopref.evaluation.judging import judged_speeches, judges_table, panel_alpha, parse_judge, read_judges
-from psycopref.evaluation.judging import same_family_side, scored_verdicts, self_preference, stored_verdicts
-from psycopref.evaluation.judging import verdicts_of, word_scores
+from psycopref.evaluation.judging import KEYS, agreement_table, agreements, asked_verdicts, contests
+from psycopref.evaluation.judging import disagreement_table, disagreements, extra_words, judge_families, judge_names
+from psycopref.evaluation.judging import judge_row, judged_speeches, judges_table, panel_alpha, parse_judge
+from psycopref.evaluation.judging import read_judges, scored_verdicts, self_preference, verdicts_of
+from psycopref.evaluation.win_rates import share_of
 from psycopref.feedback.battles import ORDERS, battle, battle_request
 from psycopref.feedback.choosing import ranking_request
-from psycopref.gateway.cache import ReplyCache
-from psycopref.gateway.gateway import Gateway
 from psycopref.models.chat import ChatReply, Failure, FreeModel
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.stats.scores import opposite
@@ -68,11 +66,6 @@ def table():
     return contests(*make_answers())
 
 
-@pytest.fixture
-def gateway(tmp_path):
-    return Gateway(ReplyCache(tmp_path / "replies.sqlite"))
-
-
 class Replying(FreeModel):
     """A judge of one's own making: `reply` is a function of the request."""
 
@@ -88,7 +81,7 @@ class Replying(FreeModel):
 @pytest.fixture
 def speaking(monkeypatch):
     """Let every model answer by a function of the request."""
-    return lambda reply: monkeypatch.setattr(judging, "chat_model", lambda uri: Replying(reply, uri))
+    return lambda reply: monkeypatch.setattr("psycopref.feedback.battles.chat_model", lambda uri: Replying(reply, uri))
 
 
 def likes_longer(request):
@@ -104,20 +97,6 @@ def some_verdicts(words, judge="a"):
 
 
 # who
-
-
-@pytest.mark.parametrize(
-    "spec, kind, place",
-    [
-        ("reward", "reward", ""),
-        ("reward:me/mine", "reward", "me/mine"),
-        ("longer", "longer", ""),
-        ("openai:m@http://h:1/v1", "battle", "openai:m@http://h:1/v1"),
-        ("choose:batch:gpt-4o", "choose", "batch:gpt-4o"),
-    ],
-)
-def test_specs(spec, kind, place):
-    assert parse_judge(spec) == Judge(spec, kind, place)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +154,7 @@ def test_a_speech_that_the_reference_did_not_answer_is_not_judged():
 def test_a_judge_who_likes_the_longer_says_what_the_baseline_says(table, gateway, speaking, spec):
     speaking(likes_longer)
     found, aside = asked_verdicts(gateway, parse_judge(spec), table)
-    baseline = scored_verdicts(parse_judge("longer"), table, word_scores(table))
+    baseline = scored_verdicts(parse_judge("longer"), table, extra_words(table))
     both = found.merge(baseline, on=KEYS).query("verdict_y != 'tie'")
     assert not aside and len(both) and (both.verdict_x == both.verdict_y).all()
     assert found.margin.isna().all() if spec.startswith("choose:") else set(found.margin) == {-1.0, 1.0}
@@ -216,25 +195,7 @@ def test_replies_that_can_t_be_read_are_counted_and_never_guessed(table, gateway
     assert (row["coverage %"], row["unreadable"], row["failed calls"]) == (33.3, 12, 4)
 
 
-def test_stored_battles_say_what_the_judge_says_and_are_not_asked_again(gateway):
-    speeches, answers = make_answers()
-    table, battles = contests(speeches, answers), fought(gateway, speeches, answers)
-    calls = gateway.counts["rules:rubric"]["calls"]
-    again, _ = asked_verdicts(gateway, parse_judge("rules:rubric"), table)
-    assert gateway.counts["rules:rubric"]["calls"] == calls
-    assert stored_verdicts(parse_judge("rules:rubric"), battles, table).equals(again)
-    said = one_line(lambda: stored_verdicts(parse_judge("openai:gpt-4o"), battles, table))
-    assert "rules:rubric" in said and "07_win_rates" in said
-
-
 # judges that score
-
-
-def test_longer_is_right_by_construction_and_equal_is_a_tie(table):
-    found = scored_verdicts(parse_judge("longer"), table, word_scores(table))
-    extra = table.response.str.split().str.len() - 9
-    assert found.margin.tolist() == extra.tolist() and "tie" in set(found.verdict)
-    assert found.verdict.tolist() == ["win" if n > 0 else "loss" if n < 0 else "tie" for n in extra]
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +258,8 @@ def test_a_speech_is_one_observation_however_often_it_was_judged():
     def widths(a, b):
         judged = pd.concat([a, b])
         [row] = agreements(judged, {"a": "A", "b": "B"}, 300).itertuples()
-        alpha, share = panel_alpha(judged, 300), judging.percent_with_interval(alike, a.speech_id, 300)
-        ends = [(row.low, row.high), (row.kappa_low, row.kappa_high), (alpha["low"], alpha["high"])]
-        return np.diff([*ends, judging.numbers_of(share)[1:]])
+        alpha, (_, *share) = panel_alpha(judged, 300), share_of(alike, a.speech_id, samples=300)
+        return np.diff([(row.low, row.high), (row.kappa_low, row.kappa_high), (alpha["low"], alpha["high"]), share])
 
     apart = (own.assign(speech_id=own.speech_id + own.policy + own.order) for own in (a, b))
     assert (widths(a, b) > 1.5 * widths(*apart)).all()
@@ -413,15 +373,15 @@ def test_self_preference_is_found_where_it_was_planted():
     found = self_preference(judged, "vain", families, 200)
     others = np.mean([(words == "loss").mean() for words in (fair, other)])
     assert found["points"] == pytest.approx(100 * ((vain == "loss").mean() - others))
-    assert (found["side"], found["n"]) == ("reference", 400) and 10 < found["low"] < found["points"] < found[
-        "high"
-    ] < 30
+    assert (found["side"], found["n"]) == ("reference", 400)
+    assert 10 < found["low"] < found["points"] < found["high"] < 30
     swapped = judged[judged.judge != "vain"].replace({"judge": {"other": "vain"}})
     assert self_preference(swapped, "vain", families, 200)["points"] < 0
-    assert self_preference(judged, "fair", families)["points"] is None
-    assert self_preference(judged, "vain", families | {"p0": "gpt", "p1": "gpt"})["side"] == "both"
+    assert self_preference(judged, "fair", families) == {"side": "neither", "n": 0}
+    own = self_preference(judged, "vain", families | {"p0": "gpt", "p1": "gpt"})
+    assert own == {"side": "reference and policy", "n": 0}
     assert self_preference(judged, "vain", families | {"p1": "gpt"}, 50)["n"] == 200, "p0 alone tells something"
-    assert self_preference(judged, "vain", families | {"fair": "gpt", "other": "gpt"})["points"] is None
+    assert self_preference(judged, "vain", families | {"fair": "gpt", "other": "gpt"})["n"] == 0
 
 
 def test_a_judge_that_differs_everywhere_by_the_same_is_still_a_sample():
@@ -440,32 +400,6 @@ def test_a_model_its_copies_and_its_reward_model_are_one_family(backbone):
     found = judge_families(others, backbone, answers, "openai:gpt-4o-mini")
     assert found["rules:rubric"] == found["longer"] == ""
     assert len({found[others[2].spec], found[short], found["reference"], ""}) == 4
-
-
-@pytest.mark.parametrize(
-    "families, side",
-    [
-        (("gpt", "llama", "gpt"), "reference"),
-        (("llama", "llama", "gpt"), "policy"),
-        (("llama", "llama", "llama"), "both"),
-        (("", "", ""), "neither"),
-        (("gpt", "llama", "llama"), "neither"),
-    ],
-)
-def test_the_side_of_the_family_is_the_one_that_is_of_it_alone(families, side):
-    assert same_family_side(*families) == side
-
-
-def test_the_table_of_judges_shows_their_faults(table):
-    first = table[KEYS].assign(judge="first", verdict=np.where(table.order == ORDERS[0], "win", "loss"), margin=np.nan)
-    longer = scored_verdicts(parse_judge("longer"), table, word_scores(table))
-    families = dict.fromkeys(["first", "longer", "plain", "tuned", "reference"], "")
-    shown = judges_table(pd.concat([first, longer]), table, [], {"first": "First", "longer": "Longer"}, families, 50)
-    assert len(shown) == 4 and shown.n.tolist() == [32] * 4
-    one, other = shown.iloc[0], shown.iloc[1]
-    assert one["flips %"] == 100 and other["flips %"] == 0 and other["ties %"] > 0
-    assert one["for the first shown %"].startswith("100.0") and one["plain: win rate %"].startswith("50.0")
-    assert other["for the longer %"].startswith("100.0")
 
 
 def test_replies_that_another_stage_put_aside_are_not_reported_as_none(table):
