@@ -109,6 +109,7 @@ def win_rate_cells(battles, speeches, seed: int, samples: int = 1000, level: flo
     rows, interval = [], {"samples": samples, "level": level, "seed": seed}
     topics = speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id")
     groups = {"all": ["Overall"], "coarse topic": coarse_topics(), "fine topic": fine_topics(speeches)}
+    groups["principle"] = PRINCIPLE_KEYS
     for reading in READINGS:
         own = read_verdicts(battles, reading, seed).merge(topics, on="speech_id", validate="many_to_one")
         parts = {"all": own.assign(group="Overall"), "coarse topic": own.assign(group=own.coarse_topic)}
@@ -116,9 +117,7 @@ def win_rate_cells(battles, speeches, seed: int, samples: int = 1000, level: flo
         parts |= {"fine topic": own.assign(group=own.topic), "principle": pd.concat(keys)}
         for (setting, policy), (grouping, part) in itertools.product(places(battles), parts.items()):
             where, part = {"setting": setting, "policy": policy}, pick(part, setting=setting, policy=policy)
-            found = {
-                group: rate_row(pick(part, group=group), **interval) for group in groups.get(grouping, PRINCIPLE_KEYS)
-            }
+            found = {group: rate_row(pick(part, group=group), **interval) for group in groups[grouping]}
             if "topic" in grouping:
                 found[MEAN] = macro_row(list(found.values()))
             where |= {"reading": reading, "grouping": grouping}
