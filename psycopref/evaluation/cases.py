@@ -13,35 +13,29 @@ import jinja2
 
 from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
-from ..core.settings import StudyError
 from ..core.stages import derived_seed
 from ..core.tables import TABLE_STYLE, Label, latex_text
 from ..feedback.battles import ORDERS
 from ..feedback.rating import rate
-from ..stats.scores import swap_consistent
 
 # %% auto #0
 __all__ = ['CASE_RULES', 'SIGNS', 'OTHER', 'battle_margins', 'choose_cases', 'Case', 'make_case', 'four_answers', 'score_case',
-           'case_rows', 'case_note', 'case_frame', 'cases_page', 'case_latex', 'case_markdown']
+           'case_rows', 'case_note', 'case_frame', 'fill_template', 'cases_text']
 
 # %% ../../nbs/evaluation/04_cases.ipynb #d7c0096e
 def battle_margins(battles):
     """Measure how clearly each battle was decided.
 
-    battles: frame of one policy and setting, both orders. Returns frame: speech_id, verdict (win, loss or tie in
+    battles: frame of one policy and setting, both orders. Returns frame by speech_id: verdict (win, loss or tie in
     both orders), one consistent verdict for each principle, margin (principles won less principles lost)."""
-    import pandas as pd
-
     if battles.duplicated(["speech_id", "order"]).any():
         remedy = "pass the battles of one policy, setting and judge"
         raise ValueError(f"cases.battle_margins: a speech has several rows of one order; {remedy}")
     names = ["verdict", *(f"{key}_verdict" for key in PRINCIPLE_KEYS)]
     first, second = (battles[battles.order == order].set_index("speech_id")[names] for order in ORDERS)
-    both = sorted(set(first.index) & set(second.index))
-    told = {name: swap_consistent(first[name][both].tolist(), second[name][both].tolist()) for name in names if both}
-    found = pd.DataFrame(told, index=both, columns=names)
-    margin = (found[names[1:]] == "win").sum(axis=1) - (found[names[1:]] == "loss").sum(axis=1)
-    return found.assign(margin=margin.astype(int)).rename_axis("speech_id").reset_index()
+    both = first.index.intersection(second.index).sort_values()
+    found = first.loc[both].where(first.loc[both] == second.loc[both], "tie")
+    return found.assign(margin=(found[names[1:]] == "win").sum(axis=1) - (found[names[1:]] == "loss").sum(axis=1))
 
 # %% ../../nbs/evaluation/04_cases.ipynb #554fd2cc
 CASE_RULES = {
@@ -55,16 +49,17 @@ def choose_cases(battles, seed: int) -> dict[str, str]:
     """Choose cases to read: rule -> speech_id; a rule that finds nothing is left out.
 
     battles: frame of one policy and setting, both orders; seed: draws among equals."""
-    from statistics import median
-
-    rows = battle_margins(battles).itertuples()
-    rows = sorted(rows, key=lambda row: derived_seed(seed, "case", row.speech_id))  # min takes the first among equals
-    wins, losses = ([row for row in rows if row.verdict == verdict] for verdict in ("win", "loss"))
-    largest = min(wins, key=lambda row: -row.margin, default=None)
-    chosen = {"largest": largest, "loss": min(losses, key=lambda row: row.margin, default=None)}
-    left, middle = [row for row in rows if row not in chosen.values()], median([row.margin for row in rows] or [0])
-    chosen["median"] = min(left, key=lambda row: abs(row.margin - middle), default=None)
-    return {rule: row.speech_id for rule, row in chosen.items() if row is not None}
+    found, chosen = battle_margins(battles), {}
+    found = found.loc[sorted(found.index, key=lambda name: derived_seed(seed, "case", name))]  # of equals the first
+    wins, losses = (found[found.verdict == verdict].margin for verdict in ("win", "loss"))
+    if len(wins):
+        chosen["largest"] = wins.idxmax()
+    if len(losses):
+        chosen["loss"] = losses.idxmin()
+    left = found.margin.drop(list(chosen.values()))
+    if len(left):
+        chosen["median"] = (left - found.margin.median()).abs().idxmin()
+    return chosen
 
 # %% ../../nbs/evaluation/04_cases.ipynb #d989bd33
 @dataclass(frozen=True)
@@ -87,40 +82,26 @@ def make_case(rule: str, speech_id: str, battles, answers, speeches, names: tupl
     rule: a key of CASE_RULES; battles: frame of one policy and setting, both orders; answers: frame of kind
     "answers", the reference's among them; names: policy, reference, as shown."""
     policy, setting = battles.policy.iloc[0], battles.setting.iloc[0]
-    own = answers[answers.speech_id == speech_id]
-    mine = _only(own[(own.policy == policy) & (own.setting == setting)], f"{policy}, {setting}", speech_id)
-    theirs = _only(own[(own.policy == "reference") & (own.setting == "free")], "the reference, free", speech_id)
-    [row] = battle_margins(battles[battles.speech_id == speech_id]).to_dict("records")
-    verdicts = {"overall": row["verdict"], **{key: row[f"{key}_verdict"] for key in PRINCIPLE_KEYS}}
-    speech = dict(zip(speeches.speech_id, speeches.speech))[speech_id]
-    return Case(rule, setting, names, speech, (mine, theirs), verdicts)
-
-
-def _only(found, whose: str, speech_id: str) -> str:
-    "Return the one answer that there must be."
-    if len(found) != 1:
-        expected = "expected 1; run chapter 7 again from its answers"
-        raise StudyError(f"07_win_rates, case {speech_id}: found {len(found)} answers of {whose}, {expected}")
-    return found.response.iloc[0]
+    said = answers[answers.speech_id == speech_id].set_index(["policy", "setting"]).response
+    told = battle_margins(battles[battles.speech_id == speech_id]).loc[speech_id]
+    verdicts = {"overall": told["verdict"], **{key: told[f"{key}_verdict"] for key in PRINCIPLE_KEYS}}
+    speech = speeches.set_index("speech_id").speech[speech_id]
+    return Case(rule, setting, names, speech, (said[policy, setting], said["reference", "free"]), verdicts)
 
 # %% ../../nbs/evaluation/04_cases.ipynb #8a9c7b5f
 def four_answers(answers, policy: str, setting: str):
     """Return what the rater sees: the policy, the reference and two others; empty where there are fewer.
 
     answers: frame of kind "answers" for one speech. Returns frame: speech_id, model, response."""
-    own = answers.assign(rank=3)
-    own.loc[own.setting == setting, "rank"] = 2
-    own.loc[own.policy == "reference", "rank"] = 1
-    own.loc[(own.policy == policy) & (own.setting == setting), "rank"] = 0
-    own = own.sort_values(["rank", "policy", "setting"], kind="stable").drop_duplicates("response").head(4)
-    models = own.policy.where(own.policy == "reference", own.policy + ", " + own.setting)
-    found = own.assign(model=models)[["speech_id", "model", "response"]]
+    own, reference = (answers.policy == policy) & (answers.setting == setting), answers.policy == "reference"
+    model = answers.policy.where(reference, answers.policy + ", " + answers.setting)
+    found = answers.assign(model=model, other=~own, third=~reference, elsewhere=answers.setting != setting)
+    found = found.sort_values(["other", "third", "elsewhere", "policy", "setting"], kind="stable")
+    found = found.drop_duplicates("response").head(4)[["speech_id", "model", "response"]]
     return found if len(found) == 4 else found.iloc[:0]
 
 
-def score_case(
-    gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how
-) -> dict:
+def score_case(gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how) -> dict:
     """Ask the rater for the two answers' scores: principle -> ratings of the policy's answer and the reference's.
 
     rater: gateway URI; policy: its name in `answers`; how: max_tokens and mode, as in `feedback.rating.rate`. What
@@ -195,26 +176,18 @@ def _marked_down(text: str, newline: str = "<br>") -> str:
     return newline.join(line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in lines)
 
 # %% ../../nbs/evaluation/04_cases.ipynb #69e16791
-def _render(template: str, **values) -> str:
-    "Fill a template of resources/cases; whatever an HTML page is filled with is escaped."
+def fill_template(name: str, **values) -> str:
+    "Fill the template `name`.jinja of the resources; whatever HTML or XML is filled with is escaped."
     environment = jinja2.Environment(
-        autoescape=".html" in template, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=name.endswith(("html", "xml")), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"lines": _lines, "tex": _typeset, "md": _marked_down}
-    return environment.from_string(resource_path(f"cases/{template}").read_text(encoding="utf-8")).render(values)
+    return environment.from_string(resource_path(f"{name}.jinja").read_text(encoding="utf-8")).render(values)
 
-# %% ../../nbs/evaluation/04_cases.ipynb #c1247aa3
-def cases_page(cases: list[tuple[str, Case]], label: Label) -> str:
-    "Return a self-contained HTML page of all cases. cases: titles and cases; label: who made them."
+
+def cases_text(form: str, cases: list[tuple[str, Case]], label: Label) -> str:
+    """Return cases, both answers side by side, as a page (html), as LaTeX tables (tex; booktabs) or as Markdown (md).
+
+    cases: titles and cases; label: who made them."""
     shown = [(title, case, case_rows(case), case_note(case)) for title, case in cases]
-    return _render("cases.html.jinja", cases=shown, label=label, style=TABLE_STYLE, other=OTHER)
-
-# %% ../../nbs/evaluation/04_cases.ipynb #24634161
-def case_latex(title: str, case: Case, label: Label) -> str:
-    "Return a case as a LaTeX table (booktabs), both answers side by side. label: who made it."
-    return _render("case.tex.jinja", title=title, case=case, rows=case_rows(case), note=case_note(case), label=label)
-
-# %% ../../nbs/evaluation/04_cases.ipynb #2dbb7a40
-def case_markdown(title: str, case: Case, label: Label | None = None) -> str:
-    "Return a case as Markdown, both answers side by side. label: who made it; None: left out."
-    return _render("case.md.jinja", title=title, case=case, rows=case_rows(case), note=case_note(case), label=label)
+    return fill_template(f"cases/cases.{form}", cases=shown, label=label, style=TABLE_STYLE, other=OTHER)

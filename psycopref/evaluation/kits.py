@@ -9,26 +9,23 @@ import base64
 import csv
 import dataclasses
 import hashlib
-import html
-import io
 import json
 import re
 import typing
 from pathlib import Path
-from xml.etree import ElementTree
 
-import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 
 from ..core.files import PRINCIPLE_KEYS, atomic_path, write_json
 from ..core.settings import AgreementSettings, StudyError
 from ..core.paper import resource_path
 from ..core.prompts import BATTLE_KEYS, principles
+from .cases import fill_template
 
 # %% auto #0
-__all__ = ['SIDES', 'TASK_QUESTIONS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'gap_stratum',
-           'draw_label_pairs', 'side_answers', 'with_speeches', 'draw_answer_pairs', 'draw_answers', 'side_orders',
-           'check_rows', 'make_kit', 'data_block', 'page_policy', 'kit_html', 'item_fields', 'label_studio_tasks',
-           'label_studio_config', 'safe_cell', 'kit_csv', 'kit_readme', 'write_kits', 'run_kits', 'kit_table']
+__all__ = ['SIDES', 'TASK_QUESTIONS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'draw_label_pairs',
+           'side_answers', 'draw_answers', 'side_orders', 'check_rows', 'make_kit', 'kit_html', 'item_texts',
+           'label_studio_tasks', 'label_studio_config', 'safe_cell', 'kit_csv', 'write_kits', 'run_kits', 'kit_table']
 
 # %% ../../nbs/evaluation/05_kits.ipynb #0c707319
 def digest(*parts) -> str:
@@ -41,8 +38,7 @@ def allocate_proportionally(sizes: dict[str, int], n: int) -> dict[str, int]:
 
     sizes: stratum -> how many there are. Returns stratum -> how many are drawn."""
     total = sum(sizes.values())
-    if n >= total:
-        return dict(sizes)
+    n = min(n, total)
     given = {name: n * size // total for name, size in sizes.items()}
     order = sorted(sizes, key=lambda name: (-(n * sizes[name] % total), -sizes[name], name))
     return {name: given[name] + (name in order[: n - sum(given.values())]) for name in sizes}
@@ -55,8 +51,6 @@ def draw_evenly(rows, n: int, seed: int, purpose: str, later: typing.Collection[
     only where the others do not suffice."""
     if n < 1:
         raise StudyError(f"kits: {n} items asked for {purpose}, expected 1 or more; mend the settings of agreement")
-    if rows.empty:
-        raise StudyError(f"kits: there is nothing to draw for {purpose}; run the stages before with more speeches")
     lots = [digest(seed, purpose, *row) for row in rows.astype(str).itertuples(index=False)]
     rows = rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots)
     rows = rows.sort_values("_lot").drop_duplicates("speech_id").sort_values(["_late", "_lot"])
@@ -68,95 +62,70 @@ def draw_evenly(rows, n: int, seed: int, purpose: str, later: typing.Collection[
 SIDES = ["speech_id", "setting", "stratum", "client_speech", "name_a", "response_a", "name_b", "response_b"]
 
 
-def gap_stratum(gap: int) -> str:
-    "Name the difference of two sums of seven ratings, by steps of half a point of the mean."
-    return "gap under 1.5" if gap < 11 else "gap 1.5 to 2" if gap < 14 else "gap of 2 or more"
-
-
-def draw_label_pairs(pairs, n: int, seed: int, speeches=None):
-    """Draw n preference pairs (§3.4: 200), in proportion to topics or, without them, to gaps; return SIDES.
+def draw_label_pairs(pairs, speeches, n: int, seed: int):
+    """Draw n preference pairs (§3.4: 200), in proportion to topics; return SIDES.
 
     pairs: frame in the released schema; speeches: frame with speech_id and coarse_topic."""
-    sums = [pairs[[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS]].sum(axis=1) for side in ("chosen", "rejected")]
-    stratum = (sums[0] - sums[1]).map(gap_stratum)
-    if speeches is not None:
-        stratum = pairs.ID.map(dict(zip(speeches.speech_id, speeches.coarse_topic))).fillna("unknown topic")
     names = {"ID": "speech_id", "question": "client_speech", "chosen": "response_a", "rejected": "response_b"}
-    rows = pairs.rename(columns=names).assign(stratum=stratum, setting="labels", name_a="chosen", name_b="rejected")
+    topics = pairs.ID.map(dict(zip(speeches.speech_id, speeches.coarse_topic))).fillna("unknown topic")
+    rows = pairs.rename(columns=names).assign(stratum=topics, setting="labels", name_a="chosen", name_b="rejected")
     return draw_evenly(rows[SIDES], n, seed, "labels")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c92ae0bc
 def side_answers(answers, policy: str, setting: str):
-    """Return the answers of one side: speech_id and response.
+    """Return the answers of one side: a series of responses by speech_id.
 
     policy: a policy, or "reference", which answers freely in both settings (§4.2); setting: free or length."""
-    wanted = "free" if policy == "reference" else setting
-    found = answers[(answers.policy == policy) & (answers.setting == wanted)]
+    found = answers[(answers.policy == policy) & (answers.setting == setting)]
     if found.empty:
         known = sorted({f"{p} ({s})" for p, s in zip(answers.policy, answers.setting)})
         raise StudyError(
-            f"kits: no {wanted} answers of {policy!r}, found those of {', '.join(known) or 'nobody'}; "
+            f"kits: no {setting} answers of {policy!r}, found those of {', '.join(known) or 'nobody'}; "
             "name another policy in agreement.policy or run chapter 7 with this one"
         )
-    return found[["speech_id", "response"]]
+    return found.set_index("speech_id").response
 
 
-def with_speeches(rows, speeches, **columns):
-    "Add the client's words and the topic to rows with speech_id; return SIDES. columns: further columns."
-    names = {"speech": "client_speech", "coarse_topic": "stratum"}
-    known = speeches[["speech_id", *names]].rename(columns=names)
-    joined = rows.merge(known, on="speech_id", how="left", validate="one_to_one")
-    absent = joined.speech_id[joined.client_speech.isna()]
-    if len(absent):
-        found = f"{len(absent)} answered speeches are not among the speeches, the first is {absent.iloc[0]!r}"
-        raise StudyError(f"kits: {found}; take speeches and answers of one run")
-    return joined.assign(**columns)[SIDES]
-
-# %% ../../nbs/evaluation/05_kits.ipynb #fa0a525d
-def draw_answer_pairs(answers, speeches, policy: str, setting: str, n: int, seed: int, later=()):
+def draw_answers(answers, speeches, policy: str, setting: str, n: int, seed: int, alone: bool = False, later=()):
     """Draw n answers of a policy beside the reference's (§4.2: 100 in each setting), by coarse topic; return SIDES.
 
-    setting: free or length; later: speeches of an earlier draw, to be left for last."""
-    own, others = side_answers(answers, policy, setting), side_answers(answers, "reference", setting)
-    both = own.merge(others, on="speech_id", suffixes=("_a", "_b"), validate="one_to_one")
-    rows = with_speeches(both, speeches, setting=setting, name_a=policy, name_b="reference")
-    return draw_evenly(rows, n, seed, f"{policy} beside the reference, {setting}", later)
-
-
-def draw_answers(answers, speeches, policy: str, setting: str, n: int, seed: int, later=()):
-    "Draw n answers of a policy alone (§4.2, Fig. 3: 100), as `draw_answer_pairs`; the second side is empty."
-    rows = side_answers(answers, policy, setting).rename(columns={"response": "response_a"})
-    rows = with_speeches(rows, speeches, setting=setting, name_a=policy, name_b="", response_b="")
-    return draw_evenly(rows, n, seed, f"scores of {policy}, {setting}", later)
+    setting: free or length; alone: leave the second side empty (Fig. 3: 100); later: speeches of an earlier draw,
+    to be left for last."""
+    rows = speeches.rename(columns={"speech": "client_speech", "coarse_topic": "stratum"})
+    rows = rows.assign(setting=setting, name_a=policy, name_b="" if alone else "reference", response_b="")
+    rows["response_a"] = rows.speech_id.map(side_answers(answers, policy, setting))
+    if not alone:
+        rows["response_b"] = rows.speech_id.map(side_answers(answers, "reference", "free"))
+    purpose = f"scores of {policy}, {setting}" if alone else f"{policy} beside the reference, {setting}"
+    return draw_evenly(rows[SIDES].dropna(), n, seed, purpose, later)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3824c4a
 TASK_QUESTIONS = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is asked about each item
 
 
-def side_orders(rows) -> list[bool]:
-    "Return whether each row's sides are swapped: one half of each setting. rows: frame with setting and _lot, a hash."
-    lots = rows.groupby("setting")._lot
-    rank, size = lots.rank(method="first").astype(int), lots.transform("size")
-    extra = [int(digest("odd", lot)[0], 16) % 2 for lot in lots.transform("min")]
-    return [place <= (count + odd) // 2 for place, count, odd in zip(rank, size, extra)]
+def side_orders(rows):
+    "Return whether each row's sides are swapped: one half of each setting. rows: frame with setting and lot, a hash."
+    lots = rows.groupby("setting").lot
+    odd = lots.transform("min").map(lambda lot: int(digest("odd", lot)[0], 16) % 2)
+    return lots.rank(method="first") <= (lots.transform("size") + odd) // 2
 
 
 def check_rows(rows, task: str) -> None:
     "Refuse rows that can't become a kit."
-    absent = [name for name in SIDES if name not in rows.columns]
-    odd = [name for name in SIDES if name in rows and not rows[name].map(lambda value: isinstance(value, str)).all()]
-    said = ""
-    if task not in TASK_QUESTIONS:
-        said = f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it"
-    elif absent or rows.empty:
-        found = f"columns {', '.join(absent)} are missing" if absent else "no rows"
-        said = f"{found}, expected rows as draw_label_pairs, draw_answer_pairs or draw_answers return them"
-    elif odd:
-        said = f"{', '.join(odd)} hold values that are no text, expected text; drop rows without an answer first"
-    elif (rows.name_a == "").any() or (task == "compare" and (rows.name_b == "").any()):
-        said = "found rows with a side that has no name; a comparison needs two sides, the task 'score' one"
-    if said:
-        raise StudyError(f"kits: {said}")
+    texts = rows.reindex(columns=SIDES).map(lambda value: isinstance(value, str))
+    odd = ", ".join(texts.columns[~texts.all()])
+    made = "expected rows as draw_label_pairs or draw_answers return them"
+    faults = {
+        f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it": task not in TASK_QUESTIONS,
+        f"no rows, {made}": rows.empty,
+        f"{odd} missing or no text, {made}; drop rows without an answer first": odd,
+    }
+    faults["a comparison needs two named sides, the task 'score' one"] = not odd and (
+        rows.name_a.eq("").any() or (rows.name_b.eq("") != (task == "score")).any()
+    )
+    for said, fault in faults.items():
+        if fault:
+            raise StudyError(f"kits: {said}")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8bb77bcb
 def make_kit(rows, task: str, title: str, seed: int) -> tuple[dict, typing.Any]:
@@ -164,91 +133,55 @@ def make_kit(rows, task: str, title: str, seed: int) -> tuple[dict, typing.Any]:
 
     rows: frame with the columns SIDES, of one draw or several; task: compare or score; title: what annotators read
     above the kit; must not tell sides or settings."""
-    import pandas as pd
-
     check_rows(rows, task)
-    lots = [digest(seed, title, task, *row) for row in rows[SIDES].itertuples(index=False)]
-    rows = rows.assign(_lot=lots).sort_values("_lot").reset_index(drop=True)
-    swaps, items, key = [False] * len(rows), [], []
+    rows = rows[SIDES].assign(lot=[digest(seed, title, task, *row) for row in rows[SIDES].itertuples(index=False)])
+    rows = rows.sort_values("lot", ignore_index=True)
     if task == "compare":
-        swaps = side_orders(rows.assign(_lot=[digest("sides", lot) for lot in rows._lot]))
-    for place, (row, swapped) in enumerate(zip(rows.itertuples(index=False), swaps)):
-        sides = [(row.name_a, row.response_a), (row.name_b, row.response_b) if task == "compare" else ("", "")]
-        sides = sides[::-1] if swapped else sides
-        item = {"item_id": "i" + digest("item", seed, title, task, place)[:11], "task": task}
-        texts = [text.strip() for name, text in sides if name]
-        items.append(item | {"client_speech": row.client_speech.strip(), "responses": texts})
-        key.append([*item.values(), row.speech_id, row.setting, sides[0][0], sides[1][0]])
+        swapped = side_orders(rows.assign(lot=[digest("sides", lot) for lot in rows.lot]))
+        first, second = ["name_a", "response_a"], ["name_b", "response_b"]
+        rows.loc[swapped, first + second] = rows.loc[swapped, second + first].to_numpy()
+    rows["item_id"] = ["i" + digest("item", seed, title, task, place)[:11] for place in range(len(rows))]
+    items = []
+    for row in rows.itertuples():
+        texts = [row.response_a.strip(), row.response_b.strip()][: 2 if task == "compare" else 1]
+        items.append(dict(item_id=row.item_id, task=task, client_speech=row.client_speech.strip(), responses=texts))
     asked = [dataclasses.asdict(p) for p in principles()]
     kit_id = "k" + digest(task, json.dumps([asked, items], ensure_ascii=False))[:15]
-    kit = {"format": "psycopref-kit", "version": 1, "kit_id": kit_id, "title": title, "task": task}
-    found = pd.DataFrame(key, columns=["item_id", "task", "speech_id", "setting", "first", "second"])
-    found.insert(0, "kit", kit_id)
-    return kit | {"principles": asked, "items": items}, found
+    key = rows.assign(kit=kit_id, task=task).rename(columns={"name_a": "first", "name_b": "second"})
+    kit = dict(format="psycopref-kit", version=1, kit_id=kit_id, title=title, task=task, principles=asked, items=items)
+    return kit, key[["kit", "item_id", "task", "speech_id", "setting", "first", "second"]]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b92353af
 CONTACT = "the person who gave you this kit"
 
 
-def data_block(value) -> str:
-    "Return plain data as JSON that no text can break out of inside a script element."
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def page_policy(page: str) -> str:
-    "Return the content security policy that allows a page's own script and style, by their hashes, and nothing else."
-    hashes = []
-    for tag in ("script", "style"):
-        body = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        hashes.append(base64.b64encode(hashlib.sha256(body.encode()).digest()).decode())
-    own = "script-src 'sha256-{}'; style-src 'sha256-{}'".format(*hashes)
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
-
-
 def kit_html(kit: dict, contact: str = CONTACT) -> str:
     "Return the page of a kit, which needs nothing else. contact: whom an annotator turns to, and gives the file."
-    page = resource_path("kit.html").read_text(encoding="utf-8")
-    slots = {"__POLICY__": page_policy(page), "__CONTACT__": html.escape(contact), "__KIT__": data_block(kit)}
-    return re.sub("|".join(slots), lambda match: slots[match[0]], page)
+    page, allowed = resource_path("kit.html.jinja").read_text(encoding="utf-8"), {}
+    for tag in ("script", "style"):
+        body = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        allowed[tag] = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+    return fill_template("kit.html", contact=contact, data=htmlsafe_json_dumps(kit), allowed=allowed)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #6ab01961
-def item_fields(item: dict) -> dict[str, str]:
-    "Return the texts of an item: client_speech, response_1 and, in a comparison, response_2."
-    return {"client_speech": item["client_speech"]} | {f"response_{i}": t for i, t in enumerate(item["responses"], 1)}
+def item_texts(kit: dict) -> list[dict[str, str]]:
+    "Return a row for each item: kit_id, item_id, client_speech, response_1 and, in a comparison, response_2."
+    rows = []
+    for item in kit["items"]:
+        responses = {f"response_{place}": text for place, text in enumerate(item["responses"], 1)}
+        row = {"kit_id": kit["kit_id"], "item_id": item["item_id"], "client_speech": item["client_speech"]}
+        rows.append(row | responses)
+    return rows
 
 
 def label_studio_tasks(kit: dict) -> list[dict]:
     "Return a kit's items as Label Studio's tasks, to be imported as JSON."
-    ids = [{"kit_id": kit["kit_id"], "item_id": item["item_id"]} for item in kit["items"]]
-    return [{"data": own | item_fields(item)} for own, item in zip(ids, kit["items"])]
+    return [{"data": row} for row in item_texts(kit)]
 
-# %% ../../nbs/evaluation/05_kits.ipynb #d2a37743
+
 def label_studio_config(kit: dict) -> str:
     "Return Label Studio's labelling configuration: texts, a choice or a rating for each question, a note."
-    view, add = ElementTree.Element("View"), ElementTree.SubElement
-    add(view, "Style").text = ".htx-text { white-space: pre-wrap; }"
-    add(view, "Header", value=kit["title"], size="3")
-    for name in item_fields(kit["items"][0]):
-        add(view, "Header", value=name.replace("_", " ").capitalize(), size="4")
-        add(view, "Text", name=name, value=f"${name}", valueType="text", selectionEnabled="false")
-    asked = {p["key"]: f"{p['name']}: {p['description']}" for p in kit["principles"]}
-    asked["overall"] = "Overall: which response would be better for this client?"
-    for key in TASK_QUESTIONS[kit["task"]]:
-        add(view, "Header", value=asked[key], size="5")
-        traits = {"name": key, "required": "true", "requiredMessage": f"Please answer: {key}"}
-        if kit["task"] == "score":
-            add(view, "Rating", toName="response_1", maxRating="5", **traits)
-            continue
-        looks = {"choice": "single-radio", "showInline": "true"}
-        choices = add(view, "Choices", toName="client_speech", **looks, **traits)
-        words = {"1": "Response 1", "2": "Response 2"} | ({} if key == "overall" else {"0": "No difference"})
-        for alias, value in words.items():
-            add(choices, "Choice", value=value, alias=alias)
-    looks = {"placeholder": "Note, if you like", "rows": "2", "maxSubmissions": "1"}
-    add(view, "TextArea", name="note", toName="client_speech", **looks)
-    ElementTree.indent(view)
-    return ElementTree.tostring(view, encoding="unicode") + "\n"
+    return fill_template("label_studio_config.xml", kit=kit, texts=list(item_texts(kit)[0])[2:])
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3e968c1
 _FORMULA = "=+\\-@\uff0b\uff0d\uff1d\uff20"  # ASCII and the full-width forms that some spreadsheets take for them
@@ -263,34 +196,23 @@ def safe_cell(text: str) -> str:
 
 def kit_csv(kit: dict) -> str:
     "Return a kit as a sheet: one row an item, with empty columns for the answers."
-    texts, asked = list(item_fields(kit["items"][0])), [*TASK_QUESTIONS[kit["task"]], "note"]
-    sheet = io.StringIO()
-    writer = csv.writer(sheet, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
-    writer.writerow(["kit_id", "item_id", *texts, *asked])
-    for item in kit["items"]:
-        shown = map(safe_cell, item_fields(item).values())
-        writer.writerow([kit["kit_id"], item["item_id"], *shown, *[""] * len(asked)])
-    return sheet.getvalue()
+    import pandas as pd
 
-# %% ../../nbs/evaluation/05_kits.ipynb #be2eab52
-def kit_readme(kit: dict, contact: str = CONTACT) -> str:
-    "Return what annotators should know before they begin, as plain text. contact: whom they turn to."
-    template = jinja2.Template(
-        resource_path("kit_readme.txt.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True
-    )
-    return template.render(kit=kit, contact=contact)
+    empty = dict.fromkeys([*TASK_QUESTIONS[kit["task"]], "note"], "")
+    sheet = pd.DataFrame(item_texts(kit)).map(safe_cell).assign(**empty)
+    return sheet.to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #04d50eb0
 def write_kits(folder: Path, kit: dict, contact: str = CONTACT) -> list[Path]:
-    "Write a kit in its three forms, with a text for annotators; return what may be handed out."
-    folder = Path(folder)
+    "Write a kit in its three forms, with a text for annotators; return what may be handed out. contact: in kit_html."
     texts = {"kit.html": kit_html(kit, contact), "label_studio_config.xml": label_studio_config(kit)}
-    texts |= {"kit.csv": "\ufeff" + kit_csv(kit), "README.txt": kit_readme(kit, contact)}
+    texts |= {"kit.csv": "\ufeff" + kit_csv(kit)}
+    texts |= {"README.txt": fill_template("kit_readme.txt", kit=kit, contact=contact)}
     for name, text in texts.items():
-        with atomic_path(folder / name) as partial:
+        with atomic_path(Path(folder) / name) as partial:
             partial.write_bytes(text.encode())
     plain = {"kit.json": kit, "label_studio_tasks.json": label_studio_tasks(kit)}
-    return [*(write_json(folder / name, value) for name, value in plain.items()), *(folder / name for name in texts)]
+    return [write_json(Path(folder) / name, value) for name, value in plain.items()] + [Path(folder) / n for n in texts]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #94dc290b
 def run_kits(pairs, answers, speeches, policy: str, settings: AgreementSettings, seed: int) -> dict[str, tuple]:
@@ -299,16 +221,16 @@ def run_kits(pairs, answers, speeches, policy: str, settings: AgreementSettings,
     pairs: frame in the released schema; policy: whose answers."""
     import pandas as pd
 
-    labels = draw_label_pairs(pairs, settings.label_pairs, seed, speeches)
-    beside, alone, seen, scored = [], [], [], []
-    for setting in ("free", "length"):
-        beside.append(draw_answer_pairs(answers, speeches, policy, setting, settings.battle_pairs, seed, later=seen))
-        alone.append(draw_answers(answers, speeches, policy, setting, settings.scored, seed, later=scored))
-        seen, scored = [*seen, *beside[-1].speech_id], [*scored, *alone[-1].speech_id]
+    def both_settings(n, alone):
+        free = draw_answers(answers, speeches, policy, "free", n, seed, alone)
+        return pd.concat([free, draw_answers(answers, speeches, policy, "length", n, seed, alone, free.speech_id)])
+
+    labels = draw_label_pairs(pairs, speeches, settings.label_pairs, seed)
+    beside, alone = both_settings(settings.battle_pairs, False), both_settings(settings.scored, True)
     return {
         "labels": make_kit(labels, "compare", "Comparing two responses (first set)", seed),
-        "answers": make_kit(pd.concat(beside), "compare", "Comparing two responses (second set)", seed),
-        "scores": make_kit(pd.concat(alone), "score", "Scoring one response", seed),
+        "answers": make_kit(beside, "compare", "Comparing two responses (second set)", seed),
+        "scores": make_kit(alone, "score", "Scoring one response", seed),
     }
 
 
@@ -317,10 +239,9 @@ def kit_table(kits: dict[str, tuple], settings: AgreementSettings):
     import pandas as pd
 
     asked, rows = {"labels": settings.label_pairs, "answers": settings.battle_pairs, "scores": settings.scored}, []
-    for name, (kit, key) in kits.items():
-        for setting, part in key.groupby("setting"):
-            share = 100 * float(part.second.isin(["rejected", "reference"]).mean())
-            row = {"kit": name, "kit_id": kit["kit_id"], "task": kit["task"], "setting": setting, "asked": asked[name]}
-            share = None if kit["task"] == "score" else share
-            rows.append(row | {"items": len(part), "chosen or policy shown first (%)": share})
-    return pd.DataFrame(rows)
+    for name, (_, key) in kits.items():
+        for (kit_id, task, setting), part in key.groupby(["kit", "task", "setting"]):
+            first = None if task == "score" else 100 * float(part.second.isin(["rejected", "reference"]).mean())
+            rows.append((name, kit_id, task, setting, asked[name], len(part), first))
+    columns = ["kit", "kit_id", "task", "setting", "asked", "items", "chosen or policy shown first (%)"]
+    return pd.DataFrame(rows, columns=columns)

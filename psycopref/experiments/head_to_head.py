@@ -14,7 +14,7 @@ from ..core.paper import coarse_topics
 from ..core.settings import EvaluationSettings, Profile
 from ..core.stages import Run, derived_seed
 from ..core.tables import Label
-from ..evaluation.cases import CASE_RULES, Case, case_latex, case_markdown, cases_page, choose_cases
+from ..evaluation.cases import CASE_RULES, Case, cases_text, choose_cases
 from ..evaluation.cases import make_case, score_case
 from ..evaluation.win_rates import READINGS, SETTINGS
 from ..feedback.battles import answer, battle, word_counts
@@ -100,10 +100,10 @@ def scored_cases(gateway, profile: Profile, cases: list[tuple], answers, speeche
 def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, str]:
     "Render scored cases for the stage's folder. Returns file name -> text."
     titled = [(number, f"Table {number}: {title}", case) for number, title, case in cases]
-    texts = {"cases.html": cases_page([(title, case) for _, title, case in titled], label)}
+    texts = {"cases.html": cases_text("html", [(title, case) for _, title, case in titled], label)}
     for number, title, case in titled:
-        texts[f"tables/table_{number}_case.tex"] = case_latex(title, case, label)
-        texts[f"tables/table_{number}_case.md"] = case_markdown(title, case, label)
+        for form in ("tex", "md"):
+            texts[f"tables/table_{number}_case.{form}"] = cases_text(form, [(title, case)], label)
     return texts
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #7cba591d
