@@ -8,14 +8,14 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import re
 import typing
 from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..core.files import PRINCIPLE_KEYS
 from ..core.prompts import BATTLE_KEYS
@@ -24,86 +24,42 @@ from ..core.stages import derived_seed, project_root
 from .kits import TASK_QUESTIONS
 
 # %% auto #0
-__all__ = ['SIMULATED', 'TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'LOSING', 'SHOWN', 'Sheet', 'read_text_file',
-           'read_json_strictly', 'PageExport', 'page_sheet', 'said_in', 'label_studio_records', 'csv_records',
-           'read_sheets', 'to_value', 'check_items', 'sheet_values', 'unanswered', 'left_out', 'sheet_frame',
-           'read_annotations', 'completeness', 'annotation_files', 'kit_of', 'gather_annotations',
-           'verdict_from_our_side', 'unshuffle', 'simulate']
+__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'SIMULATED', 'LOSING', 'read_text', 'PageExport',
+           'page_records', 'said_in', 'label_studio_records', 'table_records', 'read_records', 'to_value',
+           'item_values', 'sheet_frame', 'annotation_files', 'read_annotations', 'unshuffle', 'simulate']
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #24848f78
-SIMULATED = "simulated"  # how the names of simulated annotators begin
-TABLE_SUFFIXES = (".csv", ".tsv")
-
-
-@dataclass(frozen=True)
-class Sheet:
-    "What one annotator wrote about one kit."
-
-    path: Path  # the file, for errors
-    annotator: str  # as the file names them
-    kit_id: str  # the kit that the file names; empty where it names none
-    answers: tuple  # of (item_id, principle -> what was written), in the order of the file
-    simulated: bool = False  # True where no human took part; the name must say so too
-
-    @property
-    def where(self) -> str:
-        "The beginning of an error."
-        return f"{self.path} ({self.annotator})"
-
-
-def read_text_file(path: Path) -> str:
-    "Read a text in UTF-8, UTF-16 or, where it is a table, the encoding of a spreadsheet (cp1252)."
-    try:
-        raw = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise StudyError(f"{path}: not found; name annotation files by their path") from None
+def read_text(path: Path) -> str:
+    "Read a text in UTF-8, in UTF-16 with its mark or, where it is neither, in the encoding of spreadsheets (cp1252)."
+    raw = Path(path).read_bytes()
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
-        if wide or Path(path).suffix.lower() not in TABLE_SUFFIXES:
-            expected = "expected what the page or Label Studio exported; export it again"
-            raise StudyError(f"{path}: is no text in UTF-8, {expected}") from None
         return raw.decode("cp1252", errors="replace")
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #1e3c406f
-def read_json_strictly(path: Path):
-    "Read JSON; two equal names in one object are an error, since Python would keep the last without a word."
-
-    def build(pairs):
-        twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-        if twice:
-            expected = "expected once; keep the answer that is meant"
-            raise StudyError(f"{path}: {twice[0]!r} stands twice in one object, {expected}")
-        return dict(pairs)
-
-    try:
-        return json.loads(read_text_file(path), object_pairs_hook=build)
-    except json.JSONDecodeError as error:
-        found = f"is no whole JSON ({error.msg} in line {error.lineno})"
-        raise StudyError(f"{path}: {found}; export the annotations again") from None
-
-
 class PageExport(BaseModel, strict=True, str_strip_whitespace=True):
     "What the page of a kit exports; its other fields are not read."
 
     format: typing.Literal["psycopref-annotations"]
     version: typing.Literal[1]
     kit_id: str = ""
-    annotator: str = ""
+    annotator: str = Field(min_length=1)
     simulated: bool = False
     answers: dict[str, dict[str, typing.Any]]
 
 
-def page_sheet(path: Path, document: dict) -> Sheet:
-    "Return the sheet of the page's export. path: for errors."
+def page_records(path: Path, document: dict) -> list[dict]:
+    "Return the flat records of the page's export. path: for errors."
     try:
         page = PageExport.model_validate(document)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         found = f"{'.'.join(map(str, wrong['loc']))} is {str(wrong['input'])[:60]!r}, {wrong['msg'].lower()}"
         raise StudyError(f"{path}: {found}; press export on the page and name that file") from None
-    return Sheet(Path(path), page.annotator, page.kit_id, tuple(page.answers.items()), page.simulated)
+    said = page.model_dump(include={"kit_id", "annotator", "simulated"})
+    return [answers | said | {"item_id": item_id} for item_id, answers in page.answers.items()]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #b3441190
 def said_in(value):
@@ -116,97 +72,101 @@ def said_in(value):
     return said_in(next((value[kind] for kind in ("choices", "rating", "number", "text") if kind in value), None))
 
 
-def _person(completed_by) -> str:
+def _person(annotation: dict) -> str:
     "Name an annotator as Label Studio does: by e-mail address, else by number."
-    if isinstance(completed_by, dict):
-        completed_by = completed_by.get("email") or completed_by.get("id")
-    return "" if completed_by is None else str(completed_by)
+    person = annotation.get("completed_by")
+    if isinstance(person, dict):
+        person = person.get("email") or person.get("id")
+    return "" if person is None else str(person)
 
 
 def label_studio_records(path: Path, tasks: list[dict]) -> list[dict]:
-    """Return the annotations of a Label Studio export as flat records: annotator, kit_id, item_id, and what was said.
-
-    path: for errors; tasks: of a JSON or JSON-MIN export."""
+    "Return the flat records of a Label Studio export. path: for errors; tasks: of a JSON or JSON-MIN export."
     found = []
     for task in tasks:
-        if not isinstance(task, dict) or "item_id" not in task.get("data", task):
-            number = task.get("id") if isinstance(task, dict) else task
+        data = task.get("data", task) if isinstance(task, dict) else {}
+        if "item_id" not in data:
             remedy = "import the kit's tasks file as it is, and export as JSON"
-            raise StudyError(f"{path}: task {number} has no item_id, expected the kit's own tasks; {remedy}")
-        if "data" not in task:  # JSON-MIN
+            raise StudyError(f"{path}: {str(task)[:60]} has no item_id, expected the kit's own tasks; {remedy}")
+        if data is task:  # JSON-MIN
             found.append({name: said_in(value) for name, value in task.items()})
             continue
-        data, done = {name: task["data"].get(name, "") for name in ("item_id", "kit_id")}, task.get("annotations", [])
-        kept = {_person(one.get("completed_by")) for one in done if not one.get("was_cancelled")}
-        for one in done:
-            record = data | {"annotator": _person(one.get("completed_by"))}
-            if not one.get("was_cancelled"):
-                parts = [part for part in one.get("result", []) if "from_name" in part]
-                found.append(record | {part["from_name"]: said_in(part.get("value", {})) for part in parts})
+        done = task.get("annotations") or []
+        kept = {_person(annotation) for annotation in done if not annotation.get("was_cancelled")}
+        for annotation in done:
+            record = {"annotator": _person(annotation), "kit_id": data.get("kit_id"), "item_id": data["item_id"]}
+            parts = [part for part in annotation.get("result") or [] if "from_name" in part]
+            if not annotation.get("was_cancelled"):
+                found.append({part["from_name"]: said_in(part.get("value")) for part in parts} | record)
             elif record["annotator"] not in kept:
                 found.append(record | {"note": "skipped"})
     return found
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #a62d06f1
-def csv_records(path: Path) -> list[dict]:
-    """Return the lines of a filled-in table as flat records: annotator, kit_id, item_id, and what was said.
-
-    path: a CSV or TSV file, saved by any spreadsheet."""
-    text = re.sub(r"\A\"?sep=.\"?\r?\n", "", read_text_file(path))  # with it spreadsheets name their delimiter
-    head = text.split("\n", 1)[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+def table_records(path: Path, text: str) -> list[dict]:
+    "Return the lines of a filled-in table, saved by any spreadsheet, as flat records. path: for errors."
+    text = re.sub(r"\A\"?sep=.\"?\r?\n", "", text)  # with it spreadsheets name their delimiter
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names, *lines = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)] or [[]]
+        names, *lines = [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))] or [[]]
     except csv.Error as error:
         raise StudyError(f"{path}: is no whole table ({error}); save it as CSV again") from None
     names = [name.lower() for name in names]
-    if not {"kit_id", "item_id"} <= set(names) or len(set(names)) < len(names):
-        remedy = "leave the first line of the kit's table as it is"
-        expected = "expected kit_id, item_id and each principle, once"
-        raise StudyError(f"{path}: found columns {names[:12]}, {expected}; {remedy}")
+    times = Counter(filter(None, names))
+    if not {"kit_id", "item_id"} <= set(times) or max(times.values()) > 1:
+        expected = "expected kit_id, item_id and each principle, once; leave the first line of the kit's table as it is"
+        raise StudyError(f"{path}: found columns {names[:12]}, {expected}")
+    records = []
     for number, line in enumerate(lines, 2):
-        if any(line[len(names) :]):
+        if any(cell and not name for name, cell in itertools.zip_longest(names, line)):
             remedy = "a cell was moved or a quotation mark lost, take it from the kit's table again"
-            raise StudyError(f"{path}: row {number} has {len(line)} cells, expected {len(names)}; {remedy}")
-    return [dict(zip(names, line)) for line in lines]
+            raise StudyError(f"{path}: row {number} has {len(line)} cells, expected {len(times)}; {remedy}")
+        records.append(dict(zip(names, line)))
+    return records
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #af134419
-def _sheets_of(path: Path, records: list[dict]) -> list[Sheet]:
-    "Gather flat records by annotator and kit."
-    groups: dict[tuple, list] = {}
+TABLE_SUFFIXES = (".csv", ".tsv")
+
+
+def _object(pairs: list[tuple]) -> dict:
+    "Build an object of JSON; refuse two equal names, of which Python would keep the last without a word."
+    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice in one object; keep the answer that is meant")
+    return dict(pairs)
+
+
+def read_records(path: Path) -> list[dict]:
+    """Read an annotation file of any form as flat records; `where`, file and annotator, begins an error.
+
+    path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table."""
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        records = table_records(path, read_text(path))
+    elif path.suffix.lower() == ".json":
+        try:
+            document = json.loads(read_text(path), object_pairs_hook=_object) or []
+        except ValueError as error:
+            raise StudyError(f"{path}: is no whole JSON ({error}); export the annotations again") from None
+        read = label_studio_records if isinstance(document, list) else page_records
+        records = read(path, document)
+    else:
+        expected = "expected .json of the page or of Label Studio, .csv or .tsv; save a workbook as CSV first"
+        raise StudyError(f"{path}: found a {path.suffix or 'file without a suffix'}, {expected}")
+    if not records:
+        remedy = "finish the kit and export it, or take the file off agreement.annotations"
+        raise StudyError(f"{path}: holds no annotation, expected at least one; {remedy}")
     for record in records:
-        kit_id, item_id, name = (str(record.get(key) or "").strip() for key in ("kit_id", "item_id", "annotator"))
-        said = {key: value for key, value in record.items() if key in (*BATTLE_KEYS, "note")}
-        groups.setdefault((name or _named_by(path, kit_id), kit_id), []).append((item_id, said))
-    return [Sheet(path, name, kit_id, tuple(answers)) for (name, kit_id), answers in groups.items()]
+        record |= {key: str(record.get(key) or "").strip() for key in ("annotator", "kit_id", "item_id")}
+        record["annotator"] = record["annotator"] or _named_by(path, record["kit_id"])
+        record["where"] = f"{path} ({record['annotator']})"
+    return records
 
 
 def _named_by(path: Path, kit_id: str) -> str:
     "Return the annotator in a table's file name; a second download, NAME (1), is the same person's."
-    name = re.sub(r"\s*\(\d+\)$", "", path.stem)
-    return "" if name == "kit" else name.removeprefix(f"annotations_{kit_id}_")
-
-
-def read_sheets(path: Path) -> list[Sheet]:
-    """Read an annotation file of any form, a sheet for each annotator and kit.
-
-    path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table."""
-    path, sheets = Path(path), []
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        sheets = _sheets_of(path, csv_records(path))
-    elif path.suffix.lower() == ".json":
-        data = read_json_strictly(path)
-        if isinstance(data, list):
-            sheets = _sheets_of(path, label_studio_records(path, data))
-        elif isinstance(data, dict):
-            sheets = [page_sheet(path, data)]
-    else:
-        expected = "expected .json of the page or of Label Studio, .csv or .tsv; save a workbook as CSV first"
-        raise StudyError(f"{path}: found a {path.suffix or 'file without a suffix'}, {expected}")
-    if not any(sheet.answers for sheet in sheets):
-        remedy = "finish the kit and export it, or take the file off agreement.annotations"
-        raise StudyError(f"{path}: holds no annotation, expected at least one; {remedy}")
-    return sheets
+    name = re.sub(rf"^annotations_{re.escape(kit_id)}_|\s*\(\d+\)$", "", path.stem)
+    return "" if name == "kit" else name
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #156c2123
 VALUES = {"compare": (1, 2, 0), "score": (1, 2, 3, 4, 5)}  # what may be answered
@@ -225,221 +185,140 @@ def to_value(written, task: str) -> int | None:
             written = WORDS[written]
         else:
             written = float(written.replace(",", ".")) if written else None
-    if written is None:
-        return None
-    if isinstance(written, bool) or not isinstance(written, (int, float)) or written not in VALUES[task]:
+    if written is not None and (isinstance(written, bool) or written not in VALUES[task]):
         raise ValueError(f"{written!r} is no answer")
-    return int(written)
+    return None if written is None else int(written)
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #548acb7a
+ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
+
+
 def _some(names: list) -> str:
     "Name the first few, and count the rest."
     return ", ".join(map(str, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _numbers(kit: dict) -> dict[str, int]:
-    "Return item_id -> number of the item, as annotators see it."
-    return {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}
+def item_values(record: dict, number: int, task: str) -> dict[str, int | None]:
+    "Return principle -> value of one answered item, or None; a value out of range is an error. number: of the item."
+    values = {}
+    for principle in TASK_QUESTIONS[task]:
+        try:
+            values[principle] = to_value(record.get(principle), task)
+        except ValueError:
+            found = f"item {number} ({record['item_id']}) has {principle} = {str(record[principle])[:40]!r}"
+            expected = f"expected one of {', '.join(map(str, VALUES[task]))}; mend it and export again"
+            raise StudyError(f"{record['where']}: {found}, {expected}") from None
+    return values
 
 
-def check_items(sheet: Sheet, kit: dict) -> None:
-    "Refuse a sheet of another kit or of nobody, unknown items, and items that stand twice."
-    kit_id, known, found = kit["kit_id"], _numbers(kit), Counter(item for item, _ in sheet.answers)
-    strange, twice = [item for item in found if item not in known], [item for item, n in found.items() if n > 1]
-    other = f"answers kit {sheet.kit_id or 'without a name'}, expected kit {kit_id}; name the annotations of this kit"
-    unknown = f"item {_some(strange)} is not in kit {kit_id}, expected its {len(known)} items; leave item_id as it is"
-    again = f"item {_some(twice)} is answered more than once, expected once; keep the answer that is meant"
-    nobody = f"has no annotator, expected a name; enter one on the page, and call a table annotations_{kit_id}_NAME.csv"
-    made = f"was simulated, expected a name that begins with {SIMULATED!r}; leave the names as they are"
-    false_name = sheet.simulated and not sheet.annotator.startswith(SIMULATED)
-    wrong = [sheet.kit_id != kit_id, strange, twice, not sheet.annotator, false_name]
-    for fault, said in zip(wrong, (other, unknown, again, nobody, made)):
-        if fault:
-            raise StudyError(f"{sheet.where}: {said}")
-
-# %% ../../nbs/evaluation/06_annotations.ipynb #0311820d
-def sheet_values(sheet: Sheet, kit: dict) -> dict:
-    "Return (item_id, principle) -> value, or None; a value out of range is an error."
-    task, found = kit["task"], {}
-    for item, said in sheet.answers:
-        for principle in TASK_QUESTIONS[task]:
-            try:
-                found[item, principle] = to_value(said.get(principle), task)
-            except (ValueError, TypeError):
-                written = f"item {_numbers(kit)[item]} ({item}) has {principle} = {str(said[principle])[:40]!r}"
-                expected = f"expected one of {', '.join(map(str, VALUES[task]))}; mend it and export again"
-                raise StudyError(f"{sheet.where}: {written}, {expected}") from None
-    return found
-
-
-def unanswered(values: dict, kit: dict) -> dict[int, list[str]]:
-    "Return number of an item in the kit -> principles without an answer."
-    asked = TASK_QUESTIONS[kit["task"]]
-    gaps = {n: [p for p in asked if values.get((item, p)) is None] for item, n in _numbers(kit).items()}
-    return {number: missing for number, missing in gaps.items() if missing}
-
-# %% ../../nbs/evaluation/06_annotations.ipynb #9675424b
-ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
-
-
-def left_out(sheet: Sheet) -> list[str]:
-    "Return the items that an annotator left out with a note."
-    said = [
-        (item, {key: str(text).strip() for key, text in one.items() if text is not None}) for item, one in sheet.answers
-    ]
-    return [item for item, texts in said if texts.get("note") and not any(texts.get(key) for key in BATTLE_KEYS)]
-
-
-def sheet_frame(sheet: Sheet, kit: dict, partial: bool = False):
-    """Check a sheet and return its ANNOTATION_COLUMNS, in the order of the kit.
-
-    partial: take unfinished sheets too."""
+def sheet_frame(records: list[dict], kit: dict):
+    "Check the records of one annotator and return ANNOTATION_COLUMNS, in the order of the kit."
     import pandas as pd
 
-    check_items(sheet, kit)
-    values, aside, numbers = sheet_values(sheet, kit), left_out(sheet), _numbers(kit)
-    gaps = {number: missing for number, missing in unanswered(values, kit).items()}
-    for item in aside:
-        gaps.pop(numbers[item], None)
-    if gaps and not partial:
-        first = next(iter(gaps))
-        found = f"{len(gaps)} of {len(numbers)} items are unfinished: {_some(list(gaps))}"
-        lacks = f"item {first} lacks {', '.join(gaps[first])}"
-        remedy = "finish them, and write a note on an item that was left out on purpose"
-        raise StudyError(f"{sheet.where}: {found} ({lacks}); {remedy}")
-    if len(aside) == len(numbers):
-        remedy = "take the file off agreement.annotations"
-        raise StudyError(f"{sheet.where}: every item was left out, expected answers; {remedy}")
-    asked = [(item, principle) for item in numbers for principle in TASK_QUESTIONS[kit["task"]]]
-    known = [(*place, values[place]) for place in asked if values.get(place) is not None]
-    frame = pd.DataFrame(known, columns=list(ANNOTATION_COLUMNS[2:])).astype({"value": "int64"})
-    frame.insert(0, "annotator", sheet.annotator)
-    frame.insert(1, "kit_id", kit["kit_id"])
-    return frame
-
-
-def read_annotations(path: Path, kit: dict, partial: bool = False):
-    """Read, check and return the annotations of one kit: ANNOTATION_COLUMNS.
-
-    path: the page's JSON, a Label Studio export, or a filled-in table; partial: take unfinished sheets too."""
-    import pandas as pd
-
-    sheets = read_sheets(path)
-    names = [_same_name(sheet.annotator) for sheet in sheets]
-    twice = next((sheet for sheet, name in zip(sheets, names) if names.count(name) > 1), None)
-    if twice is not None and len({sheet.kit_id for sheet in sheets}) == 1:
-        expected = "expected one sheet of each; tell them apart by name"
-        raise StudyError(f"{twice.where}: two annotators of this name, {expected}")
-    return pd.concat([sheet_frame(sheet, kit, partial) for sheet in sheets], ignore_index=True)
-
-
-def _same_name(annotator: str) -> str:
-    "Bring a name to the form in which two spellings of it are equal."
-    return " ".join(annotator.split()).casefold()
-
-# %% ../../nbs/evaluation/06_annotations.ipynb #2923f21d
-def completeness(frame, kit: dict):
-    """Count the items that each annotator has finished: annotator, items, finished, unfinished (numbers in the kit).
-
-    frame: of read_annotations with partial=True."""
-    import pandas as pd
-
-    rows, items = [], len(kit["items"])
-    for annotator, own in frame.groupby("annotator", sort=False):
-        gaps = unanswered(own.set_index(["item_id", "principle"]).value.to_dict(), kit)
-        row = {"annotator": annotator, "items": items, "finished": items - len(gaps)}
-        rows.append(row | {"unfinished": _some(list(gaps))})
-    return pd.DataFrame(rows, columns=["annotator", "items", "finished", "unfinished"])
+    numbers = {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}
+    answers, rows, gaps = {record["item_id"]: record for record in records}, [], {}
+    times = Counter(record["item_id"] for record in records)
+    strange, twice = [item for item in times if item not in numbers], [item for item, n in times.items() if n > 1]
+    for item_id, number in numbers.items():
+        record = answers.get(item_id, {})
+        values = item_values(record, number, kit["task"])
+        missing = [principle for principle, value in values.items() if value is None]
+        left_out = str(record.get("note") or "").strip() and len(missing) == len(values)
+        if missing and not left_out:
+            gaps[number] = f"item {number} lacks {', '.join(missing)}"
+        rows += [(item_id, principle, value) for principle, value in values.items() if value is not None]
+    said = ""
+    if strange:
+        found = f"item {_some(strange)} is not in kit {kit['kit_id']}, expected its {len(numbers)} items"
+        said = f"{found}; leave item_id as it is"
+    elif twice:
+        said = f"item {_some(twice)} is answered more than once, expected once; keep the answer that is meant"
+    elif gaps:
+        found = f"{len(gaps)} of {len(numbers)} items are unfinished: {_some(list(gaps))} ({[*gaps.values()][0]})"
+        said = f"{found}; finish them, and write a note on an item that was left out on purpose"
+    elif not rows:
+        said = "every item was left out, expected answers; take the file off agreement.annotations"
+    if said:
+        raise StudyError(f"{records[0]['where']}: {said}")
+    frame = pd.DataFrame(rows, columns=["item_id", "principle", "value"]).astype({"value": "int64"})
+    return frame.assign(annotator=records[0]["annotator"], kit_id=kit["kit_id"])[list(ANNOTATION_COLUMNS)]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #7ddace05
 def annotation_files(places: typing.Iterable[str]) -> list[Path]:
     "Return annotation files, each once. places: files, or folders of them; a path begins in the project's folder."
-    found = {}
+    found = []
     for given in places:
         place = project_root() / Path(given).expanduser()
-        if not place.exists():
-            expected = "expected a file or a folder; a path is absolute, or begins in the project's folder"
-            raise StudyError(f"agreement.annotations: {given} is not there, {expected}")
-        suffixes = (".json", *TABLE_SUFFIXES)
-        inside = [p for p in place.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-        inside = sorted(inside) if place.is_dir() else [place]
-        if not inside:
-            expected = "expected annotations; name the folder in which the experts' files are"
-            raise StudyError(f"agreement.annotations: {given} holds no .json, .csv or .tsv, {expected}")
-        for path in inside:
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
-
-
-def kit_of(sheet: Sheet, kits: list[dict]) -> dict:
-    "Return the kit that a sheet answers."
-    known = {kit["kit_id"]: kit for kit in kits}
-    if sheet.kit_id not in known:
-        found = f"answers kit {sheet.kit_id or 'without a name'}, which is not among this run's ({', '.join(known)})"
-        remedy = "put them back as they were, hand out the new kits, or read the old one by kept_kit of chapter 11"
-        why = "texts, seed or the numbers of agreement have changed since it was made"
-        raise StudyError(f"{sheet.where}: {found}; {why}: {remedy}")
-    return known[sheet.kit_id]
+        inside = [p for p in place.rglob("*") if p.suffix.lower() in (".json", *TABLE_SUFFIXES) and p.name[0] != "."]
+        if not inside and not place.is_file():
+            said = f"{given} is not there, or a folder that holds no .json, .csv or .tsv, expected the experts' files"
+            remedy = "a path is absolute, or begins in the project's folder"
+            raise StudyError(f"agreement.annotations: {said}; {remedy}")
+        found += [path.resolve() for path in sorted(inside) or [place]]
+    return list(dict.fromkeys(found))
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #cee34085
-def gather_annotations(files: list[Path], kits: list[dict]):
-    "Read all annotations of a run (ANNOTATION_COLUMNS); nothing simulated, and each annotator once for a kit."
+SIMULATED = "simulated"  # how the names of simulated annotators begin
+
+
+def read_annotations(files: list[Path], kits: list[dict], simulated: bool = False):
+    """Read, check and return annotations, each annotator once for a kit (ANNOTATION_COLUMNS).
+
+    simulated: take simulated ones, and not people's alone."""
     import pandas as pd
 
-    frames, seen, spelled = [], {}, {}
-    for sheet in (sheet for path in files for sheet in read_sheets(path)):
-        name = _same_name(sheet.annotator)
-        if sheet.simulated or name.startswith(SIMULATED):
-            expected = "expected a person's annotations; take it off agreement.annotations"
-            raise StudyError(f"{sheet.where}: was simulated, {expected}")
-        kit = kit_of(sheet, kits)
-        before = seen.setdefault((name, kit["kit_id"]), sheet)
-        if before is not sheet:
-            found = f"annotated kit {kit['kit_id']} in {before.path} too, expected one file of each annotator"
-            raise StudyError(f"{sheet.where}: {found}; take one of the two off agreement.annotations")
-        annotator = spelled.setdefault(name, sheet.annotator)  # as it was spelled first
-        frames.append(sheet_frame(replace(sheet, annotator=annotator), kit))
+    known, sheets, spelled, frames = {kit["kit_id"]: kit for kit in kits}, {}, {}, []
+    for record in itertools.chain.from_iterable(map(read_records, files)):
+        name = " ".join(record["annotator"].split()).casefold()
+        sheets.setdefault((name, record["kit_id"]), []).append(record)
+    for (name, kit_id), records in sheets.items():
+        where, *others = dict.fromkeys(record["where"] for record in records)
+        made, said = name.startswith(SIMULATED) or any(record.get("simulated") is True for record in records), ""
+        if made and not simulated:
+            said = "was simulated, expected a person's annotations; take it off agreement.annotations"
+        elif kit_id not in known:
+            found = f"answers kit {kit_id or 'without a name'}, which is not among this run's ({', '.join(known)})"
+            remedy = "put them back as they were, hand out the new kits, or read the old one by kept_kit of chapter 11"
+            said = f"{found}; texts, seed or the numbers of agreement have changed since it was made: {remedy}"
+        elif not name:
+            said = f"has no annotator, expected a name; call a table annotations_{kit_id}_NAME.csv"
+        elif others:
+            found = f"annotated kit {kit_id} in {others[0]} too, expected one sheet of each annotator"
+            said = f"{found}; tell two people apart by name, or take one of the two off agreement.annotations"
+        if said:
+            raise StudyError(f"{where}: {said}")
+        annotator = spelled.setdefault(name, records[0]["annotator"])  # as it was spelled first
+        frames.append(sheet_frame(records, known[kit_id]).assign(annotator=annotator))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #8c2f9f27
 LOSING = ("rejected", "reference")  # sides from which no verdict is told
-SHOWN = {1: "first", 2: "second", 0: "tie"}
-
-
-def verdict_from_our_side(shown: str, first: str) -> str:
-    """Return win, loss or tie from the side of the chosen response or of the policy.
-
-    shown: first, second or tie; first: name of the side that was shown first."""
-    return "tie" if shown == "tie" else "win" if (shown == "first") == (first not in LOSING) else "loss"
 
 
 def unshuffle(annotations, key):
     """Join annotations with the key, so that they name sides again.
 
     annotations: frame of read_annotations, of one task; key: frame of kind "kit_key". Returns frame: annotator,
-    kit_id, setting, speech_id, item_id, principle, and shown and verdict, or rating."""
+    kit_id, setting, speech_id, item_id, principle, and shown (first, second, tie) and verdict (win, loss, tie from the
+    side of the chosen response or of the policy), or rating."""
+    import numpy as np
+
     own = key.rename(columns={"kit": "kit_id"})
     joined = annotations.merge(own, on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False)
     lost = joined[joined.speech_id.isna()]
     if len(lost):
         found = f"item {lost.item_id.iloc[0]} of kit {lost.kit_id.iloc[0]} is not in the key"
         raise StudyError(f"annotations: {found}, expected every item; use the key that was made with this kit")
-    if joined.task.nunique() > 1:
-        found = f"found tasks {sorted(set(joined.task))} in one frame"
-        raise StudyError(f"annotations: {found}, expected one; un-shuffle each kit by itself")
-    names = ["annotator", "kit_id", "setting", "speech_id", "item_id", "principle"]
-    if set(joined.task) == {"score"}:
-        return joined[[*names, "value"]].rename(columns={"value": "rating"})
-    blurred = joined[joined["first"].isin(LOSING) == joined["second"].isin(LOSING)]
-    if len(blurred):
-        found = (
-            f"item {blurred.item_id.iloc[0]} compares {blurred['first'].iloc[0]!r} and {blurred['second'].iloc[0]!r}"
-        )
+    found = joined[["annotator", "kit_id", "setting", "speech_id", "item_id", "principle"]]
+    if (joined.task == "score").all():
+        return found.assign(rating=joined.value)
+    ours = joined["second"].isin(LOSING)
+    if (blurred := joined["first"].isin(LOSING) == ours).any():
+        sides = " and ".join(map(repr, joined.loc[blurred, ["first", "second"]].iloc[0]))
         expected = f"expected one side that is {' or '.join(LOSING)}; a verdict is told from the other side"
-        raise StudyError(f"annotations: {found}, {expected}")
-    shown = joined.value.map(SHOWN)
-    verdict = [verdict_from_our_side(*pair) for pair in zip(shown, joined["first"])]
-    return joined[names].assign(shown=shown, verdict=verdict)
+        raise StudyError(f"annotations: item {joined.item_id[blurred].iloc[0]} compares {sides}, {expected}")
+    verdict = np.select([joined.value == 0, (joined.value == 1) == ours], ["tie", "win"], "loss")
+    return found.assign(shown=joined.value.map({1: "first", 2: "second", 0: "tie"}), verdict=verdict)
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #dc0fd4b4
 def simulate(kit: dict, number: int, seed: int, noise: float = 0.75, threshold: float = 0.25) -> dict:
@@ -451,16 +330,17 @@ def simulate(kit: dict, number: int, seed: int, noise: float = 0.75, threshold: 
 
     from psycopref.rater.rubric import rubric_scores, to_rating
 
-    answers, n = {}, len(PRINCIPLE_KEYS)
+    answers = {}
     for item in kit["items"]:
         chance = np.random.default_rng(derived_seed(seed, SIMULATED, number, item["item_id"]))
         exact = [rubric_scores(item["client_speech"], text) for text in item["responses"]]
-        rated = [np.array([scores[key] for key in PRINCIPLE_KEYS]) + chance.normal(0, noise, n) for scores in exact]
+        rated = np.array([[scores[key] for key in PRINCIPLE_KEYS] for scores in exact])
+        rated = rated + chance.normal(0, noise, rated.shape)
         if kit["task"] == "score":
-            answers[item["item_id"]] = {key: to_rating(float(value)) for key, value in zip(PRINCIPLE_KEYS, rated[0])}
+            answers[item["item_id"]] = dict(zip(PRINCIPLE_KEYS, map(to_rating, rated[0].tolist())))
         else:
             ahead = rated[0] - rated[1]
-            better = {key: 0 if abs(by) < threshold else 1 if by > 0 else 2 for key, by in zip(PRINCIPLE_KEYS, ahead)}
-            answers[item["item_id"]] = better | {"overall": 1 if ahead.sum() > 0 else 2}
+            better = np.select([abs(ahead) < threshold, ahead > 0], [0, 1], 2).tolist()
+            answers[item["item_id"]] = dict(zip(PRINCIPLE_KEYS, better)) | {"overall": 1 if ahead.sum() > 0 else 2}
     made = {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "simulated": True}
     return made | {"annotator": f"{SIMULATED} {number}", "started": "", "saved": "", "answers": answers}

@@ -116,7 +116,8 @@ def check_rows(rows, task: str) -> None:
     odd = ", ".join(texts.columns[~texts.all()])
     made = "expected rows as draw_label_pairs or draw_answers return them"
     faults = {
-        f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it": task not in TASK_QUESTIONS,
+        f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it": task
+        not in TASK_QUESTIONS,
         f"no rows, {made}": rows.empty,
         f"{odd} missing or no text, {made}; drop rows without an answer first": odd,
     }

@@ -16,7 +16,7 @@ from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
 from ..core.tables import PALETTE, new_figure
 from ..evaluation.annotations import ANNOTATION_COLUMNS, LOSING, SIMULATED, annotation_files
-from ..evaluation.annotations import gather_annotations, read_annotations, simulate, unshuffle
+from ..evaluation.annotations import read_annotations, simulate, unshuffle
 from ..evaluation.kits import run_kits, write_kits
 from ..evaluation.win_rates import SETTINGS
 from ..feedback.battles import consistent_verdicts, paper_verdicts
@@ -451,14 +451,15 @@ def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, fo
 
     kits: name -> (kit, key); simulated: annotators, where there are no files; folder: where simulated annotators
     keep their files. Returns frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated."""
+    own = [kit for kit, _ in kits.values()]
     if files:
-        return gather_annotations(files, [kit for kit, _ in kits.values()])
-    frames = [
-        read_annotations(write_json(folder / f"{name}_{SIMULATED}_{n}.json", simulate(kit, n, seed)), kit)
+        return read_annotations(files, own)
+    made = [
+        write_json(folder / f"{name}_{SIMULATED}_{n}.json", simulate(kit, n, seed))
         for name, (kit, _) in kits.items()
         for n in range(1, simulated + 1)
     ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(ANNOTATION_COLUMNS))
+    return read_annotations(made, own, simulated=True) if made else pd.DataFrame(columns=list(ANNOTATION_COLUMNS))
 
 
 def unshuffled_kits(annotations, kits: dict) -> dict:

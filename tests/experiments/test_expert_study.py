@@ -17,7 +17,7 @@ from psycopref.core.files import PRINCIPLE_KEYS, StageReader, StageWriter, sha25
 from psycopref.core.prompts import BATTLE_KEYS
 from psycopref.core.settings import AgreementSettings, load_profile
 from psycopref.core.stages import Run
-from psycopref.evaluation.annotations import ANNOTATION_COLUMNS, verdict_from_our_side
+from psycopref.evaluation.annotations import ANNOTATION_COLUMNS
 from psycopref.evaluation.kits import make_kit, run_kits
 from psycopref.evaluation.win_rates import SETTINGS
 from psycopref.experiments import expert_study as study
@@ -116,7 +116,9 @@ def test_planted_annotators_agree_as_planted(kits):
 
 
 def our_side(frame):
-    return [verdict_from_our_side(*both) for both in zip(frame.shown, frame["first"])]
+    verdicts = {verdict: pd.Series(verdict, frame.index) for verdict in ("win", "loss", "tie")}
+    told = pd.DataFrame({verdict: as_shown(said, frame["first"]) for verdict, said in verdicts.items()}, frame.index)
+    return told.eq(frame.shown, axis=0).idxmax(axis=1).tolist()
 
 
 def test_labels_say_of_a_principle_what_their_ratings_say(kits):
