@@ -84,7 +84,7 @@ def make_case(rule: str, speech_id: str, battles, answers, speeches, names: tupl
     policy, setting = battles.policy.iloc[0], battles.setting.iloc[0]
     said = answers[answers.speech_id == speech_id].set_index(["policy", "setting"]).response
     told = battle_margins(battles[battles.speech_id == speech_id]).loc[speech_id]
-    verdicts = {"overall": told["verdict"], **{key: told[f"{key}_verdict"] for key in PRINCIPLE_KEYS}}
+    verdicts = dict(zip(["overall", *PRINCIPLE_KEYS], told))
     speech = speeches.set_index("speech_id").speech[speech_id]
     return Case(rule, setting, names, speech, (said[policy, setting], said["reference", "free"]), verdicts)
 
@@ -101,9 +101,7 @@ def four_answers(answers, policy: str, setting: str):
     return found if len(found) == 4 else found.iloc[:0]
 
 
-def score_case(
-    gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how
-) -> dict:
+def score_case(gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how) -> dict:
     """Ask the rater for the two answers' scores: principle -> ratings of the policy's answer and the reference's.
 
     rater: gateway URI; policy: its name in `answers`; how: max_tokens and mode, as in `feedback.rating.rate`. What
@@ -112,10 +110,9 @@ def score_case(
     if shown.empty:
         return {}
     ratings, _ = rate(gateway, rater, speeches[speeches.speech_id == speech_id], shown, 4, seed=seed, **how)
-    found = {(row.principle, row.model): int(row.rating) for row in ratings.itertuples()}
-    sides = (f"{policy}, {case.setting}", "reference")
-    pairs = {key: tuple(found.get((key, side)) for side in sides) for key in PRINCIPLE_KEYS}
-    return {key: pair for key, pair in pairs.items() if None not in pair}
+    found = ratings.pivot(index="principle", columns="model", values="rating")
+    found = found.reindex(PRINCIPLE_KEYS, columns=[f"{policy}, {case.setting}", "reference"]).dropna().astype(int)
+    return dict(zip(found.index, found.itertuples(index=False, name=None)))
 
 # %% ../../nbs/evaluation/04_cases.ipynb #ac66a53d
 SIGNS = {"win": "better", "loss": "worse", "tie": "undecided"}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from ..core.files import PRINCIPLE_KEYS, atomic_path, write_json
+from ..core.files import PRINCIPLE_KEYS, atomic_path
 from ..core.settings import AgreementSettings, StudyError
 from ..core.paper import resource_path
 from ..core.prompts import BATTLE_KEYS, principles
@@ -114,19 +114,16 @@ def check_rows(rows, task: str) -> None:
     "Refuse rows that can't become a kit."
     texts = rows.reindex(columns=SIDES).map(lambda value: isinstance(value, str))
     odd = ", ".join(texts.columns[~texts.all()])
-    made = "expected rows as draw_label_pairs or draw_answers return them"
-    faults = {
-        f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it": task
-        not in TASK_QUESTIONS,
-        f"no rows, {made}": rows.empty,
-        f"{odd} missing or no text, {made}; drop rows without an answer first": odd,
-    }
-    faults["a comparison needs two named sides, the task 'score' one"] = not odd and (
-        rows.name_a.eq("").any() or (rows.name_b.eq("") != (task == "score")).any()
-    )
-    for said, fault in faults.items():
-        if fault:
-            raise StudyError(f"kits: {said}")
+    if task not in TASK_QUESTIONS:
+        said = f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it"
+    elif odd or rows.empty:
+        found = f"{odd} missing or no text" if odd else "no rows"
+        said = f"{found}, expected rows as draw_label_pairs or draw_answers return them"
+    elif (rows.name_a.eq("") | (rows.name_b.eq("") == (task == "compare"))).any():
+        said = "found rows with a side that has no name; a comparison needs two sides, the task 'score' one"
+    else:
+        return
+    raise StudyError(f"kits: {said}")
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8bb77bcb
 def make_kit(rows, task: str, title: str, seed: int) -> tuple[dict, typing.Any]:
@@ -167,11 +164,10 @@ def kit_html(kit: dict, contact: str = CONTACT) -> str:
 # %% ../../nbs/evaluation/05_kits.ipynb #6ab01961
 def item_texts(kit: dict) -> list[dict[str, str]]:
     "Return a row for each item: kit_id, item_id, client_speech, response_1 and, in a comparison, response_2."
-    rows = []
+    names, rows = ("kit_id", "item_id", "client_speech", "response_1", "response_2"), []
     for item in kit["items"]:
-        responses = {f"response_{place}": text for place, text in enumerate(item["responses"], 1)}
-        row = {"kit_id": kit["kit_id"], "item_id": item["item_id"], "client_speech": item["client_speech"]}
-        rows.append(row | responses)
+        texts = [kit["kit_id"], item["item_id"], item["client_speech"], *item["responses"]]
+        rows.append(dict(zip(names, texts)))
     return rows
 
 
@@ -206,14 +202,18 @@ def kit_csv(kit: dict) -> str:
 # %% ../../nbs/evaluation/05_kits.ipynb #04d50eb0
 def write_kits(folder: Path, kit: dict, contact: str = CONTACT) -> list[Path]:
     "Write a kit in its three forms, with a text for annotators; return what may be handed out. contact: in kit_html."
-    texts = {"kit.html": kit_html(kit, contact), "label_studio_config.xml": label_studio_config(kit)}
-    texts |= {"kit.csv": "\ufeff" + kit_csv(kit)}
-    texts |= {"README.txt": fill_template("kit_readme.txt", kit=kit, contact=contact)}
+    texts = {
+        "kit.json": json.dumps(kit, indent=1, ensure_ascii=False) + "\n",
+        "label_studio_tasks.json": json.dumps(label_studio_tasks(kit), indent=1, ensure_ascii=False) + "\n",
+        "label_studio_config.xml": label_studio_config(kit),
+        "kit.html": kit_html(kit, contact),
+        "kit.csv": "\ufeff" + kit_csv(kit),
+        "README.txt": fill_template("kit_readme.txt", kit=kit, contact=contact),
+    }
     for name, text in texts.items():
         with atomic_path(Path(folder) / name) as partial:
             partial.write_bytes(text.encode())
-    plain = {"kit.json": kit, "label_studio_tasks.json": label_studio_tasks(kit)}
-    return [write_json(Path(folder) / name, value) for name, value in plain.items()] + [Path(folder) / n for n in texts]
+    return [Path(folder) / name for name in texts]
 
 # %% ../../nbs/evaluation/05_kits.ipynb #94dc290b
 def run_kits(pairs, answers, speeches, policy: str, settings: AgreementSettings, seed: int) -> dict[str, tuple]:
