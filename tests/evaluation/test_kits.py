@@ -17,7 +17,7 @@ from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.core.prompts import BATTLE_KEYS, prompt_text
 from psycopref.core.settings import AgreementSettings
 from psycopref.evaluation import kits
-from psycopref.evaluation.kits import SIDES, draw_answer_pairs, draw_answers, draw_evenly, draw_label_pairs, make_kit
+from psycopref.evaluation.kits import SIDES, draw_answers, draw_evenly, draw_label_pairs, make_kit
 from psycopref.evaluation.kits import kit_csv, label_studio_config, run_kits, safe_cell, write_kits
 
 FORMULA = "=+-@＝＋－＠"
@@ -34,23 +34,21 @@ def rows_of(count, settings_=("free", "length"), task="compare"):
 
 
 def run_of(count):
-    """Pairs, answers and speeches of a small made run."""
-    ids, ratings = [f"counsel-chat-{i}" for i in range(count)], [f"_{key}_rating" for key in PRINCIPLE_KEYS]
-    topics = [("Youth", "Safety", "Life")[i % 3] for i in range(count)]
-    speeches = pd.DataFrame(
-        {"speech_id": ids, "speech": [f"Speech {i}." for i in range(count)], "coarse_topic": topics}
-    )
+    """Pairs, two of each speech, answers and speeches of a small made run."""
+    ids = [f"counsel-chat-{i}" for i in range(count)]
+    speeches = pd.DataFrame({"speech_id": ids, "speech": [f"Speech {i}." for i in range(count)]})
+    speeches["coarse_topic"] = [("Youth", "Safety", "Life")[i % 3] for i in range(count)]
     sides = [("dpo", "free"), ("dpo", "length"), ("reference", "free")]
     answers = pd.DataFrame([(s, *side) for s in ids for side in sides], columns=["speech_id", "policy", "setting"])
     answers["response"] = answers.policy + "/" + answers.setting + "/" + answers.speech_id
-    rows = [
-        (s, 2 * i + j, f" Speech {i}.", f"better {i} {j}", f"worse {i} {j}", 4 + j)
-        for i, s in enumerate(ids)
-        for j in (0, 1)
-    ]
-    pairs = pd.DataFrame(rows, columns=["ID", "prefID", "question", "chosen", "rejected", "level"])
-    pairs = pairs.assign(**{f"chosen{key}": pairs.level for key in ratings}, **{f"rejected{key}": 3 for key in ratings})
-    return pairs.drop(columns="level").assign(chosen_model="m1", rejected_model="m2"), answers, speeches
+    texts = [(s, f" Speech {i}.", f"better {i} {j}", f"worse {i} {j}") for i, s in enumerate(ids) for j in (0, 1)]
+    return pd.DataFrame(texts, columns=["ID", "question", "chosen", "rejected"]), answers, speeches
+
+
+PAIRS, ANSWERS, SPEECHES = run_of(30)
+
+
+# draws
 
 
 @quick
@@ -69,11 +67,10 @@ def test_places_are_proportional(sizes, n):
 @settings(quick, max_examples=12)
 @given(st.permutations(range(24)), st.integers(0, 5))
 def test_shuffled_rows_give_the_same_draw_and_the_same_kit(order, seed):
-    pairs, answers, speeches = run_of(12)
-    for topics in (speeches, None):
-        assert draw_label_pairs(pairs.iloc[order], 7, seed, topics).equals(draw_label_pairs(pairs, 7, seed, topics))
-    mixed = [frame.sample(frac=1, random_state=seed) for frame in (answers, speeches)]
-    drawn = [draw_answer_pairs(*own, "dpo", "length", 5, seed) for own in ((answers, speeches), mixed)]
+    own, same = (draw_label_pairs(pairs, SPEECHES, 7, seed) for pairs in (PAIRS.iloc[:24], PAIRS.iloc[order]))
+    assert same.equals(own)
+    mixed = [frame.sample(frac=1, random_state=seed) for frame in (ANSWERS, SPEECHES)]
+    drawn = [draw_answers(*given, "dpo", "length", 5, seed) for given in ((ANSWERS, SPEECHES), mixed)]
     assert drawn[0].equals(drawn[1])
     rows = rows_of(24)
     (kit, key), (again, same) = (make_kit(own, "compare", "Title", seed) for own in (rows, rows.iloc[order]))
@@ -88,32 +85,43 @@ def test_draws_follow_the_seed_and_the_purpose():
 
 
 def test_a_speech_is_drawn_once_and_taken_speeches_come_last():
-    pairs, answers, speeches = run_of(30)
-    assert draw_label_pairs(pairs, 20, 0).speech_id.is_unique
-    free = draw_answer_pairs(answers, speeches, "dpo", "free", 12, 0)
-    length = draw_answer_pairs(answers, speeches, "dpo", "length", 12, 0, later=free.speech_id)
-    assert not set(free.speech_id) & set(length.speech_id)
+    free = draw_answers(ANSWERS, SPEECHES, "dpo", "free", 12, 0)
+    length, more = (draw_answers(ANSWERS, SPEECHES, "dpo", "length", n, 0, later=free.speech_id) for n in (12, 25))
+    assert not set(free.speech_id) & set(length.speech_id) and more.speech_id.nunique() == 25
     assert all(own.stratum.value_counts().eq(4).all() for own in (free, length))
-    assert len(draw_answer_pairs(answers, speeches, "dpo", "length", 25, 0, later=free.speech_id)) == 25
-    drawn = [draw_label_pairs(run_of(60)[0], 60, seed).response_a for seed in range(10)]
-    assert 240 < sum(own.str.endswith(" 1").sum() for own in drawn) < 360, "pairs of a speech have the same chance"
+    assert "unknown topic" in set(draw_label_pairs(PAIRS, SPEECHES.head(5), 30, 0).stratum)
+    pairs, _, speeches = run_of(60)
+    drawn = [draw_label_pairs(pairs, speeches, 60, seed) for seed in range(10)]
+    assert all(own.speech_id.is_unique for own in drawn)
+    second = sum(own.response_a.str.endswith(" 1").sum() for own in drawn)
+    assert 240 < second < 360, "pairs of a speech have the same chance"
 
 
-def test_strata_are_topics_where_known_and_gaps_elsewhere():
-    pairs, _, speeches = run_of(30)
-    assert set(draw_label_pairs(pairs, 12, 0).stratum) == {"gap under 1.5", "gap of 2 or more"}
-    counts = draw_label_pairs(pairs, 12, 0, speeches).stratum.value_counts().to_dict()
-    assert counts == {"Youth": 4, "Safety": 4, "Life": 4}
-    assert "unknown topic" in set(draw_label_pairs(pairs, 30, 0, speeches.head(5)).stratum)
-    names = ["gap under 1.5"] * 2 + ["gap 1.5 to 2"] * 2 + ["gap of 2 or more"] * 2
-    assert [kits.gap_stratum(gap) for gap in (7, 10, 11, 13, 14, 28)] == names
+@pytest.mark.parametrize("speeches, found", [(60, [20, 10, 10, 8, 8]), (6, [6, 6, 6, 6, 6])])
+def test_the_three_kits_of_a_run_count_what_they_have_and_show_their_sides(speeches, found):
+    numbers = AgreementSettings(label_pairs=20, battle_pairs=10, scored=8)
+    made = run_kits(*run_of(speeches), "dpo", numbers, seed=3)
+    table = kits.kit_table(made, numbers)
+    assert table.kit.tolist() == ["labels", "answers", "answers", "scores", "scores"]
+    assert table.setting.tolist() == ["labels", "free", "length", "free", "length"]
+    assert table.asked.tolist() == [20, 10, 10, 8, 8] and table["items"].tolist() == found
+    assert dict(zip(table.kit, table.kit_id)) == {name: kit["kit_id"] for name, (kit, _) in made.items()}
+    assert table.iloc[:3, -1].tolist() == [50.0] * 3 and table.iloc[3:, -1].isna().all()
+    key = made["answers"][1]
+    assert key.setting.ne(key.setting.shift()).sum() > 3, "settings are mixed"
+    kit, key = made["scores"]
+    assert set(key["first"]) == {"dpo"} and set(key.second) == {""}
+    assert all(len(item["responses"]) == 1 and item["responses"][0].startswith("dpo/") for item in kit["items"])
+
+
+# blinding
 
 
 @quick
 @given(st.integers(1, 40), st.integers(0, 30))
 def test_sides_are_balanced_and_the_key_says_what_is_shown(count, seed):
     rows = rows_of(count)
-    kit, key = make_kit(rows, "compare", "Title", seed)
+    kit, key = make_kit(rows.assign(response_a=" " + rows.response_a + "\n"), "compare", "Title", seed)
     for _, part in key.groupby("setting"):
         assert abs((part["first"] == "dpo").sum() - (part["first"] == "reference").sum()) <= 1
     assert key.item_id.tolist() == [item["item_id"] for item in kit["items"]]
@@ -122,7 +130,7 @@ def test_sides_are_balanced_and_the_key_says_what_is_shown(count, seed):
     for item, row in zip(kit["items"], key.itertuples()):
         number = row.speech_id.split("-")[1]
         words = {"dpo": f"Own {number}.", "reference": f"Other {number}."}
-        assert item["responses"] == [words[row.first], words[row.second]]
+        assert item["responses"] == [words[row.first], words[row.second]], "blanks at the edges do not mark a side"
         assert item["client_speech"] == f"I lost {number} nights."
 
 
@@ -135,103 +143,60 @@ def test_the_odd_item_goes_to_either_side_and_the_order_tells_nothing():
 
 
 def test_nothing_public_tells_sides():
-    pairs, answers, speeches = run_of(30)
     numbers = AgreementSettings(label_pairs=9, battle_pairs=6, scored=6)
-    for kit, key in run_kits(pairs, answers, speeches, "dpo", numbers, seed=0).values():
+    for kit, key in run_kits(PAIRS, ANSWERS, SPEECHES, "dpo", numbers, seed=0).values():
         assert set(kit) == {"format", "version", "kit_id", "title", "task", "principles", "items"}
         assert all(set(item) == {"item_id", "task", "client_speech", "responses"} for item in kit["items"])
         bare = json.dumps([kit["title"], [{**item, "responses": [], "client_speech": ""} for item in kit["items"]]])
         assert not re.search("dpo|reference|chosen|rejected|counsel|free|length|m1|m2", bare)
         assert not set(key.speech_id) & {word for item in kit["items"] for word in map(str, item.values())}
-    kit, _ = make_kit(rows_of(4).assign(response_a=lambda frame: " " + frame.response_a + "\n"), "compare", "T", 0)
-    for item in kit["items"]:
-        assert all(text == text.strip() for text in item["responses"]), "blanks at the edges do not mark a side"
 
 
 def test_kits_and_items_have_names_of_their_own(tmp_path, monkeypatch):
-    one, two = make_kit(rows_of(30), "compare", "First", 0), make_kit(rows_of(30), "compare", "Second", 0)
+    rows = rows_of(30)
+    one, two = make_kit(rows, "compare", "First", 0), make_kit(rows, "compare", "Second", 0)
     assert not set(one[1].item_id) & set(two[1].item_id)
-    ids = [
-        one[0]["kit_id"],
-        two[0]["kit_id"],
-        make_kit(rows_of(30).assign(response_b="Else."), "compare", "First", 0)[0]["kit_id"],
-    ]
+    other = make_kit(rows.assign(response_b="Else."), "compare", "First", 0)[0]
     (tmp_path / "principles.json").write_text(prompt_text("principles.json").replace("Empathy", "Warmth"))
     monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path))
-    after = make_kit(rows_of(30), "compare", "First", 0)[0]
-    assert after["principles"][0]["name"].startswith("Warmth") and len({*ids, after["kit_id"]}) == 4
+    after = make_kit(rows, "compare", "First", 0)[0]
+    ids = {kit["kit_id"] for kit in (one[0], two[0], other, after)}
+    assert after["principles"][0]["name"].startswith("Warmth") and len(ids) == 4
     for name in (*ids, *one[1].item_id, *two[1].item_id):
         assert re.fullmatch("[ik][0-9a-f]{11,15}", name), "no spreadsheet takes an id for a number"
 
 
-def test_scores_show_one_response():
-    _, answers, speeches = run_of(12)
-    kit, key = make_kit(draw_answers(answers, speeches, "dpo", "length", 5, 0), "score", "One", 0)
-    for item in kit["items"]:
-        assert (
-            item["task"] == "score" and item["responses"][0].startswith("dpo/length/") and len(item["responses"]) == 1
-        )
-    assert set(key["first"]) == {"dpo"} and set(key.second) == {""}
-
-
-@pytest.mark.parametrize("speeches, found", [(60, [20, 10, 10, 8, 8]), (6, [6, 6, 6, 6, 6])])
-def test_the_three_kits_of_a_run_count_what_they_have(speeches, found):
-    pairs, answers, speeches = run_of(speeches)
-    numbers = AgreementSettings(label_pairs=20, battle_pairs=10, scored=8)
-    made = run_kits(pairs, answers, speeches, "dpo", numbers, seed=3)
-    table = kits.kit_table(made, numbers)
-    assert table.kit.tolist() == ["labels", "answers", "answers", "scores", "scores"]
-    assert table.setting.tolist() == ["labels", "free", "length", "free", "length"]
-    assert table.asked.tolist() == [20, 10, 10, 8, 8] and table["items"].tolist() == found
-    assert dict(zip(table.kit, table.kit_id)) == {name: kit["kit_id"] for name, (kit, _) in made.items()}
-    assert table.iloc[:3, -1].tolist() == [50.0] * 3 and table.iloc[3:, -1].isna().all()
-    key = made["answers"][1]
-    assert key.setting.ne(key.setting.shift()).sum() > 3, "settings are mixed"
-
-
-PAIRS, GIVEN, SPEECHES = run_of(6)
-
-
 @pytest.mark.parametrize(
-    "draw, word",
+    "make, word",
     [
-        (lambda: draw_answers(GIVEN, SPEECHES, "ppo", "free", 2, 0), "'ppo'"),
-        (lambda: draw_answer_pairs(GIVEN[GIVEN.policy == "dpo"], SPEECHES, "dpo", "free", 2, 0), "'reference'"),
-        (lambda: draw_answers(GIVEN, SPEECHES.head(2), "dpo", "free", 2, 0), "not among the speeches"),
-        (lambda: draw_label_pairs(PAIRS.head(0), 2, 0), "nothing to draw"),
-        (lambda: draw_label_pairs(PAIRS, 0, 0), "0 items"),
+        (lambda: draw_answers(ANSWERS, SPEECHES, "ppo", "free", 2, 0), "'ppo'"),
+        (lambda: draw_answers(ANSWERS[ANSWERS.policy == "dpo"], SPEECHES, "dpo", "free", 2, 0), "'reference'"),
+        (lambda: draw_label_pairs(PAIRS, SPEECHES, 0, 0), "0 items"),
         (lambda: make_kit(rows_of(3), "rank", "T", 0), "'rank'"),
         (lambda: make_kit(rows_of(0), "compare", "T", 0), "no rows"),
-        (lambda: make_kit(rows_of(3).drop(columns="setting"), "compare", "T", 0), "setting"),
+        (lambda: make_kit(rows_of(3).drop(columns="setting"), "compare", "T", 0), "setting missing"),
         (lambda: make_kit(rows_of(3).assign(name_b=""), "compare", "T", 0), "needs two sides"),
+        (lambda: make_kit(rows_of(3), "score", "T", 0), "needs two sides"),
         (lambda: make_kit(rows_of(3).assign(response_b=float("nan")), "compare", "T", 0), "response_b"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(draw, word):
-    assert word in one_line(draw)
+def test_what_cannot_be_drawn_is_refused_in_one_line(make, word):
+    assert word in one_line(make)
 
 
 # forms
 
 
-@quick
-@given(st.text(), st.text())
-def test_no_text_breaks_out_of_the_data_block(speech, title):
-    hostile = f"</script><!--<script>{speech}\u2028"
-    value = {"title": title, "items": [{"client_speech": speech}, {"client_speech": hostile}]}
-    block = kits.data_block(value)
-    assert json.loads(block) == value and not set("<>&\u2028\u2029") & set(block)
-
-
 def test_the_page_is_whole_and_names_no_other_place():
-    hostile = "</script><script>alert(1)</script> __POLICY__ __CONTACT__ \\1 \\g<0>"
-    kit, _ = make_kit(rows_of(3).assign(client_speech=hostile), "compare", "Title", 0)
+    hostile = "</script><!--<script>alert(1)</script> {{ contact }} {% if %} \u2028 \\1 \\g<0>"
+    kit, _ = make_kit(rows_of(3).assign(client_speech=hostile), "compare", hostile, 0)
     page = kits.kit_html(kit, contact='"><script>alert(2)</script>')
     assert page.count("<script") == 2 == page.count("</script") and "alert(1)" in page
-    shown = json.loads(re.search(r'id="kit">(.*?)</script>', page, re.DOTALL)[1])
-    assert shown == kit, "slots inside a text are left alone"
+    block = re.search(r'id="kit">(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(block) == kit, "slots inside a text are left alone"
+    assert not set("<>&\u2028\u2029") & set(block), "no text ends the block"
     assert not re.search(r"https?:|//www|@import|url\(|\bsrc=|unsafe|\beval\(|innerHTML|document\.write", page)
-    assert 'content="&quot;&gt;&lt;script&gt;' in page
+    assert 'content="&#34;&gt;&lt;script&gt;' in page
     assert re.search(r"default-src 'none'; script-src 'sha256-[\w+/=]{44}'; style-src 'sha256-[\w+/=]{44}'", page)
 
 
