@@ -101,7 +101,9 @@ def four_answers(answers, policy: str, setting: str):
     return found if len(found) == 4 else found.iloc[:0]
 
 
-def score_case(gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how) -> dict:
+def score_case(
+    gateway, rater: str, speech_id: str, answers, speeches, case: Case, policy: str, seed: int, **how
+) -> dict:
     """Ask the rater for the two answers' scores: principle -> ratings of the policy's answer and the reference's.
 
     rater: gateway URI; policy: its name in `answers`; how: max_tokens and mode, as in `feedback.rating.rate`. What
