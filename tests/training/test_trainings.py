@@ -127,7 +127,7 @@ def on_two_processes(folder, jobs):
     command = [*launcher, sys.executable, str(folder / "worker.py"), *map(str, jobs)]
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     return [json.loads((job / "result.json").read_text()) for job in jobs]
 
 
