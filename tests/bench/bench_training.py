@@ -499,7 +499,8 @@ def shape_bench(kind: Kind, name: str, model, rounds: int, pairs: int, checkpoin
         f"{type(optimiser).__name__}"
     )
     found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, optimiser)
-    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    weights, embedded = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
+    weights -= 0 if kind == "policy" and model.config.tie_word_embeddings else embedded  # tied, they are the head too
     each = (6 if kind == "reward" else 8) * weights * found["positions"]["useful"] / pairs
     most = matmul_rate(torch.bfloat16, matmul)
     shares = {side: found[side] * each / most for side in ("ours", "theirs")}
