@@ -617,18 +617,10 @@ def test_hostile_labels_change_no_line_of_structure(known, word):
     assert set(found) == set(expected) and found["license"] == "unknown"
 
 
-def test_adapters_are_named_only_where_others_can_use_them(policy, made, offline):
-    tiny, tokenizer, _, checkpoint = made
-    for base, stands, served in (
-        (offline.weights, True, True),
-        (tiny, False, False),
-        (Weights("x", str(policy), "x", "1"), False, False),
-    ):
-        save_adapter(checkpoint, tokenizer, base, policy)
-        text = hand_over(policy, offline).read_text()
-        assert ("apart in `adapter/`" in text, "--enable-lora" in text) == (stands, served)
-        assert tiny.location not in text
-    mine = {"weights": Weights("x", str(policy), "x", "1"), "location": "outputs/demo/06_policy/x/dpo"}
+def test_adapters_of_a_base_in_a_folder_are_kept_but_not_served(policy, made, offline):
+    base = Weights("x", str(policy), "x", "1")
+    save_adapter(made[3], made[1], base, policy)
+    mine = {"weights": base, "location": "outputs/demo/06_policy/x/dpo"}
     local = hand_over(policy, dataclasses.replace(offline, **mine)).read_text()
     assert "apart in `adapter/`" in local and "--enable-lora" not in local and str(policy) not in local
 
