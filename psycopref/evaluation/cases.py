@@ -154,8 +154,8 @@ def _lines(text: str) -> str:
 
 def _typeset(text: str, newline: str = r" \newline ") -> str:
     "Escape text for LaTeX; symbols without a glyph by name, invisible marks dropped, line breaks as asked."
-    lines = ("".join(_glyph(sign) for sign in line.strip()) for line in str(text).strip().splitlines())
-    return newline.join(latex_text(line) for line in lines)
+    lines = ("".join(map(_glyph, line)).strip() for line in str(text).splitlines())
+    return newline.join(latex_text(line) for line in "\n".join(lines).strip().splitlines())
 
 
 def _glyph(sign: str) -> str:
