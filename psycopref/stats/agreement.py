@@ -12,27 +12,20 @@ import numpy as np
 from .intervals import cluster_totals, stretched, weighted_totals, win_interval
 
 # %% auto #0
-__all__ = ['LEVELS', 'MOST_VALUES', 'ratings_matrix', 'krippendorff_alpha', 'alpha_interval', 'pairwise_agreement',
-           'rank_correlation']
+__all__ = ['LEVELS', 'MOST_VALUES', 'FEWEST_UNCOMMON', 'ratings_matrix', 'krippendorff_alpha', 'alpha_interval',
+           'pairwise_agreement', 'rank_correlation']
 
 # %% ../../nbs/stats/03_agreement.ipynb #1ea45fda
-def _checked_long(where: str, long) -> None:
+def _checked_long(where: str, long, cluster: str | None = None) -> None:
     "Refuse ratings in long form with a missing column, without a row, or with a double rating."
-    absent = [column for column in ("item", "rater", "label") if column not in long.columns]
+    absent = [column for column in ("item", "rater", "label", cluster) if column and column not in long.columns]
     if absent or long.empty:
-        raise ValueError(
-            f"agreement.{where}: {len(long)} rows without {absent} found, expected rows of item, rater and label; "
-            "rename "
-            "the columns or check the filter"
-        )
-    twice = long.duplicated(["item", "rater"])
-    if twice.any():
+        found = f"{len(long)} rows without {absent}"
+        raise ValueError(f"agreement.{where}: {found} found, expected rows of item, rater and label; join them first")
+    if (twice := long.duplicated(["item", "rater"])).any():
         item, rater = (long.loc[twice, column].tolist()[0] for column in ("item", "rater"))
-        raise ValueError(
-            f"agreement.{where}: rater {rater!r} has labelled item {item!r} twice, expected once; drop or decide "
-            "between "
-            "them first"
-        )
+        found = f"rater {rater!r} has labelled item {item!r} twice"
+        raise ValueError(f"agreement.{where}: {found}, expected once; drop or decide between them first")
 
 
 def ratings_matrix(long):
@@ -44,37 +37,33 @@ def ratings_matrix(long):
     return long.pivot(index="rater", columns="item", values="label")
 
 # %% ../../nbs/stats/03_agreement.ipynb #f0271caf
-def _value_counts(where: str, ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Count the labels of each item."
+LEVELS = ("nominal", "ordinal", "interval")
+
+
+def _value_counts(where: str, ratings: np.ndarray, level: str = "nominal") -> tuple[np.ndarray, np.ndarray]:
+    "Count the labels of each item, (items, v), where labels meet."
     import pandas as pd
 
+    def refuse(found, expected):
+        raise ValueError(f"agreement.{where}: {found} found, expected {expected}")
+
     table = np.asarray(ratings, dtype=object)
+    if level not in LEVELS:
+        refuse(f"level {level!r}", f"one of {', '.join(LEVELS)}; correct the name")
     if table.ndim != 2:
-        raise ValueError(
-            f"agreement.{where}: ratings of shape {table.shape} found, expected (raters, items); pass one row for each "
-            "rater"
-        )
+        refuse(f"ratings of shape {table.shape}", "(raters, items); pass one row for each rater")
     given = ~pd.isna(table)
-    pairable = given.sum(axis=0) >= 2
-    if not pairable.any():
-        raise ValueError(
-            f"agreement.{where}: no item with labels of two raters among {table.shape[1]}, expected at least one; let "
-            "raters share items"
-        )
-    given = given & pairable
+    given &= given.sum(axis=0) >= 2
     values = sorted(set(table[given].tolist()), key=lambda value: (isinstance(value, str), value))
-    if len({isinstance(value, str) for value in values}) > 1:
-        raise ValueError(
-            f"agreement.{where}: text and numbers found as labels, expected one kind, since '1' never equals 1; "
-            "convert "
-            "one rater's labels"
-        )
+    kinds = {isinstance(value, str) for value in values}
+    if not values:
+        refuse(f"no item with labels of two raters among {table.shape[1]}", "at least one; let raters share items")
+    if len(kinds) > 1:
+        refuse("text and numbers as labels", "one kind, since '1' never equals 1; convert one rater's labels")
     if len(values) < 2:
-        raise ValueError(
-            f"agreement.{where}: all labels are {values[0]!r}, expected at least two different ones, since chance "
-            "would "
-            "agree always; report percent agreement"
-        )
+        refuse(f"all labels are {values[0]!r}", "two different ones: chance agrees always; report percent agreement")
+    if level != "nominal" and kinds == {True}:
+        refuse(f"text {values[0]!r} as label of level {level}", "numbers; convert the labels or take 'nominal'")
     return np.array(values), np.stack([((table == value) & given).sum(axis=0) for value in values], axis=1)
 
 
@@ -85,9 +74,6 @@ def _coincidences(counts: np.ndarray) -> np.ndarray:
     return pairs / several[:, None, None] * (counts.sum(axis=1) > 1)[:, None, None]
 
 # %% ../../nbs/stats/03_agreement.ipynb #827427bc
-LEVELS = ("nominal", "ordinal", "interval")
-
-
 def _squared_distances(values: np.ndarray, level: str, totals: np.ndarray) -> np.ndarray:
     "Say how far apart two labels are. Returns (..., v, v)."
     if level == "nominal":
@@ -110,28 +96,14 @@ def krippendorff_alpha(ratings: np.ndarray, level: str = "nominal") -> float:
     """Return Krippendorff's α, the agreement of any number of raters beyond chance.
 
     ratings: labels, (raters, items), NaN or None where missing; text for "nominal" only; level: what a label means:
-    one of LEVELS. Returns α: at most 1, 0 is chance."""
-    values, counts = _leveled("krippendorff_alpha", ratings, level)
+    one of LEVELS. Returns α: at most 1, 0 is chance. ValueError if no item has two labels or all are alike."""
+    values, counts = _value_counts("krippendorff_alpha", ratings, level)
     together = _coincidences(counts).sum(axis=0)
     return float(_alpha(values, together, level, together.sum()))
 
-
-def _leveled(where: str, ratings: np.ndarray, level: str) -> tuple:
-    "Count labels that fit their level of measurement."
-    if level not in LEVELS:
-        raise ValueError(
-            f"agreement.{where}: level {level!r} found, expected one of {', '.join(LEVELS)}; correct the name"
-        )
-    found = _value_counts(where, ratings)
-    if level != "nominal" and isinstance(found[0].tolist()[0], str):
-        raise ValueError(
-            f"agreement.{where}: text {found[0].tolist()[0]!r} found as label of level {level}, expected numbers; "
-            "convert the labels or take 'nominal'"
-        )
-    return found
-
 # %% ../../nbs/stats/03_agreement.ipynb #58502de1
 MOST_VALUES = 100  # different labels, for an interval
+FEWEST_UNCOMMON = 12  # speeches × share of labels other than the commonest, for an interval
 
 
 def _invented_cells(totals: np.ndarray, weight: float) -> np.ndarray:
@@ -148,44 +120,44 @@ def alpha_interval(
     samples: int = 1000,
     coverage: float = 0.95,
     seed: int = 0,
+    fewest: int = FEWEST_UNCOMMON,
 ) -> tuple[float, float]:
     """Return an interval for Krippendorff's α, by item or by speech.
 
     ratings: labels, (raters, items), NaN or None where missing; level: what a label means: one of LEVELS; clusters:
-    id of each item's speech, (items,); None: each item for itself. Returns (low, high)."""
-    values, counts = _leveled("alpha_interval", ratings, level)
+    id of each item's speech, (items,); None: each item for itself; fewest: speeches × share of labels other than the
+    commonest. Returns (low, high); NaN below `fewest`."""
+    values, counts = _value_counts("alpha_interval", ratings, level)
     if len(values) > MOST_VALUES:
-        raise ValueError(
-            f"agreement.alpha_interval: {len(values)} different labels found, expected at most {MOST_VALUES}; round "
-            "the "
-            "labels, or report α alone"
-        )
+        found = f"{len(values)} different labels"
+        raise ValueError(f"agreement.alpha_interval: {found} found, expected at most {MOST_VALUES}; round the labels")
     cells = _coincidences(counts).reshape(len(counts), -1)
     totals = cluster_totals(cells, clusters)
     totals, labels = totals[totals.sum(axis=1) > 0], totals.sum()
     occurs = cells.sum(axis=0).reshape(len(values), -1).sum(axis=1)
+    if len(totals) * (1 - occurs.max() / labels) < fewest:
+        return np.nan, np.nan
     drawn = weighted_totals(totals, _invented_cells(occurs, labels / len(totals)), samples, seed)
     drawn = (drawn * (labels / drawn.sum(axis=1, keepdims=True))).reshape(samples, len(values), -1)
     return stretched(_alpha(values, drawn, level, labels), krippendorff_alpha(ratings, level), coverage)
 
 # %% ../../nbs/stats/03_agreement.ipynb #6a95cc28
-def _kappa_interval(
-    a: np.ndarray, b: np.ndarray, clusters: np.ndarray | None, samples: int, coverage: float, seed: int
-) -> tuple[float, float, float]:
-    "Return Cohen's κ with an interval. Returns (κ, low, high); NaN if only one label was used."
+def _kappa_interval(a: np.ndarray, b: np.ndarray, clusters, samples: int, coverage: float, seed: int) -> tuple:
+    "Return Cohen's κ with an interval: (κ, low, high); NaN if only one label was used, or few of the others."
     from sklearn.metrics import cohen_kappa_score
 
     labels, code = np.unique(np.concatenate([a, b]), return_inverse=True)
     v = len(labels)
     if v < 2:
         return np.nan, np.nan, np.nan
-    cells = np.eye(v * v)[code[: len(a)] * v + code[len(a) :]]
-    totals = cluster_totals(cells, clusters)
-    invented = _invented_cells(np.bincount(code, minlength=v), len(a) / len(totals))
+    kappa, cells = float(cohen_kappa_score(a, b)), np.eye(v * v)[code[: len(a)] * v + code[len(a) :]]
+    totals, used = cluster_totals(cells, clusters), np.bincount(code, minlength=v)
+    if len(totals) * (1 - used.max() / used.sum()) < FEWEST_UNCOMMON:
+        return kappa, np.nan, np.nan
+    invented = _invented_cells(used, len(a) / len(totals))
     table = weighted_totals(totals, invented, samples, seed).reshape(samples, v, v)
     table = table / table.sum(axis=(1, 2), keepdims=True)
     expected = (table.sum(axis=2) * table.sum(axis=1)).sum(axis=1)
-    kappa = float(cohen_kappa_score(a, b))
     return kappa, *stretched((np.trace(table, axis1=1, axis2=2) - expected) / (1 - expected), kappa, coverage)
 
 # %% ../../nbs/stats/03_agreement.ipynb #521cd006
@@ -206,43 +178,30 @@ def pairwise_agreement(long, samples: int = 1000, seed: int = 0, cluster: str | 
 
     long: frame item, rater, label, and `cluster` if named; rows without a label are left out; cluster: column of
     the speeches, where several items share one; coverage: of the intervals, in (0, 1). Returns frame first, second,
-    n (items that both labelled), agreement, low, high (percent), kappa, kappa_low, kappa_high."""
+    n (items that both labelled), agreement, low, high (percent), kappa, kappa_low, kappa_high (NaN below
+    FEWEST_UNCOMMON)."""
     import pandas as pd
 
-    _checked_long("pairwise_agreement", long)
-    if cluster is not None and cluster not in long.columns:
-        raise ValueError(
-            f"agreement.pairwise_agreement: column {cluster!r} not found, expected the ids of speeches; join them first"
-        )
+    _checked_long("pairwise_agreement", long, cluster)
     parts = {name: part for name, part in long.dropna(subset=["label"]).groupby("rater", sort=False)}
     if len(parts) < 2:
-        raise ValueError(
-            f"agreement.pairwise_agreement: raters {list(parts)} found, expected at least two; check the filter"
-        )
-    return pd.DataFrame(
-        [
-            dict(first=a, second=b, **_pair_row(parts[a], parts[b], cluster, (samples, coverage, seed)))
-            for a, b in itertools.combinations(parts, 2)
-        ]
-    )
+        raise ValueError(f"agreement.pairwise_agreement: raters {list(parts)} found, expected two; check the filter")
+    pairs, settings = itertools.combinations(parts, 2), (samples, coverage, seed)
+    rows = [dict(first=a, second=b, **_pair_row(parts[a], parts[b], cluster, settings)) for a, b in pairs]
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/stats/03_agreement.ipynb #72e12f5c
 def rank_correlation(a: list, b: list) -> dict:
     """Return how alike two raters rank.
 
-    a: scores of one rater, (n,); b: scores of another for the same items, (n,). Returns spearman, kendall (τ-b),
-    each in [−1, 1], and n."""
+    a, b: scores of two raters for the same items, (n,). Returns spearman, kendall (τ-b), each in [−1, 1], and n.
+    ValueError where a score is missing or a rater gave only one."""
     from scipy.stats import kendalltau, spearmanr
 
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    a, b, where = np.asarray(a, float), np.asarray(b, float), "agreement.rank_correlation"
     if a.ndim != 1 or a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(
-            f"agreement.rank_correlation: scores of shapes {a.shape} and {b.shape} or with gaps found, expected finite "
-            "numbers for the same items; align and drop first"
-        )
+        found = f"scores of shapes {a.shape} and {b.shape} or with gaps"
+        raise ValueError(f"{where}: {found} found, expected finite numbers for the same items; align and drop first")
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError(
-            f"agreement.rank_correlation: {len(a)} items found, or one rater gave all the same score, expected two "
-            "different scores of each; there is nothing to rank"
-        )
+        raise ValueError(f"{where}: one score found throughout, expected two different ones; there is nothing to rank")
     return dict(spearman=float(spearmanr(a, b).statistic), kendall=float(kendalltau(a, b).statistic), n=len(a))
