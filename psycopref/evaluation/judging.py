@@ -432,7 +432,7 @@ def agreements(judged, names: dict[str, str], samples: int = 1000):
 def panel_alpha(judged, samples: int = 1000) -> dict:
     """Compute Krippendorff's α of all judges without the baseline.
 
-    Returns alpha, low, high (None where undefined), n battles that at least two judged."""
+    Returns alpha, low, high (None where undefined, NaN where labels are too few), n battles that at least two judged."""
     wide = judged[judged.judge != BASELINE].pivot(index=KEYS, columns="judge", values="verdict")
     wide = wide[wide.notna().sum(axis=1) >= 2]
     if wide.stack().nunique() < 2:
@@ -486,7 +486,7 @@ def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
     for row in pairs[(pairs["first"] == main) & (pairs.n > 0)].itertuples():
         kappa = f", κ = {_kappa_text(row)}" if row.kappa == row.kappa else ""
         others.append(f"{names[row.second]} {with_interval(row.agreement, row.low, row.high)}{kappa}")
-    known, sure = pairs[pairs.kappa.notna()], pairs[(pairs.kappa_low > 0) | (pairs.kappa_high < 0)]
+    known, sure = pairs[pairs.kappa_low.notna()], pairs[(pairs.kappa_low > 0) | (pairs.kappa_high < 0)]
     text = _alpha_text(alpha)
     return [
         f"With {names[main]} agree, in percent of verdicts: {'; '.join(others)}."

@@ -185,7 +185,8 @@ def _interval(low: float, high: float, digits: int = 1) -> str | None:
 
 def with_interval(value: float, low: float, high: float, digits: int = 1) -> str | None:
     "Word a number with its interval, such as 62.5 (50.1 to 75.0); None where there is none."
-    return None if math.isnan(value) else f"{value:.{digits}f} ({_interval(low, high, digits)})"
+    ends = _interval(low, high, digits) or "no interval: too few"
+    return None if math.isnan(value) else f"{value:.{digits}f} ({ends})"
 
 # %% ../../nbs/evaluation/00_win_rates.ipynb #e8502d56
 def _section(title: str, rows: list[dict], prefix: str = "") -> list[dict]:

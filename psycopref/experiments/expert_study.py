@@ -146,8 +146,8 @@ def judge_verdicts(key, verdicts):
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #f630e58b
 def _ends(low: float, high: float, digits: int) -> str:
-    "Format an interval."
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+    "Format an interval, or say why there is none."
+    return f"{low:.{digits}f} to {high:.{digits}f}" if low == low else "too few rarer labels"
 
 
 def column_agreement(pairs, speech: dict, samples: int, seed: int, level: str = "nominal", everybody=None) -> dict:

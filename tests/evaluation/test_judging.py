@@ -247,11 +247,11 @@ def test_agreement_counts_what_both_judged(data):
     assert np.isnan(row.kappa) == bool(single) and all(f"{name} always says" in row.remark for name in single)
     if not single:
         assert row.kappa == pytest.approx(cohen_kappa_score(*zip(*both)))
-        assert row.kappa_low <= row.kappa <= row.kappa_high
+        assert np.isnan(row.kappa_low) or row.kappa_low <= row.kappa <= row.kappa_high
 
 
 def test_a_speech_is_one_observation_however_often_it_was_judged():
-    a = some_verdicts(["win", "loss"] * 32)
+    a = some_verdicts(["win", "loss"] * 64)
     alike = a.speech_id.str[1:].astype(int) % 2 == 0
     b = a.assign(judge="b", verdict=np.where(alike, a.verdict, opposite(a.verdict)))
 
@@ -335,7 +335,7 @@ def test_tables_and_sentences_hold_for_any_verdicts_in_any_order(words, random):
     mixed = tables(judged.sample(frac=1, random_state=random.randrange(1000)))
     for one, other in zip(tables(judged), mixed):
         if isinstance(one, dict):
-            assert one == pytest.approx(other)
+            assert one == pytest.approx(other, nan_ok=True)
         else:
             pd.testing.assert_frame_equal(one, other, check_like=True)
     for own in (judged, judged[judged.judge == "a"], judged.head(0)):
