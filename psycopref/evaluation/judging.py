@@ -432,7 +432,7 @@ def agreements(judged, names: dict[str, str], samples: int = 1000):
 def panel_alpha(judged, samples: int = 1000) -> dict:
     """Compute Krippendorff's α of all judges without the baseline.
 
-    Returns alpha, low, high (None where undefined, NaN where labels are too few), n battles that at least two judged."""
+    Returns alpha, low, high (None where undefined; NaN for few labels), n battles that at least two judged."""
     wide = judged[judged.judge != BASELINE].pivot(index=KEYS, columns="judge", values="verdict")
     wide = wide[wide.notna().sum(axis=1) >= 2]
     if wide.stack().nunique() < 2:
