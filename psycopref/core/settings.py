@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Literal
 
 import yaml
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 # %% ../../nbs/core/00_settings.ipynb #42aec35d
@@ -102,7 +102,7 @@ class RewardSettings:
     learning_rate: float = 9e-6  # §4.1
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
-    checkpoints: PositiveInt = 4  # evaluations on the development pairs; the checkpoint of the least loss is kept
+    checkpoints: NonNegativeInt = 4  # evaluations on the development pairs; the checkpoint of the least loss is kept
     center_coefficient: float = 0.0  # weight of (r_chosen + r_rejected)²; 0, as in the paper, leaves the zero open
     margin: bool = False  # subtract the ratings' mean gap in the loss; the paper does not
     lora: LoraSettings = LoraSettings()
@@ -126,7 +126,7 @@ class DpoSettings:
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way; above 0: robust DPO (Chowdhury et al., 2024)
     epochs: float = 3.0  # offline epochs; the paper gives 1,600 steps of 64 pairs, about three epochs of 34,329
-    checkpoints: PositiveInt = 8  # evenly spaced checkpoints of the offline run, for the curves and the selection
+    checkpoints: NonNegativeInt = 8  # evenly spaced checkpoints of the offline run, for the curves and the selection
     # by what the offline checkpoint is chosen, on development speeches
     select: Literal["loss", "reward", "win-rate"] = "reward"
     lora: LoraSettings = LoraSettings()
@@ -159,7 +159,7 @@ class IterSettings:
     schedule: Literal["each", "across"] = "each"  # warm-up and decay in each iteration, or once across all
     optimiser: Literal["reset", "keep"] = "reset"  # Adam's moments in the next iteration; keep needs full fine-tuning
     epochs: float = 1.0  # passes over an iteration's pairs; 16 × 6,400 / 64 = the paper's 1,600 steps
-    checkpoints: int = 1  # places inside an iteration's training where an interrupted one can go on
+    checkpoints: NonNegativeInt = 1  # places inside an iteration's training where an interrupted one can go on
     keep_last: PositiveInt | None = None  # iterations whose weights stay on disk, beside the best; None keeps all
     select: Literal["reward", "win-rate"] = "reward"  # by what the iteration is chosen, on development speeches
 
@@ -284,6 +284,9 @@ class Profile:
     @model_validator(mode="after")
     def check_policies(self):
         "Refuse settings of policies that contradict one another."
+        for name in ("reward", "dpo"):  # 0 is for a training alone: a stage draws its curve
+            if not getattr(self, name).checkpoints:
+                raise StudyError(f"{name}.checkpoints: found 0, expected at least 1")
         for name in ("dpo", "dpo_iter"):
             if getattr(self, name).select == "win-rate" and not self.watch.judged:
                 found = f"{name}.select: found 'win-rate' with watch.judged false, expected a judge"

@@ -292,11 +292,6 @@ def iterate(online: Online, look: typing.Callable[..., dict]) -> dict:
 
     look: called with: finds the policy, its name, pairs trained on, and facts by name -> a point. Returns
     iterations' receipts, points (first the backbone's), the best iteration, which policies are kept."""
-    if online.settings.keep_last is not None and online.settings.keep_last < 1:
-        raise StudyError(
-            f"dpo_iter.keep_last: found {online.settings.keep_last}, expected at least 1, because the next iteration "
-            "starts from the last; None keeps all"
-        )
     check_strategy(online.settings, online.dpo)
     points, done, seen = [look(lambda: online.base, "base", 0)], [], 0
     for number in range(1, online.settings.iterations + 1):
