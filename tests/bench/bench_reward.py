@@ -15,8 +15,8 @@ from bench_training import LENGTHS, bench_figure, gpu_bench, lora_bench, made_gr
 from psycopref.core.files import read_json
 from psycopref.core.settings import LoraSettings, RewardSettings
 from psycopref.models.weights import find_weights, load_tokenizer
-from psycopref.training.jobs import launch_command
-from psycopref.training.reward_model import write_reward_job
+from psycopref.training.jobs import launch_command, store_job
+from psycopref.training.reward_model import RewardJob
 from psycopref.training.scoring import load_reward_model, score_groups
 from psycopref.training.texts import prompt_messages, render
 
@@ -116,7 +116,7 @@ def processes_bench(pairs: int = 64, counts: tuple[int, ...] = (1, 2)) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             job = Path(folder) / f"job-{count}"
-            write_reward_job(job, tiny, frame, None, settings, Path(folder) / f"model-{count}", "float32", 0)
+            store_job(job, RewardJob(tiny, settings, Path(folder) / f"model-{count}", "float32"), {"train": frame})
             done = subprocess.run(launch_command(job, count), capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise RuntimeError(f"{count} processes ended with {done.returncode}: {done.stderr[-500:]}")

@@ -1,7 +1,10 @@
 """The benches at their smallest size: what is measured in turn, scored, sampled, asked, killed and drawn."""
 
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +12,12 @@ import pytest
 import bench
 from bench import given, mixed_speeches, side_by_side
 from bench_gateway import CLIENTS, call_of, job_of, memory, throughput
-from bench_generation import make_work, ours, transformers_generate
+from bench_generation import llama_samples, llama_server, make_work, ours, transformers_generate
 from bench_reward import curve_gap, made_texts, our_scores, plain_scores, reward_gap, scoring_bench, twin
 from psycopref.models.generation import Decoding
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training.scoring import load_reward_model
+from refusals import one_line
 
 
 def test_sides_are_measured_in_turn_and_kept(tmp_path, monkeypatch):
@@ -46,10 +50,29 @@ def test_clients_ask_the_same_calls():
     assert len(memory(40, 8)["trace"]) == 1
 
 
-def test_both_ways_of_sampling_make_the_tokens():
+class Five(BaseHTTPRequestHandler):
+    "Answers as llama.cpp's server does; the first request ends with an end token."
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        reply = {"tokens_predicted": asked["n_predict"], "stop_type": "limit" if asked["seed"] else "eos"}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_all_ways_of_sampling_make_the_tokens():
     work = make_work("random-tiny", 3, Decoding(5, 0.8, 0, 0.95), n=2)
     assert len(work.prompts) == 3 and all(work.ids()) and 0 < ours(work) <= 30
     assert all(0 < transformers_generate(work, rows) <= 30 for rows in (2, 64))
+    stub = ThreadingHTTPServer(("127.0.0.1", 0), Five)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    assert llama_samples(work, f"http://127.0.0.1:{stub.server_port}") == 3 * 2 * 5 - 1
+    stub.shutdown()
+    assert "exit status 1" in one_line(lambda: llama_server("false", Path("none.gguf"), 1, 8).__enter__())
 
 
 # Scoring and processes
