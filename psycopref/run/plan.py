@@ -32,7 +32,6 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import read_judges
 from ..evaluation.reward_bench import BENCH
-from ..experiments.reward_table import BASELINES
 from ..feedback.pool import find_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS
@@ -362,6 +361,8 @@ def ratings(self: Plan) -> typing.Iterator[Work]:
 @patch
 def rewards(self: Plan) -> typing.Iterator[Work]:
     "Plan the reward models and what they are compared with (§4.1)."
+    from psycopref.experiments.reward_table import BASELINES
+
     stage, chosen, scored = "05_reward", self.profile.reward, self.dev_pairs + self.test_pairs
     steps, looks = training_steps(self.train_pairs, chosen.batch_size, chosen.epochs, chosen.checkpoints)
     yield Work(stage, f"{len(BASELINES)} baselines, minutes of a CPU", "", len(BASELINES) * 2 * scored)

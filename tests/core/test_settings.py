@@ -138,6 +138,13 @@ def test_settings_of_policies_that_contradict_one_another_are_refused(overrides,
         assert load_profile("paper", given).watch.judged
 
 
+def test_overrides_meet_in_any_order_and_profiles_are_frozen_to_the_last_leaf():
+    overrides = {"reward.lora.last_layers": None, "reward.lora.rank": 3, "speeches.limit": 9, "dpo.beta": 1}
+    one, other = load_profile("paper", overrides), load_profile("paper", dict([*overrides.items()][::-1]))
+    assert one == other and one.dpo.beta == 1.0 and one.reward.lora.last_layers is None
+    assert len({*PROFILES.values(), one}) == 4, "only what is frozen has a hash"
+
+
 def test_a_profile_file_names_each_setting_once_and_only_what_differs():
     for name in PROFILES:
         text = resource_path(f"profiles/{name}.yaml").read_text(encoding="utf-8")
@@ -196,7 +203,9 @@ def test_seeds_differ_where_names_differ_and_parts_never_run_together():
     parts = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("b", "a"), ("1",), (1,), ("",), ("a", ""), ("", "a")]
     parts += [('a", "b',)]  # looks like two
     assert derived_seed(7, "members", "psycho8k-1", 3) == 3053057125, "the same in every process, on every machine"
-    assert len({derived_seed(seed, *p) for seed in range(20) for p in parts}) == 20 * len(parts)
+    found = [derived_seed(seed, *p) for seed in range(20) for p in parts]
+    assert len({*found}) == 20 * len(parts) and all(0 <= seed < 2**32 for seed in found)
+    assert [derived_seed(seed, *p) for seed in range(19, -1, -1) for p in parts[::-1]] == found[::-1], "in any order"
 
 
 def test_a_run_name_can_not_leave_its_folder():

@@ -126,6 +126,14 @@ def test_every_row_is_kept_or_counted_and_the_order_of_rows_changes_no_text(tmp_
     assert drop_table(other["frame"], other["repeats"]).equals(drop_table(found["frame"], found["repeats"]))
 
 
+def test_the_limits_of_length_are_settings_and_part_of_the_range(tmp_path):
+    rows = [
+        (f"q{n}", long_text(0) + f" {n}" + "!" * (n - len(long_text(0)) - 4), "Stress") for n in (299, 300, 400, 401)
+    ]
+    found = gathered(chat_csv(tmp_path / "a.csv", rows), min_characters=300, max_characters=400, near_duplicate=1.0)[0]
+    assert found["frame"].reason.tolist() == ["too short", KEPT, KEPT, "too long"]
+
+
 def test_ids_name_the_row_of_the_source_and_a_repeated_question_is_counted(tmp_path):
     second = ("q1", long_text(1), "Stress")
     rows = [("q0", "short", "Stress"), second, second, ("q2", long_text(2), "Anxiety, Stress"), second]

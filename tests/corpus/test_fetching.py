@@ -1,8 +1,6 @@
 """A fetched file is whole, known and unchanged; whatever a server does, there is one line or the right bytes."""
 
 import hashlib
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,13 +23,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def left(cache):
     return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
-
-
-def test_importing_stays_light():
-    heavy = ("pandas", "pyarrow", "requests", "pooch", "huggingface_hub", "torch", "filelock")
-    code = f"import sys, psycopref.corpus.fetching; print([m for m in {heavy} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
 
 
 # ---- files of the web ----

@@ -1,8 +1,6 @@
 """Baselines get the best chance they can have, on the reward model's likelihood, and nothing of the test pairs."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -288,11 +286,3 @@ def test_scores_that_do_not_fit_the_pairs_are_one_line(scores, said):
     for both in ((scores, [0.0, 0.0]), ([0.0, 0.0], scores)):
         message = one_line(lambda: score_frame(TEST, "mine", *both))
         assert said in message and "mine" in message
-
-
-@pytest.mark.parametrize("module", ["evaluation.baselines", "evaluation.reward_bench", "feedback.choosing"])
-def test_the_modules_stay_light(module):
-    heavy = ("torch", "pandas", "sklearn", "scipy", "transformers", "pyarrow", "httpx")
-    code = f"import sys, psycopref.{module}; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

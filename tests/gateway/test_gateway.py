@@ -142,6 +142,20 @@ def test_a_cap_is_used_up_and_what_was_paid_is_never_asked_again(server, tmp_pat
     assert len(server.log) == len(set(server.log)) == 50
 
 
+def test_a_disk_that_is_too_full_for_all_replies_keeps_what_fits(gateway):
+    class Long(FreeModel):
+        uri = identity = label = "long"
+
+        async def answer(self, requests):
+            return [ChatReply("x" * 3000) for _ in requests]
+
+    gateway.cache.db.execute("PRAGMA max_page_count = 20")
+    asked = [ask(str(n)) for n in range(60)]
+    message = one_line(lambda: gateway.ask(Long(), asked))
+    assert "replies.sqlite" in message and "full" in message
+    assert 5 < len(again(gateway).cache.get([request.key("long") for request in asked])) < 60
+
+
 def test_the_stages_of_a_run_share_one_budget(server):
     server.behave = lambda text, attempt: good(usage=(1, 2))
     open_gateway(Run("example"), 10.0).ask(priced(server), [two_tokens(letter) for letter in "ABC"])

@@ -1,8 +1,5 @@
 """A text has one vector, that of sentence-transformers, in any company, and equal texts are computed once."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -177,11 +174,3 @@ def test_truncated_weights_are_one_line(tmp_path):
 def test_more_tokens_than_the_model_has_positions_are_one_line(tmp_path):
     small = find_weights(make_encoder(tmp_path / "small", positions=32))
     assert "32" in one_line(lambda: embed(["i " * 100], small, max_tokens=64, dtype="float32"))
-
-
-def test_importing_stays_light():
-    heavy = "torch transformers pandas numpy sklearn scipy ftfy py3langid vllm openai".split()
-    code = "import sys, psycopref.training.sampling, psycopref.corpus.cleaning, psycopref.corpus.topics\n"
-    code += f"print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.stdout.strip() == "[]"

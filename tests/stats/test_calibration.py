@@ -1,8 +1,6 @@
 """Calibration: equality with torchmetrics and scikit-learn, temperature against brute force, slices that sum, faults refused."""
 
 import itertools
-import subprocess
-import sys
 from fractions import Fraction
 
 import matplotlib
@@ -526,9 +524,3 @@ def test_faults_are_refused_in_one_line(name):
         and ";" in message
         and "\n" not in message
     )
-
-
-def test_import_stays_light():
-    code = "import sys, psycopref.stats.calibration; print([m for m in ('pandas', 'sklearn', 'scipy', 'torch', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -1,8 +1,6 @@
 """Properties of psycopref.stats.scores, and bins equal to scikit-learn's (test_calibration holds the numbers against torchmetrics)."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -226,9 +224,3 @@ NAN = float("nan")
 def test_what_would_give_a_wrong_number_is_refused(call, pattern):
     with pytest.raises(ValueError, match=pattern):
         call()
-
-
-def test_import_loads_neither_pandas_nor_sklearn_nor_scipy():
-    code = "import sys, psycopref.stats.scores; print([m for m in ('pandas', 'sklearn', 'scipy', 'torch') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

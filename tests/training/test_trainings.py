@@ -166,6 +166,13 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(name, tiny, tmp_path,
     assert "4" in said and "3 device" in said
 
 
+@EACH
+def test_processes_that_nobody_reckoned_with_are_refused(name, tiny, tmp_path, monkeypatch):
+    write(tiny, tmp_path / "job", SETTINGS[name], tmp_path / "model")
+    monkeypatch.setattr("psycopref.training.texts.devices", lambda: 2)  # but nobody else has come
+    assert "expected steps of 4 pairs over all" in one_line(lambda: build(SETTINGS[name], tmp_path / "job"))
+
+
 def test_a_launch_that_fails_says_why_in_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PSYCOPREF_PROCESSES", "2")
     assert "batch_size 5" in one_line(lambda: train(tiny, tmp_path, "model", replace(REWARD, batch_size=5)))
