@@ -22,7 +22,8 @@ def shared_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_project(tmp_path, shared_cache, monkeypatch):
-    """Write outputs below `tmp_path`, keep weights in the shared cache, and leave the user's settings and key outside."""
+    """Write outputs below `tmp_path`, keep weights in the shared cache, and leave the user's settings and key
+    outside."""
     monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path))
     monkeypatch.setenv("PSYCOPREF_CACHE", shared_cache)
     for name in (

@@ -14,7 +14,8 @@ def one_line(action) -> str:
 
 
 def value_error(call, pattern: str, module: str | tuple[str, ...]) -> None:
-    """Check the ValueError of a pure function: one line that begins with the module and says what was expected and what to do."""
+    """Check the ValueError of a pure function: one line that begins with the module and says what was expected and
+    what to do."""
     with pytest.raises(ValueError, match=pattern) as refused:
         call()
     message = str(refused.value)

@@ -26,7 +26,8 @@ _TAGS = (
 _FLAGS = "async|checked|controls|defer|disabled|hidden|multiple|nowrap|readonly|required|selected"
 _ATTRIBUTES = rf"""(?:\s+(?:[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+)|(?:{_FLAGS})(?=[\s/>])))*"""
 _MARKUP = re.compile(
-    rf"<!--.*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>.*?</\1\s*>|</?(?:script|style|{_TAGS.replace(' ', '|')}){_ATTRIBUTES}\s*/?>",
+    r"<!--.*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>.*?</\1\s*>"
+    rf"|</?(?:script|style|{_TAGS.replace(' ', '|')}){_ATTRIBUTES}\s*/?>",
     re.I | re.S,
 )
 

@@ -196,9 +196,9 @@ EXACT_ROWS = 100_000  # speeches up to which all pairs are found
 
 
 def near_pairs(texts: typing.Sequence[str], threshold: float = 0.7, seed: int = 0, exact_rows: int = EXACT_ROWS):
-    """Find near-duplicates: all up to `exact_rows` speeches, beyond that all but 0.1% at the threshold, and never a wrong pair.
+    """Find near-duplicates: all up to `exact_rows` speeches, beyond that all but 0.1%, and never a wrong pair.
 
-    threshold: Jaccard index, from 0.3; seed: of the sketches. Returns a frame of i < j (rows) and jaccard, sorted; attrs:
+    threshold: Jaccard index, from 0.3; seed: of the sketches. Returns frame i < j (rows), jaccard, sorted; attrs:
     compared (pairs compared exactly)."""
     _check_threshold(threshold)
     texts = list(texts)
@@ -213,7 +213,7 @@ def near_pairs(texts: typing.Sequence[str], threshold: float = 0.7, seed: int = 
 def clusters(n: int, pairs):
     """Group rows that pairs connect.
 
-    n: number of rows; pairs: frame of i and j, of near_pairs. Returns int64 cluster of each row, numbered by first row."""
+    n: number of rows; pairs: frame of i and j, of near_pairs. Returns int64 cluster of each row, by first row."""
     import numpy as np
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -263,7 +263,7 @@ def cluster_report(frame, labels: typing.Sequence[int], kept: typing.Sequence[bo
 
 
 def leaked(unseen, pairs) -> int:
-    "Count the unseen rows that have a near-duplicate among the others. unseen: boolean mask, one for each row of the pairs."
+    "Count the unseen rows that have a near-duplicate among the others. unseen: mask of the rows of the pairs."
     import numpy as np
 
     i, j = pairs.i.to_numpy(), pairs.j.to_numpy()

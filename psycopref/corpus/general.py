@@ -30,8 +30,9 @@ from psycopref.corpus.sources import (
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'GENERAL_COLUMNS', 'REVISION', 'GENERAL_SETS', 'SET_TITLES', 'STRENGTH', 'HELPFULNESS', 'SEVENTY_B',
            'RULES', 'PAIR_COLUMNS', 'FATES', 'VALIDATION_DEV', 'DRAWN_COLUMNS', 'parse_place', 'open_general',
-           'read_ratings', 'parse_prompt', 'RatingRule', 'exact', 'weighted_sums', 'pairs_from_ratings', 'ready_pairs',
-           'General', 'collect_general', 'split_by_prompt', 'split_general', 'draw_pairs', 'mix_pairs', 'Mix', 'grid']
+           'read_rating_rows', 'parse_prompt', 'RatingRule', 'exact', 'weighted_sums', 'pairs_from_ratings',
+           'ready_pairs', 'General', 'collect_general', 'split_by_prompt', 'split_general', 'draw_pairs', 'mix_pairs',
+           'Mix', 'grid']
 
 # %% ../../nbs/corpus/07_general.ipynb #518772c1
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer2, each 0 to 4
@@ -96,7 +97,7 @@ def _rows(path: Path, columns: dict[str, list], names: typing.Sequence[str], rem
     return pd.DataFrame(cells)
 
 
-def read_ratings(opened: Opened):
+def read_rating_rows(opened: Opened):
     "Return the rated responses of a set: GENERAL_COLUMNS, and held_out in a validation file; indexed over all files."
     import pandas as pd
 
@@ -178,7 +179,7 @@ def _settle(source: str, rows, candidates, min_gap=0):
 def pairs_from_ratings(rows, rule: RatingRule = HELPFULNESS, source: str = "helpsteer2"):
     """Make preference pairs of rated responses, of a prompt the widest gap first; the order of rows changes nothing.
 
-    rows: frame of read_ratings; source: begins the ids. Returns (frame with PAIR_COLUMNS, dict of counts)."""
+    rows: frame of read_rating_rows; source: begins the ids. Returns (frame with PAIR_COLUMNS, dict of counts)."""
     import pandas as pd
 
     rows = rows.sort_index()
@@ -244,7 +245,7 @@ def collect_general(place: str = "demo", rule: RatingRule | None = HELPFULNESS) 
     name = opened.source.name
     if rule is None:
         return General(name, *ready_pairs(opened), opened.paths)
-    rows = read_ratings(opened)
+    rows = read_rating_rows(opened)
     pairs, counts = pairs_from_ratings(rows, rule, name)
     held_out = {f"{name}-{row}" for row in rows.index[rows.held_out]}  # an ID ends with its prompt's first row
     return General(name, pairs, counts, opened.paths, held_out.intersection(pairs.ID))

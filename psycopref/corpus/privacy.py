@@ -133,9 +133,12 @@ def split_words(text: str) -> list[Word]:
 # %% ../../nbs/corpus/03_privacy.ipynb #09d2024d
 RELATION = re.compile(
     r"""(?:^|\s)(?:(?P<own>my|his|her|our|their|your)\s(?:\w+\s){0,2}?)?(?:ex\s?|step\s?|half\s?|grand)?
-    (?:husband|wife|boyfriend|girlfriend|partner|fiancee?|ex|spouse|bf|gf|mom|mum|mother|dad|father|parent|brother|sister|sibling|son
-    |daughter|child|kid|baby|boy|girl|twin|cousin|aunt|auntie|uncle|niece|nephew|grandma|grandpa|friend|bestie|roommate|flatmate
-    |housemate|neighbou?r|colleague|coworker|boss|manager|teacher|coach|pastor|therapist|counsell?or|psychiatrist|psychologist|doctor
+    (?:husband|wife|boyfriend|girlfriend|partner|fiancee?|ex|spouse|bf|gf|mom|mum|mother|dad|father|parent|brother
+    |sister|sibling|son
+    |daughter|child|kid|baby|boy|girl|twin|cousin|aunt|auntie|uncle|niece|nephew|grandma|grandpa|friend|bestie
+    |roommate|flatmate
+    |housemate|neighbou?r|colleague|coworker|boss|manager|teacher|coach|pastor|therapist|counsell?or
+    |psychiatrist|psychologist|doctor
     |crush)(?:s|ren)?(?:\sin\slaw)?$""",
     re.VERBOSE,
 )
@@ -275,7 +278,8 @@ def find_names(text: str) -> list[tuple[int, int]]:
     return sorted(spans)
 
 # %% ../../nbs/corpus/03_privacy.ipynb #2c502097
-STREET_TYPE = r"""(?:Street|St|Avenue|Ave|Road|Rd|Drive|Dr|Lane|Ln|Court|Ct|Place|Pl|Boulevard|Blvd|Way|Close|Crescent|Terrace|Parkway|Pkwy
+STREET_TYPE = r"""(?:Street|St|Avenue|Ave|Road|Rd|Drive|Dr|Lane|Ln|Court|Ct|Place|Pl|Boulevard|Blvd|Way|Close|Crescent
+    |Terrace|Parkway|Pkwy
     |Highway|Hwy|Circle|Cir|Gardens|Grove|Mews|Quay|Trail|Walk|Hill|Row)"""
 POSTCODE = (
     r"(?:\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]?\s?\d[A-Z]{2}|[A-Z]\d[A-Z]\s?\d[A-Z]\d|[A-Z]{2,3}\s\d{4}|\d{6}|[A-Z]{2})"
@@ -352,7 +356,7 @@ def find_phones(text: str) -> list[tuple[int, int]]:
 
 # %% ../../nbs/corpus/03_privacy.ipynb #ac565c46
 def recognisers() -> list:
-    "Return presidio's recognisers for PATTERNS and for our rules; in a function, since importing presidio takes seconds."
+    "Return presidio's recognisers for PATTERNS and for our rules; importing presidio takes seconds."
     from presidio_analyzer import LocalRecognizer, Pattern, PatternRecognizer, RecognizerResult
     from presidio_analyzer.predefined_recognizers import EmailRecognizer
 

@@ -24,12 +24,12 @@ from ..core.stages import derived_seed, project_root
 from .kits import TASK_QUESTIONS
 
 # %% auto #0
-__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'SIMULATED', 'LOSING', 'read_text', 'PageExport',
+__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'SIMULATED', 'LOSING', 'read_sheet_text', 'PageExport',
            'page_records', 'said_in', 'label_studio_records', 'table_records', 'read_records', 'to_value',
            'item_values', 'sheet_frame', 'annotation_files', 'read_annotations', 'unshuffle', 'simulate']
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #24848f78
-def read_text(path: Path) -> str:
+def read_sheet_text(path: Path) -> str:
     "Read a text in UTF-8, in UTF-16 with its mark or, where it is neither, in the encoding of spreadsheets (cp1252)."
     raw = Path(path).read_bytes()
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -142,10 +142,10 @@ def read_records(path: Path) -> list[dict]:
 
     path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table."""
     if path.suffix.lower() in TABLE_SUFFIXES:
-        records = table_records(path, read_text(path))
+        records = table_records(path, read_sheet_text(path))
     elif path.suffix.lower() == ".json":
         try:
-            document = json.loads(read_text(path), object_pairs_hook=_object) or []
+            document = json.loads(read_sheet_text(path), object_pairs_hook=_object) or []
         except ValueError as error:
             raise StudyError(f"{path}: is no whole JSON ({error}); export the annotations again") from None
         read = label_studio_records if isinstance(document, list) else page_records

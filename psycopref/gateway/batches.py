@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core.files import clear_disk_errors
 from ..core.settings import StudyError
 from . import servers
-from .limits import LONGEST_AFTER, whole_number
+from .limits import LONGEST_AFTER, environment_count
 from .servers import OpenAIModel, read_completion, without_keys
 from ..models.chat import ChatReply, ChatRequest, Failure
 
@@ -33,7 +33,7 @@ MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # in one file, OpenAI
 
 def most_requests() -> int:
     "Return how many questions a batch may hold."
-    return min(MOST_REQUESTS, whole_number("PSYCOPREF_BATCH_REQUESTS") or MOST_REQUESTS)
+    return min(MOST_REQUESTS, environment_count("PSYCOPREF_BATCH_REQUESTS") or MOST_REQUESTS)
 
 
 def cut(sizes: list[int], most_lines: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> list[range]:

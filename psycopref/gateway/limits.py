@@ -17,7 +17,7 @@ from ..core.settings import StudyError
 from ..models.chat import ChatRequest
 
 # %% auto #0
-__all__ = ['START_CALLS', 'FAST_SECONDS', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGEST_AFTER', 'AdaptiveLimit', 'whole_number',
+__all__ = ['START_CALLS', 'FAST_SECONDS', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGEST_AFTER', 'AdaptiveLimit', 'environment_count',
            'minute_limits', 'expected_tokens', 'pause', 'Budget']
 
 # %% ../../nbs/gateway/00_limits.ipynb #11a40c56
@@ -56,7 +56,7 @@ class AdaptiveLimit:
                 self.places.total_tokens = min(self.most, self.limit * 2 if self.doubling else self.limit + 1)
 
 # %% ../../nbs/gateway/00_limits.ipynb #1664b29a
-def whole_number(name: str) -> int:
+def environment_count(name: str) -> int:
     "Read a whole number of at least 1 from the environment. Returns 0 where it is not set."
     text = os.environ.get(name, "")
     if text and not (text.isdigit() and int(text)):
@@ -68,7 +68,7 @@ def minute_limits() -> list:
     "Make the limiters that the environment asks for. Returns (limiter, True for tokens)."
     from aiolimiter import AsyncLimiter
 
-    wanted = ((whole_number("PSYCOPREF_RPM"), False), (whole_number("PSYCOPREF_TPM"), True))
+    wanted = ((environment_count("PSYCOPREF_RPM"), False), (environment_count("PSYCOPREF_TPM"), True))
     return [(AsyncLimiter(most, 60), tokens) for most, tokens in wanted if most]
 
 

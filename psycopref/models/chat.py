@@ -72,7 +72,7 @@ class ChatModel(typing.Protocol):
     look: int | None  # requests that are grouped together; None looks at a whole block
     whole: bool  # True where a group must be answered as a whole to be answered alike
     ahead: int  # blocks that may be asked while an earlier one waits for its last answer
-    queued: bool  # True where work is queued and kept for us: found again after an interruption, and slow for its own reasons
+    queued: bool  # True where work is queued and kept for us: found again after an interruption, and slow by itself
     jobs: typing.Any  # where the ids of long jobs are kept; the gateway sets it to its cache
 
     def groups(self, requests: list[ChatRequest]) -> list[list[int]]:

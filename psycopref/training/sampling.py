@@ -134,7 +134,7 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
         longest, how = max(map(len, ids), default=0), _vllm_sampling(decoding, n)
         if longest + decoding.max_tokens > length:
             raise StudyError(
-                f"engine 'vllm': the longest prompt has {longest} tokens, and with {decoding.max_tokens} for the answer "
+                f"engine 'vllm': the longest prompt has {longest} tokens, with {decoding.max_tokens} for the answer "
                 f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
             )
         each = [vllm.SamplingParams(seed=seed, **how) for seed in prompt_seeds(decoding, len(ids))]
@@ -306,7 +306,7 @@ def _found(policy: Weights, url: str) -> Server:
         return Server(url, served_name(url, listed_models(url), policy, started=False))
     except ConnectionError as error:
         raise StudyError(
-            f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({error}); start a server, and name it as in "
+            f"PSYCOPREF_SERVER_URL is {url}: found no list of models there ({error}); start one, and name it as in "
             "http://127.0.0.1:8000/v1"
         ) from None
 
@@ -344,7 +344,7 @@ async def _ask(server: Server, client, body: dict) -> list[tuple[str, str]]:
         server.check()
         raise StudyError(
             f"engine 'server': {server.url} gave no candidates ({type(error).__name__} "
-            f"{without_keys(' '.join(str(error).split()))[:300]}); look at the server and run again, whole blocks are kept"
+            f"{without_keys(' '.join(str(error).split()))[:300]}); look at it and run again, whole blocks are kept"
         ) from None
 
 
@@ -487,7 +487,7 @@ def sample_candidates(
     dtype: str = "auto",
     name: str = "sampling candidates",
 ) -> dict:
-    """Sample candidates block by block; blocks that stand there are read, and an engine is opened only for missing ones.
+    """Sample candidates block by block; what stands there is read, and an engine is opened only for the rest.
 
     speeches: speech_id -> client speech; folder: where blocks stand; settings: engine and size of a block; n:
     candidates for each speech; name: shown before the progress bar. Returns speech_id -> n samples, in the order of

@@ -1,4 +1,5 @@
-"""Pairs are exact, crowds stay bounded, sketches miss next to nothing, the kept texts do not depend on the order of rows."""
+"""Pairs are exact, crowds stay bounded, sketches miss next to nothing, the kept texts do not depend on the order of
+rows."""
 
 import itertools
 import json

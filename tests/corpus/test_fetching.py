@@ -123,7 +123,8 @@ for uri in sys.argv[1:]:
         return [name for name in names if name.endswith(".csv")]
     try:
         before, files = hub_is_here(uri), fetch_hub(uri, "give up", choose)
-        print(json.dumps({"before": before, "bytes": [len(path.read_bytes()) for path, _ in files], "files": [origin for _, origin in files], "asked": asked, "now": hub_is_here(uri)}))
+        print(json.dumps({"before": before, "bytes": [len(path.read_bytes()) for path, _ in files],
+        "files": [origin for _, origin in files], "asked": asked, "now": hub_is_here(uri)}))
     except StudyError as error:
         print(json.dumps({"error": str(error)}))
 """

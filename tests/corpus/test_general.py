@@ -31,7 +31,7 @@ from psycopref.corpus.general import (
     pairs_from_ratings,
     parse_place,
     parse_prompt,
-    read_ratings,
+    read_rating_rows,
     ready_pairs,
     split_by_prompt,
     weighted_sums,
@@ -65,7 +65,7 @@ def frame_of(rows):
 
 
 def read_general(place):
-    return read_ratings(open_general(str(place)))[list(GENERAL_COLUMNS)]
+    return read_rating_rows(open_general(str(place)))[list(GENERAL_COLUMNS)]
 
 
 def read_ready(place):

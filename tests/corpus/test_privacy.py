@@ -1,4 +1,5 @@
-"""Masking: nothing but hits changes, twice is once, every kind is found, words that look like names stay, no network."""
+"""Masking: nothing but hits changes, twice is once, every kind is found, words that look like names stay, no
+network."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Topics are those of Table 4, no head scores what it was trained on, scores are scikit-learn's, and gold stays gold."""
+"""Topics are those of Table 4, no head scores what it was trained on, scores are scikit-learn's, and gold stays
+gold."""
 
 import hashlib
 import json
@@ -78,7 +79,8 @@ def best(found) -> list[str]:
 
 
 class Spy:
-    """A method that notes what it is trained on and what it is asked; it knows some texts, else two topics are as likely."""
+    """A method that notes what it is trained on and what it is asked; it knows some texts, else two topics are as
+    likely."""
 
     def __init__(self, known=None):
         self.calls, self.known = [], known

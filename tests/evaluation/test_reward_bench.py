@@ -1,6 +1,7 @@
-"""RewardBench is read as published and scored as its leaderboard scores it; a model handed to its program keeps its scores.
+"""RewardBench is read as published and scored as its leaderboard scores it; a model handed to its program keeps its
+scores.
 
-REWARDBENCH_PYTHON, the interpreter of an environment in which the command of the authors' package (rewardbench 0.1.4) runs, opens
+REWARDBENCH_PYTHON, the interpreter of an environment in which the authors' command (rewardbench 0.1.4) runs, opens
 the comparison with it; REWARDBENCH_SOURCE may name a folder with the unpacked package.
 """
 
@@ -225,7 +226,8 @@ def invented(sizes, prompt="{} {}"):
 
 
 def test_the_interval_of_a_section_has_the_width_of_the_benchmark_s_design():
-    """Sizes of subsets are fixed, so the variance is Σ w² a (1 − a) / n; subsets of unequal difficulty must not widen it."""
+    """Sizes of subsets are fixed, so the variance is Σ w² a (1 − a) / n; subsets of unequal difficulty must not widen
+    it."""
     sizes = {subset: PUBLISHED[subset] for subset in SECTIONS["Reasoning"]}
     pairs = invented(sizes)
     rate = {subset: 0.2 if subset == "math-prm" else 0.9 for subset in sizes}
@@ -249,7 +251,8 @@ def test_pairs_of_one_prompt_are_drawn_together():
 
 @pytest.fixture(scope="session")
 def reward_model(tmp_path_factory, shared_cache):
-    """A random reward model with the rotary settings of Llama 3, saved as our training saves one, and named for older programs."""
+    """A random reward model with the rotary settings of Llama 3, saved as our training saves one, and named for older
+    programs."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

@@ -1,4 +1,5 @@
-"""Win rates: independent of the order of rows, mirrored with the sides, and never the paper's number in a column of ours."""
+"""Win rates: independent of the order of rows, mirrored with the sides, and never the paper's number in a column of
+ours."""
 
 import itertools
 

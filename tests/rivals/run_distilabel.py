@@ -16,7 +16,8 @@ from timing import report
 
 
 def rate(base_url: str, prompts: list, concurrency: int, cache: str) -> list:
-    """Return the replies, None where there is none; a batch is sent at once, so its size is the number of calls in flight."""
+    """Return the replies, None where there is none; a batch is sent at once, so its size is the number of calls in
+    flight."""
     with Pipeline("rating", cache_dir=cache) as pipeline:
         llm = OpenAILLM(
             model="any",

@@ -1,4 +1,5 @@
-"""What the scripts of this folder share; each runs in an environment of its own, so nothing but the standard library is used."""
+"""What the scripts of this folder share; each runs in an environment of its own, so nothing but the standard library
+is used."""
 
 import json
 import sys
@@ -7,7 +8,8 @@ import time
 
 
 def report(rate) -> None:
-    """Read BASE_URL PROMPTS.jsonl CONCURRENCY, let `rate(base_url, prompts, concurrency, cache)` send the prompts, print one JSON line."""
+    """Read BASE_URL PROMPTS.jsonl CONCURRENCY, let `rate(base_url, prompts, concurrency, cache)` send the prompts,
+    print one JSON line."""
     base_url, path, concurrency = sys.argv[1:]
     with open(path, encoding="utf-8") as lines:
         prompts = [json.loads(line) for line in lines]

@@ -1,4 +1,5 @@
-"""What a run has spent is read from its books, whole, once and without a change to them, and the report's table adds up."""
+"""What a run has spent is read from its books, whole, once and without a change to them, and the report's table adds
+up."""
 
 import multiprocessing
 import os
@@ -142,8 +143,10 @@ def test_the_table_adds_up():
     table = spending_table(run, books)
     assert list(table.columns) == ["stage", "model", "calls", "tokens in", "tokens out", "US dollars", "share %"]
     assert table.to_numpy().tolist() == [
-        ["02_responses", "openai:a", 4, 40, 80, "0.00", "0.1"], ["02_responses", "openai:b", 1, 5, 5, "0.00", "0.1"], ["03_ratings", "batch:a", 7, 700, 70, "3.99", "99.8"],
-        ["07_win_rates", "local:smollm2-135m", 2, 3, 4, "0.00", "0.0"], ["07_win_rates", "weights of this run", 6, 30, 30, "0.00", "0.0"],
+        ["02_responses", "openai:a", 4, 40, 80, "0.00", "0.1"], ["02_responses", "openai:b", 1, 5, 5, "0.00", "0.1"],
+        ["03_ratings", "batch:a", 7, 700, 70, "3.99", "99.8"],
+        ["07_win_rates", "local:smollm2-135m", 2, 3, 4, "0.00", "0.0"], ["07_win_rates", "weights of this run", 6, 30,
+        30, "0.00", "0.0"],
         ["all", "", 20, 778, 189, "4.00", "100.0"]]  # fmt: skip
     assert "nothing was paid" not in spending_caption(books), "cents were"
     assert str(run.outputs) not in table.to_csv(), "no place on anybody's machine"

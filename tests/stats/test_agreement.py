@@ -1,4 +1,5 @@
-"""Raters: equality with the package krippendorff, scikit-learn and scipy, raters that may be permuted, and intervals that cover."""
+"""Raters: equality with the package krippendorff, scikit-learn and scipy, raters that may be permuted, and intervals
+that cover."""
 
 import krippendorff
 import numpy as np
@@ -57,7 +58,8 @@ def two_raters(n, rng, share=0.5, right=0.93):
 @few
 @given(gappy(), st.sampled_from(LEVELS))
 def test_alpha_equals_the_package(ratings, level):
-    # only labels that meet another count; the package's value domain would also hold those of lonely items, which changes nothing
+    # only labels that meet another count; the package's value domain would also hold those of lonely items, which
+    # changes nothing
     assert krippendorff_alpha(ratings, level) == pytest.approx(
         krippendorff.alpha(ratings, level_of_measurement=level), abs=TIGHT
     )

@@ -1,4 +1,5 @@
-"""Calibration: equality with torchmetrics and scikit-learn, temperature against brute force, slices that sum, faults refused."""
+"""Calibration: equality with torchmetrics and scikit-learn, temperature against brute force, slices that sum, faults
+refused."""
 
 import itertools
 from fractions import Fraction
@@ -83,14 +84,16 @@ def theirs(metric, probability, label):
 @few
 @given(forecasts, BINS)
 def test_ece_equals_torchmetrics_off_the_edges(data, bins):
-    """Both compare the mean forecast of the positive class with its frequency; torchmetrics' "confidence" is no max(p, 1 - p)."""
+    """Both compare the mean forecast of the positive class with its frequency; torchmetrics' "confidence" is no
+    max(p, 1 - p)."""
     assert expected_calibration_error(*data, bins=bins) == pytest.approx(
         theirs(BinaryCalibrationError(bins, "l1"), *data), abs=TIGHT
     )
 
 
 def test_ece_differs_from_torchmetrics_on_the_edges_only():
-    """Our bins are (low, high], as scikit-learn's; torchmetrics' are [low, high), with a bin of its own for exactly 1 (its issue 3510)."""
+    """Our bins are (low, high], as scikit-learn's; torchmetrics' are [low, high), with a bin of its own for exactly 1
+    (its issue 3510)."""
     probability, label = np.array([0.5, 0.7]), np.array([1, 0])
     assert expected_calibration_error(probability, label, 2) == pytest.approx(
         0.5 / 2 + 0.7 / 2, abs=TIGHT

@@ -1,4 +1,5 @@
-"""Comparing: equality with scipy's Beta, binomial and Holm's paper, sides that mirror, order that does not matter, and intervals that cover."""
+"""Comparing: equality with scipy's Beta, binomial and Holm's paper, sides that mirror, order that does not matter,
+and intervals that cover."""
 
 import numpy as np
 import pandas as pd
@@ -82,7 +83,8 @@ def test_weights_follow_the_beta_distribution_of_rubin():
 
 
 def coverage(interval, chances, truth, n):
-    """Add up the probabilities of all outcomes of n speeches, of three kinds, whose interval holds the truth, in percent."""
+    """Add up the probabilities of all outcomes of n speeches, of three kinds, whose interval holds the truth, in
+    percent."""
     outcomes = np.array([(a, b, n - a - b) for a in range(n + 1) for b in range(n + 1 - a)])
     probability = multinomial.pmf(outcomes, n, chances)
     common = probability > 1e-5

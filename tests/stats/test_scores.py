@@ -1,4 +1,5 @@
-"""Properties of psycopref.stats.scores, and bins equal to scikit-learn's (test_calibration holds the numbers against torchmetrics)."""
+"""Properties of psycopref.stats.scores, and bins equal to scikit-learn's (test_calibration holds the numbers against
+torchmetrics)."""
 
 import itertools
 

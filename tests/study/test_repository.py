@@ -13,7 +13,6 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 WINGS = "core stats models rater gateway corpus feedback training evaluation experiments run".split()
-MOST_FILES_WITH_LONG_LINES = 47
 CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
 ROOMS = sorted(path for wing in WINGS for path in (REPOSITORY / "nbs" / wing).glob("[0-9]*.ipynb"))
 BIN = Path(sys.executable).parent
@@ -182,23 +181,10 @@ def test_prompts_and_data_travel_with_the_package():
     assert max(map(opening.count, opening)) <= 4, "no template"
 
 
-def long_lines():
-    "Files with lines over 120 characters, exceptions left out of account."
-    command = [str(BIN / "ruff"), *"check --isolated --line-length 120 --select E501 --output-format concise".split()]
-    command += ["nbs", "tests"]
-    output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
-    return {line.split(":")[0] for line in output.splitlines() if "E501" in line}
-
-
 def test_notebooks_and_tests_are_formatted_and_checked():
     for command in (["check", "nbs", "tests"], ["format", "--check", "nbs", "tests"]):
         done = subprocess.run([str(BIN / "ruff"), *command], cwd=REPOSITORY, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:]
-
-
-def test_the_list_of_files_with_long_lines_only_shrinks():
-    excused = set(re.findall(r'^"([^"]+)" = \["E501"\]', (REPOSITORY / "pyproject.toml").read_text(), re.M))
-    assert excused == long_lines() and len(excused) <= MOST_FILES_WITH_LONG_LINES
 
 
 def test_no_public_name_is_defined_twice():

@@ -1,4 +1,5 @@
-"""Candidates: the same after any interruption, from each engine, and nothing left behind in memory or among the processes."""
+"""Candidates: the same after any interruption, from each engine, and nothing left behind in memory or among the
+processes."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,5 @@
-"""Scoring: reward models in the forms they were published in; alone, in any company, packed and padded, always the same reward."""
+"""Scoring: reward models in the forms they were published in; alone, in any company, packed and padded, always the
+same reward."""
 
 import json
 from itertools import pairwise
@@ -30,10 +31,12 @@ few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 GROUPED = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 GROUPED |= dict(initializer_range=0.3)
 SETTINGS = {"Llama": GROUPED, "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
-            "Gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=5.0)}  # fmt: skip
+            "Gemma2": GROUPED | dict(head_dim=8, sliding_window=16, query_pre_attn_scalar=8,
+            attn_logit_softcapping=5.0)}  # fmt: skip
 PAIRS = pd.DataFrame({
     "ID": ["a", "b", "c"], "prefID": [0, 1, 2], "question": ["I count the stairs every morning.", "No.", "Why?"],
-    "messages": [None, None, [{"role": "user", "content": "It is late."}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]],
+    "messages": [None, None, [{"role": "user", "content": "It is late."}, {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Why?"}]],
     "chosen": ["What would happen if you lost count?", "I hear a no.", "What keeps you awake?"],
     "rejected": ["Stop.", "You should really talk, because that is what people do here.", "What keeps you up?"],
 })  # fmt: skip
@@ -46,7 +49,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def tokenizer(tiny):
-    """A tokenizer that puts a BOS before each text, with a chat template that does so too, as those of Llama 3 and Gemma."""
+    """A tokenizer that puts a BOS before each text, with a chat template that does so too, as those of Llama 3 and
+    Gemma."""
     from tokenizers.processors import TemplateProcessing
 
     found = load_tokenizer(tiny)
@@ -165,7 +169,8 @@ def test_a_rendered_text_has_one_bos(tokenizer, tmp_path, monkeypatch):
 
 @pytest.fixture
 def released(tokenizer, tmp_path):
-    """The form of the paper's released reward model: saved by OpenRLHF, so of a class that transformers does not have, with one score.weight."""
+    """The form of the paper's released reward model: saved by OpenRLHF, so of a class that transformers does not
+    have, with one score.weight."""
     save(tmp_path / "released", "LlamaForSequenceClassification", tokenizer)
     forget = ("id2label", "label2id", "problem_type")
     return change(
@@ -261,7 +266,8 @@ def test_a_model_that_takes_no_packs_gives_the_scores_of_its_own_pass(tokenizer,
 
 
 def test_texts_that_hold_and_end_with_the_end_token_score_right_where_padding_was_the_end(way, tokenizer, tmp_path):
-    """trl 2758, transformers 35352: a checkpoint whose padding token is its end token; a text ends with that token, as Llama 3's template writes it."""
+    """trl 2758, transformers 35352: a checkpoint whose padding token is its end token; a text ends with that token,
+    as Llama 3's template writes it."""
     tokenizer.pad_token = tokenizer.eos_token
     for end in ("<|im_end|>\\n", "<|im_end|>\n"):
         tokenizer.chat_template = tokenizer.chat_template.replace(end, "<|im_end|>")
@@ -290,7 +296,8 @@ def test_texts_that_hold_and_end_with_the_end_token_score_right_where_padding_wa
 
 @pytest.fixture(scope="module")
 def word_models(tmp_path_factory):
-    """Models on a tokenizer of one token a word: one like Llama, one with a window of 4 tokens and a soft cap, and one that takes no packs."""
+    """Models on a tokenizer of one token a word: one like Llama, one with a window of 4 tokens and a soft cap, and
+    one that takes no packs."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -316,7 +323,8 @@ def ragged_groups(draw):
     groups = []
     for _ in range(draw(st.integers(1, 3))):
         base = draw(words)
-        kinds = {"same": st.just(base), "beginning": st.integers(1, len(base)).map(lambda n, base=base: base[:n]), "longer": words.map(lambda more, base=base: base + more),
+        kinds = {"same": st.just(base), "beginning": st.integers(1, len(base)).map(lambda n, base=base: base[:n]),
+        "longer": words.map(lambda more, base=base: base + more),
                  "other": words, "one": words.map(lambda own: own[:1])}  # fmt: skip
         groups.append(
             [" ".join(draw(kinds[draw(st.sampled_from(sorted(kinds)))])) for _ in range(draw(st.integers(1, 5)))]
@@ -428,7 +436,8 @@ def test_an_empty_text_is_one_line(word_models):
 
 
 def test_a_text_does_not_hang_on_the_day(tokenizer, monkeypatch):
-    """Llama 3.2's template writes the date of today where it is given none, so a training and its scores would change overnight."""
+    """Llama 3.2's template writes the date of today where it is given none, so a training and its scores would change
+    overnight."""
     import datetime
 
     from transformers.utils import chat_template_utils

@@ -1,4 +1,5 @@
-"""Watching a policy: the divergence against the sum written out, points as plain JSON, finished ones read and interrupted
+"""Watching a policy: the divergence against the sum written out, points as plain JSON, finished ones read and
+interrupted
 ones gone on with, figures without overlaps."""
 
 import copy
@@ -49,8 +50,10 @@ SMALL = dict(
 )
 GROUPED = SMALL | dict(num_key_value_heads=2)
 ARCHITECTURES = {
-    "llama": GROUPED, "gpt_neox": SMALL, "granite": GROUPED | dict(logits_scaling=3.0), "cohere": GROUPED | dict(logit_scale=0.4),
-    "gemma2": GROUPED | dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=2.0),
+    "llama": GROUPED, "gpt_neox": SMALL, "granite": GROUPED | dict(logits_scaling=3.0),
+    "cohere": GROUPED | dict(logit_scale=0.4),
+    "gemma2": GROUPED | dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=5.0,
+    final_logit_softcapping=2.0),
     "bloom": dict(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3),  # takes no packs
 }  # fmt: skip
 GROUPS = [
@@ -190,7 +193,10 @@ def tokenizer():
     return load_tokenizer(find_weights("random-tiny"))
 
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>TAIL{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>TAIL{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize("tail", ["", "\n", "\n\n"])
