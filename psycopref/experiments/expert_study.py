@@ -25,7 +25,7 @@ from ..stats.intervals import mean_interval, win_interval
 from ..stats.scores import VERDICTS
 
 # %% auto #0
-__all__ = ['KITS', 'BOTH_ORDERS', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 'given_files', 'chosen_policy', 'keep_kits',
+__all__ = ['KITS', 'CONSISTENT_JUDGE', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 'given_files', 'chosen_policy', 'keep_kits',
            'kept_kit', 'write_study_kits', 'study_keys', 'kit_ids', 'as_shown', 'label_verdicts', 'judge_verdicts',
            'column_agreement', 'annotator_table', 'majority', 'answer_pairs', 'numbered_names', 'published_agreement',
            'annotator_label', 'comparison_groups', 'compare_raters', 'joint_lines', 'agreement_lines',
@@ -173,8 +173,8 @@ def column_agreement(pairs, speech: dict, samples: int, seed: int, level: str = 
     return found
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #277bd4b7
-BOTH_ORDERS = "the judge in both orders"
-OTHER_RATERS = ("the labels", "the judge", BOTH_ORDERS)
+CONSISTENT_JUDGE = "the judge in both orders"
+OTHER_RATERS = ("the labels", "the judge", CONSISTENT_JUDGE)
 
 
 def annotator_table(said, principle: str = "overall", setting: str | None = None):
@@ -263,7 +263,7 @@ def compare_raters(said, samples: int, seed: int, names=("overall",), setting: s
     level, speech = "ordinal" if "rating" in said else "nominal", dict(zip(said.item_id, said.speech_id))
     people, found = table[[name for name in table if name not in OTHER_RATERS]], []
     for rater, number, who, pairs in comparison_groups(table):
-        if number == 0 or not (whole or rater == BOTH_ORDERS):
+        if number == 0 or not (whole or rater == CONSISTENT_JUDGE):
             everybody = people if (rater, number) == ("annotators", 0) else None
             found.append((rater, number, who, column_agreement(pairs, speech, samples, seed, level, everybody)))
     return found
@@ -278,7 +278,7 @@ def joint_lines(said, names: typing.Sequence[str], samples: int, seed: int) -> l
     return [
         {"between": f"{label} with {'each other' if rater == 'annotators' else rater}{equal}"} | found
         for rater, _, _, found in compare_raters(said, samples, seed, names, whole=True)
-        if rater != BOTH_ORDERS
+        if rater != CONSISTENT_JUDGE
     ]
 
 
@@ -492,7 +492,7 @@ def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: 
     if "labels" in unshuffled:
         others["labels"] = {"the labels": label_verdicts(*kits["labels"], pairs)}
     if "answers" in unshuffled:
-        readings = {"the judge": paper_verdicts(battles, order_seed), BOTH_ORDERS: consistent_verdicts(battles)}
+        readings = {"the judge": paper_verdicts(battles, order_seed), CONSISTENT_JUDGE: consistent_verdicts(battles)}
         others["answers"] = {rater: judge_verdicts(key, read) for rater, read in readings.items()}
     found = {"agreement": [], "principles": [], "shares": [], "means": []}
     for kit, own in unshuffled.items():
