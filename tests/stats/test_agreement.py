@@ -1,4 +1,4 @@
-"""Raters: equality with the package krippendorff, scikit-learn and scipy, raters that may be permuted, and intervals
+"""Raters: equality with the package krippendorff and scikit-learn, raters that may be permuted, and intervals
 that cover."""
 
 import krippendorff
@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from refusals import value_error
@@ -19,7 +18,6 @@ from psycopref.stats.agreement import (
     alpha_interval,
     krippendorff_alpha,
     pairwise_agreement,
-    rank_correlation,
     ratings_matrix,
 )
 
@@ -211,25 +209,6 @@ def test_perfect_agreement_on_few_items_is_no_certainty():
     assert row.kappa == 1 == row.kappa_high and row.kappa_low < 0.95 and row.low < 95
 
 
-# ---- ranks ----
-
-
-@few
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=20))
-def test_rank_correlation_is_scipys_and_symmetric(items):
-    a, b = map(list, zip(*items))
-    assume(len(set(a)) > 1 and len(set(b)) > 1)
-    found = rank_correlation(a, b)
-    assert found["spearman"] == pytest.approx(spearmanr(a, b).statistic, abs=TIGHT) and found[
-        "kendall"
-    ] == pytest.approx(kendalltau(a, b).statistic, abs=TIGHT)
-    turned = rank_correlation(b, [-x for x in a])
-    assert turned["spearman"] == pytest.approx(-found["spearman"], abs=TIGHT) and turned["kendall"] == pytest.approx(
-        -found["kendall"], abs=TIGHT
-    )
-    assert found["n"] == len(items)
-
-
 # ---- refusals ----
 
 table = long_form([["x", "y"], ["x", "y"]])
@@ -250,8 +229,6 @@ REFUSED = {
     "no column": (lambda: ratings_matrix(table.drop(columns="label")), "label"),
     "no rows": (lambda: ratings_matrix(table[:0]), "0 rows"),
     "no such cluster": (lambda: pairwise_agreement(table, cluster="speech_id"), "'speech_id'"),
-    "constant scores": (lambda: rank_correlation([1, 1], [1, 2]), "nothing to rank"),
-    "a gap": (lambda: rank_correlation([1, np.nan], [1, 2]), "with gaps"),
 }
 
 
