@@ -102,7 +102,8 @@ def read_ahead(work: typing.AsyncGenerator) -> typing.Iterator:
 
     def stop():
         if not loop.is_closed():
-            asyncio.run_coroutine_threadsafe(end(), loop).result()
+            with contextlib.suppress(Exception):  # what fails at the end was told before, or is nobody's any more
+                asyncio.run_coroutine_threadsafe(end(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()

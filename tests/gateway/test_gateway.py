@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from psycopref.gateway.cache import ReplyCache
 from psycopref.models.chat import ChatReply, ChatRequest, Failure, FreeModel
 from psycopref.core.stages import Run
-from psycopref.gateway.gateway import Gateway, chat_model, open_gateway
+from psycopref.gateway.gateway import Gateway, chat_model, open_gateway, read_ahead
 from psycopref.models.generation import Decoding
 from psycopref.gateway.servers import OpenAIModel
 
@@ -534,6 +534,19 @@ def test_what_was_in_flight_is_booked_at_its_most(tmp_path, how, no_thread_left)
     assert row == dict(stage="s", model="chancy", calls=14, prompt_tokens=20, completion_tokens=30, usd=usd)
     assert gateway.spent == gateway.counts["chancy"]["usd"] == row["usd"] and not gateway.busy
     assert again(gateway).cache.spent() == row["usd"], "and it is on the disk"
+
+
+def test_a_reader_leaves_no_thread_also_where_its_work_fails_at_the_end():
+    async def work():
+        try:
+            yield 1
+        finally:
+            raise OSError("the disk is full")
+
+    before, reader = threading.active_count(), read_ahead(work())
+    assert next(reader) == 1
+    reader.close()
+    assert threading.active_count() == before
 
 
 def test_a_reader_that_nobody_closed_holds_up_no_exit(tmp_path):
