@@ -34,6 +34,7 @@ from psycopref.corpus.general import (
     read_rating_rows,
     ready_pairs,
     split_by_prompt,
+    split_general,
     weighted_sums,
 )
 from psycopref.corpus.collection import split_of
@@ -293,6 +294,7 @@ def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, rando
     again, counts_again = pairs_from_ratings(shuffled)
     assert pairs.equals(again) and counts == counts_again
     assert [*pairs] == list(PAIR_COLUMNS) and pairs.prefID.tolist() == list(range(len(pairs)))
+    assert pairs.groupby("ID").gap.agg(lambda gaps: gaps.is_monotonic_decreasing).all(), "the widest gap first"
     columns = ["question", "chosen", "rejected", "gap"]
     elsewhere = pairs_from_ratings(shuffled.reset_index(drop=True))[0]
     stay = sorted(elsewhere[columns].values.tolist()) == sorted(pairs[columns].values.tolist())
@@ -374,6 +376,15 @@ def test_the_whole_conversation_counts_and_parts_may_be_left_out():
     assert set(split_by_prompt(pairs, 0.0, 0.0, 0).split) == {"train"}
     for shares in ((1.0, 0.1), (-0.1, 0.1), (0.1, math.nan)):
         one_line(lambda shares=shares: split_by_prompt(pairs, *shares, 0))
+
+
+def test_a_published_validation_split_is_never_trained_on(tmp_path):
+    rows = [rated(f"{n} stairs?", text, h) for n in range(40) for text, h in (("x", 4), ("y", 0))]
+    for name, own in (("train", rows[:40]), ("validation", rows[40:])):
+        put(tmp_path / f"{name}.jsonl", jsonl(own))
+    train, dev, test = split_general(collect_general(f"mine={tmp_path}"), 0.2, 0.1, 0).values()
+    assert train.question.tolist() == [f"{n} stairs?" for n in range(20)] and min(len(dev), len(test)) > 0
+    assert {*dev.question, *test.question} == {f"{n} stairs?" for n in range(20, 40)} and len(dev) + len(test) == 20
 
 
 # ---- mixtures ----

@@ -255,7 +255,7 @@ def test_what_cant_be_compared_is_refused():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(alphabet="ab ,.", max_size=20), max_size=6), st.integers(1, 3))
+@given(st.lists(st.text(alphabet="aAb ,.", max_size=20), max_size=6), st.integers(1, 3))
 def test_distinct_n_is_a_share_that_repetition_lowers(texts, n):
     share = distinct_n(texts, n)
     assert 0 <= share <= 1
