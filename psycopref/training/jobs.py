@@ -77,11 +77,16 @@ def read_job(folder: Path) -> dict:
 def load_job(folder: Path, kind: type) -> tuple:
     "Read a job: (the dataclass `kind`, frames of pairs by name)."
     import pandas as pd
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
     tree = read_job(folder)
     frames = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in tree.pop("pairs")}
-    return TypeAdapter(kind).validate_json(json.dumps(tree)), frames
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(tree)), frames
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        found = f"{folder}: its job is of another version ({place} does not fit)"
+        raise StudyError(f"{found}; delete the folder and run its stage again") from None
 
 # %% ../../nbs/training/02_jobs.ipynb #171b5510
 JOB_KINDS = {

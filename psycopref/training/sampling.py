@@ -182,9 +182,9 @@ def listed_models(url: str) -> list[dict]:
     "Ask a server what it serves: id, and root where it says it. Raises ConnectionError."
     from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
-    client = DefaultHttpxClient(trust_env=urlsplit(url).hostname not in LOOPBACK)  # no proxy to this machine
-    own = {"base_url": url, "api_key": server_key(url) or "none", "http_client": client}
     try:
+        client = DefaultHttpxClient(trust_env=urlsplit(url).hostname not in LOOPBACK)  # no proxy to this machine
+        own = {"base_url": url, "api_key": server_key(url) or "none", "http_client": client}
         with OpenAI(**own, max_retries=0, timeout=10) as server:
             return [card.to_dict() for card in server.models.list().data]
     except (OpenAIError, AttributeError, TypeError, ValueError) as error:  # no server, or one of something else

@@ -95,8 +95,7 @@ def test_the_settings_of_a_profile_come_back_and_unknown_ones_are_refused(profil
     store_job(tmp_path / "reward", job, {"train": PAIRS})
     assert load_job(tmp_path / "reward", RewardJob)[0] == job
     place.write_text(place.read_text().replace('"beta"', '"no_such_setting"'))
-    with pytest.raises(ValueError, match="no_such_setting"):
-        load_job(place.parent, DpoJob)
+    assert "settings.no_such_setting" in one_line(lambda: load_job(place.parent, DpoJob))
 
 
 def test_a_job_of_an_unknown_kind_is_refused(tmp_path):

@@ -446,7 +446,9 @@ def test_a_standing_server_with_another_policy_is_refused(tiny, tmp_path, standi
         "next-iteration" in one_line(lambda: sampled(policy, tmp_path / "blocks", settings=SERVED)) and not standing()
     )
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", f"http://127.0.0.1:{sampling.free_port()}/v1")
-    assert "start a server" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+    assert "start one" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+    monkeypatch.setenv("PSYCOPREF_SERVER_URL", "http://[::1/v1")
+    assert "Invalid IPv6 URL" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
 
 
 @pytest.mark.parametrize("fault", ["busy", "cut"])
