@@ -51,6 +51,8 @@ def draw_evenly(rows, n: int, seed: int, purpose: str, later: typing.Collection[
     only where the others do not suffice."""
     if n < 1:
         raise StudyError(f"kits: {n} items asked for {purpose}, expected 1 or more; mend the settings of agreement")
+    if rows.empty:
+        raise StudyError(f"kits: there is nothing to draw for {purpose}; run the stages before with more speeches")
     lots = [digest(seed, purpose, *row) for row in rows.astype(str).itertuples(index=False)]
     rows = rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots)
     rows = rows.sort_values("_lot").drop_duplicates("speech_id").sort_values(["_late", "_lot"])

@@ -174,6 +174,7 @@ def test_kits_and_items_have_names_of_their_own(tmp_path, monkeypatch):
         (lambda: draw_label_pairs(PAIRS, SPEECHES, 0, 0), "0 items"),
         (lambda: make_kit(rows_of(3), "rank", "T", 0), "'rank'"),
         (lambda: make_kit(rows_of(0), "compare", "T", 0), "no rows"),
+        (lambda: draw_evenly(rows_of(3).head(0), 3, 0, "labels"), "nothing to draw"),
         (lambda: make_kit(rows_of(3).drop(columns="setting"), "compare", "T", 0), "setting missing"),
         (lambda: make_kit(rows_of(3).assign(name_b=""), "compare", "T", 0), "needs two sides"),
         (lambda: make_kit(rows_of(3), "score", "T", 0), "needs two sides"),
