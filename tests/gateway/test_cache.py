@@ -364,4 +364,6 @@ def test_the_books_of_a_stage_span_its_shards_and_runs():
         gateway.cache.close()
     whole, model = open_gateway(run, 100.0, "03_ratings"), Priced()
     whole.ask(model, [ask(f"{i} {n}") for i in (1, 2) for n in range(5)])
-    assert not model.asked and whole.books() == books_of(10)
+    other = Gateway(whole.cache, 100.0, stage="02_responses")
+    other.ask(Priced(), [ask("of another stage")])
+    assert not model.asked and whole.books() == books_of(10) and [row["calls"] for row in other.books()] == [1]

@@ -142,6 +142,12 @@ def test_a_cap_is_used_up_and_what_was_paid_is_never_asked_again(server, tmp_pat
     assert len(server.log) == len(set(server.log)) == 50
 
 
+def test_a_refused_call_spends_nothing(server, gateway):
+    paid, server.behave = Gateway(gateway.cache, 10.0), lambda text, attempt: error(401)
+    one_line(lambda: paid.ask(priced(server), [two_tokens("A")]))
+    assert len(server.log) == 1 and paid.spent == 0
+
+
 def test_a_disk_that_is_too_full_for_all_replies_keeps_what_fits(gateway):
     class Long(FreeModel):
         uri = identity = label = "long"
