@@ -436,7 +436,7 @@ def test_a_judge_read_in_one_order_only_neither_agrees_nor_disagrees(half):
 
 
 def test_examples_follow_their_rule():
-    opposed = {"s0": 3, "s1": 1, "s2": 2, "s3": 3}
+    opposed = {"s0": 3, "s1": 1, "s2": 2, "s3": 3, "s4": 1}
     rows = []
     for speech, against in opposed.items():
         for place, judge in enumerate(("main", "a", "b", "c")):
@@ -444,6 +444,7 @@ def test_examples_follow_their_rule():
             rows += [(speech, "free", "p", order, judge, verdict, np.nan) for order in ORDERS]
     judged = pd.DataFrame(rows, columns=judging.VERDICT_COLUMNS)
     judged.loc[(judged.speech_id == "s3") & (judged.judge == "main") & (judged.order == ORDERS[1]), "verdict"] = "loss"
+    judged.loc[(judged.speech_id == "s4") & (judged.judge == "c"), "verdict"] = "tie"  # one of two is none either
     found = disagreements(judged, "main", 5)
     expected = [["s0", 3, 3], ["s2", 2, 3]]  # one of three is no majority; in s3 the main judge contradicts itself
     assert found[["speech_id", "opposed", "judges"]].values.tolist() == expected

@@ -319,6 +319,9 @@ def test_slice_intervals_are_clustered_and_those_of_table_1():
     assert table.loc[1, ["low", "high"]].tolist() == pytest.approx([100 * low, 100 * high], abs=1e-9)
     low, high = mean_interval(right, samples=400)
     assert table.high[1] - table.low[1] > 1.5 * 100 * (high - low)
+    alone = scores.assign(ID=[f"alone-{i}" for i in range(240)])
+    top, other = (reliability_table(own, 5, 400).iloc[-2] for own in (scores, alone))  # a margin of 1: 0.73
+    assert top.frequency_high - top.frequency_low > 1.5 * (other.frequency_high - other.frequency_low)
 
 
 def pairs_frame(rows):

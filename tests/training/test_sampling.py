@@ -132,6 +132,9 @@ def test_another_policy_engine_or_seed_makes_other_blocks(tiny, tmp_path):
     others = [made_of(dataclasses.replace(tiny, revision="f" * 64)), made_of(engine="server")]
     others.append(made_of(how=dataclasses.replace(HOW, seed=4)))
     assert all(not made_of() & other for other in others)
+    own = sampling.weights_identity(tiny), SPEECHES, tmp_path, IterSettings(block=2), HOW, 2, "float32"
+    seeds = [block.decoding.seed for block in sampling.plan_blocks(*own)]
+    assert len({*seeds}) == len(seeds) > 1, "each block draws for itself"
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '{"made_of": 3, "samples": []}', '{"samples": {}}', "\xff"])
