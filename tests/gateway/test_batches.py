@@ -419,6 +419,17 @@ def test_one_that_waited_for_the_queue_is_found_too(server, tmp_path, monkeypatc
     assert sizes(server, before) == [2, 2, 2] and answered_once(server, asked)
 
 
+def test_of_two_batches_of_one_order_the_newest_is_taken():
+    async def listed(limit):
+        for name in ("new", "old"):
+            facts = {"created_at": None, "status": "completed", "output_file_id": "file"}
+            yield SimpleNamespace(id=name, metadata={"psycopref": "order"}, **facts)
+
+    model = chat_model("batch:any@http://127.0.0.1:9/v1")
+    model.opened = SimpleNamespace(batches=SimpleNamespace(list=listed))
+    assert asyncio.run(model.list_orders())["order"].id == "new"
+
+
 def test_a_server_of_our_own_that_forgot_its_batches_is_asked_anew(tmp_path, gateway):
     asked = [ask(n) for n in range(4)]
     with start_server(tmp_path, batch_seconds=600) as server:
