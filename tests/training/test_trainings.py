@@ -110,6 +110,8 @@ def test_overlong_and_left_over_pairs_are_counted_and_without_development_pairs_
 
 WORKER = """
 import sys
+from pathlib import Path
+
 from psycopref.run.cli import main
 from trainings import SETTINGS, pull
 
