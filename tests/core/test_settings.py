@@ -128,7 +128,7 @@ def test_a_section_or_a_broken_name_can_not_be_set(dotted):
         ({"dpo.select": "win-rate", "watch.judged": False}, "dpo.select"),
         ({"dpo_iter.select": "win-rate", "watch.judged": False}, "dpo_iter.select"),
         ({"dpo_iter.optimiser": "keep", "dpo.lora.rank": 8}, "dpo_iter.optimiser"),
-        *(({name: 0}, name) for name in ("watch.answers", "watch.speeches", "dpo.checkpoints")),
+        *(({name: 0}, name) for name in ("watch.answers", "watch.speeches", "dpo.checkpoints", "dpo_iter.keep_last")),
         *(({name: 0}, name) for name in ("dpo_iter.iterations", "dpo_iter.keep_last")),
     ],
 )

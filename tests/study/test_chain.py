@@ -146,7 +146,7 @@ def test_an_older_layout_and_broken_files_are_refused_in_one_line(copy, monkeypa
     assert "was changed since" in run_stage(copy, "03_ratings", "-p", "RUN=broken")
     monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
     (copy / "outputs/broken/03_ratings/receipt.json").unlink()
-    assert "has no receipt.json" in one_line(lambda: StageReader(Run("broken"), "03_ratings"))
+    assert "has no receipt.json" in one_line(lambda: StageReader(Run("broken"), "03_ratings").receipt)
 
 
 def test_report_is_self_contained(copy):
