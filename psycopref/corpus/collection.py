@@ -418,10 +418,13 @@ def describe_methods(compared) -> str:
         return f"{(compared.note.iloc[0] if len(compared) else 'not measured').capitalize()}."
     ranked = compared.sort_values("macro-F1", ascending=False, kind="stable")
     best, others = ranked.iloc[0], ranked.iloc[1:]
-    score = f"{best['macro-F1']} [{best.low} to {best.high}]"
+    known = best.low == best.low and best.low is not None
+    score = f"{best['macro-F1']} [{best.low} to {best.high}]" if known else best["macro-F1"]
     found = f"On {best['gold speeches']} gold speeches {best.method} has a macro-F1 of {score} percent."
     if others.empty:
         return f"{found} No other way was compared."
+    if not known:
+        return f"{found} So few speeches a topic give no interval, and the order of the others may be chance."
     close = others.method[others.high >= best.low].tolist()
     second = others.iloc[0]
     if close:

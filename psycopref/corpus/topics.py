@@ -20,9 +20,9 @@ from ..models.generation import Decoding
 from ..core.prompts import BadReply, fill, find_json, prompt_text
 
 # %% auto #0
-__all__ = ['ALIASES', 'METHODS', 'FOLDS', 'LEAST_GOLD', 'LOW', 'topic_slug', 'topic_descriptions', 'topic_probabilities',
-           'training_rows', 'topic_request', 'read_topic', 'label_by_model', 'cross_validate', 'macro_f1',
-           'score_topics', 'compare_methods', 'assign_topics']
+__all__ = ['ALIASES', 'METHODS', 'FOLDS', 'LEAST_GOLD', 'LEAST_OF_A_TOPIC', 'LOW', 'topic_slug', 'topic_descriptions',
+           'topic_probabilities', 'training_rows', 'topic_request', 'read_topic', 'label_by_model', 'cross_validate',
+           'macro_f1', 'score_topics', 'compare_methods', 'assign_topics']
 
 # %% ../../nbs/corpus/05_topics.ipynb #2ca2cd36
 ALIASES = {
@@ -248,6 +248,7 @@ def score_topics(
 
 # %% ../../nbs/corpus/05_topics.ipynb #f8350154
 LEAST_GOLD = 50  # gold rows below which nothing is compared
+LEAST_OF_A_TOPIC = 24  # gold rows, on average, below which macro-F1 has no interval
 
 
 def compare_methods(
@@ -272,9 +273,11 @@ def compare_methods(
         else:
             found = cross_validate(method, *learnt, seed=seed)
             note = "no training" if method == "zero-shot" else ""
-        scores = score_topics(learnt[1], found, threshold, seed=seed) | {
-            "in the source's list %": _any_of(frame, found)
-        }
+        scores = score_topics(learnt[1], found, threshold, seed=seed)
+        if n < LEAST_OF_A_TOPIC * len(set(learnt[1])):
+            scores |= {"low": None, "high": None}
+            note = f"{note + '; ' if note else ''}no interval: fewer than {LEAST_OF_A_TOPIC} gold speeches a topic"
+        scores["in the source's list %"] = _any_of(frame, found)
         rounded = {name: value if value is None else round(float(value), 1) for name, value in scores.items()}
         rows.append({"method": method, "gold speeches": n, **rounded, "note": note})
     return pd.DataFrame(rows)

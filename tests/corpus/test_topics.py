@@ -333,14 +333,16 @@ def test_with_few_gold_rows_nothing_is_measured_and_the_table_says_so(spy, metho
 
 
 def test_the_table_has_a_row_for_each_method_with_its_scores(spy):
-    frame = frame_of({"anxiety": 30, "stress": 25, "aging": 5})
+    frame = frame_of({"anxiety": 36, "stress": 30, "aging": 6})
     table = compare_methods(frame, ["minilm", "zero-shot", "spy"], 0.2)
-    assert table.method.tolist() == ["minilm", "zero-shot", "spy"] and (table["gold speeches"] == 60).all()
+    assert table.method.tolist() == ["minilm", "zero-shot", "spy"] and (table["gold speeches"] == 72).all()
     gold, slugs, ours, our_topics = training_rows(frame)
     scored = score_topics(slugs, cross_validate("minilm", gold, slugs, ours, our_topics), 0.2)
     assert {k: table[k][0] for k in scored} == {k: round(v, 1) for k, v in scored.items()}
     assert table["note"].tolist() == ["", "no training", ""]
     assert table["accuracy %"][2] == 50.0, "of two that are as likely, the first of the table"
+    few = compare_methods(frame[1:], ["zero-shot"], 0.2).iloc[0]
+    assert few.low is None and few.note == "no training; no interval: fewer than 24 gold speeches a topic"
 
 
 def test_the_list_of_a_source_counts_any_of_its_topics(monkeypatch):
