@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 def environment():
     "The environment of a user: no project set, this interpreter's commands first."
     own = {"PATH": f"{BIN}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "false"}
+    own["OMP_NUM_THREADS"] = "2"  # as Snakemake gives to each stage with two cores: threads decide the last bits
     return {k: v for k, v in os.environ.items() if k != "PSYCOPREF_ROOT"} | own
 
 

@@ -101,6 +101,7 @@ def run_notebook(path: Path, given: dict) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
     quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
+    quiet["shutdown_kernel"] = "immediate"  # asked to end, a kernel is interrupted first, and says so at times
     try:
         with followed_progress():
             papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), **quiet)
