@@ -164,7 +164,7 @@ def drop_table(frame, repeats: dict[str, int]):
     counts.loc["all"] = counts.sum()
     return counts.rename_axis("source").rename_axis(None, axis=1).reset_index()
 
-
+# %% ../../nbs/corpus/06_collection.ipynb #15c3c402
 def describe_drops(table) -> str:
     "Describe how many rows are kept and why the others are not, the most frequent reason first."
     total = table.iloc[-1]

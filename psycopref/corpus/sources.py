@@ -145,7 +145,7 @@ def _read_csv(path: Path, text: str) -> dict[str, list]:
         raise StudyError(f"{path}: the head names {sorted(twice)} more than once; rename all but one")
     return {name: [cells[i] for cells in rows] for i, name in enumerate(head)}
 
-
+# %% ../../nbs/corpus/01_sources.ipynb #dd5d24bb
 def _read_json(path: Path, text: str) -> dict[str, list]:
     "Read a JSON list of objects, or one object for each line."
     listed, rows = text.lstrip().startswith("["), []

@@ -136,7 +136,7 @@ def _object(pairs: list[tuple]) -> dict:
         raise ValueError(f"{twice[0]!r} stands twice in one object; keep the answer that is meant")
     return dict(pairs)
 
-
+# %% ../../nbs/evaluation/06_annotations.ipynb #8e09c2e3
 def read_records(path: Path) -> list[dict]:
     """Read an annotation file of any form as flat records; `where`, file and annotator, begins an error.
 
@@ -210,7 +210,7 @@ def item_values(record: dict, number: int, task: str) -> dict[str, int | None]:
             raise StudyError(f"{record['where']}: {found}, {expected}") from None
     return values
 
-
+# %% ../../nbs/evaluation/06_annotations.ipynb #81e4f146
 def sheet_frame(records: list[dict], kit: dict):
     "Check the records of one annotator and return ANNOTATION_COLUMNS, in the order of the kit."
     import pandas as pd

@@ -327,7 +327,7 @@ def trust_table(trust):
     table["95% interval, length-controlled"] = _intervals(trust, "controlled_low", "controlled_high")
     return pd.DataFrame(table, dtype=object)
 
-
+# %% ../../nbs/evaluation/00_win_rates.ipynb #26c2b539
 def _counts(frame, *columns: str) -> list[str]:
     "Word counts of wins, losses and ties."
     return [" / ".join(map(str, counts)) for counts in frame[list(columns or ("wins", "losses", "ties"))].to_numpy()]
@@ -522,7 +522,7 @@ def _runs(labels: list) -> list[tuple]:
     runs = [(label, list(own)) for label, own in itertools.groupby(range(len(labels)), key=labels.__getitem__)]
     return [(label, own[0], own[-1]) for label, own in runs]
 
-
+# %% ../../nbs/evaluation/00_win_rates.ipynb #eb146c52
 def fine_topic_figure(cells, speeches, reference: str):
     "Draw win rates by fine topic as a map (Fig. S14). speeches: frame with topic and coarse_topic."
     from matplotlib.colors import LinearSegmentedColormap

@@ -89,7 +89,7 @@ def watcher_labels(watcher: Watcher) -> tuple[str, str]:
     chosen, counts = watcher.profile.evaluation, watcher.gateway.counts
     return tuple((counts.get(uri) or {}).get("label", "") for uri in (chosen.judge, chosen.reference))
 
-
+# %% ../../nbs/experiments/01_policies.ipynb #3fb9cba0
 def _policy_facts(watcher: Watcher, result: dict, entry: dict, run: str, receipts: dict, repo: str = "") -> PolicyFacts:
     "Collect what the card of a chosen policy says; repo: where it will lie on the hub, without its kind."
     settings, weights, kind = watcher.profile, watcher.base, entry["kind"]

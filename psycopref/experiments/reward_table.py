@@ -199,7 +199,7 @@ def train_backbones(study: RewardStudy) -> tuple[dict[str, tuple[str, dict]], di
         found[after] = ("reward model", study.model_scores(after, lambda: _load(study, weights, str(folder))))
     return found, trainings
 
-
+# %% ../../nbs/experiments/00_reward_table.ipynb #db4f856e
 def score_others(study: RewardStudy, taken: typing.Container[str], released: bool) -> dict[str, tuple[str, dict]]:
     "Score with other reward models; `released` tells that the test pairs are the released dataset's."
     found, knows = {}, "" if released else "; trained on the released pairs, so it may know these speeches"
@@ -246,7 +246,7 @@ def ece_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
     tables = [ece_table(own["test"], bins) for name, (_, own) in found.items() if name != LONGER]
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/experiments/00_reward_table.ipynb #82429481
 def temperature_frame(study: RewardStudy, found: dict[str, tuple[str, dict]]):
     "Compare our reward models before and after temperature scaling; empty without development pairs."
     bins, dev = sorted(study.settings.reward.ece_bins), len(study.tests["dev"])
@@ -298,7 +298,7 @@ def describe_accuracy(rows: list[dict], best: str) -> list[str]:
         said,
     ]
 
-
+# %% ../../nbs/experiments/00_reward_table.ipynb #e9ec2535
 def describe_gains(gains) -> list[str]:
     "Count the scorers from which our best reward model can't be told apart."
     alike = gains.model[(gains.low <= 0) & (gains.high >= 0)]

@@ -138,7 +138,7 @@ def describe_principles(table, pairs) -> list[str]:
         )
     return found
 
-
+# %% ../../nbs/feedback/02_pairing.ipynb #e6beecd0
 def describe_pairs(parts: dict, scored) -> list[str]:
     "Say how many pairs came of how many speeches, and what share of all possible pairs that is."
     speeches = sum(pairs.ID.nunique() for pairs in parts.values())

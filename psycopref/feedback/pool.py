@@ -121,7 +121,7 @@ def calls_by_model(assigned: list[tuple[str, Member]], block: int) -> dict[str, 
         for uri, positions in by_model.items()
     }
 
-
+# %% ../../nbs/feedback/00_pool.ipynb #e8bff9c3
 def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: int, seed: int, block: int = 512):
     """Collect the responses of the pool: (frame of responses, list of failures), in the order of `assigned`.
 

@@ -112,7 +112,7 @@ def rate_blocks(
         answered = [(job, reply, members[places[job[0]]]) for job, reply in zip(jobs(part), replies)]
         yield read_ratings(answered, short, rater, each_speech, lambda job: request(*job).key(model.identity))
 
-
+# %% ../../nbs/feedback/01_rating.ipynb #8d0c3211
 def check_known(answered: typing.Iterable[str], speeches: typing.Container[str]) -> None:
     "Refuse responses to speeches that are not there."
     if strange := [name for name in answered if name not in speeches]:
@@ -277,7 +277,7 @@ def mode_agreement(first, second, min_gap_sum: int = 7):
         rows[-1] |= preference_agreement(parts["sum of seven"], min_gap_sum)
     return pd.DataFrame(rows, dtype=object).pipe(lambda frame: frame.where(frame.notna(), None))
 
-
+# %% ../../nbs/feedback/01_rating.ipynb #8e55c4ba
 def describe_modes(compared) -> list[str]:
     "Describe how far two rating modes agree, by principle and in the preferences that follow."
     by = compared[compared.principle != "sum of seven"]

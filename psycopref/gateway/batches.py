@@ -134,7 +134,7 @@ def sort_error(self: BatchModel, error: Exception) -> Failure:
         error = error.__cause__
     return replace(servers.read_error(self, error), unsure=False)
 
-
+# %% ../../nbs/gateway/03_batches.ipynb #299dddfc
 @patch
 async def patiently(self: BatchModel, ask: typing.Callable, *arguments):
     "Ask for what is ours, again and again."

@@ -76,7 +76,7 @@ def _kept(replies: dict[str, ChatReply]) -> list[tuple[str, list[tuple]]]:
     rows = [(key, json.dumps(vars(reply), ensure_ascii=False)) for key, reply in replies.items()]
     return [(KEEP, rows), (DONE, [(key,) for key in replies])]
 
-
+# %% ../../nbs/gateway/01_cache.ipynb #542af714
 class ReplyCache:
     "Keep replies by request key, what was spent, and the jobs that a provider works on for us, in a SQLite file."
 

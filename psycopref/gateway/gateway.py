@@ -165,7 +165,7 @@ async def blocks(self: Stream, source) -> typing.AsyncIterator[list[ChatReply | 
         self.bar.close()
         await self.model.close()
 
-
+# %% ../../nbs/gateway/04_gateway.ipynb #6cbb4c0a
 @patch
 async def send(self: Stream, requests: typing.Iterable[ChatRequest]) -> tuple[list[str], dict]:
     "Start the calls of a block as there is room. Returns its keys, and for each a reply or the call that brings it."
@@ -241,7 +241,7 @@ async def call(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         self.started.release()
         self.bar.update(len(group))
 
-
+# %% ../../nbs/gateway/04_gateway.ipynb #800c7f05
 def _again(reply: ChatReply | Failure) -> bool:
     "Tell whether a call should be tried again."
     return isinstance(reply, Failure) and reply.again
@@ -277,7 +277,7 @@ async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
     await asyncio.shield(self.write())  # what was paid for is kept, also where this call is cancelled
     return replies
 
-
+# %% ../../nbs/gateway/04_gateway.ipynb #9890c4a7
 @patch
 async def pay(self: Stream, requests: list[ChatRequest]) -> tuple[list[ChatReply | Failure], float]:
     "Reserve, answer, settle. Returns the replies and what they cost, in US dollars."

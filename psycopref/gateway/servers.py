@@ -107,7 +107,7 @@ def proxy_of(address: str) -> str | None:
         raise StudyError(f"proxy {without_keys(way)!r}: expected http://… or https://…; set HTTPS_PROXY to such a one")
     return way
 
-
+# %% ../../nbs/gateway/02_servers.ipynb #00daab51
 class OpenAIModel:
     "Answer through the chat completions API."
 
@@ -243,7 +243,7 @@ def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failur
         return Failure(reason, kind="refused", after=_retry_after(headers))
     return Failure(reason, kind="broken" if status >= 500 else "final", unsure=status == 504)  # 504: it was passed on
 
-
+# %% ../../nbs/gateway/02_servers.ipynb #a087d5c7
 def _retry_after(headers) -> float | None:
     "Read how long the server asks us to wait: seconds, milliseconds or a date to come; None where it does not say."
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):

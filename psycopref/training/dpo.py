@@ -147,7 +147,7 @@ def _load_moments(optimiser, path: str | Path) -> None:
         )
     optimiser.load_state_dict(optimiser.state_dict() | {"state": states})
 
-
+# %% ../../nbs/training/05_dpo.ipynb #983f833a
 def _continuing_trainer(schedule: tuple[int, int] | None, moments: str | Path | None, kept: Path):
     "Make our DPO trainer go on with another job's schedule and moments, where there are any. kept: for its moments."
 

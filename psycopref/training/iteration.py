@@ -274,7 +274,7 @@ def prune(online: Online, newest: int, best: int) -> list[int]:
         shutil.rmtree(online.place(n) / "policy")
     return gone
 
-
+# %% ../../nbs/training/08_iteration.ipynb #93381efb
 def check_strategy(settings: IterSettings, dpo: DpoSettings) -> None:
     """Refuse a way to spread a training that loses what it learnt; stages ask before they begin.
 

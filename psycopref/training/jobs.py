@@ -278,7 +278,7 @@ def save_goal(trainer, tokenizer, goal: Path, older: bool = False) -> None:
         if main and older:
             name_for_older(partial)
 
-
+# %% ../../nbs/training/02_jobs.ipynb #f738289c
 def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: list[int]) -> dict:
     "Say what a trainer was given: numbers of pairs, prefIDs of overlong ones, the plan. dev: rows, or None."
     found = {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev or ()), "dev_too_long": dev_long}

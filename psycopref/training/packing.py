@@ -342,7 +342,7 @@ def _packing_reason(models: list, autocast: bool) -> str:
         )
     return reasons[0] if reasons else ""
 
-
+# %% ../../nbs/training/00_packing.ipynb #2e2c87ac
 class _EvenPacks:
     "Deal batches of rows with a `length` into even packs for `batch_rebalance`; go on in the precision of before."
 
