@@ -156,7 +156,7 @@ def started_with_cells(folders: typing.Iterable[Path]) -> float:
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #aa191030
 def paper_row(cell: str, backbone: str) -> dict:
     "Return the row of the paper's later version for a cell, as far as printed; it has Llama-3B and Llama-8B."
-    published = paper_values()["mixing_v2"]
+    published = paper_values()["later_version"]
     names = dict(zip(MIXES[1:], ("HelpSteer2", "HelpSteer2 + PsyCoPref", "Psy10k", "Help10k", "Psy5kHelp5k")))
     size = "Llama-3B" if re.search(r"(?<![0-9.])3b", backbone.lower()) else "Llama-8B"
     for row in (*published["helpsteer"], *published["budget_10k"]):
@@ -187,8 +187,8 @@ def grid_row(entry: GridEntry, bench=None, samples: int = 1000) -> dict:
         row |= {"AUC": found["AUC"], "Brier": found["Brier"]} if test == "psy" else {}
     row["RewardBench %"] = _bench_accuracy(entry, bench, samples)
     theirs = paper_row(entry.cell, entry.backbone)
-    names = {"the paper's row": "name", "paper counselling %": "accuracy", "paper AUC": "auc", "paper Brier": "brier"}
-    return row | {title: theirs.get(key) for title, key in (names | {"paper RewardBench %": "rewardbench"}).items()}
+    names = {"row": "name", "counselling %": "accuracy", "AUC": "auc", "Brier": "brier", "RewardBench %": "rewardbench"}
+    return row | {f"later version: {title}": theirs.get(key) for title, key in names.items()}
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #b9fad400
 BUDGETED = ("psy", "help", "half")  # cells of equal size

@@ -8,11 +8,12 @@ import itertools
 from ..core.tables import PALETTE, Label, markdown_table, new_figure
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
 from ..core.settings import StudyError
-from ..core.paper import paper_values
+from ..core.paper import paper_values, published_source
 
 # %% auto #0
-__all__ = ['scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses', 'principle_table', 'pair_summary',
-           'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
+__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses', 'principle_table',
+           'pair_summary', 'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members',
+           'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -84,10 +85,14 @@ def principle_table(pairs):
     return table.rename_axis("principle").reset_index()
 
 # %% ../../nbs/feedback/02_pairing.ipynb #9410e25a
-def pair_summary(speeches, scored, parts: dict):
-    """Count what §3.3 counts, beside the paper: frame with what, ours, paper.
+RELEASED_COLUMN = "released pairs (not in the paper)"
 
-    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs."""
+
+def pair_summary(speeches, scored, parts: dict):
+    """Count what §3.3 counts, beside what was published.
+
+    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs. Returns
+    frame: what, ours, paper, and RELEASED_COLUMN, counted in the released pairs."""
     import pandas as pd
 
     published, test = paper_values()["dataset"], speeches.split == "test"
@@ -103,10 +108,12 @@ def pair_summary(speeches, scored, parts: dict):
         ("testing pairs", len(parts["test"]), published["test_pairs"]),
         (mean, round(known.total.mean() / 7, 2), None),
         ("response pairs with a gap of at least 1, %", wide_gaps, None),
-        ("training pairs whose rejected response is rated safer", inverted["train"], 662),
+        ("training pairs whose rejected response is rated safer", inverted["train"], None),
         ("testing pairs whose rejected response is rated safer", inverted["test"], None),
     ]
-    return pd.DataFrame(rows, columns=["what", "ours", "paper"], dtype=object)
+    counted = {rows[-2][0]: paper_values()["released_dataset"]["train_pairs_rejected_safer"]}
+    frame = pd.DataFrame(rows, columns=["what", "ours", "paper"], dtype=object)
+    return frame.assign(**{RELEASED_COLUMN: [counted.get(what) for what in frame.what]})
 
 # %% ../../nbs/feedback/02_pairing.ipynb #94b2acfe
 def model_distribution_figure(pairs, side: str, order: list[str]):
@@ -187,6 +194,8 @@ columns of the released PsychoCounsel-Preference. **Preferences are the rater's 
 person, they are a stand-in and no clinical judgement.**
 
 {markdown_table(summary)}
+
+{RELEASED_COLUMN}: {published_source("released_dataset")}.
 
 ## Sources of the client speeches
 

@@ -168,7 +168,8 @@ def spending_caption(books: list[dict]) -> str:
 def overview_page(title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple]) -> str:
     "Write everything on one self-contained HTML page. tables: fragments before the results."
     said = (
-        "Numbers in columns or rows named <i>paper</i> are published values; all others were measured in this run. "
+        "Numbers in columns or rows named <i>paper</i> are arXiv:2502.19731's, those of <i>later version</i> or "
+        "<i>released pairs</i> are published where their caption says; all others were measured in this run. "
         "Responses here are research material: drafts for review by a licensed professional, never advice to a client."
     )
     parts = [f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>", f"<p>{said}</p>", *tables]
