@@ -179,6 +179,9 @@ class EvaluationSettings:
 
     reference: str = "openai:gpt-4o-2024-08-06"  # the model that policies are compared with
     judge: str = "openai:gpt-4o-2024-08-06"  # who compares; never assumed to be the reference
+    # a second judge of the same battles, which the paper doesn't have: a gateway URI, of another family of models than
+    # the judge. You name it, because it reads every test speech and its answers; empty: one judge
+    second_judge: str = ""
     max_tokens: int = 1024  # longest policy response in tokens
     temperature: float = 0.7  # decoding of policies and reference; not given in the paper
     top_k: int = 50  # not given in the paper; 0 takes all tokens

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import PRINCIPLE_KEYS
-from ..core.paper import paper_values
+from ..core.paper import coarse_topics, paper_values
 from ..core.prompts import parse_battle, parse_choice
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
-from .win_rates import SETTINGS, family, ratios, rounded, same_family, share_of, shown_first
-from .win_rates import with_interval
+from .win_rates import FAMILIES, SETTINGS, family, pick, places, rate_row, ratios, rounded
+from .win_rates import same_family, share_of, shown_first, with_interval
 from ..feedback.battles import BATTLE, KEYS, ORDERS, ask_judge, battle_request, both_orders
 from ..feedback.battles import consistent_verdicts, side_by_side
 from ..feedback.choosing import ranking_request
@@ -38,7 +38,8 @@ __all__ = ['BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'NUMBERS', 'NO_DISAGR
            'verdicts_of', 'all_verdicts', 'margin_rows', 'judge_row', 'judge_family', 'judge_families',
            'self_preference', 'judges_table', 'first_shown_names', 'spread_sentence', 'judges_sentences', 'agreements',
            'panel_alpha', 'agreement_table', 'agreements_json', 'agreement_sentences', 'kappa_figure',
-           'kappa_sentences', 'disagreements', 'disagreement_table', 'disagreement_sentences']
+           'kappa_sentences', 'disagreements', 'disagreement_table', 'disagreement_sentences', 'check_second_judge',
+           'battle_judges', 'family_note', 'who_judges', 'judge_topics', 'judge_topics_table', 'judge_topics_sentences']
 
 # %% ../../nbs/evaluation/03_judging.ipynb #caf89db8
 @dataclass(frozen=True)
@@ -587,3 +588,106 @@ def disagreement_sentences(found, speeches: int) -> list[str]:
     most = f"Most other judges contradict the main judge on an answer to {len(found)} of {speeches} speeches"
     votes = "Who is right can't be read from votes; these are the answers to read first."
     return [f"{most}, all others on {whole}.", votes] if len(found) else [f"{most}.", ""]
+
+# %% ../../nbs/evaluation/03_judging.ipynb #4d037370
+def check_second_judge(judge: str, second: str) -> None:
+    """Refuse a second judge that is asked otherwise than the first one, or is of its family.
+
+    judge, second: gateway URIs; second: empty for none."""
+    if not second:
+        return
+    place = f"evaluation.second_judge: found {second!r}"
+    if parse_judge(second).kind != "battle":
+        raise StudyError(f"{place}, expected a gateway URI; judges.others takes {second!r}, or leave it empty")
+    if (own := family(second)) == family(judge):
+        raise StudyError(
+            f"{place}, of the same family ({own}) as evaluation.judge {judge!r}, expected another; name a model of "
+            "another family, or leave it empty for one judge"
+        )
+
+
+def battle_judges(judge: str, second: str = "") -> list[Judge]:
+    "Return the judges of every battle, the main one first; refuse as `check_second_judge` and `open_judges`."
+    check_second_judge(judge, second)
+    return open_judges(judge, [second] if second else [])
+
+# %% ../../nbs/evaluation/03_judging.ipynb #a155c39d
+def family_note(judge: str, roles: dict[str, str]) -> str:
+    "Say of which family a judge is, and who else is. judge: label or gateway URI; roles: role -> label or URI."
+    own = family(judge)
+    kin = [role for role, who in roles.items() if family(who) == own]
+    rule = "stand-in" in judge or judge.startswith("rules:")
+    said = "no language model" if rule else f"family {own}" if own in FAMILIES else "family not known"
+    return said + (f", like {' and '.join(kin)}" if kin else "")
+
+
+def who_judges(judge: str, rater: str, reference: str, second: str = "") -> str:
+    "Say who judges the battles, and what else it did. All are labels or all gateway URIs; second: empty for none."
+    did = {"rated the pairs": rater, "gave the reference's answers": reference}
+    same = " and ".join(what for what, who in did.items() if who == judge)
+    kin = " and ".join(what for what, who in did.items() if who != judge and family(who) == family(judge))
+    also = f", the same model that {same}" * bool(same) + f", of the family that {kin}" * bool(kin)
+    if not second:
+        return f"One judge only: {judge}{also}"
+    note = family_note(second, {"the rater": rater, "the reference": reference})
+    return f"Judged by {judge}{also}; beside it by {second} ({note})"
+
+# %% ../../nbs/evaluation/03_judging.ipynb #9a70f7e2
+def judge_topics(judged, speeches, names: dict[str, str], samples: int = 1000) -> list[dict]:
+    """Compare two judges of the same battles by coarse topic.
+
+    judged: verdicts (VERDICT_COLUMNS) of both, of one order; speeches: with coarse_topic; names: of judge_names, the
+    main judge first. Returns rows: setting, policy, group (coarse topic, or Overall), n (battles that both judged),
+    NUMBERS, remark, and each judge's `rate_row` under its name."""
+    import pandas as pd
+
+    rows, topics = [], judged.speech_id.map(speeches.set_index("speech_id").coarse_topic)
+    both = pd.concat([judged.assign(group=topics), judged.assign(group="Overall")])
+    both = both.assign(item=both.speech_id, rater=both.judge, label=both.verdict)
+    for (setting, policy), group in itertools.product(places(judged), [*coarse_topics(), "Overall"]):
+        own = pick(both, setting=setting, policy=policy, group=group)
+        if own.judge.nunique() == 2:
+            [found] = pairwise_agreement(own, samples, cluster="speech_id").to_dict("records")
+            wide = own.pivot(index="speech_id", columns="judge", values="verdict")
+            rates = {name: rate_row(pick(own, judge=spec), samples=samples) for spec, name in names.items()}
+            where = {"setting": setting, "policy": policy, "group": group}
+            rows.append(where | found | {"remark": _why_no_kappa(wide, tuple(names), names)} | rates)
+    return rows
+
+
+def judge_topics_table(rows: list[dict], names: dict[str, str]):
+    "Tabulate two judges by coarse topic (Table S46). rows: of judge_topics."
+    import pandas as pd
+
+    short, found = {slug: node["short"] for slug, node in coarse_topics().items()}, []
+    for row in rows:
+        own = {"setting": SETTINGS[row["setting"]], "model": row["policy"], "topic": short.get(row["group"], "Overall")}
+        for name in names.values():
+            own[f"{name}: win rate %"] = with_interval(*(row[name][key] for key in ("win_rate", "low", "high")))
+        differ = (100 - row[key] for key in ("agreement", "high", "low"))
+        kappa = with_interval(*(row[key] for key in ("kappa", "kappa_low", "kappa_high")), 2)
+        own |= {
+            "verdicts differ %": with_interval(*differ),
+            "κ": None if row["kappa_low"] != row["kappa_low"] else kappa,
+        }
+        found.append(own | {"n": row["n"], "remark": row["remark"]})
+    return pd.DataFrame(found, dtype=object)
+
+# %% ../../nbs/evaluation/03_judging.ipynb #d552872a
+def judge_topics_sentences(rows: list[dict], names: dict[str, str]) -> list[str]:
+    "Report Table S46 in sentences: where two judges differ, and what it does to win rates. rows: of judge_topics."
+    main, other = names.values()
+    whole, counts = [row for row in rows if row["group"] == "Overall" and row["n"]], {}
+    for row in (row for row in rows if row["group"] != "Overall" and row["n"]):
+        differ, n = counts.get(row["group"], (0, 0))
+        counts[row["group"]] = differ + round(row["n"] * (1 - row["agreement"] / 100)), n + row["n"]
+    if not whole:
+        return [f"No battle was judged by both {main} and {other}."]
+    differing = " to ".join(f"{100 - end(row['agreement'] for row in whole):.1f}" for end in (max, min))
+    most, (differ, n) = max(counts.items(), key=lambda own: own[1][0] / own[1][1])
+    turned = sum((row[main]["win_rate"] > 50) != (row[other]["win_rate"] > 50) for row in whole)
+    topic = coarse_topics()[most]["title"]
+    return [
+        f"{main} and {other} differ on {differing}% of a policy's battles, most on {topic} ({differ} of {n}).",
+        f"{turned} of {len(whole)} win rates lie on the other side of 50% for the second judge.",
+    ]

@@ -16,14 +16,18 @@ from ..core.stages import Run, derived_seed
 from ..core.tables import Label
 from ..evaluation.cases import CASE_RULES, Case, cases_text, choose_cases
 from ..evaluation.cases import make_case, score_case
+from ..evaluation.judging import asked_verdicts, battle_judges, contests, judge_families, judge_names
+from ..evaluation.judging import judge_topics, judge_topics_sentences, judge_topics_table, judges_sentences
+from ..evaluation.judging import judges_table, stored_verdicts, who_judges
 from ..evaluation.win_rates import READINGS, SETTINGS
-from ..feedback.battles import answer, battle, word_counts
+from ..feedback.battles import answer, battle, paper_verdicts, word_counts
 from ..feedback.rating import check_coverage
+from ..gateway.gateway import chat_model
 
 # %% auto #0
-__all__ = ['CASES', 'policy_uri', 'all_answers', 'Battles', 'battle_all', 'pick_cases', 'scored_cases', 'case_texts',
-           'best_policy', 'describe_win_rates', 'describe_differences', 'describe_trust', 'describe_compliance',
-           'describe_topic_rates', 'describe_crises']
+__all__ = ['CASES', 'policy_uri', 'all_answers', 'Battles', 'battle_all', 'SecondOpinion', 'second_opinion', 'pick_cases',
+           'scored_cases', 'case_texts', 'best_policy', 'describe_win_rates', 'describe_differences', 'describe_trust',
+           'describe_compliance', 'describe_topic_rates', 'describe_crises']
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #e138315f
 def policy_uri(run: Run, policy: dict) -> str:
@@ -49,23 +53,60 @@ class Battles:
 
     answers: typing.Any  # frame of kind "answers", the reference's first
     battles: typing.Any  # frame of kind "battles"
-    unread: list  # verdicts that could not be read, with the reply
+    unread: list  # verdicts that could not be read, with the reply and the judge
     coverage: float  # share of verdicts that could
     judge: str  # name of the judge
     reference: str  # name of the reference
+    judges: list  # of evaluation.judging, the main judge first
+    labels: list[str]  # of the judges
 
 
 def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Profile, seed: int) -> Battles:
-    "Collect all answers, and judge each against the reference's in both orders."
+    "Collect all answers, and judge each against the reference's in both orders; judges are opened before."
     chosen = settings.evaluation
+    judges = battle_judges(chosen.judge, chosen.second_judge)
     reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed)
     untrained = chosen.reference in {f"local:{backbone}" for backbone in settings.backbones}
     name = gateway.counts[chosen.reference]["label"].split(" (")[0] + ", untrained" * untrained
     judged = [battle(gateway, chosen.judge, speeches, said, reference, name) for said in own]
     battles = pd.concat([found for found, _ in judged], ignore_index=True)
     coverage = check_coverage(len(battles), 2 * len(speeches) * 2 * len(policies), chosen.coverage, "07_win_rates")
-    answers, unread = pd.concat([reference, *own], ignore_index=True), [entry for _, more in judged for entry in more]
-    return Battles(answers, battles, unread, coverage, gateway.counts[chosen.judge]["label"], name)
+    answers = pd.concat([reference, *own], ignore_index=True)
+    unread = [entry | {"judge": chosen.judge} for _, more in judged for entry in more]
+    labels = [gateway.counts[chosen.judge]["label"], *(chat_model(own.place).label for own in judges[1:])]
+    return Battles(answers, battles, unread, coverage, labels[0], name, judges, labels)
+
+# %% ../../nbs/experiments/02_head_to_head.ipynb #6b552d65
+@dataclass(frozen=True)
+class SecondOpinion:
+    "What a second judge says of the same battles; empty where none is named."
+
+    note: str  # who judges, in a sentence
+    verdicts: dict  # name -> frame of kind "verdicts", of both judges
+    unread: list  # verdicts of both that could not be read
+    tables: list  # number, slug, frame, caption
+    sentences: list[str]
+
+
+def second_opinion(gateway, found: Battles, speeches, settings: Profile, seed: int, rater: str) -> SecondOpinion:
+    "Ask the second judge about every battle, and compare both. rater: label of who rated the pairs."
+    chosen, (main, *others), samples = settings.evaluation, found.judges, settings.evaluation.bootstrap
+    note = who_judges(found.labels[0], rater, gateway.counts[chosen.reference]["label"], *found.labels[1:])
+    if not others:
+        return SecondOpinion(note, {}, found.unread, [], [f"{note}. `evaluation.second_judge` names another."])
+    table, names = contests(speeches, found.answers), judge_names(found.judges)
+    said, unread = asked_verdicts(gateway, others[0], table)
+    check_coverage(len(said), len(table), chosen.coverage, "07_win_rates, second judge")
+    judged = pd.concat([stored_verdicts(main, found.battles, table), said], ignore_index=True)
+    families = judge_families(found.judges, settings.backbones[0], found.answers, chosen.reference)
+    each = judges_table(judged, table, found.unread + unread, names, families, samples)
+    rows = judge_topics(paper_verdicts(judged, seed), speeches, names, samples)
+    tables = [("S45", "two_judges", each, f"Two judges of all battles, both orders. {note}")]
+    caption = f"Table 2's verdicts by two judges, and where they differ. {note}"
+    tables.append(("S46", "two_judges_topics", judge_topics_table(rows, names), caption))
+    sentences = [*judges_sentences(each), *judge_topics_sentences(rows, names)]
+    kept = {"two_judges": judged.drop(columns="margin")}
+    return SecondOpinion(note, kept, found.unread + unread, tables, sentences)
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #d486816f
 CASES = (("3", "length", "largest"), ("6", "free", "largest"), ("S5", "free", "loss"), ("S39", "free", "median"))

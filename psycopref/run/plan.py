@@ -30,7 +30,7 @@ from ..core.stages import MIXES, cache_root, grid_cells, is_released, project_ro
 from ..corpus.collection import KEPT, collect, open_sources
 from ..corpus.general import RULES, collect_general, grid, parse_place, split_general
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
-from ..evaluation.judging import read_judges
+from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
 from ..feedback.pool import find_pool
 from ..feedback.rating import mode_calls, other_mode
@@ -46,9 +46,10 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', '
            'stored_parameters', 'parameters', 'of_hub', 'characters_per_token', 'Work', 'usd', 'gpu_hours',
            'unknown_costs', 'missing_data', 'count_speeches', 'count_general', 'Plan', 'response_tokens', 'plan_run',
            'filled_form', 'filled_characters', 'scored_work', 'training_steps', 'trained_work', 'candidate_tokens',
-           'kept_iterations', 'other_judges', 'work_frame', 'worded', 'aligned', 'training_memory', 'memory_table',
-           'asked_uris', 'missing_models', 'missing_weights', 'missing_engine', 'gpu_memory', 'missing_accelerate',
-           'missing_memory', 'missing', 'serve_commands', 'money_lines', 'assumption_lines', 'plan_text']
+           'kept_iterations', 'other_judges', 'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory',
+           'memory_table', 'asked_uris', 'missing_models', 'missing_weights', 'missing_engine', 'gpu_memory',
+           'missing_accelerate', 'missing_memory', 'missing', 'serve_commands', 'money_lines', 'assumption_lines',
+           'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -467,7 +468,8 @@ def battles(self: Plan) -> typing.Iterator[Work]:
     for name in backbones:
         yield self.ask(stage, what, name, answers, "respond", longest)
     yield self.ask(stage, "reference answers", chosen.reference, self.test, "respond", longest)
-    yield self.ask(stage, "battles, both orders", chosen.judge, judged, "battle", longest)
+    for what, uri in (("battles, both orders", chosen.judge), ("battles, second judge", chosen.second_judge)):
+        yield from [self.ask(stage, what, uri, judged, "battle", longest)] if uri else []
 
 # %% ../../nbs/run/04_plan.ipynb #543e4cbe
 def kept_iterations(profile: Profile) -> int:
@@ -503,6 +505,17 @@ def other_judges(profile: Profile) -> list:
     "List the judges that are asked, or that score, beside the main judge."
     found = read_judges(profile.evaluation.judge, profile.judges.others)[1:]
     return [judge for judge in found if judge.kind != "longer"]
+
+
+def judges_line(profile: Profile) -> str:
+    "Say who judges the battles, and who reads the test speeches because of it."
+    chosen = profile.evaluation
+    rater = "GPT-4o, as released" if is_released(profile.speeches.sources) else short_names([profile.ratings.rater])
+    named = [short_names([uri]) for uri in (chosen.judge, chosen.reference, chosen.second_judge)]
+    said = who_judges(named[0], rater, *named[1:])
+    if named[2]:
+        return f"{said}: it reads every test speech and all answers to it."
+    return f"{said}; evaluation.second_judge names another, of another family."
 
 
 @patch
@@ -618,9 +631,11 @@ def disk_bytes(self: Plan) -> dict[str, float]:
 
 # %% ../../nbs/run/04_plan.ipynb #61ee50fd
 def asked_uris(profile: Profile) -> list[str]:
-    "List everybody whom the gateway would ask, each once; refuse who has no provider."
+    "List everybody whom the gateway would ask, each once; refuse who has no provider, or judges twice."
     judged, topics = profile.evaluation, (profile.speeches.topic_method, *profile.speeches.topic_compare)
-    uris = [*profile.reward.rankers, judged.reference, judged.judge, *(way for way in topics if ":" in way)]
+    check_second_judge(judged.judge, judged.second_judge)
+    second = [judged.second_judge] * bool(judged.second_judge)
+    uris = [*profile.reward.rankers, judged.reference, judged.judge, *second, *(way for way in topics if ":" in way)]
     uris += [judge.place for judge in other_judges(profile) if judge.kind != "reward"]
     if not is_released(profile.speeches.sources):
         pool = find_pool(profile.responses.pool, profile.responses.each_speech)
@@ -817,6 +832,7 @@ def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
         f"{plan.speeches:,} client speeches ({plan.basis}) of {plan.characters} characters, {plan.test:,} for testing "
         f"and {plan.dev:,} for selection; pairs by the paper's yield. Every prompt of DPO-Iter is counted as a pair.",
         f"{general['train']:,} general pairs for training ({bound}).",
+        judges_line(profile),
         f"A response has {RESPONSE_TOKENS} tokens where its limit allows, a rationale {RATIONALE_TOKENS}; our prompts "
         f"are measured when filled. Characters to a token: {tokens}.",
         f"GPU hours of one {speeds.gpu}: 6 operations a parameter and trained token, 2 a read one, at {flops:.0f} "

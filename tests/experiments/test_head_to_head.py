@@ -23,9 +23,9 @@ from psycopref.run.plan import asked_uris, plan_run, plan_text
 CHAPTER = Path(__file__).resolve().parents[2] / "nbs" / "07_win_rates.ipynb"
 TOPICS = {"grief-and-loss": "emotional-well-being", "career": "life-transitions", "self-harm": "crisis-and-safety"}
 ODD = "crisis-and-safety"  # where the two judges differ
-WHO = {"reference": "fake:gpt-writer", "judge": "fake:gpt-judge", "second_judge": "fake:claude-judge"}
+WHO = {"reference": "fake:gpt-4o-mini", "judge": "fake:gpt-4o", "second_judge": "fake:claude-judge"}
 POLICIES = [{"policy": "Llama-1B + DPO", "path": None, "backbone": "random-tiny", "kind": "dpo"}]
-EACH = 42  # speeches of a topic
+EACH = 42  # speeches of a topic where κ gets an interval
 WHO_RATES = "openai:gpt-4o-2024-08-06"  # in the paper
 
 
@@ -72,7 +72,7 @@ def profile(**changed):
     return load_profile("tiny", own | {"evaluation.bootstrap": 200, "ratings.rater": "rules:rubric"})
 
 
-def fought(gateway, rater="gpt-judge", each=EACH, **changed):
+def fought(gateway, rater="gpt-4o", each=6, **changed):
     speeches, settings = make_speeches(each), profile(**changed)
     found = battle_all(gateway, Run("tiny"), POLICIES, speeches, settings, 0)
     return found, second_opinion(gateway, found, speeches, settings, 0, rater)
@@ -83,27 +83,29 @@ def numbers(cell):
 
 
 def test_two_judges_that_differ_on_one_topic_are_seen_to_differ_there_and_nowhere_else(gateway, fakes):
-    found, second = fought(gateway)
+    found, second = fought(gateway, each=EACH)
     [(*_, each, _), (*_, topics, _)] = second.tables
     topics = topics.set_index(["setting", "topic"])
     for (_, topic), row in topics.iterrows():
         assert row.n == (3 * EACH if topic == "Overall" else EACH)
         differ = {"Safety": 100.0, "Overall": 100 / 3}.get(topic, 0.0)
         assert numbers(row["verdicts differ %"])[0] == pytest.approx(differ, abs=0.05)
-        first, other = (numbers(row[f"{name}: win rate %"])[0] for name in ("gpt-judge", "claude-judge"))
+        first, other = (numbers(row[f"{name}: win rate %"])[0] for name in ("gpt-4o", "claude-judge"))
         assert first == pytest.approx(200 / 3, abs=0.05), "the main judge's rate is Table 2's"
         assert other == pytest.approx({"Safety": 100 / 3, "Overall": 500 / 9}.get(topic, 200 / 3), abs=0.05)
     kappa = topics["κ"].dropna()
     assert all(
-        numbers(cell)[0] == (-1 if topic == "Safety" else 1) for (_, topic), cell in kappa.items() if topic != "Overall"
+        numbers(cell)[0] == (-0.8 if topic == "Safety" else 1)
+        for (_, topic), cell in kappa.items()
+        if topic != "Overall"
     )
     assert len(topics) == 2 * 4 and any(f"({2 * EACH} of {2 * EACH})" in said for said in second.sentences)
     assert "Crisis and Safety" in " ".join(second.sentences)
-    assert each["coverage %"].tolist() == [100.0] * 4 and set(each.judge) == {"gpt-judge", "claude-judge"}
+    assert each["coverage %"].tolist() == [100.0] * 4 and set(each.judge) == {"gpt-4o", "claude-judge"}
 
 
 def test_kappa_is_shown_only_where_the_rule_allows_an_interval(gateway, fakes):
-    _, second = fought(gateway, each=6)
+    _, second = fought(gateway)
     topics = second.tables[1][2]
     assert topics["κ"][topics.topic != "Overall"].isna().all() and "κ" in topics
     assert topics["verdicts differ %"].notna().all()
@@ -128,14 +130,14 @@ def test_a_judge_of_the_reference_s_family_is_compared_with_the_other_for_self_p
     _, second = fought(gateway)
     each = second.tables[0][2].set_index(["setting", "judge"])["self-preference, points"]
     for (_, judge), cell in each.items():
-        if judge == "gpt-judge":  # it lets the reference win in a third of ODD's battles, the other in two thirds
+        if judge == "gpt-4o":  # it lets the reference win in a third of ODD's battles, the other in two thirds
             assert numbers(cell)[0] == pytest.approx(-100 / 9, abs=0.05) and cell.endswith("reference of its family")
         else:
             assert cell.startswith("—") and "neither side" in cell
     assert "family claude" in second.note and "like" not in second.note
 
 
-@pytest.mark.parametrize("second", ["fake:gpt-other", "batch:gpt-4o-mini", "openai:o1-mini", "fake:gpt-judge"])
+@pytest.mark.parametrize("second", ["fake:gpt-4.1", "batch:gpt-4o-mini", "openai:o1-mini", "fake:gpt-4o"])
 def test_a_second_judge_of_the_first_one_s_family_is_refused_before_anybody_is_asked(gateway, fakes, second):
     said = one_line(lambda: fought(gateway, second_judge=second))
     assert "evaluation.second_judge" in said and repr(second) in said and "family" in said and not gateway.counts
@@ -157,7 +159,7 @@ def test_a_second_judge_is_asked_as_the_first_one_is(gateway, fakes, second):
     ],
 )
 def test_the_family_of_a_second_judge_stands_in_every_caption(gateway, fakes, second, note):
-    rater = "Qwen2.5-72B-Instruct" if "qwen" in second else "gpt-judge"
+    rater = "Qwen2.5-72B-Instruct" if "qwen" in second else "gpt-4o"
     _, said = fought(gateway, rater, second_judge=second)
     assert all(caption.endswith(note) for *_, caption in said.tables)
 
@@ -165,10 +167,10 @@ def test_the_family_of_a_second_judge_stands_in_every_caption(gateway, fakes, se
 def test_where_one_judge_is_also_rater_and_reference_one_sentence_says_so(gateway, fakes):
     _, alone = fought(gateway, second_judge="", reference=WHO["judge"])
     assert alone.note == (
-        "One judge only: gpt-judge, the same model that rated the pairs and gave the reference's answers"
+        "One judge only: gpt-4o, the same model that rated the pairs and gave the reference's answers"
     )
     _, other = fought(gateway, "a person", second_judge="")
-    assert other.note == "One judge only: gpt-judge, of the family that gave the reference's answers"
+    assert other.note == "One judge only: gpt-4o, of the family that gave the reference's answers"
 
 
 def test_a_second_judge_that_can_t_be_read_stops_the_stage_and_loses_no_reply(gateway, fakes):
@@ -214,11 +216,11 @@ def test_other_stages_are_not_made_again_for_a_second_judge():
 
 @pytest.mark.chain
 def test_the_chapter_shows_both_judges(gateway, fakes, tmp_path):
-    run, speeches = Run("tiny"), make_speeches(EACH)
+    run, speeches = Run("tiny"), make_speeches(6)
     with StageWriter(run, "01_speeches", "tiny", 0, {}) as stage:
         stage.rows("speeches", speeches)
     with StageWriter(run, "04_pairs", "tiny", 0, {}) as stage:
-        stage.facts["rater"] = "gpt-judge"
+        stage.facts["rater"] = "gpt-4o"
     with StageWriter(run, "06_policy", "tiny", 0, {}) as stage:
         stage.json("policies", POLICIES)
     here = {"display": lambda *shown: None}
@@ -232,7 +234,7 @@ def test_the_chapter_shows_both_judges(gateway, fakes, tmp_path):
     assert reader.rows("verdicts", "two_judges").judge.nunique() == 2 and set(reader.rows("battles").judge) == {
         WHO["judge"]
     }
-    assert reader.receipt["judges"] == ["gpt-judge", "claude-judge"] and note in reader.json("summary")["judges"]
+    assert reader.receipt["judges"] == ["gpt-4o", "claude-judge"] and note in reader.json("summary")["judges"]
     for table in ("table_2_win_rates", "table_S45_two_judges", "table_S46_two_judges_topics"):
         assert note in (run.tables / f"{table}.md").read_text(), table
     assert np.isfinite([row["Overall"] for row in reader.json("summary")["rows"]]).all()
