@@ -59,7 +59,8 @@ class SpeechSettings:
 class ResponseSettings:
     "Therapist responses from the model pool (§3.3, Table 5)."
 
-    pool: str = "paper"  # a pool of `feedback.pool`: paper, demo, tiny
+    pool: str = "paper"  # a pool of `feedback.pool`: paper, paper-substitute, demo, tiny, or a .json file
+    leave_out: tuple[str, ...] = ()  # members of the pool that are not asked; a speech's are drawn from the others
     each_speech: int = 4  # members sampled for each speech (§3.3)
     max_tokens: int = 1024  # longest response in tokens
     block: int = 512  # speeches whose calls are looked at together, here and in the ratings; a shard takes whole blocks
@@ -147,7 +148,9 @@ class IterSettings:
     top_k: int = 50  # not given in the paper; 0 takes all tokens
     top_p: float = 1.0  # not given in the paper
     max_tokens: int | None = None  # longest candidate; None takes evaluation.max_tokens
-    engine: Literal["local", "vllm", "server"] = "local"  # who samples the candidates; `training.sampling`
+    # who samples candidates and watched answers (`training.sampling`): local and vllm in this process, on one GPU;
+    # server starts `vllm serve`, with a copy of the policy on each GPU
+    engine: Literal["local", "vllm", "server"] = "local"
     block: int = 512  # speeches whose candidates are saved together
     pair_choice: Literal["best-worst", "similar-length"] = "best-worst"  # which two candidates make a pair
     length_slack: float = 0.2  # similar-length: the longer has at most this share more words
@@ -249,6 +252,7 @@ class PlanSettings:
     "Speeds that `run.plan` assumes; no result hangs on them."
 
     gpu: Literal["A100", "H100", "H200", "B200"] = "H100"  # whose hours are counted
+    gpu_count: PositiveInt = 8  # GPUs of the machine, for hours on the clock and the pool's servers
     flops_a100: float = 7.0e13  # operations/s in training and reading: 22.5% of the data sheet's dense bfloat16
     flops_h100: float = 2.2e14  # measured share: open-instruct's packed DPO, 7 billion parameters on 16 H100
     flops_h200: float = 2.2e14  # the same share is assumed

@@ -15,6 +15,7 @@ from ..models.weights import Weights, find_weights, load_tokenizer
 from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy, save_adapter
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import Online, best_point, check_strategy, iterate
+from ..training.sampling import missing_engine
 from ..training.texts import numbered
 from ..training.watching import Watcher, global_steps
 
@@ -25,8 +26,10 @@ __all__ = ['check_trainings', 'train_offline', 'train_policies', 'policy_entries
 
 # %% ../../nbs/experiments/01_policies.ipynb #b65504f8
 def check_trainings(settings: Profile) -> None:
-    "Refuse settings of DPO and DPO-Iter that contradict this machine's way to train."
+    "Refuse settings of DPO and DPO-Iter that contradict this machine's way to train, and a sampler that isn't here."
     check_strategy(settings.dpo_iter, settings.dpo)
+    if line := missing_engine(settings.dpo_iter.engine):
+        raise StudyError(f"dpo_iter.engine: {line}")
 
 # %% ../../nbs/experiments/01_policies.ipynb #2cbe4c7d
 def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> dict:

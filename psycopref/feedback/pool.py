@@ -18,15 +18,29 @@ from ..core.prompts import responding_prompt
 from ..core.settings import StudyError, suggest
 from ..core.stages import Shard, blocks, derived_seed, project_root
 from ..gateway.gateway import chat_model
-from ..gateway.servers import NotServed
+from ..gateway.servers import NotServed, shutdown_day
 from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
 
 # %% auto #0
-__all__ = ['POOLS', 'Member', 'read_pool', 'pool_file', 'find_pool', 'assign_members', 'calls_by_model', 'respond', 'pool_table',
-           'describe_pool', 'shard_speeches']
+__all__ = ['POOLS', 'Serving', 'Member', 'read_pool', 'pool_file', 'whole_pool', 'find_pool', 'left_out', 'assign_members',
+           'calls_by_model', 'respond', 'pool_table', 'describe_pool', 'shard_speeches']
 
 # %% ../../nbs/feedback/00_pool.ipynb #ddbcde7a
+@dataclass(frozen=True)
+class Serving:
+    "Say what a server of an open model has to be told (`run.plan` words the command)."
+
+    context: int = 0  # tokens of prompt and answer that the model takes at most; 0 = not known
+    dtype: str = "auto"  # as vLLM names it
+    chat_template: str = ""  # where the tokenizer has none: Jinja in a line, or a file
+    options: str = ""  # further options of `vllm serve`
+    remote_code: bool = False  # True where configuration or tokenizer are Python code that comes with the weights
+    source: str = "not verified"  # where this was read
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
 @dataclass(frozen=True)
 class Member:
     "Declare one therapist of a pool."
@@ -40,6 +54,8 @@ class Member:
     examples: tuple[tuple[str, str], ...] = ()  # client and therapist, shown before the real client
     system: bool = True  # False where the model's chat template refuses a system message
     thinking: int = 0  # tokens that the model may spend on hidden reasoning before the response
+    serve: Serving = Serving()  # what its server is told
+    replaces: tuple[str, ...] = ()  # members of the paper's pool in whose place it answers; it is not the paper's
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -79,7 +95,10 @@ def read_pool(path: Path) -> tuple[Member, ...]:
     return pool
 
 
-POOLS = {name: read_pool(resource_path(f"pools/{name}.yaml")) for name in ("paper", "demo", "tiny")}
+_READ = {name: read_pool(resource_path(f"pools/{name}.yaml")) for name in ("paper", "paper-substitute", "demo", "tiny")}
+_REPLACED = {name for member in _READ["paper-substitute"] for name in member.replaces}
+_KEPT = tuple(member for member in _READ["paper"] if member.name not in _REPLACED)
+POOLS = _READ | {"paper-substitute": (*_KEPT, *_READ["paper-substitute"])}
 
 # %% ../../nbs/feedback/00_pool.ipynb #3a2c1400
 def pool_file(name: str) -> Path:
@@ -87,14 +106,37 @@ def pool_file(name: str) -> Path:
     return project_root() / Path(name).expanduser()
 
 
-def find_pool(name: str, each_speech: int) -> tuple[Member, ...]:
-    "Return paper, demo, tiny, or the pool of a .json file; refuse one of fewer members than answer each speech."
+def whole_pool(name: str) -> tuple[Member, ...]:
+    "Return all members of paper, paper-substitute, demo, tiny, or of a .json file."
     pool = read_pool(pool_file(name)) if name.endswith(".json") else POOLS.get(name)
     if pool is None:
         raise StudyError(f"pool {name!r}: does not exist. {suggest(name, POOLS)} A pool of your own is a .json file")
-    if len(pool) < each_speech:
-        raise StudyError(f"pool {name!r}: has {len(pool)} members, expected at least {each_speech}")
     return pool
+
+
+def find_pool(name: str, each_speech: int, leave_out: typing.Iterable[str] = ()) -> tuple[Member, ...]:
+    """Return the members of a pool that may be drawn; refuse fewer than answer each speech.
+
+    leave_out: names of members that are not asked; the paper's are known in every pool."""
+    whole, leave_out = whole_pool(name), set(leave_out)
+    known = [member.name for member in (*whole, *POOLS["paper"])]
+    if wrong := sorted(leave_out.difference(known)):
+        raise StudyError(f"responses.leave_out: {wrong[0]!r} is no member of pool {name!r}. {suggest(wrong[0], known)}")
+    pool = tuple(member for member in whole if member.name not in leave_out)
+    if len(pool) < each_speech:
+        raise StudyError(f"pool {name!r}: has {len(pool)} members to ask, expected at least {each_speech}")
+    return pool
+
+
+def left_out(name: str, leave_out: typing.Iterable[str]) -> dict[str, str]:
+    "Say why members of a pool are not asked: name -> reason."
+
+    def reason(member: Member) -> str:
+        if member.serve.remote_code:
+            return "the weights need Python code that comes with them (trust_remote_code)"
+        return f"shut down by OpenAI on {day}" if (day := shutdown_day(member.model)) else "by responses.leave_out"
+
+    return {member.name: reason(member) for member in whole_pool(name) if member.name in set(leave_out)}
 
 # %% ../../nbs/feedback/00_pool.ipynb #685d886d
 def assign_members(
@@ -135,7 +177,7 @@ def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: i
         name, member = assigned[i]
         return member.request(text[name], max_tokens, seed)
 
-    for uri, parts in calls_by_model(assigned, block).items():
+    for uri, parts in sorted(calls_by_model(assigned, block).items(), key=lambda own: shutdown_day(own[0]) is None):
         model, asked = chat_model(uri), ((request(i) for i in part) for part in parts)
         try:
             for part, found in zip(parts, gateway.stream(model, asked, "responding", sum(map(len, parts)))):
@@ -158,10 +200,11 @@ def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: i
     return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["responses"])], failures
 
 # %% ../../nbs/feedback/00_pool.ipynb #b895287e
-def pool_table(pool: typing.Sequence[Member], responses):
+def pool_table(pool: typing.Sequence[Member], responses, left: typing.Mapping[str, str] = {}):
     """List the pool with what each member wrote, as in Table 5.
 
-    Returns frame: size class, member, what answers, responses, mean words, cut off."""
+    left: members that were not asked -> why. Returns frame: size class, member, what answers, responses, mean words,
+    cut off."""
     import pandas as pd
 
     rows = []
@@ -169,7 +212,8 @@ def pool_table(pool: typing.Sequence[Member], responses):
         own = responses[responses.model == member.name]
         words, cut = own.response.str.split().str.len(), own.finish_reason == "length"
         measured = (round(words.mean(), 1), round(100 * cut.mean(), 1)) if len(own) else (None, None)
-        rows.append([member.size, member.name, member.model, member.temperature, len(own), *measured])
+        who = f"not asked: {left[member.name]}" if member.name in left else member.model
+        rows.append([member.size, member.name, who, member.temperature, len(own), *measured])
     columns = ["size", "member", "answered by", "temperature", "responses", "mean words", "cut off %"]
     return pd.DataFrame(rows, columns=columns)
 

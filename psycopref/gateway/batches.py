@@ -78,9 +78,9 @@ class BatchModel(OpenAIModel):
     concurrency = 32  # batches in flight at once, at most
     look, whole, ahead, queued = None, False, 64, True
 
-    def __init__(self, name: str, max_retries: int = 3, timeout: float = 120.0, poll: tuple = (1.0, 60.0)):
+    def __init__(self, name: str, max_retries=3, timeout=120.0, poll: tuple = (1.0, 60.0), today=servers.utc_today):
         "poll: seconds between two looks at a batch, at first and at last."
-        super().__init__(name, max_retries, timeout, "batch")
+        super().__init__(name, max_retries, timeout, "batch", today)
         discount, self.poll = servers.prices()["batch_discount"]["factor"], poll
         self.price = {kind: usd * discount for kind, usd in self.price.items()}
 
@@ -164,6 +164,7 @@ async def order(self: BatchModel, asked: dict[str, ChatRequest]) -> tuple:
     "Place a new order. Returns its name and its batch."
     import openai
 
+    self.check_alive()
     with clear_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
         for key, request in asked.items():
             file.write(write_line(key, self.chat_arguments(request)))
@@ -182,6 +183,7 @@ async def order(self: BatchModel, asked: dict[str, ChatRequest]) -> tuple:
 @patch
 async def create(self: BatchModel, file_id: str, name: str):
     "Create a batch, and note its id."
+    self.check_alive()
     self.jobs.drop_jobs([name])  # the id of one that found the queue full
     what = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
     try:

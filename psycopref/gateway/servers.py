@@ -5,11 +5,15 @@
 # %% ../../nbs/gateway/02_servers.ipynb #78aca559
 from __future__ import annotations
 
+import datetime
 import email.utils
+import functools
 import json
 import os
 import re
+import sys
 import time
+import typing
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -22,8 +26,8 @@ from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'LOOPBACK', 'RETRY_STATUS', 'host_key_name', 'server_key', 'without_keys', 'completion_reader',
-           'read_completion', 'prices', 'most_tokens', 'proxy_of', 'OpenAIModel', 'read_error', 'NotServed',
-           'read_status']
+           'read_completion', 'prices', 'most_tokens', 'proxy_of', 'Retired', 'utc_today', 'shutdown_day',
+           'shutdown_line', 'OpenAIModel', 'read_error', 'NotServed', 'read_status']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
 def host_key_name(base_url: str) -> str:
@@ -107,6 +111,34 @@ def proxy_of(address: str) -> str | None:
         raise StudyError(f"proxy {without_keys(way)!r}: expected http://… or https://…; set HTTPS_PROXY to such a one")
     return way
 
+# %% ../../nbs/gateway/02_servers.ipynb #6c127384
+class Retired(StudyError):
+    "Say that a provider has shut a model down."
+
+
+def utc_today() -> datetime.date:
+    "Return today's date in UTC."
+    return datetime.datetime.now(datetime.timezone.utc).date()
+
+
+def shutdown_day(uri: str) -> datetime.date | None:
+    "Return the day on which OpenAI shuts a model down; None where none is announced, or somebody else serves it."
+    provider, _, name = uri.partition(":")
+    known = prices()["shutdowns"]["models"].get(name) if provider in ("openai", "batch") else None
+    return known and datetime.date.fromisoformat(known["day"])
+
+
+def shutdown_line(uri: str, today: datetime.date) -> str:
+    "Say in a line what a shutdown means for new calls to a model; an empty text where none is announced."
+    if not (day := shutdown_day(uri)):
+        return ""
+    name, instead, left = uri.partition(":")[2], prices()["substitute"], (day - today).days
+    stand_in = f"responses.pool={instead['pool']} and {instead['rater']} as rater, reference or judge, not the paper's"
+    if left > 0:
+        return f"{name} is shut down on {day}, in {left} day{'s' * (left > 1)}; ask it before, or take {stand_in}"
+    advice = prices()["shutdowns"]["models"][name]["replacement"]
+    return f"{name} was shut down on {day}, only replies in the cache are left; take {stand_in} (OpenAI names {advice})"
+
 # %% ../../nbs/gateway/02_servers.ipynb #00daab51
 class OpenAIModel:
     "Answer through the chat completions API."
@@ -114,15 +146,22 @@ class OpenAIModel:
     concurrency = 256  # calls in flight at the most
     look, whole, ahead, queued, jobs = 16, False, 8, False, None
 
-    def __init__(self, name: str, max_retries: int = 6, timeout: float = 120.0, scheme: str = "openai"):
+    def __init__(self, name: str, max_retries=6, timeout=120.0, scheme="openai", today: typing.Callable = utc_today):
+        "timeout: seconds; today: tells the date by which models retire."
         self.model, _, self.base_url = name.partition("@")
         self.uri, self.label, self.identity = f"{scheme}:{name}", self.model, f"openai:{name}"
         self.attempts, self.timeout, self.opened = max_retries + 1, timeout, None
-        self.price = {"input": 0.0, "output": 0.0} if self.base_url else prices()["models"].get(self.model)
-        if not self.price:
+        known = {"input": 0.0, "output": 0.0} if self.base_url else prices()["models"].get(self.model)
+        if not known:
             raise StudyError(
                 f"model {self.uri!r}: has no price in resources/prices.json, so a budget can't be held; add it there"
             )
+        self.price, self.more = {kind: known[kind] for kind in ("input", "output")}, known.get("arguments", {})
+        if self.more:  # another value would be another answer
+            self.identity += json.dumps(self.more, sort_keys=True)
+        if self.uri.partition(":")[2] == prices()["substitute"]["rater"].partition(":")[2]:
+            self.label += " (not the paper's; stands in for GPT-4o)"
+        self.today, self.retires = today, shutdown_day(self.uri)
 
     def groups(self, requests):
         return [[i] for i in range(len(requests))]
@@ -132,6 +171,13 @@ class OpenAIModel:
 
     def cost(self, reply):
         return (reply.prompt_tokens * self.price["input"] + reply.completion_tokens * self.price["output"]) / 1e6
+
+    def check_alive(self) -> None:
+        "Tell once of a shutdown to come; raises Retired from its day on. For new calls only."
+        if self.retires and self.retires <= (today := self.today()):
+            raise Retired(f"model {self.uri!r}: {shutdown_line(self.uri, today)}")
+        if self.retires:
+            _warn(shutdown_line(self.uri, today))
 
     async def close(self):
         if self.opened is not None:
@@ -170,13 +216,20 @@ class OpenAIModel:
             how["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.base_url and request.decoding.top_k:
             how["top_k"] = request.decoding.top_k
-        return how
+        return how | self.more
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    "Print a line, once in this process."
+    print(f"psycopref: {line}", file=sys.stderr)
 
 # %% ../../nbs/gateway/02_servers.ipynb #73b4cc43
 @patch
 async def answer(self: OpenAIModel, requests: list[ChatRequest]) -> list[ChatReply | Failure]:
     "Make one attempt at one request."
     [request] = requests
+    self.check_alive()
     self.opened = self.opened or self.open_client()
     for limiter, tokens in self.limits:
         await limiter.acquire(min(expected_tokens(request), limiter.max_rate) if tokens else 1)

@@ -32,24 +32,26 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
-from ..feedback.pool import find_pool
+from ..feedback.pool import Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS
-from ..gateway.servers import prices
+from ..gateway.servers import prices, shutdown_line, utc_today
 from ..models.weights import WHEELS
 from ..training.jobs import accelerate_strategy
+from ..training.sampling import missing_engine
 from ..training.scoring import SCORERS, find_scorer
 
 # %% auto #0
 __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', 'BENCH_CHARACTERS', 'POLICIES', 'BATTLE_SETTINGS',
-           'BOTH_ORDERS', 'TOKEN_FAMILIES', 'STRATEGIES', 'TRAINED', 'split_uri', 'own_weights', 'short_names',
-           'stored_parameters', 'parameters', 'of_hub', 'characters_per_token', 'Work', 'usd', 'gpu_hours',
-           'unknown_costs', 'missing_data', 'count_speeches', 'count_general', 'Plan', 'response_tokens', 'plan_run',
-           'filled_form', 'filled_characters', 'scored_work', 'training_steps', 'trained_work', 'candidate_tokens',
-           'kept_iterations', 'other_judges', 'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory',
-           'memory_table', 'asked_uris', 'missing_models', 'missing_weights', 'missing_engine', 'gpu_memory',
-           'missing_accelerate', 'missing_memory', 'missing', 'serve_commands', 'money_lines', 'assumption_lines',
-           'plan_text']
+           'BOTH_ORDERS', 'TOKEN_FAMILIES', 'STRATEGIES', 'TRAINED', 'PROMPT_TOKENS', 'ENGINE_WORDS', 'split_uri',
+           'own_weights', 'short_names', 'stored_parameters', 'parameters', 'of_hub', 'characters_per_token', 'Work',
+           'usd', 'engine_of', 'gpu_hours', 'clock_hours', 'unknown_costs', 'missing_data', 'count_speeches',
+           'count_general', 'Plan', 'response_tokens', 'plan_run', 'filled_form', 'filled_characters', 'scored_work',
+           'training_steps', 'trained_work', 'asked_members', 'candidate_tokens', 'kept_iterations', 'other_judges',
+           'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory', 'memory_table', 'asked_uris',
+           'missing_models', 'missing_weights', 'missing_sampler', 'gpu_memory', 'missing_accelerate', 'missing_memory',
+           'short_contexts', 'missing', 'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines',
+           'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -153,14 +155,23 @@ def usd(work: Work) -> float | None:
     return factor * (work.tokens_in * price["input"] + work.tokens_out * price["output"]) / 1e6
 
 
+def engine_of(work: Work) -> str:
+    "Name who writes: local, vllm or server."
+    return work.engine or ("server" if "@http" in work.who else "local")
+
+
 def gpu_hours(work: Work, speeds) -> float:
     "Estimate the hours on one GPU of ours. speeds: the profile's `plan`."
     size = own_weights(work.who) and parameters(own_weights(work.who), active=True)
     flops = getattr(speeds, f"flops_{speeds.gpu.lower()}")
-    engine = work.engine or ("server" if "@http" in work.who else "local")
-    rate = getattr(speeds, f"tokens_{engine}") * flops / speeds.flops_h100  # of 8 billion parameters
+    rate = getattr(speeds, f"tokens_{engine_of(work)}") * flops / speeds.flops_h100  # of 8 billion parameters
     reading = (6 * work.trained + 2 * (work.tokens_in - work.trained)) / flops
     return (size or 0) * (reading + work.tokens_out / 8e9 / rate) / 3600
+
+
+def clock_hours(work: Work, speeds) -> float:
+    "Estimate the hours on the clock: trainings and servers use all GPUs, what this process writes or scores uses one."
+    return gpu_hours(work, speeds) / (speeds.gpu_count if work.trained or engine_of(work) == "server" else 1)
 
 # %% ../../nbs/run/04_plan.ipynb #43c7ecbf
 def unknown_costs(rows: typing.Iterable[Work]) -> list[str]:
@@ -301,6 +312,7 @@ def ask(self: Plan, stage: str, what: str, who: str, calls: int, kind: str, resp
     expected = response_tokens(response)
     sizes = filled_characters(kind, self.characters, expected, self.profile.responses.each_speech)
     prompt, reply = (self.tokens(n, who) for n in sizes)
+    what += f", {engine or 'local'}" * (kind == "respond" and not split_uri(who)[0])  # a policy of ours
     return Work(stage, what, who, calls, calls // shared * prompt, calls * (reply or expected), engine=engine)
 
 # %% ../../nbs/run/04_plan.ipynb #210d55d8
@@ -334,11 +346,17 @@ def data(self: Plan) -> typing.Iterator[Work]:
     yield Work("12_trial", "rubric on " + ("labelled texts" if self.profile.trial.corpora else "minimal pairs"))
 
 
+def asked_members(profile: Profile) -> tuple[Member, ...]:
+    "Return the members of the pool that answer client speeches."
+    chosen = profile.responses
+    return find_pool(chosen.pool, chosen.each_speech, chosen.leave_out)
+
+
 @patch
 def responses(self: Plan) -> typing.Iterator[Work]:
     "Plan the pool's responses (§3.3), one row for each member."
     chosen = self.profile.responses
-    pool = find_pool(chosen.pool, chosen.each_speech)
+    pool = asked_members(self.profile)
     ends = [round(self.speeches * chosen.each_speech * i / len(pool)) for i in range(len(pool) + 1)]
     for member, start, end in zip(pool, ends, ends[1:]):
         calls, who = end - start, member.model
@@ -638,8 +656,7 @@ def asked_uris(profile: Profile) -> list[str]:
     uris = [*profile.reward.rankers, judged.reference, judged.judge, *second, *(way for way in topics if ":" in way)]
     uris += [judge.place for judge in other_judges(profile) if judge.kind != "reward"]
     if not is_released(profile.speeches.sources):
-        pool = find_pool(profile.responses.pool, profile.responses.each_speech)
-        uris = [*(member.model for member in pool), profile.ratings.rater, *uris]
+        uris = [*(member.model for member in asked_members(profile)), profile.ratings.rater, *uris]
     for uri in uris:
         if not split_uri(uri)[0]:
             known = ", ".join(PROVIDERS)
@@ -682,18 +699,12 @@ def missing_weights(names: typing.Iterable[str]) -> list[str]:
     return lines
 
 
-def missing_engine(profile: Profile) -> list[str]:
+def missing_sampler(profile: Profile) -> list[str]:
     "List the engine that samples candidates where it is not here."
     engine, url = profile.dpo_iter.engine, os.environ.get("PSYCOPREF_SERVER_URL", "")
-    program = (shlex.split(os.environ.get("PSYCOPREF_SERVE", "")) or ["vllm"])[0]
-    remedy = "install it on a machine with a GPU (pip install vllm), or set dpo_iter.engine to local"
     if engine == "server" and url:
         return [f"a vLLM server at {url} (PSYCOPREF_SERVER_URL): not checked; it has to serve the newest policy"]
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        return [f"dpo_iter.engine: 'vllm' needs the package vllm, which is not installed here; {remedy}"]
-    if engine == "server" and not shutil.which(program):
-        return [f"dpo_iter.engine: 'server' starts {program!r} (PSYCOPREF_SERVE), which is not on the path; {remedy}"]
-    return []
+    return [f"dpo_iter.engine: {line}"] if (line := missing_engine(engine)) else []
 
 # %% ../../nbs/run/04_plan.ipynb #91dbba50
 def gpu_memory() -> list[int]:
@@ -760,8 +771,20 @@ def too_few_pairs(self: Plan) -> list[str]:
     ]
 
 # %% ../../nbs/run/04_plan.ipynb #74995528
-def missing(profile: Profile, plan: Plan | None = None) -> list[str]:
-    "List what this machine lacks for a run, each with its remedy; the network is not asked."
+PROMPT_TOKENS = 1536  # room for a prompt: the longest client speech at a character a token, and our words
+
+
+def short_contexts(profile: Profile) -> list[str]:
+    "List members of the pool that can't take a prompt and the longest response."
+    need = PROMPT_TOKENS + profile.responses.max_tokens
+    short = [own for own in asked_members(profile) if own.serve.context and own.serve.context < need + own.thinking]
+    names = short_names(own.name for own in short)
+    remedy = "lower responses.max_tokens, or name them in responses.leave_out"
+    return [f"pool: {names} can't take {need:,} tokens of prompt and response; {remedy}"] if short else []
+
+
+def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable = utc_today) -> list[str]:
+    "List what this machine lacks for a run, each with its remedy; the network is not asked. today: the date in UTC."
     import huggingface_hub
 
     plan, uris = plan or plan_run(profile), asked_uris(profile)
@@ -774,29 +797,60 @@ def missing(profile: Profile, plan: Plan | None = None) -> list[str]:
     larger = "set dpo_iter.keep_last, or let PSYCOPREF_ROOT name a folder on a larger disk"
     disk = f"disk: the policies of a run take up to {need:,.0f} GB, {free:,.0f} GB are free; {larger}"
     return [
+        *dict.fromkeys(filter(None, (shutdown_line(uri, today()) for uri in uris))),
         *missing_data(profile, "source"),
         *missing_models(uris),
+        *([] if is_released(profile.speeches.sources) else short_contexts(profile)),
         *missing_weights([*profile.backbones, *local, "minilm", *profile.reward.scorers, *others]),
         *missing_data(profile, "general pairs", "RewardBench"),
         *(f"{name}.push_to_hub: {repo!r} {token}" for name, repo in pushed.items() if repo),
-        *missing_engine(profile),
+        *missing_sampler(profile),
         *(missing_accelerate(profile) or missing_memory(profile)),
         *plan.too_few_pairs(),
         *([disk] if need > free else []),
     ]
 
 # %% ../../nbs/run/04_plan.ipynb #6e08f2ae
+def serve_command_of(member: Member, longest: int, most: int) -> str:
+    """Word the command that serves a member of the pool by vLLM; empty where it has no server of ours.
+
+    longest: response in tokens; most: GPUs of 80 GB, filled with copies of a dense model. The server is named as the
+    model, and takes nothing from the model's own defaults of sampling."""
+    _, name, server = split_uri(member.model)
+    if not (server and "/" in name):
+        return ""
+    address, size, gpus, told = urlsplit(server), parameters(name) or 0, 1, member.serve
+    while 2 * size > 0.7 * 80e9 * gpus:  # bytes in 16 bits; the rest of 80 GB is the server's cache
+        gpus *= 2
+    room = max(4096, PROMPT_TOKENS + longest + member.thinking)
+    words = ["vllm", "serve", name, "--host", str(address.hostname), "--port", str(address.port or 80)]
+    words += ["--dtype", told.dtype, "--max-model-len", str(min(told.context or room, room))]
+    words += ["--tensor-parallel-size", str(gpus), "--generation-config", "vllm", *shlex.split(told.options)]
+    copies = most // gpus if parameters(name, active=True) == parameters(name) else 1
+    words += ["--data-parallel-size", str(copies)] if copies > 1 else []
+    words += ["--chat-template", told.chat_template] if told.chat_template else []
+    return shlex.join([*words, *["--trust-remote-code"] * told.remote_code])
+
+
 def serve_commands(profile: Profile) -> list[str]:
-    "Return the vLLM command for each open model of the pool that has a server's address."
-    lines, pool = [], find_pool(profile.responses.pool, profile.responses.each_speech)
-    for _, name, server in dict.fromkeys(split_uri(member.model) for member in pool):
-        if server and "/" in name:
-            address, size, gpus = urlsplit(server), parameters(name) or 0, 1
-            while 2 * size > 0.7 * 80e9 * gpus:  # bytes in 16 bits; the rest of 80 GB is the server's cache
-                gpus *= 2
-            place = f"--host {address.hostname} --port {address.port or 80}"
-            lines.append(f"vllm serve {shlex.quote(name)} {place} --max-model-len 4096 --tensor-parallel-size {gpus}")
-    return lines
+    "Return the vLLM command for each open model of the pool that is asked and has a server's address."
+    longest, most = profile.responses.max_tokens, profile.plan.gpu_count
+    found = (serve_command_of(member, longest, most) for member in asked_members(profile))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def pool_lines(profile: Profile) -> list[str]:
+    "Say who of the pool is asked, who is left out and why, and who is not the paper's."
+    chosen, reasons = profile.responses, {}
+    whole, asked = whole_pool(chosen.pool), asked_members(profile)
+    for name, reason in left_out(chosen.pool, chosen.leave_out).items():
+        reasons.setdefault(reason, []).append(name)
+    drawn = f"{len(asked)} of {len(whole)} members are asked; {chosen.each_speech} of them answer each client speech, "
+    return [
+        f"Pool {chosen.pool!r}: {drawn}drawn with equal chances.",
+        *(f"Left out by responses.leave_out, {', '.join(own)}: {reason}." for reason, own in reasons.items()),
+        *(f"Not the paper's: {own.name}, in the place of {', '.join(own.replaces)}." for own in asked if own.replaces),
+    ]
 
 
 def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
@@ -819,6 +873,13 @@ def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
     ]
 
 # %% ../../nbs/run/04_plan.ipynb #e1876c71
+ENGINE_WORDS = {
+    "local": "this process, one GPU",
+    "vllm": "vLLM in this process, one GPU",
+    "server": "`vllm serve`, a copy of the policy on each GPU",
+}
+
+
 def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
     "Say what the estimate rests on, and what it leaves out."
     ways, profile, speeds, general = {}, plan.profile, plan.profile.plan, plan.general
@@ -828,6 +889,7 @@ def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
     flops = getattr(speeds, f"flops_{speeds.gpu.lower()}") / 1e12
     disk = {name: f"{n / 1e9:,.1f} GB" for name, n in plan.disk_bytes().items()}
     bound = "at most, HelpSteer2's prompts: ties make no pair" if general is HELPSTEER2 else "counted"
+    clock, engine = sum(clock_hours(row, speeds) for row in rows), profile.dpo_iter.engine
     return [
         f"{plan.speeches:,} client speeches ({plan.basis}) of {plan.characters} characters, {plan.test:,} for testing "
         f"and {plan.dev:,} for selection; pairs by the paper's yield. Every prompt of DPO-Iter is counted as a pair.",
@@ -837,8 +899,12 @@ def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
         f"are measured when filled. Characters to a token: {tokens}.",
         f"GPU hours of one {speeds.gpu}: 6 operations a parameter and trained token, 2 a read one, at {flops:.0f} "
         f"TFLOP/s; writing, by 8 billion parameters on an H100, at {speeds.tokens_local:,.0f} tokens/s by engine "
-        f"local, {speeds.tokens_server:,.0f} by a server, {speeds.tokens_vllm:,.0f} by vllm. DPO-Iter samples by "
-        f"{profile.dpo_iter.engine!r}. Change them in `plan`.",
+        f"local, {speeds.tokens_server:,.0f} by a server, {speeds.tokens_vllm:,.0f} by vllm. Change them in `plan`.",
+        f"Candidates and watched answers are sampled by {engine!r} ({ENGINE_WORDS[engine]}); a policy's answers on "
+        f"test speeches and for curves by 'local' ({ENGINE_WORDS['local']}).",
+        f"On {speeds.gpu_count} {speeds.gpu} these GPU hours are some {clock:,.0f} hours on the clock: trainings and "
+        "servers use all of them, scoring and engine local use one, and one follows the other; providers' answers "
+        "take their own time.",
         f"Disk for policies: {disk['offline']} offline, {disk['online']} online ({kept_iterations(profile)} iterations "
         f"stay, dpo_iter.keep_last), {disk['arms']} for the arms of Fig. 4, {disk['training']} while one is trained.",
         f"Not counted: {''.join(f'{what}, ' for what in unknown_costs(rows))}start-up, loading, retries, idle GPUs, "
@@ -846,8 +912,10 @@ def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
     ]
 
 # %% ../../nbs/run/04_plan.ipynb #e7cb1c9d
-def plan_text(profile: Profile, speeches: int | None = None) -> str:
-    "Write the whole plan. speeches: client speeches; None counts them or takes the paper's number."
+def plan_text(profile: Profile, speeches: int | None = None, today: typing.Callable = utc_today) -> str:
+    """Write the whole plan.
+
+    speeches: client speeches; None counts them or takes the paper's number; today: the date in UTC."""
     plan = plan_run(profile, speeches)
     rows, memory = plan.work(), memory_table(profile)
 
@@ -855,15 +923,17 @@ def plan_text(profile: Profile, speeches: int | None = None) -> str:
         wrapped = (textwrap.fill(" ".join(line.split()), 108, break_on_hyphens=False) for line in lines)
         return title + "\n" + "\n".join(textwrap.indent(line, "  ").replace("  ", "- ", 1) for line in wrapped)
 
-    commands = [] if is_released(profile.speeches.sources) else serve_commands(profile)
+    asks = not is_released(profile.speeches.sources)
+    commands = serve_commands(profile) if asks else []
     note = "Memory: GB on each GPU (a formula; * while it is loaded, a policy's reference beside it)"
     parts = [
         f"Plan of profile {profile.name!r}: an estimate, nothing was run or sent",
         aligned(worded(work_frame(plan))),
         listed("Money", money_lines(profile, rows)),
         memory and f"{note}\n{memory}",
+        listed("Pool", pool_lines(profile)) if asks else "",
         listed("Assumptions", assumption_lines(plan, rows)),
-        listed("Missing on this machine", missing(profile, plan) or ["nothing that can be seen from here"]),
+        listed("Missing on this machine", missing(profile, plan, today) or ["nothing that can be seen from here"]),
         commands and "\n  ".join(["Servers of the pool, one model at a time at each address", *commands]),
     ]
     return "\n\n".join(filter(None, parts))

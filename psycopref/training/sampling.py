@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from ..core.files import progress, read_json, write_json
 from ..core.settings import IterSettings, StudyError, suggest
 from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
+from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
 from ..models.generation import Decoding, Sample, generate, length_batches
 from ..models.local import render_chat
@@ -39,9 +41,10 @@ from .texts import dialogue, prompt_messages
 
 # %% auto #0
 __all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT', 'ATTEMPTS', 'SAMPLE_SECONDS',
-           'ENGINES', 'model_length', 'prompt_seeds', 'serve_command', 'listed_models', 'served_name', 'watch',
-           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint',
-           'speech_blocks', 'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates', 'score_candidates']
+           'ENGINES', 'model_length', 'prompt_seeds', 'sampling_gpus', 'missing_engine', 'serve_command',
+           'listed_models', 'served_name', 'watch', 'free_port', 'Server', 'server_body', 'read_choices',
+           'open_sampler', 'weights_identity', 'fingerprint', 'speech_blocks', 'read_made', 'SampleBlock',
+           'plan_blocks', 'sample_candidates', 'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -158,6 +161,25 @@ SERVE = (
 )
 
 
+def sampling_gpus() -> int:
+    "Count the GPUs that a server of ours puts a copy of the policy on: all, or PSYCOPREF_PROCESSES of them."
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return max(1, min(gpus, environment_count("PSYCOPREF_PROCESSES") or gpus))
+
+
+def missing_engine(engine: str) -> str:
+    "Say what an engine lacks on this machine, and what to do; an empty text where nothing is seen to lack."
+    remedy = "install vllm on a machine with a GPU (pip install vllm), or set dpo_iter.engine to local"
+    program = (shlex.split(os.environ.get("PSYCOPREF_SERVE", "")) or ["vllm"])[0]
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        return f"engine 'vllm': needs the package vllm, which is not installed here; {remedy}"
+    if engine == "server" and not os.environ.get("PSYCOPREF_SERVER_URL") and shutil.which(program) is None:
+        return f"engine 'server': the command {program!r} is not found; {remedy}, or PSYCOPREF_SERVE to another command"
+    return ""
+
+
 def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
     "Word the command that starts a server: ours, or that of PSYCOPREF_SERVE. Returns its words."
     own = os.environ.get("PSYCOPREF_SERVE")
@@ -170,12 +192,10 @@ def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
     words = shlex.split(text)
     for name, value in known.items():
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]
-    if shutil.which(words[0]) is None:
-        raise StudyError(
-            f"engine 'server': the command {words[0]!r} is not found; install vllm, set PSYCOPREF_SERVE to another "
-            "command, or dpo_iter.engine to local"
-        )
-    return words
+    if line := missing_engine("server"):
+        raise StudyError(line)
+    gpus = sampling_gpus()
+    return words + ["--data-parallel-size", str(gpus)] * (not own and gpus > 1)
 
 # %% ../../nbs/training/06_sampling.ipynb #7275e5d1
 def listed_models(url: str) -> list[dict]:
@@ -244,6 +264,7 @@ class Server:
     model: str = ""  # the name to ask for
     process: subprocess.Popen | None = None  # the watching process; None for a server that was there before
     log: Path | None = None  # what it printed
+    copies: int = 1  # of the policy, as far as we know
 
     def check(self) -> None:
         "Refuse to go on with a server that has ended."
@@ -286,7 +307,7 @@ def _started(policy: Weights, dtype: str) -> typing.Iterator[Server]:
     handle, log = tempfile.mkstemp(prefix="psycopref-server-", suffix=".log")
     with open(handle, "wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT)
-    server = Server(f"http://127.0.0.1:{port}/v1", "", process, Path(log))
+    server = Server(f"http://127.0.0.1:{port}/v1", "", process, Path(log), sampling_gpus())
     try:
         server.model = _wait_until_served(server, policy)
         yield server
@@ -311,7 +332,7 @@ def _found(policy: Weights, url: str) -> Server:
         ) from None
 
 # %% ../../nbs/training/06_sampling.ipynb #7b74802d
-SAMPLES_IN_FLIGHT = 64  # calls at once
+SAMPLES_IN_FLIGHT = 64  # calls at once, to each copy of the policy
 ATTEMPTS, SAMPLE_SECONDS = 6, 1800.0  # tries of a call, the longest answer
 
 
@@ -354,7 +375,7 @@ async def _ask_all(server: Server, bodies: list[dict]) -> typing.AsyncIterator[t
 
     way = DefaultAsyncHttpxClient(trust_env=urlsplit(server.url).hostname not in LOOPBACK)
     own = {"base_url": server.url, "api_key": server_key(server.url) or "none", "http_client": way}
-    turn = asyncio.Semaphore(SAMPLES_IN_FLIGHT)
+    turn = asyncio.Semaphore(SAMPLES_IN_FLIGHT * server.copies)
 
     async def one(place, body):
         async with turn:

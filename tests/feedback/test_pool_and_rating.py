@@ -17,13 +17,14 @@ from refusals import one_line
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
 from psycopref.core.settings import PROFILES, load_profile
 from psycopref.core.stages import Run, Shard, parse_shard
-from psycopref.feedback.pool import POOLS, Member, assign_members, find_pool, pool_table, respond, shard_speeches
+from psycopref.feedback.pool import POOLS, Member, assign_members, find_pool, left_out, pool_table, respond
+from psycopref.feedback.pool import shard_speeches, whole_pool
 from psycopref.feedback.rating import MODES, check_coverage, first_speeches, mode_agreement, mode_agreement_row
 from psycopref.feedback.rating import mode_calls, preference_agreement, rate, rate_blocks, rating_request
 from psycopref.feedback.rating import rating_summary, shown_order
 from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import PROVIDERS, Gateway, chat_model
-from psycopref.gateway.servers import OpenAIModel
+from psycopref.gateway.servers import OpenAIModel, shutdown_day
 from psycopref.models.chat import ChatReply, ChatRequest, Failure
 from psycopref.rater.rubric import rubric_scores, to_rating
 from psycopref.rater.rules import PHRASES, rubric_reply
@@ -82,7 +83,8 @@ def test_members_change_with_the_seed_and_everybody_gets_a_turn():
 
 def test_pools_hold_enough_members_that_can_be_asked():
     for name, pool in POOLS.items():
-        assert len({member.name for member in pool}) == len(pool) >= PROFILES[name].responses.each_speech == 4
+        each = PROFILES[name.removesuffix("-substitute")].responses.each_speech
+        assert len({member.name for member in pool}) == len(pool) >= each == 4
         assert find_pool(name, len(pool)) == pool
         assert str(len(pool)) in one_line(lambda: find_pool(name, len(pool) + 1))
         for member in {*pool}:
@@ -95,7 +97,39 @@ def test_pools_hold_enough_members_that_can_be_asked():
     assert "demo" in one_line(lambda: find_pool("dmeo", 4))
 
 
+def test_who_is_left_out_is_not_drawn_and_has_a_reason():
+    chosen = PROFILES["paper"].responses
+    asked, reasons = find_pool("paper", 4, chosen.leave_out), left_out("paper", chosen.leave_out)
+    assert {member.name for member in asked} | set(reasons) == {member.name for member in whole_pool("paper")}
+    assert len(asked) == 15 and "2025-10-27" in reasons.pop("o1-mini")
+    assert len(reasons) == 4 and all("trust_remote_code" in reason for reason in reasons.values())
+    turns = Counter(member.name for _, member in assign_members([f"s{n}" for n in range(1500)], asked, 4, 0))
+    assert len(turns) == 15 and all(abs(n - 400) < 5 * 400**0.5 for n in turns.values())
+    assert "Did you mean o1-mini" in one_line(lambda: find_pool("paper", 4, ["o1-minni"]))
+    gone = [*chosen.leave_out, *(member.name for member in asked[3:])]
+    assert "has 3 members to ask" in one_line(lambda: find_pool("paper", 4, gone))
+    table = pool_table(
+        whole_pool("paper"), answered().head(0).assign(finish_reason=""), left_out("paper", chosen.leave_out)
+    )
+    assert table["answered by"].str.startswith("not asked: ").sum() == 5
+
+
+def test_the_substitute_pool_asks_nobody_who_retires():
+    paper, instead = POOLS["paper"], POOLS["paper-substitute"]
+    retiring = {member.name for member in paper if shutdown_day(member.model)}
+    assert retiring == {name for member in instead for name in member.replaces}
+    assert not any(shutdown_day(member.model) for member in instead)
+    assert {member for member in paper if member.name not in retiring} < set(instead)
+
+
 # ---- responses ----
+
+
+def test_nobody_is_asked_for_nothing_where_a_member_is_gone(server, tmp_path):
+    here, gone = Member("here", "-", server.uri), Member("gone", "-", "openai:o1-mini")
+    assigned, paid = [("a", here), ("a", gone)], Gateway(ReplyCache(tmp_path / "paid.sqlite"), 10.0)
+    line = one_line(lambda: respond(paid, SPEECHES, assigned, 64, 0))
+    assert "o1-mini was shut down on 2025-10-27" in line and not server.log
 
 
 def test_every_assigned_member_has_one_row_in_order_whatever_else_is_asked(gateway, tmp_path):

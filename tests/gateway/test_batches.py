@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import datetime
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from refusals import one_line
 from psycopref.gateway import batches
 from psycopref.gateway.batches import BatchModel, cut, read_line
 from psycopref.gateway.cache import ReplyCache
+from psycopref.core.settings import StudyError
 from psycopref.models.chat import ChatReply, ChatRequest, Failure
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.models.generation import Decoding
@@ -303,6 +305,23 @@ def test_without_the_money_nothing_is_uploaded(openai_server, gateway):
     replies = enough.ask(chat_model("batch:gpt-4o-mini", **QUICK), asked)
     direct = chat_model("openai:gpt-4o-mini")
     assert gateway.cache.spent() == pytest.approx(sum(map(direct.cost, replies)) / 2) and gateway.cache.spent() > 0
+
+
+def test_after_a_model_s_end_what_was_ordered_is_fetched_and_nothing_is_ordered(openai_server, gateway, monkeypatch):
+    def at(year):
+        return chat_model("batch:gpt-4o-mini-2024-07-18", **QUICK, today=lambda: datetime.date(year, 1, 14))
+
+    async def stop(self, batch, until):
+        raise StudyError("stopped")
+
+    before, asked, wait = len(ordered(openai_server)), new_questions(openai_server, 4), BatchModel.wait
+    monkeypatch.setattr(BatchModel, "wait", stop)
+    assert one_line(lambda: Gateway(gateway.cache, 1.0).ask(at(2026), asked)) == "stopped"
+    monkeypatch.setattr(BatchModel, "wait", wait)
+    later = again(gateway, budget_usd=1.0)
+    all_answered(later, at(2027), asked)
+    assert "was shut down" in one_line(lambda: later.ask(at(2027), new_questions(openai_server, 2)))
+    assert sizes(openai_server, before) == [4]
 
 
 def test_an_interrupted_wait_is_booked_when_it_is_read_and_not_before(openai_server, gateway, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import email.utils
 import json
 import logging
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from psycopref.gateway import gateway as gateway_module
+from psycopref.gateway import servers
 from psycopref.gateway.cache import ReplyCache
 from psycopref.models.chat import ChatReply, Failure
 from psycopref.core.settings import StudyError
@@ -387,3 +389,46 @@ def test_a_short_word_for_a_key_stays_a_word(server, gateway, monkeypatch):
     monkeypatch.setenv("PSYCOPREF_SERVER_KEY", "EMPTY")  # what vLLM's manual takes for no key
     server.behave = lambda text, attempt: answer(said("The glass is EMPTY."))
     assert gateway.ask(open_model(server), [ask()])[0].text == "The glass is EMPTY."
+
+
+# ---- models retire ----
+
+END, DAY = datetime.date(2027, 1, 14), datetime.timedelta(days=1)
+
+
+@pytest.fixture
+def at(server, monkeypatch):
+    """Open a model that retires at END as on a given day; the test's server is in OpenAI's place."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
+    servers._warn.cache_clear()
+    return lambda day, name="gpt-4o-mini-2024-07-18": chat_model(f"openai:{name}", today=lambda: day)
+
+
+def test_a_model_is_asked_until_its_end_and_afterwards_the_cache_alone_answers(server, gateway, at, capfd):
+    paid = Gateway(gateway.cache, 1.0)
+    for text in ("kept", "another"):
+        [reply] = paid.ask(at(END - DAY), [ask(text)])
+        assert isinstance(reply, ChatReply)
+    said = capfd.readouterr().err
+    assert said.count("gpt-4o-mini-2024-07-18 is shut down on 2027-01-14, in 1 day;") == 1, "said once"
+    spent = gateway.cache.spent()
+    assert Gateway(gateway.cache, 1.0).ask(at(END), [ask("another")]) == [reply]
+    for text in (["new"], ["kept", "new"]):
+        line = one_line(lambda: Gateway(gateway.cache, 1.0).ask(at(END), [ask(one) for one in text]))
+        assert "was shut down on 2027-01-14" in line and "paper-substitute" in line and "openai:gpt-6-luna" in line
+    assert server.log == ["kept", "another"] and gateway.cache.spent() == spent > 0
+
+
+@pytest.mark.parametrize("name", ["gpt-4o-mini", "gpt-4o-mini-2024-07-18@"])
+def test_of_a_model_without_an_end_nothing_is_said(server, gateway, at, capfd, name):
+    name = name.replace("@", f"@http://127.0.0.1:{server.port}/v1")
+    [reply] = Gateway(gateway.cache, 1.0).ask(at(END + 365 * DAY, name), [ask("later")])
+    assert isinstance(reply, ChatReply) and "shut down" not in capfd.readouterr().err
+
+
+def test_who_stands_in_is_named_so_and_asked_as_it_wants(server, gateway, at):
+    model = at(END, "gpt-6-luna")
+    Gateway(gateway.cache, 1.0).ask(model, [ask("Hello", decoding=Decoding(temperature=0.7))])
+    assert "not the paper's" in model.label and server.bodies[-1]["reasoning_effort"] == "none"
+    assert servers.shutdown_day(model.uri) is None and "reasoning_effort" in model.identity

@@ -1,7 +1,9 @@
 """The plan counts what the stages do, prices it as the gateway books it, asks no network, and says what is missing."""
 
+import datetime
 import json
 import re
+import shlex
 import socket
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +21,8 @@ from psycopref.core.prompts import rating_prompt
 from psycopref.core.settings import DEMO, PAPER, PROFILES, load_profile
 from psycopref.corpus.general import GENERAL_COLUMNS
 from psycopref.evaluation.judging import contests, distinct_texts
+from psycopref.feedback.pool import POOLS
+from psycopref.experiments.policies import check_trainings
 from psycopref.gateway.batches import BatchModel
 from psycopref.gateway.servers import OpenAIModel
 from psycopref.models.chat import ChatReply
@@ -118,7 +122,7 @@ def test_the_paper_s_profile_keeps_its_budget():
 
 
 CHEAPER = {"dpo_iter.max_tokens": 100, "dpo_iter.candidates": 4, "dpo_iter.iterations": 8, "dpo.epochs": 1.0}
-CHEAPER |= {"watch.speeches": 10, "dpo_iter.engine": "server", "plan.gpu": "B200", "plan.tokens_local": 3000.0}
+CHEAPER |= {"watch.speeches": 10, "dpo_iter.engine": "vllm", "plan.gpu": "B200", "plan.tokens_local": 3000.0}
 
 
 @pytest.mark.parametrize("name, value", [*CHEAPER.items(), ("ablation.pairs", 100)])
@@ -280,14 +284,37 @@ def test_the_engine_is_looked_for_and_not_opened(monkeypatch):
     local, vllm, server = (load_profile("paper", {"dpo_iter.engine": name}) for name in ("local", "vllm", "server"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert plan.missing_engine(local) == [] and "pip install vllm" in plan.missing_engine(vllm)[0]
-    assert "'vllm'" in plan.missing_engine(server)[0]
+    assert plan.missing_sampler(local) == [] and "pip install vllm" in plan.missing_sampler(vllm)[0]
+    assert "'vllm'" in plan.missing_sampler(server)[0]
+    for profile, word in ((vllm, "package vllm"), (server, "command 'vllm'")):
+        line = one_line(lambda: check_trainings(profile))
+        assert line.startswith("dpo_iter.engine: ") and word in line and "pip install vllm" in line
     monkeypatch.setenv("PSYCOPREF_SERVE", "'/opt/my serve' {model} --port {port}")
-    assert "/opt/my serve" in plan.missing_engine(server)[0]
+    assert "/opt/my serve" in plan.missing_sampler(server)[0]
     monkeypatch.setattr("shutil.which", lambda name: name)
-    assert plan.missing_engine(server) == []
+    assert plan.missing_sampler(server) == []
+    check_trainings(server)
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", "http://10.0.0.1:8000/v1")
-    assert "not checked" in plan.missing_engine(server)[0] and plan.missing_engine(local) == []
+    assert "not checked" in plan.missing_sampler(server)[0] and plan.missing_sampler(local) == []
+
+
+def test_the_hours_are_those_of_the_engine_that_samples():
+    def sampled(**changed):
+        found = paper(26_483, **changed)
+        [row] = [row for row in found.work() if "DPO-Iter: 102,400 × 8 answers" in row.what and "8B" in row.who]
+        return row.what, gpu_hours(row, found.profile.plan), plan.clock_hours(row, found.profile.plan)
+
+    found = {name: sampled(dpo_iter__engine=name) for name in ("local", "vllm", "server")}
+    assert all(what.endswith(f"answers, {name}") for name, (what, _, _) in found.items())
+    speeds, written = PAPER.plan, paper(26_483).policies()
+    tokens = next(row.tokens_out for row in written if "answers" in row.what and "8B" in row.who)
+    for name, (_, hours, clock) in found.items():
+        writing = 8.03 / 8 * tokens / getattr(speeds, f"tokens_{name}") / 3600
+        assert writing < hours < 1.1 * writing and hours / clock == pytest.approx(8 if name == "server" else 1)
+    assert sampled() == found["server"], "the paper's profile samples on all GPUs"
+    assert sampled(plan__gpu_count=4)[2] == pytest.approx(2 * found["server"][2])
+    tested = [row for row in stage_rows(paper(26_483), "07_win_rates") if "policies" in row.what]
+    assert tested and all(row.what.endswith(", local") for row in tested), "by models.local, whatever the engine"
 
 
 def test_what_is_missing_is_named_with_its_remedy(offline, tmp_path):
@@ -314,6 +341,41 @@ def test_what_is_missing_is_named_with_its_remedy(offline, tmp_path):
     assert "Did you mean reward" in one_line(lambda: plan_text(judges))
     (tmp_path / "model.safetensors").touch()
     assert plan.missing_weights([str(tmp_path)]) == []
+
+
+def test_the_plan_names_who_retires_when_and_what_to_do(offline):
+    def said(day, **changed):
+        profile = load_profile("paper", changed)
+        return " ".join(plan_text(profile, 1000, today=lambda: datetime.date.fromisoformat(day)).split())
+
+    ahead, late = said("2026-12-31"), said("2027-01-14")
+    assert "gpt-4o-2024-08-06 is shut down on 2027-01-14, in 14 days; ask it before" in ahead
+    assert "gpt-4o-2024-08-06 was shut down on 2027-01-14" in late and "responses.pool=paper-substitute" in late
+    assert "o1-mini: shut down by OpenAI on 2025-10-27" in ahead and "15 of 20 members are asked" in ahead
+    assert "o1-mini was shut down" in said("2026-12-31", **{"responses.leave_out": []})
+    luna = dict.fromkeys(("ratings.rater", "evaluation.reference", "evaluation.judge"), "openai:gpt-6-luna")
+    luna |= {"responses.pool": "paper-substitute", "judges.others": ["longer"], "reward.rankers": []}
+    instead = said("2027-01-14", **luna)
+    assert "was shut down" not in instead and "Not the paper's: GPT-6-luna, in the place of GPT-4o" in instead
+
+
+SERVED = [own for own in POOLS["paper"] if "127.0.0.1" in own.model]
+
+
+@pytest.mark.parametrize("member", SERVED, ids=lambda own: own.name)
+def test_a_served_member_s_command_says_what_its_model_needs(member):
+    words = shlex.split(plan.serve_command_of(member, 1024, 8))
+    told = dict(zip(words, words[1:]))
+    assert words[:3] == ["vllm", "serve", member.model.partition(":")[2].partition("@")[0]]
+    assert told["--dtype"] == "bfloat16" and told["--generation-config"] == "vllm" and told["--port"] == "8000"
+    assert plan.PROMPT_TOKENS + 1024 <= int(told["--max-model-len"]) <= member.serve.context
+    size, gpus = parameters(words[2]), int(told["--tensor-parallel-size"])
+    assert 2 * size < 0.7 * 80e9 * gpus and (gpus == 1 or 2 * size > 0.7 * 40e9 * gpus)
+    copies = 1 if "Jamba" in member.name else 8 // gpus  # its experts would be spread, not copied
+    assert int(told.get("--data-parallel-size", 1)) == copies
+    assert ("--trust-remote-code" in words) == member.serve.remote_code == (member.name in PAPER.responses.leave_out)
+    assert ("<reserved_106>" in told.get("--chat-template", "")) == member.name.startswith("Baichuan2")
+    assert member.serve.source != "not verified"
 
 
 def test_an_accelerate_file_that_cannot_be_used_is_named(monkeypatch, tmp_path):
