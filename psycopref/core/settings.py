@@ -62,6 +62,7 @@ class ResponseSettings:
     pool: str = "paper"  # a pool of `feedback.pool`: paper, paper-substitute, demo, tiny, or a .json file
     leave_out: tuple[str, ...] = ()  # members of the pool that are not asked; a speech's are drawn from the others
     each_speech: int = 4  # members sampled for each speech (§3.3)
+    samples: PositiveInt = 1  # responses of a member to a speech; the paper has 1, above it pairs of one author exist
     max_tokens: int = 1024  # longest response in tokens
     block: int = 512  # speeches whose calls are looked at together, here and in the ratings; a shard takes whole blocks
 
@@ -109,7 +110,13 @@ class RewardSettings:
     lora: LoraSettings = LoraSettings()
     # other reward models of Table 1: names of `training.scoring`, paths or hub ids
     scorers: tuple[str, ...] = ("skywork-llama-8b", "skywork-gemma-27b", "nemotron-70b", "psychocounsel-8b")
-    rankers: tuple[str, ...] = ("openai:gpt-4o-2024-08-06",)  # LLM-as-Ranker baselines (§4.1), gateway URIs
+    # LLM-as-Ranker baselines (§4.1), URIs: Table 1's three, each on a server; GPT-4o beside is ours; unserved = a row
+    rankers: tuple[str, ...] = (
+        "openai:google/gemma-2-9b-it@http://127.0.0.1:8001/v1",
+        "openai:mistralai/Mistral-Nemo-Instruct-2407@http://127.0.0.1:8002/v1",
+        "openai:meta-llama/Llama-3.1-70B-Instruct@http://127.0.0.1:8003/v1",
+        "openai:gpt-4o-2024-08-06",
+    )
     ece_bins: tuple[int, ...] = (10, 5, 15)  # the first is the one in Table 1; the paper gives none
     report_to: str = "none"  # where transformers sends training curves: none, wandb, tensorboard, …
     push_to_hub: str = ""  # hub repository for the first backbone's reward model, private; empty sends nothing

@@ -44,7 +44,7 @@ _BATTLES = (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.ma
 _ARMS = (*_MODELS, "dpo", "dpo_iter", *_JUDGED, "evaluation.curve_speeches", "ablation")
 _ASKED = ("agreement", "evaluation.judge", "evaluation.bootstrap")
 _MADE = ("01_speeches", "04_pairs", "05_reward")
-_RATED = ("ratings", "responses.each_speech", "responses.block")
+_RATED = ("ratings", "responses.each_speech", "responses.samples", "responses.block")
 
 # %% ../../nbs/core/01_stages.ipynb #25e29e6e
 _STAGES = [

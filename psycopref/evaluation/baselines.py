@@ -14,8 +14,9 @@ from ..models.embedding import embed
 from ..models.weights import Weights
 
 # %% auto #0
-__all__ = ['STEPS', 'STRENGTHS', 'score_frame', 'length_scores', 'held_out_losses', 'BradleyTerry', 'fit_bradley_terry',
-           'bradley_terry_scores', 'length_bradley_terry', 'tfidf_features', 'tfidf_scores', 'minilm_scores']
+__all__ = ['STEPS', 'STRENGTHS', 'FEWEST_PER_AUTHOR', 'PRIOR_SD', 'score_frame', 'length_scores', 'held_out_losses',
+           'BradleyTerry', 'fit_bradley_terry', 'bradley_terry_scores', 'length_bradley_terry', 'tfidf_features',
+           'tfidf_scores', 'minilm_scores', 'author_scores', 'author_gain']
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #21d009b8
 def score_frame(pairs, name: str, chosen, rejected):
@@ -225,3 +226,54 @@ def minilm_scores(train, tests: dict, weights: Weights | None = None, dtype: str
     name = weights.slug if weights else "minilm"
     frames, model = bradley_terry_scores(name, train, tests, features, standardise=True)
     return frames, model.facts
+
+# %% ../../nbs/evaluation/01_baselines.ipynb #ef30a99a
+def author_scores(train, tests: dict) -> tuple[dict, dict]:
+    """Score responses by their author alone; return name -> frame of kind "scores", and facts.
+
+    train, tests: pairs with chosen_model and rejected_model. The facts hold each author's weight."""
+    from sklearn.preprocessing import OneHotEncoder
+
+    written = lambda pairs: pairs.assign(chosen=pairs.chosen_model, rejected=pairs.rejected_model)
+    column = lambda names: [[name] for name in names]
+    authors = sorted({*train.chosen_model, *train.rejected_model})
+    encoder = OneHotEncoder(categories=[authors], handle_unknown="ignore").fit(column(authors))
+    parts = {name: written(pairs) for name, pairs in tests.items()}
+    features = lambda questions, names: encoder.transform(column(names))
+    frames, model = bradley_terry_scores("author", written(train), parts, features)
+    return frames, model.facts | {"authors": dict(zip(authors, model.weights.tolist()))}
+
+# %% ../../nbs/evaluation/01_baselines.ipynb #93222cf2
+FEWEST_PER_AUTHOR = 10  # test pairs for each author's effect
+PRIOR_SD = 10.0  # of an author's effect, in log-odds
+
+
+def author_gain(pairs, margins) -> dict:
+    """Test by a likelihood ratio what margins add to one effect for each author, on the same pairs.
+
+    pairs: with chosen_model and rejected_model; margins: reward of the chosen minus that of the rejected response, (n,).
+    Returns pairs, authors, LR (above 0), p (chi-squared, one degree of freedom); LR and p are None with too few pairs."""
+    import numpy as np
+    from scipy.stats import chi2
+    from threadpoolctl import threadpool_limits
+
+    sides = [pairs[f"{side}_model"].to_numpy() for side in ("chosen", "rejected")]
+    authors, margins = np.unique(np.concatenate(sides)), np.asarray(margins, float)
+    effects = np.subtract(*((side[:, None] == authors).astype(float) for side in sides))
+    counts = {"pairs": len(pairs), "authors": len(authors)}
+    if len(pairs) < FEWEST_PER_AUTHOR * len(authors):
+        return counts | {"LR": None, "p": None}
+    scaled = margins / max(1e-12, np.sqrt(np.mean(margins**2)))
+    with threadpool_limits(1, user_api="blas"):
+        losses = [_least_loss(own) for own in (effects, np.column_stack([effects, scaled]))]
+    ratio = max(0.0, 2 * (losses[0] - losses[1]))
+    return counts | {"LR": ratio, "p": float(chi2.sf(ratio, 1))}
+
+
+def _least_loss(differences) -> float:
+    "Return the least penalised loss of a logistic model without intercept whose outcomes are all 1, in nats."
+    import numpy as np
+
+    rows = np.vstack([differences, np.zeros(differences.shape[1])])
+    weights = _fitted(_regression(1e-8), rows, PRIOR_SD**2)
+    return float(np.logaddexp(0, -(differences @ weights)).sum() + (weights**2).sum() / (2 * PRIOR_SD**2))

@@ -5,19 +5,22 @@
 # %% ../../nbs/experiments/00_reward_table.ipynb #b00bd08b
 from __future__ import annotations
 
+import random
 import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import read_rows, write_rows
 from ..core.paper import paper_values
 from ..core.settings import Profile, StudyError
 from ..core.stages import derived_seed
-from ..evaluation.baselines import length_bradley_terry, length_scores, minilm_scores, score_frame, tfidf_scores
-from ..feedback.choosing import rank_pairs, ranker_row, ranker_summary
+from ..evaluation.baselines import author_gain, author_scores, length_bradley_terry, length_scores
+from ..evaluation.baselines import minilm_scores, score_frame, tfidf_scores
+from ..feedback.choosing import rank_pairs, ranker_row, ranker_summary, RANKER, why_not_asked
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
 from ..stats.calibration import comparison_table, ece_table, fit_temperature, gap_groups, length_groups
 from ..stats.calibration import no_temperature, slice_table, temperature_table, topic_groups
@@ -28,11 +31,12 @@ from ..training.reward_model import train_reward_model
 from ..training.scoring import find_scorer, load_reward_model, load_scorer, score_pairs
 
 # %% auto #0
-__all__ = ['LONGER', 'BASELINES', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row', 'table_1', 'slice_tables',
-           'one_table', 'RewardStudy', 'score_baselines', 'plain_rows', 'untrained_scores', 'train_backbones',
-           'score_others', 'ask_rankers', 'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame',
+__all__ = ['LONGER', 'AUTHOR', 'BASELINES', 'SURE', 'PARTS', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row',
+           'table_1', 'slice_tables', 'one_table', 'other_prompts', 'accuracy_row', 'shortcut_table', 'author_gains',
+           'RewardStudy', 'score_baselines', 'plain_rows', 'untrained_scores', 'train_backbones', 'score_others',
+           'ask_rankers', 'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame',
            'best_temperature', 'shown_scorers', 'describe_trainings', 'describe_accuracy', 'describe_gains',
-           'describe_calibration', 'describe_slices', 'describe_rankers', 'write_cards']
+           'describe_calibration', 'describe_shortcuts', 'describe_slices', 'describe_rankers', 'write_cards']
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #67784f04
 def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict]) -> dict:
@@ -66,11 +70,13 @@ def model_scores(name: str, model, tokenizer, tests: dict) -> dict:
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #e5f26d5d
 LONGER = "longer answer wins"  # whose scores are no log-odds
+AUTHOR = "Bradley-Terry on the author"
 BASELINES = {
     LONGER: None,
     "Bradley-Terry on length": length_bradley_terry,
     "Bradley-Terry on words (TF-IDF)": tfidf_scores,
     "Bradley-Terry on embeddings (MiniLM)": minilm_scores,
+    AUTHOR: author_scores,
 }
 
 
@@ -108,7 +114,9 @@ def table_1(rows: list[dict]):
         known = [name for name in published if re.match(re.escape(name) + r"(-HF)?(?![\w.-])", model, re.IGNORECASE)]
         return known[-1] if known else None
 
-    table, ran = [row | values.get(alike(row["model"]), {}) for row in rows], {alike(row["model"]) for row in rows}
+    ours = lambda row: {"kind": f"{row['kind']}, not in the paper's table"} if row["kind"] == RANKER else {}
+    table = [row | (values[alike(row["model"])] if alike(row["model"]) else ours(row)) for row in rows]
+    ran = {alike(row["model"]) for row in rows}
     for name, row in published.items():
         if name not in ran:
             own = {"model": name, "kind": f"paper: {row['kind']}", "95% interval": "not run here"}
@@ -128,6 +136,50 @@ def one_table(tables: dict, column: str):
     "Stack tables (title -> frame) under their titles, which stand in `column`."
     return pd.concat(tables, names=[column]).reset_index(level=column).reset_index(drop=True)
 
+# %% ../../nbs/experiments/00_reward_table.ipynb #7c018c86
+def other_prompts(pairs, seed: int) -> dict:
+    """Take the speeches away: "swapped" (each pair under another's speech) and "emptied" (under none) -> pairs.
+
+    With one speech alone nothing is swapped."""
+    asked = list(dict.fromkeys(pairs.question))
+    random.Random(derived_seed(seed, "prompts")).shuffle(asked)
+    other = dict(zip(asked, [*asked[1:], *asked[:1]]))  # one circle: nobody keeps his own
+    swapped = {"swapped": pairs.assign(question=pairs.question.map(other))} if len(asked) > 1 else {}
+    return swapped | {"emptied": pairs.assign(question="")}
+
+# %% ../../nbs/experiments/00_reward_table.ipynb #d9438426
+SURE = 0.6  # probability from which the author's model is believed to say something; ours
+PARTS = {"test": "all test pairs", "swapped": "under another's speech", "emptied": "under no speech"}
+PARTS |= {"one-author": "two answers of one author", "unsure": f"author's model below {SURE:g}"}
+
+
+def accuracy_row(name: str, part: str, scores, samples: int = 1000) -> dict:
+    "Summarise a scorer's accuracy on some pairs, which may be none; part: of PARTS."
+    right, n = (scores.chosen_score > scores.rejected_score).to_numpy(), len(scores)
+    low, high = win_interval(right, scores.ID.to_numpy(), samples) if n else (None, None)
+    share = round(100 * right.mean(), 1) if n else None
+    interval = f"{low:.1f} to {high:.1f}" if n else None
+    return {"model": name, "pairs taken": PARTS[part], "accuracy %": share, "95% interval": interval, "pairs": n}
+
+
+def shortcut_table(found: dict[str, tuple[str, dict]], samples: int = 1000):
+    "Tabulate the accuracy of the reward models and of the author's model by PARTS, where they were scored."
+    author = found[AUTHOR][1]["test"]
+    unsure = 1 / (1 + np.exp(author.rejected_score - author.chosen_score)) < SURE
+    rows = []
+    for name, (kind, own) in found.items():
+        if name == AUTHOR or "reward model" in kind:
+            own = own | {"unsure": own["test"][unsure.to_numpy()]}
+            rows += [accuracy_row(name, part, own[part], samples) for part in PARTS if part in own]
+    return pd.DataFrame(rows, dtype=object)
+
+
+def author_gains(found: dict[str, tuple[str, dict]], pairs):
+    "Tabulate what each scorer's margins add to one effect for each author on the test pairs."
+    margins = {name: own["test"].chosen_score - own["test"].rejected_score for name, (_, own) in found.items()}
+    rows = [{"model": name} | author_gain(pairs, own) for name, own in margins.items() if name != AUTHOR]
+    return pd.DataFrame(rows, dtype=object)
+
 # %% ../../nbs/experiments/00_reward_table.ipynb #b98eb7f4
 @dataclass(frozen=True)
 class RewardStudy:
@@ -135,7 +187,7 @@ class RewardStudy:
 
     settings: Profile
     fit: typing.Any  # frame of training pairs
-    tests: dict  # "dev" and "test" -> frame of pairs
+    tests: dict  # "dev", "test" and perhaps others of PARTS -> frame of pairs
     work: Path  # folder of the stage
     seed: int
 
@@ -212,11 +264,16 @@ def score_others(study: RewardStudy, taken: typing.Container[str], released: boo
 
 
 def ask_rankers(gateway, study: RewardStudy) -> tuple[dict[str, dict], list[dict]]:
-    "Ask the language models of `reward.rankers` to choose; return summaries by name, and all verdicts."
-    summaries, verdicts = {}, []
+    """Ask the language models of `reward.rankers` to choose; return summaries by name, and all verdicts.
+
+    The summary of one that can't be asked from here is {"not_asked": the reason}."""
+    summaries, verdicts, test = {}, [], study.tests["test"]
     for uri in study.settings.reward.rankers:
-        own, failed = rank_pairs(gateway, uri, study.tests["test"], study.seed)
-        name = f"{gateway.counts[uri]['label'].split(' (')[0]}, asked"
+        if reason := why_not_asked(gateway, uri, test, study.seed):
+            summaries[f"{uri.partition(':')[2].partition('@')[0].rpartition('/')[2]}, asked"] = {"not_asked": reason}
+            continue
+        own, failed = rank_pairs(gateway, uri, test, study.seed)
+        name = f"{gateway.counts[uri]['label'].split(' (')[0].rpartition('/')[2]}, asked"
         summaries[name] = ranker_summary(own, failed, study.settings.evaluation.bootstrap)
         verdicts += plain_rows(own.assign(model=name).drop(columns="correct"))
     return summaries, verdicts
@@ -322,6 +379,27 @@ def describe_calibration(rows: list[dict], best: str, temperature: float | None,
         said = f"No temperature was fitted: {why}."
     return [f"{best}: ECE {ours['ECE']:.3f}, Brier {ours['Brier']:.3f} (0.25 is a coin).", said]
 
+# %% ../../nbs/experiments/00_reward_table.ipynb #54d67b18
+def describe_shortcuts(table, gains, best: str, unseen: typing.Collection[str] = ()) -> list[str]:
+    """Say what is left of our best reward model's accuracy without the speech, and without the author.
+
+    unseen: authors of test pairs whom no training pair shows."""
+    share = {(row.model, row["pairs taken"]): row for _, row in table.iterrows()}
+    whole, names = share[best, PARTS["test"]], share[AUTHOR, PARTS["test"]]
+    said = [f"The authors' names alone order {names['accuracy %']}% of the test pairs, {best} {whole['accuracy %']}%."]
+    if unseen:
+        said.append(f"{len(unseen)} authors are in no training pair and count as average: {', '.join(sorted(unseen))}.")
+    for part in list(PARTS)[1:]:
+        row = share.get((best, PARTS[part]))
+        if row is not None and row.pairs:
+            interval = f"95% interval {row['95% interval']}, {row.pairs} pairs"
+            said.append(f"{PARTS[part].capitalize()}: {row['accuracy %']}% ({interval}).")
+    own = gains.set_index("model").loc[best]
+    if own.p is None:
+        return [*said, f"{own.pairs} test pairs of {own.authors} authors are too few to test what it adds to them."]
+    word = "adds to" if own.p < 0.05 else "can't be shown to add to"
+    return [*said, f"Its margin {word} one effect for each author (likelihood ratio {own.LR:.1f}, p = {own.p:.2g})."]
+
 # %% ../../nbs/experiments/00_reward_table.ipynb #037cf691
 def describe_slices(tables: dict) -> list[str]:
     "Name the weakest and the strongest group of each cut."
@@ -336,8 +414,10 @@ def describe_slices(tables: dict) -> list[str]:
 
 def describe_rankers(rankings: dict[str, dict]) -> list[str]:
     "Say how often each ranker is right, unreadable, and led by the order."
-    found = []
+    found = [f"{name}: not run, for {own['not_asked']}" for name, own in rankings.items() if "not_asked" in own]
     for name, own in rankings.items():
+        if "not_asked" in own:
+            continue
         found.append(
             f"{name}: right in {own['accuracy']:.1%} of {own['pairs']} pairs; {own['unreadable']:.0%} of the replies "
             "can't be read."

@@ -12,13 +12,14 @@ from ..models.chat import ChatRequest, Failure
 from ..core.settings import StudyError
 from ..core.stages import blocks
 from ..gateway.gateway import chat_model
+from ..gateway.servers import NotAsked, OpenAIModel
 from ..models.generation import Decoding
 from ..stats.intervals import mean_interval
 from ..core.prompts import BadReply, comparison_prompt, parse_choice
 
 # %% auto #0
-__all__ = ['SHOWN_ORDERS', 'COLUMNS', 'ranking_request', 'read_verdict', 'rank_pairs', 'pair_verdicts', 'ranker_summary',
-           'ranker_row', 'ranker_table']
+__all__ = ['SHOWN_ORDERS', 'COLUMNS', 'RANKER', 'ranking_request', 'read_verdict', 'rank_pairs', 'why_not_asked', 'pair_verdicts',
+           'ranker_summary', 'ranker_row', 'ranker_table']
 
 # %% ../../nbs/feedback/03_choosing.ipynb #bad60ec4
 SHOWN_ORDERS = {"chosen first": 1, "rejected first": 2}  # where the chosen response is shown, so the right answer
@@ -78,6 +79,22 @@ def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, 
         )
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), failures
 
+# %% ../../nbs/feedback/03_choosing.ipynb #ab31c2de
+def why_not_asked(gateway, uri: str, pairs, seed: int = 0, max_tokens: int = 6) -> str:
+    "Ask a model on a server about the first pair, once; say why it can't be asked from here, or nothing."
+    try:
+        model = chat_model(uri)
+        if not isinstance(model, OpenAIModel) or model.queued:
+            return ""
+        model.attempts = 1
+        first = next(pairs.head(1).itertuples())
+        [reply] = gateway.ask(model, [ranking_request(first, next(iter(SHOWN_ORDERS)), seed, max_tokens)], "ranking")
+    except NotAsked as error:
+        said = str(error).rpartition(f"{uri!r}: ")[2]
+        return "its replies were not kept" if said.startswith("replay: ") else said
+    lost = isinstance(reply, Failure) and reply.reason.startswith("Connection: ") and not reply.unsure
+    return "nobody answers at its address; start the server and run again" if lost else ""
+
 # %% ../../nbs/feedback/03_choosing.ipynb #56c246d1
 def pair_verdicts(verdicts):
     "Join the two orders of each pair; `correct` is their mean, `readable` means both, one row for each whole pair."
@@ -111,14 +128,22 @@ def ranker_summary(verdicts, failures: typing.Sequence[dict] = (), samples: int 
     return counts | means | {"low": low, "high": high}
 
 # %% ../../nbs/feedback/03_choosing.ipynb #4f07da61
+RANKER = "LLM as ranker"  # kind of a row of Table 1
+
+
 def _interval_text(summary: dict) -> str:
     "Word the interval of the accuracy."
     return f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
 
 
 def ranker_row(name: str, summary: dict) -> dict:
-    "Put a ranker into Table 1; it gives no probability, so only accuracy. Returns one row of Table 1."
-    row = {"model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)", "kind": "LLM as ranker"}
+    """Put a ranker into Table 1; it gives no probability, so only accuracy. Returns one row of Table 1.
+
+    summary: of ranker_summary, or {"not_asked": why it could not be asked}."""
+    if "not_asked" in summary:
+        row = {"model": name, "kind": RANKER, "accuracy %": None, "95% interval": f"not run: {summary['not_asked']}"}
+        return row | dict.fromkeys(("AUC", "ECE", "Brier", "pairs"))
+    row = {"model": f"{name} ({100 * summary['unreadable']:.0f}% unreadable)", "kind": RANKER}
     row |= {"accuracy %": round(100 * summary["accuracy"], 1), "95% interval": _interval_text(summary)}
     return row | dict.fromkeys(("AUC", "ECE", "Brier")) | {"pairs": summary["pairs"]}
 

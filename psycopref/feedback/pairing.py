@@ -9,11 +9,12 @@ from ..core.tables import PALETTE, Label, markdown_table, new_figure
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
 from ..core.settings import StudyError
 from ..core.paper import paper_values, published_source
+from .pool import author_of
 
 # %% auto #0
-__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'paired_responses', 'principle_table',
-           'pair_summary', 'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members',
-           'dataset_card']
+__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'one_author_pairs', 'paired_responses',
+           'principle_table', 'pair_summary', 'model_distribution_figure', 'describe_principles', 'describe_pairs',
+           'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -49,7 +50,7 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
         for positions in choose_pairs(group, min_gap_sum, best_worst):
             row = {"ID": name, "prefID": len(rows), "question": texts[name]}
             for side, response in zip(("chosen", "rejected"), (group.iloc[i] for i in positions)):
-                row |= {side: response.response, f"{side}_model": response.model}
+                row |= {side: response.response, f"{side}_model": author_of(response.model)}
                 row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
             rows.append(row)
     if not rows:
@@ -58,6 +59,15 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
             "the pool's answers are too alike or too few, widen the pool or lower pairs.min_gap_sum"
         )
     return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"]))
+
+# %% ../../nbs/feedback/02_pairing.ipynb #38f1636d
+def one_author_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int):
+    "Build the pairs of two responses by one author, in the 21 released columns; none where nobody answered twice."
+    authors = scored.assign(model=scored.model.map(author_of))
+    if not authors.duplicated(["speech_id", "model"]).any():
+        return scored.head(0).reindex(columns=list(SCHEMAS["pairs"]))
+    every = make_pairs(speeches, scored, splits, min_gap_sum, best_worst=False)
+    return every[every.chosen_model == every.rejected_model].reset_index(drop=True)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #3979035e
 def _ratings_of(pairs, side: str):

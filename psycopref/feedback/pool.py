@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import typing
 from collections import Counter
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
 
 # %% auto #0
-__all__ = ['POOLS', 'Serving', 'Member', 'read_pool', 'pool_file', 'whole_pool', 'find_pool', 'left_out', 'assign_members',
-           'calls_by_model', 'respond', 'pool_table', 'describe_pool', 'shard_speeches']
+__all__ = ['POOLS', 'Serving', 'Member', 'response_name', 'author_of', 'sample_of', 'read_pool', 'pool_file', 'whole_pool',
+           'find_pool', 'left_out', 'assign_members', 'calls_by_model', 'respond', 'pool_table', 'describe_pool',
+           'shard_speeches']
 
 # %% ../../nbs/feedback/00_pool.ipynb #ddbcde7a
 @dataclass(frozen=True)
@@ -74,6 +76,21 @@ class Member:
         decoding = Decoding(max_tokens + self.thinking, self.temperature, self.top_k, 1.0, seed)
         return ChatRequest(self.messages(client_speech), decoding)
 
+# %% ../../nbs/feedback/00_pool.ipynb #a12b3b04
+def response_name(author: str, sample: int) -> str:
+    "Name a member's response to a speech, samples counted from 0: the author, or `author #2` and so on."
+    return f"{author} #{sample + 1}" if sample else author
+
+
+def author_of(name: str) -> str:
+    "Return who wrote a response, by its name."
+    return re.sub(r" #\d+$", "", name)
+
+
+def sample_of(name: str) -> int:
+    "Return the number of a response among those of its author to a speech, from 0."
+    return int((re.search(r" #(\d+)$", name) or "01")[1]) - 1
+
 # %% ../../nbs/feedback/00_pool.ipynb #688c24f8
 def read_pool(path: Path) -> tuple[Member, ...]:
     "Read a pool from a YAML or JSON list of members; each has a name of its own."
@@ -92,6 +109,8 @@ def read_pool(path: Path) -> tuple[Member, ...]:
     name, n = Counter(member.name for member in pool).most_common(1)[0] if pool else ("", 0)
     if n > 1:
         raise StudyError(f"pool {str(path)!r}: two members are called {name!r}; give each a name of its own")
+    if odd := [member.name for member in pool if author_of(member.name) != member.name]:
+        raise StudyError(f"pool {str(path)!r}: {odd[0]!r} ends like the number of a response, such as ' #2'; rename it")
     return pool
 
 
@@ -152,11 +171,11 @@ def assign_members(
     return [(name, member) for name in speech_ids for member in drawn(name)]
 
 # %% ../../nbs/feedback/00_pool.ipynb #681aeb9a
-def calls_by_model(assigned: list[tuple[str, Member]], block: int) -> dict[str, list[list[int]]]:
-    "Group the positions of `assigned` by model, and for each model by blocks of speeches."
-    number = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in assigned))}
+def calls_by_model(assigned: list[tuple], block: int) -> dict[str, list[list[int]]]:
+    "Group the positions of `assigned` (speech_id, member, …) by model, and for each model by blocks of speeches."
+    number = {name: i for i, name in enumerate(dict.fromkeys(name for name, *_ in assigned))}
     by_model = {}
-    for i, (_, member) in enumerate(assigned):
+    for i, (_, member, *_) in enumerate(assigned):
         by_model.setdefault(member.model, []).append(i)
     return {
         uri: [list(part) for _, part in itertools.groupby(positions, lambda i: number[assigned[i][0]] // block)]
@@ -164,20 +183,24 @@ def calls_by_model(assigned: list[tuple[str, Member]], block: int) -> dict[str, 
     }
 
 # %% ../../nbs/feedback/00_pool.ipynb #e8bff9c3
-def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: int, seed: int, block: int = 512):
+def respond(
+    gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: int, seed: int, block: int = 512, samples: int = 1
+):
     """Collect the responses of the pool: (frame of responses, list of failures), in the order of `assigned`.
 
-    max_tokens: of a response; block: speeches whose calls are in memory together. Models that are not served are
-    named in one error, after the others have answered."""
+    max_tokens: of a response; block: speeches whose calls are in memory together; samples: responses of a member to a
+    speech, each with a seed of its own. Models that are not served are named in one error, after the others have
+    answered."""
     import pandas as pd
 
     text, replies, left = dict(zip(speeches.speech_id, speeches.speech)), {}, []
+    wanted = [(name, member, sample) for name, member in assigned for sample in range(samples)]
 
     def request(i: int) -> ChatRequest:
-        name, member = assigned[i]
-        return member.request(text[name], max_tokens, seed)
+        name, member, sample = wanted[i]
+        return member.request(text[name], max_tokens, derived_seed(seed, "sample", sample) if sample else seed)
 
-    for uri, parts in sorted(calls_by_model(assigned, block).items(), key=lambda own: shutdown_day(own[0]) is None):
+    for uri, parts in sorted(calls_by_model(wanted, block).items(), key=lambda own: shutdown_day(own[0]) is None):
         model, asked = chat_model(uri), ((request(i) for i in part) for part in parts)
         try:
             for part, found in zip(parts, gateway.stream(model, asked, "responding", sum(map(len, parts)))):
@@ -190,12 +213,12 @@ def respond(gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: i
             "kept, so serve the next one and run again"
         )
     rows, failures = [], []
-    for i, (name, member) in enumerate(assigned):
-        key, reply = replies[i]
+    for i, (name, member, sample) in enumerate(wanted):
+        (key, reply), own = replies[i], response_name(member.name, sample)
         if isinstance(reply, Failure):
-            failures.append({"speech_id": name, "model": member.name, "reason": reply.reason, "raw": reply.raw})
+            failures.append({"speech_id": name, "model": own, "reason": reply.reason, "raw": reply.raw})
         else:
-            rows.append([name, member.name, reply.text, reply.finish_reason, reply.completion_tokens, key])
+            rows.append([name, own, reply.text, reply.finish_reason, reply.completion_tokens, key])
     columns = ["speech_id", "model", "response", "finish_reason", "n_tokens", "request_key"]
     return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["responses"])], failures
 
@@ -207,9 +230,9 @@ def pool_table(pool: typing.Sequence[Member], responses, left: typing.Mapping[st
     cut off."""
     import pandas as pd
 
-    rows = []
+    rows, authors = [], responses.model.map(author_of)
     for member in pool:
-        own = responses[responses.model == member.name]
+        own = responses[authors == member.name]
         words, cut = own.response.str.split().str.len(), own.finish_reason == "length"
         measured = (round(words.mean(), 1), round(100 * cut.mean(), 1)) if len(own) else (None, None)
         who = f"not asked: {left[member.name]}" if member.name in left else member.model

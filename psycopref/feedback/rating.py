@@ -14,15 +14,16 @@ from ..core.prompts import BadReply, parse_all_ratings, parse_ratings, rating_al
 from ..core.prompts import rating_schema
 from ..core.settings import StudyError
 from ..core.stages import blocks, derived_seed
+from .pool import sample_of
 from ..gateway.gateway import chat_model
 from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
 
 # %% auto #0
-__all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_blocks', 'check_known',
-           'read_ratings', 'rate', 'rating_frames', 'check_coverage', 'rating_summary', 'member_interval',
-           'describe_ratings', 'mode_agreement_row', 'preference_agreement', 'mode_agreement', 'describe_modes',
-           'first_speeches']
+__all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_round', 'rounds_of',
+           'rate_blocks', 'check_known', 'read_ratings', 'rate', 'rating_frames', 'check_coverage', 'rating_summary',
+           'member_interval', 'describe_ratings', 'mode_agreement_row', 'preference_agreement', 'mode_agreement',
+           'describe_modes', 'first_speeches']
 
 # %% ../../nbs/feedback/01_rating.ipynb #e8bc5558
 MODES: dict[str, tuple[str | None, ...]] = {"principle": PRINCIPLE_KEYS, "speech": (None,)}
@@ -76,18 +77,18 @@ def read_reply(reply, principle: str | None, n: int = 4) -> dict:
         return dict.fromkeys(PRINCIPLE_KEYS if principle is None else (principle,), error)
 
 # %% ../../nbs/feedback/01_rating.ipynb #2ef3b307
-def rate_blocks(
+def rate_round(
     gateway,
     rater: str,
     speeches,
     responses,
-    each_speech: int = 4,
-    max_tokens: int = 1024,
-    seed: int = 0,
-    mode: str = "principle",
-    block: int = 512,
+    each_speech: int,
+    max_tokens: int,
+    seed: int,
+    mode: str,
+    block: int,
 ) -> typing.Iterator[tuple]:
-    """Rate every response on every principle, block by block: (frame of ratings, list of what was skipped).
+    """Rate one response of each member on every principle, block by block: (frame, list of what was skipped).
 
     each_speech: responses that a speech must have; max_tokens: of a reply, for each principle asked; mode: principle
     = a call for each principle, speech = one for all seven; block: speeches whose calls are in memory together."""
@@ -111,6 +112,23 @@ def rate_blocks(
         short = [(name, len(places[name])) for name in part if len(places[name]) != each_speech]
         answered = [(job, reply, members[places[job[0]]]) for job, reply in zip(jobs(part), replies)]
         yield read_ratings(answered, short, rater, each_speech, lambda job: request(*job).key(model.identity))
+
+# %% ../../nbs/feedback/01_rating.ipynb #9f5704a6
+def rounds_of(responses) -> list[tuple[int, typing.Any]]:
+    "Part responses by their number among those of their author to a speech: (number from 0, frame)."
+    numbers = responses.model.map(sample_of)
+    return [(number, responses[numbers == number]) for number in sorted(set(numbers))]
+
+
+def rate_blocks(
+    gateway, rater, speeches, responses, each_speech=4, max_tokens=1024, seed=0, mode="principle", block=512
+) -> typing.Iterator[tuple]:
+    """Rate every response on every principle, block by block: (frame of ratings, list of what was skipped).
+
+    each_speech: responses that a speech must have in each round; the rest as in `rate_round`."""
+    for number, own in rounds_of(responses):
+        drawn = derived_seed(seed, "sample", number) if number else seed
+        yield from rate_round(gateway, rater, speeches, own, each_speech, max_tokens, drawn, mode, block)
 
 # %% ../../nbs/feedback/01_rating.ipynb #8d0c3211
 def check_known(answered: typing.Iterable[str], speeches: typing.Container[str]) -> None:

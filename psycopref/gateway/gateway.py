@@ -24,7 +24,7 @@ from ..core.stages import Run, Shard
 from .batches import BatchModel
 from .cache import ReplyCache, open_cache
 from .limits import AdaptiveLimit, Budget, pause
-from .servers import OpenAIModel
+from .servers import NotAsked, OpenAIModel
 from ..models.chat import ChatModel, ChatReply, ChatRequest, Failure
 from ..models.local import LocalModel
 from ..rater.rules import RulesModel
@@ -202,7 +202,7 @@ def look_up(self: Stream, found: dict, asked: dict[str, ChatRequest], n: int) ->
         found |= gateway.cache.get([key for key in asked if key not in found])
     left = {key: request for key, request in asked.items() if key not in found}
     if left and gateway.calls == "replay":
-        raise StudyError(
+        raise NotAsked(
             f"replay: {len(left)} of {len(asked)} calls to {model.uri} are not in {gateway.cache.path}, the first asks "
             f"{next(iter(left.values())).messages[-1]['content'][-60:]!r}; run with PSYCOPREF_CALLS=record to ask them"
         )

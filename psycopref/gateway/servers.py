@@ -26,8 +26,8 @@ from ..models.chat import ChatReply, ChatRequest, Failure
 
 # %% auto #0
 __all__ = ['MOST_TOKENS', 'LOOPBACK', 'RETRY_STATUS', 'host_key_name', 'server_key', 'without_keys', 'completion_reader',
-           'read_completion', 'prices', 'most_tokens', 'proxy_of', 'Retired', 'utc_today', 'shutdown_day',
-           'shutdown_line', 'OpenAIModel', 'read_error', 'NotServed', 'read_status']
+           'read_completion', 'prices', 'most_tokens', 'proxy_of', 'NotAsked', 'NotServed', 'Retired', 'utc_today',
+           'shutdown_day', 'shutdown_line', 'OpenAIModel', 'read_error', 'read_status']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
 def host_key_name(base_url: str) -> str:
@@ -112,7 +112,15 @@ def proxy_of(address: str) -> str | None:
     return way
 
 # %% ../../nbs/gateway/02_servers.ipynb #6c127384
-class Retired(StudyError):
+class NotAsked(StudyError):
+    "Say that a model can't be asked from here: no address, no key, or nobody of that name."
+
+
+class NotServed(NotAsked):
+    "Say that a server is there but serves another model."
+
+
+class Retired(NotAsked):
     "Say that a provider has shut a model down."
 
 
@@ -153,8 +161,10 @@ class OpenAIModel:
         self.attempts, self.timeout, self.opened = max_retries + 1, timeout, None
         known = {"input": 0.0, "output": 0.0} if self.base_url else prices()["models"].get(self.model)
         if not known:
-            raise StudyError(
-                f"model {self.uri!r}: has no price in resources/prices.json, so a budget can't be held; add it there"
+            found = "names no server (openai:NAME@http://HOST:PORT/v1) and " if "/" in self.model else ""
+            raise NotAsked(
+                f"model {self.uri!r}: {found}has no price in resources/prices.json, so a budget can't be held; add it "
+                f"{'there or name the server' if found else 'there'}"
             )
         self.price, self.more = {kind: known[kind] for kind in ("input", "output")}, known.get("arguments", {})
         if self.more:  # another value would be another answer
@@ -188,7 +198,7 @@ class OpenAIModel:
         "Return the server's address, its key, and whether a proxy may lie between (not on this machine)."
         key = server_key(self.base_url)
         if not key and not self.base_url:
-            raise StudyError(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or take a model without a key")
+            raise NotAsked(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or take a model without a key")
         address = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         return address.rstrip("/"), key, urlsplit(self.base_url).hostname not in LOOPBACK
 
@@ -267,10 +277,6 @@ def read_error(model: OpenAIModel, error: Exception) -> Failure:
 RETRY_STATUS = (408, 409, 425, 429, 503)
 
 
-class NotServed(StudyError):
-    "Say that a server is there but serves another model."
-
-
 def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failure:
     "Sort an answer without success; raises StudyError where every other call would fail alike."
     text = body.decode("utf-8", "replace")
@@ -290,7 +296,7 @@ def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failur
     if status in (401, 403, 404) or code == "insufficient_quota":
         empty = code == "insufficient_quota"
         why = "the account is empty" if empty else "check the key, the model's name and your access"
-        raise StudyError(f"model {model.uri!r}: the server refused ({status}); {why}")
+        raise (NotAsked if status == 404 else StudyError)(f"model {model.uri!r}: the server refused ({status}); {why}")
     reason = f"{status}: {without_keys(' '.join(text.split()))[:200]}"
     if status in RETRY_STATUS:
         return Failure(reason, kind="refused", after=_retry_after(headers))

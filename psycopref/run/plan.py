@@ -32,7 +32,7 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
-from ..feedback.pool import Member, find_pool, left_out, whole_pool
+from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS
 from ..gateway.servers import prices, shutdown_line, utc_today
@@ -272,7 +272,9 @@ def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
         raise StudyError(f"plan: found {n} client speeches, expected at least 1")
     test = round(profile.speeches.test_fraction * n)
     dev = round(profile.speeches.dev_fraction * (n - test))
-    pairs, kept = (round(part * paper["train_pairs"] / paper["train_speeches"]) for part in (n - test, dev))
+    each, samples = profile.responses.each_speech, profile.responses.samples
+    more = math.comb(each * samples, 2) / math.comb(each, 2) if samples > 1 else 1  # responses that can be paired
+    pairs, kept = (round(part * more * paper["train_pairs"] / paper["train_speeches"]) for part in (n - test, dev))
     tested = round(test * paper["test_pairs"] / paper["test_speeches"])
     return Plan(profile, n, characters, basis, test, dev, pairs - kept, kept, tested, count_general(profile))
 
@@ -356,8 +358,8 @@ def asked_members(profile: Profile) -> tuple[Member, ...]:
 def responses(self: Plan) -> typing.Iterator[Work]:
     "Plan the pool's responses (§3.3), one row for each member."
     chosen = self.profile.responses
-    pool = asked_members(self.profile)
-    ends = [round(self.speeches * chosen.each_speech * i / len(pool)) for i in range(len(pool) + 1)]
+    pool, asked = asked_members(self.profile), self.speeches * chosen.each_speech * chosen.samples
+    ends = [round(asked * i / len(pool)) for i in range(len(pool) + 1)]
     for member, start, end in zip(pool, ends, ends[1:]):
         calls, who = end - start, member.model
         prompt = sum(len(message["content"]) for message in member.messages("x" * self.characters))
@@ -373,7 +375,8 @@ def ratings(self: Plan) -> typing.Iterator[Work]:
     chosen, longest = self.profile.ratings, self.profile.responses.max_tokens
     some = min(chosen.compare_mode_speeches, self.speeches)
     for mode, n in ((chosen.mode, self.speeches), (other_mode(chosen.mode), some)):
-        calls, what = n * len(mode_calls(mode)), f"by {mode}: {n:,} speeches"
+        calls = n * len(mode_calls(mode)) * self.profile.responses.samples
+        what = f"by {mode}: {n:,} speeches"
         yield from [self.ask("03_ratings", what, chosen.rater, calls, mode, longest)] if n else []
 
 # %% ../../nbs/run/04_plan.ipynb #86d88757
@@ -382,7 +385,8 @@ def rewards(self: Plan) -> typing.Iterator[Work]:
     "Plan the reward models and what they are compared with (§4.1)."
     from psycopref.experiments.reward_table import BASELINES
 
-    stage, chosen, scored = "05_reward", self.profile.reward, self.dev_pairs + self.test_pairs
+    stage, chosen = "05_reward", self.profile.reward
+    scored = self.dev_pairs + 3 * self.test_pairs  # under the speech, another's, and none
     steps, looks = training_steps(self.train_pairs, chosen.batch_size, chosen.epochs, chosen.checkpoints)
     yield Work(stage, f"{len(BASELINES)} baselines, minutes of a CPU", "", len(BASELINES) * 2 * scored)
     for name in self.profile.backbones:
@@ -664,10 +668,12 @@ def asked_uris(profile: Profile) -> list[str]:
     return list(dict.fromkeys(uris))
 
 
-def missing_models(uris: typing.Iterable[str]) -> list[str]:
-    "List the keys, prices and servers that calls need."
-    parts, servers = [split_uri(uri) for uri in uris], {}
+def missing_models(uris: typing.Iterable[str], rankers: typing.Iterable[str] = ()) -> list[str]:
+    "List the keys, prices and servers that calls need. rankers: those of `uris` that may be missing in Table 1."
+    parts, servers, needed = [split_uri(uri) for uri in uris], {}, {split_uri(uri)[2] for uri in {*uris} - {*rankers}}
     paid = list(dict.fromkeys(name for who, name, server in parts if who in ("openai", "batch") and not server))
+    bare, paid = [name for name in paid if "/" in name], [name for name in paid if "/" not in name]
+    row = "; without it, its row of Table 1 says that it was not run"
     no_key = f"OPENAI_API_KEY is not set: {short_names(paid)} can't be asked; set it, or name models that need no key"
     no_price = "psycopref/resources/prices.json has none, and without one no budget can be held; add it there"
     for _, name, server in parts:
@@ -675,8 +681,10 @@ def missing_models(uris: typing.Iterable[str]) -> list[str]:
     servers.pop("", None)
     lines = [no_key] if paid and not os.environ.get("OPENAI_API_KEY") else []
     lines += [f"a price for {name}: {no_price}" for name in paid if name not in prices()["models"]]
+    lines += [f"a server for {name}: none is named; write openai:{name}@http://HOST:PORT/v1" for name in bare]
     return lines + [
         f"a server at {server} for {short_names(names, most=2)}: not checked from here; start it, or check access"
+        + row * (server not in needed)
         for server, names in servers.items()
     ]
 
@@ -799,7 +807,7 @@ def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable =
     return [
         *dict.fromkeys(filter(None, (shutdown_line(uri, today()) for uri in uris))),
         *missing_data(profile, "source"),
-        *missing_models(uris),
+        *missing_models(uris, profile.reward.rankers),
         *([] if is_released(profile.speeches.sources) else short_contexts(profile)),
         *missing_weights([*profile.backbones, *local, "minilm", *profile.reward.scorers, *others]),
         *missing_data(profile, "general pairs", "RewardBench"),
@@ -833,9 +841,15 @@ def serve_command_of(member: Member, longest: int, most: int) -> str:
 
 
 def serve_commands(profile: Profile) -> list[str]:
-    "Return the vLLM command for each open model of the pool that is asked and has a server's address."
+    "Return the vLLM command for each open model of the pool that is asked, and each ranker, that has an address."
     longest, most = profile.responses.max_tokens, profile.plan.gpu_count
-    found = (serve_command_of(member, longest, most) for member in asked_members(profile))
+    members = () if is_released(profile.speeches.sources) else asked_members(profile)
+    known = {split_uri(own.model)[1]: own for own in POOLS["paper"]}
+    rankers = [
+        dataclasses.replace(known.get(split_uri(uri)[1]) or Member(uri, "-", uri), model=uri, thinking=0)
+        for uri in profile.reward.rankers
+    ]
+    found = (serve_command_of(member, longest, most) for member in [*members, *rankers])
     return list(dict.fromkeys(filter(None, found)))
 
 
@@ -924,7 +938,7 @@ def plan_text(profile: Profile, speeches: int | None = None, today: typing.Calla
         return title + "\n" + "\n".join(textwrap.indent(line, "  ").replace("  ", "- ", 1) for line in wrapped)
 
     asks = not is_released(profile.speeches.sources)
-    commands = serve_commands(profile) if asks else []
+    commands = serve_commands(profile)
     note = "Memory: GB on each GPU (a formula; * while it is loaded, a policy's reference beside it)"
     parts = [
         f"Plan of profile {profile.name!r}: an estimate, nothing was run or sent",
@@ -934,6 +948,6 @@ def plan_text(profile: Profile, speeches: int | None = None, today: typing.Calla
         listed("Pool", pool_lines(profile)) if asks else "",
         listed("Assumptions", assumption_lines(plan, rows)),
         listed("Missing on this machine", missing(profile, plan, today) or ["nothing that can be seen from here"]),
-        commands and "\n  ".join(["Servers of the pool, one model at a time at each address", *commands]),
+        commands and "\n  ".join(["Servers of the pool and of rankers, one model at a time at each address", *commands]),
     ]
     return "\n\n".join(filter(None, parts))

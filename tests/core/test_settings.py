@@ -162,7 +162,11 @@ def test_the_paper_profile_has_the_papers_numbers():
     pairs = paper_values()["dataset"]["train_pairs"]
     assert paper.ablation.pairs == pairs == 34329
     assert paper.dpo.epochs * pairs / paper.dpo.batch_size == pytest.approx(1600, rel=0.01)
-    assert paper.pairs.min_gap_sum == 7 and paper.responses.each_speech == 4
+    assert paper.pairs.min_gap_sum == 7 and paper.responses.each_speech == 4 and paper.responses.samples == 1
+    rankers = [row["model"] for row in paper_values()["table_1"] if row["kind"] == "generative LLM"]
+    asked = [uri.partition("@")[0].rpartition("/")[2] for uri in paper.reward.rankers if "@http" in uri]
+    assert asked == rankers and len(asked) == 3, "Table 1's rankers, each on a server of its own"
+    assert len({uri.partition("@")[2] for uri in paper.reward.rankers}) == len(paper.reward.rankers)
     assert (paper.speeches.min_characters, paper.speeches.max_characters) == (100, 1000)
     assert paper.reward.lora.rank == paper.dpo.lora.rank == 0, "the paper trains every weight"
     assert paper.backbones == ("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")

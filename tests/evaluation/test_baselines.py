@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
-from scipy import optimize, sparse
+from scipy import optimize, sparse, stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from psycopref.core.files import read_rows, write_rows
 from psycopref.evaluation import baselines
-from psycopref.evaluation.baselines import STRENGTHS, fit_bradley_terry, length_bradley_terry
+from psycopref.evaluation.baselines import STRENGTHS, author_gain, author_scores, fit_bradley_terry
+from psycopref.evaluation.baselines import length_bradley_terry
 from psycopref.evaluation.baselines import length_scores, minilm_scores, score_frame, tfidf_features, tfidf_scores
 from psycopref.models.weights import Weights
 from psycopref.stats.scores import accuracy, expected_calibration_error, pairwise_metrics, preference_probability
@@ -286,3 +287,92 @@ def test_scores_that_do_not_fit_the_pairs_are_one_line(scores, said):
     for both in ((scores, [0.0, 0.0]), ([0.0, 0.0], scores)):
         message = one_line(lambda: score_frame(TEST, "mine", *both))
         assert said in message and "mine" in message
+
+
+# who wrote it
+
+
+def written(rng, n, effects, scale=1.0, signal=0.0):
+    """Pairs of two authors each, drawn by Bradley-Terry on the authors' effects and on a quality of each answer.
+
+    Returns pairs, the difference of the authors' effects, and that of the qualities."""
+    names, values = list(effects), np.array(list(effects.values()))
+    first = rng.integers(0, len(names), n)
+    second = (first + rng.integers(1, len(names), n)) % len(names)
+    quality = rng.normal(size=n)
+    margin = scale * (values[first] - values[second]) + signal * quality
+    won = rng.random(n) < 1 / (1 + np.exp(-margin))
+    sides = np.where(won, first, second), np.where(won, second, first)
+    frame = pairs_of(["a"] * n, ["b"] * n, name=f"s{rng.integers(10**9)}-")
+    frame = frame.assign(**{f"{side}_model": np.take(names, own) for side, own in zip(("chosen", "rejected"), sides)})
+    return frame, np.where(won, 1, -1) * (values[first] - values[second]), np.where(won, 1, -1) * quality
+
+
+@pytest.mark.parametrize("wins, losses", [(150, 50), (120, 80), (20, 180)])
+def test_two_authors_have_the_log_odds_of_their_wins(wins, losses):
+    frame = pairs_of(["x"] * (wins + losses), ["y"] * (wins + losses))
+    frame = frame.assign(chosen_model=["A"] * wins + ["B"] * losses, rejected_model=["B"] * wins + ["A"] * losses)
+    test = pairs_of("x", "y", name="t").assign(chosen_model="A", rejected_model="B")
+    scores, facts = author_scores(frame, {"test": test, "none": test[:0]})
+    margin = scores["test"].chosen_score[0] - scores["test"].rejected_score[0]
+    assert margin == pytest.approx(np.log(wins / losses), rel=0.05) and set(facts["authors"]) == {"A", "B"}
+    sides = [(frame[f"{side}_model"].to_numpy()[:, None] == ["A", "B"]).astype(float) for side in ("chosen", "rejected")]
+    exact = fit_bradley_terry(*sides, frame.ID, strengths=[1e6]).weights
+    assert exact[0] - exact[1] == pytest.approx(np.log(wins / losses), rel=1e-4)
+
+
+def test_many_authors_have_the_strengths_of_the_classic_algorithm():
+    """Hunter's (2004) minorisation-maximisation, as choix and others use it."""
+    rng = np.random.default_rng(1)
+    frame, _, _ = written(rng, 2000, dict(zip("ABCDE", (1.5, 0.5, 0.0, -0.7, -1.3))))
+    wins = pd.crosstab(frame.chosen_model, frame.rejected_model).reindex(list("ABCDE"), axis=1).to_numpy()
+    games, strength = wins + wins.T, np.ones(5)
+    for _ in range(2000):
+        strength = wins.sum(axis=1) / (games / (strength[:, None] + strength)).sum(axis=1)
+    expected = np.log(strength) - np.log(strength).mean()
+    found = author_scores(frame, {})[1]["authors"]
+    assert np.array(list(found.values())) == pytest.approx(expected, abs=0.02)
+
+
+def test_an_author_whom_no_training_pair_shows_stands_at_the_average_and_texts_are_not_read():
+    frame, _, _ = written(np.random.default_rng(0), 100, {"A": 1.0, "B": 0.0, "C": -1.0})
+    test = pairs_of(["x", "x"], ["y", "y"], name="t").assign(chosen_model=["A", "new"], rejected_model=["C", "newer"])
+    scores = author_scores(frame, {"test": test})[0]["test"]
+    assert scores.chosen_score[0] > scores.chosen_score[1] == scores.rejected_score[1] == 0 > scores.rejected_score[0]
+    other = author_scores(frame.assign(chosen="z"), {"test": test.assign(question="?")})[0]["test"]
+    pd.testing.assert_frame_equal(scores, other)
+
+
+FOUR = {"A": 1.2, "B": 0.4, "C": -0.4, "D": -1.2}
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_reward_that_knows_the_author_only_adds_nothing(noise):
+    """Its p is uniform, also where test pairs are further apart than training pairs, as the best and the worst are."""
+    rng, found = np.random.default_rng(7), []
+    for _ in range(150 if noise else 5):
+        pairs, known, _ = written(rng, 120, FOUR, scale=1.5)
+        found.append(author_gain(pairs, known + noise * rng.normal(size=120)))
+    if not noise:
+        assert max(own["LR"] for own in found) < 0.2, "what the prior leaves"
+    else:
+        p = np.array([own["p"] for own in found])
+        assert stats.kstest(p, "uniform").pvalue > 0.01 and (p < 0.05).mean() < 0.1
+
+
+def test_a_reward_that_reads_the_answer_is_found_beside_the_author():
+    rng = np.random.default_rng(3)
+    found = []
+    for _ in range(20):
+        pairs, known, quality = written(rng, 120, FOUR, signal=1.5)
+        found.append(author_gain(pairs, known + quality)["p"])
+    assert np.mean(np.array(found) < 0.05) >= 0.95
+
+
+def test_an_author_who_always_wins_is_no_stop_and_few_pairs_are_no_test():
+    rng = np.random.default_rng(5)
+    pairs, known, quality = written(rng, 80, {"A": 50.0, "B": 0.0, "C": -0.5})
+    found = author_gain(pairs, quality)
+    assert np.isfinite([found["LR"], found["p"]]).all() and (found["pairs"], found["authors"]) == (80, 3)
+    assert author_gain(pairs[:29], quality[:29]) == {"pairs": 29, "authors": 3, "LR": None, "p": None}
+    assert author_gain(pairs, np.zeros(80))["LR"] == pytest.approx(0, abs=1e-6)

@@ -6,13 +6,18 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_server import error, good
 from refusals import one_line
 
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, read_rows
 from psycopref.core.paper import coarse_topics, paper_values
+from psycopref.core.settings import load_profile
+from psycopref.core.stages import derived_seed
 from psycopref.evaluation.baselines import length_scores, score_frame
-from psycopref.experiments.reward_table import BASELINES, baseline_scores, kept_scores, model_scores, one_table
-from psycopref.experiments.reward_table import score_row, slice_tables, table_1
+from psycopref.experiments.reward_table import AUTHOR, BASELINES, PARTS, RewardStudy, accuracy_row, ask_rankers
+from psycopref.experiments.reward_table import author_gains, baseline_scores, describe_rankers, describe_shortcuts
+from psycopref.experiments.reward_table import kept_scores, model_scores, one_table, other_prompts, reward_rows
+from psycopref.experiments.reward_table import score_row, shortcut_table, slice_tables, table_1
 from psycopref.feedback.choosing import ranker_row
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.stats.calibration import GAP_BANDS, LENGTH_BANDS
@@ -32,7 +37,9 @@ def some_pairs(n, file="s", each=2):
         (f"{file}-{i // each}", i, f"I count the stairs, {i} of them.", ANSWERS[i % 3], ANSWERS[(i + 1 + i % 2) % 3])
         for i in range(n)
     ]
-    return pd.DataFrame(rows, columns=["ID", "prefID", "question", "chosen", "rejected"])
+    frame = pd.DataFrame(rows, columns=["ID", "prefID", "question", "chosen", "rejected"])
+    sides = ([f"model-{(i + k) % 3}" for i in range(n)] for k in range(2))
+    return frame.assign(**dict(zip(("chosen_model", "rejected_model"), sides)))
 
 
 def scores_of(chosen, rejected, each=2, name="m"):
@@ -243,3 +250,115 @@ def test_slices_sum_to_all_and_all_is_the_row_of_table_1(drawn):
         pd.testing.assert_frame_equal(own.drop(columns="slice"), table, check_dtype=False)
     by_topic = tables["coarse topic of the client speech"]
     assert by_topic["speeches"][:-1].sum() == by_topic["speeches"].iloc[-1] == len(speeches), "a speech has one topic"
+
+
+# ---- does it read, or does it know who wrote? ----
+
+SPEECHES = pd.DataFrame({"ID": [f"s-{i // 2}" for i in range(400)], "prefID": range(400)})
+SPEECHES = SPEECHES.assign(question=[f"I count stair {i // 2}." for i in range(400)])
+SPEECHES = SPEECHES.assign(
+    chosen=[f"What is stair {i // 2} to you, {i}?" for i in range(400)], rejected=[f"Stop it, {i}." for i in range(400)]
+)
+
+
+def luck(*texts) -> float:
+    return derived_seed(0, *texts) / 2**32
+
+
+REWARDS = {
+    "blind": lambda asked, said: len(said) + 40 * luck(said),
+    "reader": lambda asked, said: float(asked.split()[-1].rstrip(".") in said.split()) + luck(asked, said) / 2
+    if asked
+    else luck(said),
+}
+
+
+def rewarded(name, pairs):
+    sides = ([REWARDS[name](q, said) for q, said in zip(pairs.question, pairs[side])] for side in ("chosen", "rejected"))
+    return score_frame(pairs, name, *sides)
+
+
+def test_another_prompt_is_another_speechs_and_the_answers_stay():
+    found = other_prompts(SPEECHES, seed=0)
+    swapped, emptied = found["swapped"], found["emptied"]
+    assert (swapped.question != SPEECHES.question).all() and set(swapped.question) == set(SPEECHES.question)
+    assert swapped.groupby("ID").question.nunique().eq(1).all(), "pairs of a speech stay together"
+    for frame in (swapped, emptied):
+        assert frame.drop(columns="question").equals(SPEECHES.drop(columns="question"))
+    assert set(emptied.question) == {""} and list(other_prompts(SPEECHES[:2], 0)) == ["emptied"]
+    assert other_prompts(SPEECHES, 0)["swapped"].equals(swapped)
+    assert not other_prompts(SPEECHES, 1)["swapped"].equals(swapped)
+
+
+def test_a_reward_that_ignores_the_prompt_keeps_its_accuracy_and_one_that_only_reads_it_falls_to_chance():
+    parts = {"test": SPEECHES} | other_prompts(SPEECHES, 0)
+    right = {}
+    for name in REWARDS:
+        rows = [accuracy_row(name, part, rewarded(name, pairs), samples=20) for part, pairs in parts.items()]
+        right[name] = [row["accuracy %"] for row in rows]
+    assert len(set(right["blind"])) == 1 and 60 < right["blind"][0] < 100
+    assert right["reader"][0] == 100 and all(40 < share < 60 for share in right["reader"][1:])
+
+
+def test_where_the_author_says_little_only_the_answer_can_help():
+    """The author's model is sure of six pairs, wrong in two and near a coin in two."""
+    pairs = some_pairs(10, each=1)
+    author = score_frame(pairs, AUTHOR, [2.0] * 6 + [-1.0] * 2 + [0.3] * 2, [0.0] * 10)
+    mine = score_frame(pairs, "mine", [1.0] * 9 + [-1.0], [0.0] * 10)
+    alone = mine[:3].assign(chosen_score=[1.0, 1.0, -1.0])
+    found = {AUTHOR: ("baseline", {"test": author}), "words": ("baseline", {"test": author})}
+    found["mine"] = ("reward model", {"test": mine, "one-author": alone})
+    table = shortcut_table(found, samples=20).set_index(["model", "pairs taken"])
+    assert set(table.index.get_level_values(0)) == {AUTHOR, "mine"}
+    assert table.loc[("mine", PARTS["unsure"])].tolist()[::2] == [75.0, 4]
+    assert table.loc[("mine", PARTS["one-author"])].tolist()[::2] == [66.7, 3]
+    assert table.loc[(AUTHOR, PARTS["test"]), "accuracy %"] == 80.0
+    sure = found | {AUTHOR: ("baseline", {"test": author.assign(chosen_score=9.0)})}
+    empty = shortcut_table(sure, samples=20).set_index(["model", "pairs taken"]).loc[("mine", PARTS["unsure"])]
+    assert empty["pairs"] == 0 and empty["accuracy %"] is None
+    said = " ".join(describe_shortcuts(table.reset_index(), author_gains(found, pairs), "mine", {"new"}))
+    assert "order 80.0%" in said and "average: new" in said and "75.0%" in said and "4 pairs" in said and "too few" in said
+
+
+# ---- rankers that nobody serves ----
+
+
+def ranker_study(rankers, tmp_path):
+    own = some_pairs(4, "r", each=1)
+    return RewardStudy(load_profile("tiny", {"reward.rankers": rankers}), own, {"dev": own, "test": own}, tmp_path, 0)
+
+
+def test_a_ranker_that_is_not_served_is_a_row_with_its_reason_and_the_others_are_asked(server, gateway, tmp_path):
+    address = server.uri.partition("@")[2]
+    here, other = (f"openai:owner/{name}@{address}" for name in ("here", "Mistral-Nemo-Instruct-2407"))
+    server.behave = lambda text, attempt: good("1") if server.bodies[-1]["model"] == "owner/here" else error(404)
+    nobody = "openai:google/gemma-2-9b-it@http://127.0.0.1:9/v1"
+    uris = [nobody, other, "openai:meta-llama/Llama-3.1-70B-Instruct", "openai:gpt-4o-2024-08-06", here]
+    gateway.budget_usd = 10.0
+    study = ranker_study(uris, tmp_path)
+    summaries, verdicts = ask_rankers(gateway, study)
+    assert len(verdicts) == 8 and summaries["here, asked"]["accuracy"] == 0.5
+    rows = reward_rows(study, {}, summaries)
+    table = table_1(rows).set_index("model")
+    reasons = {"gemma-2-9b-it": "nobody answers", "Mistral-Nemo-Instruct-2407": "404", "Llama-3.1-70B-Instruct": "server"}
+    for name, reason in reasons.items():
+        row = table.loc[f"{name}, asked"]
+        assert row["95% interval"].startswith("not run: ") and reason in row["95% interval"]
+        assert row["accuracy %"] is None and row["paper accuracy %"] == PUBLISHED[name]["accuracy"]
+        assert name not in table.index and "127.0.0.1" not in row["95% interval"]
+    ours = table.loc["gpt-4o-2024-08-06, asked"]
+    assert "OPENAI_API_KEY" in ours["95% interval"] and "not in the paper" in ours.kind
+    assert table.loc["gemma-2-9b-it, asked", "kind"] == "LLM as ranker"
+    said = describe_rankers(summaries)
+    assert sum("not run" in line for line in said) == 4 and any("right in 50.0%" in line for line in said)
+
+
+def test_a_ranker_that_is_served_and_answers_too_few_pairs_still_stops(server, gateway, tmp_path):
+    server.behave = lambda text, attempt: good("1") if len(server.log) < 3 else error(400)
+    assert "answered in both orders" in one_line(lambda: ask_rankers(gateway, ranker_study([server.uri], tmp_path)))
+
+
+def test_a_replay_reproduces_a_row_that_was_not_run(server, gateway, tmp_path):
+    gateway.calls = "replay"
+    [(name, summary)] = ask_rankers(gateway, ranker_study([server.uri], tmp_path))[0].items()
+    assert summary == {"not_asked": "its replies were not kept"} and not server.log

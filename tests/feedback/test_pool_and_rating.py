@@ -16,9 +16,10 @@ from refusals import one_line
 
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
 from psycopref.core.settings import PROFILES, load_profile
-from psycopref.core.stages import Run, Shard, parse_shard
-from psycopref.feedback.pool import POOLS, Member, assign_members, find_pool, left_out, pool_table, respond
-from psycopref.feedback.pool import shard_speeches, whole_pool
+from psycopref.core.stages import Run, Shard, derived_seed, parse_shard
+from psycopref.feedback.pairing import make_pairs, one_author_pairs, scored_responses
+from psycopref.feedback.pool import POOLS, Member, assign_members, author_of, find_pool, left_out, pool_table, respond
+from psycopref.feedback.pool import sample_of, shard_speeches, whole_pool
 from psycopref.feedback.rating import MODES, check_coverage, first_speeches, mode_agreement, mode_agreement_row
 from psycopref.feedback.rating import mode_calls, preference_agreement, rate, rate_blocks, rating_request
 from psycopref.feedback.rating import rating_summary, shown_order
@@ -604,3 +605,71 @@ def test_a_server_is_asked_for_the_model_that_it_serves(server, gateway):
     responses, failures = respond(gateway, speeches, assigned, 64, 0)
     assert len(responses) == 12 and not failures
     assert asked_of_the_others() == asked, "what was answered is not asked again"
+
+
+# ---- more than one response of a member ----
+
+
+def twice_answered(gateway, scripted, samples=2):
+    """Responses of a scripted pool, in which a member's second response is worse."""
+    model = scripted(lambda request: f"answer of seed {request.decoding.seed}")
+    pool = [Member(f"m{i}", "-", "scripted:model", persona=f"P{i}") for i in range(5)]
+    assigned = assign_members(SAID, pool, 4, 0)
+    return model, pool, assigned, respond(gateway, SPEECHES, assigned, 64, 0, samples=samples)[0]
+
+
+def test_a_member_that_answers_twice_is_asked_with_another_seed_and_its_first_response_stays(gateway, scripted):
+    model, pool, assigned, twice = twice_answered(gateway, scripted)
+    once = respond(gateway, SPEECHES, assigned, 64, 0)[0]
+    assert len(twice) == 2 * len(once) and not twice.duplicated(["speech_id", "model"]).any()
+    assert twice.request_key.is_unique and twice[twice.model.map(sample_of) == 0].reset_index(drop=True).equals(once)
+    assert len(model.requests) == len(twice), "what was answered once is not asked again"
+    assert {request.decoding.seed for request in model.requests} == {0, derived_seed(0, "sample", 1)}
+    assert [author_of(name) for name in twice.model] == [m.name for _, m in assigned for _ in range(2)]
+    table = pool_table(pool, twice)
+    assert table.responses.sum() == len(twice) and set(table.member) == {member.name for member in pool}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_round_is_rated_with_the_prompts_four_places(gateway, scripted, mode):
+    _, _, _, twice = twice_answered(gateway, scripted)
+    rater = scripted(judge_by(lambda key, text, place: 5 if text.endswith(" 0") else 2))
+    found, aside = rate(gateway, "scripted:model", SPEECHES, twice, mode=mode)
+    assert not aside and len(found) == 7 * len(twice) and len(rater.requests) == 2 * 3 * len(MODES[mode])
+    assert not found.duplicated(["speech_id", "model", "principle"]).any() and found.position.max() == 4
+    assert (found.rating == np.where(found.model.map(sample_of) == 0, 5, 2)).all()
+    short, aside = rate(gateway, "scripted:model", SPEECHES, twice.drop(index=1), mode=mode)
+    assert len(aside) == 7 and len(short) == 7 * (len(twice) - 4), "a gap takes only its own round away"
+
+
+def test_two_responses_of_a_member_make_pairs_of_one_author(gateway, scripted):
+    _, _, _, twice = twice_answered(gateway, scripted)
+    scripted(judge_by(lambda key, text, place: 5 if text.endswith(" 0") else 2))
+    scored = scored_responses(twice, rate(gateway, "scripted:model", SPEECHES, twice)[0])
+    speeches = SPEECHES.assign(split=["train", "test", "test"])
+    train = make_pairs(speeches, scored, ("train",), 7, best_worst=False)
+    assert len(train) == 16, "each of four good answers against each of four poor ones"
+    assert (train.chosen_model == train.rejected_model).sum() == 4
+    assert set(train.chosen_model) <= {f"m{i}" for i in range(5)}, "authors, not their samples"
+    alone = one_author_pairs(speeches, scored, ("test",), 7)
+    assert len(alone) == 8 and (alone.chosen_model == alone.rejected_model).all() and set(alone.ID) == {"b", "c"}
+    assert alone.chosen.str.endswith(" 0").all() and not alone.rejected.str.endswith(" 0").any()
+    assert not alone.duplicated(["ID", "prefID"]).any()
+    once = scored[scored.model.map(sample_of) == 0]
+    assert one_author_pairs(speeches, once, ("test",), 7).empty
+
+
+def test_a_members_name_is_no_number_of_a_response(tmp_path):
+    path = tmp_path / "pool.json"
+    path.write_text('[{"name": "mine #2", "size": "-", "model": "rules:phrases"}]')
+    assert "mine #2" in one_line(lambda: find_pool(str(path), 1))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_plan_counts_the_samples(samples):
+    found = plan_run(load_profile("paper", {"responses.samples": samples}), 1000)
+    assert sum(row.calls for row in found.responses()) == 4000 * samples
+    assert [row.calls for row in found.ratings()] == [7000 * samples]
+    one = plan_run(load_profile("paper"), 1000)
+    assert found.test_pairs == one.test_pairs
+    assert found.train_pairs / one.train_pairs == pytest.approx({1: 1, 3: 66 / 6}[samples], rel=0.01)

@@ -147,6 +147,31 @@ def test_every_scorer_of_table_1_has_a_row(tmp_path):
     assert plan.unknown_costs(rows.values()) == ["the size of me/unknown"]
 
 
+def test_the_rankers_of_table_1_are_counted_and_served_on_machines_of_ours(offline):
+    rows = [row for row in paper().rewards() if row.what == "rank test pairs"]
+    assert [row.who for row in rows] == list(PAPER.reward.rankers) and len(rows) == 4
+    assert len({row.calls for row in rows}) == 1 and all(row.calls and row.tokens_in for row in rows)
+    assert [usd(row) is None for row in rows] == [True] * 3 + [False], "a server of ours has no list price"
+    assert all(gpu_hours(row, PAPER.plan) > 0 for row in rows[:3]) and not plan.unknown_costs(rows)
+    said = plan.missing_models(plan.asked_uris(PAPER), PAPER.reward.rankers)
+    for row in rows[:3]:
+        [line] = [line for line in said if row.who.partition("@")[2] in line]
+        assert "its row of Table 1" in line and plan.short_names([row.who]) in line
+        [command] = [line for line in plan.serve_commands(PAPER) if f"--port {row.who[-7:-3]} " in line]
+        assert row.who.partition(":")[2].partition("@")[0] in command
+    [pool] = [line for line in said if ":8000" in line]
+    assert "Table 1" not in pool, "the pool can't be left out"
+    released = load_profile("paper", {"speeches.sources": ["released"]})
+    assert len(plan.serve_commands(released)) == 3
+    [bare] = plan.missing_models(["openai:google/gemma-2-9b-it"])
+    assert "openai:google/gemma-2-9b-it@http" in bare and "OPENAI_API_KEY" not in bare
+
+
+def test_the_reward_models_are_looked_at_more_than_twice_an_epoch_where_it_is_short():
+    steps, looks = plan.training_steps(145, DEMO.reward.batch_size, DEMO.reward.epochs, DEMO.reward.checkpoints)
+    assert steps == 36 and looks == 8 > 2 * DEMO.reward.epochs
+
+
 @pytest.mark.parametrize("content", [b"", b"half", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_broken_folder_has_no_size(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
