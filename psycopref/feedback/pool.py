@@ -184,7 +184,13 @@ def calls_by_model(assigned: list[tuple], block: int) -> dict[str, list[list[int
 
 # %% ../../nbs/feedback/00_pool.ipynb #e8bff9c3
 def respond(
-    gateway, speeches, assigned: list[tuple[str, Member]], max_tokens: int, seed: int, block: int = 512, samples: int = 1
+    gateway,
+    speeches,
+    assigned: list[tuple[str, Member]],
+    max_tokens: int,
+    seed: int,
+    block: int = 512,
+    samples: int = 1,
 ):
     """Collect the responses of the pool: (frame of responses, list of failures), in the order of `assigned`.
 

@@ -78,15 +78,7 @@ def read_reply(reply, principle: str | None, n: int = 4) -> dict:
 
 # %% ../../nbs/feedback/01_rating.ipynb #2ef3b307
 def rate_round(
-    gateway,
-    rater: str,
-    speeches,
-    responses,
-    each_speech: int,
-    max_tokens: int,
-    seed: int,
-    mode: str,
-    block: int,
+    gateway, rater: str, speeches, responses, each_speech: int, max_tokens: int, seed: int, mode: str, block: int
 ) -> typing.Iterator[tuple]:
     """Rate one response of each member on every principle, block by block: (frame, list of what was skipped).
 

@@ -948,6 +948,7 @@ def plan_text(profile: Profile, speeches: int | None = None, today: typing.Calla
         listed("Pool", pool_lines(profile)) if asks else "",
         listed("Assumptions", assumption_lines(plan, rows)),
         listed("Missing on this machine", missing(profile, plan, today) or ["nothing that can be seen from here"]),
-        commands and "\n  ".join(["Servers of the pool and of rankers, one model at a time at each address", *commands]),
+        commands
+        and "\n  ".join(["Servers of the pool and of rankers, one model at a time at each address", *commands]),
     ]
     return "\n\n".join(filter(None, parts))

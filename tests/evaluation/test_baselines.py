@@ -316,7 +316,9 @@ def test_two_authors_have_the_log_odds_of_their_wins(wins, losses):
     scores, facts = author_scores(frame, {"test": test, "none": test[:0]})
     margin = scores["test"].chosen_score[0] - scores["test"].rejected_score[0]
     assert margin == pytest.approx(np.log(wins / losses), rel=0.05) and set(facts["authors"]) == {"A", "B"}
-    sides = [(frame[f"{side}_model"].to_numpy()[:, None] == ["A", "B"]).astype(float) for side in ("chosen", "rejected")]
+    sides = [
+        (frame[f"{side}_model"].to_numpy()[:, None] == ["A", "B"]).astype(float) for side in ("chosen", "rejected")
+    ]
     exact = fit_bradley_terry(*sides, frame.ID, strengths=[1e6]).weights
     assert exact[0] - exact[1] == pytest.approx(np.log(wins / losses), rel=1e-4)
 

@@ -267,14 +267,16 @@ def luck(*texts) -> float:
 
 REWARDS = {
     "blind": lambda asked, said: len(said) + 40 * luck(said),
-    "reader": lambda asked, said: float(asked.split()[-1].rstrip(".") in said.split()) + luck(asked, said) / 2
-    if asked
-    else luck(said),
+    "reader": lambda asked, said: (
+        float(asked.split()[-1].rstrip(".") in said.split()) + luck(asked, said) / 2 if asked else luck(said)
+    ),
 }
 
 
 def rewarded(name, pairs):
-    sides = ([REWARDS[name](q, said) for q, said in zip(pairs.question, pairs[side])] for side in ("chosen", "rejected"))
+    sides = (
+        [REWARDS[name](q, said) for q, said in zip(pairs.question, pairs[side])] for side in ("chosen", "rejected")
+    )
     return score_frame(pairs, name, *sides)
 
 
@@ -317,7 +319,9 @@ def test_where_the_author_says_little_only_the_answer_can_help():
     empty = shortcut_table(sure, samples=20).set_index(["model", "pairs taken"]).loc[("mine", PARTS["unsure"])]
     assert empty["pairs"] == 0 and empty["accuracy %"] is None
     said = " ".join(describe_shortcuts(table.reset_index(), author_gains(found, pairs), "mine", {"new"}))
-    assert "order 80.0%" in said and "average: new" in said and "75.0%" in said and "4 pairs" in said and "too few" in said
+    assert (
+        "order 80.0%" in said and "average: new" in said and "75.0%" in said and "4 pairs" in said and "too few" in said
+    )
 
 
 # ---- rankers that nobody serves ----
@@ -340,7 +344,11 @@ def test_a_ranker_that_is_not_served_is_a_row_with_its_reason_and_the_others_are
     assert len(verdicts) == 8 and summaries["here, asked"]["accuracy"] == 0.5
     rows = reward_rows(study, {}, summaries)
     table = table_1(rows).set_index("model")
-    reasons = {"gemma-2-9b-it": "nobody answers", "Mistral-Nemo-Instruct-2407": "404", "Llama-3.1-70B-Instruct": "server"}
+    reasons = {
+        "gemma-2-9b-it": "nobody answers",
+        "Mistral-Nemo-Instruct-2407": "404",
+        "Llama-3.1-70B-Instruct": "server",
+    }
     for name, reason in reasons.items():
         row = table.loc[f"{name}, asked"]
         assert row["95% interval"].startswith("not run: ") and reason in row["95% interval"]
