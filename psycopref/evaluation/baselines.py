@@ -251,8 +251,8 @@ PRIOR_SD = 10.0  # of an author's effect, in log-odds
 def author_gain(pairs, margins) -> dict:
     """Test by a likelihood ratio what margins add to one effect for each author, on the same pairs.
 
-    pairs: with chosen_model and rejected_model; margins: reward of the chosen minus that of the rejected response, (n,).
-    Returns pairs, authors, LR (above 0), p (chi-squared, one degree of freedom); LR and p are None with too few pairs."""
+    pairs: with chosen_model and rejected_model; margins: reward of the chosen minus that of the rejected one, (n,).
+    Returns pairs, authors, LR (above 0), p (chi-squared, one degree of freedom; None, as LR, with too few pairs)."""
     import numpy as np
     from scipy.stats import chi2
     from threadpoolctl import threadpool_limits
