@@ -116,20 +116,22 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "responses": _schema("speech_id model response finish_reason n_tokens:int request_key"),
     "ratings": _schema("speech_id model principle rating:int rationale rater position:int"),
     "pairs": _schema(f"ID prefID:int question chosen rejected chosen_model rejected_model {_RATED}"),
+    # what the release doesn't say of a pair's answers: whether the token limit cut them
+    "pair_answers": _schema("ID prefID:int chosen_cut:bool rejected_cut:bool"),
     "scores": _schema("ID prefID:int model chosen_score:float rejected_score:float"),
     "answers": _schema("speech_id policy setting response finish_reason n_tokens:int target_words:int"),
     "battles": _schema(f"speech_id setting policy reference order verdict {_JUDGED} judge"),
     "verdicts": _schema("speech_id setting policy order judge verdict"),
     "kit_key": _schema("kit item_id task speech_id setting first second"),
 }
-_PYTHON = {"str": (str,), "int": (int,), "float": (float, int)}
+_PYTHON = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 
 
 def _arrow_schema(kind: str):
     "Build an Arrow schema from our column table."
     import pyarrow as pa
 
-    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     return pa.schema([(name, types[kind_]) for name, kind_ in SCHEMAS[kind].items()])
 
 # %% ../../nbs/core/04_files.ipynb #28fc3281
@@ -142,8 +144,8 @@ def checked_table(path: Path, kind: str, frame):
         odd = sorted(set(frame.columns) ^ set(expected))
         raise StudyError(f"{path}: {kind} rows have other columns than their schema: {odd}")
     for name, type_ in SCHEMAS[kind].items():
-        values = (v for v in frame[name].tolist() if v is not None)  # None is refused below, by name
-        odd = next((v for v in values if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool)), None)
+        values, truth = (v for v in frame[name].tolist() if v is not None), type_ == "bool"  # None is refused below
+        odd = next((v for v in values if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool) != truth), None)
         if odd is not None:
             found = f"{str(odd)[:60]!r} ({type(odd).__name__})"
             raise StudyError(f"{path}: {kind} rows have {name} = {found}, expected {type_}")

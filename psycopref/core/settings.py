@@ -98,6 +98,9 @@ class LoraSettings:
 class RewardSettings:
     "Bradley-Terry reward models (§4.1)."
 
+    # train: those that the development speeches leave, and the checkpoint of the least loss on theirs is kept;
+    # train+dev: all, as in §4.1, for all epochs, and nothing is chosen by this model on development speeches
+    train_on: Literal["train", "train+dev"] = "train"
     epochs: int = 2  # §4.1
     batch_size: int = 128  # pairs in an optimiser step, over all devices (§4.1)
     pack_tokens: int = 16384  # tokens in one forward pass on one device; a batch's packs are as large as fit
@@ -133,7 +136,9 @@ class DpoSettings:
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way; above 0: robust DPO (Chowdhury et al., 2024)
-    epochs: float = 3.0  # offline epochs; the paper gives 1,600 steps of 64 pairs, about three epochs of 34,329
+    length_normalised: bool = False  # log-ratios for each token, as in Tülu 3 (with beta 5); the paper's are summed
+    epochs: float = 3.0  # offline passes over the pairs, where steps is None
+    steps: PositiveInt | None = None  # offline optimiser steps by count, in as many passes as they need (§4.2: 1,600)
     checkpoints: NonNegativeInt = 8  # evenly spaced checkpoints of the offline run, for the curves and the selection
     # by what the offline checkpoint is chosen, on development speeches
     select: Literal["loss", "reward", "win-rate"] = "reward"
@@ -166,9 +171,12 @@ class IterSettings:
     reference: Literal["previous", "base"] = "previous"  # the reference policy of an iteration
     nll_weight: float = 0.0  # of Pang et al.'s term, a mean over a pack's tokens as in trl; the paper writes plain DPO
     learning_rate: float | None = None  # None takes that of offline DPO, as the paper does
-    schedule: Literal["each", "across"] = "each"  # warm-up and decay in each iteration, or once across all
+    # warm-up and decay once across all iterations, or in each; not in the paper, whose 1,600 steps are one training
+    schedule: Literal["across", "each"] = "across"
     optimiser: Literal["reset", "keep"] = "reset"  # Adam's moments in the next iteration; keep needs full fine-tuning
-    epochs: float = 1.0  # passes over an iteration's pairs; 16 × 6,400 / 64 = the paper's 1,600 steps
+    epochs: float = 1.0  # passes over an iteration's pairs, where steps is None
+    # an iteration's steps by count; where groups gave no pair, the others are passed over again (§4.2: 1,600 / 16)
+    steps: PositiveInt | None = None
     checkpoints: NonNegativeInt = 1  # places inside an iteration's training where an interrupted one can go on
     keep_last: PositiveInt | None = None  # iterations whose weights stay on disk, beside the best; None keeps all
     select: Literal["reward", "win-rate"] = "reward"  # by what the iteration is chosen, on development speeches
@@ -270,6 +278,19 @@ class PlanSettings:
     tokens_server: float = 5100.0  # by a vLLM server: Red Hat's MLPerf Inference 5.1, Llama-3.1-8B in FP8
     tokens_vllm: float = 5800.0  # by vLLM offline: the same report, scenario offline
 
+# %% ../../nbs/core/00_settings.ipynb #2e1f605c
+def _check_selection(name: str, settings) -> None:
+    "Refuse a way to select the checkpoints of a policy. name: section of the profile; settings: the profile."
+    select, remedy = getattr(settings, name).select, f"{name}.select to win-rate"
+    if select == "reward" and settings.reward.train_on == "train+dev":
+        raise StudyError(
+            f"{name}.select: found 'reward' with reward.train_on 'train+dev', expected 'win-rate': no checkpoint is "
+            f"selected on pairs that it or its reward model was trained on; set {remedy}, or reward.train_on to train"
+        )
+    if select == "win-rate" and not settings.watch.judged:
+        found = f"{name}.select: found 'win-rate' with watch.judged false, expected a judge"
+        raise StudyError(f"{found}; set watch.judged to true, or {name}.select to reward")
+
 # %% ../../nbs/core/00_settings.ipynb #81010248
 @dataclass(frozen=True, config=STRICT)
 class Profile:
@@ -301,14 +322,13 @@ class Profile:
         for name in ("reward", "dpo"):  # 0 is for a training alone: a stage draws its curve
             if not getattr(self, name).checkpoints:
                 raise StudyError(f"{name}.checkpoints: found 0, expected at least 1")
+        if self.dpo.length_normalised and self.dpo.label_smoothing:
+            found = f"dpo.length_normalised: found true with dpo.label_smoothing {self.dpo.label_smoothing}"
+            raise StudyError(f"{found}, expected one of them, as trl has no loss of both; set one of them off")
         for name in ("dpo", "dpo_iter"):
-            if getattr(self, name).select == "win-rate" and not self.watch.judged:
-                found = f"{name}.select: found 'win-rate' with watch.judged false, expected a judge"
-                raise StudyError(f"{found}; set watch.judged to true, or {name}.select to reward")
-        if self.dpo_iter.optimiser == "keep" and self.dpo.lora.rank:
-            found = (
-                f"dpo_iter.optimiser: found 'keep' with dpo.lora.rank {self.dpo.lora.rank}, expected full fine-tuning"
-            )
+            _check_selection(name, self)
+        if (rank := self.dpo.lora.rank) and self.dpo_iter.optimiser == "keep":
+            found = f"dpo_iter.optimiser: found 'keep' with dpo.lora.rank {rank}, expected full fine-tuning"
             raise StudyError(f"{found}; set it to reset, or the rank to 0")
         return self
 

@@ -105,7 +105,7 @@ def equal_arms(arms: Arms) -> tuple[dict, dict]:
 def train_arm(arms: Arms, name: str, pairs) -> list[tuple[int, Path]]:
     "Train an arm for one epoch: (pairs trained on, plain model) of each checkpoint; name: offline or online."
     settings, dtype = arms.profile.dpo, arms.profile.dtype
-    settings = dataclasses.replace(settings, epochs=1.0, checkpoints=arms.profile.ablation.checkpoints)
+    settings = dataclasses.replace(settings, epochs=1.0, steps=None, checkpoints=arms.profile.ablation.checkpoints)
     folder, title = arms.folder / name, f"{name} arm, {arms.weights.slug}"
     train_policy(arms.weights, pairs, settings, None, folder / "job", dtype, arms.seed, keep_points=True, name=title)
     return [

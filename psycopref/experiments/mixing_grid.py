@@ -21,7 +21,7 @@ from ..core.stages import MIXES, Cell, Run
 from ..core.tables import PALETTE, new_figure
 from ..corpus.general import RULES, Mix, collect_general, grid, mix_pairs, split_general
 from ..evaluation.reward_bench import read_reward_bench, score_reward_bench
-from .reward_table import model_scores, score_row
+from .reward_table import model_scores, score_row, training_split
 from ..models.weights import Weights, find_weights, load_tokenizer
 from ..stats.intervals import mean_interval
 from ..training.reward_model import rating_gaps, train_reward_model
@@ -52,12 +52,14 @@ def collect_domains(train, test, speeches, settings: Profile, seed: int, release
 
     train, test: pairs, train with the development speeches; released: whether the input is the released dataset."""
     chosen = settings.mixing
-    psy = {part: train[train.ID.isin(speeches.speech_id[speeches.split == part])] for part in ("train", "dev")}
+    psy = dict(zip(("train", "dev"), training_split(train, speeches, settings.reward)))
     if chosen.rule not in (*RULES, "ready"):
         known = ", ".join(RULES)
         raise StudyError(f"mixing.rule: found {chosen.rule!r}, expected {known}, or ready for files of ready pairs")
     found = collect_general(chosen.general, RULES.get(chosen.rule))
     general = split_general(found, chosen.test_fraction, settings.speeches.dev_fraction, seed)
+    if settings.reward.train_on == "train+dev":
+        general |= {"train": pd.concat([general["train"], general["dev"]]), "dev": general["dev"][:0]}
     own = "PsyCoPref" if released else "this run's counselling pairs"
     bench = read_reward_bench(chosen.reward_bench) if chosen.reward_bench else None
     return Domains(psy | {"test": test}, general, found.title, own, found.counts, list(found.paths), bench)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ import pandas as pd
 from ..core.settings import Profile, StudyError
 from ..models.weights import Weights, find_weights, load_tokenizer
 from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy, save_adapter
+from ..training.cards import selected_by
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import Online, best_point, check_strategy, iterate
 from ..training.sampling import missing_engine
@@ -21,12 +23,16 @@ from ..training.watching import Watcher, global_steps
 
 # %% auto #0
 __all__ = ['check_trainings', 'train_offline', 'train_policies', 'policy_entries', 'chosen_point', 'watcher_labels',
-           'write_policy_cards', 'policy_curves', 'policy_logs', 'points_table', 'last_batch', 'describe_training',
-           'describe_drift', 'win_rate_gap', 'describe_gap', 'describe_choice']
+           'write_policy_cards', 'policy_curves', 'policy_logs', 'points_table', 'last_batch', 'describe_steps',
+           'describe_training', 'describe_drift', 'win_rate_gap', 'describe_gap', 'describe_choice']
 
 # %% ../../nbs/experiments/01_policies.ipynb #b65504f8
-def check_trainings(settings: Profile) -> None:
-    "Refuse settings of DPO and DPO-Iter that contradict this machine's way to train, and a sampler that isn't here."
+def check_trainings(settings: Profile, rewarded: dict) -> None:
+    """Refuse settings of DPO and DPO-Iter that contradict this machine's way to train or the reward model, and a
+    sampler that isn't here.
+
+    rewarded: the settings `reward` with which the reward model was trained, of its receipt."""
+    replace(settings, reward=replace(settings.reward, train_on=rewarded.get("train_on", "train")))
     check_strategy(settings.dpo_iter, settings.dpo)
     if line := missing_engine(settings.dpo_iter.engine):
         raise StudyError(f"dpo_iter.engine: {line}")
@@ -211,6 +217,22 @@ def last_batch(log: list) -> dict:
     return next((entry for entry in reversed(entries) if "loss" in entry), {})
 
 
+def describe_steps(results: dict[str, dict]) -> list[str]:
+    "Return a sentence on what the steps of each training were: how many, over which pairs."
+    sentences = []
+    for name, own in _trainings(results, "DPO", "DPO-Iter").items():
+        done = own.get("iterations", [own])
+        total = {key: sum(one[key] for one in done) for key in ("taken", "unseen", "warmup_steps", "cut_share")}
+        planned, most = sum(one.get("planned", one["steps"]) for one in done), max(one["passes"] for one in done)
+        sentences.append(
+            f"{name}: {total['taken']:,} of {planned:,} planned steps, the first {total['warmup_steps']} warm-up; "
+            f"at most {most:.2f} passes over the same pairs, {total['unseen']} pairs in no step; "
+            f"{total['cut_share'] / len(done):.0%} of the answers were cut at the longest length, and their end is not "
+            "trained on."
+        )
+    return sentences
+
+
 def describe_training(results: dict[str, dict]) -> list[str]:
     "Return sentences on how each training ended."
     sentences = []
@@ -287,8 +309,11 @@ def describe_choice(results: dict[str, dict], settings: Profile) -> list[str]:
         base = result["dpo"]["points"][0]
         for kind, name in (("dpo", "DPO"), ("dpo-iter", "DPO-Iter")):
             point = chosen_point(result, kind)
+            how = SELECTED[selected_by(point, rules[kind])]
             sentences.append(
-                f"{result['label']} + {name}: {point['name']} is chosen ({SELECTED[rules[kind]]}); "
+                f"{result['label']} + {name}: {point['name']} is chosen ({how}); "
                 f"its mean reward is {point['reward']:.2f}, the base model's {base['reward']:.2f}."
             )
+    if settings.reward.train_on == "train+dev":
+        sentences.append("The reward model learnt pairs of these speeches too: its numbers flatter; it chose nothing.")
     return sentences

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.files import read_rows, write_rows
 from ..core.paper import paper_values
-from ..core.settings import Profile, StudyError
+from ..core.settings import Profile, RewardSettings, StudyError
 from ..core.stages import derived_seed
 from ..evaluation.baselines import author_gain, author_scores, length_bradley_terry, length_scores
 from ..evaluation.baselines import minilm_scores, score_frame, tfidf_scores
@@ -33,8 +33,8 @@ from ..training.scoring import find_scorer, load_reward_model, load_scorer, scor
 # %% auto #0
 __all__ = ['LONGER', 'AUTHOR', 'BASELINES', 'SURE', 'PARTS', 'kept_scores', 'model_scores', 'baseline_scores', 'score_row',
            'table_1', 'slice_tables', 'one_table', 'other_prompts', 'accuracy_row', 'shortcut_table', 'author_gains',
-           'RewardStudy', 'score_baselines', 'plain_rows', 'untrained_scores', 'train_backbones', 'score_others',
-           'ask_rankers', 'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame',
+           'training_split', 'RewardStudy', 'score_baselines', 'plain_rows', 'untrained_scores', 'train_backbones',
+           'score_others', 'ask_rankers', 'reward_rows', 'best_scorer', 'gains_over', 'ece_frame', 'temperature_frame',
            'best_temperature', 'shown_scorers', 'describe_trainings', 'describe_accuracy', 'describe_gains',
            'describe_calibration', 'describe_shortcuts', 'describe_slices', 'describe_rankers', 'write_cards']
 
@@ -180,6 +180,15 @@ def author_gains(found: dict[str, tuple[str, dict]], pairs):
     rows = [{"model": name} | author_gain(pairs, own) for name, own in margins.items() if name != AUTHOR]
     return pd.DataFrame(rows, dtype=object)
 
+# %% ../../nbs/experiments/00_reward_table.ipynb #0713f93c
+def training_split(pairs, speeches, settings: RewardSettings) -> tuple:
+    """Split pairs by their clients: (pairs to train on, development pairs, none where all are trained on).
+
+    pairs: of the training and development speeches; speeches: with their split; settings: train_on."""
+    whole = settings.train_on == "train+dev"
+    parts = (["train", "dev"], []) if whole else (["train"], ["dev"])
+    return tuple(pairs[pairs.ID.isin(speeches.speech_id[speeches.split.isin(own)])] for own in parts)
+
 # %% ../../nbs/experiments/00_reward_table.ipynb #b98eb7f4
 @dataclass(frozen=True)
 class RewardStudy:
@@ -287,9 +296,9 @@ def reward_rows(study: RewardStudy, found: dict[str, tuple[str, dict]], rankings
 
 
 def best_scorer(found: dict[str, tuple[str, dict]]) -> str:
-    "Name our reward model that is right most often on the development pairs."
+    "Name our reward model that is right most often on the development pairs; without any, the first backbone's."
     dev = {name: own["dev"] for name, (kind, own) in found.items() if kind == "reward model"}
-    return max(dev, key=lambda name: (dev[name].chosen_score > dev[name].rejected_score).mean())
+    return max(dev, key=lambda name: (dev[name].chosen_score > dev[name].rejected_score).sum())
 
 
 def gains_over(best: str, found: dict[str, tuple[str, dict]], samples: int):
@@ -332,12 +341,15 @@ def describe_trainings(trainings: dict[str, dict]) -> list[str]:
     for name, own in trainings.items():
         last = [entry["loss"] for entry in own["log"] if "loss" in entry][-1]
         found.append(
-            f"{name}: {own['steps']} steps; the training loss ends at {last:.2f} nats (0.69 is knowing nothing)."
+            f"{name}: {own['steps']} steps, {own['passes']:.2f} passes over {own['pairs']} pairs; the training loss "
+            f"ends at {last:.2f} nats (0.69 is knowing nothing)."
         )
+        kept = "The last step is kept: without development pairs nothing is selected."
         if own["dev_loss"] is not None:
-            found.append(
+            kept = (
                 f"The checkpoint of step {own['best_step']} is kept, for its development loss of {own['dev_loss']:.2f}."
             )
+        found.append(kept)
     return found
 
 

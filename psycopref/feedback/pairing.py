@@ -12,9 +12,9 @@ from ..core.paper import paper_values, published_source
 from .pool import author_of
 
 # %% auto #0
-__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'one_author_pairs', 'paired_responses',
-           'principle_table', 'pair_summary', 'model_distribution_figure', 'describe_principles', 'describe_pairs',
-           'describe_members', 'dataset_card']
+__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'answer_columns', 'with_answers',
+           'one_author_pairs', 'paired_responses', 'principle_table', 'pair_summary', 'model_distribution_figure',
+           'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -41,7 +41,9 @@ def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False) -> list[
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
 def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool):
-    "Build the preference pairs of some splits from scored responses, in the 21 released columns."
+    """Build the preference pairs of some splits from scored responses.
+
+    Returns the 21 released columns, and chosen_cut and rejected_cut: whether the token limit cut the answer."""
     import pandas as pd
 
     texts = dict(speeches[speeches.split.isin(splits)][["speech_id", "speech"]].to_numpy())
@@ -51,6 +53,7 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
             row = {"ID": name, "prefID": len(rows), "question": texts[name]}
             for side, response in zip(("chosen", "rejected"), (group.iloc[i] for i in positions)):
                 row |= {side: response.response, f"{side}_model": author_of(response.model)}
+                row[f"{side}_cut"] = response.finish_reason == "length"
                 row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
             rows.append(row)
     if not rows:
@@ -58,7 +61,25 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
             f"04_pairs: no pair of the {' and '.join(splits)} speeches has a rating gap of {min_gap_sum / 7:.2g}; "
             "the pool's answers are too alike or too few, widen the pool or lower pairs.min_gap_sum"
         )
-    return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"]))
+    return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"] | SCHEMAS["pair_answers"]))
+
+# %% ../../nbs/feedback/02_pairing.ipynb #92012594
+def answer_columns(pairs):
+    """Tell of each pair whether its answers were cut; False where the pairs don't say. Returns rows of pair_answers."""
+    columns = list(SCHEMAS["pair_answers"])
+    found = pairs.reindex(columns=columns)
+    return found.assign(**{name: found[name].eq(True) for name in columns if name.endswith("_cut")})
+
+
+def with_answers(pairs, answers):
+    "Put rows of kind pair_answers beside their pairs; refuse those of other pairs."
+    keys = ["ID", "prefID"]
+    if pairs[keys].to_numpy().tolist() != answers[keys].to_numpy().tolist():
+        raise StudyError(
+            f"04_pairs: {len(pairs)} pairs and {len(answers)} rows on their answers are not of the same pairs, "
+            "expected one for each, in the same order; run 04_pairs again"
+        )
+    return pairs.assign(**{name: answers[name].to_numpy() for name in answers.columns.difference(keys)})
 
 # %% ../../nbs/feedback/02_pairing.ipynb #38f1636d
 def one_author_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int):
@@ -67,7 +88,8 @@ def one_author_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int
     if not authors.duplicated(["speech_id", "model"]).any():
         return scored.head(0).reindex(columns=list(SCHEMAS["pairs"]))
     every = make_pairs(speeches, scored, splits, min_gap_sum, best_worst=False)
-    return every[every.chosen_model == every.rejected_model].reset_index(drop=True)
+    own = every.chosen_model == every.rejected_model
+    return every.loc[own, list(SCHEMAS["pairs"])].reset_index(drop=True)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #3979035e
 def _ratings_of(pairs, side: str):
@@ -206,6 +228,10 @@ person, they are a stand-in and no clinical judgement.**
 {markdown_table(summary)}
 
 {RELEASED_COLUMN}: {published_source("released_dataset")}.
+
+`train_answers.parquet` and `test_answers.parquet` tell of each pair (`ID`, `prefID`) whether the token limit cut its
+answers (`chosen_cut`, `rejected_cut`): such a text has no end, so none should be trained on. Where the pairs are a
+released dataset's, which doesn't say, both are False.
 
 ## Sources of the client speeches
 

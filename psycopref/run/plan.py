@@ -40,6 +40,7 @@ from ..models.weights import WHEELS
 from ..training.jobs import accelerate_strategy
 from ..training.sampling import missing_engine
 from ..training.scoring import SCORERS, find_scorer
+from ..training.texts import count_steps
 
 # %% auto #0
 __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', 'BENCH_CHARACTERS', 'POLICIES', 'BATTLE_SETTINGS',
@@ -324,9 +325,11 @@ def scored_work(stage: str, who: str, groups: typing.Iterable[tuple[int, int]], 
     return Work(stage, f"score: {answers:,} answers", who, answers, read)
 
 
-def training_steps(pairs: int, batch_size: int, epochs: float, checkpoints: int) -> tuple[int, int]:
-    "Count optimiser steps, and checkpoints or looks at the development pairs (`training.texts.step_plan`)."
-    steps = max(1, int(epochs * (pairs // batch_size)))
+def training_steps(pairs: int, batch_size: int, epochs: float, checkpoints: int, steps=None) -> tuple[int, int]:
+    """Count optimiser steps, and checkpoints or looks at the development pairs (`training.texts.step_plan`).
+
+    steps: by count, or None."""
+    steps = count_steps(pairs, batch_size, epochs, steps)
     return steps, math.ceil(steps / max(1, math.ceil(steps / max(1, checkpoints))))
 
 
@@ -381,19 +384,27 @@ def ratings(self: Plan) -> typing.Iterator[Work]:
 
 # %% ../../nbs/run/04_plan.ipynb #86d88757
 @patch
+def reward_pairs(self: Plan) -> tuple[int, int, int]:
+    "Count the pairs of a reward model: counselling pairs to train on, those for selection, general ones to train on."
+    if self.profile.reward.train_on == "train":
+        return self.train_pairs, self.dev_pairs, self.general["train"]
+    return self.train_pairs + self.dev_pairs, 0, self.general["train"] + self.general["dev"]
+
+
+@patch
 def rewards(self: Plan) -> typing.Iterator[Work]:
     "Plan the reward models and what they are compared with (§4.1)."
     from psycopref.experiments.reward_table import BASELINES
 
-    stage, chosen = "05_reward", self.profile.reward
-    scored = self.dev_pairs + 3 * self.test_pairs  # under the speech, another's, and none
-    steps, looks = training_steps(self.train_pairs, chosen.batch_size, chosen.epochs, chosen.checkpoints)
+    stage, chosen, (fit, dev, _) = "05_reward", self.profile.reward, self.reward_pairs()
+    steps, looks = training_steps(fit, chosen.batch_size, chosen.epochs, chosen.checkpoints)
+    scored = dev + 3 * self.test_pairs  # under the speech, another's, and none
     yield Work(stage, f"{len(BASELINES)} baselines, minutes of a CPU", "", len(BASELINES) * 2 * scored)
     for name in self.profile.backbones:
         pair = self.pair(name)
         scores = scored_work(stage, name, [(scored, pair)])
         yield dataclasses.replace(scores, what=scores.what.replace("score", "untrained head"))
-        yield trained_work(stage, "train", name, steps, chosen.batch_size, pair, looks * self.dev_pairs * pair)
+        yield trained_work(stage, "train", name, steps, chosen.batch_size, pair, looks * dev * pair)
         yield scores
     for name in chosen.scorers:
         yield scored_work(stage, name, [(scored, self.pair(name))])
@@ -405,7 +416,7 @@ def rewards(self: Plan) -> typing.Iterator[Work]:
 @patch
 def cells(self: Plan) -> dict[str, tuple[int, int]]:
     "Count the counselling and the general pairs of each cell of the grid of mixes."
-    mixes, (psy, general) = grid(self.profile.mixing.budget), (self.train_pairs, self.general["train"])
+    mixes, (psy, _, general) = grid(self.profile.mixing.budget), self.reward_pairs()
     found = {cell.mix: mixes[MIXES.index(cell.mix)] for cell in grid_cells(self.profile)}
     return {
         name: (psy if mix.psy is None else mix.psy, general if mix.help is None else mix.help)
@@ -423,6 +434,7 @@ def mixing(self: Plan) -> typing.Iterator[Work]:
             tokens, pairs = psy * pair + more * general, max(1, psy + more)
             steps, looks = training_steps(pairs, chosen.batch_size, chosen.epochs, chosen.checkpoints)
             looked = bool(psy) * self.dev_pairs * pair + bool(more) * self.general["dev"] * general
+            looked *= chosen.train_on == "train"
             yield trained_work(stage, cell, name, steps, chosen.batch_size, tokens / pairs, looks * looked)
         bench = (BENCH_PAIRS if self.profile.mixing.reward_bench else 0, self.tokens(BENCH_CHARACTERS, name))
         tests = [(self.test_pairs, pair), (self.general["test"], general), bench]
@@ -447,7 +459,7 @@ def candidate_tokens(profile: Profile) -> int:
 def offline_steps(self: Plan) -> tuple[int, int]:
     "Count the steps and checkpoints of offline DPO."
     dpo = self.profile.dpo
-    return training_steps(self.train_pairs, dpo.batch_size, dpo.epochs, dpo.checkpoints)
+    return training_steps(self.train_pairs, dpo.batch_size, dpo.epochs, dpo.checkpoints, dpo.steps)
 
 
 @patch
@@ -455,7 +467,7 @@ def policies(self: Plan) -> typing.Iterator[Work]:
     "Plan the policies (§4.2): for each backbone DPO and DPO-Iter."
     stage, dpo, chosen = "06_policy", self.profile.dpo, self.profile.dpo_iter
     (steps, looks), prompts = self.offline_steps(), chosen.iterations * chosen.prompts
-    online = chosen.iterations * training_steps(chosen.prompts, dpo.batch_size, chosen.epochs, 0)[0]
+    online = chosen.iterations * count_steps(chosen.prompts, dpo.batch_size, chosen.epochs, chosen.steps)
     for name in self.profile.backbones:
         pair, own = self.pair(name), self.pair(name, candidate_tokens(self.profile))
         reference = (self.train_pairs + self.dev_pairs * (1 + looks)) * pair
@@ -765,12 +777,12 @@ def missing_memory(profile: Profile) -> list[str]:
 @patch
 def too_few_pairs(self: Plan) -> list[str]:
     "List what asks for more pairs than are expected, or has less than a batch of them."
-    there, least = (self.train_pairs, self.general["train"]), min(self.train_pairs, self.profile.dpo_iter.prompts)
-    batches = {"reward": (self.train_pairs, self.profile.reward), "dpo": (least, self.profile.dpo)}
+    (psy, _, general), least = self.reward_pairs(), min(self.train_pairs, self.profile.dpo_iter.prompts)
+    batches = {"reward": (psy, self.profile.reward), "dpo": (least, self.profile.dpo)}
     return [
         f"mixing.budget: cell {name} asks for {asked:,} pairs, {found:,} are expected; lower it"
         for name, cell in self.cells().items()
-        for asked, found in zip(cell, there)
+        for asked, found in zip(cell, (psy, general))
         if asked > found
     ] + [
         f"{name}.batch_size: {pairs:,} pairs are less than a batch of {chosen.batch_size}; lower it"

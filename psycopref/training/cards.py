@@ -30,8 +30,8 @@ __all__ = ['NOTICE', 'LORA_RANKS', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'U
            'SELECTED', 'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines',
            'write_notice', 'generation_defaults', 'hub_base', 'save_adapter', 'on_hub', 'serve_lines', 'curl_line',
            'ask_lines', 'CardFacts', 'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted', 'hub_licence',
-           'python_literal', 'write_card', 'reward_card', 'policy_card', 'hand_over', 'push_reward_model',
-           'push_policy']
+           'python_literal', 'write_card', 'reward_card', 'selected_by', 'policy_card', 'hand_over',
+           'push_reward_model', 'push_policy']
 
 # %% ../../nbs/training/09_cards.ipynb #fb764e0e
 def five_lines(location: str | Path) -> str:
@@ -380,7 +380,13 @@ SELECTED = {
     "loss": "least DPO loss on development pairs",
     "reward": "highest mean reward on development speeches",
     "win-rate": "highest judged win rate on development speeches",
+    "last": "end of the training, as there are no development speeches",
 }
+
+
+def selected_by(point: dict, select: str) -> str:
+    "Name the key of SELECTED by which a point was chosen. point: of `training.watching`; select: of the settings."
+    return "last" if point.get("split") == "train" else select
 
 
 def policy_card(facts: PolicyFacts) -> str:
@@ -392,7 +398,7 @@ def policy_card(facts: PolicyFacts) -> str:
         facts,
         {"pipeline_tag": "text-generation", "tags": tags},
         online=facts.iter_settings,
-        selected=SELECTED[(facts.iter_settings or facts.settings).select],
+        selected=SELECTED[selected_by(facts.point, (facts.iter_settings or facts.settings).select)],
         paper=PAPER,
         use=use_lines(facts.location),
         serve=serve_lines(facts.location, facts.weights if apart else None, facts.settings.lora.rank),

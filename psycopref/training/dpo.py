@@ -32,7 +32,13 @@ from psycopref.training.texts import (
 )
 
 # %% auto #0
-__all__ = ['dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'train_policy', 'materialise']
+__all__ = ['cut_share', 'dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'train_policy', 'materialise']
+
+# %% ../../nbs/training/05_dpo.ipynb #0937ab16
+def cut_share(pairs) -> float:
+    "Return the share of the pairs' answers that were cut at the longest length, in [0, 1]; 0 where they don't say."
+    known = [name for name in ("chosen_cut", "rejected_cut") if name in pairs]
+    return float(pairs[known].to_numpy(float).mean()) if known and len(pairs) else 0.0
 
 # %% ../../nbs/training/05_dpo.ipynb #170a90f1
 def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
@@ -201,8 +207,9 @@ def dpo_config(job: DpoJob, plan: dict, folder: Path, evaluate: bool, autocast: 
     bfloat16 above float32 weights."""
     from trl import DPOConfig
 
-    smoothing = job.settings.label_smoothing
-    more = dict(loss_type=["robust" if smoothing else "sigmoid"])  # trl's plain loss reads no smoothing
+    smoothing, normalised = job.settings.label_smoothing, job.settings.length_normalised
+    plain = "sigmoid_norm" if normalised else "sigmoid"
+    more = dict(loss_type=["robust" if smoothing else plain])  # trl's plain losses read no smoothing
     if job.nll_weight:
         more = dict(loss_type=[*more["loss_type"], "sft"], loss_weights=[1.0, job.nll_weight])
     more |= dict(beta=job.settings.beta, label_smoothing=smoothing, bf16=autocast, precompute_ref_log_probs=True)
@@ -220,7 +227,7 @@ def _models(job: DpoJob) -> tuple:
 
 def build_dpo_trainer(folder: Path) -> tuple:
     "Make the trainer of a job, the reference's log-probabilities computed or found: (trainer, tokenizer, facts)."
-    (job, _), (rows, long), (dev, dev_long) = (
+    (job, pairs), (rows, long), (dev, dev_long) = (
         load_job(folder, DpoJob),
         *(_read_rows(folder, n) for n in ("train", "dev")),
     )
@@ -241,7 +248,8 @@ def build_dpo_trainer(folder: Path) -> tuple:
         callbacks=[step_callback(job.name), *([_slim()] if job.keep_points else [])],
     )
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
-    return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
+    facts = training_facts(trainer, plan, rows, long, dev, dev_long, job.schedule)
+    return trainer, tokenizer, facts | {"cut_share": cut_share(pairs["train"])}
 
 # %% ../../nbs/training/05_dpo.ipynb #cf751d7b
 def train_policy(

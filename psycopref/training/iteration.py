@@ -19,16 +19,17 @@ from pathlib import Path
 from ..core.files import atomic_path, read_json, sha256_file, write_json
 from ..core.settings import DpoSettings, IterSettings, StudyError
 from ..core.stages import derived_seed
-from .dpo import train_policy
+from .dpo import cut_share, train_policy
 from ..models.generation import Decoding
-from .jobs import accelerate_strategy
+from .jobs import STEP_FACTS, accelerate_strategy
 from .sampling import sample_candidates, score_candidates
+from .texts import count_steps
 from ..models.weights import Weights, find_weights
 
 # %% auto #0
 __all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'timed',
-           'candidate_pairs', 'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune', 'check_strategy',
-           'iterate']
+           'candidate_pairs', 'planned_steps', 'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune',
+           'check_strategy', 'iterate']
 
 # %% ../../nbs/training/08_iteration.ipynb #a6df8eb5
 def iteration_prompts(speech_ids: list[str], n: int, iteration: int, seed: int, draw: str = "rounds") -> list[str]:
@@ -183,19 +184,23 @@ def candidate_pairs(online: Online, number: int):
         "groups": len(asked),
         "dropped": dropped,
         "dropped_share": sum(dropped.values()) / len(asked),
-        "cut_share": float(pairs[["chosen_cut", "rejected_cut"]].to_numpy(float).mean()) if len(pairs) else 0.0,
+        "cut_share": cut_share(pairs),
         "mean_reward": float(np.mean([r for group in rewards.values() for r in group])),
     }
 
 # %% ../../nbs/training/08_iteration.ipynb #2ffc563e
+def planned_steps(online: Online) -> int:
+    "Count the steps of an iteration in which every speech gives a pair."
+    return count_steps(online.settings.prompts, online.dpo.batch_size, online.settings.epochs, online.settings.steps)
+
+
 def iteration_schedule(online: Online, number: int) -> tuple[int, int] | None:
     """Say where an iteration stands in a schedule over all.
 
     Returns (steps planned before it, steps planned in all), or None."""
     if online.settings.schedule == "each":
         return None
-    steps = max(1, int(online.settings.epochs * (online.settings.prompts // online.dpo.batch_size)))
-    return (number - 1) * steps, online.settings.iterations * steps
+    return (number - 1) * planned_steps(online), online.settings.iterations * planned_steps(online)
 
 
 def learn(online: Online, number: int, pairs) -> dict:
@@ -203,7 +208,7 @@ def learn(online: Online, number: int, pairs) -> dict:
     own, folder = online.settings, online.place(number)
     rate = online.dpo.learning_rate if own.learning_rate is None else own.learning_rate
     looks = own.checkpoints + 1 if own.checkpoints else 0
-    how = dataclasses.replace(online.dpo, epochs=own.epochs, learning_rate=rate, checkpoints=looks)
+    how = dataclasses.replace(online.dpo, epochs=own.epochs, steps=own.steps, learning_rate=rate, checkpoints=looks)
     start, reference = (
         online.policy(number - 1 if choice == "previous" else 0) for choice in (own.init, own.reference)
     )
@@ -231,8 +236,9 @@ def run_iteration(online: Online, number: int) -> dict:
     made = ("prompts.json", "pairs.parquet", "candidates/*.json", "policy/*.safetensors")
     done = {
         "iteration": number,
+        "planned": planned_steps(online),
         **facts,
-        **{key: training[key] for key in ("pairs", "too_long", "steps", "pack_size", "log")},
+        **{key: training[key] for key in ("pairs", "too_long", *STEP_FACTS, "pack_size", "log")},
         "seconds": read_json(folder / "seconds.json") | training["seconds"],
         "files": {str(p.relative_to(folder)): sha256_file(p) for name in made for p in sorted(folder.glob(name))},
     }
@@ -254,7 +260,9 @@ def best_point(points: list[dict], select: str) -> int:
     """Choose a point by its development reward or its judged win rate.
 
     points: of `training.watching`, one for each candidate; select: reward / win-rate. Returns place of the best;
-    the earlier of equals."""
+    the earlier of equals; the last where speeches were watched that are trained on, for there are no others."""
+    if points[0].get("split") == "train":
+        return len(points) - 1
     found = [point["judged" if select == "win-rate" else "reward"] for point in points]
     if None in found:
         raise StudyError(

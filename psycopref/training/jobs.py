@@ -36,9 +36,9 @@ from psycopref.training.texts import (
 )
 
 # %% auto #0
-__all__ = ['JOB_KINDS', 'pair_columns', 'store_job', 'read_job', 'load_job', 'do_job', 'launch_command', 'launch_plan',
-           'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder', 'clear_checkpoints',
-           'save_goal', 'training_facts', 'write_result']
+__all__ = ['JOB_KINDS', 'STEP_FACTS', 'pair_columns', 'store_job', 'read_job', 'load_job', 'do_job', 'launch_command',
+           'launch_plan', 'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder',
+           'clear_checkpoints', 'save_goal', 'training_facts', 'write_result']
 
 # %% ../../nbs/training/02_jobs.ipynb #2be54194
 def pair_columns(frame) -> list[str]:
@@ -279,10 +279,17 @@ def save_goal(trainer, tokenizer, goal: Path, older: bool = False) -> None:
             name_for_older(partial)
 
 # %% ../../nbs/training/02_jobs.ipynb #f738289c
-def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: list[int]) -> dict:
-    "Say what a trainer was given: numbers of pairs, prefIDs of overlong ones, the plan. dev: rows, or None."
+STEP_FACTS = ("steps", "taken", "left_out", "passes", "unseen", "warmup_steps")  # of a result: what its steps were
+
+
+def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: list[int], schedule=None) -> dict:
+    """Say what a trainer was given: numbers of pairs, prefIDs of overlong ones, the plan, steps of warm-up.
+
+    dev: rows, or None; schedule: (steps before, steps in all) where several jobs share one."""
+    before, total = schedule or (0, plan["steps"])
+    warm = min(max(0, trainer.args.get_warmup_steps(total) - before), plan["steps"])
     found = {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev or ()), "dev_too_long": dev_long}
-    return found | {"not_packed": trainer.not_packed, **plan}
+    return found | {"not_packed": trainer.not_packed, **plan, "warmup_steps": warm}
 
 
 def write_result(folder: Path, trainer, facts: dict, log: list[dict], keep_points: bool = False) -> dict:
@@ -292,6 +299,7 @@ def write_result(folder: Path, trainer, facts: dict, log: list[dict], keep_point
         "points": [step for step, _ in numbered(folder / "checkpoints")] if keep_points else [],
         "best_step": int(best.rpartition("-")[2]) if best else state.global_step,
         "dev_loss": float(state.best_metric) if best else None,
+        "taken": state.global_step,
         "devices": devices(),
         "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
     }

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/01_texts.ipynb #a204cd60
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,8 +21,8 @@ from .packing import EvenSampler
 
 # %% auto #0
 __all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'keep_short', 'pair_rows', 'devices', 'accumulation_steps',
-           'pack_size', 'step_plan', 'training_precision', 'add_lora', 'save_merged', 'save_trained', 'sharded',
-           'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
+           'pack_size', 'count_steps', 'step_plan', 'training_precision', 'add_lora', 'save_merged', 'save_trained',
+           'sharded', 'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
            'step_callback', 'numbered', 'last_checkpoint', 'train_quietly']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
@@ -96,14 +97,14 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, processes: int = 
     return batch_size // each
 
 # %% ../../nbs/training/01_texts.ipynb #2f1b501b
-def pack_size(lengths: list[int], batch_size: int, tokens: int, epochs: float, seed: int, processes: int = 1) -> int:
+def pack_size(lengths: list[int], batch_size: int, tokens: int, epochs: int, seed: int, processes: int = 1) -> int:
     """Return the largest number of pairs in a pack that keeps within `tokens` in every step of the training.
 
-    lengths: computed tokens of each pair; batch_size: pairs in an optimiser step, over all devices."""
+    lengths: computed tokens of each pair; batch_size: pairs in an optimiser step, over all devices; epochs: begun."""
     accumulation_steps(batch_size, 1, processes)
     for size in (n for n in range(batch_size, 0, -1) if batch_size % (n * processes) == 0):
         sampler, heaviest = EvenSampler(lengths, batch_size, size, seed), 0
-        for epoch in range(math.ceil(epochs)):
+        for epoch in range(epochs):
             sampler.set_epoch(epoch)
             order = [lengths[i] for i in sampler]
             heaviest = max([heaviest, *(sum(order[start : start + size]) for start in range(0, len(order), size))])
@@ -111,14 +112,32 @@ def pack_size(lengths: list[int], batch_size: int, tokens: int, epochs: float, s
             return size
 
 # %% ../../nbs/training/01_texts.ipynb #273b23f3
+def count_steps(pairs: int, batch_size: int, epochs: float, steps: int | None = None) -> int:
+    "Count the optimiser steps of a training, each of a whole batch: `steps` where it is set, else those of the epochs."
+    return steps or max(1, int(epochs * (pairs // batch_size)))
+
+
+def _unseen(sampler: EvenSampler, steps: int) -> int:
+    "Count the pairs that no step takes."
+    left, seen = steps * sampler.batch_size, set()
+    for epoch in range(math.ceil(left / len(sampler))):
+        sampler.set_epoch(epoch)
+        seen.update(itertools.islice(sampler, left - epoch * len(sampler)))
+    return len(sampler.lengths) - len(seen)
+
+
 def step_plan(lengths: list[int], settings, seed: int) -> dict:
-    """Plan a training: pairs in a pass, steps, steps between checkpoints, pairs that sit out an epoch.
+    """Plan a training: pairs in a pass, steps, steps between checkpoints, pairs that sit out an epoch, passes over the
+    pairs, pairs that no step takes.
 
     lengths: computed tokens of each training pair; settings: RewardSettings or DpoSettings."""
-    size = pack_size(lengths, settings.batch_size, settings.pack_tokens, settings.epochs, seed, devices())
-    steps = max(1, int(settings.epochs * (len(lengths) // settings.batch_size)))
-    every, left_out = math.ceil(steps / max(1, settings.checkpoints)), len(lengths) % settings.batch_size
-    return {"pack_size": size, "steps": steps, "every": max(1, every), "left_out": left_out}
+    n, batch = len(lengths), settings.batch_size
+    steps = count_steps(n, batch, settings.epochs, getattr(settings, "steps", None))  # reward models have epochs only
+    epochs = math.ceil(steps / max(1, n // batch))
+    size = pack_size(lengths, batch, settings.pack_tokens, epochs, seed, devices())
+    every, order = math.ceil(steps / max(1, settings.checkpoints)), EvenSampler(lengths, batch, batch, seed)
+    found = {"pack_size": size, "steps": steps, "every": max(1, every), "left_out": n % batch}
+    return found | {"passes": round(steps * batch / n, 3), "unseen": _unseen(order, steps)}
 
 # %% ../../nbs/training/01_texts.ipynb #95fe43b4
 def training_precision(lora: LoraSettings, dtype: str) -> tuple[str, bool]:

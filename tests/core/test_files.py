@@ -293,6 +293,7 @@ def test_a_receipt_tells_inputs_outputs_and_settings(tmp_path):
 # ---- rows ----
 
 VALUES = {"str": st.text(max_size=30), "int": st.integers(-(2**63), 2**63 - 1), "float": st.floats(allow_nan=False)}
+VALUES["bool"] = st.booleans()
 
 
 def rows_of(kind):

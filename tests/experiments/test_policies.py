@@ -12,6 +12,7 @@ from psycopref.evaluation.baselines import score_frame
 from psycopref.experiments import arms, mixing_grid, policies
 from psycopref.models.generation import Decoding
 from psycopref.models.weights import find_weights
+from refusals import one_line
 
 
 def point(proxy, judged, half=5.0):
@@ -41,6 +42,14 @@ def test_a_gap_within_its_intervals_may_be_chance():
     points = [[point(50, 50, half), point(70, 50, half)] for half in (5.0, 20.0)]
     sure, unsure = (policies.describe_gap({"DPO": own})[0] for own in points)
     assert "as under over-optimisation" in sure and "chance" in unsure
+
+
+def test_a_reward_model_that_learnt_the_development_pairs_selects_no_policy():
+    "Whatever the settings of this chapter say: what counts is how the reward model was trained."
+    profile = load_profile("tiny")
+    policies.check_trainings(profile, {"train_on": "train"})
+    said = one_line(lambda: policies.check_trainings(profile, {"train_on": "train+dev"}))
+    assert "no checkpoint is selected on pairs that it or its reward model was trained on" in said
 
 
 def test_what_was_not_logged_or_measured_is_not_said():
@@ -84,6 +93,22 @@ def test_mixtures_are_compared_pair_by_pair(wins):
     assert f"against Psy4, on counselling pairs: {gain:+.1f} points" in said[2]
     assert f"against Help4, on general pairs: {gain:+.1f} points" in said[3]
     assert mixing_grid.mixing_figure(rows, "HelpSteer2").axes
+
+
+@pytest.mark.parametrize("train_on, sizes", [("train", (2, 1)), ("train+dev", (3, 0))])
+def test_a_grid_of_reward_models_trains_on_the_same_part_as_chapter_5(train_on, sizes):
+    "In both domains; where all is trained on, no cell has pairs to select its checkpoint by."
+    changed = {"dpo.select": "loss", "dpo_iter.select": "win-rate", "reward.train_on": train_on}
+    pairs = pd.DataFrame({"ID": list("abcd"), "prefID": range(4), "question": "No.", "chosen": "Why?", "gap": 1.0})
+    pairs = pairs.assign(rejected="Stop.")
+    speeches = pd.DataFrame({"speech_id": list("abcd"), "split": ["train", "dev", "train", "test"]})
+    domains = mixing_grid.collect_domains(pairs[:3], pairs[3:], speeches, load_profile("tiny", changed), 0)
+    assert tuple(len(domains.psy[part]) for part in ("train", "dev")) == sizes
+    both = mixing_grid.cell_mixes(4, domains)["both-all"]
+    train, dev = mixing_grid.cell_pairs(both, domains, 0)
+    general = {part: len(own) for part, own in domains.general.items()}
+    assert len(train) == sizes[0] + general["train"] and len(dev) == sizes[1] + general["dev"]
+    assert (general["dev"] == 0) == (train_on == "train+dev") and general["test"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

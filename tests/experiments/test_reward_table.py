@@ -135,6 +135,7 @@ def test_a_reward_models_scores_keep_their_sides_and_pairs(tmp_path):
     tokenizer = load_tokenizer(tiny)
     model = load_reward_model(tiny.location, tokenizer, "float32", new_head=0)
     found = kept_scores(tmp_path, "untrained", TESTS, lambda: model_scores("untrained", model, tokenizer, TESTS))
+    assert len(model_scores("untrained", model, tokenizer, {"dev": TESTS["dev"][:0]})["dev"]) == 0
     for test, pairs in TESTS.items():
         chosen, rejected = score_pairs(model, tokenizer, pairs, name="")
         assert found[test].chosen_score.tolist() == pytest.approx(chosen, abs=1e-6)

@@ -121,8 +121,14 @@ def test_the_paper_s_profile_keeps_its_budget():
     assert not any(usd(row) for row in plan_run(DEMO).work())
 
 
-CHEAPER = {"dpo_iter.max_tokens": 100, "dpo_iter.candidates": 4, "dpo_iter.iterations": 8, "dpo.epochs": 1.0}
-CHEAPER |= {"watch.speeches": 10, "dpo_iter.engine": "vllm", "plan.gpu": "B200", "plan.tokens_local": 3000.0}
+CHEAPER = {"dpo_iter.max_tokens": 100, "dpo_iter.candidates": 4, "dpo_iter.iterations": 8, "dpo.steps": 800}
+CHEAPER |= {
+    "dpo_iter.steps": 50,
+    "watch.speeches": 10,
+    "dpo_iter.engine": "vllm",
+    "plan.gpu": "B200",
+    "plan.tokens_local": 3000.0,
+}
 
 
 @pytest.mark.parametrize("name, value", [*CHEAPER.items(), ("ablation.pairs", 100)])
@@ -181,11 +187,15 @@ def test_a_broken_folder_has_no_size(tmp_path, content):
 # ---- counts ----
 
 
-@given(st.integers(9, 200), st.integers(1, 9), st.sampled_from([0.5, 1.0, 1.7, 3.0]), st.integers(0, 6))
-def test_a_training_has_the_steps_and_looks_of_the_trainer(pairs, batch, epochs, checkpoints):
-    settings = replace(DEMO.dpo, batch_size=batch, epochs=epochs, checkpoints=max(1, checkpoints))
+EPOCHS, STEPS = st.sampled_from([0.5, 1.0, 1.7, 3.0]), st.none() | st.integers(1, 60)
+
+
+@given(st.integers(9, 200), st.integers(1, 9), EPOCHS, st.integers(0, 6), STEPS)
+def test_a_training_has_the_steps_and_looks_of_the_trainer(pairs, batch, epochs, checkpoints, counted):
+    settings = replace(DEMO.dpo, batch_size=batch, epochs=epochs, steps=counted, checkpoints=max(1, checkpoints))
     found = step_plan([10] * pairs, settings, 0)
-    steps, looks = plan.training_steps(pairs, batch, epochs, checkpoints)
+    steps, looks = plan.training_steps(pairs, batch, epochs, checkpoints, counted)
+    assert counted in (None, steps)
     points = {*range(found["every"], steps + 1, found["every"]), steps}
     assert steps == found["steps"] and looks == len(points) <= max(1, checkpoints)
 
@@ -193,10 +203,23 @@ def test_a_training_has_the_steps_and_looks_of_the_trainer(pairs, batch, epochs,
 @pytest.mark.parametrize("judged", [True, False])
 def test_watching_is_counted_answer_by_answer(judged):
     changed = {"dpo_iter__iterations": 3, "watch__speeches": 50, "watch__answers": 2, "watch__judged": judged}
+    changed |= {"reward__train_on": "train", "dpo__select": "reward", "dpo_iter__select": "reward"}
     rows, every = list(paper(2000, **changed).watching()), (1 + 8 + 3) * 50 * 2
     assert [row.calls for row in rows if row.who in PAPER.backbones] == [every, every + 50] * 2
     assert [row.calls for row in rows if "reference" in row.what] == [50], "asked once, whatever the backbones"
     assert [row.calls for row in rows if "battles" in row.what] == [2 * every] * judged
+
+
+def test_a_reward_model_of_all_pairs_is_counted_with_the_development_pairs_and_looks_at_none():
+    """The paper's 34,329 pairs in steps of 128, twice; 1,600 steps of 64 in both trainings of a policy."""
+    works = [row.what for row in stage_rows(paper(26_483), "05_reward", "06_policy")]
+    for said in ("train: 536 steps × 128 pairs", "DPO: 1,600 steps × 64 pairs", "DPO-Iter: 1,600 steps × 64 pairs"):
+        assert works.count(said) == 2, said
+    less = dict(reward__train_on="train", dpo__select="reward", dpo_iter__select="reward")
+    for whole, part in zip(paper(26_483).cells().values(), paper(26_483, **less).cells().values(), strict=True):
+        assert all(a >= b for a, b in zip(whole, part))
+    counts = [found.reward_pairs()[:2] for found in (paper(26_483), paper(26_483, **less))]
+    assert counts[0] == (34_329, 0) and sum(counts[1]) == 34_329 and counts[1][1] > 3000
 
 
 def test_the_grid_is_counted_cell_by_cell(offline):

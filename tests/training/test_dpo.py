@@ -12,9 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, read_rows, write_rows
+from psycopref.feedback.pairing import answer_columns, make_pairs, scored_responses, with_answers
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training.dpo import build_dpo_trainer, dpo_rows, materialise
 from psycopref.training.jobs import run_or_launch
+from psycopref.training.packing import EvenSampler
 from psycopref.training.texts import numbered, pair_messages, prompt_messages
 from refusals import one_line
 from trainings import DEV, SETTINGS, TRAIN, log_probabilities, losses, margins, pull, same, train, weights_of, write
@@ -114,6 +117,29 @@ def test_a_cut_answer_has_no_end_of_its_turn(template, text, tiny):
     assert cut["length"] == len(cut["prompt_ids"]) + n + len(cut["rejected_ids"])
 
 
+def test_an_answer_of_the_pool_that_the_limit_cut_is_trained_on_without_an_end_of_its_turn(tiny, tmp_path):
+    "From what a model replied to the tokens of the job, through the files in which a stage leaves its rows."
+    names = [("a", "length"), ("b", "stop"), ("c", "length")]
+    rows = [("s-0", name, f"I hear you {name}", how, 4, name) for name, how in names]
+    responses = pd.DataFrame(rows, columns=list(SCHEMAS["responses"]))
+    rated = [("s-0", name, key, 5 - 2 * i, "", "r", 0) for i, (name, _) in enumerate(names) for key in PRINCIPLE_KEYS]
+    ratings = pd.DataFrame(rated, columns=list(SCHEMAS["ratings"]))
+    speeches = pd.DataFrame({"speech_id": ["s-0"], "speech": ["I count the stairs."], "split": ["train"]})
+    pairs = make_pairs(speeches, scored_responses(responses, ratings), ("train",), 7, best_worst=False)
+    write_rows(tmp_path / "pairs.parquet", "pairs", pairs[list(SCHEMAS["pairs"])])
+    write_rows(tmp_path / "answers.parquet", "pair_answers", answer_columns(pairs))
+    answers = read_rows(tmp_path / "answers.parquet", "pair_answers")
+    pairs = with_answers(read_rows(tmp_path / "pairs.parquet", "pairs"), answers)
+    job = write(tiny, tmp_path / "job", replace(FULL, batch_size=3, epochs=1), None, pairs=pairs)
+    trainer, tokenizer, facts = build_dpo_trainer(job)
+    end, ended = tokenizer.eos_token_id, {f"I hear you {name}": how == "stop" for name, how in names}
+    for row in trainer.train_dataset:
+        for side in ("chosen_ids", "rejected_ids"):
+            text = tokenizer.decode(row[side], skip_special_tokens=True).strip()
+            assert (end in row[side]) == ended[text], text
+    assert facts["cut_share"] == pytest.approx(4 / 6)
+
+
 def test_the_limit_is_of_the_prompt_with_the_longer_answer(tiny, tmp_path):
     tokenizer = load_tokenizer(tiny)
     [row], _ = dpo_rows(TRAIN[:1], tokenizer, 10**6)
@@ -154,11 +180,21 @@ def test_the_first_loss_is_the_one_written_out(own, weight, tiny, other, tmp_pat
     assert abs(found - 0.693147) > 0.01 and (not smoothing or abs((robust - plain).mean()) > 1e-3)
 
 
-def test_without_a_likelihood_term_the_loss_hangs_on_no_packs(tiny, tmp_path):
-    one, many = (
-        train(tiny, tmp_path, f"model-{n}", replace(FULL, epochs=1, learning_rate=3e-3, pack_tokens=n))
-        for n in (1, 4000)
-    )
+def test_length_normalised_the_first_loss_is_that_of_log_ratios_for_each_token(tiny, other, tmp_path):
+    pairs, own = TRAIN[:4], replace(FULL, length_normalised=True, beta=5.0, epochs=1)
+    (chosen, rejected, n), (held, held_rejected, _) = (log_probabilities(who, pairs) for who in (tiny, other))
+    swapped = pairs.rename(columns={"chosen": "rejected", "rejected": "chosen"})
+    mean = (chosen - held) / n - (rejected - held_rejected) / log_probabilities(tiny, swapped)[2]
+    found = losses(train(tiny, tmp_path, "model", own, pairs=pairs, reference=other))[0]
+    assert found == pytest.approx(torch.nn.functional.softplus(-own.beta * mean).mean().item(), rel=1e-4)
+    plain = losses(train(tiny, tmp_path, "plain", replace(own, length_normalised=False), pairs=pairs, reference=other))
+    assert abs(found - plain[0]) > 0.01
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_without_a_likelihood_term_the_loss_hangs_on_no_packs(normalised, tiny, tmp_path):
+    how = replace(FULL, epochs=1, learning_rate=3e-3, length_normalised=normalised)
+    one, many = (train(tiny, tmp_path, f"model-{n}", replace(how, pack_tokens=n)) for n in (1, 4000))
     assert (one["pack_size"], many["pack_size"]) == (1, 4) and losses(one) == pytest.approx(losses(many), abs=1e-5)
 
 
@@ -189,6 +225,23 @@ def test_the_reference_is_computed_once(tiny, other, tmp_path, monkeypatch):
     assert held == everything and others == pytest.approx(expected[1], rel=1e-4) != values
 
 
+# Steps
+
+
+def test_steps_by_count_go_into_as_many_passes_as_they_need_and_stop_there(tiny, tmp_path):
+    "Nine pairs in batches of four: two steps in a pass, one pair sits out; epochs say nothing."
+    found = train(tiny, tmp_path, "model", replace(FULL, epochs=1, steps=5, checkpoints=1), pairs=TRAIN[:9])
+    assert (found["steps"], found["taken"], len(losses(found))) == (5, 5, 5)
+    sampler, taken = EvenSampler([9] * 9, 4, 4, 0), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        taken += list(sampler)
+    assert (found["passes"], found["left_out"], found["warmup_steps"]) == (2.222, 1, 1)
+    assert found["unseen"] == 9 - len({*taken[:20]}) > 9 - len({*taken}), "the third pass ends in its middle"
+    one = train(tiny, tmp_path, "one", replace(FULL, epochs=9, steps=1, checkpoints=1), pairs=TRAIN[:9])
+    assert (one["taken"], one["unseen"]) == (1, 5) and losses(one) == losses(found)[:1]
+
+
 # Schedule and moments over several jobs
 
 ONE = replace(FULL, batch_size=1, checkpoints=3, epochs=6, warmup_ratio=0.6)
@@ -211,6 +264,8 @@ def test_two_jobs_that_hand_on_schedule_and_moments_are_one_unbroken_job(tiny, t
     whole, kept, reset, each = (weights_of(tmp_path / name) for name in ("whole", "kept", "reset", "each"))
     assert same(kept, whole) and not same(reset, whole) and not same(each, whole)
     assert {int(state["step"]) for state in moments_of(tmp_path / "kept-job").values()} == {6}
+    facts = [json.loads((tmp_path / f"{name}-job" / "result.json").read_text()) for name in ("whole", "first", "kept")]
+    assert [own["warmup_steps"] for own in facts] == [4, 3, 1]
     assert not (tmp_path / "reset-job" / "optimiser.pt").exists()
 
 

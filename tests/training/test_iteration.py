@@ -24,6 +24,7 @@ from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training import iteration
 from psycopref.training.iteration import DROP_REASONS, Online, best_point, choose_pair, iterate
 from psycopref.training.iteration import iteration_prompts, online_pairs, prune, run_iteration
+from psycopref.training.jobs import STEP_FACTS
 from psycopref.training.scoring import load_reward_model
 from refusals import one_line
 
@@ -125,11 +126,12 @@ def test_each_group_is_a_pair_or_is_counted(groups, own):
 @pytest.fixture
 def stand_ins(monkeypatch):
     "Candidates, rewards and trainings without models; what they were asked for is kept."
-    seen = SimpleNamespace(sampled=[], trained=[], gap=1.0)
+    seen = SimpleNamespace(sampled=[], trained=[], gap=1.0, same=())
 
     def sample(policy, speeches, folder, own, decoding, n, dtype, name):
         seen.sampled.append((policy.location, decoding))
-        return {key: [Sample(f"{key} answer {i} of {decoding.seed}", "stop", 3) for i in range(n)] for key in speeches}
+        texts = {key: [f"{key} answer {0 if key in seen.same else i}" for i in range(n)] for key in speeches}
+        return {key: [Sample(f"{text} of {decoding.seed}", "stop", 3) for text in own] for key, own in texts.items()}
 
     def score(scorer, speeches, answers, folder, dtype, name):
         return {key: [seen.gap * i for i in range(len(group))] for key, group in answers.items()}
@@ -141,7 +143,8 @@ def stand_ins(monkeypatch):
             (scratch / "checkpoints").mkdir(parents=True)
             if more["optimiser"] is not None:
                 (scratch / "optimiser.pt").write_text(goal.parent.name)
-        facts = {"pairs": len(pairs), "too_long": [], "steps": len(pairs) // how.batch_size, "pack_size": 2}
+        facts = {"pairs": len(pairs), "too_long": [], "pack_size": 2}
+        facts |= dict.fromkeys(STEP_FACTS, 0) | {"steps": how.steps or len(pairs) // how.batch_size}
         return facts | {"log": [], "seconds": {"train": 0.0}}
 
     for name, own in {"sample_candidates": sample, "score_candidates": score, "train_policy": train}.items():
@@ -176,7 +179,9 @@ def test_training_is_told_what_the_settings_say(stand_ins, tmp_path):
     more = dict(epochs=2.0, learning_rate=0.5, checkpoints=3, nll_weight=0.2, schedule="across", optimiser="keep")
     for number in (1, 2, 3):
         run_iteration(online(tmp_path, replace(FOUR, iterations=3, **more)), number)
-    plain = online(tmp_path / "plain", replace(FOUR, checkpoints=0), DpoSettings(batch_size=2, learning_rate=0.25))
+    plain = online(
+        tmp_path / "plain", replace(FOUR, checkpoints=0, schedule="each"), DpoSettings(batch_size=2, learning_rate=0.25)
+    )
     run_iteration(plain, 1)
 
     def told(seen):
@@ -188,6 +193,17 @@ def test_training_is_told_what_the_settings_say(stand_ins, tmp_path):
     moments = [str(tmp_path / f"iteration-{n}" / "optimiser.pt") for n in (1, 2)]
     assert [str(seen.optimiser) for seen in three] == ["", *moments]
     assert (*told(last), last.schedule, last.optimiser) == (1.0, 0.25, 0, 0.0, None, None)
+
+
+def test_an_iteration_keeps_its_steps_where_groups_give_no_pair_and_the_schedule_counts_them(stand_ins, tmp_path):
+    "Not the offline count; and where steps are not counted, the receipt shows how many were planned."
+    dpo = DpoSettings(batch_size=2, steps=9)
+    stand_ins.same = ("s-1", "s-2")
+    for steps, taken, planned in ((5, 5, 5), (None, 2, 3)):
+        own = online(tmp_path / str(steps), replace(FOUR, prompts=6, steps=steps), dpo)
+        done, seen = [run_iteration(own, number) for number in (1, 2)][1], stand_ins.trained[-1]
+        assert (done["pairs"], done["planned"], done["steps"]) == (4, planned, taken)
+        assert (seen.how.steps, seen.schedule) == (steps, (planned, 4 * planned))
 
 
 def test_a_receipt_names_its_files_by_their_hashes(stand_ins, tmp_path):
@@ -305,6 +321,8 @@ def test_the_best_point_is_by_reward_or_by_win_rate_and_the_earlier_of_equals():
     points = [{"reward": r, "judged": j} for r, j in ((1.0, 50.0), (3.0, 40.0), (3.0, 60.0), (2.0, 60.0))]
     assert (best_point(points, "reward"), best_point(points, "win-rate")) == (1, 2)
     assert "watch.judged" in one_line(lambda: best_point([{"reward": 1.0, "judged": None}], "win-rate"))
+    trained_on = [point | {"split": "train"} for point in points]
+    assert best_point(trained_on, "reward") == len(points) - 1, "nothing is selected where all was trained on"
 
 
 # Killed, and started again

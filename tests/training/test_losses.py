@@ -129,6 +129,7 @@ CASES = [
     ("dpo", "llama", SMOOTH | LIKELY | {"loss_type": ["robust", "sft"]}),
     ("dpo", "llama", LIKELY | {"loss_type": ["sigmoid", "sft"]}),
     ("dpo", "llama", {"ld_alpha": 0.5}),
+    ("dpo", "llama", {"loss_type": ["sigmoid_norm"], "beta": 5.0}),
     ("dpo", "llama", {"precompute_ref_log_probs": False}),
     ("dpo", "llama", {"gradient_checkpointing": True}),
 ]
