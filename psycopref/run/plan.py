@@ -656,12 +656,14 @@ def disk_bytes(self: Plan) -> dict[str, float]:
     "Estimate the disk that policies take: offline, online, arms of Fig. 4, and a training beside them."
     dpo, chosen, kept = self.profile.dpo, self.profile.dpo_iter, kept_iterations(self.profile)
     known = [size for name in self.profile.backbones if (size := parameters(name))]
-    weights = sum(known) * (2 if dpo.lora.rank and self.profile.dtype != "float32" else 4)
+    width, whole = 2 if self.profile.dtype != "float32" else 4, 4 * sum(known)
+    adapters = width * sum(30 * dpo.lora.rank * math.sqrt(size) for size in known)  # of all linear layers, about
+    weights, merged = (adapters, whole) if dpo.lora.rank else (whole, 0)
     moments = 8 * sum(known) * kept if chosen.optimiser == "keep" else 0
     training = 0 if dpo.lora.rank else 3 * 12 * max(known, default=0)  # checkpoints with the optimiser's state
     offline, arms = 1 + self.offline_steps()[1], 2 * (1 + self.arm_size()[2])
-    online = weights * kept + moments
-    return {"offline": weights * offline, "online": online, "arms": weights * arms, "training": training}
+    found = {"offline": weights * offline + merged, "online": weights * kept + moments + merged}
+    return found | {"arms": weights * arms, "training": training}
 
 # %% ../../nbs/run/04_plan.ipynb #61ee50fd
 def asked_uris(profile: Profile) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import typing
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -23,15 +22,15 @@ from ..core.tables import Label, format_cell, markdown_table
 from ..corpus.sources import HUB, RELEASED_DATASET, UNKNOWN_LICENCE
 from ..models.generation import Decoding
 from ..models.weights import Weights, pick_dtype
+from .sampling import held_rank
 from .texts import prompt_messages, training_precision
 
 # %% auto #0
-__all__ = ['NOTICE', 'LORA_RANKS', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS', 'EXAMPLE',
-           'SELECTED', 'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines',
-           'write_notice', 'generation_defaults', 'hub_base', 'save_adapter', 'on_hub', 'serve_lines', 'curl_line',
-           'ask_lines', 'CardFacts', 'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted', 'hub_licence',
-           'python_literal', 'write_card', 'reward_card', 'selected_by', 'policy_card', 'hand_over',
-           'push_reward_model', 'push_policy']
+__all__ = ['NOTICE', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS', 'EXAMPLE', 'SELECTED',
+           'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines', 'write_notice',
+           'generation_defaults', 'hub_base', 'on_hub', 'serve_lines', 'curl_line', 'ask_lines', 'CardFacts',
+           'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted', 'hub_licence', 'python_literal', 'write_card',
+           'reward_card', 'selected_by', 'policy_card', 'hand_over', 'push_reward_model', 'push_policy']
 
 # %% ../../nbs/training/09_cards.ipynb #fb764e0e
 def five_lines(location: str | Path) -> str:
@@ -101,24 +100,7 @@ def hub_base(weights: Weights) -> str | None:
     "Return a backbone's hub id; None for what lies in a folder."
     return None if Path(weights.location).is_dir() else weights.location
 
-
-def save_adapter(checkpoint: Path, tokenizer, base: Weights, folder: Path) -> Path:
-    """Save the adapters of a policy apart, for peft and vLLM.
-
-    checkpoint: of a trainer, with adapters; tokenizer: of the policy, with its chat template; base: what the adapters
-    were trained on. Returns folder/adapter."""
-    place = Path(folder) / "adapter"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    shutil.copyfile(Path(checkpoint) / "adapter_model.safetensors", place / "adapter_model.safetensors")
-    named = {"base_model_name_or_path": base.location, "revision": base.revision if hub_base(base) else None}
-    write_json(place / "adapter_config.json", read_json(Path(checkpoint) / "adapter_config.json") | named)
-    tokenizer.save_pretrained(place)
-    write_notice(place)
-    return place
-
 # %% ../../nbs/training/09_cards.ipynb #ccad5c04
-LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told to hold
 LISTEN = "--host 127.0.0.1 --port 8000"
 
 
@@ -138,8 +120,7 @@ def serve_lines(location: str | Path, base: Weights | None = None, rank: int = 0
         local = place.partition("/")[2] if on_hub(place) else place
         fetch = f"hf download {place} --include 'adapter/*' --include '*.json' --include '*.jinja' --local-dir {local}"
         commit = f" --revision {base.revision}" if hub_base(base) else ""
-        held = next((held for held in LORA_RANKS if held >= rank), rank)
-        more = f" --max-lora-rank {held}" if rank > LORA_RANKS[0] else ""
+        more = f" --max-lora-rank {held_rank(rank)}" if rank > 16 else ""
         more += f" --tokenizer {quote(local)} --generation-config {quote(local)} {LISTEN}"
         lines += ["# or vLLM, the base with the adapters apart:", *[fetch] * on_hub(place)]
         adapters = f"--enable-lora --lora-modules {quote(f'{place}={local}/adapter')}"
@@ -421,7 +402,9 @@ def hand_over(folder: Path, facts: PolicyFacts) -> Path:
     found_there = hub_base(facts.weights) is not None or not on_hub(facts.location)
     text = policy_card(replace(facts, adapter=_adapter_base(folder) == facts.weights.location and found_there))
     generation_defaults(folder, facts.decoding)
-    write_notice(folder)
+    for place in (folder, folder / "adapter"):
+        if place.is_dir():
+            write_notice(place)
     with atomic_path(folder / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
     return folder / "README.md"

@@ -14,15 +14,16 @@ from pathlib import Path
 from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import DpoSettings, StudyError
 from ..models.generation import common_prefix
-from ..models.weights import Weights, find_weights, load_causal_lm, load_tokenizer
+from ..models.weights import Weights, adapter_base, load_causal_lm, load_tokenizer
 from .jobs import clear_checkpoints, load_job, run_or_launch, store_job, training_facts, whole_folder
 from .packing import dpo_trainer
 from psycopref.training.texts import (
     add_lora,
+    go_on_with_lora,
     keep_short,
     pair_messages,
     render,
-    save_merged,
+    save_policy,
     sharded,
     silence,
     step_callback,
@@ -101,8 +102,8 @@ def write_dpo_job(folder: Path, job: DpoJob, pairs, dev=None) -> None:
     dev: pairs to choose the checkpoint by, or None."""
     if job.optimiser is not None and job.settings.lora.rank:
         raise StudyError(
-            "dpo_iter.optimiser: moments can't be kept for adapters, which start anew in each iteration; set it to "
-            "reset, or dpo.lora.rank to 0"
+            "dpo_iter.optimiser: found moments to keep of adapters, expected full fine-tuning; set it to reset, or "
+            "dpo.lora.rank to 0"
         )
     reference = None if job.reference == job.start else job.reference
     settings = dataclasses.replace(job.settings, push_to_hub="")  # says nothing of the training
@@ -222,6 +223,9 @@ def _models(job: DpoJob) -> tuple:
     # a plain model is the fastest reference; sharded, trl would load one without packs
     own = job.reference or lora.rank or sharded()
     apart = load_causal_lm(job.reference or job.start, dtype) if own else None
+    base = adapter_base(job.start.location) if lora.rank else None
+    if base:  # one adapter is trained on and on
+        return go_on_with_lora(load_causal_lm(base, dtype), job.start, lora), apart, autocast
     return add_lora(load_causal_lm(job.start, dtype), lora, seed=job.seed), apart, autocast
 
 
@@ -263,17 +267,17 @@ def train_policy(
     dev=None,
     **more,
 ) -> dict:
-    """Train a policy by DPO and save it as a plain transformers model; a finished job is not done again.
+    """Train a policy by DPO and save it as a plain model, or as base and adapters; a finished job is not done again.
 
     scratch: folder of the job; dev: pairs to choose the checkpoint by; more: fields of DpoJob."""
     write_dpo_job(scratch, DpoJob(start, settings, goal, dtype, seed, **more), pairs, dev)
     return run_or_launch(scratch)
 
 # %% ../../nbs/training/05_dpo.ipynb #84cacc6c
-def materialise(start: Weights, checkpoint: Path, folder: Path, dtype: str = "auto") -> Path:
-    """Save a trainer's checkpoint as a plain transformers model; one made of the same checkpoint is kept.
+def materialise(base: Weights, checkpoint: Path, folder: Path) -> Path:
+    """Save a trainer's checkpoint as weights that find_weights takes; those made of the same checkpoint are kept.
 
-    start: what the adapters belong to; folder: where the plain model goes, which is returned."""
+    base: what adapters belong to; folder: where the weights go, which is returned."""
     files = sorted(checkpoint.glob("*.safetensors"))
     made_of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     if (folder / "made_of.json").is_file() and read_json(folder / "made_of.json") == made_of:
@@ -283,10 +287,7 @@ def materialise(start: Weights, checkpoint: Path, folder: Path, dtype: str = "au
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as partial:
         if (checkpoint / "adapter_config.json").is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(load_causal_lm(start, dtype), checkpoint)
-            save_merged(model, load_tokenizer(start), partial)
+            save_policy(checkpoint, load_tokenizer(base), base, partial)
         else:
             partial.mkdir()
             for path in checkpoint.iterdir():

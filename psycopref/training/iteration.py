@@ -233,7 +233,7 @@ def run_iteration(online: Online, number: int) -> dict:
             f"{online.dpo.batch_size} (dropped: {reasons}); raise dpo_iter.prompts, or lower dpo.batch_size"
         )
     training = learn(online, number, pairs)
-    made = ("prompts.json", "pairs.parquet", "candidates/*.json", "policy/*.safetensors")
+    made = ("prompts.json", "pairs.parquet", "candidates/*.json", "policy/**/*.safetensors")
     done = {
         "iteration": number,
         "planned": planned_steps(online),

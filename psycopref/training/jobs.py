@@ -24,7 +24,7 @@ from pathlib import Path
 from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import StudyError
 from ..core.stages import project_root
-from ..models.weights import release
+from ..models.weights import Weights, release
 from psycopref.training.texts import (
     devices,
     last_checkpoint,
@@ -112,7 +112,8 @@ def do_job(folder: Path) -> dict:
         clock.append(time.perf_counter())
         if job["goal"]:
             older = job["kind"] == "reward"  # other people's tools pin transformers 4
-            save_goal(trainer, tokenizer, Path(job["goal"]), older)
+            start = Weights(**job["weights" if older else "start"])
+            save_goal(trainer, tokenizer, Path(job["goal"]), start, older)
         clock.append(time.perf_counter())
         facts["seconds"] = {
             name: round(clock[i + 1] - clock[i], 3) for i, name in enumerate(("reference", "train", "save"))
@@ -270,11 +271,13 @@ def clear_checkpoints(folder: Path, points: bool, whole: int = 0) -> None:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
-def save_goal(trainer, tokenizer, goal: Path, older: bool = False) -> None:
-    "Save what was trained as a whole folder. older: name its settings for transformers 4 too."
+def save_goal(trainer, tokenizer, goal: Path, start: Weights, older: bool = False) -> None:
+    """Save what was trained as a whole folder.
+
+    start: what it was trained from; older: name its settings for transformers 4 too."""
     main = trainer.is_world_process_zero()
     with whole_folder(goal, main) as partial:
-        save_trained(trainer, tokenizer, partial)
+        save_trained(trainer, tokenizer, partial, start)
         if main and older:
             name_for_older(partial)
 

@@ -344,11 +344,18 @@ def _packing_reason(models: list, autocast: bool) -> str:
 
 # %% ../../nbs/training/00_packing.ipynb #2e2c87ac
 class _EvenPacks:
-    "Deal batches of rows with a `length` into even packs for `batch_rebalance`; go on in the precision of before."
+    "Deal batches of rows with a `length` into even packs for `batch_rebalance`; keep each precision as it is."
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "length"})  # else it is gone before it is read
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin and plugin.fsdp_version == 2 and (policy := plugin.mixed_precision_policy):
+            # accelerate would round what the heads compute in float32: log-probabilities and rewards
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         kept = {name: parameter.dtype for name, parameter in (model or self.model).named_parameters()}

@@ -34,17 +34,17 @@ from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
 from ..models.generation import Decoding, Sample, generate, length_batches
 from ..models.local import render_chat
-from ..models.weights import TEMPLATE_DATE, Weights, find_weights, load_causal_lm, load_tokenizer
+from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_causal_lm, load_tokenizer
 from ..models.weights import pick_dtype, pinned, release
 from .scoring import find_scorer, load_scorer, score_groups
 from .texts import dialogue, prompt_messages
 
 # %% auto #0
-__all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT', 'ATTEMPTS', 'SAMPLE_SECONDS',
-           'ENGINES', 'model_length', 'prompt_seeds', 'sampling_gpus', 'missing_engine', 'serve_command',
-           'listed_models', 'served_name', 'watch', 'free_port', 'Server', 'server_body', 'read_choices',
-           'open_sampler', 'weights_identity', 'fingerprint', 'speech_blocks', 'read_made', 'SampleBlock',
-           'plan_blocks', 'sample_candidates', 'score_candidates']
+__all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'ADAPTED', 'SERVE_ADAPTER', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT',
+           'ATTEMPTS', 'SAMPLE_SECONDS', 'ENGINES', 'model_length', 'held_rank', 'adapter_of', 'prompt_seeds',
+           'sampling_gpus', 'missing_engine', 'serve_command', 'listed_models', 'served_name', 'watch', 'free_port',
+           'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint', 'speech_blocks',
+           'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates', 'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -82,6 +82,17 @@ def _type_name(dtype: str) -> str:
     "Name a type as vLLM does."
     return str(pick_dtype(dtype)).removeprefix("torch.")
 
+
+def held_rank(rank: int) -> int:
+    "Return the least rank of adapters, of those that vLLM can be told to hold, that holds this one."
+    return next((held for held in (16, 32, 64, 128, 256, 320, 512) if held >= rank), rank)
+
+
+def adapter_of(policy: Weights) -> tuple[Path, int]:
+    "Return where a policy's adapter lies, and the rank that vLLM has to hold for it."
+    place = Path(policy.location) / "adapter"
+    return place, held_rank(read_json(place / "adapter_config.json")["r"])
+
 # %% ../../nbs/training/06_sampling.ipynb #d8865b1d
 def prompt_seeds(decoding: Decoding, n: int) -> list[int]:
     "Derive a seed for each of n prompts of a request."
@@ -108,13 +119,16 @@ def _vllm_samples(outputs, n: int) -> list[list[Sample]]:
 # %% ../../nbs/training/06_sampling.ipynb #c4994cb9
 def _start_vllm(policy: Weights, dtype: str, length: int) -> tuple:
     "Start vLLM, with nothing taken from the model's own defaults of sampling: its module and an engine."
-    own = pinned(policy)
-    own |= {"tokenizer_revision": own["revision"]} if own else {}
-    how = {"dtype": _type_name(dtype), "max_model_len": length, "generation_config": "vllm"}
+    base, how = adapter_base(policy.location), {"dtype": _type_name(dtype), "max_model_len": length}
+    own = pinned(base or policy)
+    if base:
+        how |= {"tokenizer": policy.location, "enable_lora": True, "max_lora_rank": adapter_of(policy)[1]}
+    elif own:
+        how |= {"tokenizer_revision": own["revision"]}
     try:
         import vllm
 
-        return vllm, vllm.LLM(model=policy.location, **how, **own)
+        return vllm, vllm.LLM(model=(base or policy).location, generation_config="vllm", **how, **own)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         release()
         raise StudyError(
@@ -131,6 +145,11 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     ours = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     length, tokenizer = model_length(policy), load_tokenizer(policy)
     vllm, engine = _start_vllm(policy, dtype, length)
+    more = {}
+    if adapter_base(policy.location):
+        from vllm.lora.request import LoRARequest
+
+        more = {"lora_request": LoRARequest("policy", 1, str(adapter_of(policy)[0]))}
 
     def sample(prompts, decoding, n=1, name=""):
         ids = [tokenizer(render_chat(tokenizer, messages), add_special_tokens=False).input_ids for messages in prompts]
@@ -141,7 +160,8 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
                 f"that is more than {length}; lower dpo_iter.max_tokens, or leave that speech out"
             )
         each = [vllm.SamplingParams(seed=seed, **how) for seed in prompt_seeds(decoding, len(ids))]
-        return _vllm_samples(engine.generate([{"prompt_token_ids": own} for own in ids], each, use_tqdm=False), n)
+        asked = [{"prompt_token_ids": own} for own in ids]
+        return _vllm_samples(engine.generate(asked, each, use_tqdm=False, **more), n)
 
     try:
         yield sample
@@ -158,6 +178,10 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
 SERVE = (
     "vllm serve {model} --port {port} --host 127.0.0.1 --served-model-name policy --dtype {dtype} "
     "--max-model-len {length} --generation-config vllm"
+)
+ADAPTED = "adapted"  # the name of a policy that is a base with an adapter
+SERVE_ADAPTER = (  # follows any command for such a policy
+    f" --enable-lora --max-lora-rank {{rank}} --lora-modules {ADAPTED}={{adapter}} --tokenizer {{tokenizer}}"
 )
 
 
@@ -185,8 +209,16 @@ def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
     own = os.environ.get("PSYCOPREF_SERVE")
     if own and not ("{model}" in own and "{port}" in own):
         raise StudyError(f"PSYCOPREF_SERVE is {own!r}, expected a command with {{model}} and {{port}} in it")
-    text = own or SERVE + " --revision {revision} --tokenizer-revision {revision}" * bool(pinned(policy))
-    known = {"model": policy.location, "port": port, "revision": policy.revision}
+    base = adapter_base(policy.location)
+    model = base or policy
+    text = own or SERVE
+    if not own and pinned(model):
+        text += " --revision {revision}" + " --tokenizer-revision {revision}" * (base is None)
+    known = {"model": model.location, "port": port, "revision": model.revision}
+    if base:
+        place, rank = adapter_of(policy)
+        text += SERVE_ADAPTER
+        known |= {"adapter": place, "rank": rank, "tokenizer": policy.location}
     known |= {"dtype": _type_name(dtype)} if "{dtype}" in text else {}
     known |= {"length": model_length(policy)} if "{length}" in text else {}
     words = shlex.split(text)
@@ -213,10 +245,12 @@ def listed_models(url: str) -> list[dict]:
 
 def served_name(url: str, cards: list[dict], policy: Weights, started: bool) -> str:
     "Return the name of the policy among what a server serves; one that we started and tells no root is believed."
+    adapted = adapter_base(policy.location) is not None
+    wanted = adapter_of(policy)[0] if adapted else Path(policy.location)
     for card in cards:
         name, root = card.get("id"), card.get("root")
-        same = any(Path(place).resolve() == Path(policy.location).resolve() for place in (name, root) if place)
-        if same or (started and root in (None, name)):
+        same = any(Path(place).resolve() == wanted.resolve() for place in (name, root) if place)
+        if same or (started and root in (None, name) and (not adapted or name == ADAPTED)):
             return name
     found = ", ".join(f"{card.get('id')} ({card.get('root')})" for card in cards) or "nothing"
     raise StudyError(

@@ -14,7 +14,8 @@ from pathlib import Path
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..models.generation import common_prefix
-from ..models.weights import find_weights, load_tokenizer, pick_device, pick_dtype, pinned, readable
+from ..models.weights import adapter_base, add_adapter, find_weights, load_tokenizer
+from ..models.weights import pick_device, pick_dtype, pinned, readable
 from .packing import enable_packing, lay_out, unwrap
 from .texts import pair_messages, render
 
@@ -55,7 +56,7 @@ def _float_linear():
     class FloatLinear(torch.nn.Linear):
         def forward(self, states):
             with torch.autocast(states.device.type, enabled=False):
-                return super().forward(states.to(self.weight.dtype))
+                return torch.nn.functional.linear(states.float(), self.weight.float())  # shards are in bfloat16
 
     return FloatLinear
 
@@ -112,14 +113,21 @@ def load_reward_model(location: str, tokenizer, dtype: str = "auto", new_head: i
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    half = pick_dtype(dtype) != torch.float32
+    base = adapter_base(location) if half and new_head is None else None  # merged, the adapter would be rounded
+    place, own = (base.location, pinned(base)) if base else (location, {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(new_head or 0)
-        model, missing = _load(AutoModelForSequenceClassification, location, dtype, num_labels=1, **keywords)
+        model, missing = _load(AutoModelForSequenceClassification, place, dtype, num_labels=1, **keywords, **own)
     if not hasattr(model, "score"):
         raise StudyError(
             f"reward model {location!r}: a {type(model).__name__} has no head named score; expected a decoder with one"
         )
-    _refuse_missing(location, [name for name in missing if new_head is None or name != "score.weight"])
+    headless = new_head is not None or base is not None
+    _refuse_missing(location, [name for name in missing if not headless or name != "score.weight"])
+    if base:
+        model = add_adapter(model, location)
+        model.score = model.score.modules_to_save["default"]
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _float_head(model, location)
     return model

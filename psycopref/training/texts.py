@@ -5,25 +5,29 @@
 # %% ../../nbs/training/01_texts.ipynb #a204cd60
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from ..core.files import progress
+from ..core.files import progress, read_json, write_json
 from ..core.prompts import responding_prompt
 from ..core.settings import LoraSettings, StudyError
 from ..models.generation import common_prefix
-from ..models.weights import quiet_transformers
+from ..models.weights import Weights, adapter_base, base_record, find_weights, load_causal_lm, pinned
+from ..models.weights import quiet_transformers, readable
 from .packing import EvenSampler
 
 # %% auto #0
 __all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'keep_short', 'pair_rows', 'devices', 'accumulation_steps',
-           'pack_size', 'count_steps', 'step_plan', 'training_precision', 'add_lora', 'save_merged', 'save_trained',
-           'sharded', 'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
-           'step_callback', 'numbered', 'last_checkpoint', 'train_quietly']
+           'pack_size', 'count_steps', 'step_plan', 'training_precision', 'add_lora', 'go_on_with_lora', 'save_merged',
+           'save_adapter', 'save_policy', 'merge_policy', 'save_trained', 'sharded', 'take_device', 'name_for_older',
+           'common_arguments', 'one_device', 'trainer_config', 'silence', 'step_callback', 'numbered',
+           'last_checkpoint', 'train_quietly']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
 def prompt_messages(client_speech: str) -> list[dict]:
@@ -177,22 +181,93 @@ def add_lora(model, lora: LoraSettings, head: bool = False, seed: int = 0):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
+
+def go_on_with_lora(model, policy: Weights, lora: LoraSettings):
+    "Give a base the adapters of a policy that was trained before, to train them on."
+    from peft import PeftModel
+
+    with readable(policy.location):
+        place = Path(policy.location) / "adapter"
+        found = PeftModel.from_pretrained(model, place, is_trainable=True, autocast_adapter_dtype=False)
+    own = found.active_peft_config
+    if (own.r, own.lora_alpha) != (lora.rank, lora.alpha):
+        raise StudyError(
+            f"{place}: its adapters have rank {own.r} and alpha {own.lora_alpha}, expected {lora.rank} and "
+            f"{lora.alpha} as dpo.lora says; set these, or start from another model"
+        )
+    return found
+
 # %% ../../nbs/training/01_texts.ipynb #d3a66a8b
 def save_merged(model, tokenizer, folder: Path) -> None:
-    "Save a model with its adapters merged, loadable by plain transformers."
-    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    "Save a model with its adapters merged, in float32, loadable by plain transformers."
+    merged = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
     with quiet_transformers():
         merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+
+def save_adapter(checkpoint: Path, tokenizer, base: Weights, folder: Path) -> Path:
+    """Save the adapters of a policy apart, for this study, peft and vLLM.
+
+    checkpoint: folder with adapters as peft writes them; tokenizer: of the policy, with its chat template; base: what
+    they were trained on. Returns folder/adapter."""
+    place = Path(folder) / "adapter"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    shutil.copyfile(Path(checkpoint) / "adapter_model.safetensors", place / "adapter_model.safetensors")
+    named = {"base_model_name_or_path": base.location, "revision": pinned(base).get("revision")}
+    write_json(place / "adapter_config.json", read_json(Path(checkpoint) / "adapter_config.json") | named)
+    write_json(place / "base.json", base_record(base))
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def save_policy(checkpoint: Path, tokenizer, base: Weights, folder: Path) -> None:
+    "Save a policy as its base and adapters: `adapter/`, and beside it the settings of the whole. As save_adapter."
+    from transformers import AutoConfig, GenerationConfig
+
+    save_adapter(checkpoint, tokenizer, base, folder)
+    config = AutoConfig.from_pretrained(base.location, **pinned(base))
+    config.dtype = "float32"  # of the merged weights, once they are here
+    config.save_pretrained(folder)
+    with contextlib.suppress(OSError):  # a base may have none
+        GenerationConfig.from_pretrained(base.location, **pinned(base)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def merge_policy(folder: Path) -> None:
+    "Write the merged weights of a policy, in float32, beside its adapters: a plain transformers model."
+    with quiet_transformers():
+        load_causal_lm(find_weights(str(folder)), "float32").save_pretrained(folder)
+
 # %% ../../nbs/training/01_texts.ipynb #cb8a1403
-def save_trained(trainer, tokenizer, folder: Path) -> None:
-    "Save what was trained as plain transformers weights; every process calls this."
+def save_trained(trainer, tokenizer, folder: Path, start: Weights) -> None:
+    """Save what was trained; every process calls this.
+
+    start: what it was trained from. Without adapters it is a plain model; with them a policy is its base and the
+    adapters, a reward model these and a plain model."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(folder))
     elif trainer.is_world_process_zero():
-        save_merged(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "merge_and_unload"):
+            _save_adapted(model, tokenizer, folder, start)
+        else:
+            save_merged(model, tokenizer, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def _save_adapted(model, tokenizer, folder: Path, start: Weights) -> None:
+    "Save a model with adapters."
+    policy, base = model.active_peft_config.task_type == "CAUSAL_LM", adapter_base(start.location)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        if policy:
+            save_policy(Path(scratch), tokenizer, base or start, folder)
+            return
+        save_merged(model, tokenizer, folder)
+        if base is None:  # else it was trained from the merged weights
+            save_adapter(Path(scratch), tokenizer, start, folder)
 
 
 def sharded() -> bool:

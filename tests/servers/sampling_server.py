@@ -52,7 +52,11 @@ class SamplingServer:
 
     async def models(self, request):
         root = "/models/last-iteration" if self.options.fault == "root" else self.options.model
-        return web.json_response({"object": "list", "data": [{"id": self.options.name, "root": root}]})
+        cards = [{"id": self.options.name, "root": root}]
+        for module in self.options.lora_modules:
+            name, _, path = module.partition("=")
+            cards.append({"id": name, "root": path, "parent": self.options.name})
+        return web.json_response({"object": "list", "data": cards})
 
     async def chat(self, request):
         body = await request.json()
@@ -60,7 +64,7 @@ class SamplingServer:
         fault = next((name for name in FAULTS if f"[{name}]" in key), self.options.fault)
         first, self.seen = key not in self.seen, self.seen | {key}
         self.note(body=body)
-        if body["model"] != self.options.name:
+        if body["model"] not in (self.options.name, *(own.partition("=")[0] for own in self.options.lora_modules)):
             return no(404, "no such model")
         if fault == "long":
             return no(400, "This model's maximum context length is 8 tokens.")
@@ -83,6 +87,10 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--port", type=int)
     parser.add_argument("--name", default="policy")
+    parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--lora-modules", nargs="*", default=[])
+    parser.add_argument("--max-lora-rank", type=int, choices=[16, 32, 64, 128, 256, 320, 512])
+    parser.add_argument("--tokenizer")
     parser.add_argument("--log", default="")
     parser.add_argument("--after", type=int, default=0)
     parser.add_argument("--fault", choices=["", *FAULTS], default="")

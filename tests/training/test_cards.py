@@ -43,12 +43,11 @@ from psycopref.training.cards import (
     push_policy,
     push_reward_model,
     reward_card,
-    save_adapter,
     serve_lines,
     use_lines,
 )
 from psycopref.training.scoring import load_reward_model, score_groups
-from psycopref.training.texts import add_lora, dialogue, name_for_older, prompt_messages, save_merged
+from psycopref.training.texts import add_lora, dialogue, name_for_older, prompt_messages, save_adapter, save_merged
 
 EXCHANGES = [
     ("I count the stairs at night and cannot stop.", "What is it like for you to count them?"),
@@ -200,7 +199,6 @@ def test_adapters_name_what_they_belong_to(made, tmp_path):
         place = save_adapter(checkpoint, tokenizer, base, tmp_path)
         config = json.loads((place / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"], config["r"]) == (base.location, commit, 4)
-        assert NOTICE in (place / "NOTICE.md").read_text()
         assert (place / "chat_template.jinja").read_text() == tokenizer.chat_template
 
 

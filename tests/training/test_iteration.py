@@ -347,8 +347,8 @@ def scorer(tmp_path):
 def what_was_made(folder):
     "All that a kill must not change: texts, rewards, pairs, weights, points; not seconds, nor the paths of a place."
     readers = dict.fromkeys(("*/block-*.json", "*/rewards.json", "*/point.json", "*/prompts.json"), Path.read_text)
-    readers |= {"policy/*.safetensors": sha256_file, "*/pairs.parquet": lambda path: pd.read_parquet(path).to_json()}
-    readers |= {"iter/*/done.json": read_json, "result.json": read_json}
+    readers |= {"iter/*/done.json": read_json, "result.json": read_json, "policy/adapter/*.safetensors": sha256_file}
+    readers |= {"*/pairs.parquet": lambda path: pd.read_parquet(path).to_json()}
     found = {str(path.relative_to(folder)): read(path) for name, read in readers.items() for path in folder.rglob(name)}
     receipts = [own for name, own in found.items() if name.endswith("done.json")]
     for own in (*receipts, *found["result.json"]["iterations"]):

@@ -197,8 +197,9 @@ class FakeLLM:
 
     made: list = []
 
-    def __init__(self, model, *, dtype, max_model_len, generation_config, revision=None, tokenizer_revision=None):
+    def __init__(self, model, *, dtype, max_model_len, generation_config, **adapted):
         assert generation_config == "vllm" and dtype in ("float32", "bfloat16")
+        self.adapted, self.dtype = adapted, dtype
         if max_model_len == 13:
             raise ValueError("Free memory on device (1.0/80.0 GiB) is less than desired.\nDecrease GPU memory use.")
         weights = find_weights("random-tiny")
@@ -212,6 +213,11 @@ class FakeLLM:
 
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
         assert self.alive and len(prompts) == len(sampling_params)
+        if lora_request is not None:
+            assert self.adapted["enable_lora"] and self.adapted["max_lora_rank"] == 16
+            place = Path(lora_request.path)
+            assert (place / "adapter_model.safetensors").is_file() and self.adapted["tokenizer"] == str(place.parent)
+            self.model = load_causal_lm(find_weights(str(place.parent)), self.dtype)
         return [self.answer(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, sampling_params)]
 
     def answer(self, ids, params):
@@ -245,8 +251,10 @@ def vllm(monkeypatch):
     cleaned = []
     state = types.SimpleNamespace(cleanup_dist_env_and_memory=lambda shutdown_ray=False: cleaned.append(1))
     engine = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=FakeParams)
-    distributed = {"vllm.distributed": types.SimpleNamespace(parallel_state=state)}
-    for name, module in {"vllm": engine, **distributed, "vllm.distributed.parallel_state": state}.items():
+    request = types.SimpleNamespace(LoRARequest=lambda name, number, path: types.SimpleNamespace(path=path))
+    modules = {"vllm": engine, "vllm.distributed": types.SimpleNamespace(parallel_state=state)}
+    modules |= {"vllm.lora": types.SimpleNamespace(request=request), "vllm.lora.request": request}
+    for name, module in {**modules, "vllm.distributed.parallel_state": state}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cleaned
 
@@ -272,6 +280,29 @@ def test_vllm_reads_the_prompt_that_the_local_engine_reads(tiny, vllm):
         theirs = sample(prompts, greedy, 3)
     with open_sampler("local", tiny, "float32") as sample:
         assert theirs == sample(prompts, greedy, 3)
+
+
+@pytest.fixture
+def adapted(tiny, tmp_path):
+    """A policy that is the tiny model with an adapter."""
+    from psycopref.core.settings import LoraSettings
+    from psycopref.training.texts import add_lora, save_policy
+
+    model = add_lora(load_causal_lm(tiny, "float32"), LoraSettings(rank=4, alpha=8))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "checkpoint")
+    save_policy(tmp_path / "checkpoint", load_tokenizer(tiny), tiny, tmp_path / "adapted")
+    return find_weights(str(tmp_path / "adapted"))
+
+
+def test_vllm_gets_the_base_and_the_adapter(tiny, adapted, vllm):
+    prompts, greedy, found = [prompt_messages(text) for text in SPEECHES.values()], Decoding(max_tokens=6), {}
+    for engine, policy in (("vllm", adapted), ("local", adapted), ("vllm", tiny)):
+        with open_sampler(engine, policy, "float32") as sample:
+            found[engine, policy.name] = sample(prompts, greedy, 1)
+    assert found["vllm", adapted.name] == found["local", adapted.name] != found["vllm", tiny.name]
 
 
 def test_vllm_ends_after_an_error_too(tiny, vllm):
@@ -358,6 +389,22 @@ def _server_candidate():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.candidate
+
+
+def test_a_server_gets_the_base_and_the_adapter_and_is_asked_for_both(tiny, adapted, tmp_path, serve, monkeypatch):
+    log = serve()
+    assert len(sampled(adapted, tmp_path / "blocks", settings=SERVED)) == len(SPEECHES)
+    assert {body["model"] for body in notes(log, "body")} == {"adapted"}
+    words = sampling.serve_command(adapted, "bfloat16", 8123)
+    wanted = {"--model": tiny.location, "--max-lora-rank": "16", "--tokenizer": adapted.location}
+    wanted["--lora-modules"] = f"adapted={adapted.location}/adapter"
+    assert "--enable-lora" in words and all(words[words.index(name) + 1] == own for name, own in wanted.items())
+    monkeypatch.delenv("PSYCOPREF_SERVE")
+    monkeypatch.setattr(sampling.shutil, "which", lambda name: name)
+    words = sampling.serve_command(adapted, "bfloat16", 8123)
+    assert words[:3] == ["vllm", "serve", tiny.location] and wanted["--lora-modules"] in words
+    base = [{"id": "policy", "root": tiny.location}]
+    assert "adapted" in one_line(lambda: sampling.served_name("http://…", base, adapted, True)), "the base is not it"
 
 
 def test_a_server_that_dies_half_way_costs_the_block_it_was_at(tiny, tmp_path, serve):

@@ -82,9 +82,11 @@ def pull(job, stop, settings):
 
 
 def weights_of(folder, name="model.safetensors"):
+    "Read a file of weights; of a policy with an adapter that of the adapter."
     from safetensors.torch import load_file
 
-    return load_file(Path(folder) / name)
+    found = Path(folder) / name
+    return load_file(found if found.is_file() else Path(folder) / "adapter" / "adapter_model.safetensors")
 
 
 def same(first, second):
