@@ -131,7 +131,7 @@ def test_policies_are_pushed_where_a_setting_says_and_a_failure_stops_nothing(fa
     for repo in ("me/mine", ""):
         profile = load_profile("tiny", {"dpo.push_to_hub": repo, "dpo.lora.rank": 0})
         watcher = SimpleNamespace(profile=profile, base=base, gateway=gateway, decoding=Decoding(8))
-        policies.write_policy_cards(watcher, result, entries, tmp_path, tmp_path, "run", {})
+        policies.write_policy_cards(watcher, result, entries, tmp_path, "run", {})
     wanted = [("dpo", "me/mine-dpo"), ("dpo-iter", "me/mine-dpo-iter")]
     assert sent == wanted and handed[:2] == wanted and handed[2][1] == "outputs/run/06_policy/dpo"
     assert ("the policy was not sent" if fails else "https://hub/me/mine-dpo-iter") in capsys.readouterr().out
