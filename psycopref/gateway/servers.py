@@ -170,7 +170,7 @@ class OpenAIModel:
         if self.more:  # another value would be another answer
             self.identity += json.dumps(self.more, sort_keys=True)
         if self.uri.partition(":")[2] == prices()["substitute"]["rater"].partition(":")[2]:
-            self.label += " (not the paper's; stands in for GPT-4o)"
+            self.label += ", not the paper's (stands in for GPT-4o)"  # short names keep what is before the bracket
         self.today, self.retires = today, shutdown_day(self.uri)
 
     def groups(self, requests):

@@ -707,7 +707,7 @@ def missing_weights(names: typing.Iterable[str]) -> list[str]:
     "List the weights that are not on this machine. names: weights by name, folder or hub id, or reward models."
     import huggingface_hub
 
-    lines, hub = [], "where it is gated, accept its licence and run `hf auth login`, or give a local folder"
+    lines, hub = [], []
     for name in dict.fromkeys(find_scorer(name).location for name in names):
         folder = Path(name).expanduser()
         if name in WHEELS and not (cache_root() / "weights" / name / "manifest.json").is_file():
@@ -717,8 +717,9 @@ def missing_weights(names: typing.Iterable[str]) -> list[str]:
         elif folder.is_dir() or not of_hub(name):
             lines.append(f"weights {name!r}: no .safetensors file there; give a folder with some, or a hub id")
         elif not huggingface_hub.get_token():
-            lines.append(f"{name} comes from the hub: no token found; {hub}")
-    return lines
+            hub.append(name)
+    remedy = "where one is gated, accept its licence and run `hf auth login`, or give a local folder"
+    return lines + ([f"from the hub, where no token was found for it: {', '.join(hub)}; {remedy}"] if hub else [])
 
 
 def missing_sampler(profile: Profile) -> list[str]:
@@ -863,7 +864,8 @@ def serve_commands(profile: Profile) -> list[str]:
         dataclasses.replace(known.get(split_uri(uri)[1]) or Member(uri, "-", uri), model=uri, thinking=0)
         for uri in profile.reward.rankers
     ]
-    found = (serve_command_of(member, longest, most) for member in [*members, *rankers])
+    found = [serve_command_of(member, longest, most) for member in members]
+    found += [serve_command_of(ranker, longest, 1) for ranker in rankers]  # all at once, beside one another
     return list(dict.fromkeys(filter(None, found)))
 
 

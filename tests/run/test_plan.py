@@ -376,8 +376,7 @@ def test_what_is_missing_is_named_with_its_remedy(offline, tmp_path):
         "the paper's count over its seven sources",
         "OPENAI_API_KEY is not set: another-model",
         "a price for another-model",
-        "owner/model comes from the hub: no token found",
-        "Psychotherapy-LLM/PsychoCounsel-Llama3-8B-Reward comes from the hub: no token found",
+        "no token was found for it: Psychotherapy-LLM/PsychoCounsel-Llama3-8B-Reward, owner/model; where one is gated",
         "a server at http://127.0.0.1:8000/v1 for model",
         "weights './nowhere'",
         f"weights {str(tmp_path)!r}",
@@ -417,6 +416,8 @@ def test_a_served_member_s_command_says_what_its_model_needs(member):
     assert words[:3] == ["vllm", "serve", member.model.partition(":")[2].partition("@")[0]]
     assert told["--dtype"] == "bfloat16" and told["--generation-config"] == "vllm" and told["--port"] == "8000"
     assert plan.PROMPT_TOKENS + 1024 <= int(told["--max-model-len"]) <= member.serve.context
+    alone = shlex.split(plan.serve_command_of(member, 1024, 1))
+    assert "--data-parallel-size" not in alone and set(alone) <= set(words), "rankers stand beside one another"
     size, gpus = parameters(words[2]), int(told["--tensor-parallel-size"])
     assert 2 * size < 0.7 * 80e9 * gpus and (gpus == 1 or 2 * size > 0.7 * 40e9 * gpus)
     copies = 1 if "Jamba" in member.name else 8 // gpus  # its experts would be spread, not copied
