@@ -4,6 +4,7 @@ PYTHON ?= python3
 PROFILE ?= demo
 RUN ?= $(PROFILE)
 SEED ?= 0
+SEEDS ?= $(SEED)
 OVERRIDES ?= {}
 SOURCES ?=
 SHARDS ?= 1
@@ -20,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make setup       environment in .venv, versions as in constraints.txt"
-	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED, OVERRIDES, SOURCES, SHARDS"
+	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED or SEEDS=0,1,2, OVERRIDES, SOURCES, SHARDS"
 	@echo "make test        notebooks and tests, JOBS=2 at a time; make test-chains: chains of notebooks that CI runs too"
 	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/; RUN"
 	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=ROUNDS=1 does one of them"
@@ -34,7 +35,7 @@ $(READY): constraints.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-SNAKEMAKE = snakemake --cores $(CORES) --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seed=$(SEED) overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
+SNAKEMAKE = snakemake --cores $(CORES) --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
 
 reproduce: setup
 	$(SNAKEMAKE)

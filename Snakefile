@@ -2,12 +2,14 @@
 #   snakemake --cores 2 --config profile=demo run=mine overrides='{"reward.learning_rate": 1e-4}'
 # Stages that ask models can be cut into shards, which run side by side, on this machine or on a cluster's:
 #   snakemake --executor slurm --jobs 8 --config profile=paper shards=8
+# Further seeds repeat the stages that train or judge what was trained; the first of seeds is the run itself.
 import json
 import os
 import re
 import sys
 
 from psycopref.core.settings import StudyError
+from psycopref.core.stages import parse_seeds
 from psycopref.run.runner import stage_rules
 
 
@@ -42,7 +44,8 @@ if "budget_usd" in OVERRIDES:  # no setting of a stage: raising it must not redo
     os.environ["BUDGET_USD"] = str(OVERRIDES.pop("budget_usd"))
 
 try:
-    RULES = stage_rules(PROFILE, RUN, int(config.get("seed", 0)), OVERRIDES)
+    SEED, *FURTHER = parse_seeds(config.get("seeds", config.get("seed", 0)))
+    RULES = stage_rules(PROFILE, RUN, SEED, OVERRIDES, FURTHER)
 except StudyError as error:
     sys.exit(f"psycopref: {error}")
 
@@ -119,6 +122,29 @@ for stage in RULES:
             message: f"{stage['name']}: {stage['title']}, cell {{wildcards.cell}}"
             threads: workflow.cores
             shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p CELL={wildcards.cell}"
+
+
+    if stage["seeds"]:
+
+        rule:  # each further seed; what does not train is the run's
+            name: f"{stage['name']}_seed"
+            input:
+                needs=stage["seeds"]["needs"],
+            output:
+                update(stage["seeds"]["receipt"]),
+            wildcard_constraints:
+                seed="|".join(map(str, FURTHER)),
+            params:
+                notebook=stage["notebook"],
+                parameters=stage["parameters"],
+                settings=stage["settings"],
+                code=stage["code"],
+                run=RUN,
+            message: f"{stage['name']}: {stage['title']}, seed {{wildcards.seed}}"
+            threads: workflow.cores
+            shell:
+                "psycopref run {params.notebook} --parameters {params.parameters:q} "
+                "-p RUN={params.run}/seeds/{wildcards.seed} -p SEED={wildcards.seed}"
 
 
 rule report:

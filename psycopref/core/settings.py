@@ -82,7 +82,7 @@ class RatingSettings:
 class PairSettings:
     "From ratings to preference pairs (§3.3)."
 
-    min_gap_sum: int = 7  # gap of the seven ratings' sums; 7 is the paper's mean gap of 1, exact in integers
+    min_gap_sum: PositiveInt = 7  # gap of the seven ratings' sums; 7 is the paper's mean gap of 1, exact in integers
 
 # %% ../../nbs/core/00_settings.ipynb #9c304ef8
 @dataclass(frozen=True, config=STRICT)
@@ -204,7 +204,7 @@ class EvaluationSettings:
     temperature: float = 0.7  # decoding of policies and reference; not given in the paper
     top_k: int = 50  # not given in the paper; 0 takes all tokens
     top_p: float = 1.0  # not given in the paper
-    curve_speeches: int | None = 400  # test speeches for each point of Fig. 4; None takes all
+    curve_speeches: int | None = None  # test speeches for each point of Fig. 4; None takes all, as the paper (§4.3)
     coverage: float = 0.98  # the stage fails below this share of verdicts
     bootstrap: int = 1000  # draws for an interval; of a mean or share at least 10,000
 

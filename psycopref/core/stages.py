@@ -18,7 +18,7 @@ from .settings import Profile, StudyError, suggest
 # %% auto #0
 __all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
            'project_root', 'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell',
-           'grid_cells', 'parse_cell', 'derived_seed']
+           'grid_cells', 'parse_cell', 'derived_seed', 'parse_seeds']
 
 # %% ../../nbs/core/01_stages.ipynb #3284fff6
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Stage:
     reads: tuple[str, ...]  # parts of the profile
     shards: bool = False  # whether it can be cut into shards
     cells: bool = False  # whether it is a grid, whose cells are made one by one
+    seeds: bool = False  # whether a run's further seeds repeat it: it trains a policy, or judges one
 
 
 _MODELS = ("backbones", "dtype")
@@ -53,10 +54,10 @@ _STAGES = [
     Stage("02_responses", "responses of the pool", ("01_speeches",), ("responses",), shards=True),
     Stage("03_ratings", "ratings on seven principles", ("01_speeches", "02_responses"), _RATED, shards=True),
     Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs",)),
-    Stage("05_reward", "reward models", _MADE[:2], (*_MODELS, "reward", "evaluation.bootstrap")),
-    Stage("06_policy", "policies by DPO and DPO-Iter", _MADE, _POLICY),
-    Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"), _BATTLES),
-    Stage("08_ablations", "online against offline data", (*_MADE, "06_policy"), _ARMS),
+    Stage("05_reward", "reward models", _MADE[:2], (*_MODELS, "reward", "evaluation.bootstrap"), seeds=True),
+    Stage("06_policy", "policies by DPO and DPO-Iter", _MADE, _POLICY, seeds=True),
+    Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"), _BATTLES, seeds=True),
+    Stage("08_ablations", "online against offline data", (*_MADE, "06_policy"), _ARMS, seeds=True),
     Stage("09_mixing", "counselling and general pairs mixed", _MADE, _MIXED, cells=True),
     Stage("10_judges", "other judges of the same answers", ("01_speeches", "05_reward", "07_win_rates"), _JUDGES),
     Stage("11_experts", "experts: kits, agreement, comparison", (*_MADE[:2], "07_win_rates"), _ASKED),
@@ -129,13 +130,27 @@ def cache_root() -> Path:
 # %% ../../nbs/core/01_stages.ipynb #8b6d19fb
 @dataclass(frozen=True)
 class Run:
-    "Name the places of one run."
+    "Name the places of one run, or of a further seed of one, NAME/seeds/1, whose other stages are the run's."
 
     name: str  # a folder name
 
     def __post_init__(self):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/seeds/\d+)?", self.name):
             raise StudyError(f"run name {self.name!r}: use letters, digits, '.', '_' and '-' only")
+
+    @property
+    def whole(self) -> Run:
+        "Return the run that a further seed belongs to; of a run itself, the run."
+        return Run(self.name.partition("/")[0])
+
+    def further(self, seed: int) -> Run:
+        "Name a further seed of the run."
+        return Run(f"{self.whole.name}/seeds/{seed}")
+
+    @property
+    def seed(self) -> int | None:
+        "Return the number of a further seed; None is the run itself."
+        return int(self.name.rpartition("/")[2]) if "/" in self.name else None
 
     @property
     def outputs(self) -> Path:
@@ -150,7 +165,8 @@ class Run:
         return self.outputs / "tables"
 
     def stage(self, name: str) -> Path:
-        return self.outputs / name
+        stage = STAGES.get(name.partition(".")[0])
+        return (self.whole if stage and not stage.seeds else self).outputs / name
 
 # %% ../../nbs/core/01_stages.ipynb #7e1a751e
 def check_layout(run: Run) -> None:
@@ -236,3 +252,12 @@ def derived_seed(seed: int, *names: str | int) -> int:
     "Derive an independent seed in [0, 2**32) from a run seed and what the choice is for, by SHA-256."
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def parse_seeds(given: str | int | typing.Sequence[int] | None) -> tuple[int, ...]:
+    'Read the seeds of a run, a number, "0,1,2" or a list; the first is the run itself.'
+    text = ",".join(map(str, given)) if isinstance(given, (list, tuple)) else "" if given is None else str(given)
+    words = text.replace(" ", "").split(",")
+    if not all(re.fullmatch("[0-9]+", word) for word in words) or len({*map(int, words)}) < len(words):
+        raise StudyError(f"SEEDS={text}: expected different whole numbers from 0 on, such as SEEDS=0,1,2")
+    return tuple(map(int, words))

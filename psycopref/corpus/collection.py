@@ -248,12 +248,14 @@ def collect_any(sources: typing.Sequence[Opened], settings, seed: int = 0) -> di
 
 # %% ../../nbs/corpus/06_collection.ipynb #c6194c35
 def limit_speeches(frame, limit: int | None, seed: int):
-    "Keep at most `limit` speeches, spread evenly over topics, in their old order; None keeps all."
+    """Keep at most `limit` speeches, spread evenly over topics, in their old order; None keeps all.
+
+    seed: draws the speeches, and the topics that have one more than others."""
     if limit is None or limit >= len(frame):
         return frame
     keys = frame.speech_id.map(lambda name: derived_seed(seed, "limit", name))
-    ranked = frame.assign(rank=keys.groupby(frame.topic).rank(method="first"))
-    order = ranked.sort_values(["rank", "topic", "speech_id"]).index[:limit]
+    ranked = frame.assign(rank=keys.groupby(frame.topic).rank(method="first"), lot=keys)
+    order = ranked.sort_values(["rank", "lot", "speech_id"]).index[:limit]
     return frame.loc[sorted(order)].reset_index(drop=True)
 
 

@@ -92,7 +92,8 @@ def make_case(rule: str, speech_id: str, battles, answers, speeches, names: tupl
 def four_answers(answers, policy: str, setting: str):
     """Return what the rater sees: the policy, the reference and two others; empty where there are fewer.
 
-    answers: frame of kind "answers" for one speech. Returns frame: speech_id, model, response."""
+    answers: frame of kind "answers" for one speech; of more others, which only fill the rater's form, those of the
+    same setting and first by name. Returns frame: speech_id, model, response."""
     own, reference = (answers.policy == policy) & (answers.setting == setting), answers.policy == "reference"
     model = answers.policy.where(reference, answers.policy + ", " + answers.setting)
     found = answers.assign(model=model, other=~own, third=~reference, elsewhere=answers.setting != setting)

@@ -33,14 +33,15 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps([str(part) for part in parts], ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/evaluation/05_kits.ipynb #c0b60716
-def allocate_proportionally(sizes: dict[str, int], n: int) -> dict[str, int]:
+def allocate_proportionally(sizes: dict[str, int], n: int, *lot) -> dict[str, int]:
     """Share n places out in proportion, by largest remainders; all are drawn where there are no more than n.
 
-    sizes: stratum -> how many there are. Returns stratum -> how many are drawn."""
+    sizes: stratum -> how many there are; lot: a seed and a purpose, draws among equals. Returns stratum -> how many
+    are drawn."""
     total = sum(sizes.values())
     n = min(n, total)
     given = {name: n * size // total for name, size in sizes.items()}
-    order = sorted(sizes, key=lambda name: (-(n * sizes[name] % total), -sizes[name], name))
+    order = sorted(sizes, key=lambda name: (-(n * sizes[name] % total), -sizes[name], digest(*lot, "stratum", name)))
     return {name: given[name] + (name in order[: n - sum(given.values())]) for name in sizes}
 
 # %% ../../nbs/evaluation/05_kits.ipynb #8edbe005
@@ -56,7 +57,7 @@ def draw_evenly(rows, n: int, seed: int, purpose: str, later: typing.Collection[
     lots = [digest(seed, purpose, *row) for row in rows.astype(str).itertuples(index=False)]
     rows = rows.assign(_late=rows.speech_id.isin(list(later)), _lot=lots)
     rows = rows.sort_values("_lot").drop_duplicates("speech_id").sort_values(["_late", "_lot"])
-    given = allocate_proportionally(rows.stratum.value_counts().to_dict(), n)
+    given = allocate_proportionally(rows.stratum.value_counts().to_dict(), n, seed, purpose)
     taken = rows[rows.groupby("stratum").cumcount() < rows.stratum.map(given)]
     return taken.sort_values("_lot").drop(columns=["_late", "_lot"]).reset_index(drop=True)
 

@@ -121,19 +121,21 @@ class CheckpointJudge:
     gateway: typing.Any  # gateway.Gateway
     speeches: typing.Any  # frame with speech_id and speech
     settings: EvaluationSettings
-    seed: int
+    seed: int  # of the checkpoints' answers
+    shared_seed: int  # of what all seeds of a run share: the reference's answers, who is shown first
 
-    def answers(self, uri: str, name: str, seed_name: str):
+    def answers(self, uri: str, name: str, seed: int):
         """Let a model answer; return a frame of kind "answers"."""
-        return answer(self.gateway, uri, self.speeches, name, self.settings, derived_seed(self.seed, seed_name))
+        return answer(self.gateway, uri, self.speeches, name, self.settings, seed)
 
     def point(self, name: str, location: str | Path, pairs_seen: int) -> dict:
         "Let a checkpoint (weights, as find_weights takes them) answer and be judged in the paper's order."
-        chosen = self.settings
-        reference = self.answers(chosen.reference, "reference", "reference")  # asked once, then cached
-        answers = self.answers(f"local:{location}", name, "curve")
-        battles, _ = battle(self.gateway, chosen.judge, self.speeches, answers, reference, "reference", seed=self.seed)
-        return curve_point(battles, pairs_seen, self.seed, chosen.bootstrap)
+        chosen, order = self.settings, self.shared_seed
+        asked = derived_seed(order, "reference")
+        reference = self.answers(chosen.reference, "reference", asked)  # asked once, then cached
+        answers = self.answers(f"local:{location}", name, derived_seed(self.seed, "curve"))
+        battles, _ = battle(self.gateway, chosen.judge, self.speeches, answers, reference, "reference", seed=order)
+        return curve_point(battles, pairs_seen, order, chosen.bootstrap)
 
     def labels(self) -> tuple[str, str]:
         "Return who judged, and who was compared with."

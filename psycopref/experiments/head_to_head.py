@@ -35,9 +35,11 @@ def policy_uri(run: Run, policy: dict) -> str:
     return f"local:{run.stage('06_policy') / policy['path'] if policy['path'] else policy['backbone']}"
 
 
-def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen: EvaluationSettings, seed: int) -> list:
-    'Collect the answers of the reference (first) and each policy in both settings, as frames of kind "answers".'
-    reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(seed, "reference"))
+def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen: EvaluationSettings, seed: int, shared: int):
+    """Collect the answers of the reference (first) and each policy in both settings, as frames of kind "answers".
+
+    seed: of the policies' answers; shared: of the reference's, which all seeds of a run share."""
+    reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(shared, "reference"))
     words, frames = word_counts(reference), [reference]
     asked = speeches[speeches.speech_id.isin(words)]
     for policy in policies:
@@ -61,11 +63,13 @@ class Battles:
     labels: list[str]  # of the judges
 
 
-def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Profile, seed: int) -> Battles:
-    "Collect all answers, and judge each against the reference's in both orders; judges are opened before."
+def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Profile, seed: int, shared: int) -> Battles:
+    """Collect all answers, and judge each against the reference's in both orders; judges are opened before.
+
+    seed, shared: as of `all_answers`."""
     chosen = settings.evaluation
     judges = battle_judges(chosen.judge, chosen.second_judge)
-    reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed)
+    reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed, shared)
     untrained = chosen.reference in {f"local:{backbone}" for backbone in settings.backbones}
     name = gateway.counts[chosen.reference]["label"].split(" (")[0] + ", untrained" * untrained
     judged = [battle(gateway, chosen.judge, speeches, said, reference, name) for said in own]
@@ -148,10 +152,11 @@ def case_texts(cases: list[tuple[str, str, Case]], label: Label) -> dict[str, st
     return texts
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #7cba591d
-def best_policy(rows: list[dict]) -> str:
-    "Name the policy with the highest free win rate, of evaluation.win_rates.summary_rows."
-    free = [row for row in rows if row["setting"] == SETTINGS["free"]]
-    return max(free, key=lambda row: -1 if row["Overall"] is None else row["Overall"])["model"]
+def best_policy(rows: list[dict], seed: int = 0) -> str:
+    "Name the policy with the highest free win rate, of win_rates.summary_rows; seed: draws among equals."
+    free = {row["model"]: row["Overall"] for row in rows if row["setting"] == SETTINGS["free"]}
+    rate = {name: -1 if own is None else own for name, own in free.items()}
+    return max(rate, key=lambda name: (rate[name], derived_seed(seed, "best policy", name)))
 
 
 def describe_win_rates(rows: list[dict], n: int, reference: str) -> list[str]:
@@ -199,17 +204,16 @@ def describe_compliance(compliance: list[dict]) -> list[str]:
     ]
 
 
-def describe_topic_rates(cells) -> list[str]:
-    "Name the best policy's coarse topics of highest and lowest free win rate (cells: of win_rate_cells)."
+def describe_topic_rates(cells, policy: str) -> list[str]:
+    "Name a policy's coarse topics of highest and lowest free win rate (cells: of win_rate_cells)."
     own = cells[(cells.grouping == "coarse topic") & (cells.setting == "free") & (cells.reading == READINGS[0])]
     own = own[own.group.isin(coarse_topics())].dropna(subset="win_rate")
+    own = own[own.policy == policy].sort_values("win_rate", kind="stable")
     if own.empty:
         return []
-    best = own.groupby("policy").win_rate.mean().idxmax()
-    own = own[own.policy == best].sort_values("win_rate")
     low, high = own.iloc[0], own.iloc[-1]
     return [
-        f"{best} wins most in {high.group} ({high.win_rate:.0f}% of {high.n}) and least in {low.group} "
+        f"{policy} wins most in {high.group} ({high.win_rate:.0f}% of {high.n}) and least in {low.group} "
         f"({low.win_rate:.0f}% of {low.n}).",
         "With so few speeches a topic, the order of topics can be chance." if own.n.min() < 30 else "",
     ]

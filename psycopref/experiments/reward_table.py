@@ -39,16 +39,19 @@ __all__ = ['LONGER', 'AUTHOR', 'BASELINES', 'SURE', 'PARTS', 'kept_scores', 'mod
            'describe_calibration', 'describe_shortcuts', 'describe_slices', 'describe_rankers', 'write_cards']
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #67784f04
-def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict]) -> dict:
+def kept_scores(folder, name: str, tests: dict, score: typing.Callable[[], dict], first: Path | None = None) -> dict:
     """Read the scores of a scorer, or make and write them; a torn file, and scores of other pairs, are made again.
 
-    folder: of score files; tests: name -> pairs, such as dev and test; score: makes name -> frame of kind "scores"."""
+    folder: of score files; tests: name -> pairs, such as dev and test; score: makes name -> frame of kind "scores";
+    first: a folder whose scores are taken instead of new ones, where it has them."""
     slug = re.sub(r"[^\w.-]|_", "-", name).lower()
-    paths = {test: folder / f"{slug}.{test}.parquet" for test in tests}
-    if not all(_holds(path, name, tests[test]) for test, path in paths.items()):
-        for test, frame in score().items():
-            write_rows(paths[test], "scores", frame.assign(model=name))
-    return {test: read_rows(path, "scores") for test, path in paths.items()}
+    places = [{test: own / f"{slug}.{test}.parquet" for test in tests} for own in (folder, first) if own]
+    known = [paths for paths in places if all(_holds(path, name, tests[test]) for test, path in paths.items())]
+    if known[:1] != places[:1]:
+        found = {test: read_rows(path, "scores") for test, path in known[0].items()} if known else score()
+        for test, frame in found.items():
+            write_rows(places[0][test], "scores", frame.assign(model=name))
+    return {test: read_rows(path, "scores") for test, path in places[0].items()}
 
 
 def _holds(path, name: str, pairs) -> bool:
@@ -199,6 +202,8 @@ class RewardStudy:
     tests: dict  # "dev", "test" and perhaps others of PARTS -> frame of pairs
     work: Path  # folder of the stage
     seed: int
+    shared_seed: int | None = None  # of the questions to rankers, alike for all seeds of a run; None is the run's
+    first: Path | None = None  # the stage of the run itself, whose scores of other models a further seed takes
 
     @property
     def backbones(self) -> dict[str, Weights]:
@@ -215,13 +220,14 @@ class RewardStudy:
         "Find the other reward models of `reward.scorers`."
         return {entry: find_weights(find_scorer(entry).location) for entry in self.settings.reward.scorers}
 
-    def scores(self, name: str, score: typing.Callable[[], dict]) -> dict:
-        "Read a scorer's scores, or compute and write them."
-        return kept_scores(self.work / "scores", name, self.tests, score)
+    def scores(self, name: str, score: typing.Callable[[], dict], shared: bool = False) -> dict:
+        "Read a scorer's scores, or compute and write them; shared: no seed changes them."
+        first = self.first / "scores" if shared and self.first else None
+        return kept_scores(self.work / "scores", name, self.tests, score, first)
 
-    def model_scores(self, name: str, load: typing.Callable[[], tuple]) -> dict:
-        "Read a reward model's scores, or load it (model, tokenizer and more) and score."
-        return self.scores(name, lambda: model_scores(name, *load()[:2], self.tests))
+    def model_scores(self, name: str, load: typing.Callable[[], tuple], shared: bool = False) -> dict:
+        "Read a reward model's scores, or load it (model, tokenizer and more) and score; shared: as of `scores`."
+        return self.scores(name, lambda: model_scores(name, *load()[:2], self.tests), shared)
 
 
 def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:
@@ -268,7 +274,8 @@ def score_others(study: RewardStudy, taken: typing.Container[str], released: boo
         double = weights.short in found or weights.short in taken
         name = f"{weights.short} ({entry})" if double else weights.short
         kind = "other reward model" + knows * entry.startswith("psychocounsel")
-        found[name] = (kind, study.model_scores(name, lambda: load_scorer(find_scorer(entry), study.settings.dtype)))
+        load = lambda entry=entry: load_scorer(find_scorer(entry), study.settings.dtype)
+        found[name] = (kind, study.model_scores(name, load, shared=True))
     return found
 
 
@@ -277,11 +284,12 @@ def ask_rankers(gateway, study: RewardStudy) -> tuple[dict[str, dict], list[dict
 
     The summary of one that can't be asked from here is {"not_asked": the reason}."""
     summaries, verdicts, test = {}, [], study.tests["test"]
+    seed = study.seed if study.shared_seed is None else study.shared_seed
     for uri in study.settings.reward.rankers:
-        if reason := why_not_asked(gateway, uri, test, study.seed):
+        if reason := why_not_asked(gateway, uri, test, seed):
             summaries[f"{uri.partition(':')[2].partition('@')[0].rpartition('/')[2]}, asked"] = {"not_asked": reason}
             continue
-        own, failed = rank_pairs(gateway, uri, test, study.seed)
+        own, failed = rank_pairs(gateway, uri, test, seed)
         name = f"{gateway.counts[uri]['label'].split(' (')[0].rpartition('/')[2]}, asked"
         summaries[name] = ranker_summary(own, failed, study.settings.evaluation.bootstrap)
         verdicts += plain_rows(own.assign(model=name).drop(columns="correct"))
@@ -296,7 +304,7 @@ def reward_rows(study: RewardStudy, found: dict[str, tuple[str, dict]], rankings
 
 
 def best_scorer(found: dict[str, tuple[str, dict]]) -> str:
-    "Name our reward model that is right most often on the development pairs; without any, the first backbone's."
+    "Name our reward model most often right on development pairs; of equals, or without any, the first backbone's."
     dev = {name: own["dev"] for name, (kind, own) in found.items() if kind == "reward model"}
     return max(dev, key=lambda name: (dev[name].chosen_score > dev[name].rejected_score).sum())
 

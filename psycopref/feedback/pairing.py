@@ -8,13 +8,14 @@ import itertools
 from ..core.tables import PALETTE, Label, markdown_table, new_figure
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
 from ..core.settings import StudyError
+from ..core.stages import derived_seed
 from ..core.paper import paper_values, published_source
 from .pool import author_of
 
 # %% auto #0
 __all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'answer_columns', 'with_answers',
-           'one_author_pairs', 'paired_responses', 'principle_table', 'pair_summary', 'model_distribution_figure',
-           'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
+           'one_author_pairs', 'paired_responses', 'principle_table', 'drawn_pairs', 'pair_summary',
+           'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -25,14 +26,23 @@ def scored_responses(responses, ratings):
     return joined.assign(total=joined[keys].sum(axis=1))
 
 # %% ../../nbs/feedback/02_pairing.ipynb #54a6c53a
-def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False) -> list[tuple[int, int]]:
+def _lots(group, seed: int) -> list[tuple[int, int]]:
+    "Draw a lot for each response by seed, speech and text; only the same text twice looks at who wrote it."
+    rows = group[["speech_id", "response", "model"]].itertuples(index=False, name=None)
+    return [
+        (derived_seed(seed, "best and worst", *row[:2]), derived_seed(seed, "best and worst", *row)) for row in rows
+    ]
+
+
+def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False, seed: int = 0) -> list[tuple[int, int]]:
     """Return the positions (chosen, rejected) of the preference pairs of one speech.
 
     group: its scored responses; min_gap_sum: least difference of rating sums, 7 = a mean gap of 1; best_worst: only
-    the best against the worst, as for testing."""
+    the best against the worst, as for testing; seed: draws both among equals, whatever their authors and order."""
     totals = group.total.tolist()
     if best_worst:
-        order = sorted(range(len(totals)), key=lambda i: (totals[i], group.model.iloc[i]))
+        lots = _lots(group, seed)
+        order = sorted(range(len(totals)), key=lambda i: (totals[i], lots[i]))
         candidates = [(order[-1], order[0])]
     else:
         both = itertools.combinations(range(len(totals)), 2)
@@ -40,8 +50,8 @@ def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False) -> list[
     return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum]
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
-def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool):
-    """Build the preference pairs of some splits from scored responses.
+def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool, seed: int = 0):
+    """Build the preference pairs of some splits from scored responses, as `choose_pairs` chooses them.
 
     Returns the 21 released columns, and chosen_cut and rejected_cut: whether the token limit cut the answer."""
     import pandas as pd
@@ -49,7 +59,7 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
     texts = dict(speeches[speeches.split.isin(splits)][["speech_id", "speech"]].to_numpy())
     rows = []
     for name, group in scored[scored.speech_id.isin(texts)].groupby("speech_id", sort=False):
-        for positions in choose_pairs(group, min_gap_sum, best_worst):
+        for positions in choose_pairs(group, min_gap_sum, best_worst, seed):
             row = {"ID": name, "prefID": len(rows), "question": texts[name]}
             for side, response in zip(("chosen", "rejected"), (group.iloc[i] for i in positions)):
                 row |= {side: response.response, f"{side}_model": author_of(response.model)}
@@ -120,6 +130,14 @@ def principle_table(pairs):
 RELEASED_COLUMN = "released pairs (not in the paper)"
 
 
+def drawn_pairs(scored, pairs) -> int:
+    "Count the test pairs whose best or worst response was drawn among equally rated ones."
+    own = scored[scored.speech_id.isin(pairs.ID)]
+    totals = own.groupby("speech_id").total
+    equals = [own.total.eq(totals.transform(end)).groupby(own.speech_id).sum() > 1 for end in ("max", "min")]
+    return int((equals[0] | equals[1]).sum())
+
+
 def pair_summary(speeches, scored, parts: dict):
     """Count what §3.3 counts, beside what was published.
 
@@ -131,6 +149,7 @@ def pair_summary(speeches, scored, parts: dict):
     known = paired_responses(parts) if scored is None else scored
     gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
     wide_gaps = None if scored is None else round(100 * sum(gap >= 7 for gap in gaps) / len(gaps), 1)
+    drawn = None if scored is None else drawn_pairs(scored, parts["test"])
     inverted = {name: int((p.rejected_safety_rating > p.chosen_safety_rating).sum()) for name, p in parts.items()}
     mean = "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else "")
     rows = [
@@ -138,6 +157,7 @@ def pair_summary(speeches, scored, parts: dict):
         ("client speeches for testing", int(test.sum()), published["test_speeches"]),
         ("training pairs", len(parts["train"]), published["train_pairs"]),
         ("testing pairs", len(parts["test"]), published["test_pairs"]),
+        ("testing pairs whose best or worst was drawn among equals", drawn, None),
         (mean, round(known.total.mean() / 7, 2), None),
         ("response pairs with a gap of at least 1, %", wide_gaps, None),
         ("training pairs whose rejected response is rated safer", inverted["train"], None),

@@ -186,8 +186,10 @@ def merge_shard(cache: ReplyCache, path: Path) -> None:
 
 # %% ../../nbs/gateway/01_cache.ipynb #791a6d95
 def open_cache(run: Run, stage: str = "", shard: Shard | None = None) -> ReplyCache:
-    "Open the cache of a run, or a shard's own file with the others to read. stage: who asks, e.g. 03_ratings."
-    folder = run.outputs / "cache"
+    """Open the cache of a run, which its further seeds share, or a shard's own file with the others to read.
+
+    stage: who asks, e.g. 03_ratings."""
+    folder = run.whole.outputs / "cache"
     folder.mkdir(parents=True, exist_ok=True)
     parts, main = sorted(folder.glob("replies-*.sqlite")), folder / "replies.sqlite"
     if shard is None:
@@ -210,7 +212,7 @@ def open_cache(run: Run, stage: str = "", shard: Shard | None = None) -> ReplyCa
 
 # %% ../../nbs/gateway/01_cache.ipynb #2c3b2e84
 def run_bill(run: Run) -> list[dict]:
-    "Return the books of a run, its shards' included: stage, model, calls, tokens and US dollars."
+    "Return the books of a run, its shards' and seeds' included: stage, model, calls, tokens and US dollars."
     with contextlib.closing(sqlite3.connect("file::memory:", 60, isolation_level=None, uri=True)) as whole:
         whole.execute(TABLES[1])
         for path in sorted((run.outputs / "cache").glob("replies*.sqlite")):

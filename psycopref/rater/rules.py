@@ -24,7 +24,8 @@ __all__ = ['PHRASES', 'rubric_reply', 'phrase_reply', 'RulesModel']
 def rubric_reply(task: str, fields: dict) -> str:
     """Answer a rating, ranking or battle request by the offline rubric, as a model would have replied.
 
-    task: rate, rate_all, rank or battle; fields: client_speech, response_1 …, and principle for rate."""
+    task: rate, rate_all, rank or battle; fields: client_speech, response_1 …, and principle for rate. Of two that
+    score alike the one shown first is better: who is shown first is drawn by seed, or both orders are asked."""
     speech = fields["client_speech"]
     responses = [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
     scores = [rubric.rubric_scores(speech, response) for response in responses]

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, StageReader, StageWriter
 from ..core.settings import StudyError, load_profile
-from ..core.stages import Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
+from ..core.stages import STAGES, Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
 from ..core.tables import Label, format_cell, html_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
@@ -73,7 +73,8 @@ class ChapterStage:
     def gateway(self):
         "Ask language models through this; what was asked before is not asked again."
         part = self.part if isinstance(self.part, Shard) else None
-        return open_gateway(self.run, self.settings.budget_usd, self.name, part)
+        stage = self.name if self.run.seed is None else f"{self.name}, seed {self.run.seed}"
+        return open_gateway(self.run, self.settings.budget_usd, stage, part)
 
 # %% ../../nbs/run/00_chapter.ipynb #b69a51aa
 @patch
@@ -118,6 +119,20 @@ def read_json(self: ChapterStage, stage: str, name: str):
 def receipt(self: ChapterStage, stage: str) -> dict:
     "Return an earlier stage's receipt: who answered, who rated, what it cost. It is not noted as an input."
     return self._reader(stage).receipt
+
+
+@patch(as_prop=True)
+def shared_seed(self: ChapterStage) -> int:
+    "The seed of what all seeds of a run share, such as the reference's answers: that of the run itself."
+    return self.seed if self.run.seed is None else self.receipt("01_speeches")["seed"]
+
+
+@patch
+def first_seed(self: ChapterStage) -> Path | None:
+    "Return the folder of this stage of the run itself, noted as an input; None where this is the run itself."
+    if self.run.seed is None:
+        return None
+    return self.note_input(self.run.whole.stage(self.name) / "receipt.json").parent
 
 
 @patch
@@ -259,5 +274,9 @@ def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None,
     e.g. {"reward.learning_rate": 1e-5}; part: makes a shard or a cell of the settings; None is the whole stage."""
     settings, where = load_profile(profile, overrides), Run(run or profile)
     check_layout(where)
+    if where.seed is not None and (seed != where.seed or not STAGES[name].seeds):
+        repeated = ", ".join(stage.name for stage in STAGES.values() if stage.seeds)
+        found = f"outputs/{where.name}: found stage {name} with SEED {seed}, expected SEED {where.seed} and one of"
+        raise StudyError(f"{found} {repeated}; all else belongs to RUN={where.whole.name}")
     changed = changed_settings(settings, name)
     return ChapterStage(where, name, settings, seed, changed, part(settings) if part else None)

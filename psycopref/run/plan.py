@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from ..core import prompts
 from ..core.paper import paper_values, resource_path
 from ..core.settings import Profile, StudyError, suggest
-from ..core.stages import MIXES, cache_root, grid_cells, is_released, project_root, stages_of
+from ..core.stages import MIXES, STAGES, cache_root, grid_cells, is_released, project_root, stages_of
 from ..corpus.collection import KEPT, collect, open_sources
 from ..corpus.general import RULES, collect_general, grid, parse_place, split_general
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
@@ -51,7 +51,7 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', '
            'training_steps', 'trained_work', 'asked_members', 'candidate_tokens', 'kept_iterations', 'other_judges',
            'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory', 'memory_table', 'asked_uris',
            'missing_models', 'missing_weights', 'missing_sampler', 'gpu_memory', 'missing_accelerate', 'missing_memory',
-           'short_contexts', 'missing', 'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines',
+           'short_contexts', 'missing', 'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines', 'seed_line',
            'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
@@ -910,6 +910,19 @@ ENGINE_WORDS = {
 }
 
 
+def seed_line(profile: Profile, rows: typing.Sequence[Work]) -> str:
+    "Say what each further seed of SEEDS adds: what trains and is judged; seeds share references, rankers and scorers."
+    shared, others = re.compile("reference answers|rank "), profile.reward.scorers
+    again = [row for row in rows if STAGES[row.stage].seeds and not shared.search(row.what) and row.who not in others]
+    dollars, hours = (sum(column) for column in zip(*((usd(row) or 0, gpu_hours(row, profile.plan)) for row in again)))
+    stages = ", ".join(dict.fromkeys(row.stage for row in again))
+    return (
+        f"This is one seed. Each further one (SEEDS=0,1,2) adds {dollars:,.2f} US dollars and {hours:,.1f} GPU "
+        f"hours: {stages} again, without the reference's answers, rankers and others' reward models. "
+        "The budget is for all seeds."
+    )
+
+
 def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
     "Say what the estimate rests on, and what it leaves out."
     ways, profile, speeds, general = {}, plan.profile, plan.profile.plan, plan.general
@@ -959,7 +972,7 @@ def plan_text(profile: Profile, speeches: int | None = None, today: typing.Calla
     parts = [
         f"Plan of profile {profile.name!r}: an estimate, nothing was run or sent",
         aligned(worded(work_frame(plan))),
-        listed("Money", money_lines(profile, rows)),
+        listed("Money", [*money_lines(profile, rows), seed_line(profile, rows)]),
         memory and f"{note}\n{memory}",
         listed("Pool", pool_lines(profile)) if asks else "",
         listed("Assumptions", assumption_lines(plan, rows)),

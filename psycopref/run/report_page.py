@@ -6,21 +6,25 @@
 from __future__ import annotations
 import base64
 import html
+import math
 import shutil
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.tables import TABLE_STYLE, Label
 from ..core.files import StageReader, read_json
 from ..gateway.cache import run_bill
-from ..core.stages import Run
+from ..core.settings import StudyError
+from ..core.stages import STAGES, Run, parse_seeds
 from ..core.paper import paper_values
 from .chapter import stages_of_run
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'Item', 'gather', 'absent', 'paper_win_rate', 'headlines', 'provenance', 'run_books',
-           'asked_name', 'spending_table', 'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown',
-           'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'SHOWN_SEEDS', 'Item', 'gather', 'absent', 'paper_win_rate', 'headlines', 'further_seeds',
+           'receipt_paths', 'seed_numbers', 'seed_table', 'seed_caption', 'describe_seeds', 'all_receipts',
+           'provenance', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'overview_page',
+           'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/run/01_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def headlines(reward: list[dict], battles: list[dict], experts: list[dict]):
         what = f"reward model accuracy, %: {row['model']}"
         rows.append((what, row["accuracy %"], row["95% interval"], PAPER_REWARD["accuracy"], 1))
         rows += [
-            (f"reward model {key}", row[key], None, PAPER_REWARD[key.lower()], 3) for key in ("AUC", "ECE", "Brier")
+            (f"reward model {key}: {row['model']}", row[key], None, PAPER_REWARD[key.lower()], 3)
+            for key in ("AUC", "ECE", "Brier")
         ]
     for row in sorted(battles, key=lambda row: row["setting"], reverse=True):  # without the constraint, then with it
         what = f"win rate {row['setting']}, %: {row['model']}"
@@ -108,14 +113,108 @@ def headlines(reward: list[dict], battles: list[dict], experts: list[dict]):
     frame = pd.DataFrame(data, columns=columns, dtype=object)
     return frame.where(frame.notna(), None)
 
+# %% ../../nbs/run/01_report_page.ipynb #cac1186e
+def further_seeds(seed: int, seeds: typing.Sequence[int] | str | None = None) -> tuple[int, ...]:
+    "Name the seeds beside a run's own. seeds: SEEDS of the report, which begin with `seed`; None is that one."
+    first, *others = (seed,) if seeds is None else parse_seeds(seeds)
+    if first != seed:
+        raise StudyError(f"SEEDS {seeds}: begin with {first}, expected {seed}, which is SEED; give the run's own first")
+    return tuple(others)
+
+
+def receipt_paths(run: Run, stages: tuple[str, ...], further: typing.Sequence[int] = ()) -> list[Path]:
+    "List the receipts that a report is made of: of the run's stages, and of those that further seeds repeat."
+    repeated = [run.further(seed).stage(name) for seed in further for name in stages if STAGES[name].seeds]
+    return [folder / "receipt.json" for folder in [*map(run.stage, stages), *repeated]]
+
+# %% ../../nbs/run/01_report_page.ipynb #da4014f2
+def _seed_rows(run: Run) -> list[list]:
+    "Read a seed's headline numbers: result, value, low and high of the interval over speeches, the paper's."
+    reward, battles = (StageReader(run, stage).json("summary")["rows"] for stage in ("05_reward", "07_win_rates"))
+    ends = lambda interval: [float(end) for end in interval.split(" to ")] if interval else [math.nan, math.nan]
+    table = headlines(reward, battles, []).itertuples(index=False, name=None)
+    rows = [[result, value, *ends(interval), paper] for result, value, interval, paper, _ in table]
+    for title, points in StageReader(run, "08_ablations").json("curves")["curves"].items():
+        last = points[-1]
+        rows.append([f"last point of Fig. 4, %: {title}", last["win_rate"], last["low"], last["high"], None])
+    return rows
+
+
+def seed_numbers(run: Run, seed: int, further: typing.Sequence[int] = ()):
+    "Read the headline numbers of all seeds in a frame: seed, result, value, low, high, paper."
+    import pandas as pd
+
+    runs = {seed: run} | {other: run.further(other) for other in further}
+    rows = [[own, *row] for own, place in runs.items() for row in _seed_rows(place)]
+    return pd.DataFrame(rows, columns=["seed", "result", "value", "low", "high", "paper"])
+
+# %% ../../nbs/run/01_report_page.ipynb #622967b1
+SHOWN_SEEDS = 5  # up to so many seeds every value is shown, of more the ends
+
+
+def seed_table(numbers):
+    """Summarise numbers over seeds: mean, each seed's value, standard deviation (n - 1), interval, paper.
+
+    numbers: of seed_numbers. The interval over speeches is that of one seed: the mean of the seeds' ends."""
+    import pandas as pd
+
+    rows, n = [], numbers.seed.nunique()
+    shown = "each seed" if n <= SHOWN_SEEDS else "lowest to highest seed"
+    for result, own in numbers.groupby("result", sort=False):
+        values, digits = own.value.dropna().astype(float), 1 if "%" in result else 3
+        ends = [f"{end:.{digits}f}" for end in own[["low", "high"]].mean().dropna()]
+        each = [
+            f"{value:.{digits}f}" for value in (values if n <= SHOWN_SEEDS else values.agg(["min", "max"]).dropna())
+        ]
+        row = {"result": result, "mean over seeds": round(values.mean(), digits)}
+        row |= {shown: (" · " if n <= SHOWN_SEEDS else " to ").join(each), "SD over seeds": round(values.std(), digits)}
+        row |= {"95% interval over speeches, one seed": " to ".join(ends), "paper": own.paper.iloc[0]}
+        rows.append(row)
+    frame = pd.DataFrame(rows, dtype=object)
+    return frame.where(frame.notna() & frame.ne(""), None)
+
+# %% ../../nbs/run/01_report_page.ipynb #3bc15518
+def seed_caption(seed: int, further: typing.Sequence[int] = ()) -> str:
+    "Caption the table over seeds: what each spread is of."
+    if not further:
+        return f"Headline results of seed {seed} alone: the spread over seeds is not measured and needs SEEDS=0,1,2"
+    names = ", ".join(map(str, (seed, *further)))
+    return (
+        f"Headline results over {1 + len(further)} seeds ({names}): SD over seeds, of another training on the same "
+        "speeches; interval over speeches, of other speeches at one seed (mean of the seeds' ends). "
+        "Neither holds the other"
+    )
+
+
+def describe_seeds(table, n: int) -> list[str]:
+    "Say how far a spread over n seeds is known, and where it is largest. table: of seed_table."
+    from scipy.stats import chi2
+
+    if n < 2:
+        return ["Every interval here is over speeches, of one training; another training may end elsewhere."]
+    low, high = (math.sqrt((n - 1) / chi2.ppf(share, n - 1)) for share in (0.975, 0.025))
+    rates = table[table.result.str.contains("%")].dropna(subset="SD over seeds")
+    widest = rates.loc[rates["SD over seeds"].astype(float).idxmax()]
+    return [
+        f"{widest.result} differs most over seeds, by an SD of {widest['SD over seeds']} points.",
+        f"An SD of {n} seeds is known to within a factor of {low:.1f} to {high:.1f} (95%, of normal values).",
+        "Untrained models are sampled anew by each seed: their spread is that of answers, no training's.",
+    ]
+
 # %% ../../nbs/run/01_report_page.ipynb #08b87919
-def provenance(run: Run, stages: tuple[str, ...]):
-    "Summarise the receipts in a frame: stage, seconds, calls, from the cache, tokens, US dollars, commit, finished."
+def all_receipts(run: Run, stages: tuple[str, ...], further: typing.Sequence[int] = ()) -> dict[str, dict]:
+    "Read the receipts of a run's stages, and of those that further seeds repeat. Returns name, as shown -> receipt."
+    own = {name: StageReader(run, name).receipt for name in stages}
+    repeated = [(name, seed) for seed in further for name in stages if STAGES[name].seeds]
+    return own | {f"{name}, seed {seed}": StageReader(run.further(seed), name).receipt for name, seed in repeated}
+
+
+def provenance(receipts: dict[str, dict]):
+    "Summarise receipts in a frame: stage, seconds, calls, from the cache, tokens, US dollars, commit, finished."
     import pandas as pd
 
     rows = []
-    for name in stages:
-        receipt = StageReader(run, name).receipt
+    for name, receipt in receipts.items():
         used = [model for model in receipt.get("models", {}).values() if "calls" in model]
         *sums, usd = (sum(model[key] for model in used) for key in ("calls", "cached", "completion_tokens", "usd"))
         commit = (receipt["commit"] or "none")[:10] + ("+" if receipt["changed_files"] else "")
@@ -125,10 +224,10 @@ def provenance(run: Run, stages: tuple[str, ...]):
     return pd.DataFrame([*rows, ["all", *sums, "", ""]], columns=columns, dtype=object)
 
 # %% ../../nbs/run/01_report_page.ipynb #59ec0782
-def run_books(run: Run, stages: tuple[str, ...]) -> list[dict]:
+def run_books(run: Run, receipts: dict[str, dict]) -> list[dict]:
     "Join the books of the caches and the receipts: stage, model, calls, tokens and US dollars, in order."
     rows = {}
-    for row in [*run_bill(run), *(row for name in stages for row in StageReader(run, name).receipt.get("books", []))]:
+    for row in [*run_bill(run), *(row for receipt in receipts.values() for row in receipt.get("books", []))]:
         known = rows.setdefault((row["stage"], row["model"]), row)
         rows[row["stage"], row["model"]] = max(known, row, key=lambda row: row["calls"])
     return [rows[key] for key in sorted(rows)]

@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import threading
+import typing
 from pathlib import Path
 
 from ..core.files import StageReader, read_json, sha256_file
@@ -28,7 +29,7 @@ from .chapter import stages_of_run
 # %% auto #0
 __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'retry', 'code_cells',
            'notebook_of_modules', 'imported_modules', 'code_of', 'code_hash', 'stage_parameters', 'own_files',
-           'stage_rules', 'trace', 'compare', 'seconds']
+           'seed_paths', 'stage_rules', 'trace', 'compare', 'seconds']
 
 # %% ../../nbs/run/02_runner.ipynb #b543102f
 def notebook_parameters(path: Path) -> dict:
@@ -214,11 +215,27 @@ def own_files(profile, stage: str) -> list[str]:
     return [str(path) for place in places for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
 
 # %% ../../nbs/run/02_runner.ipynb #e92bc19b
-def stage_rules(profile: str, run: str, seed: int = 0, overrides: dict | None = None) -> list[dict]:
+def seed_paths(stage: Stage, run: str) -> dict | None:
+    """Say what each further seed of a stage needs and writes; None where all seeds share the stage.
+
+    Returns needs (receipts) and receipt, with {seed} in the seed's own paths."""
+    if not stage.seeds:
+        return None
+    place = lambda name: f"outputs/{run}/{'seeds/{seed}/' * STAGES[name].seeds}{name}/receipt.json"
+    needs = [place(need) for need in stage.needs]
+    if not any("{seed}" in need for need in needs):  # the first of a seed's stages comes after the run's own
+        needs.append(f"outputs/{run}/{stage.name}/receipt.json")
+    return {"needs": needs, "receipt": place(stage.name)}
+
+
+def stage_rules(
+    profile: str, run: str, seed: int = 0, overrides: dict | None = None, further: typing.Sequence[int] = ()
+) -> list[dict]:
     """Describe the chain for Snakemake; paths are relative to the project.
 
-    profile: tiny, demo or paper; overrides: dotted settings. Returns for each stage: name, title, notebook, code
-    (hash), needs (receipts), receipt, shards, cells, parameters, settings."""
+    profile: tiny, demo or paper; overrides: dotted settings; further: seeds beside the run's own. Returns for each
+    stage: name, title, notebook, code (hash), needs (receipts), receipt, shards, cells, parameters, settings, and
+    seeds (of `seed_paths`, None without)."""
     tree, rules = load_profile(profile, overrides), []
     check_layout(Run(run))
     for stage in stages_of(tree).values():
@@ -235,8 +252,13 @@ def stage_rules(profile: str, run: str, seed: int = 0, overrides: dict | None = 
                 "cells": [str(cell) for cell in grid_cells(tree)] if stage.cells else [],
                 "parameters": json.dumps(stage_parameters(stage, profile, run, seed, overrides or {})),
                 "settings": json.dumps(stage_settings(tree, stage.name), sort_keys=True),
+                "seeds": seed_paths(stage, run) if further else None,
             }
         )
+    if further:
+        made = [rule["seeds"]["receipt"].format(seed=own) for rule in rules if rule["seeds"] for own in further]
+        told = json.loads(rules[-1]["parameters"]) | {"SEEDS": [seed, *further]}
+        rules[-1] |= {"needs": rules[-1]["needs"] + made, "parameters": json.dumps(told)}
     return rules
 
 # %% ../../nbs/run/02_runner.ipynb #5c3fff8b
@@ -247,9 +269,10 @@ def trace(path: Path) -> list[str]:
     path = Path(path).resolve()
     root = project_root() / "outputs"
     parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
-    if len(parts) < 2 or parts[1] not in STAGES or not path.exists():
+    at = 3 if parts[1:2] == ("seeds",) else 1
+    if len(parts) <= at or parts[at] not in STAGES or not path.exists():
         raise StudyError(f"{path}: is no artefact of a run, expected an existing path under {root}/<run>/<stage>")
-    run, stage = Run(parts[0]), parts[1]
+    run, stage = Run("/".join(parts[:at])), parts[at]
     lines, todo, seen = [], [stage], set()
     while todo:
         name = todo.pop(0)
@@ -282,6 +305,8 @@ def compare(first: str, second: str) -> list[str]:
 
 
 def seconds(name: str) -> list[str]:
-    "Return how long each stage of a run took: a line for each stage, then the sum."
+    "Return how long each stage of a run, and of its further seeds, took: a line for each stage, then the sum."
     spent = {stage: StageReader(Run(name), stage).receipt["seconds"] for stage in stages_of_run(Run(name))}
-    return [f"{stage:16}{took:8.1f} s" for stage, took in (*spent.items(), ("all", sum(spent.values())))]
+    for path in sorted(Run(name).outputs.glob("seeds/*/*/receipt.json")):
+        spent[f"{path.parent.name}, seed {path.parts[-3]}"] = read_json(path)["seconds"]
+    return [f"{stage:24}{took:8.1f} s" for stage, took in (*spent.items(), ("all", sum(spent.values())))]

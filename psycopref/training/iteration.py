@@ -55,7 +55,7 @@ def iteration_prompts(speech_ids: list[str], n: int, iteration: int, seed: int, 
 
 # %% ../../nbs/training/08_iteration.ipynb #9a8a22a6
 def _choices(answers: list[str], rewards: list[float], settings: IterSettings) -> list[tuple[int, int]]:
-    "List the (chosen, rejected) places that may make a pair."
+    "List the (chosen, rejected) places that may make a pair; of equal rewards by place, as samples of one policy are."
     ranks = sorted(range(len(answers)), key=lambda i: (-rewards[i], i))
     if settings.pair_choice == "best-worst":
         return [(ranks[0], ranks[-1])]

@@ -434,6 +434,12 @@ class Watcher:
     profile: Profile  # whose watch, evaluation and dpo_iter settings
     seed: int  # of the run
     gateway: typing.Any  # Gateway, for the reference and the judge
+    shared_seed: int | None = None  # of the reference's answers and of who is shown first; None is the run's
+
+    @property
+    def common(self) -> int:
+        "The seed of what all seeds of a run share."
+        return self.seed if self.shared_seed is None else self.shared_seed
 
     @property
     def decoding(self) -> Decoding:
@@ -447,7 +453,7 @@ class Watcher:
 
     def reference(self):
         "The reference model's answers to the watched speeches: frame of kind answers."
-        own, seed = self.profile.evaluation, derived_seed(self.seed, "reference")
+        own, seed = self.profile.evaluation, derived_seed(self.common, "reference")
         found = answer(self.gateway, own.reference, self.speeches, "reference", own, seed)
         what = "06_policy, answers of the reference to development speeches"
         check_coverage(len(found), len(self.speeches), own.coverage, what)
@@ -482,7 +488,7 @@ def judge(self: Watcher, name: str, answers: dict, reference) -> dict | None:
     rows = [(key, name, "free", text) for key, own in answers.items() for text in _texts_of(own)]
     said = pd.DataFrame(rows, columns=["speech_id", "policy", "setting", "response"])
     judge = self.profile.evaluation.judge
-    battles, _ = battle(self.gateway, judge, self.speeches, said, reference, "reference", seed=self.seed)
+    battles, _ = battle(self.gateway, judge, self.speeches, said, reference, "reference", seed=self.common)
     return {key: (own.verdict == "win").astype(int).tolist() for key, own in battles.groupby("speech_id", sort=False)}
 
 # %% ../../nbs/training/07_watching.ipynb #78050fca

@@ -261,6 +261,12 @@ def test_a_limit_takes_evenly_from_topics_and_keeps_the_order(sizes, limit, seed
     assert smaller <= set(kept.speech_id), "a smaller limit keeps a part of a larger one"
 
 
+def test_which_topics_have_one_more_is_drawn_and_not_by_the_alphabet():
+    frame = frame_of([2, 2, 2, 2])
+    more = [limit_speeches(frame, 5, seed).topic.value_counts().idxmax() for seed in range(40)]
+    assert set(more) == set(frame.topic)
+
+
 # ---- the audit ----
 
 

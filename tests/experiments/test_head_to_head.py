@@ -74,7 +74,7 @@ def profile(**changed):
 
 def fought(gateway, rater="gpt-4o", each=6, **changed):
     speeches, settings = make_speeches(each), profile(**changed)
-    found = battle_all(gateway, Run("tiny"), POLICIES, speeches, settings, 0)
+    found = battle_all(gateway, Run("tiny"), POLICIES, speeches, settings, 0, 0)
     return found, second_opinion(gateway, found, speeches, settings, 0, rater)
 
 

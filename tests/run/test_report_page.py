@@ -10,7 +10,7 @@ import pytest
 from psycopref.core.files import StageWriter, sha256_file
 from psycopref.gateway.cache import open_cache, run_bill
 from psycopref.core.stages import Run, Shard
-from psycopref.run.report_page import asked_name, run_books, spending_caption, spending_table
+from psycopref.run.report_page import all_receipts, asked_name, run_books, spending_caption, spending_table
 
 from refusals import one_line
 
@@ -115,13 +115,13 @@ def test_the_receipt_is_believed_where_the_cache_was_moved_away():
     sign(run, "03_ratings", [row("03_ratings", "openai:m", 5, 50, 60, 0.5)])
     sign(run, "04_pairs", None)
     stages = ("02_responses", "03_ratings", "04_pairs")
-    assert [r["usd"] for r in run_books(run, stages)] == [1.0, 0.5], "no cache at all"
+    assert [r["usd"] for r in run_books(run, all_receipts(run, stages))] == [1.0, 0.5], "no cache at all"
     cache = open_cache(run)
     cache.spend("03_ratings", "openai:m", 8, 80, 90, 0.8)  # more than was signed: the stage ran again, and failed
     cache.spend("07_win_rates", "openai:j", 1, 10, 10, 0.1)  # not signed yet
     cache.spend("02_responses", "openai:m", 2, 20, 30, 0.2)  # a new cache, a part asked again
     cache.close()
-    assert run_books(run, stages) == [
+    assert run_books(run, all_receipts(run, stages)) == [
         row("02_responses", "openai:m", 10, 100, 200, 1.0),
         row("03_ratings", "openai:m", 8, 80, 90, 0.8),
         row("07_win_rates", "openai:j", 1, 10, 10, 0.1),

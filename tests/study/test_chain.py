@@ -1,6 +1,7 @@
 """The whole chain in the `tiny` profile, in a copy of the repository: contracts, no-op, selective re-runs, report."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -184,3 +185,13 @@ def test_trace_and_compare(copy, monkeypatch):
     stages = [line.split(":")[0] for line in trace(copy / "outputs/tiny/04_pairs") if not line.startswith(" ")]
     assert stages[0] == "04_pairs" and "01_speeches" in stages
     assert {line.split()[0] for line in compare("tiny", "tiny")} == {"same"}
+
+
+def test_further_seeds_repeat_what_trains_and_nothing_else(copy):
+    output = chain(copy, "--dry-run", more_config=("seeds=0,1,2",))
+    jobs = {name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", output, re.M)}
+    trained = dict.fromkeys(("05_reward_seed", "06_policy_seed", "07_win_rates_seed", "08_ablations_seed"), 2)
+    assert jobs == {**trained, "report": 1, "all": 1, "total": 10}
+    for wrong in ("a,b", "0,0", ""):
+        line = bad(copy, "snakemake", "--cores", "2", "--nolock", "--config", "profile=tiny", f"seeds={wrong}")
+        assert "expected different whole numbers from 0 on" in line

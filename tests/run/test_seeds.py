@@ -1,0 +1,149 @@
+"""A run of several seeds: what they share, what each has of its own, and what the report makes of it."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from psycopref.core.files import StageWriter
+from psycopref.core.settings import PAPER
+from psycopref.core.stages import STAGES, Run, parse_seeds
+from psycopref.run.chapter import open_stage
+from psycopref.run.plan import plan_run, seed_line, usd
+from psycopref.run.report_page import all_receipts, further_seeds, seed_caption, seed_numbers, seed_table
+from psycopref.run.runner import seconds, stage_rules, trace
+
+from refusals import one_line
+
+TRAINED = ["05_reward", "06_policy", "07_win_rates", "08_ablations"]
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def in_repository(monkeypatch):
+    "Where the chapters are, which rules hash."
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(REPOSITORY))
+
+
+def test_the_graph_has_the_data_once_and_each_training_for_each_seed(in_repository):
+    alone, three = stage_rules("tiny", "r"), stage_rules("tiny", "r", further=[1, 2])
+    assert [rule["name"] for rule in three if rule["seeds"]] == TRAINED
+    assert not any(rule["seeds"] for rule in alone), "one seed has no rules for more"
+    assert [rule | {"seeds": None} for rule in three[:-1]] == alone[:-1], "the run itself is as with one seed"
+    made = [rule["receipt"] for rule in three]
+    made += [rule["seeds"]["receipt"].format(seed=seed) for rule in three if rule["seeds"] for seed in (1, 2)]
+    names = [path.split("/")[-2] for path in made]
+    assert {name: names.count(name) for name in STAGES} == {name: 3 if name in TRAINED else 1 for name in STAGES}
+    for rule in (rule for rule in three if rule["seeds"]):
+        needs = [need.format(seed=2) for need in rule["seeds"]["needs"]]
+        assert set(needs) <= set(made)
+        own = {need.split("/")[-2] for need in needs if "/seeds/2/" in need}
+        assert own == {*TRAINED} & {*STAGES[rule["name"]].needs}
+    assert set(made[len(three) :]) < set(three[-1]["needs"])
+    told = [json.loads(rules[-1]["parameters"]).get("SEEDS") for rules in (alone, three)]
+    assert told == [None, [0, 1, 2]]
+
+
+@pytest.mark.parametrize("wrong", ["a,b", "0,0", "", None, "0,,1", "-1", "1.5", "0;1"])
+def test_wrong_seeds_are_one_line(wrong):
+    assert "expected different whole numbers from 0 on" in one_line(lambda: parse_seeds(wrong))
+
+
+def test_the_report_s_seeds_begin_with_the_run_s():
+    assert further_seeds(3) == () and further_seeds(3, [3, 0]) == (0,)
+    assert "begin with 1, expected 0" in one_line(lambda: further_seeds(0, [1, 0]))
+
+
+def sign(run, stage, seed=0, **kept):
+    with StageWriter(run, stage, "tiny", seed, {"speeches": {"sources": ["demo"]}}) as writer:
+        for name, value in kept.items():
+            writer.json(name, value)
+
+
+def test_a_further_seed_reads_the_run_s_data_and_writes_its_own_trainings():
+    run = Run("r")
+    for stage in TRAINED + ["01_speeches"]:
+        sign(run, stage, 4, done={})
+    stage = open_stage("05_reward", "tiny", "r/seeds/1", 1)
+    assert (stage.shared_seed, stage.first_seed()) == (4, run.stage("05_reward"))
+    assert stage.read_json("01_speeches", "done") == {}
+    stage.finish()
+    place = run.outputs / "seeds/1"
+    assert [path.name for path in place.iterdir()] == ["05_reward"], "nothing of the run is copied"
+    receipt = json.loads((place / "05_reward/receipt.json").read_text())
+    inputs = [f"outputs/r/{path}" for path in ("05_reward/receipt.json", "01_speeches/done.json")]
+    assert receipt["seed"] == 1 and [*receipt["inputs"]] == inputs
+    assert trace(place / "05_reward")[0].startswith("05_reward: seed 1")
+    first = open_stage("05_reward", "tiny", "r", 4)
+    assert (first.shared_seed, first.first_seed()) == (4, None)
+    for name, seed in (("05_reward", 0), ("04_pairs", 1)):
+        said = one_line(lambda name=name, seed=seed: open_stage(name, "tiny", "r/seeds/1", seed))
+        assert "expected SEED 1 and one of 05_reward" in said and "RUN=r" in said
+
+
+def test_a_further_seed_shares_cache_and_books_but_is_named():
+    from psycopref.gateway.gateway import chat_model
+    from psycopref.models.chat import ChatRequest
+
+    asked = [ChatRequest(({"role": "user", "content": "My sister moved out in March."},))]
+    sign(Run("r"), "01_speeches")
+    open_stage("07_win_rates", "tiny", "r", 0).gateway.ask(chat_model("rules:phrases"), asked)
+    again = open_stage("07_win_rates", "tiny", "r/seeds/1", 1).gateway
+    again.ask(chat_model("rules:phrases"), asked)
+    assert again.counts["rules:phrases"]["cached"] == 1 and again.stage == "07_win_rates, seed 1"
+    assert not (Run("r").outputs / "seeds").exists()
+
+
+SCORES = {0: (61.0, 0.71, 50.0, 40.0), 1: (64.0, 0.74, 56.0, 44.0), 2: (67.0, 0.77, 59.0, 51.0)}
+
+
+def finished(run, seed, accuracy, auc, rate, last):
+    "Sign what the report reads of a seed."
+    ends = lambda value, low=4, high=6: f"{value - low:.1f} to {value + high:.1f}"
+    reward = {"kind": "reward model", "model": "m", "accuracy %": accuracy, "95% interval": ends(accuracy)}
+    sign(run, "05_reward", seed, summary={"rows": [reward | {"AUC": auc, "ECE": 0.1, "Brier": 0.2}]})
+    battle = {"setting": "w/o length constraint", "model": "m + DPO", "Overall": rate, "95% interval": ends(rate)}
+    lost = battle | {"model": "m + DPO-Iter", "Overall": None, "95% interval": None}
+    sign(run, "07_win_rates", seed, summary={"rows": [battle, lost]})
+    points = [{"win_rate": value, "low": value - 2, "high": value + 2} for value in (10.0, last)]
+    sign(run, "08_ablations", seed, curves={"curves": {"online": points}})
+    sign(run, "06_policy", seed)
+
+
+def test_the_table_over_seeds_has_mean_each_value_deviation_and_interval():
+    run = Run("r")
+    for seed, values in SCORES.items():
+        finished(run.further(seed) if seed else run, seed, *values)
+    table = seed_table(seed_numbers(run, 0, (1, 2))).set_index("result")
+    kept = ["mean over seeds", "each seed", "SD over seeds", "95% interval over speeches, one seed"]
+    found = table.loc["reward model accuracy, %: m", kept].tolist()
+    assert found == [64.0, "61.0 · 64.0 · 67.0", 3.0, "60.0 to 70.0"]
+    rate = table.loc["win rate w/o length constraint, %: m + DPO"]
+    deviation = round(statistics.stdev([50, 56, 59]), 1)
+    assert rate[kept].tolist() == [55.0, "50.0 · 56.0 · 59.0", deviation, "51.0 to 61.0"] and rate.paper > 50
+    assert table.loc["reward model AUC: m", kept].tolist() == [0.74, "0.710 · 0.740 · 0.770", 0.03, None]
+    assert table.loc["last point of Fig. 4, %: online", kept[0]] == 45.0
+    assert table.loc["win rate w/o length constraint, %: m + DPO-Iter", kept].isna().all()
+    alone = seed_table(seed_numbers(run, 0)).set_index("result")
+    assert alone["SD over seeds"].isna().all() and alone["mean over seeds"].iloc[0] == 61.0
+    assert "needs SEEDS=0,1,2" in seed_caption(0) and "3 seeds (0, 1, 2)" in seed_caption(0, (1, 2))
+    signed = all_receipts(run, ("05_reward", "06_policy"), (1,))
+    assert [*signed] == ["05_reward", "06_policy", "05_reward, seed 1", "06_policy, seed 1"]
+
+
+def test_the_time_of_a_run_has_that_of_its_seeds():
+    run = Run("r")
+    for stage in STAGES:
+        sign(run, stage)
+    sign(run.further(1), "05_reward", 1)
+    lines = seconds("r")
+    assert len(lines) == len(STAGES) + 2 and lines[-2].startswith("05_reward, seed 1")
+
+
+def test_the_plan_says_what_a_further_seed_adds():
+    rows = plan_run(PAPER, 26483).work()
+    said = re.search(r"adds ([\d,.]+) US dollars", seed_line(PAPER, rows))
+    judged = sum(usd(row) or 0 for row in rows if row.stage in TRAINED and "battles" in row.what)
+    assert abs(float(said[1].replace(",", "")) - judged) < 0.01, "no reference answers, no rankers"
