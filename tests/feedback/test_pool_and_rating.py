@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,6 +114,16 @@ def test_who_is_left_out_is_not_drawn_and_has_a_reason():
         whole_pool("paper"), answered().head(0).assign(finish_reason=""), left_out("paper", chosen.leave_out)
     )
     assert table["answered by"].str.startswith("not asked: ").sum() == 5
+
+
+def test_baichuan_s_template_writes_what_its_own_code_writes():
+    template = next(member.serve.chat_template for member in POOLS["paper"] if member.name == "Baichuan2-13B-Chat")
+    said = ("user", "Hello"), ("assistant", "I am Baichuan."), ("user", "And I?")
+    messages = [{"role": role, "content": text} for role, text in said]
+    form = (
+        "<reserved_106>Hello<reserved_107>I am Baichuan.<reserved_106>And I?<reserved_107>"  # vLLM's pull request 3340
+    )
+    assert jinja2.Template(template).render(messages=messages, add_generation_prompt=True) == form
 
 
 def test_the_substitute_pool_asks_nobody_who_retires():

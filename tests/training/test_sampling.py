@@ -324,6 +324,22 @@ def test_vllm_refusals(tiny, vllm, monkeypatch):
 # ---- a server ----
 
 
+def test_a_server_of_ours_has_a_copy_on_each_gpu(tiny, monkeypatch):
+    monkeypatch.delenv("PSYCOPREF_SERVE", raising=False)
+    monkeypatch.delenv("PSYCOPREF_SERVER_URL", raising=False)
+    monkeypatch.delenv("PSYCOPREF_PROCESSES", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    for gpus, wanted, copies in ((0, "", 1), (1, "", 1), (8, "", 8), (8, "4", 4), (2, "4", 2)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        monkeypatch.setenv("PSYCOPREF_PROCESSES", wanted)
+        words = sampling.serve_command(tiny, "float32", 8123)
+        told = dict(zip(words, words[1:]))
+        assert sampling.sampling_gpus() == copies == int(told.get("--data-parallel-size", 1))
+        assert told["--dtype"] == "float32" and told["--max-model-len"] == "4096"
+    monkeypatch.setenv("PSYCOPREF_SERVE", "mine {model} --port {port}")
+    assert sampling.serve_command(tiny, "float32", 8123) == ["mine", tiny.location, "--port", "8123"]
+
+
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
     """Let PSYCOPREF_SERVE start the tests' server with a fault; what it was asked is in the log that is returned."""
