@@ -15,7 +15,9 @@ def scored(names=str):
     "Each speech with one response of each author, all texts different."
     rows = [(f"s-{i}", names(who), f"{who} to {i}", rating) for i in range(N) for who, rating in RATINGS.items()]
     frame = pd.DataFrame(rows, columns=["speech_id", "model", "response", "rating"])
-    return frame.assign(**{key: frame.rating for key in KEYS}, total=7 * frame.rating).drop(columns="rating")
+    return frame.assign(**{key: frame.rating for key in KEYS}, total=7 * frame.rating, finish_reason="stop").drop(
+        columns="rating"
+    )
 
 
 def paired(given, seed=0):
