@@ -141,7 +141,7 @@ def shutdown_line(uri: str, today: datetime.date) -> str:
     if not (day := shutdown_day(uri)):
         return ""
     name, instead, left = uri.partition(":")[2], prices()["substitute"], (day - today).days
-    stand_in = f"responses.pool={instead['pool']} and {instead['rater']} as rater, reference or judge, not the paper's"
+    stand_in = f"responses.pool={instead['pool']} and {instead['rater']} in all other roles, which is not the paper's"
     if left > 0:
         return f"{name} is shut down on {day}, in {left} day{'s' * (left > 1)}; ask it before, or take {stand_in}"
     advice = prices()["shutdowns"]["models"][name]["replacement"]
