@@ -335,7 +335,7 @@ def test_the_engine_is_looked_for_and_not_opened(monkeypatch):
     assert plan.missing_sampler(local) == [] and "pip install vllm" in plan.missing_sampler(vllm)[0]
     assert "'vllm'" in plan.missing_sampler(server)[0]
     for profile, word in ((vllm, "package vllm"), (server, "command 'vllm'")):
-        line = one_line(lambda: check_trainings(profile))
+        line = one_line(lambda: check_trainings(profile, {"train_on": "train+dev"}))
         assert line.startswith("dpo_iter.engine: ") and word in line and "pip install vllm" in line
     monkeypatch.setenv("PSYCOPREF_SERVE", "'/opt/my serve' {model} --port {port}")
     assert "/opt/my serve" in plan.missing_sampler(server)[0]
