@@ -225,7 +225,7 @@ def describe_steps(results: dict[str, dict]) -> list[str]:
         total = {key: sum(one[key] for one in done) for key in ("taken", "unseen", "warmup_steps", "cut_share")}
         planned, most = sum(one.get("planned", one["steps"]) for one in done), max(one["passes"] for one in done)
         sentences.append(
-            f"{name}: {total['taken']:,} of {planned:,} planned steps, the first {total['warmup_steps']} warm-up; "
+            f"{name}: {total['taken']:,} of {planned:,} planned steps, {total['warmup_steps']} of them warm-up; "
             f"at most {most:.2f} passes over the same pairs, {total['unseen']} pairs in no step; "
             f"{total['cut_share'] / len(done):.0%} of the answers were cut at the longest length, and their end is not "
             "trained on."
