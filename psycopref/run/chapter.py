@@ -132,7 +132,9 @@ def first_seed(self: ChapterStage) -> Path | None:
     "Return the folder of this stage of the run itself, noted as an input; None where this is the run itself."
     if self.run.seed is None:
         return None
-    return self.note_input(self.run.whole.stage(self.name) / "receipt.json").parent
+    first = StageReader(self.run.whole, self.name)
+    _ = first.receipt  # refuses a stage that is not finished
+    return self.note_input(first.folder / "receipt.json").parent
 
 
 @patch

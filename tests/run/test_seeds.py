@@ -64,8 +64,10 @@ def sign(run, stage, seed=0, **kept):
 
 def test_a_further_seed_reads_the_run_s_data_and_writes_its_own_trainings():
     run = Run("r")
-    for stage in TRAINED + ["01_speeches"]:
-        sign(run, stage, 4, done={})
+    sign(run, "01_speeches", 4, done={})
+    early = open_stage("05_reward", "tiny", "r/seeds/1", 1)
+    assert "r/05_reward: has no receipt.json" in one_line(early.first_seed), "the run's own goes first"
+    sign(run, "05_reward", 4)
     stage = open_stage("05_reward", "tiny", "r/seeds/1", 1)
     assert (stage.shared_seed, stage.first_seed()) == (4, run.stage("05_reward"))
     assert stage.read_json("01_speeches", "done") == {}
