@@ -153,7 +153,7 @@ def other_prompts(pairs, seed: int) -> dict:
 # %% ../../nbs/experiments/00_reward_table.ipynb #d9438426
 SURE = 0.6  # probability from which the author's model is believed to say something; ours
 PARTS = {"test": "all test pairs", "swapped": "under another's speech", "emptied": "under no speech"}
-PARTS |= {"one-author": "two answers of one author", "unsure": f"author's model below {SURE:g}"}
+PARTS |= {"one-author": "two answers of one author", "unsure": f"where the author says little (below {SURE:g})"}
 
 
 def accuracy_row(name: str, part: str, scores, samples: int = 1000) -> dict:
@@ -173,7 +173,8 @@ def shortcut_table(found: dict[str, tuple[str, dict]], samples: int = 1000):
     for name, (kind, own) in found.items():
         if name == AUTHOR or "reward model" in kind:
             own = own | {"unsure": own["test"][unsure.to_numpy()]}
-            rows += [accuracy_row(name, part, own[part], samples) for part in PARTS if part in own]
+            parts = ("test", "unsure") if name == AUTHOR else PARTS  # which reads nothing and knows of no difference
+            rows += [accuracy_row(name, part, own[part], samples) for part in parts if part in own]
     return pd.DataFrame(rows, dtype=object)
 
 
