@@ -14,7 +14,7 @@ from ..models.embedding import embed
 from ..models.weights import Weights
 
 # %% auto #0
-__all__ = ['STEPS', 'STRENGTHS', 'FEWEST_PER_AUTHOR', 'PRIOR_SD', 'score_frame', 'length_scores', 'held_out_losses',
+__all__ = ['STEPS', 'STRENGTHS', 'FEWEST_PER_AUTHOR', 'EFFECT_SD', 'score_frame', 'length_scores', 'held_out_losses',
            'BradleyTerry', 'fit_bradley_terry', 'bradley_terry_scores', 'length_bradley_terry', 'tfidf_features',
            'tfidf_scores', 'minilm_scores', 'author_scores', 'author_gain']
 
@@ -245,7 +245,7 @@ def author_scores(train, tests: dict) -> tuple[dict, dict]:
 
 # %% ../../nbs/evaluation/01_baselines.ipynb #93222cf2
 FEWEST_PER_AUTHOR = 10  # test pairs for each author's effect
-PRIOR_SD = 10.0  # of an author's effect, in log-odds
+EFFECT_SD = 10.0  # of an author's effect, in log-odds
 
 
 def author_gain(pairs, margins) -> dict:
@@ -275,5 +275,5 @@ def _least_loss(differences) -> float:
     import numpy as np
 
     rows = np.vstack([differences, np.zeros(differences.shape[1])])
-    weights = _fitted(_regression(1e-8), rows, PRIOR_SD**2)
-    return float(np.logaddexp(0, -(differences @ weights)).sum() + (weights**2).sum() / (2 * PRIOR_SD**2))
+    weights = _fitted(_regression(1e-8), rows, EFFECT_SD**2)
+    return float(np.logaddexp(0, -(differences @ weights)).sum() + (weights**2).sum() / (2 * EFFECT_SD**2))
