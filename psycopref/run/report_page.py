@@ -21,10 +21,10 @@ from ..core.paper import paper_values
 from .chapter import stages_of_run
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'SHOWN_SEEDS', 'Item', 'gather', 'absent', 'paper_win_rate', 'headlines', 'further_seeds',
-           'receipt_paths', 'seed_numbers', 'seed_table', 'seed_caption', 'describe_seeds', 'all_receipts',
-           'provenance', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'overview_page',
-           'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'SHOWN_SEEDS', 'Item', 'gather', 'absent', 'describe_absent', 'paper_win_rate',
+           'headlines', 'further_seeds', 'receipt_paths', 'seed_numbers', 'seed_table', 'seed_caption',
+           'describe_seeds', 'all_receipts', 'provenance', 'describe_work', 'run_books', 'asked_name', 'spending_table',
+           'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/run/01_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ def absent(found: list[dict]) -> list[tuple[Item, str]]:
     "List the paper's items that this run does not show, and why."
     have = {(entry["kind"], entry["number"]) for entry in found}
     return [(item, item.absent) for item in INVENTORY if (item.kind, item.number) not in have]
+
+
+def describe_absent(missing: list[tuple[Item, str]], shown: int) -> str:
+    "Say what of the paper a run doesn't show. missing: of absent; shown: tables and figures in all."
+    if not missing:
+        return f"Every table and figure of the paper has its counterpart in this run; {shown} tables and figures in all."
+    named = "; ".join(f"{item.kind} {item.number} ({item.title}): {why}" for item, why in missing)
+    return f"Of the paper's tables and figures these are missing: {named}."
 
 # %% ../../nbs/run/01_report_page.ipynb #c816c649
 PAPER_REWARD = {row["model"]: row for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
@@ -222,6 +230,14 @@ def provenance(receipts: dict[str, dict]):
     sums = [round(sum(column), 2) for column in list(zip(*rows))[1:6]]
     columns = ["stage", "seconds", "model calls", "from the cache", "tokens out", "US dollars", "commit", "finished"]
     return pd.DataFrame([*rows, ["all", *sums, "", ""]], columns=columns, dtype=object)
+
+
+def describe_work(used) -> str:
+    "Say what a run took in all. used: of provenance."
+    total = used.iloc[-1]
+    asked = f"{total['model calls']:,} model calls ({total['from the cache']:,} more answered from the cache)"
+    spent = f"{total['tokens out']:,} tokens written, {total['US dollars']} US dollars"
+    return f"{asked}, {spent}, {total['seconds'] / 60:.0f} minutes of work."
 
 # %% ../../nbs/run/01_report_page.ipynb #59ec0782
 def run_books(run: Run, receipts: dict[str, dict]) -> list[dict]:
