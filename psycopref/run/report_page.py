@@ -82,7 +82,9 @@ def absent(found: list[dict]) -> list[tuple[Item, str]]:
 def describe_absent(missing: list[tuple[Item, str]], shown: int) -> str:
     "Say what of the paper a run doesn't show. missing: of absent; shown: tables and figures in all."
     if not missing:
-        return f"Every table and figure of the paper has its counterpart in this run; {shown} tables and figures in all."
+        return (
+            f"Every table and figure of the paper has its counterpart in this run; {shown} tables and figures in all."
+        )
     named = "; ".join(f"{item.kind} {item.number} ({item.title}): {why}" for item, why in missing)
     return f"Of the paper's tables and figures these are missing: {named}."
 
