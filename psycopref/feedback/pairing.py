@@ -236,6 +236,9 @@ def dataset_card(summary, label: Label, licences: dict) -> str:
 task_categories: [text-generation]
 language: [en]
 tags: [preference, counselling, synthetic]
+configs:
+- config_name: default
+  data_files: [{{split: train, path: train.parquet}}, {{split: test, path: test.parquet}}]
 ---
 # Preference pairs for counselling responses
 

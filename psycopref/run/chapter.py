@@ -274,7 +274,9 @@ def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None,
 
     name: the chapter, e.g. "05_reward"; run: name of the run, None takes the profile's; overrides: dotted settings,
     e.g. {"reward.learning_rate": 1e-5}; part: makes a shard or a cell of the settings; None is the whole stage."""
-    settings, where = load_profile(profile, overrides), Run(run or profile)
+    where = Run(run or profile)
+    quiet = {} if where.seed is None else {f"{section}.push_to_hub": "" for section in ("reward", "dpo")}
+    settings = load_profile(profile, (overrides or {}) | quiet)  # on the hub lies the run's own model, of no other seed
     check_layout(where)
     if where.seed is not None and (seed != where.seed or not STAGES[name].seeds):
         repeated = ", ".join(stage.name for stage in STAGES.values() if stage.seeds)

@@ -277,7 +277,7 @@ def train_policy(
 def materialise(base: Weights, checkpoint: Path, folder: Path) -> Path:
     """Save a trainer's checkpoint as weights that find_weights takes; those made of the same checkpoint are kept.
 
-    base: what adapters belong to; folder: where the weights go, which is returned."""
+    base: what was trained, perhaps a base and its adapters; folder: where the weights go, which is returned."""
     files = sorted(checkpoint.glob("*.safetensors"))
     made_of = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     if (folder / "made_of.json").is_file() and read_json(folder / "made_of.json") == made_of:
@@ -287,7 +287,7 @@ def materialise(base: Weights, checkpoint: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as partial:
         if (checkpoint / "adapter_config.json").is_file():
-            save_policy(checkpoint, load_tokenizer(base), base, partial)
+            save_policy(checkpoint, load_tokenizer(base), adapter_base(base.location) or base, partial)
         else:
             partial.mkdir()
             for path in checkpoint.iterdir():

@@ -1,9 +1,10 @@
-"""Test pairs where responses are rated alike: the seed decides, not the authors' names and not the order of rows."""
+"""Pairs: among equals the seed decides, not the authors' names and not the order of rows; what the hub reads of them."""
 
 import numpy as np
 import pandas as pd
 
-from psycopref.feedback.pairing import drawn_pairs, make_pairs
+from psycopref.core.tables import Label
+from psycopref.feedback.pairing import dataset_card, drawn_pairs, make_pairs
 
 N = 200
 SPEECHES = pd.DataFrame({"speech_id": [f"s-{i}" for i in range(N)], "speech": "I count the stairs.", "split": "test"})
@@ -36,7 +37,21 @@ def test_of_equals_the_seed_draws_whatever_the_names_and_the_order_of_rows():
     assert not paired(scored(), seed=1)[sides].equals(pairs[sides])
 
 
-def paired_drawn_among_equals_are_counted():
+def test_what_was_drawn_among_equals_is_counted():
     given = scored()
     given.loc[(given.speech_id < "s-1") & given.model.isin(["zoe", "yan"]), "total"] = 21  # s-0: no equals at the ends
     assert drawn_pairs(given, paired(given).reset_index()) == N - 1
+
+
+def test_the_hub_reads_the_pairs_and_not_what_lies_beside_them(tmp_path):
+    "A file named train_answers would be taken for a part of train, whose columns it has not."
+    from datasets import load_dataset
+
+    for part in ("train", "test"):
+        pd.DataFrame({"ID": [part], "chosen": ["yes"]}).to_parquet(tmp_path / f"{part}.parquet")
+        pd.DataFrame({"ID": [part], "chosen_cut": [True]}).to_parquet(tmp_path / f"{part}_answers.parquet")
+    (tmp_path / "README.md").write_text(dataset_card(pd.DataFrame({"what": ["pairs"]}), Label("tiny"), {}))
+    found = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert {name: (own.column_names, len(own)) for name, own in found.items()} == {
+        part: (["ID", "chosen"], 1) for part in ("train", "test")
+    }

@@ -85,6 +85,14 @@ def test_a_further_seed_reads_the_run_s_data_and_writes_its_own_trainings():
         assert "expected SEED 1 and one of 05_reward" in said and "RUN=r" in said
 
 
+def test_a_further_seed_sends_nothing_to_the_hub():
+    "It would take the place of the run's own model there."
+    named = {"reward.push_to_hub": "me/reward", "dpo.push_to_hub": "me/policy"}
+    for run, seed, sent in (("r", 0, [*named.values()]), ("r/seeds/1", 1, ["", ""])):
+        found = open_stage("06_policy", "tiny", run, seed, named).settings
+        assert [found.reward.push_to_hub, found.dpo.push_to_hub] == sent
+
+
 def test_a_further_seed_shares_cache_and_books_but_is_named():
     from psycopref.gateway.gateway import chat_model
     from psycopref.models.chat import ChatRequest

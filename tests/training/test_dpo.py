@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, read_rows, write_rows
 from psycopref.feedback.pairing import answer_columns, make_pairs, scored_responses, with_answers
-from psycopref.models.weights import find_weights, load_tokenizer
-from psycopref.training.dpo import build_dpo_trainer, dpo_rows, materialise
+from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
+from psycopref.training.dpo import build_dpo_trainer, dpo_rows, materialise, train_policy
 from psycopref.training.jobs import run_or_launch
 from psycopref.training.packing import EvenSampler
-from psycopref.training.texts import numbered, pair_messages, prompt_messages
+from psycopref.training.texts import merge_policy, numbered, pair_messages, prompt_messages
 from refusals import one_line
 from trainings import DEV, SETTINGS, TRAIN, log_probabilities, losses, margins, pull, same, train, weights_of, write
 
@@ -322,6 +322,18 @@ def test_points_are_those_of_no_interruption_and_lose_their_states_in_the_end(ti
     first, last = weights_of(every[0]), weights_of(every[-1])
     materialise(tiny, kept[8], every[0])
     assert same(weights_of(every[0]), last) and not same(first, last), "one of another checkpoint is not"
+
+
+def test_a_point_of_a_policy_that_went_on_has_its_adapters_once(tiny, tmp_path):
+    "Its merged weights lie beside the adapters; adapters on top of those would count what it knew before twice."
+    train(tiny, tmp_path, "first", LORA)
+    merge_policy(tmp_path / "first")
+    start = find_weights(str(tmp_path / "first"))
+    train(start, tmp_path, "second", LORA)
+    points = train_policy(start, TRAIN, LORA, None, tmp_path / "job", "float32", keep_points=True)["points"]
+    place = materialise(start, tmp_path / f"job/checkpoints/checkpoint-{points[-1]}", tmp_path / "point")
+    own, goal = (load_causal_lm(find_weights(str(at)), "float32").state_dict() for at in (place, tmp_path / "second"))
+    assert same(own, goal)
 
 
 def test_nobody_goes_on_from_a_point_without_its_optimiser(tiny, tmp_path):
