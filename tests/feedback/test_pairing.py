@@ -1,4 +1,4 @@
-"""Pairs: among equals the seed decides, not the authors' names and not the order of rows; what the hub reads of them."""
+"""Pairs: among equals the seed decides, not the authors and not the order of rows; what the hub reads of them."""
 
 import numpy as np
 import pandas as pd
