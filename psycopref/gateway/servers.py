@@ -159,7 +159,7 @@ class OpenAIModel:
         self.model, _, self.base_url = name.partition("@")
         self.uri, self.label, self.identity = f"{scheme}:{name}", self.model, f"openai:{name}"
         self.attempts, self.timeout, self.opened = max_retries + 1, timeout, None
-        known = {"input": 0.0, "output": 0.0} if self.base_url else prices()["models"].get(self.model)
+        known = prices()["models"].get(name) or (self.base_url and {"input": 0.0, "output": 0.0})
         if not known:
             found = "names no server (openai:NAME@http://HOST:PORT/v1) and " if "/" in self.model else ""
             raise NotAsked(

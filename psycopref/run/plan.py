@@ -84,7 +84,8 @@ def own_weights(who: str) -> str:
     provider, name, server = split_uri(who)
     if not provider:
         return find_scorer(name).location
-    return name if provider == "local" or (server and "/" in name) else ""
+    ours = server and "/" in name and not server.startswith("https://")  # behind https stands somebody else
+    return name if provider == "local" or ours else ""
 
 
 def short_names(names: typing.Iterable[str], most: int = 99) -> str:
@@ -148,9 +149,9 @@ class Work:
 
 def usd(work: Work) -> float | None:
     "Return the list price of a piece of work, less in batches; None where nobody with a list price is asked."
-    provider, name, server = split_uri(work.who)
-    price = prices()["models"].get(name)
-    if provider not in ("openai", "batch") or server or not price:
+    provider, _, name = work.who.partition(":")
+    price = prices()["models"].get(name)  # of a server only by name and address
+    if provider not in ("openai", "batch") or not price:
         return None
     factor = prices()["batch_discount"]["factor"] if provider == "batch" else 1.0
     return factor * (work.tokens_in * price["input"] + work.tokens_out * price["output"]) / 1e6
@@ -888,7 +889,7 @@ def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
     by_model, batched = {}, {}
     for row in rows:
         by_model[row.who] = by_model.get(row.who, 0) + (usd(row) or 0)
-        if row.who.startswith("openai:") and (row.stage == "03_ratings" or "battles" in row.what):
+        if row.who.startswith("openai:") and "@" not in row.who and (row.stage == "03_ratings" or "battles" in row.what):
             batched[row.who] = batched.get(row.who, 0) + (usd(row) or 0)
     total, less = sum(by_model.values()), 1 - prices()["batch_discount"]["factor"]
     if not total:

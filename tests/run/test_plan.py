@@ -114,6 +114,21 @@ def test_who_has_no_price_saves_nothing(uri):
     assert len(plan.money_lines(found.profile, found.work())) == 1
 
 
+@pytest.mark.parametrize("name", ["judge-9", "lab/judge-9"])
+def test_a_second_judge_elsewhere_has_the_cost_that_its_gateway_books_or_is_named_as_not_counted(monkeypatch, name):
+    place, table = f"{name}@https://e.org/v1", json.loads(resource_path("prices.json").read_text())
+    for module in ("run.plan", "gateway.servers"):
+        monkeypatch.setattr(f"psycopref.{module}.prices", lambda: table)
+    found = paper(evaluation__second_judge=f"openai:{place}")
+    [row] = [row for row in found.battles() if row.what == "battles, second judge"]
+    assert usd(row) is None and plan.unknown_costs([row]) == [f"the price of {name}"] and not gpu_hours(row, PAPER.plan)
+    saved = plan.money_lines(found.profile, found.work())[1:]
+    table["models"][place] = {"input": 3.0, "output": 15.0}
+    cost = OpenAIModel(place).cost(ChatReply("", "stop", row.tokens_in, row.tokens_out))
+    assert usd(row) == pytest.approx(cost) and cost > 10 and not plan.unknown_costs([row])
+    assert plan.money_lines(found.profile, found.work())[1:] == saved, "no batches there"
+
+
 def test_the_paper_s_profile_keeps_its_budget():
     rows = paper(26_483).work()
     watched = sum(usd(row) or 0 for row in rows if row.what.startswith("watch"))
