@@ -889,7 +889,11 @@ def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
     by_model, batched = {}, {}
     for row in rows:
         by_model[row.who] = by_model.get(row.who, 0) + (usd(row) or 0)
-        if row.who.startswith("openai:") and "@" not in row.who and (row.stage == "03_ratings" or "battles" in row.what):
+        if (
+            row.who.startswith("openai:")
+            and "@" not in row.who
+            and (row.stage == "03_ratings" or "battles" in row.what)
+        ):
             batched[row.who] = batched.get(row.who, 0) + (usd(row) or 0)
     total, less = sum(by_model.values()), 1 - prices()["batch_discount"]["factor"]
     if not total:
