@@ -8,7 +8,7 @@ import os
 import re
 import sys
 
-from psycopref.core.settings import StudyError
+from psycopref.core.settings import StudyError, load_profile
 from psycopref.core.stages import parse_seeds
 from psycopref.run.runner import stage_rules
 
@@ -28,22 +28,29 @@ def typed(value):
 
 PROFILE = config.get("profile", "demo")
 RUN = config.get("run") or PROFILE
-OVERRIDES = config.get("overrides") or {}
-OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else typed(dict(OVERRIDES))
+OVERRIDES, SHARDS = config.get("overrides") or {}, config.get("shards", 1)
+
+try:
+    OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else typed(OVERRIDES)
+except ValueError:
+    pass
+if not isinstance(OVERRIDES, dict):
+    sys.exit(f"""psycopref: OVERRIDES={config["overrides"]}: expected a JSON object, such as OVERRIDES='{{"dpo.beta": 0.05}}'""")
+if not re.fullmatch("[1-9][0-9]*", str(SHARDS)):
+    sys.exit(f"psycopref: SHARDS={SHARDS}: expected a whole number from 1 on")
+SHARDS = int(SHARDS)
 if config.get("sources"):
     OVERRIDES["speeches.sources"] = str(config["sources"]).split(",")
-
-SHARDS = int(config.get("shards", 1))
 
 
 scattergather:
     shards=SHARDS,
 
 
-if "budget_usd" in OVERRIDES:  # no setting of a stage: raising it must not redo what is finished
-    os.environ["BUDGET_USD"] = str(OVERRIDES.pop("budget_usd"))
-
 try:
+    load_profile(PROFILE, OVERRIDES)
+    if "budget_usd" in OVERRIDES:  # no setting of a stage: raising it must not redo what is finished
+        os.environ["BUDGET_USD"] = str(OVERRIDES.pop("budget_usd"))
     SEED, *FURTHER = parse_seeds(config.get("seeds", config.get("seed", 0)))
     RULES = stage_rules(PROFILE, RUN, SEED, OVERRIDES, FURTHER)
 except StudyError as error:

@@ -35,7 +35,7 @@ from ..evaluation.reward_bench import BENCH
 from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS
-from ..gateway.servers import prices, shutdown_line, utc_today
+from ..gateway.servers import LOOPBACK, host_key_name, prices, server_key, shutdown_line, utc_today
 from ..models.weights import WHEELS
 from ..training.jobs import accelerate_strategy
 from ..training.sampling import missing_engine
@@ -50,9 +50,9 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', '
            'count_general', 'Plan', 'response_tokens', 'plan_run', 'filled_form', 'filled_characters', 'scored_work',
            'training_steps', 'trained_work', 'asked_members', 'candidate_tokens', 'kept_iterations', 'other_judges',
            'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory', 'memory_table', 'asked_uris',
-           'missing_models', 'missing_weights', 'missing_sampler', 'gpu_memory', 'missing_accelerate', 'missing_memory',
-           'short_contexts', 'missing', 'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines', 'seed_line',
-           'assumption_lines', 'plan_text']
+           'access_words', 'missing_models', 'missing_weights', 'missing_sampler', 'gpu_memory', 'missing_accelerate',
+           'missing_memory', 'short_contexts', 'missing', 'serve_command_of', 'serve_commands', 'pool_lines',
+           'money_lines', 'seed_line', 'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -528,8 +528,9 @@ def ablation(self: Plan) -> typing.Iterator[Work]:
     speeches, backbones = min(chosen.curve_speeches or self.test, self.test), self.profile.backbones
     for name in backbones:
         yield from self.candidates(stage, "online", name, self.profile.ablation.pairs)
-        for tokens in (self.pair(name), self.pair(name, candidate_tokens(self.profile))):
-            yield trained_work(stage, "an arm", name, steps, self.profile.dpo.batch_size, tokens, pairs * tokens)
+        longest = {"offline arm": None, "online arm": candidate_tokens(self.profile)}
+        for arm, tokens in {arm: self.pair(name, most) for arm, most in longest.items()}.items():
+            yield trained_work(stage, arm, name, steps, self.profile.dpo.batch_size, tokens, pairs * tokens)
         what = f"curves: {points} points × {speeches:,}"
         yield self.ask(stage, what, name, points * speeches, "respond", chosen.max_tokens)
     judged = len(backbones) * points * speeches
@@ -683,6 +684,13 @@ def asked_uris(profile: Profile) -> list[str]:
     return list(dict.fromkeys(uris))
 
 
+def access_words(server: str) -> str:
+    "Say what a server needs before it is asked: to be started, or its key."
+    if urlsplit(server).hostname in LOOPBACK or server_key(server):
+        return "start it, or check access"
+    return f"check access, and set {host_key_name(server)} where it wants a key"
+
+
 def missing_models(uris: typing.Iterable[str], rankers: typing.Iterable[str] = ()) -> list[str]:
     "List the keys, prices and servers that calls need. rankers: those of `uris` that may be missing in Table 1."
     parts, servers, needed = [split_uri(uri) for uri in uris], {}, {split_uri(uri)[2] for uri in {*uris} - {*rankers}}
@@ -698,7 +706,7 @@ def missing_models(uris: typing.Iterable[str], rankers: typing.Iterable[str] = (
     lines += [f"a price for {name}: {no_price}" for name in paid if name not in prices()["models"]]
     lines += [f"a server for {name}: none is named; write openai:{name}@http://HOST:PORT/v1" for name in bare]
     return lines + [
-        f"a server at {server} for {short_names(names, most=2)}: not checked from here; start it, or check access"
+        f"a server at {server} for {short_names(names, most=2)}: not checked from here; {access_words(server)}"
         + row * (server not in needed)
         for server, names in servers.items()
     ]
@@ -924,7 +932,7 @@ def seed_line(profile: Profile, rows: typing.Sequence[Work]) -> str:
     return (
         f"This is one seed. Each further one (SEEDS=0,1,2) adds {dollars:,.2f} US dollars and {hours:,.1f} GPU "
         f"hours: {stages} again, without the reference's answers, rankers and others' reward models. "
-        "The budget is for all seeds."
+        f"The budget is for all seeds: three make {sum(usd(row) or 0 for row in rows) + 2 * dollars:,.2f} US dollars."
     )
 
 
@@ -938,6 +946,7 @@ def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
     disk = {name: f"{n / 1e9:,.1f} GB" for name, n in plan.disk_bytes().items()}
     bound = "at most, HelpSteer2's prompts: ties make no pair" if general is HELPSTEER2 else "counted"
     clock, engine = sum(clock_hours(row, speeds) for row in rows), profile.dpo_iter.engine
+    unknown = unknown_costs(rows)
     return [
         f"{plan.speeches:,} client speeches ({plan.basis}) of {plan.characters} characters, {plan.test:,} for testing "
         f"and {plan.dev:,} for selection; pairs by the paper's yield. Every prompt of DPO-Iter is counted as a pair.",
@@ -955,8 +964,10 @@ def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
         "take their own time.",
         f"Disk for policies: {disk['offline']} offline, {disk['online']} online ({kept_iterations(profile)} iterations "
         f"stay, dpo_iter.keep_last), {disk['arms']} for the arms of Fig. 4, {disk['training']} while one is trained.",
-        f"Not counted: {''.join(f'{what}, ' for what in unknown_costs(rows))}start-up, loading, retries, idle GPUs, "
-        "and what the cache saves.",
+        "A call is an answer, a verdict or a score, whoever gives it. A reward model scores each test pair three "
+        "times: under its speech, under another's, and without one.",
+        f"Not counted: {''.join(f'{what}, ' for what in unknown)}start-up, loading, retries, idle GPUs, and what the "
+        f"cache saves.{' The budget holds no call without a price.' * any('price' in what for what in unknown)}",
     ]
 
 # %% ../../nbs/run/04_plan.ipynb #e7cb1c9d
@@ -973,7 +984,9 @@ def plan_text(profile: Profile, speeches: int | None = None, today: typing.Calla
 
     asks = not is_released(profile.speeches.sources)
     commands = serve_commands(profile)
-    note = "Memory: GB on each GPU (a formula; * while it is loaded, a policy's reference beside it)"
+    note = (
+        "Memory: GB on each GPU at its fullest, by a formula (*: while models are loaded, a policy and its reference)"
+    )
     parts = [
         f"Plan of profile {profile.name!r}: an estimate, nothing was run or sent",
         aligned(worded(work_frame(plan))),

@@ -233,6 +233,12 @@ def test_the_way_of_calling_comes_from_the_environment(monkeypatch):
     assert "record, replay or live" in one_line(lambda: open_gateway(Run("example")))
 
 
+@pytest.mark.parametrize("wrong", ["3,000", "nan", "-1", ""])
+def test_a_budget_of_the_environment_that_is_no_amount_is_one_line(monkeypatch, wrong):
+    monkeypatch.setenv("BUDGET_USD", wrong)
+    assert "expected US dollars from 0 on" in one_line(lambda: open_gateway(Run("example")))
+
+
 def test_many_open_a_new_cache_at_once(tmp_path):
     start = threading.Barrier(16)
 

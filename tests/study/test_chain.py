@@ -195,3 +195,9 @@ def test_further_seeds_repeat_what_trains_and_nothing_else(copy):
     for wrong in ("a,b", "0,0", ""):
         line = bad(copy, "snakemake", "--cores", "2", "--nolock", "--config", "profile=tiny", f"seeds={wrong}")
         assert "expected different whole numbers from 0 on" in line
+
+
+def test_wrong_words_for_make_are_one_line(copy):
+    wrong = {"overrides=dpo.beta": "a JSON object", "overrides=[1]": "a JSON object", "shards=0": "a whole number"}
+    for given, expected in wrong.items():
+        assert expected in bad(copy, "snakemake", "--cores", "2", "--nolock", "--config", "profile=tiny", given)
