@@ -10,6 +10,7 @@ import atexit
 import collections
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -339,7 +340,13 @@ def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shar
     calls = os.environ.get("PSYCOPREF_CALLS", "record")
     if calls not in ("record", "replay", "live"):
         raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")
-    budget, cache = float(os.environ.get("BUDGET_USD", budget_usd)), open_cache(run, stage, shard)
+    said, cache = os.environ.get("BUDGET_USD", budget_usd), open_cache(run, stage, shard)
+    try:
+        budget = float(said)
+    except ValueError:
+        budget = math.nan
+    if not budget >= 0:  # nan would hold nothing
+        raise StudyError(f"BUDGET_USD is {said!r}, expected US dollars from 0 on, such as 100")
     if shard is not None:  # what the others have left is shared out evenly, so that no shard needs to know of another
         budget = max(0.0, budget - cache.spent_before()) / shard.n
     return Gateway(cache, budget, calls, cache.spent(), stage)

@@ -356,7 +356,7 @@ def test_the_engine_is_looked_for_and_not_opened(monkeypatch):
     assert "/opt/my serve" in plan.missing_sampler(server)[0]
     monkeypatch.setattr("shutil.which", lambda name: name)
     assert plan.missing_sampler(server) == []
-    check_trainings(server)
+    check_trainings(server, {"train_on": "train+dev"})
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", "http://10.0.0.1:8000/v1")
     assert "not checked" in plan.missing_sampler(server)[0] and plan.missing_sampler(local) == []
 

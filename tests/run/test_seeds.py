@@ -157,3 +157,5 @@ def test_the_plan_says_what_a_further_seed_adds():
     said = re.search(r"adds ([\d,.]+) US dollars", seed_line(PAPER, rows))
     judged = sum(usd(row) or 0 for row in rows if row.stage in TRAINED and "battles" in row.what)
     assert abs(float(said[1].replace(",", "")) - judged) < 0.01, "no reference answers, no rankers"
+    three = sum(usd(row) or 0 for row in rows) + 2 * judged
+    assert f"three make {three:,.2f} US dollars" in seed_line(PAPER, rows)
