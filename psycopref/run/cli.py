@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['parse_value', 'named_values', 'notebook_values', 'build_parser', 'execute', 'main']
+__all__ = ['parse_value', 'named_values', 'notebook_values', 'build_parser', 'show', 'execute', 'main']
 
 # %% ../../nbs/run/06_cli.ipynb #00e19cea
 def parse_value(text: str):
@@ -79,6 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../../nbs/run/06_cli.ipynb #23401b41
+def show(*lines: str):
+    "Print lines; whoever reads them, such as `head`, may have enough."
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it fails again at the exit
+
+
 def execute(given: argparse.Namespace) -> int:
     "Execute a command; return its exit code."
     if given.command == "train":  # before other imports: several processes of a launch do this
@@ -90,7 +99,7 @@ def execute(given: argparse.Namespace) -> int:
         from psycopref.core.settings import load_profile
         from psycopref.run.plan import plan_text
 
-        print(plan_text(load_profile(given.profile, named_values(given.override))))
+        show(plan_text(load_profile(given.profile, named_values(given.override))))
         return 0
     from psycopref.core.stages import Run
     from psycopref.run import results, runner
@@ -104,7 +113,7 @@ def execute(given: argparse.Namespace) -> int:
         "seconds": lambda: runner.seconds(given.run),
     }
     lines = commands[given.command]()
-    print(*lines, sep="\n")
+    show(*lines)
     return int(given.command == "compare" and not all(line.startswith("same") for line in lines))
 
 # %% ../../nbs/run/06_cli.ipynb #12522cf6

@@ -18,7 +18,7 @@ from psycopref.experiments.reward_table import AUTHOR, BASELINES, PARTS, RewardS
 from psycopref.experiments.reward_table import author_gains, baseline_scores, describe_rankers, describe_shortcuts
 from psycopref.experiments.reward_table import kept_scores, model_scores, one_table, other_prompts, reward_rows
 from psycopref.experiments.reward_table import score_row, shortcut_table, slice_tables, table_1
-from psycopref.feedback.choosing import ranker_row
+from psycopref.feedback.choosing import rank_pairs, ranker_row
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.stats.calibration import GAP_BANDS, LENGTH_BANDS
 from psycopref.stats.intervals import win_interval
@@ -365,6 +365,14 @@ def test_a_ranker_that_is_not_served_is_a_row_with_its_reason_and_the_others_are
 def test_a_ranker_that_is_served_and_answers_too_few_pairs_still_stops(server, gateway, tmp_path):
     server.behave = lambda text, attempt: good("1") if len(server.log) < 3 else error(400)
     assert "answered in both orders" in one_line(lambda: ask_rankers(gateway, ranker_study([server.uri], tmp_path)))
+
+
+def test_a_ranker_that_was_asked_before_needs_no_server(server, gateway, tmp_path):
+    study = ranker_study([server.uri], tmp_path)
+    rank_pairs(gateway, server.uri, study.tests["test"], study.seed)
+    asked, server.behave = len(server.log), lambda text, attempt: error(500)
+    [summary] = ask_rankers(gateway, study)[0].values()
+    assert "not_asked" not in summary and len(server.log) == asked
 
 
 def test_a_replay_reproduces_a_row_that_was_not_run(server, gateway, tmp_path):

@@ -60,3 +60,18 @@ def test_a_trace_begins_at_what_exists():
     )
     for path in (folder / "speeches.parquet", Run("tiny").tables, project_root()):
         assert "expected an existing path" in one_line(lambda: trace(path))
+
+
+def test_a_reader_that_has_enough_gets_no_traceback():
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from psycopref.run.cli import main; sys.exit(main())",
+        "plan",
+        "--profile",
+        "tiny",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
