@@ -31,7 +31,7 @@ from ..models.local import LocalModel
 from ..rater.rules import RulesModel
 
 # %% auto #0
-__all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'open_gateway']
+__all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'most_usd', 'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
 PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "rules": RulesModel}
@@ -332,6 +332,18 @@ async def write(self: Stream) -> None:
                     self.fail(error)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #5aebc660
+def most_usd(budget_usd: float) -> float:
+    "Return the most that a run may spend: the environment's BUDGET_USD, or what its profile says."
+    said = os.environ.get("BUDGET_USD", budget_usd)
+    try:
+        budget = float(said)
+    except ValueError:
+        budget = math.nan
+    if not budget >= 0:  # nan would hold nothing
+        raise StudyError(f"BUDGET_USD is {said!r}, expected US dollars from 0 on, such as 100")
+    return budget
+
+
 def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shard | None = None) -> Gateway:
     """Open the gateway of a run, or of a shard of one of its stages.
 
@@ -340,13 +352,7 @@ def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shar
     calls = os.environ.get("PSYCOPREF_CALLS", "record")
     if calls not in ("record", "replay", "live"):
         raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")
-    said, cache = os.environ.get("BUDGET_USD", budget_usd), open_cache(run, stage, shard)
-    try:
-        budget = float(said)
-    except ValueError:
-        budget = math.nan
-    if not budget >= 0:  # nan would hold nothing
-        raise StudyError(f"BUDGET_USD is {said!r}, expected US dollars from 0 on, such as 100")
+    budget, cache = most_usd(budget_usd), open_cache(run, stage, shard)
     if shard is not None:  # what the others have left is shared out evenly, so that no shard needs to know of another
         budget = max(0.0, budget - cache.spent_before()) / shard.n
     return Gateway(cache, budget, calls, cache.spent(), stage)

@@ -34,7 +34,7 @@ from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
 from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
-from ..gateway.gateway import PROVIDERS
+from ..gateway.gateway import PROVIDERS, most_usd
 from ..gateway.servers import LOOPBACK, host_key_name, prices, server_key, shutdown_line, utc_today
 from ..models.weights import WHEELS
 from ..training.jobs import accelerate_strategy
@@ -906,9 +906,10 @@ def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
     total, less = sum(by_model.values()), 1 - prices()["batch_discount"]["factor"]
     if not total:
         return ["nobody with a list price is asked"]
-    enough = "above" if profile.budget_usd >= total else "BELOW"
+    budget = most_usd(profile.budget_usd)
+    enough = "above" if budget >= total else "BELOW"
     models = ", ".join(f"{short_names([who])} {own:,.2f}" for who, own in by_model.items() if own)
-    first = f"The budget of {profile.budget_usd:,.2f} US dollars is {enough} the estimate of {total:,.2f}"
+    first = f"The budget of {budget:,.2f} US dollars is {enough} the estimate of {total:,.2f}"
     return [f"{first}, at list prices of {prices()['as_of']} (check them): {models}."] + [
         f"Ratings and battles by batch:{uri.partition(':')[2]} would cost {less * own:,.2f} less, within a day."
         for uri, own in batched.items()

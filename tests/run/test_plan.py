@@ -457,3 +457,8 @@ def test_too_few_pairs_for_a_cell_or_a_batch_are_named():
     said = " ".join(paper(200).too_few_pairs())
     assert "cell psy asks for 10,000 pairs" in said and "dpo.batch_size" not in said
     assert paper(26_483).too_few_pairs() == [] and "reward.batch_size" in " ".join(paper(60).too_few_pairs())
+
+
+def test_the_environment_s_budget_is_the_plan_s(monkeypatch):
+    monkeypatch.setenv("BUDGET_USD", "100")
+    assert "budget of 100.00 US dollars is BELOW" in plan.money_lines(PAPER, plan_run(PAPER, 26_483).work())[0]
