@@ -207,7 +207,7 @@ def describe_ratings(ratings, summary, coverage: float, skipped: int) -> list[st
 
     def named(row) -> str:
         low, high = member_interval(ratings, row.model)
-        n = ratings[ratings.model == row.model].speech_id.nunique()
+        n = ratings[ratings.model == row.model].principle.value_counts().max()  # an author may have answered twice
         return f"{row.model} ({row.overall:.2f} [{low:.2f} to {high:.2f}], {n} responses)"
 
     best, worst = summary.iloc[0], summary.iloc[-1]

@@ -21,9 +21,9 @@ from psycopref.core.stages import Run, Shard, derived_seed, parse_shard
 from psycopref.feedback.pairing import make_pairs, one_author_pairs, scored_responses
 from psycopref.feedback.pool import POOLS, Member, assign_members, author_of, find_pool, left_out, pool_table, respond
 from psycopref.feedback.pool import sample_of, shard_speeches, whole_pool
-from psycopref.feedback.rating import MODES, check_coverage, first_speeches, mode_agreement, mode_agreement_row
-from psycopref.feedback.rating import mode_calls, preference_agreement, rate, rate_blocks, rating_request
-from psycopref.feedback.rating import rating_summary, shown_order
+from psycopref.feedback.rating import MODES, check_coverage, describe_ratings, first_speeches, mode_agreement
+from psycopref.feedback.rating import mode_agreement_row, mode_calls, preference_agreement, rate, rate_blocks
+from psycopref.feedback.rating import rating_request, rating_summary, shown_order
 from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import PROVIDERS, Gateway, chat_model
 from psycopref.gateway.servers import OpenAIModel, shutdown_day
@@ -684,3 +684,10 @@ def test_the_plan_counts_the_samples(samples):
     one = plan_run(load_profile("paper"), 1000)
     assert found.test_pairs == one.test_pairs
     assert found.train_pairs / one.train_pairs == pytest.approx({1: 1, 3: 66 / 6}[samples], rel=0.01)
+
+
+def test_two_responses_of_an_author_to_a_speech_are_two():
+    rows = [("s", "ada", key, 4) for key in PRINCIPLE_KEYS] * 2 + [("s", "bob", key, 2) for key in PRINCIPLE_KEYS]
+    ratings = pd.DataFrame(rows, columns=["speech_id", "model", "principle", "rating"])
+    said = describe_ratings(ratings, rating_summary(ratings), 1.0, 0)[0]
+    assert "2 responses) is rated highest" in said and "1 responses) lowest" in said
