@@ -21,6 +21,7 @@ from ..core.stages import derived_seed
 from ..evaluation.baselines import author_gain, author_scores, length_bradley_terry, length_scores
 from ..evaluation.baselines import minilm_scores, score_frame, tfidf_scores
 from ..feedback.choosing import rank_pairs, ranker_row, ranker_summary, RANKER, why_not_asked
+from ..gateway.servers import NotAsked
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
 from ..stats.calibration import comparison_table, ece_table, fit_temperature, gap_groups, length_groups
 from ..stats.calibration import no_temperature, slice_table, temperature_table, topic_groups
@@ -287,10 +288,14 @@ def ask_rankers(gateway, study: RewardStudy) -> tuple[dict[str, dict], list[dict
     summaries, verdicts, test = {}, [], study.tests["test"]
     seed = study.seed if study.shared_seed is None else study.shared_seed
     for uri in study.settings.reward.rankers:
-        if reason := why_not_asked(gateway, uri, test, seed):
+        reason = why_not_asked(gateway, uri, test, seed)
+        try:
+            own, failed = (None, None) if reason else rank_pairs(gateway, uri, test, seed)
+        except NotAsked as error:  # shut down, or away, after the first replies were kept
+            reason = str(error).rpartition(f"{uri!r}: ")[2]
+        if reason:
             summaries[f"{uri.partition(':')[2].partition('@')[0].rpartition('/')[2]}, asked"] = {"not_asked": reason}
             continue
-        own, failed = rank_pairs(gateway, uri, test, seed)
         name = f"{gateway.counts[uri]['label'].split(' (')[0].rpartition('/')[2]}, asked"
         summaries[name] = ranker_summary(own, failed, study.settings.evaluation.bootstrap)
         verdicts += plain_rows(own.assign(model=name).drop(columns="correct"))

@@ -910,11 +910,17 @@ def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
     enough = "above" if budget >= total else "BELOW"
     models = ", ".join(f"{short_names([who])} {own:,.2f}" for who, own in by_model.items() if own)
     first = f"The budget of {budget:,.2f} US dollars is {enough} the estimate of {total:,.2f}"
-    return [f"{first}, at list prices of {prices()['as_of']} (check them): {models}."] + [
-        f"Ratings and battles by batch:{uri.partition(':')[2]} would cost {less * own:,.2f} less, within a day."
-        for uri, own in batched.items()
-        if own
-    ]
+    curves = sum(usd(row) or 0 for row in rows if row.stage == "08_ablations" and "curve battles" in row.what)
+    cut = f"Figure 4's battles cost {curves:,.2f} of it; evaluation.curve_speeches takes fewer test speeches for them."
+    return (
+        [f"{first}, at list prices of {prices()['as_of']} (check them): {models}."]
+        + [
+            f"Ratings and battles by batch:{uri.partition(':')[2]} would cost {less * own:,.2f} less, within a day."
+            for uri, own in batched.items()
+            if own
+        ]
+        + [cut] * (curves > 0)
+    )
 
 # %% ../../nbs/run/04_plan.ipynb #e1876c71
 ENGINE_WORDS = {

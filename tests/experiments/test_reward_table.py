@@ -367,6 +367,12 @@ def test_a_ranker_that_is_served_and_answers_too_few_pairs_still_stops(server, g
     assert "answered in both orders" in one_line(lambda: ask_rankers(gateway, ranker_study([server.uri], tmp_path)))
 
 
+def test_a_ranker_that_leaves_after_the_first_pair_is_a_row_with_its_reason(server, gateway, tmp_path):
+    server.behave = lambda text, attempt: good("1") if len(server.log) < 3 else error(404)
+    [summary] = ask_rankers(gateway, ranker_study([server.uri], tmp_path))[0].values()
+    assert "404" in summary["not_asked"]
+
+
 def test_a_ranker_that_was_asked_before_needs_no_server(server, gateway, tmp_path):
     study = ranker_study([server.uri], tmp_path)
     rank_pairs(gateway, server.uri, study.tests["test"], study.seed)

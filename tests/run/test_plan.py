@@ -462,3 +462,11 @@ def test_too_few_pairs_for_a_cell_or_a_batch_are_named():
 def test_the_environment_s_budget_is_the_plan_s(monkeypatch):
     monkeypatch.setenv("BUDGET_USD", "100")
     assert "budget of 100.00 US dollars is BELOW" in plan.money_lines(PAPER, plan_run(PAPER, 26_483).work())[0]
+
+
+def test_the_plan_says_what_figure_4_costs_and_what_makes_it_cheaper():
+    rows = plan_run(PAPER, 26_483).work()
+    money = "\n".join(plan.money_lines(PAPER, rows))
+    said = re.search(r"Figure 4's battles cost ([\d,.]+) of it; evaluation.curve_speeches", money)
+    curves = sum(usd(row) or 0 for row in rows if "curve battles" in row.what)
+    assert float(said[1].replace(",", "")) == round(curves, 2) > 500
