@@ -187,7 +187,9 @@ def curves_figure(curves: dict[str, list[dict]], reference: str):
     for place, (title, points) in enumerate(curves.items()):
         x, colour = [point["pairs"] for point in points], PALETTE[place % len(PALETTE)]
         low, high = ([point[end] for point in points] for end in ("low", "high"))
-        axes.plot(x, [point["win_rate"] for point in points], marker="osD^v<>P"[place % 8], color=colour, label=title)
+        rate, mark = [point["win_rate"] for point in points], "osD^v<>P"[place % 8]
+        under = max(0, 3 - place)  # what lies below shows beneath an equal curve
+        axes.plot(x, rate, marker=mark, markersize=6 + 2 * under, linewidth=1.8 + under, color=colour, label=title)
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     axes.axhline(50, color="#888888", linestyle="--", linewidth=1)
     axes.set(xlabel="preference pairs seen, repeats counted", ylim=(-3, 103))
