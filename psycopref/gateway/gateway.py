@@ -127,6 +127,7 @@ class Stream:
         self.budget, self.limit = Budget(gateway.budget_usd, gateway.spent), AdaptiveLimit(model.concurrency)
         self.started = asyncio.Semaphore(2 * model.concurrency + 64)  # in flight, pausing or waiting for the disk
         self.calls: dict[str, asyncio.Task] = {}  # request key -> the call that will answer it
+        self.kept: set[str] = set()  # keys of replies that stay, whatever their group answers when it is asked again
         self.unwritten, self.writing = [], asyncio.Lock()  # replies on their way to the disk
         numbers = dict.fromkeys(("calls", "cached", "failed", "retries", "prompt_tokens", "completion_tokens"), 0)
         self.count = gateway.counts.setdefault(model.uri, {"label": model.label, **numbers, "usd": 0.0})
@@ -200,7 +201,9 @@ def look_up(self: Stream, found: dict, asked: dict[str, ChatRequest], n: int) ->
     model, gateway = self.model, self.gateway
     found |= {key: self.calls[key] for key in asked if key in self.calls and key not in found}
     if gateway.calls != "live":
-        found |= gateway.cache.get([key for key in asked if key not in found])
+        kept = gateway.cache.get([key for key in asked if key not in found])
+        found |= kept
+        self.kept |= kept.keys()
     left = {key: request for key, request in asked.items() if key not in found}
     if left and gateway.calls == "replay":
         raise NotAsked(
@@ -274,7 +277,8 @@ async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         found, usd = await self.pay(list(group.values()))
     replies = dict(zip(group, found))
     tokens = [sum(getattr(reply, name) for reply in found) for name in ("prompt_tokens", "completion_tokens")]
-    self.book({key: reply for key, reply in replies.items() if isinstance(reply, ChatReply)}, len(found), *tokens, usd)
+    new = {key: own for key, own in replies.items() if isinstance(own, ChatReply) and key not in self.kept}
+    self.book(new, len(found), *tokens, usd)
     await asyncio.shield(self.write())  # what was paid for is kept, also where this call is cancelled
     return replies
 

@@ -206,6 +206,27 @@ def test_a_local_model_answers_each_in_its_place_and_once(gateway, monkeypatch, 
 # ---- record, replay, live ----
 
 
+class Company(FreeModel):
+    """Answer by whom a request is answered with, as sampling in a batch does."""
+
+    uri = label = identity = "local:company"
+    look, whole = None, True
+
+    def groups(self, requests):
+        return [list(range(len(requests)))]
+
+    async def answer(self, requests):
+        together = " ".join(request.messages[-1]["content"] for request in requests)
+        return [ChatReply(together, "stop", 1, 1) for _ in requests]
+
+
+def test_a_kept_reply_stays_the_one_that_was_given_back(gateway):
+    first, model = gateway.ask(Company(), [ask("a"), ask("b")]), Company()
+    more = gateway.ask(model, [ask("a"), ask("b"), ask("c")])
+    assert [reply.text for reply in more] == ["a b", "a b", "a b c"] and more[:2] == first
+    assert gateway.ask(model, [ask("a"), ask("b"), ask("c")]) == more, "what a run was given is what its cache gives"
+
+
 def test_replay_answers_from_the_cache_and_asks_nobody(server, gateway):
     asked, model = [ask(f"question {n}") for n in range(5)], chat_model(server.uri)
     recorded = gateway.ask(model, asked)
