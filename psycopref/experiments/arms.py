@@ -189,7 +189,9 @@ def curves_figure(curves: dict[str, list[dict]], reference: str):
         low, high = ([point[end] for point in points] for end in ("low", "high"))
         rate, mark = [point["win_rate"] for point in points], "osD^v<>P"[place % 8]
         under = max(0, 3 - place)  # what lies below shows beneath an equal curve
-        axes.plot(x, rate, marker=mark, markersize=6 + 2 * under, linewidth=1.8 + under, color=colour, label=title)
+        axes.plot(
+            x, rate, marker=mark, markersize=6 + 1.5 * under, linewidth=1.8 + 0.6 * under, color=colour, label=title
+        )
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     axes.axhline(50, color="#888888", linestyle="--", linewidth=1)
     axes.set(xlabel="preference pairs seen, repeats counted", ylim=(-3, 103))
