@@ -874,7 +874,11 @@ def serve_commands(profile: Profile) -> list[str]:
         for uri in profile.reward.rankers
     ]
     found = [serve_command_of(member, longest, most) for member in members]
-    found += [serve_command_of(ranker, longest, 1) for ranker in rankers]  # all at once, beside one another
+    first = 0
+    for command in filter(None, (serve_command_of(ranker, longest, 1) for ranker in rankers)):
+        gpus = int(command.partition("--tensor-parallel-size ")[2].split()[0])  # all at once, each on its own
+        found.append(f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(first, first + gpus)))} {command}")
+        first += gpus
     return list(dict.fromkeys(filter(None, found)))
 
 

@@ -470,3 +470,9 @@ def test_the_plan_says_what_figure_4_costs_and_what_makes_it_cheaper():
     said = re.search(r"Figure 4's battles cost ([\d,.]+) of it; evaluation.curve_speeches", money)
     curves = sum(usd(row) or 0 for row in rows if "curve battles" in row.what)
     assert float(said[1].replace(",", "")) == round(curves, 2) > 500
+
+
+def test_rankers_that_are_asked_together_have_gpus_of_their_own():
+    named = [command.split()[0] for command in plan.serve_commands(PAPER) if command.startswith("CUDA_VISIBLE_DEVICES")]
+    gpus = [own.partition("=")[2].split(",") for own in named]
+    assert [len(own) for own in gpus] == [1, 1, 4] and len({*sum(gpus, [])}) == 6
