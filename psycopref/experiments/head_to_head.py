@@ -168,7 +168,7 @@ def describe_win_rates(rows: list[dict], n: int, reference: str) -> list[str]:
         found += [f"{words}, {shares} of {n} speeches are won against {reference}."] if own else []
     return [*found, "50% is a draw: that is where the reference itself would be."]
 
-
+# %% ../../nbs/experiments/02_head_to_head.ipynb #baddb717
 def describe_differences(differences) -> list[str]:
     "Say the overall differences between policies that answer freely, of evaluation.win_rates.difference_rows."
     return [

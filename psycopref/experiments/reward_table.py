@@ -231,7 +231,7 @@ class RewardStudy:
         "Read a reward model's scores, or load it (model, tokenizer and more) and score; shared: as of `scores`."
         return self.scores(name, lambda: model_scores(name, *load()[:2], self.tests), shared)
 
-
+# %% ../../nbs/experiments/00_reward_table.ipynb #0a120f4d
 def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:
     "Score with the cheap baselines. Returns name -> (kind, scores of dev and test)."
     score = lambda name: study.scores(name, lambda: baseline_scores(name, study.fit, study.tests))

@@ -42,7 +42,7 @@ class Serving:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-
+# %% ../../nbs/feedback/00_pool.ipynb #e2ec076b
 @dataclass(frozen=True)
 class Member:
     "Declare one therapist of a pool."

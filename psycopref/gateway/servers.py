@@ -228,7 +228,7 @@ class OpenAIModel:
             how["top_k"] = request.decoding.top_k
         return how | self.more
 
-
+# %% ../../nbs/gateway/02_servers.ipynb #e21adc51
 @functools.cache
 def _warn(line: str) -> None:
     "Print a line, once in this process."

@@ -368,7 +368,7 @@ def readable(location: str):
             f"{location}: the weights can't be read ({error}); they are truncated, make or download them again"
         ) from None
 
-
+# %% ../../nbs/models/00_weights.ipynb #9c801d66
 def load_causal_lm(weights: Weights, dtype: str = "auto"):
     """Load a language model on the chosen device, in evaluation mode; remote code is never run.
 

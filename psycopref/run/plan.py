@@ -51,8 +51,8 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', '
            'training_steps', 'trained_work', 'asked_members', 'candidate_tokens', 'kept_iterations', 'other_judges',
            'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory', 'memory_table', 'asked_uris',
            'access_words', 'missing_models', 'missing_weights', 'missing_sampler', 'gpu_memory', 'missing_accelerate',
-           'missing_memory', 'short_contexts', 'missing', 'serve_command_of', 'serve_commands', 'pool_lines',
-           'money_lines', 'seed_line', 'assumption_lines', 'plan_text']
+           'missing_memory', 'short_contexts', 'missing', 'served_gpus', 'serve_command_of', 'serve_commands',
+           'pool_lines', 'money_lines', 'seed_line', 'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -156,7 +156,7 @@ def usd(work: Work) -> float | None:
     factor = prices()["batch_discount"]["factor"] if provider == "batch" else 1.0
     return factor * (work.tokens_in * price["input"] + work.tokens_out * price["output"]) / 1e6
 
-
+# %% ../../nbs/run/04_plan.ipynb #078b4e7a
 def engine_of(work: Work) -> str:
     "Name who writes: local, vllm or server."
     return work.engine or ("server" if "@http" in work.who else "local")
@@ -357,7 +357,7 @@ def asked_members(profile: Profile) -> tuple[Member, ...]:
     chosen = profile.responses
     return find_pool(chosen.pool, chosen.each_speech, chosen.leave_out)
 
-
+# %% ../../nbs/run/04_plan.ipynb #5c3e4303
 @patch
 def responses(self: Plan) -> typing.Iterator[Work]:
     "Plan the pool's responses (§3.3), one row for each member."
@@ -553,7 +553,7 @@ def judges_line(profile: Profile) -> str:
         return f"{said}: it reads every test speech and all answers to it."
     return f"{said}; evaluation.second_judge names another, of another family."
 
-
+# %% ../../nbs/run/04_plan.ipynb #c603f938
 @patch
 def judges(self: Plan) -> typing.Iterator[Work]:
     "Plan what the other judges take, one row for each (the paper has one judge)."
@@ -690,7 +690,7 @@ def access_words(server: str) -> str:
         return "start it, or check access"
     return f"check access, and set {host_key_name(server)} where it wants a key"
 
-
+# %% ../../nbs/run/04_plan.ipynb #e0f8cd30
 def missing_models(uris: typing.Iterable[str], rankers: typing.Iterable[str] = ()) -> list[str]:
     "List the keys, prices and servers that calls need. rankers: those of `uris` that may be missing in Table 1."
     parts, servers, needed = [split_uri(uri) for uri in uris], {}, {split_uri(uri)[2] for uri in {*uris} - {*rankers}}
@@ -843,6 +843,14 @@ def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable =
     ]
 
 # %% ../../nbs/run/04_plan.ipynb #6e08f2ae
+def served_gpus(name: str) -> int:
+    "Count the GPUs of 80 GB that a copy of a model takes on a server, which keeps three tenths of each for its cache."
+    size, gpus = parameters(name) or 0, 1
+    while 2 * size > 0.7 * 80e9 * gpus:  # bytes in 16 bits
+        gpus *= 2
+    return gpus
+
+
 def serve_command_of(member: Member, longest: int, most: int) -> str:
     """Word the command that serves a member of the pool by vLLM; empty where it has no server of ours.
 
@@ -851,9 +859,7 @@ def serve_command_of(member: Member, longest: int, most: int) -> str:
     _, name, server = split_uri(member.model)
     if not (server and "/" in name):
         return ""
-    address, size, gpus, told = urlsplit(server), parameters(name) or 0, 1, member.serve
-    while 2 * size > 0.7 * 80e9 * gpus:  # bytes in 16 bits; the rest of 80 GB is the server's cache
-        gpus *= 2
+    address, gpus, told = urlsplit(server), served_gpus(name), member.serve
     room = max(4096, PROMPT_TOKENS + longest + member.thinking)
     words = ["vllm", "serve", name, "--host", str(address.hostname), "--port", str(address.port or 80)]
     words += ["--dtype", told.dtype, "--max-model-len", str(min(told.context or room, room))]
@@ -863,7 +869,7 @@ def serve_command_of(member: Member, longest: int, most: int) -> str:
     words += ["--chat-template", told.chat_template] if told.chat_template else []
     return shlex.join([*words, *["--trust-remote-code"] * told.remote_code])
 
-
+# %% ../../nbs/run/04_plan.ipynb #dadcb4ba
 def serve_commands(profile: Profile) -> list[str]:
     "Return the vLLM command for each open model of the pool that is asked, and each ranker, that has an address."
     longest, most = profile.responses.max_tokens, profile.plan.gpu_count
@@ -875,13 +881,14 @@ def serve_commands(profile: Profile) -> list[str]:
     ]
     found = [serve_command_of(member, longest, most) for member in members]
     first = 0
-    for command in filter(None, (serve_command_of(ranker, longest, 1) for ranker in rankers)):
-        gpus = int(command.partition("--tensor-parallel-size ")[2].split()[0])  # all at once, each on its own
-        found.append(f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(first, first + gpus)))} {command}")
-        first += gpus
+    for ranker in rankers:  # all at once, each on GPUs of its own
+        if command := serve_command_of(ranker, longest, 1):
+            last = first + served_gpus(split_uri(ranker.model)[1])
+            found.append(f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(first, last)))} {command}")
+            first = last
     return list(dict.fromkeys(filter(None, found)))
 
-
+# %% ../../nbs/run/04_plan.ipynb #b0f8b126
 def pool_lines(profile: Profile) -> list[str]:
     "Say who of the pool is asked, who is left out and why, and who is not the paper's."
     chosen, reasons = profile.responses, {}
@@ -895,7 +902,7 @@ def pool_lines(profile: Profile) -> list[str]:
         *(f"Not the paper's: {own.name}, in the place of {', '.join(own.replaces)}." for own in asked if own.replaces),
     ]
 
-
+# %% ../../nbs/run/04_plan.ipynb #d511d646
 def money_lines(profile: Profile, rows: typing.Sequence[Work]) -> list[str]:
     "Compare the estimate with the budget; name the money by model, and what batches would save."
     by_model, batched = {}, {}
@@ -946,7 +953,7 @@ def seed_line(profile: Profile, rows: typing.Sequence[Work]) -> str:
         f"The budget is for all seeds: three make {sum(usd(row) or 0 for row in rows) + 2 * dollars:,.2f} US dollars."
     )
 
-
+# %% ../../nbs/run/04_plan.ipynb #e15b192b
 def assumption_lines(plan: Plan, rows: typing.Sequence[Work]) -> list[str]:
     "Say what the estimate rests on, and what it leaves out."
     ways, profile, speeds, general = {}, plan.profile, plan.profile.plan, plan.general

@@ -227,7 +227,7 @@ def seed_paths(stage: Stage, run: str) -> dict | None:
         needs.append(f"outputs/{run}/{stage.name}/receipt.json")
     return {"needs": needs, "receipt": place(stage.name)}
 
-
+# %% ../../nbs/run/02_runner.ipynb #096e60b7
 def stage_rules(
     profile: str, run: str, seed: int = 0, overrides: dict | None = None, further: typing.Sequence[int] = ()
 ) -> list[dict]:

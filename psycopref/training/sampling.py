@@ -203,7 +203,7 @@ def missing_engine(engine: str) -> str:
         return f"engine 'server': the command {program!r} is not found; {remedy}, or PSYCOPREF_SERVE to another command"
     return ""
 
-
+# %% ../../nbs/training/06_sampling.ipynb #08470809
 def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
     "Word the command that starts a server: ours, or that of PSYCOPREF_SERVE. Returns its words."
     own = os.environ.get("PSYCOPREF_SERVE")

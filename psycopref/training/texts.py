@@ -181,7 +181,7 @@ def add_lora(model, lora: LoraSettings, head: bool = False, seed: int = 0):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
-
+# %% ../../nbs/training/01_texts.ipynb #4d29646b
 def go_on_with_lora(model, policy: Weights, lora: LoraSettings):
     "Give a base the adapters of a policy that was trained before, to train them on."
     from peft import PeftModel
@@ -221,7 +221,7 @@ def save_adapter(checkpoint: Path, tokenizer, base: Weights, folder: Path) -> Pa
     tokenizer.save_pretrained(place)
     return place
 
-
+# %% ../../nbs/training/01_texts.ipynb #3d990dc6
 def save_policy(checkpoint: Path, tokenizer, base: Weights, folder: Path) -> None:
     "Save a policy as its base and adapters: `adapter/`, and beside it the settings of the whole. As save_adapter."
     from transformers import AutoConfig, GenerationConfig
@@ -269,7 +269,7 @@ def _save_adapted(model, tokenizer, folder: Path, start: Weights) -> None:
         if base is None:  # else it was trained from the merged weights
             save_adapter(Path(scratch), tokenizer, start, folder)
 
-
+# %% ../../nbs/training/01_texts.ipynb #01606ae0
 def sharded() -> bool:
     "Tell whether FSDP or DeepSpeed cuts this process's weights into shards."
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
