@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import atomic_path, read_json, write_json
 from ..core.settings import DpoSettings, StudyError
-from ..models.generation import common_prefix
+from ..models.packs import common_prefix
 from ..models.weights import Weights, adapter_base, load_causal_lm, load_tokenizer
 from .jobs import clear_checkpoints, load_job, run_or_launch, store_job, training_facts, whole_folder
 from .packing import dpo_trainer

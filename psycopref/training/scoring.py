@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ..core.files import progress
 from ..core.settings import StudyError
-from ..models.generation import common_prefix
+from ..models.packs import common_prefix, enable_packing, lay_out, unwrap
 from ..models.weights import adapter_base, add_adapter, find_weights, load_tokenizer
 from ..models.weights import pick_device, pick_dtype, pinned, readable
-from .packing import enable_packing, lay_out, unwrap
 from .texts import pair_messages, render
 
 # %% auto #0

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core.files import progress, read_json, write_json
 from ..core.prompts import responding_prompt
 from ..core.settings import LoraSettings, StudyError
-from ..models.generation import common_prefix
+from ..models.packs import common_prefix
 from ..models.weights import Weights, adapter_base, base_record, find_weights, load_causal_lm, pinned
 from ..models.weights import quiet_transformers, readable
 from .packing import EvenSampler

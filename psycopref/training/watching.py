@@ -22,10 +22,10 @@ from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import answer, answer_decoding, battle
 from ..feedback.rating import check_coverage
-from ..models.generation import Decoding, Sample, common_prefix, stop_tokens
+from ..models.generation import Decoding, Sample, stop_tokens
+from ..models.packs import common_prefix, enable_packing, lay_out, unwrap
 from ..models.weights import Weights, load_causal_lm, load_tokenizer, release
 from ..stats.intervals import mean_interval
-from .packing import enable_packing, lay_out, unwrap
 from .sampling import sample_candidates, score_candidates
 from .scoring import token_batches
 from .texts import prompt_messages, render

@@ -20,7 +20,8 @@ from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, S
 from psycopref.core.tables import PALETTE, new_figure
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from psycopref.training.dpo import dpo_rows
-from psycopref.training.packing import dpo_trainer, reward_trainer, unwrap
+from psycopref.models.packs import unwrap
+from psycopref.training.packing import dpo_trainer, reward_trainer
 from psycopref.training.scoring import load_reward_model
 from psycopref.training.texts import (
     add_lora,

@@ -34,7 +34,7 @@ from bench_training import (
 from psycopref.core.files import read_json
 from psycopref.core.settings import LoraSettings
 from psycopref.models.weights import find_weights, load_tokenizer
-from psycopref.training.packing import enable_packing
+from psycopref.models.packs import enable_packing
 from refusals import one_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,15 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.models.generation import (
-    Branches,
-    Decoding,
-    common_prefix,
-    generate,
-    length_batches,
-    next_tokens,
-    stop_tokens,
-)
+from psycopref.models.generation import Branches, Decoding, generate, length_batches, next_tokens, stop_tokens
+from psycopref.models.packs import common_prefix
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
 

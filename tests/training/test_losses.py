@@ -8,7 +8,8 @@ import torch
 
 from psycopref.core.settings import LoraSettings
 from psycopref.models.weights import load_tokenizer
-from psycopref.training.packing import dpo_trainer, enable_packing, lay_out, reward_trainer
+from psycopref.models.packs import enable_packing, lay_out
+from psycopref.training.packing import dpo_trainer, reward_trainer
 from psycopref.training.texts import add_lora, dialogue, prompt_messages
 
 QUESTIONS = ["I count the stairs every morning before work.", "No.", "My sister moved out in March."]

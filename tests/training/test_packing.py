@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from psycopref.core.settings import LoraSettings, RewardSettings
 from psycopref.models.weights import load_tokenizer
-from psycopref.training.packing import EvenSampler, enable_packing, even_packs, lay_out
-from psycopref.training.packing import packed_attention, reward_trainer, unwrap
+from psycopref.models.packs import enable_packing, lay_out, packed_attention, unwrap
+from psycopref.training.packing import EvenSampler, even_packs, reward_trainer
 from psycopref.training.reward_model import reward_config
 from psycopref.training.texts import accumulation_steps, add_lora, pack_size, pair_messages, pair_rows
 from psycopref.training.texts import step_plan, train_quietly, training_precision

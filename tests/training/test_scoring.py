@@ -13,7 +13,7 @@ from refusals import one_line
 
 from psycopref.training import scoring
 from psycopref.core.settings import RewardSettings
-from psycopref.training.packing import enable_packing
+from psycopref.models.packs import enable_packing
 from psycopref.training.scoring import (
     SCORERS,
     Scorer,
