@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -16,11 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pydantic import TypeAdapter
 
 from bench import demo_speeches, in_child, keep, keep_rows, peak_mb, side_by_side
+from flops import training_flops
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile, suggest
 from psycopref.core.tables import PALETTE, new_figure
+from psycopref.models.packs import lay_out, unwrap
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from psycopref.training.dpo import dpo_rows
-from psycopref.models.packs import unwrap
 from psycopref.training.packing import dpo_trainer, reward_trainer
 from psycopref.training.scoring import load_reward_model
 from psycopref.training.texts import (
@@ -76,12 +78,22 @@ class Work:
     pairs: typing.Any  # of made_pairs
     settings: RewardSettings | DpoSettings  # batch, rate, adapters
     checkpointing: bool = False  # of gradients, for ours and trl's best; trl as it comes has its default
+    autocast: bool = False  # compute in bfloat16 above float32 weights, as the study trains every weight on a GPU
 
     @functools.cached_property
     def rows(self) -> list[dict]:
         "The pairs as tokens."
         rows = pair_rows if self.kind == "reward" else dpo_rows
         return rows(self.pairs, self.tokenizer, self.settings.max_length)[0]
+
+    def flops(self, model) -> int:
+        "Count the operations that a training on all pairs needs, each prompt once; for DPO with the reference."
+        before = [row.get("prompt_ids", []) for row in self.rows]
+        ends = [(row["chosen_ids"], row["rejected_ids"]) for row in self.rows]
+        pack = lay_out([[start + end for end in own] for start, own in zip(before, ends)])
+        outputs = sum(len(end) if self.kind == "policy" else 1 for own in ends for end in own)
+        segments = list(zip(pack.query_lengths, pack.key_lengths))
+        return training_flops(model, segments, outputs, reference=self.kind == "policy")
 
     def __post_init__(self):
         if len(self.rows) < len(self.pairs) or len(self.rows) % self.settings.batch_size:
@@ -156,7 +168,7 @@ def side_config(work: Work, way: Way):
         return one_device(config)
     if work.kind == "policy":
         quiet |= dict(beta=settings.beta, precompute_ref_log_probs=True)
-    quiet |= dict(train_sampling_strategy=way.strategy, gradient_checkpointing=work.checkpointing)
+    quiet |= dict(train_sampling_strategy=way.strategy, gradient_checkpointing=work.checkpointing, bf16=work.autocast)
     arguments = common_arguments(settings, folder, 0, way.pairs, remove_unused_columns=False, **quiet)
     return one_device((RewardConfig if work.kind == "reward" else DPOConfig)(**arguments))
 
@@ -249,6 +261,25 @@ class Side:
 # The same work
 
 
+@contextlib.contextmanager
+def moved_adapters(side: Side, scale: float = 0.02, seed: int = 0):
+    "Give a side's adapters random weights of a scale while the block lasts; without adapters nothing is changed."
+    import torch
+
+    generator, weights = torch.Generator().manual_seed(seed), sorted(side.trainer.model.named_parameters())
+    own = [weight for _, weight in weights if side.work.settings.lora.rank and weight.requires_grad]
+    before = [weight.detach().clone() for weight in own]
+    with torch.no_grad():
+        for weight in own:
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, kept in zip(own, before):
+                weight.copy_(kept)
+
+
 def first_losses(sides: list[Side], scale: float = 0.02, seed: int = 0) -> list[float]:
     """Compute each side's loss on the first pairs, under the same adapters; their own are put back.
 
@@ -258,21 +289,23 @@ def first_losses(sides: list[Side], scale: float = 0.02, seed: int = 0) -> list[
 
     losses = []
     for side in sides:
-        generator, trainer = torch.Generator().manual_seed(seed), side.trainer
-        lora, names = side.work.settings.lora.rank, sorted(name for name, _ in trainer.model.named_parameters())
-        weights = dict(trainer.model.named_parameters())
-        own = {name: weights[name] for name in names if lora and weights[name].requires_grad}
-        before = {name: weight.detach().clone() for name, weight in own.items()}
-        first = range(min(8, side.work.settings.batch_size))
+        trainer, first = side.trainer, range(min(8, side.work.settings.batch_size))
         batch = trainer.data_collator(list(trainer.train_dataset.select(first)))
-        with torch.no_grad():
-            for weight in own.values():
-                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+        with moved_adapters(side, scale, seed), torch.no_grad():
             batch = send_to_device(batch, trainer.accelerator.device)
             losses.append(trainer.compute_loss(trainer.model.eval(), batch).item())
-            for name, weight in before.items():
-                own[name].copy_(weight)
     return losses
+
+
+def gradients(side: Side) -> dict:
+    "Compute the gradients of what is trained, over a whole batch: name -> tensor."
+    trainer = side.trainer
+    trainer.model.train()
+    for batch in trainer.get_train_dataloader():
+        (trainer.compute_loss(trainer.model, batch) / trainer.args.gradient_accumulation_steps).backward()
+    found = {name: own.grad.clone() for name, own in trainer.model.named_parameters() if own.grad is not None}
+    trainer.model.zero_grad()
+    return found
 
 
 def relative_gap(ours: list[float], theirs: list[float]) -> float:
@@ -485,8 +518,7 @@ def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
 def shape_bench(kind: Kind, name: str, model, rounds: int, pairs: int, checkpointing: bool = True, matmul: int = 8192):
     """Measure training of every weight of a model: pairs/s, share of the machine's own rate, memory.
 
-    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate. Counted are 6
-    operations a weight and useful token, 2 more for DPO's reference."""
+    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate."""
     import torch
 
     tokenizer = load_tokenizer(find_weights("random-tiny"))
@@ -500,9 +532,7 @@ def shape_bench(kind: Kind, name: str, model, rounds: int, pairs: int, checkpoin
         f"{type(optimiser).__name__}"
     )
     found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, optimiser)
-    weights, embedded = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
-    weights -= 0 if kind == "policy" and model.config.tie_word_embeddings else embedded  # tied, they are the head too
-    each = (6 if kind == "reward" else 8) * weights * found["positions"]["useful"] / pairs
+    each = work.flops(model) / pairs
     most = matmul_rate(torch.bfloat16, matmul)
     shares = {side: found[side] * each / most for side in ("ours", "theirs")}
     return {"label": name, **found, "FLOP a pair": each, "matmul FLOP/s": most, "share": shares}

