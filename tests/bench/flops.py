@@ -30,7 +30,7 @@ def training_flops(model, segments: Segments, outputs: int = 0, reference: bool 
 
 
 def _products(model, segments: Segments, outputs: int) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
-    "Count the operations of each layer: linear, attention, gradients of weights; and those of the head: (head, gradient)."
+    "Count by layer (linear, attention, gradients of weights), and for the head (forward, gradient of its weight)."
     from torch.nn import Linear
 
     own = unwrap(model)
