@@ -376,6 +376,7 @@ def compare(name: str, what: str, work: Work, ways: list[Way], rounds: int, opti
     found |= {"ways": {side: asdict(own.way) for side, own in sides.items()}}
     found |= {"tried": [asdict(way) | {"rate": rate} for rate, way in tried]}
     found |= {"positions": {side: own.positions() for side, own in sides.items()}}
+    found["kernel"] = unwrap(sides["ours"].trainer.model).base_model.pack_kernel
     found["positions"]["useful"] = sum(row["length"] for row in work.rows)
     return found | {"peak GB": {side: own.peak_gb for side, own in sides.items()}, **same}
 
@@ -515,10 +516,13 @@ def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
     return max(rates[1:])
 
 
-def shape_bench(kind: Kind, name: str, model, rounds: int, pairs: int, checkpointing: bool = True, matmul: int = 8192):
+def shape_bench(
+    kind: Kind, name: str, model, rounds: int, pairs: int, checkpointing: bool = True, matmul: int = 8192, ways=()
+) -> dict:
     """Measure training of every weight of a model: pairs/s, share of the machine's own rate, memory.
 
-    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate."""
+    pairs: in a measurement, one optimiser step; matmul: size of the matrices that tell the device's rate; ways:
+    of trl, to try; none = all."""
     import torch
 
     tokenizer = load_tokenizer(find_weights("random-tiny"))
@@ -531,7 +535,7 @@ def shape_bench(kind: Kind, name: str, model, rounds: int, pairs: int, checkpoin
         f"tokens, every weight of {name} in bfloat16, {'with' if checkpointing else 'no'} gradient checkpointing, "
         f"{type(optimiser).__name__}"
     )
-    found = compare(f"{kind}_{name}", what, work, their_ways(kind, pairs), rounds, optimiser)
+    found = compare(f"{kind}_{name}", what, work, ways or their_ways(kind, pairs), rounds, optimiser)
     each = work.flops(model) / pairs
     most = matmul_rate(torch.bfloat16, matmul)
     shares = {side: found[side] * each / most for side in ("ours", "theirs")}
