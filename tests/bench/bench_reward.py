@@ -1,8 +1,7 @@
-"""Training and scoring of reward models beside trl's RewardTrainer and a plain padded loop, in the same run."""
+"""Reward models: training beside trl's RewardTrainer, scoring beside a padded loop, shares of the peak, growth."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -10,15 +9,31 @@ import tempfile
 import typing
 from pathlib import Path
 
-from bench import given, keep, keep_rows, save_figure, side_by_side
-from bench_training import LENGTHS, bench_figure, gpu_bench, lora_bench, made_groups, made_pairs, relative_gap, twin
+from bench import given, keep, keep_rows, save_figure, show, side_by_side
+from bench_training import (
+    LENGTHS,
+    bench_figure,
+    demo_settings,
+    gpu_bench,
+    growth_bench,
+    load_start,
+    lora_bench,
+    made_groups,
+    made_pairs,
+    relative_gap,
+    share_bench,
+    twin,
+)
+from flops import forward_flops
 from psycopref.core.files import read_json
 from psycopref.core.settings import LoraSettings, RewardSettings
+from psycopref.models.packs import lay_out
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training.jobs import launch_command, store_job
 from psycopref.training.reward_model import RewardJob
-from psycopref.training.scoring import load_reward_model, score_groups
+from psycopref.training.scoring import score_groups
 from psycopref.training.texts import prompt_messages, render
+from shares import account, grow, take
 
 
 def made_texts(tokenizer, n: int, answers: int, profile: str) -> list[list[str]]:
@@ -34,12 +49,12 @@ def our_scores(model, tokenizer, groups: list[list[str]]) -> list[float]:
     return [score for own in score_groups(model, tokenizer, groups, name="") for score in own]
 
 
-def plain_scores(model, tokenizer, texts: list[str], by_length: bool = False, rows: int = 16) -> list[float]:
-    "Score texts in padded batches of some rows, sorted by length first where that is asked."
+def plain_scores(model, tokenizer, texts: list[str], rows: int = 16) -> list[float]:
+    "Score texts in padded batches of some rows, sorted by length."
     import torch
 
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i])) if by_length else range(len(ids))
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     scores = [0.0] * len(ids)
     for start in range(0, len(ids), rows):
         own = order[start : start + rows]
@@ -59,42 +74,60 @@ def reward_gap(ours: list[float], theirs: list[float], exact: bool) -> float:
     return gap
 
 
-def scoring_bench(
-    backbone: str, rounds: int, texts: int, dtype: str = "auto", profiles: typing.Sequence[str] = ("paper", "demo")
-) -> list[dict]:
-    """Measure scoring of pairs and of groups of eight beside the plain loop, sorted by length and not.
+def scoring_bench(model, exact, tokenizer, rounds: int, works: typing.Sequence[tuple[str, int, int]]) -> list[dict]:
+    """Measure scoring of groups beside the padded loop, sorted by length.
 
-    texts: in a measurement, a multiple of 8."""
-    weights, found = find_weights(backbone), []
-    tokenizer = load_tokenizer(weights)
-    model, exact = (load_reward_model(weights.location, tokenizer, kind, new_head=0) for kind in (dtype, "float32"))
-    other, plain = twin(model), twin(exact)
-    for profile, size in itertools.product(profiles, (2, 8)):
+    exact: the same model in float32; works: profile of LENGTHS, answers of a group, texts."""
+    found, other, plain = [], twin(model), twin(exact)
+    dtype = str(model.dtype).removeprefix("torch.")
+    for profile, size, texts in works:
         groups = made_texts(tokenizer, texts // size, size, profile)
-        flat, few = [text for group in groups for text in group], groups[: 16 // size]
-        gaps = {
-            "largest difference in float32": reward_gap(
-                our_scores(exact, tokenizer, few), plain_scores(plain, tokenizer, sum(few, [])), True
-            ),
-            "largest difference": reward_gap(
-                our_scores(model, tokenizer, groups),
-                plain_scores(other, tokenizer, flat),
-                str(model.dtype) == "torch.float32",
-            ),
+        flat, few = [text for group in groups for text in group], groups[: max(1, 8 // size)]
+        own = our_scores(exact, tokenizer, few), plain_scores(plain, tokenizer, sum(few, []))
+        gaps = {"largest difference in float32": reward_gap(*own, True)}
+        own = our_scores(model, tokenizer, few), plain_scores(other, tokenizer, sum(few, []))
+        gaps["largest difference"] = reward_gap(*own, dtype == "float32")
+        what = f"rewards of {texts} texts in groups of {size}, answers of {'-'.join(map(str, LENGTHS[profile][1]))} "
+        what += f"tokens, {Path(model.name_or_path).name}, {dtype}, against padded batches of 16, sorted by length"
+        sides = {
+            "ours": lambda: len(our_scores(model, tokenizer, groups)),
+            "theirs": lambda: len(plain_scores(other, tokenizer, flat)),
         }
-        for by_length in (True, False):
-            what = (
-                f"rewards of {texts} texts in groups of {size}, answers of {'-'.join(map(str, LENGTHS[profile][1]))} "
-                f"tokens, {backbone}, {str(model.dtype).removeprefix('torch.')}, against padded batches of 16, "
-                f"{'sorted by length' if by_length else 'in the given order'}"
-            )
-            sides = {
-                "ours": lambda: len(our_scores(model, tokenizer, groups)),
-                "theirs": lambda: len(plain_scores(other, tokenizer, flat, by_length)),
-            }
-            row = side_by_side("reward_scoring", what, "texts/s", sides, rounds) | gaps
-            found.append({"label": f"{profile}'s lengths, groups of {size}", "sorted": by_length, **row})
+        row = side_by_side("reward_scoring", what, "texts/s", sides, rounds, warm=False) | gaps
+        found.append({"label": f"{profile}'s lengths, groups of {size}", **row})
     return keep_rows("reward_scoring", found)
+
+
+def useful(tokenizer, groups: list[list[str]]) -> list[tuple[int, int]]:
+    "List what a scoring of groups needs: (queries, keys) of each text's own part, what a group shares once."
+    pack = lay_out([[tokenizer(text, add_special_tokens=False).input_ids for text in group] for group in groups])
+    return list(zip(pack.query_lengths, pack.key_lengths))
+
+
+def scoring_share(model, tokenizer, profile: str = "demo", size: int = 2, texts: int = 64) -> dict:
+    "Measure what scoring reaches of the machine, and where its time goes. size: answers of a group."
+    groups = made_texts(tokenizer, texts // size, size, profile)
+    segments = useful(tokenizer, groups)
+    tokens, needed = sum(queries for queries, _ in segments), forward_flops(model, segments, texts)
+    row = account(take(lambda: our_scores(model, tokenizer, groups)), tokens, needed, model.dtype)
+    return keep("share_scoring", row, f"scoring of {texts} texts in groups of {size}, {profile}'s lengths", "tokens/s")
+
+
+def scoring_growth(model, tokenizer, texts: list[int], lengths: list[int], answers: list[int]) -> list[dict]:
+    "Follow scoring as texts (in pairs), tokens of an answer (8 pairs) and answers of a group (4 groups) grow."
+
+    def work(n: int, size: int, profile) -> typing.Callable:
+        groups = made_texts(tokenizer, n, size, profile)
+        tokens = sum(queries for queries, _ in useful(tokenizer, groups))
+        return lambda: tokens * bool(our_scores(model, tokenizer, groups))
+
+    found = [
+        grow("texts, in pairs", texts, lambda n: work(n // 2, 2, "demo")),
+        grow("tokens of an answer, 8 pairs", lengths, lambda n: work(8, 2, ((20, 80), (n, n)))),
+        grow("answers of a group, 4 groups", answers, lambda n: work(4, n, "demo")),
+    ]
+    keep("growth_scoring", {"curves": found}, "scoring", "tokens/s")
+    return found
 
 
 def curve_gap(one: list[dict], two: list[dict]) -> float:
@@ -131,9 +164,17 @@ def processes_bench(pairs: int = 64, counts: tuple[int, ...] = (1, 2)) -> dict:
 
 
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
-ROUNDS = 3  # measurements of each side, after one that is not counted
-BATCHES = 8  # batches of 8 pairs in a measurement of training
-TEXTS = 64  # in a measurement of scoring; a multiple of 8
+DTYPE = "auto"  # auto, float32 or bfloat16
+ROUNDS = 1  # measurements of each side
+STEPS = 2  # optimiser steps of 8 pairs in a measurement of training
+PROFILES = ["demo"]  # lengths of the answers that are trained on; paper's take eight times as long
+SIZES = [4, 8]  # pairs in a pass of trl's, to try
+PAIRS = [4, 8, 16]  # of a step, as it grows
+LENGTHS_GROWN = [32, 64, 128, 256]  # tokens of an answer, as they grow
+SCORED = [["demo", 2, 64], ["demo", 8, 64], ["paper", 2, 16]]  # lengths, answers of a group, texts
+TEXTS_GROWN = [16, 32, 64]  # that are scored
+ANSWERS_GROWN = [1, 4, 16]  # of a group that is scored
+PROCESSES = []  # numbers of processes that train the tiny model, whose losses are compared, such as [1, 2]
 GPU_SHAPES = ["llama-3.2-3b", "llama-3.1-8b"]  # trained where there is a GPU
 GPU_PAIRS = 128  # in a measurement on a GPU, one optimiser step
 CHECKPOINTING = True  # of gradients, on a GPU
@@ -143,12 +184,20 @@ if __name__ == "__main__":
     import pandas as pd
 
     globals().update(given(sys.argv[1:], globals()))
-    trained = lora_bench("reward", BACKBONE, ROUNDS, BATCHES, profiles=("paper", "demo"), sizes=(8,))
-    scored = scoring_bench(BACKBONE, ROUNDS, TEXTS)
-    processes = processes_bench()
-    print({key: processes[key] for key in ("processes", "steps", "greatest difference")})
+    weights, settings = find_weights(BACKBONE), demo_settings("reward")
+    tokenizer = load_tokenizer(weights)
+    model, exact = (load_start("reward", weights, tokenizer, dtype) for dtype in (DTYPE, "float32"))
+    scorer = twin(model)  # which is taught to take packs; trl's sides are copies of a plain one
+    show(share_bench("reward", model, tokenizer, settings))
+    show(scoring_share(scorer, tokenizer))
+    trained = lora_bench("reward", model, tokenizer, ROUNDS, STEPS, settings, PROFILES, SIZES)
+    scored = scoring_bench(scorer, exact, tokenizer, ROUNDS, SCORED)
+    print(growth_bench("reward", model, tokenizer, settings, PAIRS, LENGTHS_GROWN))
+    print(scoring_growth(scorer, tokenizer, TEXTS_GROWN, LENGTHS_GROWN, ANSWERS_GROWN))
+    if PROCESSES:
+        print(processes_bench(counts=tuple(PROCESSES)))
     on_gpu = gpu_bench("reward", GPU_SHAPES, ROUNDS, GPU_PAIRS, CHECKPOINTING)
     panels = {"training, against trl": trained, "training on a GPU, against trl": on_gpu}
-    panels["scoring, against sorted batches"] = [row for row in scored if row["sorted"]]
-    save_figure("reward", bench_figure(panels))
-    print(pd.DataFrame(trained + scored + on_gpu)[["label", "what", "ours", "theirs", "ratio", "unit", "device"]])
+    save_figure("reward", bench_figure(panels | {"scoring, against sorted batches": scored}))
+    columns = ["label", "ours", "theirs", "stock", "ratio", "stock ratio", "MB", "unit"]
+    print(pd.DataFrame(trained + scored + on_gpu).reindex(columns=columns).round(2).to_string())

@@ -6,17 +6,15 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import random
 import tempfile
 import time
 import typing
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from bench import demo_speeches, in_child, keep, keep_rows, peak_mb, side_by_side
+from bench import demo_speeches, keep, keep_rows, side_by_side
 from flops import training_flops
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile, suggest
 from psycopref.core.tables import PALETTE, new_figure
@@ -34,6 +32,7 @@ from psycopref.training.texts import (
     silence,
     step_plan,
 )
+from shares import account, grow, matmul_rate, take
 
 Kind = typing.Literal["reward", "policy"]
 LENGTHS = {"paper": ((20, 80), (350, 430)), "demo": ((20, 80), (35, 60))}  # tokens of a question, of an answer
@@ -43,11 +42,11 @@ STRATEGIES = ("group_by_length", "batch_rebalance", "random")
 # What is trained on
 
 
-def made_groups(tokenizer, n: int, answers: int, profile: str, seed: int = 0) -> list[tuple[str, list[str]]]:
+def made_groups(tokenizer, n: int, answers: int, profile: str | tuple, seed: int = 0) -> list[tuple[str, list[str]]]:
     """Cut texts from the demo corpus: n questions, each with its answers.
 
-    profile: a key of LENGTHS."""
-    chance, (question, answer) = random.Random(seed), LENGTHS[profile]
+    profile: a key of LENGTHS, or two spans of tokens as there."""
+    chance, (question, answer) = random.Random(seed), LENGTHS.get(profile, profile)
     tokens = [tokenizer(" " + speech, add_special_tokens=False).input_ids for speech in demo_speeches()]
 
     def text(span: tuple[int, int]) -> str:
@@ -59,7 +58,7 @@ def made_groups(tokenizer, n: int, answers: int, profile: str, seed: int = 0) ->
     return [(text(question), [text(answer) for _ in range(answers)]) for _ in range(n)]
 
 
-def made_pairs(tokenizer, n: int, profile: str):
+def made_pairs(tokenizer, n: int, profile: str | tuple):
     "Make a frame of n pairs with prefID, question, chosen, rejected."
     import pandas as pd
 
@@ -140,16 +139,17 @@ def side_rows(work: Work, way: Way) -> list[dict]:
     "Give ours tokens; trl tokenises DPO's conversations itself and groups by the longest text, to which it pads."
     if way.side == "ours":
         return work.rows
-    if work.kind == "reward":
-        return [row | {"length": max(len(row["chosen_ids"]), len(row["rejected_ids"]))} for row in work.rows]
+    longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in work.rows]
+    if work.kind == "reward" and way.side == "trl":
+        return [row | {"length": length} for row, length in zip(work.rows, longest)]
     return [
         {
             "prompt": prompt_messages(pair.question),
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
-            "length": len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])),
+            "length": len(row.get("prompt_ids", [])) + length,
         }
-        for pair, row in zip(work.pairs.itertuples(), work.rows)
+        for pair, row, length in zip(work.pairs.itertuples(), work.rows, longest)
     ]
 
 
@@ -160,10 +160,12 @@ def side_config(work: Work, way: Way):
 
     settings, folder = work.settings, tempfile.gettempdir()
     quiet = dict(save_strategy="no", report_to="none", disable_tqdm=True, num_train_epochs=1)
-    if way.side == "stock":  # as it comes, with the experiment's numbers
-        own = dict(learning_rate=settings.learning_rate, warmup_steps=settings.warmup_ratio, beta=settings.beta)
-        own |= dict(max_length=settings.max_length, seed=0, use_cpu=not torch.cuda.is_available())
-        config = DPOConfig(folder, dataloader_pin_memory=False, **own, **quiet)
+    if way.side == "stock":  # as it comes, with the experiment's numbers and the dtype of ours
+        own = dict(learning_rate=settings.learning_rate, warmup_steps=settings.warmup_ratio, seed=0)
+        own |= dict(max_length=settings.max_length, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+        own |= dict(beta=settings.beta) if work.kind == "policy" else {}
+        own |= dict(bf16=False) if work.fresh().dtype == torch.float32 else {}  # which a slow processor would emulate
+        config = (RewardConfig if work.kind == "reward" else DPOConfig)(folder, **own, **quiet)
         config.gradient_accumulation_steps = settings.batch_size // config.per_device_train_batch_size
         return one_device(config)
     if work.kind == "policy":
@@ -175,16 +177,10 @@ def side_config(work: Work, way: Way):
 
 def side_models(work: Work, way: Way) -> dict:
     "Make the model of a side with its adapters, and for DPO its reference."
-    import torch
-    from transformers import AutoModelForCausalLM
-
     lora = work.settings.lora
-    if way.side == "stock":
-        model = work.fresh()
-        with torch.device("meta"):
-            adapted = add_lora(AutoModelForCausalLM.from_config(model.config), lora)
-        return {"model": model, "peft_config": adapted.peft_config["default"]}
     model = add_lora(work.fresh(), lora, head=work.kind == "reward")
+    if way.side == "stock":
+        return {"model": work.fresh(), "peft_config": model.peft_config["default"]}
     if way.side == "trl":
         unwrap(model).set_attn_implementation(way.attention)
     reference = {"ref_model": work.fresh() if lora.rank else None} if work.kind == "policy" else {}
@@ -358,21 +354,33 @@ def try_ways(make: typing.Callable[[Way], Side], ways: list[Way]) -> list[tuple[
     return tried
 
 
-def compare(name: str, what: str, work: Work, ways: list[Way], rounds: int, optimiser=None) -> dict:
-    """Measure ours beside trl at its best, and for DPO with adapters as it comes, in pairs/s.
+def compare(
+    name: str,
+    what: str,
+    work: Work,
+    ways: list[Way],
+    rounds: int,
+    optimiser=None,
+    strategies: typing.Sequence[str] = STRATEGIES,
+    warm: bool = True,
+) -> dict:
+    """Measure ours beside trl at its best, and with adapters as it comes, in pairs/s.
 
-    ways: trl's, of which the fastest is taken, then its fastest strategy; optimiser: shared by the sides."""
+    ways: trl's, of which the fastest on one batch is taken, then its fastest strategy; optimiser: shared by the sides;
+    warm: of `bench.in_turn`."""
     make = functools.partial(Side, work, optimiser=optimiser)
     sides = {"ours": make(our_way(work)), "theirs": make(ways[0])}
-    if work.kind == "policy" and work.settings.lora.rank:
+    if work.settings.lora.rank:
         sides["stock"] = make(Way("stock"))
-    same, tried = same_work(list(sides.values())), try_ways(make, ways)
+    few = replace(work, pairs=work.pairs[: work.settings.batch_size])
+    probe = functools.partial(Side, few, optimiser=optimiser)
+    same, tried = same_work(list(sides.values())), try_ways(probe, ways)
     best = max(tried, key=lambda own: own[0])[1]
-    tried += try_ways(make, [replace(best, strategy=own) for own in STRATEGIES if own != best.strategy])
+    tried += try_ways(probe, [replace(best, strategy=own) for own in strategies if own != best.strategy])
     best = max(tried, key=lambda own: own[0])[1]
     sides["theirs"] = make(best)
     what += f", against trl ({best.strategy}, {best.pairs} pairs a pass, {best.attention})"
-    found = side_by_side(name, what, "pairs/s", sides, rounds)
+    found = side_by_side(name, what, "pairs/s", sides, rounds, warm)
     found |= {"ways": {side: asdict(own.way) for side, own in sides.items()}}
     found |= {"tried": [asdict(way) | {"rate": rate} for rate, way in tried]}
     found |= {"positions": {side: own.positions() for side, own in sides.items()}}
@@ -397,68 +405,67 @@ def load_start(kind: Kind, weights, tokenizer, dtype: str):
     return load_reward_model(weights.location, tokenizer, dtype, new_head=0)
 
 
+def training_of(kind: Kind, settings, model) -> str:
+    "Say in words what is trained."
+    return (
+        f"{'reward model' if kind == 'reward' else 'DPO, the reference counted'}, steps of {settings.batch_size} "
+        f"pairs, LoRA of rank {settings.lora.rank} on the last {settings.lora.last_layers} layers of "
+        f"{Path(model.name_or_path).name}, {str(model.dtype).removeprefix('torch.')}"
+    )
+
+
 def lora_bench(
     kind: Kind,
-    backbone: str,
+    model,
+    tokenizer,
     rounds: int,
     steps: int,
-    settings=None,
-    dtype: str = "auto",
-    profiles: typing.Sequence[str] = ("demo", "paper"),
-    sizes: typing.Sequence[int] = (2, 4, 8),
+    settings,
+    profiles: typing.Sequence[str] = ("demo",),
+    sizes: typing.Sequence[int] = (4, 8),
+    strategies: typing.Sequence[str] = ("group_by_length",),
 ) -> list[dict]:
-    """Measure training with adapters, for each profile of lengths.
+    """Measure training with adapters beside trl's, for each profile of lengths.
 
-    steps: of 8 pairs, in a measurement; settings: None takes demo_settings; sizes: pairs in trl's pass to try."""
-    weights, found, settings = find_weights(backbone), [], settings or demo_settings(kind)
-    tokenizer = load_tokenizer(weights)
-    model = load_start(kind, weights, tokenizer, dtype)
+    steps: of a batch, in a measurement; settings: of demo_settings; sizes, strategies: of trl's, to try."""
+    found, ways = [], [Way("trl", size, strategies[0]) for size in sizes]
     for profile in profiles:
-        low, high = LENGTHS[profile][1]
-        what = (
-            f"{'reward model' if kind == 'reward' else 'DPO, the reference counted'}, in steps of "
-            f"{settings.batch_size} pairs, answers of {low}-{high} tokens, LoRA of rank {settings.lora.rank} on the "
-            f"last {settings.lora.last_layers} layers of {backbone}, {str(model.dtype).removeprefix('torch.')}"
-        )
+        what = f"{training_of(kind, settings, model)}, answers of {'-'.join(map(str, LENGTHS[profile][1]))} tokens"
         pairs = made_pairs(tokenizer, settings.batch_size * steps, profile)
         work = Work(kind, lambda: twin(model), tokenizer, pairs, settings)
-        row = compare(f"{kind}_training", what, work, [Way("trl", size) for size in sizes], rounds)
+        row = compare(f"{kind}_training", what, work, ways, rounds, None, strategies, warm=False)
         found.append({"label": f"{profile}'s lengths", **row})
         keep_rows(f"{kind}_training", found)  # after each, for long answers take long
     return found
 
 
-# Memory of a process
+def side_of(kind: Kind, model, tokenizer, settings, pairs: int, profile: str | tuple) -> tuple[Side, int]:
+    "Make our side of one optimiser step of some pairs; also count its useful tokens."
+    own, made = replace(settings, batch_size=pairs), made_pairs(tokenizer, pairs, profile)
+    work = Work(kind, lambda: twin(model), tokenizer, made, own)
+    return Side(work, our_way(work)), sum(row["length"] for row in work.rows)
 
 
-def measure_memory(backbone: str, dtype: str, profile: str, settings: dict, way: dict) -> dict:
-    "Train one side of DPO in this process, which should be new."
-    import trl.trainer.dpo_trainer  # noqa: F401, so that it counts as loaded
-
-    weights, own = find_weights(backbone), TypeAdapter(DpoSettings).validate_json(json.dumps(settings))
-    load = functools.partial(load_causal_lm, weights, dtype)
-    tokenizer, first = load_tokenizer(weights), [load()]
-    loaded, pairs = peak_mb(), made_pairs(tokenizer, own.batch_size, profile)
-    side = Side(Work("policy", lambda: first.pop() if first else load(), tokenizer, pairs, own), Way(**way))
-    side.reference = None  # as after a training's start
-    side.trainer.train()
-    return {"loaded_mb": loaded, "peak_mb": peak_mb(), "steps": side.trainer.state.global_step}
+def share_bench(kind: Kind, model, tokenizer, settings, profile: str = "demo") -> dict:
+    "Measure what one of our steps reaches of the machine, and where its time goes."
+    side, tokens = side_of(kind, model, tokenizer, settings, settings.batch_size, profile)
+    row = account(take(side), tokens, side.work.flops(side.trainer.model), model.dtype)
+    return keep(f"share_{kind}", row, f"{training_of(kind, settings, model)}, {profile}'s lengths", "tokens/s")
 
 
-def memory_bench(backbone: str, trained: list[dict], settings: DpoSettings | None = None, dtype: str = "auto"):
-    """Measure peak memory of one optimiser step of each side in a process of its own, in MB.
+def growth_bench(kind: Kind, model, tokenizer, settings, pairs: typing.Sequence[int], lengths: typing.Sequence[int]):
+    "Follow a step as its pairs and the tokens of an answer (of 4 pairs) grow."
 
-    trained: of lora_bench, whose ways are taken. Returns rows; a ratio is the other side's peak to ours."""
-    found, settings = [], settings or demo_settings("policy")
-    for row in trained:
-        order = dict(backbone=backbone, dtype=dtype, profile=row["label"].partition("'")[0])
-        measure = functools.partial(in_child, "bench_training.measure_memory", settings=asdict(settings), **order)
-        sides = {side: measure(way=way) for side, way in row["ways"].items()}
-        peaks = {side: own["peak_mb"] for side, own in sides.items()}
-        ratios = {"ratio": peaks["theirs"] / peaks["ours"], "stock ratio": peaks["stock"] / peaks["ours"]}
-        own = {"label": row["label"], **peaks, **ratios, "sides": sides}
-        found.append(keep("policy_memory", own, f"peak memory of a process: {row['what']}", "MB"))
-    return keep_rows("policy_memory", found)
+    def work(n: int, profile) -> typing.Callable:
+        side, tokens = side_of(kind, model, tokenizer, settings, n, profile)
+        return lambda: tokens * bool(side())
+
+    found = [
+        grow("pairs of a step", pairs, lambda n: work(n, "demo")),
+        grow("tokens of an answer, 4 pairs", lengths, lambda n: work(4, ((20, 80), (n, n)))),
+    ]
+    keep(f"growth_{kind}", {"curves": found}, training_of(kind, settings, model), "tokens/s")
+    return found
 
 
 # Every weight of a large model, on a GPU
@@ -497,23 +504,6 @@ def step_optimiser(model, learning_rate: float):
     if need < 0.75 * total:
         return torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=gpu)
     return torch.optim.SGD(model.parameters(), lr=learning_rate)
-
-
-def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
-    "Measure how fast the device multiplies square matrices of a size: operations/s, the best of several."
-    import torch
-
-    device, rates = pick_device(), []
-    first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    calls = max(1, round(2e13 / size**3)) if device == "cuda" else 4
-    for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        for _ in range(calls):
-            first @ second
-        if device == "cuda":
-            torch.cuda.synchronize()
-        rates.append(calls * 2 * size**3 / (time.perf_counter() - start))
-    return max(rates[1:])
 
 
 def shape_bench(

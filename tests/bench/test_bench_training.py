@@ -20,14 +20,15 @@ from bench_training import (
     gradients,
     gpu_bench,
     load_start,
+    growth_bench,
     lora_bench,
     made_groups,
     made_pairs,
-    memory_bench,
     our_way,
     random_model,
     reference_gap,
     same_work,
+    share_bench,
     shape_bench,
     try_ways,
     twin,
@@ -203,26 +204,31 @@ def test_a_child_is_not_charged_with_the_memory_of_its_parent():
 
 
 @KINDS
-def test_adapters_are_compared_and_kept(kind, tmp_path):
-    found = lora_bench(kind, "random-tiny", 1, 1, small(kind), "float32", ["demo"], sizes=(4, 8))
+def test_adapters_are_compared_and_kept(kind, works, tokenizer, tmp_path):
+    own = works[kind].fresh(), tokenizer
+    found = lora_bench(kind, *own, 1, 1, small(kind), sizes=(4, 8), strategies=STRATEGIES[:2])
     written = read_json(tmp_path / "outputs" / "bench" / f"{kind}_training.json")
     assert written["rows"] == found and [row["label"] for row in found] == ["demo's lengths"]
-    assert {"ours", "theirs", "ratio", "ratios", "unit", "device", "what", "date"} <= written.keys()
-    assert len(written["tried"]) == 4 and ("stock ratio" in written) == (kind == "policy")
+    assert {"ours", "theirs", "stock", "ratio", "stock ratio", "unit", "device", "what", "date"} <= written.keys()
+    assert len(written["tried"]) == 3 and set(written["MB"]) == {"ours", "theirs", "stock"}
     positions = written["positions"]
     assert positions["ours"] <= positions["useful"] < positions["theirs"]
-    if kind == "policy":
-        remembered = memory_bench("random-tiny", found, small(kind), "float32")
-        sides = remembered[0]["sides"]
-        assert set(sides) == {"ours", "theirs", "stock"} and remembered[0]["ours"] == sides["ours"]["peak_mb"]
-        assert all(own["peak_mb"] >= own["loaded_mb"] > 50 and own["steps"] == 1 for own in sides.values())
-        axes = bench_figure({"time": found, "memory": remembered, "GPU": []}).axes
-        assert [len(axis.patches) for axis in axes] == [3, 3] and len(axes[0].texts) == 2
+    axes = bench_figure({"time": found, "GPU": []}).axes
+    assert [len(axis.patches) for axis in axes] == [3] and len(axes[0].texts) == 2
+
+
+@KINDS
+def test_a_step_is_accounted_and_followed(kind, works, tokenizer):
+    own = works[kind].fresh(), tokenizer, small(kind)
+    row = share_bench(kind, *own)
+    assert row["replayed"] == 1 and 0.5 < row["needed of computed"] <= 1, "no product is missed, none is padding"
+    curves = growth_bench(kind, *own, [2, 4], [8, 16])
+    assert [[row["size"] for row in curve["rows"]] for curve in curves] == [[2, 4], [8, 16]]
 
 
 def test_a_child_that_fails_says_its_last_words():
-    with pytest.raises(RuntimeError, match="random-tiny"):
-        in_child("bench_training.measure_memory", backbone="random-tin", dtype="", profile="", settings={}, way={})
+    with pytest.raises(RuntimeError, match="no attribute 'nothing'"):
+        in_child("bench.nothing")
 
 
 @KINDS
