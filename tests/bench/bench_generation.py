@@ -144,6 +144,7 @@ def llama_server(gguf: Path, slots: int, length: int) -> typing.Iterator[tuple[s
     order = json.dumps([str(gguf), slots, slots * (length + 16), os.cpu_count()])
     with tempfile.TemporaryFile("w+") as said:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+        pipes["env"] = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         with subprocess.Popen([sys.executable, "-c", _SERVER, order], **pipes) as process:
             try:
                 ready = next((line for line in process.stdout if line.startswith('["llama.cpp"')), "")

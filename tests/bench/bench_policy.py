@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from bench import given, save_figure, show
-from bench_training import bench_figure, demo_settings, gpu_bench, growth_bench, load_start, lora_bench, share_bench
+from bench import given, show
+from bench_training import demo_settings, gpu_bench, growth_bench, load_start, lora_bench, share_bench
 from psycopref.models.weights import find_weights, load_tokenizer
 
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
@@ -33,6 +33,5 @@ if __name__ == "__main__":
     trained = lora_bench("policy", model, tokenizer, ROUNDS, STEPS, settings, PROFILES, SIZES)
     print(growth_bench("policy", model, tokenizer, settings, PAIRS, LENGTHS_GROWN))
     on_gpu = gpu_bench("policy", GPU_SHAPES, ROUNDS, GPU_PAIRS, CHECKPOINTING)
-    save_figure("policy", bench_figure({"DPO, against trl": trained, "DPO on a GPU, against trl": on_gpu}))
     columns = ["label", "unit", "ours", "theirs", "stock", "ratio", "stock ratio", "MB"]
     print(pd.DataFrame(trained + on_gpu).reindex(columns=columns).round(2).to_string())

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 import typing
 from pathlib import Path
 
-from bench import given, keep, keep_rows, save_figure, show, side_by_side
+from bench import given, keep, keep_rows, show, side_by_side
 from bench_training import (
     LENGTHS,
-    bench_figure,
     demo_settings,
     gpu_bench,
     growth_bench,
     load_start,
     lora_bench,
     made_groups,
-    made_pairs,
     relative_gap,
     share_bench,
     twin,
 )
 from flops import forward_flops
-from psycopref.core.files import read_json
-from psycopref.core.settings import LoraSettings, RewardSettings
 from psycopref.models.packs import lay_out
 from psycopref.models.weights import find_weights, load_tokenizer
-from psycopref.training.jobs import launch_command, store_job
-from psycopref.training.reward_model import RewardJob
 from psycopref.training.scoring import score_groups
 from psycopref.training.texts import prompt_messages, render
 from shares import account, grow, take
@@ -130,39 +121,6 @@ def scoring_growth(model, tokenizer, texts: list[int], lengths: list[int], answe
     return found
 
 
-def curve_gap(one: list[dict], two: list[dict]) -> float:
-    "Return the greatest difference of two trainings' losses, step by step, from their logs."
-    first, second = ({entry["step"]: entry["loss"] for entry in log if "loss" in entry} for log in (one, two))
-    if first.keys() != second.keys() or not first:
-        raise RuntimeError(f"the logs have {len(first)} and {len(second)} losses, expected the same steps")
-    return max(abs(first[step] - second[step]) for step in first)
-
-
-def processes_bench(pairs: int = 64, counts: tuple[int, ...] = (1, 2)) -> dict:
-    "Train the tiny model on some pairs by one process and by several on CPUs; compare the losses."
-    tiny, logs = find_weights("random-tiny"), []
-    frame = made_pairs(load_tokenizer(tiny), pairs, "demo")
-    own = dict(epochs=2, batch_size=8, pack_tokens=2048, learning_rate=3e-3, warmup_ratio=0.1)
-    settings = RewardSettings(**own, lora=LoraSettings(rank=4, alpha=8))
-    environment = {key: own for key, own in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        for count in counts:
-            job = Path(folder) / f"job-{count}"
-            store_job(job, RewardJob(tiny, settings, Path(folder) / f"model-{count}", "float32"), {"train": frame})
-            done = subprocess.run(launch_command(job, count), capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise RuntimeError(f"{count} processes ended with {done.returncode}: {done.stderr[-500:]}")
-            logs.append(read_json(job / "result.json"))
-    found = {
-        "processes": [log["devices"] for log in logs],
-        "steps": logs[0]["steps"],
-        "greatest difference": max(curve_gap(logs[0]["log"], log["log"]) for log in logs),
-        "losses": [[entry["loss"] for entry in log["log"] if "loss" in entry] for log in logs],
-    }
-    return keep("reward_processes", found, "losses of the tiny model, float32, trained by so many processes", "nats")
-
-
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
 DTYPE = "auto"  # auto, float32 or bfloat16
 ROUNDS = 1  # measurements of each side
@@ -174,7 +132,6 @@ LENGTHS_GROWN = [32, 64, 128, 256]  # tokens of an answer, as they grow
 SCORED = [["demo", 2, 64], ["demo", 8, 64], ["paper", 2, 16]]  # lengths, answers of a group, texts
 TEXTS_GROWN = [16, 32, 64]  # that are scored
 ANSWERS_GROWN = [1, 4, 16]  # of a group that is scored
-PROCESSES = []  # numbers of processes that train the tiny model, whose losses are compared, such as [1, 2]
 GPU_SHAPES = ["llama-3.2-3b", "llama-3.1-8b"]  # trained where there is a GPU
 GPU_PAIRS = 128  # in a measurement on a GPU, one optimiser step
 CHECKPOINTING = True  # of gradients, on a GPU
@@ -194,10 +151,6 @@ if __name__ == "__main__":
     scored = scoring_bench(scorer, exact, tokenizer, ROUNDS, SCORED)
     print(growth_bench("reward", model, tokenizer, settings, PAIRS, LENGTHS_GROWN))
     print(scoring_growth(scorer, tokenizer, TEXTS_GROWN, LENGTHS_GROWN, ANSWERS_GROWN))
-    if PROCESSES:
-        print(processes_bench(counts=tuple(PROCESSES)))
     on_gpu = gpu_bench("reward", GPU_SHAPES, ROUNDS, GPU_PAIRS, CHECKPOINTING)
-    panels = {"training, against trl": trained, "training on a GPU, against trl": on_gpu}
-    save_figure("reward", bench_figure(panels | {"scoring, against sorted batches": scored}))
     columns = ["label", "ours", "theirs", "stock", "ratio", "stock ratio", "MB", "unit"]
     print(pd.DataFrame(trained + scored + on_gpu).reindex(columns=columns).round(2).to_string())

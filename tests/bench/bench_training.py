@@ -17,7 +17,6 @@ from pathlib import Path
 from bench import demo_speeches, keep, keep_rows, side_by_side
 from flops import training_flops
 from psycopref.core.settings import DpoSettings, LoraSettings, RewardSettings, StudyError, load_profile, suggest
-from psycopref.core.tables import PALETTE, new_figure
 from psycopref.models.packs import lay_out, unwrap
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from psycopref.training.dpo import dpo_rows
@@ -546,25 +545,3 @@ def gpu_bench(kind: Kind, shapes: list[str], rounds: int, pairs: int, checkpoint
         del model
         torch.cuda.empty_cache()
     return found
-
-
-def bench_figure(panels: dict[str, list[dict]]):
-    "Draw ours beside the others, with the ratios above. panels: title -> rows; empty ones are left out."
-    panels = {title: found for title, found in panels.items() if found}
-    widths = [1.4 + 1.1 * len(found) for found in panels.values()]
-    figure, axes = new_figure(sum(widths), 3.6, 1, len(panels), squeeze=False, width_ratios=widths)
-    for axis, (title, found) in zip(axes[0], panels.items()):
-        sides = [side for side in ("ours", "theirs", "stock") if side in found[0]]
-        for place, side in enumerate(sides):
-            shift = 0.8 * (place - (len(sides) - 1) / 2) / len(sides)
-            heights, places = [row[side] for row in found], [i + shift for i in range(len(found))]
-            axis.bar(places, heights, 0.76 / len(sides), color=PALETTE[place], label=side)
-            ratio = {"theirs": "ratio", "stock": "stock ratio"}.get(side)
-            for i, row in enumerate(found if ratio else []):
-                axis.text(places[i], heights[i], f"{row[ratio]:.2f}×", ha="center", va="bottom", fontsize=8)
-        axis.set_xticks(range(len(found)), [row["label"].replace(", ", ",\n") for row in found], fontsize=8)
-        axis.set(ylabel=found[0]["unit"], title=title)
-        axis.margins(y=0.12)
-        axis.grid(False, axis="x")
-    axes[0][0].legend(frameon=False)
-    return figure

@@ -90,7 +90,7 @@ def encoder_flops(model, lengths: typing.Iterable[int]) -> float:
 # How fast it can be done
 
 
-def fastest(call: typing.Callable, repeats: int = 3, least: float = 0.005) -> float:
+def fastest(call: typing.Callable, repeats: int = 3, least: float = 0.002) -> float:
     "Time a call in seconds, the best of some repeats; each lasts at least so many seconds; one before warms up."
     with torch.inference_mode():
         took, calls = [], 1
@@ -119,7 +119,7 @@ def replay(seen: dict[tuple, Product], limit: float = 20.0) -> tuple[float, floa
     return seconds / share, share
 
 
-def matmul_rate(dtype, size: int, repeats: int = 5) -> float:
+def matmul_rate(dtype, size: int, repeats: int = 3) -> float:
     "Measure how fast the device multiplies square matrices of a size: operations/s, the best of several."
     device = pick_device()
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -1,8 +1,10 @@
 """The benches at their smallest size: what is measured in turn, scored, sampled, asked, killed and drawn."""
 
+import ast
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from bench_duplicates import mixed_speeches
 from bench_gateway import CLIENTS, call_of, job_of, memory, throughput
 from bench_generation import growth_bench, llama_samples, llama_server, make_work, ours, parts_bench, rivals_bench
 from bench_machine import machine_bench
-from bench_reward import curve_gap, made_texts, our_scores, plain_scores, reward_gap
+from bench_reward import made_texts, our_scores, plain_scores, reward_gap
 from bench_reward import scoring_bench, scoring_growth, scoring_share, twin
 from psycopref.feedback.pool import POOLS
 from psycopref.models.generation import Decoding
@@ -139,7 +141,7 @@ def test_the_machine_is_measured_at_the_shapes_used():
     assert found["square"] > 0 and all(row["8 rows"] > 0 < row["32 rows"] for row in found["rows"])
 
 
-# Scoring and processes
+# Scoring
 
 
 def test_scoring_is_compared_and_other_rewards_are_refused(tmp_path):
@@ -160,8 +162,32 @@ def test_scoring_is_compared_and_other_rewards_are_refused(tmp_path):
     assert [len(curve["rows"]) for curve in curves] == [2, 2, 2]
 
 
-def test_loss_curves_are_compared_step_by_step():
-    log = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_loss": 0.65}]
-    assert curve_gap(log, log) == 0 and curve_gap(log, [log[0], {"step": 2, "loss": 0.5}]) == pytest.approx(0.1)
-    with pytest.raises(RuntimeError, match="the same steps"):
-        curve_gap(log, log[:1])
+# The guide's page
+
+
+def shown(page):
+    "Execute the page's cells; return what the last line of each gives."
+    names, found = {}, []
+    for source in (
+        "".join(cell["source"]) for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"
+    ):
+        *body, last = ast.parse(source).body
+        exec(compile(ast.Module(body, []), "page", "exec"), names)
+        if isinstance(last, ast.Expr):
+            found.append(eval(compile(ast.Expression(last.value), "page", "eval"), names))
+        else:
+            exec(compile(ast.Module([last], []), "page", "exec"), names)
+    return found
+
+
+def test_the_guide_shows_what_was_measured_or_that_nothing_was(sampled, tmp_path, capsys):
+    page = Path(__file__).parents[2] / "nbs" / "guide" / "11_speed.ipynb"
+    assert shown(page) == ["not measured here: make bench"] * 2 + [None] + ["not measured here: make bench"] * 2
+    assert "not measured here" in capsys.readouterr().out
+    machine_bench("random-tiny", "float32", [8, 32])
+    parts_bench(sampled(2, Decoding(3, 0.8), 2))
+    rivals_bench(sampled(2, Decoding(3, 0.8), 2), "random-tiny", 1, 1)
+    growth_bench(sampled(4, Decoding(2)), [1, 2], [1, 2], [1, 2])
+    machine, shares, _, rivals, growth = shown(page)
+    assert list(machine["8 rows"]) and list(shares.work) == ["decode", "prefill"] and len(growth) == 3
+    assert rivals.other[0] == "not run: pip install xllamacpp" and "outside of operators" in capsys.readouterr().out
