@@ -46,12 +46,17 @@ class Work:
         return replace(self, prompts=self.prompts[:: max(1, len(self.prompts) // count)][:count])
 
 
+def render_prompts(tokenizer, speeches: list[str], words=prompt_messages) -> list[str]:
+    "Render speeches as prompts that end where the answer begins. words: gives the messages of a speech."
+    return [render_chat(tokenizer, words(speech)) for speech in speeches]
+
+
 def make_work(model, tokenizer, prompts: int, decoding: Decoding, n: int = 8, member=None) -> Work:
-    """Render the first speeches of the demo corpus as prompts that end where the answer begins.
+    """Take the first speeches of the demo corpus.
 
     prompts: how many; n: answers to each; member: of a pool, whose examples stand before each speech."""
-    speeches, words = demo_speeches()[:prompts], member.messages if member else prompt_messages
-    return Work(model, tokenizer, [render_chat(tokenizer, words(speech)) for speech in speeches], decoding, n)
+    words = member.messages if member else prompt_messages
+    return Work(model, tokenizer, render_prompts(tokenizer, demo_speeches()[:prompts], words), decoding, n)
 
 
 def samples(work: Work) -> list[list[int]]:
