@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
+from .packs import common_prefix
 
 # %% auto #0
 __all__ = ['Decoding', 'Sample', 'next_tokens', 'Branches', 'stacked', 'apart', 'branch_attention', 'Repeats', 'answering',
