@@ -204,12 +204,12 @@ def rivals_bench(work: Work, backbone: str, rounds: int, part: int) -> dict:
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
 DTYPE = "auto"  # auto, float32 or bfloat16
 ROUNDS = 1  # measurements of each side; what was measured before has warmed up
-POOL_PROMPTS = 128  # client speeches behind a pool's examples, one answer to each: prefill and decoding
+POOL_PROMPTS = 64  # client speeches behind a pool's examples, one answer to each: prefill and decoding
 POOL_TOKENS = 16  # of an answer to these
 PROMPTS = 64  # client speeches, 8 candidates for each
 PART = 16  # of these, for the others
 TOKENS = 32  # longest candidate
-GROWTH = [[8, 32, 128], [8, 16, 32, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
+GROWTH = [[4, 16, 64], [8, 16, 32, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
 
 
 if __name__ == "__main__":

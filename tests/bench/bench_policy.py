@@ -11,11 +11,11 @@ from psycopref.models.weights import find_weights, load_tokenizer
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
 DTYPE = "auto"  # auto, float32 or bfloat16
 ROUNDS = 1  # measurements of each side
-STEPS = 2  # optimiser steps of 8 pairs in a measurement
+STEPS = 1  # optimiser steps of 8 pairs in a measurement
 PROFILES = ["demo"]  # lengths of answers; paper's take eight times as long
 SIZES = [4, 8]  # pairs in a pass of trl's, to try
-PAIRS = [4, 8, 16]  # of a step, as it grows
-LENGTHS_GROWN = [32, 64, 128, 256]  # tokens of an answer, as they grow
+PAIRS = [2, 4, 8]  # of a step, as it grows
+LENGTHS_GROWN = [32, 64, 128]  # tokens of an answer, as they grow
 PACK_TOKENS = None  # budget of our packs, which trades memory for speed; None takes the demo's
 GPU_SHAPES = ["llama-3.2-3b", "llama-3.1-8b"]  # trained where there is a GPU
 GPU_PAIRS = 64  # in a measurement on a GPU, one optimiser step
