@@ -27,14 +27,14 @@ from .cache import ReplyCache, open_cache
 from .limits import AdaptiveLimit, Budget, pause
 from .servers import NotAsked, OpenAIModel
 from ..models.chat import ChatModel, ChatReply, ChatRequest, Failure
-from ..models.local import LocalModel
+from ..models.local import Int8Model, LocalModel
 from ..rater.rules import RulesModel
 
 # %% auto #0
 __all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'most_usd', 'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
-PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "rules": RulesModel}
+PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "int8": Int8Model, "rules": RulesModel}
 
 
 def chat_model(uri: str, **options) -> ChatModel:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
-from .packs import common_prefix
+from .packs import common_prefix, enable_packing, lay_out
 
 # %% auto #0
-__all__ = ['Decoding', 'Sample', 'next_tokens', 'Branches', 'stacked', 'apart', 'branch_attention', 'Repeats', 'answering',
-           'length_batches', 'stop_tokens', 'generate']
+__all__ = ['SCHEME', 'PACK_TOKENS', 'Decoding', 'Sample', 'Chances', 'next_tokens', 'Shared', 'Branches', 'branch_attention',
+           'prompt_packs', 'read_prompts', 'Repeats', 'answering', 'length_batches', 'stop_tokens', 'generate']
 
 # %% ../../nbs/models/02_generation.ipynb #b896fddb
 @dataclass(frozen=True)
@@ -42,28 +42,50 @@ class Sample:
     n_tokens: int  # sampled tokens, the end token not counted
 
 # %% ../../nbs/models/02_generation.ipynb #155c3aa1
-def next_tokens(logits, decoding: Decoding, generator):
-    "Sample one token id for each row of logits (rows, vocabulary). generator: torch's, on the logits' device."
+SCHEME = "numbers by answer"  # how random numbers are dealt; part of what names a reply in a cache
+
+
+class Chances:
+    "Give each answer random numbers of its own, whatever its company."
+
+    def __init__(self, seeds: typing.Iterable[int]):
+        import numpy as np
+
+        self.own = [np.random.default_rng(seed) for seed in seeds]
+
+    def keep(self, rows: list[int]) -> None:
+        "Let all answers but these leave."
+        self.own = [self.own[row] for row in rows]
+
+    def draw(self, rows: list[int]):
+        "Draw the next number of each of these rows, above 0 and at most 1: float64, (rows, 1)."
+        import torch
+
+        return torch.tensor([[1 - self.own[row].random()] for row in rows], dtype=torch.float64)
+
+
+def next_tokens(logits, decoding: Decoding, chances: Chances):
+    "Sample one token id for each row of logits (rows, vocabulary), whose random numbers are those of `chances`."
     import torch
 
     if decoding.temperature == 0:
         return logits.float().argmax(-1)  # several times as fast as in bfloat16
     values, ids = logits.topk(decoding.top_k) if 0 < decoding.top_k < logits.shape[-1] else (logits, None)
-    parts = values.split(16)  # small enough for the processor's cache
-    shares = (torch.softmax(part.float() / decoding.temperature, -1) for part in parts)
-    choice = torch.cat([_draw(own, decoding.top_p, generator) for own in shares])
+    size = 16  # rows whose numbers stay in the processor's cache
+    shares = (torch.softmax(part.float() / decoding.temperature, -1) for part in values.split(size))
+    choice = torch.cat([_draw(own, decoding.top_p, chances, i * size) for i, own in enumerate(shares)])
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 # %% ../../nbs/models/02_generation.ipynb #b577e03b
-def _draw(probability, top_p: float, generator):
-    "Take one column of each row with its probability, among the likeliest that hold top_p."
+def _draw(probability, top_p: float, chances: Chances, first: int):
+    "Take one column of each row with its probability, among the likeliest that hold top_p. first: row's place."
     import torch
 
     rows = torch.arange(len(probability), device=probability.device)
     choice = rows.new_empty(len(rows), 1)
     while len(rows):
         mass = probability.cumsum(-1, dtype=torch.float64)
-        point = 1 - torch.rand(len(rows), 1, dtype=torch.float64, device=mass.device, generator=generator)  # above 0
+        point = chances.draw([first + row for row in rows.tolist()]).to(mass.device)
         drawn = torch.searchsorted(mass, point * mass[:, -1:])
         choice[rows] = drawn
         if top_p >= 1:
@@ -73,17 +95,63 @@ def _draw(probability, top_p: float, generator):
         rows, probability = rows[again], probability[again]
     return choice
 
-# %% ../../nbs/models/02_generation.ipynb #8267611e
-class Branches:
-    "Hold the keys and values of prompts once, and behind them those of their answers."
+# %% ../../nbs/models/02_generation.ipynb #1914fea2
+class Shared:
+    "Hold keys and values that several answers begin with, once for each group of answers."
 
-    def __init__(self, cache, mask, n: int, piece: int = 64):
-        """cache: transformers' after the prompts; mask: (prompts, length), 0 where a prompt is padded; n: answers to
-        each prompt; piece: tokens that memory is taken for at a time."""
-        self.shared = [(layer.keys, layer.values) for layer in cache.layers]
-        self.bias = self.shared[0][0].new_zeros(mask.shape).masked_fill_(mask == 0, float("-inf"))[:, None, None]
-        self.slot, self.n = mask.new_tensor(range(len(mask) * n)), n  # where each answer stands: prompt * n + place
-        self.own, self.length, self.piece = [[] for _ in self.shared], 0, piece
+    def __init__(self, layers: list[tuple], bias, group):
+        """layers: keys and values of each layer, (groups, key heads, length, size); bias: (groups, 1, 1, length), -inf
+        where a group is shorter, or None; group: of each answer, in ascending order, none left out."""
+        self.layers, self.bias = layers, bias
+        self._place(group)
+
+    def _place(self, group):
+        "Say where each answer stands: group * n + place."
+        import torch
+
+        place = torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+        self.n = int(place.max()) + 1
+        self.slot, self.groups = group * self.n + place, int(group[-1]) + 1
+
+    def keep(self, rows) -> None:
+        "Let all answers but these leave, and the groups that have none left."
+        groups, group = (self.slot[rows] // self.n).unique(return_inverse=True)
+        if len(groups) < self.groups:
+            self.layers = [(key[groups], value[groups]) for key, value in self.layers]
+            self.bias = None if self.bias is None else self.bias[groups]
+        self._place(group)
+
+    def stacked(self, rows):
+        """Put the answers of a group under one another; rows of zeros where one has left.
+
+        rows: (answers, key heads, heads of a group, size). Returns (groups, key heads, n * heads of a group, size)."""
+        places = self.groups * self.n
+        if len(rows) < places:
+            rows = rows.new_zeros(places, *rows.shape[1:]).index_copy_(0, self.slot, rows)
+        return rows.unflatten(0, (-1, self.n)).transpose(1, 2).flatten(2, 3)
+
+    def apart(self, stack):
+        "Undo stacked."
+        rows = stack.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
+        return rows if len(rows) == len(self.slot) else rows[self.slot]
+
+    def scores(self, layer: int, query):
+        "Multiply queries (answers, key heads, heads of a group, size) with the keys; the last dimension is the length."
+        found = self.stacked(query) @ self.layers[layer][0].mT
+        return self.apart(found if self.bias is None else found.add_(self.bias))
+
+    def mixed(self, layer: int, weights):
+        "Mix the values by weights that are shaped like the scores."
+        return self.apart(self.stacked(weights) @ self.layers[layer][1])
+
+# %% ../../nbs/models/02_generation.ipynb #ba4e8828
+class Branches:
+    "Hold the keys and values of what answers begin with, and behind them their own."
+
+    def __init__(self, shared: list[Shared], piece: int = 64):
+        "shared: what all begin with, then what those to one prompt do; piece: tokens that room is taken for at a time."
+        self.shared, self.length, self.piece = shared, 0, piece
+        self.own = [[] for _ in shared[-1].layers]
 
     def update(self, key, value, layer: int, *arguments, **keywords):
         "Add one token to a layer, as a transformers cache does; return the answers' own keys and values."
@@ -104,50 +172,77 @@ class Branches:
         return logits[:, -1]
 
     def keep(self, rows):
-        "Let all answers but these leave, and the prompts that have none left."
-        import torch
-
+        "Let all answers but these leave."
         self.own = [[kept[rows] for kept in own] for own in self.own]
-        prompts, prompt = (self.slot[rows] // self.n).unique(return_inverse=True)
-        place = torch.arange(len(prompt), device=prompt.device) - torch.searchsorted(prompt, prompt)
-        self.n = int(place.max()) + 1
-        self.slot = prompt * self.n + place
-        self.shared, self.bias = [(key[prompts], value[prompts]) for key, value in self.shared], self.bias[prompts]
+        for shared in self.shared:
+            shared.keep(rows)
 
-# %% ../../nbs/models/02_generation.ipynb #4ecb88c8
-def stacked(branches: Branches, rows):
-    """Put the answers to one prompt under one another.
-
-    rows: (answers, key heads, heads of a group, width). Returns (prompts, key heads, n * heads of a group, width)."""
-    places = len(branches.bias) * branches.n
-    if len(rows) < places:
-        rows = rows.new_zeros(places, *rows.shape[1:]).index_copy_(0, branches.slot, rows)
-    return rows.unflatten(0, (-1, branches.n)).transpose(1, 2).flatten(2, 3)
-
-
-def apart(branches: Branches, stack):
-    "Undo stacked."
-    rows = stack.unflatten(2, (branches.n, -1)).transpose(1, 2).flatten(0, 1)
-    return rows if len(rows) == len(branches.slot) else rows[branches.slot]
-
-# %% ../../nbs/models/02_generation.ipynb #b8a5ecff
+# %% ../../nbs/models/02_generation.ipynb #0f506bc9
 def branch_attention(
     branches: Branches, module, query, key, value, attention_mask=None, scaling: float | None = None, **keywords
 ):
-    """Attend to the prompt and to the answer's own tokens, in place of transformers' attention.
+    """Attend to what an answer begins with and to its own tokens, in place of transformers' attention.
 
     query: (answers, heads, 1, head size); key, value: (answers, key heads, length, head size): the answers' own;
     attention_mask is ignored: branches know what is padded. Returns (answers, 1, heads, head size), and None."""
     import torch
 
-    shared_key, shared_value = branches.shared[module.layer_idx]
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    layer, scale = module.layer_idx, query.shape[3] ** -0.5 if scaling is None else scaling
     groups = (query * scale).view(len(query), key.shape[1], -1, query.shape[3])
-    common = apart(branches, stacked(branches, groups) @ shared_key.mT + branches.bias)
-    weights = torch.softmax(torch.cat([common, groups @ key.mT], -1), -1, dtype=torch.float32).to(query.dtype)
-    common, own = weights.tensor_split([shared_key.shape[2]], -1)
-    mixed = apart(branches, stacked(branches, common) @ shared_value) + own @ value
+    scores = [shared.scores(layer, groups) for shared in branches.shared] + [groups @ key.mT]
+    weights = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(query.dtype)
+    *begun, own = weights.split([part.shape[-1] for part in scores], -1)
+    mixed = own @ value
+    for shared, part in zip(branches.shared, begun):
+        mixed += shared.mixed(layer, part)
     return mixed.reshape(len(query), 1, query.shape[1], -1), None
+
+# %% ../../nbs/models/02_generation.ipynb #167d7ab5
+PACK_TOKENS = 2048  # of a pack of prompts
+
+
+def prompt_packs(lengths: list[int], shared: int, tokens: int = PACK_TOKENS) -> list[range]:
+    """Cut prompts that share a start into packs, in their order; one above the budget makes a pack of its own.
+
+    lengths: tokens of each prompt; shared: tokens that all begin with; tokens: in a pack."""
+    found, left = [], 0
+    for i, length in enumerate(lengths):
+        if not found or length - shared > left:
+            found.append(range(i, i))
+            left = tokens - shared
+        found[-1] = range(found[-1].start, i + 1)
+        left -= length - shared
+    return found
+
+# %% ../../nbs/models/02_generation.ipynb #cc44ab63
+def read_prompts(model, prompts: list[list[int]], n: int) -> tuple:
+    """Compute prompts as packs: (logits of the next token, (prompts, vocabulary); Branches for n answers to each).
+
+    model: with packing enabled."""
+    import torch
+
+    start = max(min(common_prefix(prompts), min(map(len, prompts)) - 1), 0)
+    longest, logits, layers, device = max(map(len, prompts)) - start, [], [], model.device
+    for part in prompt_packs([len(prompt) for prompt in prompts], start):
+        pack = replace(lay_out([[prompts[i] for i in part]]), kernel=model.base_model.pack_kernel, states=[]).to(device)
+        logits.append(model(input_ids=pack.input_ids[:, :1], pack=pack).logits[:, -1])
+        texts = [own[start:] for own in pack.keys.split(pack.key_lengths)]
+        columns = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).flatten()
+        for layer, states in enumerate(pack.states):
+            if layer == len(layers):  # the first pack takes room for all
+                room = [own.new_zeros(len(prompts), own.shape[1], longest, own.shape[3]) for own in states]
+                layers.append((room, [own[:, :, :start].contiguous() for own in states]))
+            for room, own in zip(layers[layer][0], states):
+                found = own[0].index_select(1, columns).unflatten(1, (len(part), -1)).transpose(0, 1)
+                room[part.start : part.stop, :, : found.shape[2]] = found
+    lengths = torch.tensor([len(prompt) - start for prompt in prompts], device=device)
+    unseen = torch.arange(longest, device=device) >= lengths[:, None]
+    bias = logits[0].new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None, None]
+    group = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    shared = [Shared([own for own, _ in layers], bias, group)]
+    if start:
+        shared.insert(0, Shared([own for _, own in layers], None, torch.zeros_like(group)))
+    return torch.cat(logits), Branches(shared)
 
 # %% ../../nbs/models/02_generation.ipynb #45461222
 class Repeats:
@@ -171,68 +266,76 @@ class Repeats:
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
+# %% ../../nbs/models/02_generation.ipynb #ac0a28c6
+def _padded(model, prompts: list[list[int]], pad: int, n: int) -> tuple:
+    "Compute prompts as padded rows: (logits of the next token, Repeats for n answers to each)."
+    import torch
+    from transformers import DynamicCache
+
+    width, cache = max(map(len, prompts)), DynamicCache(config=model.config)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return logits, Repeats(cache, mask, n)
+
 # %% ../../nbs/models/02_generation.ipynb #322b9488
-@contextlib.contextmanager
-def answering(model, cache, mask, n: int) -> typing.Iterator[Branches | Repeats]:
-    "Branch the prompts into answers, and leave the model as it was afterwards. cache, mask, n: as Branches takes them."
-    from transformers import AttentionInterface
+def _takes_branches(model) -> bool:
+    "Tell whether a model attends in the plain way, which Branches compute; packing is enabled then."
+    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    before, plain = model.config._attn_implementation, all(type(layer) is DynamicLayer for layer in cache.layers)
-    if before != "sdpa" or not model._supports_attention_backend or not plain:
-        yield Repeats(cache, mask, n)
+    config = model.config.get_text_config()
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    plain = plain and model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+    return bool(plain and not getattr(config, "attn_logit_softcapping", None) and not enable_packing(model))
+
+
+@contextlib.contextmanager
+def answering(model, prompts: list[list[int]], pad: int, n: int) -> typing.Iterator[tuple]:
+    """Read prompts; yield the logits of the next token and Branches or Repeats, and leave the model as it was.
+
+    prompts: token ids, not empty; pad: the padding token; n: answers to each."""
+    from transformers import AttentionInterface
+
+    if not _takes_branches(model):
+        yield _padded(model, prompts, pad, n)
         return
-    branches = Branches(cache, mask, n)
+    before = model.config._attn_implementation
+    logits, branches = read_prompts(model, prompts, n)
     attention = functools.partial(branch_attention, weakref.proxy(branches))  # keeps no batch in memory
     AttentionInterface.register("psycopref_branches", attention)
     model.set_attn_implementation("psycopref_branches")
     try:
-        yield branches
+        yield logits, branches
     finally:
         model.set_attn_implementation(before)
 
-# %% ../../nbs/models/02_generation.ipynb #ac0a28c6
-def _prefill(model, prompts: list[list[int]], pad: int):
-    "Compute the shared start once and the rests together: (logits, cache, mask)."
-    import torch
-    from transformers import DynamicCache
-
-    shared = min(common_prefix(prompts), min(map(len, prompts)) - 1)
-    start, rests = prompts[0][:shared], [p[shared:] for p in prompts]
-    width, rows = max(map(len, rests)), len(prompts)
-    cache = DynamicCache(config=model.config)
-    keeping = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if shared:
-        model(input_ids=torch.tensor([start], device=model.device), **keeping)
-        cache.batch_repeat_interleave(rows)
-    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rests], device=model.device)
-    mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests], device=model.device)
-    position = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, **keeping).logits[:, -1]
-    return logits, cache, mask
-
 # %% ../../nbs/models/02_generation.ipynb #95711739
-def _decode(model, prompts: list[list[int]], pad: int, stops: set[int], n: int, decoding: Decoding) -> list[list[int]]:
-    "Sample n continuations of each prompt as token ids, the end token kept."
+def _decode(
+    model, prompts: list[list[int]], pad: int, stops: set[int], n: int, how: Decoding, seeds
+) -> list[list[int]]:
+    "Sample n continuations of each prompt as token ids, the end token kept. seeds: of each of them."
     import torch
 
-    generator = torch.Generator(device=model.device).manual_seed(decoding.seed)
-    logits, cache, mask = _prefill(model, prompts, pad)
-    logits, position = logits.repeat_interleave(n, 0), mask.sum(-1).repeat_interleave(n)
-    found, alive = [[] for _ in range(len(prompts) * n)], list(range(len(prompts) * n))
-    with answering(model, cache, mask, n) as answers:
-        for step in range(decoding.max_tokens):
-            tokens = next_tokens(logits, decoding, generator)
+    count, chances = len(prompts) * n, Chances(seeds)
+    found, alive = [[] for _ in range(count)], list(range(count))
+    with answering(model, prompts, pad, n) as (logits, answers):
+        logits = logits.repeat_interleave(n, 0)
+        position = torch.tensor([len(p) for p in prompts], device=model.device).repeat_interleave(n)
+        for step in range(how.max_tokens):
+            tokens = next_tokens(logits, how, chances)
             for row, token in zip(alive, tokens.tolist()):
                 if not found[row] or found[row][-1] not in stops:
                     found[row].append(token)
             going = [i for i, row in enumerate(alive) if found[row][-1] not in stops]
-            if step + 1 == decoding.max_tokens or not going:
+            if step + 1 == how.max_tokens or not going:
                 break
             if len(going) <= 0.75 * len(alive):
                 alive, keep = [alive[i] for i in going], torch.tensor(going, device=model.device)
                 tokens, position = tokens[keep], position[keep]
                 answers.keep(keep)
+                chances.keep(going)
             logits = answers.step(model, tokens, position)
             position = position + 1
     return found
@@ -273,9 +376,8 @@ def generate(
     batches = length_batches([len(i) for i in ids], max(1, rows // n))
     with _turn, torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
-            seed = derived_seed(decoding.seed, "generate", *(prompts[i] for i in batch))
-            own, how = [ids[i] for i in batch], replace(decoding, seed=seed)
-            tokens = _decode(model, own, tokenizer.pad_token_id, stops, n, how)
+            seeds = [derived_seed(decoding.seed, "answer", prompts[i], place) for i in batch for place in range(n)]
+            tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, decoding, seeds)
             for place, i in enumerate(batch):
                 found[i] = [_sample(tokenizer, t, stops) for t in tokens[place * n : place * n + n]]
     return found

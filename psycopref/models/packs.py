@@ -27,7 +27,8 @@ class Pack:
     starts: typing.Any  # (2, segments + 1) int32: where each segment's queries and keys start, for kernels
     query_lengths: tuple[int, ...]  # of each segment; the segments tile the width
     key_lengths: tuple[int, ...]  # of each segment; its last queries and keys are the same tokens
-    kernel: str = "segments"  # segments = SDPA, one call a segment; varlen = one kernel for all
+    kernel: str = "segments"  # segments = one call or two products a segment; varlen = one kernel for all
+    states: list | None = None  # takes (keys, values) of each layer, (1, kv heads, width, size); None keeps none
 
     def to(self, device, non_blocking: bool = False) -> Pack:
         "Move the tensors, as accelerate's loaders do with a batch."
@@ -111,8 +112,8 @@ def _capped_attention(query, key, value, seen, scaling: float, cap: float):
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 # %% ../../nbs/models/01_packs.ipynb #e7ac4b1e
-# of a segment's attention that are kept for the backward pass; above, SDPA does without keeping them
-_MOST_SCORES = 2**25
+# Scores of a segment that two products compute on a CPU; above them SDPA, which keeps none for the backward pass.
+_MOST_SCORES = {"torch.bfloat16": 2**25, "torch.float32": 2**18}
 
 
 def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
@@ -120,21 +121,23 @@ def _by_segments(query, key, value, pack: Pack, scaling, window, cap):
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    heads, found = query.shape[1], []
-    products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cap is None
+    heads, found, cpu = query.shape[1], [], query.device.type == "cpu"
+    most = _MOST_SCORES.get(str(query.dtype), 0) if cpu and cap is None else 0
     gathered = [states.index_select(2, pack.keys).split(pack.key_lengths, 2) for states in (key, value)]
     for own, k, v in zip(query.split(pack.query_lengths, 2), *gathered):
-        if products and heads * own.shape[2] * k.shape[2] <= _MOST_SCORES:
+        queries, keys = own.shape[2], k.shape[2]
+        if heads * queries * keys <= most:
             found.append(_by_products(own, k, v, scaling, window))
             continue
-        queries, keys = own.shape[2], k.shape[2]
         plain = cap is None and queries == keys and (window is None or keys <= window)  # SDPA's own triangle
         seen = None if plain else _seen(queries, keys, window, own.device)
-        k, v = (_repeat_heads(states, heads) for states in (k, v))
+        if not cpu or cap is not None:  # elsewhere the kernels that take fewer key heads are not the fast ones
+            k, v = (_repeat_heads(states, heads) for states in (k, v))
         if cap is not None:
             found.append(_capped_attention(own, k, v, seen, scaling, cap))
         else:
-            found.append(scaled_dot_product_attention(own, k, v, attn_mask=seen, is_causal=plain, scale=scaling))
+            how = dict(attn_mask=seen, is_causal=plain, scale=scaling, enable_gqa=k.shape[1] != heads)
+            found.append(scaled_dot_product_attention(own, k, v, **how))
     return torch.cat(found, 2).transpose(1, 2)
 
 
@@ -165,6 +168,8 @@ def packed_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
+    if pack.states is not None:
+        pack.states.append((key, value))
     if pack.kernel == "varlen" and softcap is None:
         return _by_kernel(query, key, value, pack, scaling, sliding_window), None
     return _by_segments(query, key, value, pack, scaling, sliding_window, softcap), None
@@ -182,18 +187,23 @@ _OWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "
 
 def _packing_forward(backbone):
     "Make the forward of a backbone that also takes `pack`; bound, so that a copied model runs its own."
-    plain_attention, plain_forward = backbone.config._attn_implementation, type(backbone).forward
+    import torch
+
+    plain_forward, plain_attention = type(backbone).forward, backbone.config._attn_implementation
 
     @functools.wraps(plain_forward)
     def forward(self, *args, pack: Pack | None = None, **keywords):
-        # stays until the next call: checkpointing computes layers again
-        self.config._attn_implementation = plain_attention if pack is None else _NAME
         if pack is None:
+            if self.config._attn_implementation == _NAME:
+                self.config._attn_implementation = plain_attention
             return plain_forward(self, *args, **keywords)
+        self.config._attn_implementation = _NAME
         own = {name: value for name, value in keywords.items() if name not in _OWN_INPUTS}
         unused = pack.keys.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is handed on as it is
         ids = dict(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unused)
         outputs = plain_forward(self, **ids, pack=pack, use_cache=False, **own)
+        if not torch.is_grad_enabled():  # else it stays until the next call: checkpointing computes layers again
+            self.config._attn_implementation = plain_attention
         states = outputs.last_hidden_state[0]
         outputs.last_hidden_state = states.index_select(0, pack.places.flatten()).view(*pack.places.shape, -1)
         return outputs

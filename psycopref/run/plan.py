@@ -85,7 +85,7 @@ def own_weights(who: str) -> str:
     if not provider:
         return find_scorer(name).location
     ours = server and "/" in name and not server.startswith("https://")  # behind https stands somebody else
-    return name if provider == "local" or ours else ""
+    return name if provider in ("local", "int8") or ours else ""
 
 
 def short_names(names: typing.Iterable[str], most: int = 99) -> str:
@@ -821,7 +821,7 @@ def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable =
 
     plan, uris = plan or plan_run(profile), asked_uris(profile)
     others = [judge.place for judge in other_judges(profile) if judge.kind == "reward" and judge.place]
-    local = [name for provider, name, _ in map(split_uri, uris) if provider == "local"]
+    local = [name for provider, name, _ in map(split_uri, uris) if provider in ("local", "int8")]
     pushed = {name: getattr(profile, name).push_to_hub for name in TRAINED if not huggingface_hub.get_token()}
     token = "needs a token that may write; run `hf auth login` or set HF_TOKEN"
     free = shutil.disk_usage(project_root() if project_root().is_dir() else Path.cwd()).free / 1e9

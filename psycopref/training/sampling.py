@@ -33,8 +33,9 @@ from ..gateway.gateway import read_ahead
 from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
 from ..models.generation import Decoding, Sample, generate, length_batches
+from ..models.linear import load_for_answers
 from ..models.local import render_chat
-from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_causal_lm, load_tokenizer
+from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_tokenizer
 from ..models.weights import pick_dtype, pinned, release
 from .scoring import find_scorer, load_scorer, score_groups
 from .texts import dialogue, prompt_messages
@@ -53,7 +54,7 @@ Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages
 @contextlib.contextmanager
 def _open_local(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     "Sample with `models.generation`."
-    model, tokenizer = load_causal_lm(policy, dtype), load_tokenizer(policy)
+    model, tokenizer = load_for_answers(policy, dtype), load_tokenizer(policy)
 
     def sample(prompts, decoding, n=1, name=""):
         return generate(

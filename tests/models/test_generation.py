@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.models.generation import Branches, Decoding, generate, length_batches, next_tokens, stop_tokens
+from psycopref.models.generation import Branches, Chances, Decoding, generate, length_batches, next_tokens
+from psycopref.models.generation import prompt_packs, stop_tokens
 from psycopref.models.packs import common_prefix
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
@@ -104,7 +105,7 @@ def test_only_allowed_tokens_are_sampled(row, top_k, top_p, temperature):
     allowed = [i for rank, i in enumerate(order) if mass[:rank].sum() < top_p + 1e-5]
     lowest = min(logits[0, i].item() for i in allowed)
     how = Decoding(1, temperature, top_k, top_p)
-    tokens = next_tokens(logits.expand(200, -1), how, torch.Generator().manual_seed(0))
+    tokens = next_tokens(logits.expand(200, -1), how, Chances(range(200)))
     assert tokens.shape == (200,) and all(logits[0, t].item() >= lowest for t in tokens.tolist())
 
 
@@ -122,7 +123,7 @@ def nucleus(row, top_p, temperature):
 def test_the_nucleus_is_sampled_exactly(row, top_p):
     n, expected = 40000, nucleus(row, top_p, 0.8)
     rows = torch.tensor([row]).expand(n, -1)
-    tokens = next_tokens(rows, Decoding(1, 0.8, 0, top_p), torch.Generator().manual_seed(1))
+    tokens = next_tokens(rows, Decoding(1, 0.8, 0, top_p), Chances(range(n)))
     found = torch.bincount(tokens, minlength=len(row)) / n
     assert (found[expected == 0] == 0).all()
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
@@ -134,7 +135,7 @@ def test_tokens_of_no_probability_are_never_sampled():
     logits = torch.full((5000, 50), -math.inf)
     logits[:, [0, 7, 49]] = torch.tensor([1.0, 2.0, 1.5])
     for how in (Decoding(1, 1.0), Decoding(1, 1.0, 0, 0.9), Decoding(1, 1.0, 10)):
-        assert set(next_tokens(logits, how, torch.Generator().manual_seed(0)).tolist()) == {0, 7, 49}
+        assert set(next_tokens(logits, how, Chances(range(5000))).tolist()) == {0, 7, 49}
 
 
 @few
@@ -255,7 +256,7 @@ def test_branches_and_repeated_keys_give_the_same_answers(tiny, monkeypatch, top
 
     def recording(self, rows):
         keep(self, rows)
-        kept.append((len(rows), self.n, len(self.bias)))
+        kept.append((len(rows), self.shared[-1].n, self.shared[-1].groups))
 
     monkeypatch.setattr(Branches, "keep", recording)
     how = Decoding(30, 0.7, top_k, top_p, seed=5)
@@ -290,6 +291,40 @@ def test_greedy_answers_do_not_depend_on_the_company(tiny, data):
     prompts = data.draw(st.lists(rests.map(lambda r: shared + r).filter(bool), min_size=1, max_size=6))
     together = generate(model, tokenizer, prompts, Decoding(6), name="")
     assert together == [generate(model, tokenizer, [prompt], Decoding(6), name="")[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("how", [Decoding(8, 1.0, seed=4), Decoding(8, 0.8, 20, 0.9, seed=4)])
+def test_sampled_answers_do_not_depend_on_the_company(tiny, how):
+    """Random numbers belong to an answer: neither other prompts, nor rows, nor further candidates change it."""
+    model, tokenizer = tiny
+    together = generate(model, tokenizer, PROMPTS, how, n=3, name="")
+    assert len({sample.text for samples in together for sample in samples}) > len(PROMPTS)
+    for rows in (1, 4, 64):
+        assert generate(model, tokenizer, PROMPTS[::-1], how, n=3, rows=rows, name="") == together[::-1]
+    for prompt, samples in zip(PROMPTS, together):
+        assert generate(model, tokenizer, [prompt], how, n=3, name="") == [samples]
+        assert generate(model, tokenizer, [prompt], how, n=5, name="")[0][:3] == samples
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_prompts_are_read_in_packs_of_any_size(tiny, no_stops, monkeypatch, tokens):
+    model, tokenizer = tiny
+    prompts = [START + own for own in PROMPTS] + PROMPTS
+    monkeypatch.setattr(prompt_packs, "__defaults__", (tokens,))
+    for prompt, [sample] in zip(prompts, generate(model, tokenizer, prompts, Decoding(6), name="")):
+        assert sample.text == text_by_hand(model, tokenizer, prompt, 6)
+
+
+@few
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60), st.data())
+def test_packs_of_prompts_hold_each_once_within_the_budget(lengths, tokens, data):
+    shared = data.draw(st.integers(0, min(lengths) - 1))
+    packs = prompt_packs(lengths, shared, tokens)
+    assert [i for pack in packs for i in pack] == list(range(len(lengths)))
+    for pack in packs:
+        assert len(pack) == 1 or shared + sum(lengths[i] - shared for i in pack) <= tokens
+    for one, two in zip(packs, packs[1:]):
+        assert shared + sum(lengths[i] - shared for i in (*one, two[0])) > tokens, "no pack has room left for the next"
 
 
 def test_decoding_leaves_the_model_as_it_was(tiny, monkeypatch):
