@@ -21,6 +21,7 @@ from shares import account, grow, take
 from psycopref.core.settings import StudyError
 from psycopref.feedback.pool import POOLS
 from psycopref.models.generation import Decoding, generate
+from psycopref.models.linear import load_for_answers
 from psycopref.models.local import render_chat
 from psycopref.models.packs import common_prefix
 from psycopref.models.weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
@@ -70,10 +71,11 @@ def ours(work: Work) -> int:
     return sum(map(sum, samples(work)))
 
 
-def parts_bench(work: Work, rounds: int = 1) -> list[dict]:
+def parts_bench(work: Work, rounds: int = 1, kind: str = "") -> list[dict]:
     """Measure prefill and decoding apart: a call for one token, and what more tokens take beyond it.
 
-    Useful in the prefill are the tokens of the prompts, what all share once; in decoding those made."""
+    Useful in the prefill are the tokens of the prompts, what all share once; in decoding those made. kind: of weights,
+    where they are not the exact ones."""
     ids, tokens = work.ids(), work.decoding.max_tokens
     shared = min(common_prefix(ids), min(map(len, ids)) - 1)
     segments = [(shared, shared), *((len(own) - shared, len(own)) for own in ids)]
@@ -90,7 +92,7 @@ def parts_bench(work: Work, rounds: int = 1) -> list[dict]:
         ("prefill", "decode"), (prefill, whole - prefill), (sum(q for q, _ in segments), made), needed, titles
     ):
         row = account(own, useful, flops, work.model.dtype)
-        found.append(keep(f"share_{name}", row, title, "tokens/s"))
+        found.append(keep(f"share_{name}{kind and f'_{kind}'}", row, f"{kind} {title}".strip(), "tokens/s"))
     return found
 
 
@@ -179,11 +181,11 @@ def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
         return sum(pool.map(ask, enumerate(prompt for prompt in work.ids() for _ in range(work.n))))
 
 
-def rivals_bench(work: Work, backbone: str, rounds: int, part: int) -> dict:
+def rivals_bench(work: Work, plain, backbone: str, rounds: int, part: int, rounded=None) -> dict:
     """Measure ours on all prompts, the others on a part of them, for tokens/s.
 
-    part: prompts of the others, at even distances; their batches of 8, or 32 in flight, are as full as with all."""
-    few, dtype = work.part(part), str(work.model.dtype).removeprefix("torch.")
+    plain: the model as transformers loads it; rounded: in 8 bits, a side of its own; part: prompts of the others, at even distances; their batches of 8, or 32 in flight, are as full as with all."""
+    few, dtype = replace(work.part(part), model=plain), str(work.model.dtype).removeprefix("torch.")
     what = f"{work.n} candidates for each of {len(work.prompts)} prompts, {work.decoding.max_tokens} tokens, {dtype}, "
     what += "against transformers' generate in batches of 64 rows and llama.cpp's server on the 4-bit file, 32 in "
     what += f"flight, both on {len(few.prompts)} of these prompts"
@@ -196,6 +198,8 @@ def rivals_bench(work: Work, backbone: str, rounds: int, part: int) -> dict:
             length = max(map(len, work.ids())) + work.decoding.max_tokens
             address, note = stack.enter_context(llama_server(gguf, 32, length))
             sides["llama"] = lambda: llama_samples(few, address)
+        if rounded is not None:
+            sides["int8"] = lambda: ours(replace(work, model=rounded))
         found = side_by_side("sampling", what, "tokens/s", sides, rounds, warm=False)
     own = {key: found[key] for key in ("unit", "device", "what")}
     return keep("sampling", found | {"llama.cpp": note}, own["what"], own["unit"], own["device"])
@@ -215,13 +219,19 @@ GROWTH = [[4, 16, 64], [8, 16, 32, 64], [1, 4, 16]]  # prompts, tokens of an ans
 if __name__ == "__main__":
     globals().update(given(sys.argv[1:], globals()))
     weights = find_weights(BACKBONE)
-    model, tokenizer = load_causal_lm(weights, DTYPE), load_tokenizer(weights)
+    model, rounded = (load_for_answers(weights, dtype) for dtype in (DTYPE, "int8"))
+    tokenizer = load_tokenizer(weights)
     member, how = POOLS["demo"][2], Decoding(TOKENS, 1.0, 50)
     pool = make_work(model, tokenizer, POOL_PROMPTS, replace(how, max_tokens=POOL_TOKENS), 1, member)
-    for row in parts_bench(pool):
+    for row in [*parts_bench(pool), *parts_bench(replace(pool, model=rounded), kind="int8")]:
         show(row)
     work = make_work(model, tokenizer, PROMPTS, how)
-    found = rivals_bench(work, BACKBONE, ROUNDS, PART)
-    print({key: found.get(key) for key in ("what", "ours", "theirs", "llama", "ratio", "llama ratio", "llama.cpp")})
+    found = rivals_bench(work, load_causal_lm(weights, DTYPE), BACKBONE, ROUNDS, PART, rounded)
+    print(
+        {
+            key: found.get(key)
+            for key in ("what", "ours", "int8", "theirs", "llama", "ratio", "llama ratio", "llama.cpp")
+        }
+    )
     for curve in growth_bench(replace(work, decoding=replace(how, max_tokens=8)), *GROWTH):
         print(curve)

@@ -113,7 +113,7 @@ def test_all_ways_of_sampling_make_the_tokens(sampled, tmp_path, monkeypatch):
     work = sampled(3, Decoding(5, 0.8, 0, 0.95), 2)
     assert len(work.prompts) == 3 and all(work.ids()) and 0 < ours(work) <= 30
     assert len(work.part(2).prompts) == 2 and work.part(2).prompts[0] == work.prompts[0]
-    found = rivals_bench(work, "random-tiny", 1, 2)
+    found = rivals_bench(work, work.model, "random-tiny", 1, 2)
     assert found["llama.cpp"] == "not run: pip install xllamacpp" and found["ratio"] > 0 and "llama" not in found
     (tmp_path / "xllamacpp.py").write_text(LLAMA)
     (tmp_path / "file.gguf").write_text("gguf")
@@ -185,8 +185,9 @@ def test_the_guide_shows_what_was_measured_or_that_nothing_was(sampled, tmp_path
     assert shown(page) == ["not measured here: make bench"] * 2 + [None] + ["not measured here: make bench"] * 2
     assert "not measured here" in capsys.readouterr().out
     machine_bench("random-tiny", "float32", [8, 32])
-    parts_bench(sampled(2, Decoding(3, 0.8), 2))
-    rivals_bench(sampled(2, Decoding(3, 0.8), 2), "random-tiny", 1, 1)
+    tiny = sampled(2, Decoding(3, 0.8), 2)
+    parts_bench(tiny)
+    rivals_bench(tiny, tiny.model, "random-tiny", 1, 1)
     growth_bench(sampled(4, Decoding(2)), [1, 2], [1, 2], [1, 2])
     machine, shares, _, rivals, growth = shown(page)
     assert list(machine["8 rows"]) and list(shares.work) == ["decode", "prefill"] and len(growth) == 3
