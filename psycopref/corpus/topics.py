@@ -5,6 +5,7 @@
 # %% ../../nbs/corpus/05_topics.ipynb #cad54402
 from __future__ import annotations
 
+import functools
 import json
 import re
 import typing
@@ -72,9 +73,9 @@ def _head(train, topics: list[str], rows):
         return head.predict_proba(rows), head.classes_
 
 
-def _minilm(train: list[str], topics: list[str], texts: list[str]):
+def _minilm(train: list[str], topics: list[str], texts: list[str], dtype: str = "auto"):
     "Embed, then a linear head."
-    return _head(embed(train), topics, embed(texts))
+    return _head(embed(train, dtype=dtype), topics, embed(texts, dtype=dtype))
 
 
 def _tfidf(train: list[str], topics: list[str], texts: list[str]):
@@ -86,27 +87,29 @@ def _tfidf(train: list[str], topics: list[str], texts: list[str]):
     return _head(words.fit_transform(train), topics, words.transform(texts))
 
 # %% ../../nbs/corpus/05_topics.ipynb #e4f6982b
-def _zero_shot(train: list[str], topics: list[str], texts: list[str]):
+def _zero_shot(train: list[str], topics: list[str], texts: list[str], dtype: str = "auto"):
     "Compare with the descriptions."
     from scipy.special import softmax
 
     described = topic_descriptions()
-    return softmax(embed(texts) @ embed(list(described.values())).T / 0.05, axis=1), list(described)
+    near = embed(texts, dtype=dtype) @ embed(list(described.values()), dtype=dtype).T
+    return softmax(near / 0.05, axis=1), list(described)
 
 
-def _described(train: list[str], topics: list[str], texts: list[str]):
+def _described(train: list[str], topics: list[str], texts: list[str], dtype: str = "auto"):
     "Mix a head, whose rows include the descriptions, with zero-shot."
     import numpy as np
     from scipy.special import softmax
 
     described = topic_descriptions()
-    learned, classes = _minilm([*train, *described.values()], [*topics, *described], texts)
-    told, slugs = _zero_shot(train, topics, texts)
+    learned, classes = _minilm([*train, *described.values()], [*topics, *described], texts, dtype)
+    told, slugs = _zero_shot(train, topics, texts, dtype)
     learned = learned[:, [list(classes).index(slug) for slug in slugs]]
     return softmax(0.7 * np.log(learned + 1e-4) + 0.3 * np.log(told + 1e-4), axis=1), slugs
 
 
 METHODS = {"minilm+descriptions": _described, "minilm": _minilm, "tfidf": _tfidf, "zero-shot": _zero_shot}
+METHODS["minilm-int8+descriptions"] = functools.partial(_described, dtype="int8")  # embeddings in 8 bits
 
 # %% ../../nbs/corpus/05_topics.ipynb #7760e88d
 def topic_probabilities(

@@ -10,6 +10,7 @@ import typing
 
 from ..core.files import progress
 from ..core.settings import StudyError
+from .linear import SHOWN, to_int8
 from .weights import Weights, find_weights, pick_device, pick_dtype, pinned, readable
 
 # %% auto #0
@@ -20,13 +21,18 @@ __all__ = ['STEP', 'BATCH_TOKENS', 'load_encoder', 'shaped_batches', 'embed']
 def load_encoder(weights: Weights, dtype: str = "auto") -> tuple:
     """Load a sentence encoder: (tokenizer, model on the chosen device).
 
-    dtype: auto, bfloat16 or float32. Plain attention is the fastest for short texts on a CPU."""
+    dtype: auto, bfloat16, float32, or int8 on a CPU. Plain attention is the fastest for short texts there."""
     from transformers import AutoModel, AutoTokenizer
 
-    own = dict(dtype=pick_dtype(dtype), attn_implementation="eager", **pinned(weights))
+    rounded = dtype == "int8"
+    kind = pick_dtype("float32" if rounded else dtype)
+    own = dict(dtype=kind, attn_implementation="eager", **pinned(weights))
     with readable(weights.location):
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
-        return tokenizer, AutoModel.from_pretrained(weights.location, **own).to(pick_device()).eval()
+        model = AutoModel.from_pretrained(weights.location, **own).to(pick_device()).eval()
+    if rounded:
+        model = to_int8(model, [tokenizer(text, return_tensors="pt") for text in SHOWN])
+    return tokenizer, model
 
 # %% ../../nbs/models/04_embedding.ipynb #db37e03c
 STEP = 16  # a text is padded to a multiple of so many tokens
@@ -64,7 +70,7 @@ def embed(texts: typing.Iterable[str], weights: Weights | None = None, max_token
     """Embed texts by the mean of the last layer over their tokens; equal texts are computed once.
 
     weights: the encoder; None takes MiniLM; max_tokens: what is beyond is not read, as sentence-transformers sets it
-    for MiniLM; dtype: auto, bfloat16 or float32. Returns a float32 array, (texts, dimensions), unit length."""
+    for MiniLM; dtype: auto, bfloat16, float32 or int8. Returns a float32 array, (texts, dimensions), unit length."""
     import numpy as np
     import torch
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
-from .packs import common_prefix, enable_packing, lay_out
+from .packs import common_prefix, enable_packing, lay_out, pass_tokens
 
 # %% auto #0
-__all__ = ['SCHEME', 'PACK_TOKENS', 'Decoding', 'Sample', 'Chances', 'next_tokens', 'Shared', 'Branches', 'branch_attention',
-           'prompt_packs', 'read_prompts', 'Repeats', 'answering', 'length_batches', 'stop_tokens', 'generate']
+__all__ = ['SCHEME', 'Decoding', 'Sample', 'Chances', 'next_tokens', 'Shared', 'Branches', 'branch_attention', 'prompt_packs',
+           'read_prompts', 'Repeats', 'answering', 'length_batches', 'stop_tokens', 'generate']
 
 # %% ../../nbs/models/02_generation.ipynb #b896fddb
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Shared:
     "Hold keys and values that several answers begin with, once for each group of answers."
 
     def __init__(self, layers: list[tuple], bias, group):
-        """layers: keys and values of each layer, (groups, key heads, length, size); bias: (groups, 1, 1, length), -inf
+        """layers: of each layer keys, (groups, key heads, size, length), and values, (groups, key heads, length, size);
+        bias: (groups, 1, 1, length), -inf
         where a group is shorter, or None; group: of each answer, in ascending order, none left out."""
         self.layers, self.bias = layers, bias
         self._place(group)
@@ -137,7 +138,7 @@ class Shared:
 
     def scores(self, layer: int, query):
         "Multiply queries (answers, key heads, heads of a group, size) with the keys; the last dimension is the length."
-        found = self.stacked(query) @ self.layers[layer][0].mT
+        found = self.stacked(query) @ self.layers[layer][0]
         return self.apart(found if self.bias is None else found.add_(self.bias))
 
     def mixed(self, layer: int, weights):
@@ -154,15 +155,18 @@ class Branches:
         self.own = [[] for _ in shared[-1].layers]
 
     def update(self, key, value, layer: int, *arguments, **keywords):
-        "Add one token to a layer, as a transformers cache does; return the answers' own keys and values."
+        """Add one token to a layer, as a transformers cache does; return the answers' own keys and values.
+
+        key, value: (answers, key heads, 1, size). Keys are kept and returned as (answers, key heads, size, length)."""
         import torch
 
         if self.length % self.piece == 0:
-            more = [new.new_empty(*new.shape[:2], self.piece, new.shape[3]) for new in (key, value)]
-            self.own[layer] = [torch.cat(pair, 2) for pair in zip(self.own[layer], more)] or more
-        for kept, new in zip(self.own[layer], (key, value)):
-            kept[:, :, self.length] = new[:, :, 0]
-        return tuple(kept[:, :, : self.length + 1] for kept in self.own[layer])
+            (*rows, _, size), piece = key.shape, self.piece
+            more = [key.new_empty(*rows, size, piece), value.new_empty(*rows, piece, value.shape[3])]
+            self.own[layer] = [torch.cat(own, place) for own, place in zip(zip(self.own[layer], more), (3, 2))] or more
+        keys, values = self.own[layer]
+        keys[..., self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
+        return keys[..., : self.length + 1], values[:, :, : self.length + 1]
 
     def step(self, model, tokens, position):
         "Compute the logits after one more token of each answer."
@@ -183,13 +187,13 @@ def branch_attention(
 ):
     """Attend to what an answer begins with and to its own tokens, in place of transformers' attention.
 
-    query: (answers, heads, 1, head size); key, value: (answers, key heads, length, head size): the answers' own;
+    query: (answers, heads, 1, head size); key, value: the answers' own, as Branches.update returns them;
     attention_mask is ignored: branches know what is padded. Returns (answers, 1, heads, head size), and None."""
     import torch
 
     layer, scale = module.layer_idx, query.shape[3] ** -0.5 if scaling is None else scaling
     groups = (query * scale).view(len(query), key.shape[1], -1, query.shape[3])
-    scores = [shared.scores(layer, groups) for shared in branches.shared] + [groups @ key.mT]
+    scores = [shared.scores(layer, groups) for shared in branches.shared] + [groups @ key]
     weights = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(query.dtype)
     *begun, own = weights.split([part.shape[-1] for part in scores], -1)
     mixed = own @ value
@@ -198,10 +202,7 @@ def branch_attention(
     return mixed.reshape(len(query), 1, query.shape[1], -1), None
 
 # %% ../../nbs/models/02_generation.ipynb #167d7ab5
-PACK_TOKENS = 2048  # of a pack of prompts
-
-
-def prompt_packs(lengths: list[int], shared: int, tokens: int = PACK_TOKENS) -> list[range]:
+def prompt_packs(lengths: list[int], shared: int, tokens: int) -> list[range]:
     """Cut prompts that share a start into packs, in their order; one above the budget makes a pack of its own.
 
     lengths: tokens of each prompt; shared: tokens that all begin with; tokens: in a pack."""
@@ -223,7 +224,7 @@ def read_prompts(model, prompts: list[list[int]], n: int) -> tuple:
 
     start = max(min(common_prefix(prompts), min(map(len, prompts)) - 1), 0)
     longest, logits, layers, device = max(map(len, prompts)) - start, [], [], model.device
-    for part in prompt_packs([len(prompt) for prompt in prompts], start):
+    for part in prompt_packs([len(prompt) for prompt in prompts], start, pass_tokens(device)):
         pack = replace(lay_out([[prompts[i] for i in part]]), kernel=model.base_model.pack_kernel, states=[]).to(device)
         logits.append(model(input_ids=pack.input_ids[:, :1], pack=pack).logits[:, -1])
         texts = [own[start:] for own in pack.keys.split(pack.key_lengths)]
@@ -231,8 +232,10 @@ def read_prompts(model, prompts: list[list[int]], n: int) -> tuple:
         for layer, states in enumerate(pack.states):
             if layer == len(layers):  # the first pack takes room for all
                 room = [own.new_zeros(len(prompts), own.shape[1], longest, own.shape[3]) for own in states]
-                layers.append((room, [own[:, :, :start].contiguous() for own in states]))
-            for room, own in zip(layers[layer][0], states):
+                room[0] = room[0].mT.contiguous()
+                begun = [states[0][:, :, :start].mT.contiguous(), states[1][:, :, :start].contiguous()]
+                layers.append((room, begun))
+            for own, room in zip(states, (layers[layer][0][0].mT, layers[layer][0][1])):
                 found = own[0].index_select(1, columns).unflatten(1, (len(part), -1)).transpose(0, 1)
                 room[part.start : part.stop, :, : found.shape[2]] = found
     lengths = torch.tensor([len(prompt) - start for prompt in prompts], device=device)

@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass, replace
 
 # %% auto #0
-__all__ = ['Pack', 'common_prefix', 'lay_out', 'packed_attention', 'unwrap', 'enable_packing']
+__all__ = ['Pack', 'common_prefix', 'pass_tokens', 'lay_out', 'packed_attention', 'unwrap', 'enable_packing']
 
 # %% ../../nbs/models/01_packs.ipynb #30c37eed
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def common_prefix(sequences: list[list[int]]) -> int:
     "Count the leading tokens that all sequences share."
     first, last = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+
+# %% ../../nbs/models/01_packs.ipynb #b1e5a7c1
+def pass_tokens(device) -> int:
+    "Return how many tokens to compute in one pass without gradients. device: torch's."
+    return 2048 if device.type == "cpu" else 8192
 
 # %% ../../nbs/models/01_packs.ipynb #c7fba907
 def lay_out(groups: list[list[list[int]]], kept: int | list[list[int]] = 1) -> Pack:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import progress
 from ..core.settings import StudyError
-from ..models.packs import common_prefix, enable_packing, lay_out, unwrap
+from ..models.packs import common_prefix, enable_packing, lay_out, pass_tokens, unwrap
 from ..models.weights import adapter_base, add_adapter, find_weights, load_tokenizer
 from ..models.weights import pick_device, pick_dtype, pinned, readable
 from .texts import pair_messages, render
@@ -187,11 +187,12 @@ def _score_batch(model, tokenizer, groups: list[list[list[int]]], packed: bool) 
 
 # %% ../../nbs/training/03_scoring.ipynb #d789f358
 def score_groups(
-    model, tokenizer, groups: list[list[str]], tokens: int = 8192, name: str = "scoring"
+    model, tokenizer, groups: list[list[str]], tokens: int | None = None, name: str = "scoring"
 ) -> list[list[float]]:
     """Score groups of answers with a reward model, each prompt computed once; return one reward for each text.
 
-    groups: rendered texts; those of one group share a prompt; tokens: computed in one pass; name: shown before the
+    groups: rendered texts; those of one group share a prompt; tokens: computed in one pass, None takes what suits the
+    device; name: shown before the
     progress bar; empty shows none."""
     import torch
 
@@ -204,7 +205,7 @@ def score_groups(
     packed = not enable_packing(model)
     units = ids if packed else [[text] for group in ids for text in group]
     sizes = [sum(map(len, unit)) - (len(unit) - 1) * common_prefix(unit) for unit in units]
-    scores, batches = [[] for _ in units], token_batches(sizes, tokens, padded=not packed)
+    scores, batches = [[] for _ in units], token_batches(sizes, tokens or pass_tokens(model.device), padded=not packed)
     with torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
             own = iter(_score_batch(model, tokenizer, [units[k] for k in batch], packed))

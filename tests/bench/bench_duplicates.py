@@ -220,8 +220,8 @@ def duplicates_bench(sizes: list[int]) -> tuple:
     return compared, grown, figure
 
 
-SPEECHES = 2000  # rows sent through the whole speech stage
-EMBEDDED = 512  # speeches in the measurement of embedding
+SPEECHES = 1000  # rows sent through the whole speech stage
+EMBEDDED = 256  # speeches in the measurement of embedding
 ROWS = [3000, 10000, 30000]  # sizes of the search for near-duplicates
 DTYPE = "auto"  # of the embedding: auto, float32 or bfloat16
 

@@ -71,28 +71,29 @@ def ours(work: Work) -> int:
     return sum(map(sum, samples(work)))
 
 
-def parts_bench(work: Work, rounds: int = 1, kind: str = "") -> list[dict]:
+def parts_bench(work: Work, rounds: int = 1, rounded=None) -> list[dict]:
     """Measure prefill and decoding apart: a call for one token, and what more tokens take beyond it.
 
-    Useful in the prefill are the tokens of the prompts, what all share once; in decoding those made. kind: of weights,
-    where they are not the exact ones."""
+    Useful in the prefill are the tokens of the prompts, what all share once; in decoding those made. rounded: a model
+    in 8 bits that samples in place of the work's own, which tells what has to be computed."""
     ids, tokens = work.ids(), work.decoding.max_tokens
     shared = min(common_prefix(ids), min(map(len, ids)) - 1)
     segments = [(shared, shared), *((len(own) - shared, len(own)) for own in ids)]
-    one = replace(work, decoding=replace(work.decoding, max_tokens=1))
-    prefill, whole = (take(lambda: samples(own), rounds) for own in (one, work))
+    sampling = work if rounded is None else replace(work, model=rounded)
+    one = replace(sampling, decoding=replace(work.decoding, max_tokens=1))
+    prefill, whole = (take(lambda: samples(own), rounds) for own in (one, sampling))
     answers = [(len(own), n - 1) for own, lengths in zip(ids, whole.result) for n in lengths if n > 1]
     steps = [(n, prompt + n) for prompt, n in answers]  # the first token comes from the prefill
     made = sum(n for n, _ in steps)
     needed = forward_flops(work.model, segments, len(ids)), forward_flops(work.model, steps, made)
     what = f"{len(ids)} prompts of {min(map(len, ids))}-{max(map(len, ids))} tokens, the first {shared} shared"
     titles = f"prefill of {what}", f"decoding of {tokens - 1} tokens in {len(ids) * work.n} rows, {what}"
-    found = []
+    found, kind = [], "" if rounded is None else "_int8"
     for name, own, useful, flops, title in zip(
         ("prefill", "decode"), (prefill, whole - prefill), (sum(q for q, _ in segments), made), needed, titles
     ):
         row = account(own, useful, flops, work.model.dtype)
-        found.append(keep(f"share_{name}{kind and f'_{kind}'}", row, f"{kind} {title}".strip(), "tokens/s"))
+        found.append(keep(f"share_{name}{kind}", row, title, "tokens/s"))
     return found
 
 
@@ -184,7 +185,8 @@ def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
 def rivals_bench(work: Work, plain, backbone: str, rounds: int, part: int, rounded=None) -> dict:
     """Measure ours on all prompts, the others on a part of them, for tokens/s.
 
-    plain: the model as transformers loads it; rounded: in 8 bits, a side of its own; part: prompts of the others, at even distances; their batches of 8, or 32 in flight, are as full as with all."""
+    plain: the model as transformers loads it; rounded: in 8 bits, a side of its own; part: prompts of the others, at
+    even distances; their batches of 8, or 32 in flight, are as full as with all."""
     few, dtype = replace(work.part(part), model=plain), str(work.model.dtype).removeprefix("torch.")
     what = f"{work.n} candidates for each of {len(work.prompts)} prompts, {work.decoding.max_tokens} tokens, {dtype}, "
     what += "against transformers' generate in batches of 64 rows and llama.cpp's server on the 4-bit file, 32 in "
@@ -208,12 +210,12 @@ def rivals_bench(work: Work, plain, backbone: str, rounds: int, part: int, round
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
 DTYPE = "auto"  # auto, float32 or bfloat16
 ROUNDS = 1  # measurements of each side; what was measured before has warmed up
-POOL_PROMPTS = 64  # client speeches behind a pool's examples, one answer to each: prefill and decoding
+POOL_PROMPTS = 32  # client speeches behind a pool's examples, one answer to each: prefill and decoding
 POOL_TOKENS = 16  # of an answer to these
 PROMPTS = 64  # client speeches, 8 candidates for each
 PART = 16  # of these, for the others
 TOKENS = 32  # longest candidate
-GROWTH = [[4, 16, 64], [8, 16, 32, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
+GROWTH = [[4, 16, 64], [8, 24, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
 
 
 if __name__ == "__main__":
@@ -223,7 +225,7 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(weights)
     member, how = POOLS["demo"][2], Decoding(TOKENS, 1.0, 50)
     pool = make_work(model, tokenizer, POOL_PROMPTS, replace(how, max_tokens=POOL_TOKENS), 1, member)
-    for row in [*parts_bench(pool), *parts_bench(replace(pool, model=rounded), kind="int8")]:
+    for row in [*parts_bench(pool), *parts_bench(pool, rounded=rounded)]:
         show(row)
     work = make_work(model, tokenizer, PROMPTS, how)
     found = rivals_bench(work, load_causal_lm(weights, DTYPE), BACKBONE, ROUNDS, PART, rounded)

@@ -174,3 +174,10 @@ def test_truncated_weights_are_one_line(tmp_path):
 def test_more_tokens_than_the_model_has_positions_are_one_line(tmp_path):
     small = find_weights(make_encoder(tmp_path / "small", positions=32))
     assert "32" in one_line(lambda: embed(["i " * 100], small, max_tokens=64, dtype="float32"))
+
+
+def test_eight_bits_keep_a_text_near_its_vector_in_any_company(tiny):
+    exact, rounded = embed(TEXTS, tiny, dtype="float32"), embed(TEXTS, tiny, dtype="int8")
+    close = (exact * rounded).sum(1)
+    assert close.min() > 0.99 and not np.array_equal(exact, rounded)
+    assert np.array_equal(embed(TEXTS[::-1], tiny, dtype="int8")[::-1], rounded)

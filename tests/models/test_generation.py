@@ -310,7 +310,7 @@ def test_sampled_answers_do_not_depend_on_the_company(tiny, how):
 def test_prompts_are_read_in_packs_of_any_size(tiny, no_stops, monkeypatch, tokens):
     model, tokenizer = tiny
     prompts = [START + own for own in PROMPTS] + PROMPTS
-    monkeypatch.setattr(prompt_packs, "__defaults__", (tokens,))
+    monkeypatch.setattr("psycopref.models.generation.pass_tokens", lambda device: tokens)
     for prompt, [sample] in zip(prompts, generate(model, tokenizer, prompts, Decoding(6), name="")):
         assert sample.text == text_by_hand(model, tokenizer, prompt, 6)
 
