@@ -73,9 +73,9 @@ def _head(train, topics: list[str], rows):
         return head.predict_proba(rows), head.classes_
 
 
-def _minilm(train: list[str], topics: list[str], texts: list[str], dtype: str = "auto"):
+def _minilm(train: list[str], topics: list[str], texts: list[str]):
     "Embed, then a linear head."
-    return _head(embed(train, dtype=dtype), topics, embed(texts, dtype=dtype))
+    return _head(embed(train), topics, embed(texts))
 
 
 def _tfidf(train: list[str], topics: list[str], texts: list[str]):
@@ -87,13 +87,18 @@ def _tfidf(train: list[str], topics: list[str], texts: list[str]):
     return _head(words.fit_transform(train), topics, words.transform(texts))
 
 # %% ../../nbs/corpus/05_topics.ipynb #e4f6982b
-def _zero_shot(train: list[str], topics: list[str], texts: list[str], dtype: str = "auto"):
-    "Compare with the descriptions."
+def _told(rows, dtype: str = "auto"):
+    "Compare embedded texts with the descriptions."
     from scipy.special import softmax
 
     described = topic_descriptions()
-    near = embed(texts, dtype=dtype) @ embed(list(described.values()), dtype=dtype).T
+    near = rows @ embed(list(described.values()), dtype=dtype).T
     return softmax(near / 0.05, axis=1), list(described)
+
+
+def _zero_shot(train: list[str], topics: list[str], texts: list[str]):
+    "Learn nothing."
+    return _told(embed(texts))
 
 
 def _described(train: list[str], topics: list[str], texts: list[str], dtype: str = "auto"):
@@ -101,9 +106,10 @@ def _described(train: list[str], topics: list[str], texts: list[str], dtype: str
     import numpy as np
     from scipy.special import softmax
 
-    described = topic_descriptions()
-    learned, classes = _minilm([*train, *described.values()], [*topics, *described], texts, dtype)
-    told, slugs = _zero_shot(train, topics, texts, dtype)
+    described, rows = topic_descriptions(), embed(texts, dtype=dtype)  # which takes most of the time: once
+    known = embed([*train, *described.values()], dtype=dtype)
+    learned, classes = _head(known, [*topics, *described], rows)
+    told, slugs = _told(rows, dtype)
     learned = learned[:, [list(classes).index(slug) for slug in slugs]]
     return softmax(0.7 * np.log(learned + 1e-4) + 0.3 * np.log(told + 1e-4), axis=1), slugs
 

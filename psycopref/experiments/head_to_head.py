@@ -70,7 +70,7 @@ def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Prof
     chosen = settings.evaluation
     judges = battle_judges(chosen.judge, chosen.second_judge)
     reference, *own = all_answers(gateway, run, policies, speeches, chosen, seed, shared)
-    untrained = chosen.reference in {f"local:{backbone}" for backbone in settings.backbones}
+    untrained = chosen.reference in {f"{how}:{own}" for how in ("local", "int8") for own in settings.backbones}
     name = gateway.counts[chosen.reference]["label"].split(" (")[0] + ", untrained" * untrained
     judged = [battle(gateway, chosen.judge, speeches, said, reference, name) for said in own]
     battles = pd.concat([found for found, _ in judged], ignore_index=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
-from .packs import common_prefix, enable_packing, lay_out, pass_tokens
+from .packs import common_prefix, enable_packing, lay_out, pass_tokens, unwrap
 
 # %% auto #0
 __all__ = ['SCHEME', 'Decoding', 'Sample', 'Chances', 'next_tokens', 'Shared', 'Branches', 'branch_attention', 'prompt_packs',
@@ -205,12 +205,13 @@ def branch_attention(
 def prompt_packs(lengths: list[int], shared: int, tokens: int) -> list[range]:
     """Cut prompts that share a start into packs, in their order; one above the budget makes a pack of its own.
 
-    lengths: tokens of each prompt; shared: tokens that all begin with; tokens: in a pack."""
+    lengths: tokens of each prompt; shared: tokens that all begin with, which each pack computes again, so that one has
+    room for as many others; tokens: in a pack."""
     found, left = [], 0
     for i, length in enumerate(lengths):
         if not found or length - shared > left:
             found.append(range(i, i))
-            left = tokens - shared
+            left = max(tokens - shared, shared)
         found[-1] = range(found[-1].start, i + 1)
         left -= length - shared
     return found
@@ -224,8 +225,9 @@ def read_prompts(model, prompts: list[list[int]], n: int) -> tuple:
 
     start = max(min(common_prefix(prompts), min(map(len, prompts)) - 1), 0)
     longest, logits, layers, device = max(map(len, prompts)) - start, [], [], model.device
+    kernel = unwrap(model).base_model.pack_kernel
     for part in prompt_packs([len(prompt) for prompt in prompts], start, pass_tokens(device)):
-        pack = replace(lay_out([[prompts[i] for i in part]]), kernel=model.base_model.pack_kernel, states=[]).to(device)
+        pack = replace(lay_out([[prompts[i] for i in part]]), kernel=kernel, states=[]).to(device)
         logits.append(model(input_ids=pack.input_ids[:, :1], pack=pack).logits[:, -1])
         texts = [own[start:] for own in pack.keys.split(pack.key_lengths)]
         columns = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).flatten()
@@ -290,7 +292,8 @@ def _takes_branches(model) -> bool:
 
     config = model.config.get_text_config()
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    plain = plain and model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+    known = model.config._attn_implementation in ("sdpa", "psycopref_segments")  # the latter stays after a training
+    plain = plain and known and model._supports_attention_backend
     return bool(plain and not getattr(config, "attn_logit_softcapping", None) and not enable_packing(model))
 
 
@@ -304,8 +307,8 @@ def answering(model, prompts: list[list[int]], pad: int, n: int) -> typing.Itera
     if not _takes_branches(model):
         yield _padded(model, prompts, pad, n)
         return
-    before = model.config._attn_implementation
     logits, branches = read_prompts(model, prompts, n)
+    before = model.config._attn_implementation
     attention = functools.partial(branch_attention, weakref.proxy(branches))  # keeps no batch in memory
     AttentionInterface.register("psycopref_branches", attention)
     model.set_attn_implementation("psycopref_branches")
@@ -375,6 +378,8 @@ def generate(
             f"generate: top_p is {decoding.top_p}; it must be above 0 and at most 1, which takes all tokens"
         )
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+    if not all(ids):
+        raise StudyError(f"generate: prompt {ids.index([])} has no token; each needs one at least")
     stops, found = stop_tokens(model, tokenizer), [None] * len(prompts)
     batches = length_batches([len(i) for i in ids], max(1, rows // n))
     with _turn, torch.inference_mode():

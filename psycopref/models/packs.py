@@ -206,9 +206,11 @@ def _packing_forward(backbone):
         own = {name: value for name, value in keywords.items() if name not in _OWN_INPUTS}
         unused = pack.keys.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is handed on as it is
         ids = dict(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unused)
-        outputs = plain_forward(self, **ids, pack=pack, use_cache=False, **own)
-        if not torch.is_grad_enabled():  # else it stays until the next call: checkpointing computes layers again
-            self.config._attn_implementation = plain_attention
+        try:
+            outputs = plain_forward(self, **ids, pack=pack, use_cache=False, **own)
+        finally:
+            if not torch.is_grad_enabled():  # else it stays until the next call: checkpointing computes layers again
+                self.config._attn_implementation = plain_attention
         states = outputs.last_hidden_state[0]
         outputs.last_hidden_state = states.index_select(0, pack.places.flatten()).view(*pack.places.shape, -1)
         return outputs

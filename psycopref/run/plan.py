@@ -91,7 +91,8 @@ def own_weights(who: str) -> str:
 def short_names(names: typing.Iterable[str], most: int = 99) -> str:
     "Join URIs, backbones and reward models without provider, owner and path; after `most` they are counted."
     plain = [re.sub(r"^(openai|batch|local):|=.*|@http.*", "", name).rstrip("/") for name in names if name]
-    short = list(dict.fromkeys(name.rpartition("/")[2] for name in plain))
+    last = (("int8:" * name.startswith("int8:"), name.removeprefix("int8:").rpartition("/")[2]) for name in plain)
+    short = list(dict.fromkeys(map("".join, last)))  # 8 bits stay visible
     return ", ".join(short[:most]) + (f" +{len(short) - most}" if len(short) > most else "")
 
 # %% ../../nbs/run/04_plan.ipynb #d34d0c0e
@@ -822,6 +823,7 @@ def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable =
     plan, uris = plan or plan_run(profile), asked_uris(profile)
     others = [judge.place for judge in other_judges(profile) if judge.kind == "reward" and judge.place]
     local = [name for provider, name, _ in map(split_uri, uris) if provider in ("local", "int8")]
+    rounded = [uri for uri in dict.fromkeys(uris) if split_uri(uri)[0] == "int8"]
     pushed = {name: getattr(profile, name).push_to_hub for name in TRAINED if not huggingface_hub.get_token()}
     token = "needs a token that may write; run `hf auth login` or set HF_TOKEN"
     free = shutil.disk_usage(project_root() if project_root().is_dir() else Path.cwd()).free / 1e9
@@ -832,6 +834,7 @@ def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable =
         *dict.fromkeys(filter(None, (shutdown_line(uri, today()) for uri in uris))),
         *missing_data(profile, "source"),
         *missing_models(uris, profile.reward.rankers),
+        *(f"{uri}: 8 bits are for CPUs, and here is a GPU; write local:{uri[5:]}" for uri in rounded if gpu_memory()),
         *([] if is_released(profile.speeches.sources) else short_contexts(profile)),
         *missing_weights([*profile.backbones, *local, "minilm", *profile.reward.scorers, *others]),
         *missing_data(profile, "general pairs", "RewardBench"),

@@ -32,10 +32,10 @@ from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
 from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
-from ..models.generation import Decoding, Sample, generate, length_batches
-from ..models.linear import load_for_answers
+from ..models.generation import SCHEME, Decoding, Sample, generate, length_batches
+from ..models.linear import lay_out_weights
 from ..models.local import render_chat
-from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_tokenizer
+from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_causal_lm, load_tokenizer
 from ..models.weights import pick_dtype, pinned, release
 from .scoring import find_scorer, load_scorer, score_groups
 from .texts import dialogue, prompt_messages
@@ -54,7 +54,7 @@ Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages
 @contextlib.contextmanager
 def _open_local(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     "Sample with `models.generation`."
-    model, tokenizer = load_for_answers(policy, dtype), load_tokenizer(policy)
+    model, tokenizer = lay_out_weights(load_causal_lm(policy, dtype)), load_tokenizer(policy)  # never in 8 bits
 
     def sample(prompts, decoding, n=1, name=""):
         return generate(
@@ -525,10 +525,11 @@ def plan_blocks(
 
     speeches: speech_id -> client speech; settings: engine and size of a block; n: candidates for each speech."""
     found = []
+    engine = f"local, {SCHEME}" if settings.engine == "local" else settings.engine
     for place, names in enumerate(speech_blocks(speeches, settings.block)):
         prompts = [prompt_messages(speeches[name]) for name in names]
         how = replace(decoding, seed=derived_seed(decoding.seed, "block", place))
-        made_of = fingerprint(identity, settings.engine, dtype, asdict(how), n, names, prompts)
+        made_of = fingerprint(identity, engine, dtype, asdict(how), n, names, prompts)
         found.append(SampleBlock(Path(folder) / f"block-{place:04d}.json", names, prompts, how, made_of))
     return found
 

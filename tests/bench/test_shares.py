@@ -71,6 +71,17 @@ def test_products_of_int8_are_counted():
     assert key[0] == "linear_dynamic" and own.operations == 2 * 8 * 32 * 16 and own.again().shape == (8, 16)
 
 
+def test_products_of_a_layer_in_8_bits_are_counted():
+    from psycopref.models.linear import _int8_linear
+
+    layer = _int8_linear()(torch.nn.Linear(32, 16), torch.arange(2), {})
+    with torch.inference_mode(), Products() as products:
+        layer(torch.ones(8, 32))
+    found = {key[0]: own for key, own in products.seen.items()}
+    assert found["qlinear_pointwise"].operations == 2 * 8 * 32 * 16 and found["addmm_"].operations == 2 * 8 * 2 * 16
+    assert len(found) == 2 and replay(products.seen)[0] > 0
+
+
 def test_an_encoder_s_operations_are_torch_s():
     config = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     from transformers import BertConfig, BertModel

@@ -200,6 +200,14 @@ def test_probabilities_are_rows_of_one_in_the_order_of_the_table(method):
     assert topic_probabilities(method, *LEARNT, []).shape == (0, 42)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_embeds_a_speech_twice(method, monkeypatch):
+    asked = []
+    monkeypatch.setattr(topics, "embed", lambda texts, **how: asked.extend(texts) or hashed(texts, **how))
+    topic_probabilities(method, *LEARNT, ["Only here."])
+    assert asked.count("Only here.") == (method != "tfidf")
+
+
 def test_zero_shot_learns_nothing_and_knows_every_description():
     described = list(topic_descriptions().values())
     found = topic_probabilities("zero-shot", [], [], described)

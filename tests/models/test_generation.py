@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from psycopref.models.generation import Branches, Chances, Decoding, generate, length_batches, next_tokens
 from psycopref.models.generation import prompt_packs, stop_tokens
-from psycopref.models.packs import common_prefix
+from psycopref.models.packs import common_prefix, lay_out
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
 
@@ -213,6 +213,7 @@ def test_n_candidates_each(tiny, no_stops):
 def test_what_can_t_be_meant_is_one_line(tiny, max_tokens, n, top_p):
     said = one_line(lambda: generate(*tiny, ["a"], Decoding(max_tokens, 1.0, 0, top_p), n=n, name=""))
     assert ("max_tokens" if top_p == 1 else "top_p") in said
+    assert "prompt 1 has no token" in one_line(lambda: generate(*tiny, ["a", ""], Decoding(3), name=""))
     assert generate(*tiny, [], Decoding(3), name="") == []
 
 
@@ -319,12 +320,14 @@ def test_prompts_are_read_in_packs_of_any_size(tiny, no_stops, monkeypatch, toke
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60), st.data())
 def test_packs_of_prompts_hold_each_once_within_the_budget(lengths, tokens, data):
     shared = data.draw(st.integers(0, min(lengths) - 1))
-    packs = prompt_packs(lengths, shared, tokens)
+    packs, room = prompt_packs(lengths, shared, tokens), max(tokens, 2 * shared)
     assert [i for pack in packs for i in pack] == list(range(len(lengths)))
     for pack in packs:
-        assert len(pack) == 1 or shared + sum(lengths[i] - shared for i in pack) <= tokens
+        assert len(pack) == 1 or shared + sum(lengths[i] - shared for i in pack) <= room
     for one, two in zip(packs, packs[1:]):
-        assert shared + sum(lengths[i] - shared for i in (*one, two[0])) > tokens, "no pack has room left for the next"
+        assert shared + sum(lengths[i] - shared for i in (*one, two[0])) > room, "no pack has room left for the next"
+    computed = sum(lengths) - shared * (len(lengths) - len(packs))
+    assert computed <= shared + 3 * sum(length - shared for length in lengths)
 
 
 def test_decoding_leaves_the_model_as_it_was(tiny, monkeypatch):
@@ -341,6 +344,33 @@ def test_decoding_leaves_the_model_as_it_was(tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         generate(model, tokenizer, PROMPTS, Decoding(3), name="")
     assert model.config._attn_implementation == before
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp, "forward", broken)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, tokenizer, PROMPTS, Decoding(3), name="")
+    assert model.config._attn_implementation == before, "while the prompts were read"
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_model_that_has_just_learnt_from_packs_reads_its_prompts_as_packs(tiny, monkeypatch):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    expected = generate(model, tokenizer, PROMPTS, Decoding(6), name="")
+    pack = lay_out([[[5, 6, 7], [5, 6, 8, 9]], [[3, 4]]])
+    model.model(pack=pack).last_hidden_state.sum().backward()
+    monkeypatch.setattr("psycopref.models.generation.Repeats", None)  # nothing is padded
+    assert generate(model, tokenizer, PROMPTS, Decoding(6), name="") == expected
+    assert model.config._attn_implementation == "sdpa"
+    again = model.model(pack=pack).last_hidden_state  # masks that sampling has made serve a training too
+    again.sum().backward()
+
+
+def test_a_model_in_peft_answers_as_without_its_shell(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    expected = generate(model, tokenizer, PROMPTS, Decoding(6), name="")
+    shell = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    assert generate(shell, tokenizer, PROMPTS, Decoding(6), name="") == expected
 
 
 def test_no_batch_stays_in_memory(tiny):

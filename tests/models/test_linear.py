@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ def test_a_layout_changes_no_answer_and_no_saved_weight(layout, tmp_path):
     assert found[0] == found[1]
     assert laid.lm_head.weight is laid.model.embed_tokens.weight and laid.lm_head.weight.is_contiguous()
     assert laid.model.layers[0].mlp.up_proj.weight.is_contiguous() == (layout == "rows")
+    for name, model in (("plain", plain), ("laid", laid)):
+        model.save_pretrained(tmp_path / name)
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "laid")}) == 1
 
 
 def test_the_faster_layout_is_chosen_once_and_kept_by_machine(tmp_path, monkeypatch):
@@ -44,10 +48,34 @@ def test_the_faster_layout_is_chosen_once_and_kept_by_machine(tmp_path, monkeypa
     assert json.loads(kept.read_text())["machine"][3] == "torch.float32"
     fastest_layout.cache_clear()
     assert fastest_layout(torch.float32) == "columns" and len(calls) == 1, "read, not measured again"
-    kept.unlink()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # as a processor with fewer instructions
     fastest_layout.cache_clear()
     assert fastest_layout(torch.float32) == "rows" and len(calls) == 2
     fastest_layout.cache_clear()
+
+
+@pytest.mark.parametrize("content", ["", '{"layout": "rows"', "[]", "{}", '{"layout": "diagonal"}', None])
+def test_what_was_kept_wrongly_or_can_t_be_kept_stops_nobody(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("PSYCOPREF_CACHE", str(tmp_path))
+    monkeypatch.setattr(linear, "measure_layouts", lambda dtype: {"rows": [2.0] * 4, "columns": [1.0] * 4})
+    fastest_layout.cache_clear()
+    if content is None:
+        (tmp_path / "machines").write_text("a file where a folder should be")
+    else:
+        fastest_layout(torch.float32)
+        [kept] = (tmp_path / "machines").iterdir()
+        kept.write_text(content)
+        fastest_layout.cache_clear()
+    assert fastest_layout(torch.float32) == "columns"
+    assert content is None or json.loads(kept.read_text())["layout"] == "columns", "mended"
+    fastest_layout.cache_clear()
+
+
+def test_measuring_takes_nobody_s_random_numbers(monkeypatch):
+    monkeypatch.setattr(linear, "_seconds", lambda product: float(product().shape[0]))
+    before = torch.get_rng_state()
+    assert linear.measure_layouts(torch.float32, 8, 16)["rows"] == [8.0, 32.0, 128.0, 1024.0]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class OneLayer(torch.nn.Sequential):
@@ -77,6 +105,20 @@ def test_eight_bits_of_a_layer_are_near_and_a_row_does_not_depend_on_the_others(
         small = float(layer(without).norm() / exact.norm())
     assert errors[1] < 0.02 * small and errors[1] < errors[0] / 10, "the channel apart costs the others nothing"
     assert isinstance(to_int8(OneLayer(layer), [])[0], torch.nn.Linear), "a layer that no text went through stays"
+
+
+def test_threads_that_share_a_model_in_8_bits_get_their_own_numbers():
+    model = to_int8(OneLayer(torch.nn.Linear(64, 48)).eval(), [{"rows": torch.randn(5, 64)}])
+    given = [torch.randn(size, 64) for size in (40, 90, 150, 300)]
+
+    def many(rows):
+        with torch.inference_mode():
+            return [model(rows.clone()) for _ in range(50)]
+
+    alone = [many(rows)[0] for rows in given]
+    with ThreadPoolExecutor(4) as pool:
+        for one, found in zip(alone, pool.map(many, given)):
+            assert all(torch.equal(one, own) for own in found)
 
 
 def test_a_model_in_8_bits_answers_alone_as_in_company():

@@ -322,6 +322,14 @@ def test_the_remedy_is_what_the_machine_allows(monkeypatch):
         assert said(*[80] * 4) == "" and "as a policy takes 64 GB" in said(*[50] * 8)
 
 
+def test_eight_bits_are_missing_where_a_gpu_is(monkeypatch):
+    profile = load_profile("tiny", {"evaluation.reference": "int8:random-tiny"})
+    for gpus, expected in (([], 0), ([80 * 10**9], 1)):
+        monkeypatch.setattr(plan, "gpu_memory", lambda: gpus)
+        lines = [line for line in missing(profile) if "8 bits" in line]
+        assert len(lines) == expected and all("write local:random-tiny" in line for line in lines)
+
+
 @given(st.integers(1, 20), st.one_of(st.none(), st.integers(1, 25)), st.sampled_from(["reset", "keep"]))
 def test_disk_counts_what_is_kept(iterations, keep, optimiser):
     changed = {"dpo_iter__iterations": iterations, "dpo_iter__keep_last": keep, "dpo_iter__optimiser": optimiser}

@@ -124,7 +124,7 @@ def test_blocks_made_of_something_else_are_made_again(tiny, whole, tmp_path, cha
     assert len(list(tmp_path.glob("block-*.json"))) == expected, "blocks of another size are taken away"
 
 
-def test_another_policy_engine_or_seed_makes_other_blocks(tiny, tmp_path):
+def test_another_policy_engine_seed_or_way_to_draw_makes_other_blocks(tiny, tmp_path, monkeypatch):
     def made_of(policy=tiny, engine="local", how=HOW):
         own, settings = sampling.weights_identity(policy), IterSettings(block=2, engine=engine)
         return {b.made_of for b in sampling.plan_blocks(own, SPEECHES, tmp_path, settings, how, 2, "float32")}
@@ -132,6 +132,12 @@ def test_another_policy_engine_or_seed_makes_other_blocks(tiny, tmp_path):
     others = [made_of(dataclasses.replace(tiny, revision="f" * 64)), made_of(engine="server")]
     others.append(made_of(how=dataclasses.replace(HOW, seed=4)))
     assert all(not made_of() & other for other in others)
+    local, server = made_of(), made_of(engine="server")
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "SCHEME", "numbers by block")
+        assert not local & made_of() and server == made_of(engine="server"), "a server draws its own numbers"
+    said = one_line(lambda: open_sampler("local", tiny, "int8").__enter__())
+    assert "int8" in said, "a policy stays exact"
     own = sampling.weights_identity(tiny), SPEECHES, tmp_path, IterSettings(block=2), HOW, 2, "float32"
     seeds = [block.decoding.seed for block in sampling.plan_blocks(*own)]
     assert len({*seeds}) == len(seeds) > 1, "each block draws for itself"
