@@ -220,7 +220,7 @@ def prompt_packs(lengths: list[int], shared: int, tokens: int) -> list[range]:
 def read_prompts(model, prompts: list[list[int]], n: int) -> tuple:
     """Compute prompts as packs: (logits of the next token, (prompts, vocabulary); Branches for n answers to each).
 
-    model: with packing enabled."""
+    model: with packing enabled; where its head hands its backbone no packs (OPT), the result is (None, None)."""
     import torch
 
     start = max(min(common_prefix(prompts), min(map(len, prompts)) - 1), 0)
@@ -229,6 +229,8 @@ def read_prompts(model, prompts: list[list[int]], n: int) -> tuple:
     for part in prompt_packs([len(prompt) for prompt in prompts], start, pass_tokens(device)):
         pack = replace(lay_out([[prompts[i] for i in part]]), kernel=kernel, states=[]).to(device)
         logits.append(model(input_ids=pack.input_ids[:, :1], pack=pack).logits[:, -1])
+        if not pack.states:
+            return None, None
         texts = [own[start:] for own in pack.keys.split(pack.key_lengths)]
         columns = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).flatten()
         for layer, states in enumerate(pack.states):
@@ -304,10 +306,10 @@ def answering(model, prompts: list[list[int]], pad: int, n: int) -> typing.Itera
     prompts: token ids, not empty; pad: the padding token; n: answers to each."""
     from transformers import AttentionInterface
 
-    if not _takes_branches(model):
+    logits, branches = read_prompts(model, prompts, n) if _takes_branches(model) else (None, None)
+    if branches is None:
         yield _padded(model, prompts, pad, n)
         return
-    logits, branches = read_prompts(model, prompts, n)
     before = model.config._attn_implementation
     attention = functools.partial(branch_attention, weakref.proxy(branches))  # keeps no batch in memory
     AttentionInterface.register("psycopref_branches", attention)

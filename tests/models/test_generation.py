@@ -282,6 +282,17 @@ def test_a_sliding_window_is_respected(tiny, no_stops):
         assert sample.text == text_by_hand(model, tiny[1], prompt, 8)
 
 
+def test_a_head_that_hands_no_packs_on_reads_padded_prompts(tiny, no_stops):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+    model = OPTForCausalLM(OPTConfig(**shape, vocab_size=tiny[0].config.vocab_size, init_std=0.3)).eval()
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        for prompt, [sample] in zip(prompts, generate(model, tiny[1], prompts, Decoding(8), name="")):
+            assert sample.text == text_by_hand(model, tiny[1], prompt, 8)
+
+
 @settings(few, max_examples=12)
 @given(data=st.data())
 def test_greedy_answers_do_not_depend_on_the_company(tiny, data):
