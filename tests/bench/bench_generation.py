@@ -20,7 +20,7 @@ from flops import forward_flops
 from shares import account, grow, take
 from psycopref.core.settings import StudyError
 from psycopref.feedback.pool import POOLS
-from psycopref.models.generation import Decoding, generate
+from psycopref.models.generation import Chances, Decoding, answering, generate, next_tokens, read_prompts
 from psycopref.models.linear import load_for_answers
 from psycopref.models.local import render_chat
 from psycopref.models.packs import common_prefix
@@ -71,30 +71,51 @@ def ours(work: Work) -> int:
     return sum(map(sum, samples(work)))
 
 
-def parts_bench(work: Work, rounds: int = 1, rounded=None) -> list[dict]:
-    """Measure prefill and decoding apart: a call for one token, and what more tokens take beyond it.
+def parts_bench(work: Work, name: str, rounds: int = 1, rounded=None) -> list[dict]:
+    """Measure prefill and decoding apart; decoding goes on from the same prompts each time, no answer ends.
 
-    Useful in the prefill are the tokens of the prompts, what all share once; in decoding those made. rounded: a model
-    in 8 bits that samples in place of the work's own, which tells what has to be computed."""
-    ids, tokens = work.ids(), work.decoding.max_tokens
-    shared = min(common_prefix(ids), min(map(len, ids)) - 1)
+    Useful in the prefill are the tokens of the prompts, what all share once. name: of the work; rounded: a model in
+    8 bits that samples in place of the work's own, which tells what has to be computed."""
+    import torch
+
+    ids, steps, model = work.ids(), work.decoding.max_tokens, work.model if rounded is None else rounded
+    shared, rows = min(common_prefix(ids), min(map(len, ids)) - 1), len(ids) * work.n
     segments = [(shared, shared), *((len(own) - shared, len(own)) for own in ids)]
-    sampling = work if rounded is None else replace(work, model=rounded)
-    one = replace(sampling, decoding=replace(work.decoding, max_tokens=1))
-    prefill, whole = (take(lambda: samples(own), rounds) for own in (one, sampling))
-    answers = [(len(own), n - 1) for own, lengths in zip(ids, whole.result) for n in lengths if n > 1]
-    steps = [(n, prompt + n) for prompt, n in answers]  # the first token comes from the prefill
-    made = sum(n for n, _ in steps)
-    needed = forward_flops(work.model, segments, len(ids)), forward_flops(work.model, steps, made)
     what = f"{len(ids)} prompts of {min(map(len, ids))}-{max(map(len, ids))} tokens, the first {shared} shared"
-    titles = f"prefill of {what}", f"decoding of {tokens - 1} tokens in {len(ids) * work.n} rows, {what}"
-    found, kind = [], "" if rounded is None else "_int8"
-    for name, own, useful, flops, title in zip(
-        ("prefill", "decode"), (prefill, whole - prefill), (sum(q for q, _ in segments), made), needed, titles
-    ):
-        row = account(own, useful, flops, work.model.dtype)
-        found.append(keep(f"share_{name}{kind}", row, title, "tokens/s"))
-    return found
+    found = []
+
+    def note(part: str, taken, useful: int, needed: float, title: str) -> None:
+        row = account(taken, useful, needed, work.model.dtype)
+        found.append(keep(f"share_{part}_{name}", row, title, "tokens/s"))
+
+    with torch.inference_mode():
+        with answering(model, ids, work.tokenizer.pad_token_id, work.n) as (logits, answers):
+            state = [
+                logits.repeat_interleave(work.n, 0),
+                torch.tensor([len(own) for own in ids]).repeat_interleave(work.n),
+            ]
+            chances, lengths = Chances(range(rows)), []
+
+            def decode():
+                lengths.append(answers.length)
+                for _ in range(steps):
+                    tokens = next_tokens(state[0], work.decoding, chances)
+                    state[:] = answers.step(model, tokens, state[1]), state[1] + 1
+
+            taken = take(decode, rounds)
+        done = [(steps, len(own) + lengths[1] + steps) for own in ids for _ in range(work.n)]
+        note(
+            "decode",
+            taken,
+            rows * steps,
+            forward_flops(work.model, done, rows * steps),
+            f"{steps} tokens in {rows} rows, {what}",
+        )
+        if hasattr(model.base_model, "pack_kernel"):
+            taken = take(lambda: read_prompts(model, ids, work.n), rounds)
+            needed = forward_flops(work.model, segments, len(ids))
+            note("prefill", taken, sum(queries for queries, _ in segments), needed, f"reading {what}")
+    return found[::-1]
 
 
 def growth_bench(work: Work, rows: list[int], lengths: list[int], candidates: list[int]) -> list[dict]:
@@ -183,14 +204,14 @@ def llama_samples(work: Work, address: str, in_flight: int = 32) -> int:
 
 
 def rivals_bench(work: Work, plain, backbone: str, rounds: int, part: int, rounded=None) -> dict:
-    """Measure ours on all prompts, the others on a part of them, for tokens/s.
+    """Measure ours and the others on a part of the prompts, for tokens/s.
 
-    plain: the model as transformers loads it; rounded: in 8 bits, a side of its own; part: prompts of the others, at
-    even distances; their batches of 8, or 32 in flight, are as full as with all."""
-    few, dtype = replace(work.part(part), model=plain), str(work.model.dtype).removeprefix("torch.")
-    what = f"{work.n} candidates for each of {len(work.prompts)} prompts, {work.decoding.max_tokens} tokens, {dtype}, "
-    what += "against transformers' generate in batches of 64 rows and llama.cpp's server on the 4-bit file, 32 in "
-    what += f"flight, both on {len(few.prompts)} of these prompts"
+    plain: the model as transformers loads it; part: prompts at even distances, enough that all batches are full;
+    rounded: in 8 bits, a side of its own."""
+    work = work.part(part)
+    few, dtype = replace(work, model=plain), str(work.model.dtype).removeprefix("torch.")
+    what = f"{work.n} candidates for each of {part} prompts, {work.decoding.max_tokens} tokens, {dtype}, against "
+    what += "transformers' generate in batches of 64 rows and llama.cpp's server on the 4-bit file, 32 in flight"
     sides = {"ours": lambda: ours(work), "theirs": lambda: transformers_generate(few, 64)}
     with contextlib.ExitStack() as stack:
         note = NO_LLAMA
@@ -213,8 +234,8 @@ ROUNDS = 1  # measurements of each side; what was measured before has warmed up
 POOL_PROMPTS = 32  # client speeches behind a pool's examples, one answer to each: prefill and decoding
 POOL_TOKENS = 16  # of an answer to these
 PROMPTS = 64  # client speeches, 8 candidates for each
-PART = 16  # of these, for the others
-TOKENS = 32  # longest candidate
+PART = 16  # of these, which make full batches for all sides
+TOKENS = 24  # longest candidate
 GROWTH = [[4, 16, 64], [8, 24, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
 
 
@@ -225,9 +246,12 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(weights)
     member, how = POOLS["demo"][2], Decoding(TOKENS, 1.0, 50)
     pool = make_work(model, tokenizer, POOL_PROMPTS, replace(how, max_tokens=POOL_TOKENS), 1, member)
-    for row in [*parts_bench(pool), *parts_bench(pool, rounded=rounded)]:
+    for row in [*parts_bench(pool, "pool"), *parts_bench(pool, "pool_int8", rounded=rounded)]:
         show(row)
     work = make_work(model, tokenizer, PROMPTS, how)
+    few = replace(work.part(PART), decoding=replace(how, max_tokens=POOL_TOKENS))
+    for row in parts_bench(few, "candidates"):
+        show(row)
     found = rivals_bench(work, load_causal_lm(weights, DTYPE), BACKBONE, ROUNDS, PART, rounded)
     print(
         {

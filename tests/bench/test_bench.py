@@ -126,7 +126,7 @@ def test_all_ways_of_sampling_make_the_tokens(sampled, tmp_path, monkeypatch):
 
 def test_prefill_and_decoding_are_accounted_apart_and_followed(sampled, tmp_path):
     work = sampled(3, Decoding(4, 0.8), 2, POOLS["demo"][2])
-    prefill, decode = parts_bench(work)
+    prefill, decode = parts_bench(work, "pool")
     assert prefill["replayed"] == decode["replayed"] == 1 and {prefill["dtype"], decode["dtype"]} == {"float32"}
     assert 0 < prefill["needed of computed"] <= 1.01 and 0 < decode["needed of computed"] <= 1.01
     assert sum(share for _, share in prefill["operators"]) == pytest.approx(1)
@@ -186,9 +186,9 @@ def test_the_guide_shows_what_was_measured_or_that_nothing_was(sampled, tmp_path
     assert "not measured here" in capsys.readouterr().out
     machine_bench("random-tiny", "float32", [8, 32])
     tiny = sampled(2, Decoding(3, 0.8), 2)
-    parts_bench(tiny)
+    parts_bench(tiny, "pool")
     rivals_bench(tiny, tiny.model, "random-tiny", 1, 1)
     growth_bench(sampled(4, Decoding(2)), [1, 2], [1, 2], [1, 2])
     machine, shares, _, rivals, growth = shown(page)
-    assert list(machine["8 rows"]) and list(shares.work) == ["decode", "prefill"] and len(growth) == 3
+    assert list(machine["8 rows"]) and list(shares.work) == ["decode_pool", "prefill_pool"] and len(growth) == 3
     assert rivals.other[0] == "not run: pip install xllamacpp" and "outside of operators" in capsys.readouterr().out

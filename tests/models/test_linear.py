@@ -43,7 +43,7 @@ def test_the_faster_layout_is_chosen_once_and_kept_by_machine(tmp_path, monkeypa
     monkeypatch.setattr(linear, "measure_layouts", lambda dtype: calls.append(dtype) or times)
     fastest_layout.cache_clear()
     assert fastest_layout(torch.float32) == "columns"
-    times["columns"][3] = 1.2  # slower for packs by more than a twentieth
+    times["columns"][3] = 1.2  # slower for packs by more than a tenth
     [kept] = (tmp_path / "machines").iterdir()
     assert json.loads(kept.read_text())["machine"][3] == "torch.float32"
     fastest_layout.cache_clear()
