@@ -92,11 +92,11 @@ def evaluates(policy, monkeypatch, tmp_path):
 @pytest.mark.parametrize("way", [samples, watches, evaluates])
 @pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
 def test_in_bfloat16_no_update_is_lost(way, number, iterated, tiny, monkeypatch, tmp_path):
-    from psycopref.models import local
+    from psycopref.models import linear
 
     folder, wanted, _ = iterated[number]
     loaded, load = [], load_causal_lm
-    for module in (sampling, watching, local):
+    for module in (sampling, watching, linear):
         monkeypatch.setattr(module, "load_causal_lm", lambda *a: loaded.append(load(*a)) or loaded[-1])
     way(find_weights(str(folder)), monkeypatch, tmp_path)
     base = load(tiny, "bfloat16").requires_grad_(False)

@@ -82,7 +82,7 @@ def test_another_seed_gives_other_weights(name, whole, tiny, other, tmp_path):
 @EACH
 def test_the_kept_weights_are_those_of_the_least_development_loss(name, tiny, tmp_path):
     "Too large a step size and contrary pairs, so that the last checkpoint is not the best."
-    wild = {"reward lora": dict(learning_rate=0.05, lora=LoraSettings(rank=4, alpha=64))}
+    wild = {"reward lora": dict(learning_rate=0.2, lora=LoraSettings(rank=4, alpha=64))}
     own = replace(SETTINGS[name], epochs=3, **wild.get(name, dict(learning_rate=0.01)))
     found = train(tiny, tmp_path, "model", own, dev=CONTRARY)
     looked = {entry["step"]: entry["eval_loss"] for entry in found["log"] if "eval_loss" in entry}
