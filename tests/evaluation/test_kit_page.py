@@ -119,7 +119,11 @@ def follow(page, *steps):
     for step in steps:
         if isinstance(step, dict):
             for what, said in step.items():
-                found = page.evaluate(FACTS[what]) if what in FACTS else page.inner_text(f"#{what}")
+                for _ in range(50):  # a busy machine draws a page later; five seconds at most
+                    found = page.evaluate(FACTS[what]) if what in FACTS else page.inner_text(f"#{what}")
+                    if said == found if what in FACTS else said in found:
+                        break
+                    page.wait_for_timeout(100)
                 assert said == found if what in FACTS else said in found, what
         elif step.startswith("type:"):
             page.keyboard.type(step.removeprefix("type:"))
