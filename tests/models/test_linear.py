@@ -9,7 +9,7 @@ import torch
 
 from psycopref.models import linear
 from psycopref.models.generation import Decoding, generate
-from psycopref.models.linear import CHANNELS, SHOWN, fastest_layout, lay_out_weights, load_for_answers, to_int8
+from psycopref.models.linear import CHANNELS, fastest_layout, lay_out_weights, load_for_answers, to_int8
 from psycopref.models.local import Int8Model, LocalModel
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
@@ -126,7 +126,8 @@ def test_a_model_in_8_bits_answers_alone_as_in_company():
     how = Decoding(10, 0.9, seed=2)
     together = generate(model, tokenizer, PROMPTS, how, n=2, name="")
     assert [generate(model, tokenizer, [prompt], how, n=2, name="")[0] for prompt in PROMPTS] == together
-    assert not hasattr(model.lm_head, "weight") and hasattr(model.base_model, "pack_kernel"), "its prompts are packs"
+    rounded = model.base_model.layers[0].mlp.up_proj
+    assert not hasattr(rounded, "weight") and hasattr(model.base_model, "pack_kernel"), "its prompts are packs"
 
 
 def test_eight_bits_stand_in_uri_label_and_cache_key():
@@ -142,6 +143,14 @@ def test_eight_bits_are_refused_off_the_cpu():
     assert "int4" in one_line(lambda: tiny("int4"))
 
 
+SPEECHES = (  # none of them is read to choose the channels
+    "Since the move I eat alone, and I pretend that it's a choice.",
+    "My son stopped speaking to me after the divorce. I write him letters that I never send. What else can I do?",
+    "I get panic attacks in the supermarket, so my neighbour does the shopping, and I am ashamed of it.",
+    "Work is fine. Everything is fine. I just can't remember when I last looked forward to anything.",
+)
+
+
 @pytest.mark.chain
 def test_real_weights_in_8_bits_foretell_the_same_tokens():
     """The bound of what may run in 8 bits: in 95% of positions the same likeliest token after a float32 answer."""
@@ -149,7 +158,7 @@ def test_real_weights_in_8_bits_foretell_the_same_tokens():
     exact, rounded = load_for_answers(weights, "float32"), load_for_answers(weights, "int8")
     tokenizer, same, near = load_tokenizer(weights), [], []
     how = dict(tokenize=False, add_generation_prompt=True)
-    for seed, speech in enumerate((*SHOWN[::2], "Since the move I eat alone, and I pretend that it's a choice.")):
+    for seed, speech in enumerate(SPEECHES):
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": speech}], **how)
         [[sample]] = generate(exact, tokenizer, [prompt], Decoding(90, 0.7, 50, seed=seed), name="")
         ids, start = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt + sample.text, prompt))
