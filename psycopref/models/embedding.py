@@ -10,7 +10,7 @@ import typing
 
 from ..core.files import progress
 from ..core.settings import StudyError
-from .linear import SHOWN, to_int8
+from .linear import CALIBRATION_TEXTS, to_int8
 from .weights import Weights, find_weights, pick_device, pick_dtype, pinned, readable
 
 # %% auto #0
@@ -31,7 +31,7 @@ def load_encoder(weights: Weights, dtype: str = "auto") -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
         model = AutoModel.from_pretrained(weights.location, **own).to(pick_device()).eval()
     if rounded:
-        model = to_int8(model, [tokenizer(text, return_tensors="pt") for text in SHOWN])
+        model = to_int8(model, [tokenizer(text, return_tensors="pt") for text in CALIBRATION_TEXTS])
     return tokenizer, model
 
 # %% ../../nbs/models/04_embedding.ipynb #db37e03c

@@ -12,14 +12,16 @@ import typing
 import weakref
 from dataclasses import dataclass, replace
 
+from fastcore.basics import patch
+
 from ..core.files import progress
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
 from .packs import common_prefix, enable_packing, lay_out, pass_tokens, unwrap
 
 # %% auto #0
-__all__ = ['SCHEME', 'Decoding', 'Sample', 'Chances', 'next_tokens', 'Shared', 'Branches', 'branch_attention', 'prompt_packs',
-           'read_prompts', 'Repeats', 'answering', 'length_batches', 'stop_tokens', 'generate']
+__all__ = ['SEEDING', 'Decoding', 'Sample', 'row_generators', 'next_tokens', 'Shared', 'Branches', 'branch_attention',
+           'prompt_packs', 'read_prompts', 'Repeats', 'answering', 'length_batches', 'stop_tokens', 'generate']
 
 # %% ../../nbs/models/02_generation.ipynb #b896fddb
 @dataclass(frozen=True)
@@ -42,30 +44,18 @@ class Sample:
     n_tokens: int  # sampled tokens, the end token not counted
 
 # %% ../../nbs/models/02_generation.ipynb #155c3aa1
-SCHEME = "numbers by answer"  # how random numbers are dealt; part of what names a reply in a cache
+SEEDING = "numbers by answer"  # how random numbers are dealt; part of what names a reply in a cache
 
 
-class Chances:
-    "Give each answer random numbers of its own, whatever its company."
+def row_generators(seeds: typing.Iterable[int]) -> list:
+    "Make numpy's generator of random numbers for each answer."
+    import numpy as np
 
-    def __init__(self, seeds: typing.Iterable[int]):
-        import numpy as np
-
-        self.own = [np.random.default_rng(seed) for seed in seeds]
-
-    def keep(self, rows: list[int]) -> None:
-        "Let all answers but these leave."
-        self.own = [self.own[row] for row in rows]
-
-    def draw(self, rows: list[int]):
-        "Draw the next number of each of these rows, above 0 and at most 1: float64, (rows, 1)."
-        import torch
-
-        return torch.tensor([[1 - self.own[row].random()] for row in rows], dtype=torch.float64)
+    return [np.random.default_rng(seed) for seed in seeds]
 
 
-def next_tokens(logits, decoding: Decoding, chances: Chances):
-    "Sample one token id for each row of logits (rows, vocabulary), whose random numbers are those of `chances`."
+def next_tokens(logits, decoding: Decoding, generators: list):
+    "Sample one token id for each row of logits (rows, vocabulary). generators: numpy's, of each row."
     import torch
 
     if decoding.temperature == 0:
@@ -73,19 +63,21 @@ def next_tokens(logits, decoding: Decoding, chances: Chances):
     values, ids = logits.topk(decoding.top_k) if 0 < decoding.top_k < logits.shape[-1] else (logits, None)
     size = 16  # rows whose numbers stay in the processor's cache
     shares = (torch.softmax(part.float() / decoding.temperature, -1) for part in values.split(size))
-    choice = torch.cat([_draw(own, decoding.top_p, chances, i * size) for i, own in enumerate(shares)])
+    choice = [_draw(own, decoding.top_p, generators[i * size :]) for i, own in enumerate(shares)]
+    choice = torch.cat(choice)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 # %% ../../nbs/models/02_generation.ipynb #b577e03b
-def _draw(probability, top_p: float, chances: Chances, first: int):
-    "Take one column of each row with its probability, among the likeliest that hold top_p. first: row's place."
+def _draw(probability, top_p: float, generators: list):
+    "Take one column of each row with its probability, among the likeliest that hold top_p."
     import torch
 
     rows = torch.arange(len(probability), device=probability.device)
     choice = rows.new_empty(len(rows), 1)
     while len(rows):
         mass = probability.cumsum(-1, dtype=torch.float64)
-        point = chances.draw([first + row for row in rows.tolist()]).to(mass.device)
+        point = [[1 - generators[row].random()] for row in rows.tolist()]  # above 0
+        point = torch.tensor(point, dtype=torch.float64, device=mass.device)
         drawn = torch.searchsorted(mass, point * mass[:, -1:])
         choice[rows] = drawn
         if top_p >= 1:
@@ -122,28 +114,36 @@ class Shared:
             self.bias = None if self.bias is None else self.bias[groups]
         self._place(group)
 
-    def stacked(self, rows):
-        """Put the answers of a group under one another; rows of zeros where one has left.
+# %% ../../nbs/models/02_generation.ipynb #bbc3fbcb
+@patch
+def stacked(self: Shared, rows):
+    """Put the answers of a group under one another; rows of zeros where one has left.
 
-        rows: (answers, key heads, heads of a group, size). Returns (groups, key heads, n * heads of a group, size)."""
-        places = self.groups * self.n
-        if len(rows) < places:
-            rows = rows.new_zeros(places, *rows.shape[1:]).index_copy_(0, self.slot, rows)
-        return rows.unflatten(0, (-1, self.n)).transpose(1, 2).flatten(2, 3)
+    rows: (answers, key heads, heads of a group, size). Returns (groups, key heads, n * heads of a group, size)."""
+    places = self.groups * self.n
+    if len(rows) < places:
+        rows = rows.new_zeros(places, *rows.shape[1:]).index_copy_(0, self.slot, rows)
+    return rows.unflatten(0, (-1, self.n)).transpose(1, 2).flatten(2, 3)
 
-    def apart(self, stack):
-        "Undo stacked."
-        rows = stack.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
-        return rows if len(rows) == len(self.slot) else rows[self.slot]
 
-    def scores(self, layer: int, query):
-        "Multiply queries (answers, key heads, heads of a group, size) with the keys; the last dimension is the length."
-        found = self.stacked(query) @ self.layers[layer][0]
-        return self.apart(found if self.bias is None else found.add_(self.bias))
+@patch
+def apart(self: Shared, stack):
+    "Undo stacked."
+    rows = stack.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
+    return rows if len(rows) == len(self.slot) else rows[self.slot]
 
-    def mixed(self, layer: int, weights):
-        "Mix the values by weights that are shaped like the scores."
-        return self.apart(self.stacked(weights) @ self.layers[layer][1])
+
+@patch
+def scores(self: Shared, layer: int, query):
+    "Multiply queries (answers, key heads, heads of a group, size) with the keys; the last dimension is the length."
+    found = self.stacked(query) @ self.layers[layer][0]
+    return self.apart(found if self.bias is None else found.add_(self.bias))
+
+
+@patch
+def mixed(self: Shared, layer: int, weights):
+    "Mix the values by weights that are shaped like the scores."
+    return self.apart(self.stacked(weights) @ self.layers[layer][1])
 
 # %% ../../nbs/models/02_generation.ipynb #ba4e8828
 class Branches:
@@ -326,13 +326,13 @@ def _decode(
     "Sample n continuations of each prompt as token ids, the end token kept. seeds: of each of them."
     import torch
 
-    count, chances = len(prompts) * n, Chances(seeds)
+    count, own = len(prompts) * n, row_generators(seeds)
     found, alive = [[] for _ in range(count)], list(range(count))
     with answering(model, prompts, pad, n) as (logits, answers):
         logits = logits.repeat_interleave(n, 0)
         position = torch.tensor([len(p) for p in prompts], device=model.device).repeat_interleave(n)
         for step in range(how.max_tokens):
-            tokens = next_tokens(logits, how, chances)
+            tokens = next_tokens(logits, how, own)
             for row, token in zip(alive, tokens.tolist()):
                 if not found[row] or found[row][-1] not in stops:
                     found[row].append(token)
@@ -343,7 +343,7 @@ def _decode(
                 alive, keep = [alive[i] for i in going], torch.tensor(going, device=model.device)
                 tokens, position = tokens[keep], position[keep]
                 answers.keep(keep)
-                chances.keep(going)
+                own = [own[i] for i in going]
             logits = answers.step(model, tokens, position)
             position = position + 1
     return found

@@ -21,8 +21,8 @@ from .packs import enable_packing
 from .weights import Weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['CHANNELS', 'SHOWN', 'processor', 'measure_layouts', 'fastest_layout', 'lay_out_weights', 'to_int8',
-           'load_for_answers']
+__all__ = ['OUTLIER_CHANNELS', 'CALIBRATION_TEXTS', 'processor', 'measure_layouts', 'fastest_layout', 'lay_out_weights',
+           'to_int8', 'load_for_sampling']
 
 # %% ../../nbs/models/03_linear.ipynb #346baa83
 def processor() -> str:
@@ -48,7 +48,7 @@ def _seconds(product: typing.Callable[[], object], least: float = 0.004) -> floa
         found.append((time.perf_counter() - start) / count)
     return min(found)
 
-
+# %% ../../nbs/models/03_linear.ipynb #c680b7bc
 def measure_layouts(dtype, width: int = 576, wide: int = 1536) -> dict[str, list[float]]:
     "Time products of 8, 32, 128 and 1,024 rows with weights laid by rows and by columns, in seconds. dtype: torch's."
     import torch
@@ -101,9 +101,22 @@ def lay_out_weights(model, layout: str | None = None):
     return model
 
 # %% ../../nbs/models/03_linear.ipynb #b31c5785
-CHANNELS = 64  # of a layer's input that are multiplied in floating point, an eighth of them at most
+OUTLIER_CHANNELS = 64  # of a layer's input that are multiplied in floating point, an eighth of them at most
 
 
+def _rounded(given, channels, others) -> tuple:
+    """Round an input to integers around 128, row by row: (integers, the scale of each row, the channels apart).
+
+    given: (..., inputs); channels: indices of those apart; others: (inputs,), 0 at those, else 1."""
+    import torch
+
+    rows = given.reshape(-1, given.shape[-1]).float()
+    apart, rows = rows.index_select(1, channels), rows * others
+    most = rows.abs().amax(1, keepdim=True).clamp_(min=1e-10)
+    whole = rows.mul_(127 / most).round_().to(torch.int8)
+    return whole.view(torch.uint8).add_(128), most, apart
+
+# %% ../../nbs/models/03_linear.ipynb #53f60907
 @functools.cache
 def _int8_linear():
     "Make the module."
@@ -128,18 +141,10 @@ def _int8_linear():
             )
             self.bias = None if linear.bias is None else linear.bias.detach().float()
 
-        def _rounded(self, given):
-            "Round an input to integers around 128, row by row: (integers, the scale of each row, the channels apart)."
-            rows = given.reshape(-1, given.shape[-1]).float()
-            apart, rows = rows.index_select(1, self.channels), rows * self.others
-            most = rows.abs().amax(1, keepdim=True).clamp_(min=1e-10)
-            whole = rows.mul_(127 / most).round_().to(torch.int8)
-            return whole.view(torch.uint8).add_(128), most, apart
-
         def forward(self, given):
             last = self.seen.get("last", (None, None))  # queries, keys and values are made of one input
             if last[0] is not given:  # one pair, so that no other thread comes between
-                last = self.seen["last"] = given, self._rounded(given)
+                last = self.seen["last"] = given, _rounded(given, self.channels, self.others)
             whole, most, apart = last[1]
             more = (self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
             found = torch.ops.onednn.qlinear_pointwise(whole, 1 / 127, 128, self.whole, *more)
@@ -170,8 +175,8 @@ def _largest(model, batches: list) -> dict:
         hook.remove()
     return found
 
-
-def to_int8(model, batches: list, channels: int = CHANNELS):
+# %% ../../nbs/models/03_linear.ipynb #105abf8c
+def to_int8(model, batches: list, channels: int = OUTLIER_CHANNELS):
     """Let a model's linear layers multiply in 8 bits, and return it; it can't be trained or saved any more.
 
     model: transformers', on a CPU; batches: inputs that show which channels have large numbers; channels: multiplied in
@@ -194,14 +199,14 @@ def to_int8(model, batches: list, channels: int = CHANNELS):
     return model
 
 # %% ../../nbs/models/03_linear.ipynb #cf8e5798
-SHOWN = (
+CALIBRATION_TEXTS = (
     "I can't sleep since the accident, and I keep telling everybody that I am fine. Why can't I just be fine?",
     "It sounds as if you carry this alone, and the nights are when it gets loud. What goes through your mind then?",
     "My mother calls me 12 times a day; yesterday I shouted at her. I feel awful, honestly.",
 )
 
 
-def load_for_answers(weights: Weights, dtype: str = "auto"):
+def load_for_sampling(weights: Weights, dtype: str = "auto"):
     """Load a language model to sample from, not to train or save.
 
     dtype: auto, bfloat16, float32, or int8, which rounds and is for CPUs."""
@@ -209,8 +214,10 @@ def load_for_answers(weights: Weights, dtype: str = "auto"):
         return lay_out_weights(load_causal_lm(weights, dtype))
     model, tokenizer = load_causal_lm(weights, "float32"), load_tokenizer(weights)
     enable_packing(model)  # whose proof is exact, and would not be of rounded numbers
-    texts = list(SHOWN)
+    texts = list(CALIBRATION_TEXTS)
     if tokenizer.chat_template:  # the marks of a talk have the largest numbers of all
-        client, answer = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), SHOWN))
+        client, answer = (
+            {"role": role, "content": text} for role, text in zip(("user", "assistant"), CALIBRATION_TEXTS)
+        )
         texts.append(tokenizer.apply_chat_template([client, answer], tokenize=False))
     return to_int8(model, [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts])

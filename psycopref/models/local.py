@@ -11,8 +11,8 @@ import json
 import typing
 
 from .chat import ChatReply, ChatRequest, FreeModel
-from .generation import SCHEME, generate, length_batches
-from .linear import CHANNELS, load_for_answers
+from .generation import SEEDING, generate, length_batches
+from .linear import OUTLIER_CHANNELS, load_for_sampling
 from .weights import find_weights, load_tokenizer, pick_dtype
 
 # %% auto #0
@@ -37,13 +37,13 @@ class LocalModel(FreeModel):
         self.uri = f"{'int8' if rounded else 'local'}:{name}"
         name, *more = self.weights.label.partition(" (")
         self.label = "".join([name, ", int8" * rounded, *more])
-        how = f"int8, {CHANNELS} channels apart" if rounded else pick_dtype(dtype)
-        self.identity = f"local:{self.weights.name}#{self.weights.revision}#{how}#{SCHEME}"
+        how = f"int8, {OUTLIER_CHANNELS} channels apart" if rounded else pick_dtype(dtype)
+        self.identity = f"local:{self.weights.name}#{self.weights.revision}#{how}#{SEEDING}"
 
     def load(self):
         "Load model and tokenizer once."
         if self.loaded is None:
-            self.loaded = load_for_answers(self.weights, self.dtype), load_tokenizer(self.weights)
+            self.loaded = load_for_sampling(self.weights, self.dtype), load_tokenizer(self.weights)
         return self.loaded
 
     def groups(self, requests):
@@ -63,5 +63,5 @@ class LocalModel(FreeModel):
         counts = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
         return [ChatReply(s.text, s.finish_reason, n, s.n_tokens) for [s], n in zip(samples, counts)]
 
-
+# %% ../../nbs/models/06_local.ipynb #9966148c
 Int8Model = functools.partial(LocalModel, dtype="int8")  # of URIs that begin with int8:

@@ -253,12 +253,8 @@ def run_books(run: Run, receipts: dict[str, dict]) -> list[dict]:
 
 def asked_name(run: Run, uri: str) -> str:
     "Name a model for the table; a run's own weights, which lie in its folder, are one."
-    rounded = " in 8 bits" * uri.startswith("int8:")
-    return (
-        f"weights of this run{rounded}"
-        if uri.startswith(("local:", "int8:")) and f"/outputs/{run.name}/" in uri
-        else uri
-    )
+    ours = uri.startswith(("local:", "int8:")) and f"/outputs/{run.name}/" in uri
+    return "weights of this run" + " in 8 bits" * uri.startswith("int8:") if ours else uri
 
 # %% ../../nbs/run/01_report_page.ipynb #184a1082
 def spending_table(run: Run, books: list[dict]):

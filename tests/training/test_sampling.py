@@ -134,7 +134,7 @@ def test_another_policy_engine_seed_or_way_to_draw_makes_other_blocks(tiny, tmp_
     assert all(not made_of() & other for other in others)
     local, server = made_of(), made_of(engine="server")
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "SCHEME", "numbers by block")
+        patch.setattr(sampling, "SEEDING", "numbers by block")
         assert not local & made_of() and server == made_of(engine="server"), "a server draws its own numbers"
     said = one_line(lambda: open_sampler("local", tiny, "int8").__enter__())
     assert "int8" in said, "a policy stays exact"
