@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..core.settings import StudyError
 from ..core.stages import derived_seed
+from ..models.log_probs import add_log_probs
 from ..models.packs import enable_packing, lay_out, unwrap
 
 # %% auto #0
@@ -169,7 +170,12 @@ def dpo_trainer():
             self.not_packed = _packing_reason(models, bool(args and args.bf16))
             self.pack_kernel = None if self.not_packed else unwrap(model).base_model.pack_kernel
             super().__init__(model, ref_model, args, **keywords)
+            add_log_probs(unwrap(self.model))
             self._tell_epoch()
+
+        def compute_ref_log_probs(self, model, inputs):
+            add_log_probs(unwrap(self.accelerator.unwrap_model(model)))
+            return super().compute_ref_log_probs(model, inputs)
 
         def _prepare_dataset(self, dataset, *arguments, **keywords):
             tokenised = "prompt_ids" in dataset.column_names

@@ -231,12 +231,12 @@ def rivals_bench(work: Work, plain, backbone: str, rounds: int, part: int, round
 BACKBONE = "smollm2-135m"  # weights of `models.weights`
 DTYPE = "auto"  # auto, float32 or bfloat16
 ROUNDS = 1  # measurements of each side; what was measured before has warmed up
-POOL_PROMPTS = 32  # client speeches behind a pool's examples, one answer to each: prefill and decoding
+POOL_PROMPTS = 24  # client speeches behind a pool's examples, one answer to each: prefill and decoding
 POOL_TOKENS = 16  # of an answer to these
 PROMPTS = 64  # client speeches, 8 candidates for each
-PART = 16  # of these, which make full batches for all sides
-TOKENS = 24  # longest candidate
-GROWTH = [[4, 16, 64], [8, 24, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
+PART = 8  # of these, which make full batches for all sides
+TOKENS = 16  # longest candidate
+GROWTH = [[4, 12, 36], [8, 24, 64], [1, 4, 16]]  # prompts, tokens of an answer, candidates
 
 
 if __name__ == "__main__":

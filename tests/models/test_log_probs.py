@@ -1,0 +1,90 @@
+"""The one-pass head computes what trl's does, gives way where it can't, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from psycopref.models import log_probs as module
+from psycopref.models.log_probs import add_log_probs, log_probs, reason_for_other_head, scan_vocabulary
+
+FIELDS = ("loss", "log_probs", "entropy", "mean_logits", "is_top1")
+SMALL = dict(vocab_size=5000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
+def small_model(config=None):
+    torch.manual_seed(0)
+    config = config or LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return model
+
+
+def tokens():
+    ids = torch.randint(0, 5000, (3, 40), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(40) < torch.tensor([[5], [39], [40]]), -100)}
+
+
+@pytest.mark.parametrize("rows, columns", [(1024, 2048), (7, 64), (1, 4999)])
+def test_fields_and_gradients_equal_trl(rows, columns, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setattr(module, "COLUMNS", columns)
+    theirs = small_model()
+    theirs.lm_head.requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    add_log_probs(ours)
+    add_log_probs(ours)  # twice is once
+    weights = torch.randn(3, 39)
+    for model in (ours, theirs):
+        model.found = model(**tokens(), fused_lm_head=True)
+        (model.found.log_probs * weights).sum().backward()
+    for field in FIELDS:
+        torch.testing.assert_close(ours.found[field], theirs.found[field], atol=1e-5, rtol=1e-5)
+    for (name, own), other in zip(ours.named_parameters(), theirs.parameters()):
+        if own.requires_grad:
+            torch.testing.assert_close(own.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_logits_far_from_zero_neither_overflow_nor_vanish():
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weight = torch.zeros(5000, 2)
+    weight[3000], weight[10] = torch.tensor([400.0, -400.0]), torch.tensor([-400.0, 399.0])
+    exact = (hidden.double() @ weight.double().T).logsumexp(-1)
+    torch.testing.assert_close(scan_vocabulary(hidden, weight, torch.tensor([3000, 0])).log_sum.double(), exact)
+    own, entropy, top = log_probs(hidden, weight, torch.tensor([3000, 0]))
+    assert own.tolist() == [0.0, -399.0] and top.tolist() == [True, False] and entropy.abs().max() < 1e-4
+
+
+def test_where_nothing_counts_the_loss_is_zero_and_trains():
+    model = small_model()
+    model.lm_head.requires_grad_(False)
+    add_log_probs(model)
+    given = tokens()
+    loss = model(input_ids=given["input_ids"], labels=torch.full_like(given["labels"], -100), fused_lm_head=True).loss
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_other_heads_are_left_to_trl():
+    trained = small_model()
+    assert "trained" in reason_for_other_head(trained)
+    capped = small_model(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)).requires_grad_(False)
+    assert "final_logit_softcapping" in reason_for_other_head(capped)
+    for model in (trained, capped):
+        before = model(**tokens(), fused_lm_head=True)
+        add_log_probs(model)
+        assert torch.equal(model(**tokens(), fused_lm_head=True).log_probs, before.log_probs)
+
+
+def test_a_copied_model_runs_its_own_layers():
+    model = small_model().requires_grad_(False)
+    add_log_probs(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.mul_(-1)
+    ours, theirs = (own(**tokens(), fused_lm_head=True).log_probs for own in (model, twin))
+    assert not torch.allclose(ours, theirs)
