@@ -10,10 +10,10 @@ import types
 import typing
 
 # %% auto #0
-__all__ = ['COLUMNS', 'ROWS', 'Scan', 'scan_vocabulary', 'log_probs', 'reason_for_other_head', 'add_log_probs']
+__all__ = ['TILE_COLUMNS', 'TILE_ROWS', 'Scan', 'scan_vocabulary', 'log_probs', 'reason_for_other_head', 'add_log_probs']
 
 # %% ../../nbs/models/07_log_probs.ipynb #1feab770
-COLUMNS, ROWS = 2048, 1024  # of a tile: tokens of the vocabulary, positions
+TILE_COLUMNS, TILE_ROWS = 2048, 1024  # of a tile: tokens of the vocabulary, positions
 
 
 class Scan(typing.NamedTuple):
@@ -32,7 +32,7 @@ def scan_vocabulary(hidden, weight, targets, expected: bool = True) -> Scan:
     expected: whether the expected row is wanted, which doubles the work."""
     import torch
 
-    rows = zip(hidden.split(ROWS), targets.split(ROWS))  # one empty part where there are no positions
+    rows = zip(hidden.split(TILE_ROWS), targets.split(TILE_ROWS))  # one empty part where there are no positions
     parts = [_scan_rows(states, own, weight, expected) for states, own in rows]
     return Scan(*(None if own[0] is None else torch.cat(own) for own in zip(*parts)))
 
@@ -45,8 +45,8 @@ def _scan_rows(hidden, targets, weight, expected: bool) -> tuple:
     log_sum = torch.full((n,), -torch.inf, device=hidden.device)
     largest, target = log_sum.clone(), torch.zeros_like(log_sum)
     rows = torch.zeros(n, weight.shape[1], device=hidden.device) if expected else None
-    for start in range(0, len(weight), COLUMNS):
-        tile = weight[start : start + COLUMNS].to(hidden.dtype)
+    for start in range(0, len(weight), TILE_COLUMNS):
+        tile = weight[start : start + TILE_COLUMNS].to(hidden.dtype)
         logits = (hidden @ tile.T).float()
         most, local = logits.amax(-1), targets - start
         within = (local >= 0) & (local < len(tile))

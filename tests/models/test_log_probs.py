@@ -31,8 +31,8 @@ def tokens():
 
 @pytest.mark.parametrize("rows, columns", [(1024, 2048), (7, 64), (1, 4999)])
 def test_fields_and_gradients_equal_trl(rows, columns, monkeypatch):
-    monkeypatch.setattr(module, "ROWS", rows)
-    monkeypatch.setattr(module, "COLUMNS", columns)
+    monkeypatch.setattr(module, "TILE_ROWS", rows)
+    monkeypatch.setattr(module, "TILE_COLUMNS", columns)
     theirs = small_model()
     theirs.lm_head.requires_grad_(False)
     ours = copy.deepcopy(theirs)
