@@ -63,8 +63,7 @@ def next_tokens(logits, decoding: Decoding, generators: list):
     values, ids = logits.topk(decoding.top_k) if 0 < decoding.top_k < logits.shape[-1] else (logits, None)
     size = 16  # rows whose numbers stay in the processor's cache
     shares = (torch.softmax(part.float() / decoding.temperature, -1) for part in values.split(size))
-    choice = [_draw(own, decoding.top_p, generators[i * size :]) for i, own in enumerate(shares)]
-    choice = torch.cat(choice)
+    choice = torch.cat([_draw(own, decoding.top_p, generators[i * size :]) for i, own in enumerate(shares)])
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 # %% ../../nbs/models/02_generation.ipynb #b577e03b

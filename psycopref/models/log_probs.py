@@ -22,29 +22,30 @@ class Scan(typing.NamedTuple):
     log_sum: typing.Any  # (n,) logarithm of the sum of exp(logit)
     target: typing.Any  # (n,) logit of the target
     largest: typing.Any  # (n,) largest logit
-    expected: typing.Any  # (n, width) rows of the head, weighted by their probabilities; None if not asked for
+    mean: typing.Any  # (n,) logits, weighted by their probabilities
+    rows: typing.Any  # (n, width) rows of the head, weighted likewise; None if not asked for
 
 
-def scan_vocabulary(hidden, weight, targets, expected: bool = True) -> Scan:
+def scan_vocabulary(hidden, weight, targets, rows: bool = True) -> Scan:
     """Go over a head's rows once, in tiles.
 
     hidden: (n, width) states; weight: (vocabulary, width), multiplied in the dtype of hidden; targets: (n,) token ids;
-    expected: whether the expected row is wanted, which doubles the work."""
+    rows: whether the expected rows are wanted, which gradients need and which doubles the products."""
     import torch
 
-    rows = zip(hidden.split(TILE_ROWS), targets.split(TILE_ROWS))  # one empty part where there are no positions
-    parts = [_scan_rows(states, own, weight, expected) for states, own in rows]
+    split = zip(hidden.split(TILE_ROWS), targets.split(TILE_ROWS))  # one empty part where there are no positions
+    parts = [_scan_positions(states, own, weight, rows) for states, own in split]
     return Scan(*(None if own[0] is None else torch.cat(own) for own in zip(*parts)))
 
 # %% ../../nbs/models/07_log_probs.ipynb #75732af9
-def _scan_rows(hidden, targets, weight, expected: bool) -> tuple:
+def _scan_positions(hidden, targets, weight, rows: bool) -> Scan:
     "Scan the vocabulary for so few positions that a tile stays in the caches."
     import torch
 
     n = len(hidden)
     log_sum = torch.full((n,), -torch.inf, device=hidden.device)
-    largest, target = log_sum.clone(), torch.zeros_like(log_sum)
-    rows = torch.zeros(n, weight.shape[1], device=hidden.device) if expected else None
+    largest, target, mean = log_sum.clone(), torch.zeros_like(log_sum), torch.zeros_like(log_sum)
+    expected = torch.zeros(n, weight.shape[1], device=hidden.device) if rows else None
     for start in range(0, len(weight), TILE_COLUMNS):
         tile = weight[start : start + TILE_COLUMNS].to(hidden.dtype)
         logits = (hidden @ tile.T).float()
@@ -55,11 +56,12 @@ def _scan_rows(hidden, targets, weight, expected: bool) -> tuple:
         shares = torch.softmax(logits, -1)
         own = most - shares.amax(-1).log()  # the tile's log of the sum
         total = torch.logaddexp(log_sum, own)
-        if expected:
-            rows.mul_((log_sum - total).exp()[:, None])
-            rows.addcmul_(shares @ tile.float(), (own - total).exp()[:, None])
+        before, now = (log_sum - total).exp(), (own - total).exp()
+        mean = mean * before + (shares * logits).sum(-1) * now
+        if rows:  # in float32 also where the head is not: roundings of many tiles would add up
+            expected.mul_(before[:, None]).addmm_(shares.mul_(now[:, None]), tile.float())
         log_sum = total
-    return log_sum, target, largest, rows
+    return Scan(log_sum, target, largest, mean, expected)
 
 # %% ../../nbs/models/07_log_probs.ipynb #92d164a4
 @functools.cache
@@ -69,11 +71,11 @@ def _log_probs_function():
 
     class LogProbs(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, targets):
-            found = scan_vocabulary(hidden, weight, targets)
-            entropy = found.log_sum - (hidden.float() * found.expected).sum(-1)
-            top = found.target >= found.largest
-            ctx.save_for_backward(weight[targets].float() - found.expected)
+        def forward(ctx, hidden, weight, targets, trains):
+            found = scan_vocabulary(hidden, weight, targets, trains)
+            entropy, top = found.log_sum - found.mean, found.target >= found.largest
+            if trains:
+                ctx.save_for_backward(weight[targets].float() - found.rows)
             ctx.dtype = hidden.dtype
             ctx.mark_non_differentiable(entropy, top)
             ctx.set_materialize_grads(False)
@@ -82,7 +84,7 @@ def _log_probs_function():
         @staticmethod
         def backward(ctx, grad, *_):
             (rows,) = ctx.saved_tensors
-            return None if grad is None else (grad.float()[:, None] * rows).to(ctx.dtype), None, None
+            return None if grad is None else (grad.float()[:, None] * rows).to(ctx.dtype), None, None, None
 
     return LogProbs
 
@@ -93,7 +95,10 @@ def log_probs(hidden, weight, targets) -> tuple:
 
     hidden: (n, width); weight: (vocabulary, width), frozen; targets: (n,). Results: three of (n,), nats, nats and bool;
     only the first has a gradient, to hidden."""
-    return _log_probs_function().apply(hidden, weight, targets)
+    import torch
+
+    trains = torch.is_grad_enabled() and hidden.requires_grad
+    return _log_probs_function().apply(hidden, weight, targets, trains)
 
 # %% ../../nbs/models/07_log_probs.ipynb #5d7d0eb2
 def reason_for_other_head(model) -> str:

@@ -156,6 +156,31 @@ def reward_trainer():
 
     return PackedRewardTrainer
 
+# %% ../../nbs/training/00_packing.ipynb #29c4c10e
+class _PackedAnswers:
+    "Take rows that are tokenised already, collate them to packs, and score answers in one pass."
+
+    def _prepare_dataset(self, dataset, *arguments, **keywords):
+        tokenised = "prompt_ids" in dataset.column_names
+        return dataset if tokenised else super()._prepare_dataset(dataset, *arguments, **keywords)
+
+    @property
+    def data_collator(self):
+        return self._collator
+
+    @data_collator.setter
+    def data_collator(self, collator):
+        self._collator = PackingCollator(collator, self.pack_kernel, answers=True) if self.pack_kernel else collator
+
+    def _score_in_one_pass(self, model) -> None:
+        "Change a model's head, unless accelerate casts around it: then both models keep trl's, which it casts too."
+        if self.accelerator.mixed_precision == "no":
+            add_log_probs(unwrap(self.accelerator.unwrap_model(model)))
+
+    def compute_ref_log_probs(self, model, inputs):
+        self._score_in_one_pass(model)  # trl prepares it and asks it before a trainer is made
+        return super().compute_ref_log_probs(model, inputs)
+
 # %% ../../nbs/training/00_packing.ipynb #4723be61
 def dpo_trainer():
     """Subclass trl's DPOTrainer to compute pairs as packs; `not_packed` is empty, or why the plain way is taken.
@@ -163,30 +188,14 @@ def dpo_trainer():
     It takes loaded models as `model` and `ref_model`. Rows may be tokenised already."""
     from trl import DPOTrainer
 
-    class PackedDPOTrainer(_EvenPacks, DPOTrainer):
+    class PackedDPOTrainer(_EvenPacks, _PackedAnswers, DPOTrainer):
         def __init__(self, model, ref_model=None, args=None, **keywords):
             # before trl asks for the reference
             models = [own for own in (model, ref_model) if own is not None]
             self.not_packed = _packing_reason(models, bool(args and args.bf16))
             self.pack_kernel = None if self.not_packed else unwrap(model).base_model.pack_kernel
             super().__init__(model, ref_model, args, **keywords)
-            add_log_probs(unwrap(self.model))
+            self._score_in_one_pass(self.model)
             self._tell_epoch()
-
-        def compute_ref_log_probs(self, model, inputs):
-            add_log_probs(unwrap(self.accelerator.unwrap_model(model)))
-            return super().compute_ref_log_probs(model, inputs)
-
-        def _prepare_dataset(self, dataset, *arguments, **keywords):
-            tokenised = "prompt_ids" in dataset.column_names
-            return dataset if tokenised else super()._prepare_dataset(dataset, *arguments, **keywords)
-
-        @property
-        def data_collator(self):
-            return self._collator
-
-        @data_collator.setter
-        def data_collator(self, collator):
-            self._collator = PackingCollator(collator, self.pack_kernel, answers=True) if self.pack_kernel else collator
 
     return PackedDPOTrainer

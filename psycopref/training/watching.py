@@ -135,10 +135,8 @@ def kl_along(
             "policy with the model that it was trained from"
         )
     packed = not (enable_packing(policy) or enable_packing(base))
-    found, passes = (
-        [[0.0] * len(counts) for counts in own],
-        _passes(groups, own, tokens or pass_tokens(policy.device), packed),
-    )
+    found = [[0.0] * len(counts) for counts in own]
+    passes = _passes(groups, own, tokens or pass_tokens(policy.device), packed)
     for items in progress(passes, name, unit="batch") if name else passes:
         texts, counts = ([[rows[i][j] for i, j in item] for item in items] for rows in (groups, own))
         texts = [[text[:-1] for text in group] for group in texts]  # nothing follows the last token

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -47,6 +48,46 @@ def test_fields_and_gradients_equal_trl(rows, columns, monkeypatch):
     for (name, own), other in zip(ours.named_parameters(), theirs.parameters()):
         if own.requires_grad:
             torch.testing.assert_close(own.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+class Products(TorchDispatchMode):
+    "Count multiply-adds of matrix products, those that are added in place too, which torch's own counter misses."
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), keywords=None):
+        factors = {"mm": args[:2], "addmm_": args[1:3]}.get(function.overloadpacket.__name__)
+        if factors:
+            self.total += factors[0].numel() * factors[1].shape[1]
+        return function(*args, **(keywords or {}))
+
+
+def head_products(trains):
+    "Count the products of states with the head, in passes over it, for a forward and a backward pass."
+    hidden, weight = torch.randn(30, 16, requires_grad=trains), torch.randn(5000, 16)
+    with Products() as counter:
+        own, _, _ = log_probs(hidden, weight, torch.randint(0, 5000, (30,)))
+        if trains:
+            own.sum().backward()
+    return counter.total / (30 * 5000 * 16)
+
+
+def test_the_head_is_read_once_and_without_gradients_multiplied_once():
+    assert head_products(trains=True) == 2, "logits and expected rows; nothing again in the backward pass"
+    assert head_products(trains=False) == 1
+
+
+def test_evaluation_shows_what_training_shows():
+    model = small_model()
+    model.lm_head.requires_grad_(False)
+    add_log_probs(model)
+    trained = model(**tokens(), fused_lm_head=True)
+    with torch.no_grad():
+        watched = model(**tokens(), fused_lm_head=True)
+    for field in FIELDS:
+        torch.testing.assert_close(watched[field], trained[field].detach())
 
 
 def test_logits_far_from_zero_neither_overflow_nor_vanish():
