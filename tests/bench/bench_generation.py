@@ -85,7 +85,7 @@ def parts_bench(work: Work, name: str, rounds: int = 1, rounded=None) -> list[di
     found = []
 
     def note(part: str, taken, useful: int, needed: float, title: str) -> None:
-        row = account(taken, useful, needed, work.model.dtype)
+        row = account(taken, useful, needed, work.model.dtype) | ({} if rounded is None else {"dtype": "int8"})
         found.append(keep(f"share_{part}_{name}", row, title, "tokens/s"))
 
     with torch.inference_mode():
