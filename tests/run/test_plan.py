@@ -336,7 +336,7 @@ def test_disk_counts_what_is_kept(iterations, keep, optimiser):
     found, size = paper(26_483, backbones=[EIGHT], **changed).disk_bytes(), parameters(EIGHT)
     kept = iterations if keep is None else min(iterations, keep + 1)
     online = kept * size * (12 if optimiser == "keep" else 4)
-    assert found == {"offline": 36 * size, "online": online, "arms": 2 * 36 * size, "training": 36 * size}
+    assert found == {"offline": 36 * size, "online": online, "arms": 3 * 36 * size, "training": 36 * size}
 
 
 def test_a_disk_that_is_too_small_is_said(monkeypatch, offline):
