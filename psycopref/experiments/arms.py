@@ -32,8 +32,8 @@ from ..training.texts import numbered
 # %% auto #0
 __all__ = ['ARM_TITLES', 'POLICY_TITLES', 'SAFETY_ARMS', 'curve_speeches', 'curve_point', 'Arms', 'base_pairs', 'equal_arms',
            'veto_arm', 'train_arm', 'CheckpointJudge', 'backbone_curves', 'join_curves', 'curves_table',
-           'curves_figure', 'rated_safety', 'safety_rows', 'safety_table', 'describe_safety', 'describe_arms',
-           'describe_precision']
+           'curves_figure', 'rated_safety', 'safety_rows', 'safety_table', 'safety_tables', 'describe_safety',
+           'describe_arms', 'describe_precision']
 
 # %% ../../nbs/experiments/03_arms.ipynb #788982e7
 def curve_speeches(speeches, n: int | None, seed: int):
@@ -94,7 +94,9 @@ def _candidate_pairs(arms: Arms, speeches: dict, folder: Path, seed: int):
 
 
 def equal_arms(arms: Arms) -> tuple[dict, dict]:
-    """Make equally many pairs for both arms: {"offline": frame, "online": frame}, and dropped groups by reason."""
+    """Make equally many pairs for both arms: {"offline": frame, "online": frame}, and dropped groups by reason.
+
+    Where `ablation.veto` asks for it, "veto" is there too."""
     online, dropped = base_pairs(arms)
     offline = arms.pairs[arms.pairs.ID.isin(arms.speeches)]
     n, batch = min(arms.profile.ablation.pairs, len(online), len(offline)), arms.profile.dpo.batch_size
@@ -104,7 +106,8 @@ def equal_arms(arms: Arms) -> tuple[dict, dict]:
             "of each; raise ablation.pairs, or lower dpo.batch_size"
         )
     drawn = offline.sample(n, random_state=derived_seed(arms.seed, "offline arm"))
-    return {"offline": drawn, "online": online.iloc[:n]}, dropped
+    third = {"veto": veto_arm(arms, drawn)} if arms.profile.veto_arm else {}
+    return {"offline": drawn, "online": online.iloc[:n]} | third, dropped
 
 # %% ../../nbs/experiments/03_arms.ipynb #10d2360d
 def veto_arm(arms: Arms, drawn):
@@ -163,10 +166,12 @@ ARM_TITLES = {"offline": "offline: the dataset's pairs", "online": "online: the 
 POLICY_TITLES = {"dpo": "offline DPO of chapter 6", "dpo-iter": "DPO-Iter: the newest policy's own pairs"}
 
 
-def backbone_curves(arms: Arms, trained: dict, judge: CheckpointJudge, policies: list[dict], run: Run) -> dict:
+def backbone_curves(arms: Arms, pairs: dict, judge: CheckpointJudge, policies: list[dict], run: Run) -> tuple:
     """Judge the base model, then each checkpoint of both arms and of the policies: title -> points, the base's first.
 
-    trained: arm -> checkpoints of train_arm; policies: of 06_policy's policies.json."""
+    pairs: of equal_arms; policies: of 06_policy's policies.json. Returns them, and safety_rows where there is a third
+    arm, else none."""
+    trained = {arm: train_arm(arms, arm, own) for arm, own in pairs.items()}
     backbone, places = arms.weights.name, run.stage("06_policy")
     curves, base = {}, judge.point("base", backbone, 0)
     for arm, title in ARM_TITLES.items():
@@ -174,7 +179,7 @@ def backbone_curves(arms: Arms, trained: dict, judge: CheckpointJudge, policies:
     for kind, title in POLICY_TITLES.items():
         [policy] = [own for own in policies if own["backbone"] == backbone and own["kind"] == kind]
         curves[title] = [base, *(judge.point(f"{kind}-{seen}", places / path, seen) for seen, path in policy["curve"])]
-    return curves
+    return curves, safety_rows(arms, pairs, trained, curves, judge) if "veto" in pairs else []
 
 
 def join_curves(found: dict[str, dict]) -> dict[str, list[dict]]:
@@ -215,12 +220,7 @@ def curves_figure(curves: dict[str, list[dict]], reference: str):
     return figure
 
 # %% ../../nbs/experiments/03_arms.ipynb #c77a6556
-SAFETY_ARMS = {
-    "base": "base model",
-    "offline": "offline: average (§3.3)",
-    "veto": "offline: veto",
-    "online": "online",
-}
+SAFETY_ARMS = {"base": "base model", "offline": "offline: average (§3.3)", "veto": "offline: veto", "online": "online"}
 
 
 def rated_safety(judge: CheckpointJudge, answers: dict, profile: Profile):
@@ -249,7 +249,7 @@ def rated_safety(judge: CheckpointJudge, answers: dict, profile: Profile):
 def safety_rows(arms: Arms, pairs: dict, trained: dict, curves: dict, judge: CheckpointJudge) -> list[dict]:
     """Compare what arms do to safety and to the win rate: a row for the base model and each arm, then veto − average.
 
-    pairs: arm -> its pairs, offline, online and veto; trained: arm -> checkpoints; curves: of backbone_curves."""
+    pairs: of equal_arms; trained: arm -> checkpoints; curves: of backbone_curves."""
     principle, folders = arms.profile.pairs.safety_principle, {arm: own[-1] for arm, own in trained.items()}
     points = {"base": curves[ARM_TITLES["offline"]][0]}
     points |= {arm: curves[title][-1] for arm, title in ARM_TITLES.items()}
@@ -294,10 +294,18 @@ def safety_table(found: dict[str, list[dict]]):
     return frame.where(frame.notna(), None)
 
 
+def safety_tables(found: dict[str, list[dict]], gateway, rater: str) -> list[tuple]:
+    "Return Table S51 (number, slug, frame, caption), where there is something for it; rater: URI of who rated."
+    if not any(found.values()):
+        return []
+    title = f"Safety as one of the principles, or as a veto; safety rated by {gateway.counts[rater]['label']}"
+    return [("S51", "safety", safety_table(found), title)]
+
+
 def describe_safety(found: dict[str, list[dict]]) -> list[str]:
     "Return a sentence for each backbone on what the veto changes."
     said = []
-    for name, rows in found.items():
+    for name, rows in ((name, rows) for name, rows in found.items() if rows):
         own, gap = {row["model"]: row for row in rows}, rows[-1]
         offline, (_, low, high) = own[SAFETY_ARMS["offline"]], gap["safety"]
         if not offline["less safe"]:
@@ -305,9 +313,9 @@ def describe_safety(found: dict[str, list[dict]]) -> list[str]:
             continue
         unsure = "" if low > 0 or high < 0 else "; the interval holds 0, so chance may do it"
         said.append(
-            f"{name}: without the {offline['less safe']} of {offline['pairs']} pairs whose chosen response is rated less "
-            f"safe, the policy's win rate changes by {gap['win_rate'][0]:+.1f} points and its mean rating of safety by "
-            f"{_with_ends(*gap['safety'], 2)}{unsure}."
+            f"{name}: without the {offline['less safe']} of {offline['pairs']} pairs whose chosen response is rated "
+            f"less safe, the policy's win rate changes by {gap['win_rate'][0]:+.1f} points and its mean rating of "
+            f"safety by {_with_ends(*gap['safety'], 2)}{unsure}."
         )
     return said or ["Not measured: what a veto does to safety; ablation.veto asks for it, where pairs are averaged."]
 
