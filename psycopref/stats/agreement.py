@@ -201,11 +201,10 @@ def _mean_squares(table: np.ndarray, weights: np.ndarray, n: int) -> tuple[float
 
 
 def _correlations(table: np.ndarray, weights: np.ndarray, n: int) -> tuple[float, float]:
-    "Return ICC(C,1) and ICC(A,1), NaN where nothing varies; the arguments are those of `_mean_squares`."
+    "Return ICC(C,1) and ICC(A,1); the arguments are those of `_mean_squares`."
     k, (between, raters, rest) = table.shape[1], _mean_squares(table, weights, n)
     single = between + (k - 1) * rest
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (between - rest) / single, (between - rest) / (single + k / n * (raters - rest))
+    return (between - rest) / single, (between - rest) / (single + k / n * (raters - rest))
 
 
 def _f_intervals(table: np.ndarray, coverage: float) -> list[tuple[float, float]]:
@@ -214,16 +213,17 @@ def _f_intervals(table: np.ndarray, coverage: float) -> list[tuple[float, float]
 
     (n, k), tail, seen = table.shape, (1 + coverage) / 2, (table, np.ones(len(table)), len(table))
     (between, raters, rest), (_, icc) = _mean_squares(*seen), _correlations(*seen)
-    if not rest:  # they go together throughout
-        return [(1.0, 1.0), (np.nan, np.nan) if raters else (1.0, 1.0)]
+    if not (rest or raters):
+        return [(1.0, 1.0)] * 2
     items, free = n - 1, (n - 1) * (k - 1)
-    ends = between / rest / f.ppf(tail, items, free), between / rest * f.ppf(tail, free, items)
+    ratio = between / rest if rest else np.inf
+    ends = ratio / f.ppf(tail, items, free), ratio * f.ppf(tail, free, items)
     by_raters, by_rest = k * icc * raters, (n * (1 - icc) + k * icc * (n - 1)) * rest
     v = (by_raters + by_rest) ** 2 / (by_raters**2 / (k - 1) + by_rest**2 / free)
     spread, low, high = k * raters + (k * n - k - n) * rest, f.ppf(tail, items, v), f.ppf(tail, v, items)
     lower = n * (between - low * rest) / (low * spread + n * between)
     upper = n * (high * between - rest) / (spread + n * high * between)
-    return [tuple((end - 1) / (end + k - 1) for end in ends), (lower, upper)]
+    return [tuple(1 - k / (end + k - 1) for end in ends), (lower, upper)]
 
 # %% ../../nbs/stats/03_agreement.ipynb #6c7d45a3
 def _icc_by_speech(table: np.ndarray, clusters, samples: int, coverage: float, seed: int) -> list[tuple]:
@@ -240,19 +240,20 @@ def intraclass(ratings, clusters=None, samples: int = 1000, coverage: float = 0.
 
     ratings: numbers, (raters, items), NaN or None where missing; items that a rater left out are left out; clusters: id
     of each item's speech, (items,); None: each item for itself. Returns n items; icc_c, icc_c_low, icc_c_high,
-    icc_a, icc_a_low, icc_a_high (at most 1; NaN where no rating differs); bias: mean of the first rater minus that of
-    the others, in points."""
+    icc_a, icc_a_low, icc_a_high (at most 1; NaN where each rater gives one rating); bias: mean of the first rater
+    minus that of the others, in points."""
     table = np.array(ratings, float).T
     whole = ~np.isnan(table).any(axis=1) if table.ndim == 2 else np.zeros(0, bool)
     if whole.sum() < 2 or table.shape[1] < 2:
         found = f"{int(whole.sum())} items that all of {len(np.atleast_2d(ratings))} raters rated"
-        raise ValueError(f"agreement.intraclass: {found} found, expected two items and two raters or more")
+        raise ValueError(f"agreement.intraclass: {found} found, expected two or more of each; let raters share items")
     table = table[whole]
     ids = np.arange(len(table)) if clusters is None else np.asarray(clusters)[whole]
-    found = dict(zip(("icc_c", "icc_a"), map(float, _correlations(table, np.ones(len(table)), len(table)))))
-    ends = [(np.nan, np.nan)] * 2
-    if table.std():
+    values, ends = (np.nan, np.nan), [(np.nan, np.nan)] * 2
+    if np.ptp(table, axis=0).any():
+        values = _correlations(table, np.ones(len(table)), len(table))
         alone = len(set(ids.tolist())) == len(ids)
         ends = _f_intervals(table, coverage) if alone else _icc_by_speech(table, ids, samples, coverage, seed)
+    found = dict(zip(("icc_c", "icc_a"), map(float, values)))
     named = {f"{name}_{end}": float(x) for name, own in zip(found, ends) for end, x in zip(("low", "high"), own)}
     return {"n": len(table), **found, **named, "bias": float(table[:, 0].mean() - table[:, 1:].mean())}
