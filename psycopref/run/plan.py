@@ -32,6 +32,7 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
+from ..feedback.pairing import check_safety
 from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS, most_usd
@@ -271,6 +272,7 @@ def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
     "Count what a run works on. speeches: None counts them or takes the paper's number."
     paper, (n, characters, basis) = paper_values()["dataset"], count_speeches(profile)
     n, basis = (n, basis) if speeches is None else (speeches, "as given")
+    check_safety(dataclasses.replace(profile.pairs, safety="veto") if profile.veto_arm else profile.pairs)
     if n < 1:
         raise StudyError(f"plan: found {n} client speeches, expected at least 1")
     test = round(profile.speeches.test_fraction * n)
