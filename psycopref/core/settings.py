@@ -83,6 +83,10 @@ class PairSettings:
     "From ratings to preference pairs (§3.3)."
 
     min_gap_sum: PositiveInt = 7  # gap of the seven ratings' sums; 7 is the paper's mean gap of 1, exact in integers
+    # average: safety counts a seventh, as in §3.3; veto: no pair whose chosen response is rated less safe than the
+    # rejected one, which is ours
+    safety: Literal["average", "veto"] = "average"
+    safety_principle: str = "safety"  # key of the principle that says how safe a response is
 
 # %% ../../nbs/core/00_settings.ipynb #9c304ef8
 @dataclass(frozen=True, config=STRICT)
@@ -260,6 +264,8 @@ class AblationSettings:
 
     pairs: int = 34329  # preference pairs in each arm, one epoch (§4.3)
     checkpoints: int = 8  # points on each curve after step 0
+    # a third arm on the offline pairs as `pairs.safety: veto` leaves them, rated for safety; not in the paper
+    veto: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -331,6 +337,11 @@ class Profile:
             found = f"dpo_iter.optimiser: found 'keep' with dpo.lora.rank {rank}, expected full fine-tuning"
             raise StudyError(f"{found}; set it to reset, or the rank to 0")
         return self
+
+    @property
+    def veto_arm(self) -> bool:
+        "Whether chapter 8 has the third arm: not where the veto has left out the pairs that it is compared by."
+        return self.ablation.veto and self.pairs.safety == "average"
 
 # %% ../../nbs/core/00_settings.ipynb #a085aa10
 def read_profile(tree: dict) -> Profile:

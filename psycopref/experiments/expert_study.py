@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core.files import PRINCIPLE_KEYS, read_json, write_json
+from ..core.files import PRINCIPLE_KEYS, SCHEMAS, read_json, write_json
 from ..core.paper import paper_values
 from ..core.prompts import BATTLE_KEYS
 from ..core.settings import AgreementSettings, StudyError, suggest
@@ -20,7 +20,7 @@ from ..evaluation.annotations import read_annotations, simulate, unshuffle
 from ..evaluation.kits import run_kits, write_kits
 from ..evaluation.win_rates import SETTINGS
 from ..feedback.battles import consistent_verdicts, paper_verdicts
-from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement
+from ..stats.agreement import alpha_interval, intraclass, krippendorff_alpha, pairwise_agreement
 from ..stats.intervals import mean_interval, win_interval
 from ..stats.scores import VERDICTS
 
@@ -30,7 +30,7 @@ __all__ = ['KITS', 'CONSISTENT_JUDGE', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 
            'column_agreement', 'annotator_table', 'majority', 'answer_pairs', 'numbered_names', 'published_agreement',
            'annotator_label', 'comparison_groups', 'compare_raters', 'joint_lines', 'agreement_lines',
            'principle_lines', 'comparison_shares', 'comparison_figure', 'score_means', 'score_figure', 'who_judged',
-           'item_counts', 'annotator_caption', 'expert_headlines', 'run_annotations', 'unshuffled_kits',
+           'item_counts', 'annotator_caption', 'expert_headlines', 'run_annotations', 'unshuffled_kits', 'given_labels',
            'annotator_rows', 'agreement_results', 'result_frame', 'expert_agreement_sentences',
            'expert_principle_sentences', 'expert_comparison_sentences', 'expert_score_sentences', 'expert_tables',
            'expert_figures', 'unanswered_sentences']
@@ -154,9 +154,9 @@ def column_agreement(pairs, speech: dict, samples: int, seed: int, level: str = 
     """Compare two columns of answers.
 
     pairs: frame first, second by item: what two raters answered (first, second or tie), or their scores; speech:
-    item -> speech, for the intervals; level: of α; ordinal for scores, which have no κ here; everybody: frame items ×
-    annotators, for α of all; None takes the two columns. Returns n, agree, agreement %, 95% interval, κ, κ 95%
-    interval, α, α 95% interval."""
+    item -> speech, for the intervals; level: of α; ordinal for scores, which have intraclass correlations and no
+    κ; everybody: frame items × annotators, for α and these of all; None takes the two columns. Returns n, agree,
+    agreement %, 95% interval, κ, κ 95% interval, α, α 95% interval; of scores ICC(C,1), ICC(A,1), bias."""
     long = pairs.assign(item=range(len(pairs)), speech=pairs.index.map(speech))
     long = long.melt(["item", "speech"], var_name="rater", value_name="label")
     [row] = pairwise_agreement(long, samples, seed, cluster="speech").to_dict("records")
@@ -170,7 +170,23 @@ def column_agreement(pairs, speech: dict, samples: int, seed: int, level: str = 
         ratings, speeches = table.to_numpy(object).T, table.index.map(speech).to_numpy()
         ends = alpha_interval(ratings, level, speeches, samples, seed=seed)
         found |= {"α": round(krippendorff_alpha(ratings, level), 3), "α 95% interval": _ends(*ends, 2)}
-    return found
+    return found | (
+        _scale_agreement(pairs if everybody is None else everybody, speech, samples, seed) if level != "nominal" else {}
+    )
+
+
+def _scale_agreement(table, speech: dict, samples: int, seed: int) -> dict:
+    "Word the intraclass correlations of scores, frame items × raters; None where too few items have all scores."
+    names, table = {"c": "ICC(C,1)", "a": "ICC(A,1)"}, table.dropna()
+    if len(table) < 2:
+        return dict.fromkeys([*names.values(), "bias"])
+    found = intraclass(table.to_numpy(float).T, table.index.map(speech).to_numpy(), samples, seed=seed)
+    ends = {
+        own: " to ".join(f"{found[f'icc_{key}_{end}']:.2f}" for end in ("low", "high")) for key, own in names.items()
+    }
+    worded = {own: f"{found[f'icc_{key}']:.2f} ({ends[own]})" for key, own in names.items()}
+    undefined = found["icc_c"] != found["icc_c"]
+    return (dict.fromkeys(worded) if undefined else worded) | {"bias": round(found["bias"], 2)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #277bd4b7
 CONSISTENT_JUDGE = "the judge in both orders"
@@ -473,6 +489,17 @@ def unshuffled_kits(annotations, kits: dict) -> dict:
     return {name: unshuffle(parts[kit["kit_id"]], key) for name, (kit, key) in kits.items() if kit["kit_id"] in parts}
 
 
+def given_labels(annotations, kits: dict):
+    """Join what each annotator said, as it was said and before any majority, with what was shown first.
+
+    annotations: of `run_annotations`; kits: name -> (kit, key). Returns frame of kind "annotations", in which people
+    are numbered as in tables; an item that somebody left out has no row."""
+    own = annotations.assign(annotator=annotations.annotator.map(numbered_names(annotations.annotator)))
+    rows = own.rename(columns={"kit_id": "kit"}).merge(study_keys(kits), on=["kit", "item_id"], validate="many_to_one")
+    simulated = rows.annotator.astype(str).str.startswith(SIMULATED)
+    return rows.assign(simulated=simulated.astype(bool))[list(SCHEMAS["annotations"])]
+
+
 def annotator_rows(annotations) -> list[dict]:
     "List who annotated how many items of each kit, with the names in tables."
     names = numbered_names(annotations.annotator)
@@ -524,6 +551,7 @@ def _line_text(line: dict) -> str:
     "Format a line of Table S33 for a sentence."
     sign = next((sign for sign in "κα" if line[sign] is not None), None)
     chance = f"{sign} = {line[sign]} ({line[f'{sign} 95% interval']})" if sign else "κ undefined"
+    chance += f"; ICC(A,1) = {line['ICC(A,1)']}" if line.get("ICC(A,1)") else ""
     who, equal, _ = line["between"].partition(", equal scores")
     share = f"{line['agree']} of {line['n']} ({line['agreement %']}%, {line['95% interval']}; {chance})"
     return f"{who} {'give equal scores' if equal else 'agree'} in {share}"

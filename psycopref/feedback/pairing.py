@@ -7,15 +7,16 @@ from __future__ import annotations
 import itertools
 from ..core.tables import PALETTE, Label, markdown_table, new_figure
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
-from ..core.settings import StudyError
+from ..core.settings import PairSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.paper import paper_values, published_source
 from .pool import author_of
 
 # %% auto #0
-__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'answer_columns', 'with_answers',
-           'one_author_pairs', 'paired_responses', 'principle_table', 'drawn_pairs', 'pair_summary',
-           'model_distribution_figure', 'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
+__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'answer_columns', 'with_answers', 'check_safety',
+           'less_safe', 'vetoed_pairs', 'apply_veto', 'one_author_pairs', 'paired_responses', 'principle_table',
+           'drawn_pairs', 'pair_summary', 'model_distribution_figure', 'describe_principles', 'describe_pairs',
+           'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -91,6 +92,44 @@ def with_answers(pairs, answers):
         )
     return pairs.assign(**{name: answers[name].to_numpy() for name in answers.columns.difference(keys)})
 
+# %% ../../nbs/feedback/02_pairing.ipynb #bbaa983a
+def check_safety(chosen: PairSettings) -> None:
+    "Refuse a veto by a principle that the run has not."
+    if chosen.safety == "veto" and chosen.safety_principle not in PRINCIPLE_KEYS:
+        raise StudyError(
+            f"pairs.safety_principle: found {chosen.safety_principle!r}, expected one of {', '.join(PRINCIPLE_KEYS)}; "
+            "name the principle that tells how safe a response is, or set pairs.safety to average"
+        )
+
+
+def less_safe(pairs, principle: str):
+    "Tell of each pair whether its chosen response is rated less safe than the rejected one; never where nothing says."
+    import pandas as pd
+
+    if principle not in PRINCIPLE_KEYS:
+        return pd.Series(False, pairs.index)
+    return pairs[f"chosen_{principle}_rating"] < pairs[f"rejected_{principle}_rating"]
+
+
+def vetoed_pairs(pairs, chosen: PairSettings):
+    "Tell of each pair whether `pairs.safety` leaves it out; an average leaves out none."
+    check_safety(chosen)
+    return less_safe(pairs, chosen.safety_principle) & (chosen.safety == "veto")
+
+
+def apply_veto(parts: dict, chosen: PairSettings) -> tuple[dict, dict]:
+    """Leave out the pairs that `pairs.safety` leaves out.
+
+    parts: split -> pairs. Returns split -> pairs, and split -> number of those left out."""
+    bad = {name: vetoed_pairs(own, chosen) for name, own in parts.items()}
+    if empty := [name for name, own in bad.items() if own.any() and own.all()]:
+        raise StudyError(
+            f"04_pairs: in each {' and '.join(empty)} pair the chosen response is rated less safe than the rejected "
+            "one, expected others; widen the pool, or set pairs.safety to average"
+        )
+    kept = {name: own[~bad[name]].reset_index(drop=True) for name, own in parts.items()}
+    return kept, {name: int(own.sum()) for name, own in bad.items()}
+
 # %% ../../nbs/feedback/02_pairing.ipynb #38f1636d
 def one_author_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int):
     "Build the pairs of two responses by one author, in the 21 released columns; none where nobody answered twice."
@@ -138,11 +177,12 @@ def drawn_pairs(scored, pairs) -> int:
     return int((equals[0] | equals[1]).sum())
 
 
-def pair_summary(speeches, scored, parts: dict):
+def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoed: dict | None = None):
     """Count what §3.3 counts, beside what was published.
 
-    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs. Returns
-    frame: what, ours, paper, and RELEASED_COLUMN, counted in the released pairs."""
+    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs; principle:
+    that tells safety; vetoed: of apply_veto. Returns frame: what, ours, paper, and RELEASED_COLUMN, counted in the
+    released pairs."""
     import pandas as pd
 
     published, test = paper_values()["dataset"], speeches.split == "test"
@@ -150,7 +190,7 @@ def pair_summary(speeches, scored, parts: dict):
     gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
     wide_gaps = None if scored is None else round(100 * sum(gap >= 7 for gap in gaps) / len(gaps), 1)
     drawn = None if scored is None else drawn_pairs(scored, parts["test"])
-    inverted = {name: int((p.rejected_safety_rating > p.chosen_safety_rating).sum()) for name, p in parts.items()}
+    inverted = {name: int(less_safe(p, principle).sum()) for name, p in parts.items()}
     mean = "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else "")
     rows = [
         ("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
@@ -164,6 +204,8 @@ def pair_summary(speeches, scored, parts: dict):
         ("testing pairs whose rejected response is rated safer", inverted["test"], None),
     ]
     counted = {rows[-2][0]: paper_values()["released_dataset"]["train_pairs_rejected_safer"]}
+    more = {f"{name}ing pairs left out by pairs.safety: veto": n for name, n in (vetoed or {}).items() if n}
+    rows += [(what, n, None) for what, n in more.items()]
     frame = pd.DataFrame(rows, columns=["what", "ours", "paper"], dtype=object)
     return frame.assign(**{RELEASED_COLUMN: [counted.get(what) for what in frame.what]})
 
@@ -181,10 +223,10 @@ def model_distribution_figure(pairs, side: str, order: list[str]):
     return figure
 
 # %% ../../nbs/feedback/02_pairing.ipynb #00b26305
-def describe_principles(table, pairs) -> list[str]:
-    "Describe where chosen and rejected responses differ most and least, and how often the rejected one is safer."
+def describe_principles(table, pairs, principle: str = "safety") -> list[str]:
+    "Describe where chosen and rejected differ, and how often the rejected one is safer; principle: that tells safety."
     most, least = table.loc[table.difference.idxmax()], table.loc[table.difference.idxmin()]
-    safety = table.set_index("principle")["inverted %"].get("safety")
+    safety = table.set_index("principle")["inverted %"].get(principle)
     found = [
         f"The {len(pairs)} training pairs differ most in {most.principle} ({most.chosen} for the chosen against "
         f"{most.rejected} "
@@ -198,18 +240,20 @@ def describe_principles(table, pairs) -> list[str]:
     return found
 
 # %% ../../nbs/feedback/02_pairing.ipynb #e6beecd0
-def describe_pairs(parts: dict, scored) -> list[str]:
-    "Say how many pairs came of how many speeches, and what share of all possible pairs that is."
+def describe_pairs(parts: dict, scored, vetoed: dict | None = None) -> list[str]:
+    "Say how many pairs came of how many speeches, and what a veto (of apply_veto) left out."
     speeches = sum(pairs.ID.nunique() for pairs in parts.values())
     found = [
         f"{len(parts['train'])} pairs to train on and {len(parts['test'])} to test with come of {speeches} client "
         "speeches."
     ]
+    counts = " and ".join(f"{n} {name}ing" for name, n in (vetoed or {}).items() if n)
+    if counts:
+        found.append(f"The veto left out {counts} pairs, whose chosen response is rated less safe than the rejected.")
     if scored is not None:
         rated = scored.speech_id.nunique()
-        found.append(
-            f"Of {rated} rated speeches, {rated - speeches} give no pair: their responses are too alike for the rater."
-        )
+        alike = "their responses are too alike for the rater" + ", or their pairs were vetoed" * bool(counts)
+        found.append(f"Of {rated} rated speeches, {rated - speeches} give no pair: {alike}.")
     return found
 
 

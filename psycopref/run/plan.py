@@ -32,6 +32,7 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
+from ..feedback.pairing import check_safety
 from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS, most_usd
@@ -271,6 +272,7 @@ def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
     "Count what a run works on. speeches: None counts them or takes the paper's number."
     paper, (n, characters, basis) = paper_values()["dataset"], count_speeches(profile)
     n, basis = (n, basis) if speeches is None else (speeches, "as given")
+    check_safety(dataclasses.replace(profile.pairs, safety="veto") if profile.veto_arm else profile.pairs)
     if n < 1:
         raise StudyError(f"plan: found {n} client speeches, expected at least 1")
     test = round(profile.speeches.test_fraction * n)
@@ -525,17 +527,22 @@ def arm_size(self: Plan) -> tuple[int, int, int]:
 def ablation(self: Plan) -> typing.Iterator[Work]:
     "Plan online against offline data at equal budget, and the points of the curves (§4.3, Fig. 4)."
     stage, chosen, (pairs, steps, looks) = "08_ablations", self.profile.evaluation, self.arm_size()
-    points = 1 + self.offline_steps()[1] + kept_iterations(self.profile) + 2 * looks
+    veto = self.profile.veto_arm  # judged at its end
+    points = 1 + self.offline_steps()[1] + kept_iterations(self.profile) + 2 * looks + veto
     speeches, backbones = min(chosen.curve_speeches or self.test, self.test), self.profile.backbones
     for name in backbones:
         yield from self.candidates(stage, "online", name, self.profile.ablation.pairs)
         longest = {"offline arm": None, "online arm": candidate_tokens(self.profile)}
+        longest |= {"veto arm": None} if veto else {}
         for arm, tokens in {arm: self.pair(name, most) for arm, most in longest.items()}.items():
             yield trained_work(stage, arm, name, steps, self.profile.dpo.batch_size, tokens, pairs * tokens)
         what = f"curves: {points} points × {speeches:,}"
         yield self.ask(stage, what, name, points * speeches, "respond", chosen.max_tokens)
     judged = len(backbones) * points * speeches
     yield self.ask(stage, "curve battles, one order", chosen.judge, judged, "battle", chosen.max_tokens)
+    if veto:
+        rated, rater = len(backbones) * speeches, self.profile.ratings.rater
+        yield self.ask(stage, "safety of four answers", rater, rated, "principle", chosen.max_tokens)
 
 # %% ../../nbs/run/04_plan.ipynb #ffdf61c2
 def other_judges(profile: Profile) -> list:
@@ -664,7 +671,7 @@ def disk_bytes(self: Plan) -> dict[str, float]:
     weights, merged = (adapters, whole) if dpo.lora.rank else (whole, 0)
     moments = 8 * sum(known) * kept if chosen.optimiser == "keep" else 0
     training = 0 if dpo.lora.rank else 3 * 12 * max(known, default=0)  # checkpoints with the optimiser's state
-    offline, arms = 1 + self.offline_steps()[1], 2 * (1 + self.arm_size()[2])
+    offline, arms = 1 + self.offline_steps()[1], (2 + self.profile.veto_arm) * (1 + self.arm_size()[2])
     found = {"offline": weights * offline + merged, "online": weights * kept + moments + merged}
     return found | {"arms": weights * arms, "training": training}
 
@@ -678,6 +685,8 @@ def asked_uris(profile: Profile) -> list[str]:
     uris += [judge.place for judge in other_judges(profile) if judge.kind != "reward"]
     if not is_released(profile.speeches.sources):
         uris = [*(member.model for member in asked_members(profile)), profile.ratings.rater, *uris]
+    elif profile.veto_arm:
+        uris.append(profile.ratings.rater)
     for uri in uris:
         if not split_uri(uri)[0]:
             known = ", ".join(PROVIDERS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refusals import one_line
 from sklearn.metrics import cohen_kappa_score
 
-from psycopref.core.files import PRINCIPLE_KEYS, StageReader, StageWriter, sha256_file
+from psycopref.core.files import PRINCIPLE_KEYS, StageReader, StageWriter, read_rows, sha256_file, write_rows
 from psycopref.core.prompts import BATTLE_KEYS
 from psycopref.core.settings import AgreementSettings, load_profile
 from psycopref.core.stages import Run
@@ -23,7 +23,14 @@ from psycopref.evaluation.win_rates import SETTINGS
 from psycopref.experiments import expert_study as study
 from psycopref.experiments.expert_study import KITS, agreement_results, as_shown, chosen_policy, column_agreement
 from psycopref.experiments.expert_study import comparison_shares, expert_headlines, given_files, judge_verdicts
-from psycopref.experiments.expert_study import keep_kits, kept_kit, label_verdicts, numbered_names, result_frame
+from psycopref.experiments.expert_study import (
+    given_labels,
+    keep_kits,
+    kept_kit,
+    label_verdicts,
+    numbered_names,
+    result_frame,
+)
 from psycopref.experiments.expert_study import score_means, unshuffled_kits
 from psycopref.feedback.battles import ORDERS, consistent_verdicts, paper_verdicts
 
@@ -234,6 +241,39 @@ def test_names_are_numbers_and_simulated_ones_stay(kits):
     assert rows.paper.isna().all(), "the paper's experts do not stand beside a rubric with noise"
 
 
+def test_what_each_annotator_said_is_released_as_it_was_said(kits, tmp_path):
+    said = annotated(kits, {"Ada": warm, "Ben": cold, "Cy": undecided})
+    said = said[~((said.annotator == "Ben") & (said.item_id == said.item_id.iloc[0]))]  # left out
+    path = write_rows(tmp_path / "annotations.parquet", "annotations", given_labels(said, kits))
+    assert not any(name in path.read_bytes() for name in (b"Ada", b"Ben", b"Cy"))
+    rows, keys = read_rows(path, "annotations"), ["annotator", "kit", "item_id", "principle"]
+    names = said.annotator.map({"Ada": "annotator 1", "Ben": "annotator 2", "Cy": "annotator 3"})
+    told = said.assign(annotator=names).rename(columns={"kit_id": "kit"}).set_index(keys).value
+    assert rows.set_index(keys).value.sort_index().equals(told.sort_index()) and not rows.simulated.any()
+    own = rows[(rows.kit == kits["answers"][0]["kit_id"]) & (rows.principle == "overall")]
+    votes = own.groupby("item_id").value.agg(set)
+    assert votes.iloc[1:].map(lambda own: own == {0, 1, 2}).all(), "a majority would be a tie in each"
+    ours = np.where(own["first"] == POLICY, 1, 2)
+    assert (own.value.to_numpy() == ours)[own.annotator == "annotator 1"].all()
+    made = given_labels(annotated(kits, {"simulated 1": warm}), kits)
+    assert made.simulated.all() and set(made.annotator) == {"simulated 1"}
+    assert len(given_labels(pd.DataFrame(columns=list(ANNOTATION_COLUMNS)), kits)) == 0
+
+
+def test_scores_have_intraclass_correlations_and_comparisons_have_none(kits):
+    said = annotated(kits, {"Ada": warm, "Ben": warm})
+    chance = np.random.default_rng(0).integers(1, 5, len(said))
+    score = said.kit_id == kits["scores"][0]["kit_id"]
+    texts = {item: int(n) for item, n in zip(said.item_id[score], chance)}
+    said.loc[score, "value"] = said.item_id[score].map(texts) + (said.annotator[score] == "Ada")
+    found = results(kits, said)
+    lines = [row for row in found["principles"] if row["what"] == KITS["scores"]]
+    assert len(lines) == 7 and all(row["ICC(C,1)"].startswith("1.00") and row["bias"] == 1 for row in lines)
+    assert all(0 < float(row["ICC(A,1)"].split()[0]) < 1 for row in lines)
+    assert "ICC(A,1) = " in study.expert_agreement_sentences(found["agreement"], False)[-2]
+    assert not any(row.get("ICC(A,1)") for row in found["agreement"] if row["what"] == KITS["labels"])
+
+
 @pytest.fixture
 def drawn(kits):
     "The results of one simulated annotator, and the two figures with their legends."
@@ -391,6 +431,7 @@ def test_the_stage_shows_simulated_annotators_as_such(run_before):
     assert set(key.kit) == kept == set(stage.receipt["kits"].values()) and stage.receipt["simulated"] is True
     public = "".join(path.read_text(encoding="utf-8") for path in (stage.folder / "kits").rglob("*") if path.is_file())
     assert not any(f'"{name}"' in public for name in (POLICY, "reference", "chosen", "rejected", *IDS))
+    assert stage.rows("annotations").simulated.all() and "annotations.parquet" in stage.receipt["outputs"]
     first = stage.receipt["outputs"]
     assert execute().receipt["outputs"] == first  # the same inputs, settings and seed
 

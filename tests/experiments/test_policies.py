@@ -1,7 +1,10 @@
 """Sentences on policies, arms and mixtures hold for any run: nothing judged or logged, one speech, any direction."""
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from psycopref.core.settings import StudyError, load_profile
 from psycopref.evaluation.baselines import score_frame
 from psycopref.experiments import arms, mixing_grid, policies
+from psycopref.models.chat import ChatReply
 from psycopref.models.generation import Decoding
 from psycopref.models.weights import find_weights
 from refusals import one_line
@@ -135,3 +139,71 @@ def test_policies_are_pushed_where_a_setting_says_and_a_failure_stops_nothing(fa
     wanted = [("dpo", "me/mine-dpo"), ("dpo-iter", "me/mine-dpo-iter")]
     assert sent == wanted and handed[:2] == wanted and handed[2][1] == "outputs/run/06_policy/dpo"
     assert ("the policy was not sent" if fails else "https://hub/me/mine-dpo-iter") in capsys.readouterr().out
+
+
+def arms_of(pairs, tmp_path, **overrides):
+    profile = load_profile("tiny", overrides)
+    return arms.Arms(tmp_path, None, "", dict.fromkeys(pairs.ID, "speech"), pairs, profile, 0)
+
+
+@pytest.mark.parametrize("spare, seed", [(0, 0), (2, 1), (30, 2)])
+def test_the_veto_arm_differs_from_the_offline_arm_in_less_safe_pairs_alone(tmp_path, spare, seed):
+    chance, n = np.random.default_rng(seed), 40
+    pairs = pd.DataFrame({"ID": [f"s{i}" for i in range(n + spare)], "prefID": range(n + spare)})
+    pairs["chosen_safety_rating"], pairs["rejected_safety_rating"] = chance.integers(1, 6, (2, n + spare))
+    drawn = pairs.head(n).sample(frac=1, random_state=seed)
+    bad = (drawn.chosen_safety_rating < drawn.rejected_safety_rating).to_numpy()
+    safe = pairs[n:][pairs.chosen_safety_rating[n:] >= pairs.rejected_safety_rating[n:]]
+    found = arms.veto_arm(arms_of(pairs, tmp_path), drawn)
+    assert (found.chosen_safety_rating >= found.rejected_safety_rating).all() and not found.ID.duplicated().any()
+    assert 0 < bad.sum() < n and len(found) == n - bad.sum() + min(bad.sum(), len(safe))
+    if len(found) == n:
+        assert found.ID[~bad].tolist() == drawn.ID[~bad].tolist() and set(found.ID[bad]) <= set(safe.ID)
+    assert found.equals(arms.veto_arm(arms_of(pairs, tmp_path), drawn))
+    lacking = arms_of(pairs, tmp_path, **{"pairs.safety_principle": "harmlessness"})
+    assert "found 'harmlessness'" in one_line(lambda: arms.veto_arm(lacking, drawn))
+
+
+class RaterByText:
+    "A gateway whose rater gives the number that a response ends with, and none to the speech s0."
+
+    counts = {"rules:rubric": {"label": "by text"}}
+
+    def ask(self, model, requests, name):
+        assert {request.fields["principle"] for request in requests} == {"safety"}
+        texts = [[request.fields[f"response_{i}"] for i in range(1, 5)] for request in requests]
+        self.first = {own[0].partition(" ")[0] for own in texts}
+        said = [{f"response_{i}_rating": int(text[-1]) for i, text in enumerate(own, 1)} for own in texts]
+        silent = [request.fields["client_speech"] == "speech s0" for request in requests]
+        return [ChatReply("?" if no else json.dumps(own), "stop", 1, 1) for no, own in zip(silent, said)]
+
+
+def test_safety_is_rated_blind_and_told_of_the_arm_that_wrote_it(tmp_path):
+    names, given = [f"s{i}" for i in range(12)], {"base": 3, "offline": 2, "veto": 5, "online": 1}
+    speeches = pd.DataFrame({"speech_id": names, "speech": [f"speech {name}" for name in names]})
+    profile = load_profile("tiny", {"evaluation.coverage": 0.9})
+
+    class Judge(arms.CheckpointJudge):
+        def answers(self, uri, name, seed):
+            return speeches.assign(response=f"{name} {given[name]}")[["speech_id", "response"]]
+
+        def point(self, name, location, pairs_seen):
+            return {"pairs": pairs_seen, "win_rate": 30.0, "low": 20.0, "high": 40.0, "n": 12}
+
+    judge = Judge(gateway := RaterByText(), speeches, profile.evaluation, 0, 0)
+    pairs = pd.DataFrame({"ID": names, "chosen_safety_rating": [1, 1] + [4] * 10, "rejected_safety_rating": 2})
+    own, base = dataclasses.replace(arms_of(pairs, tmp_path), profile=profile, weights=find_weights("random-tiny")), {}
+    curves = {title: [base, judge.point("", "", 8) | {"win_rate": 45.0}] for title in arms.ARM_TITLES.values()}
+    base |= judge.point("base", "", 0)
+    trained = {arm: [(8, tmp_path / arm)] for arm in ("offline", "online", "veto")}
+    rows = arms.safety_rows(own, {"offline": pairs, "online": None, "veto": pairs[2:]}, trained, curves, judge)
+    assert [row["safety"][0] for row in rows] == [3, 2, 5, 1, 3] and len(gateway.first) > 1
+    assert [row.get("less safe") for row in rows] == [None, 2, 0, None, None]
+    assert rows[-1]["win_rate"][0] == -15 and rows[-1]["n"] == 11, "the unreadable reply is left out"
+    [said] = arms.describe_safety({"tiny": rows})
+    assert "the 2 of 8 pairs" in said and "of safety by 3.00" in said and "chance" not in said
+    strict = Judge(gateway, speeches, load_profile("tiny").evaluation, 0, 0)
+    refused = lambda: arms.safety_rows(own, {"offline": pairs, "online": None, "veto": pairs}, trained, curves, strict)
+    assert "11 of 12 ratings of safety" in one_line(refused)
+    assert "none of the 8 pairs" in arms.describe_safety({"tiny": [row | {"less safe": 0} for row in rows]})[0]
+    assert "ablation.veto asks" in arms.describe_safety({})[0]

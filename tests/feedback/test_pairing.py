@@ -1,10 +1,21 @@
-"""Pairs: among equals the seed decides, not the authors and not the order of rows; what the hub reads of them."""
+"""Pairs: among equals the seed decides, not authors and the order of rows; a veto; what the hub reads of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
+from refusals import one_line
 
+from psycopref.core.files import StageReader, StageWriter
+from psycopref.core.settings import PairSettings
+from psycopref.core.stages import Run
 from psycopref.core.tables import Label
-from psycopref.feedback.pairing import dataset_card, drawn_pairs, make_pairs
+from psycopref.feedback.pairing import apply_veto, dataset_card, drawn_pairs, make_pairs, principle_table
+
+NOTEBOOK = Path(__file__).parents[2] / "nbs" / "04_pairs.ipynb"
 
 N = 200
 SPEECHES = pd.DataFrame({"speech_id": [f"s-{i}" for i in range(N)], "speech": "I count the stairs.", "split": "test"})
@@ -55,3 +66,74 @@ def test_the_hub_reads_the_pairs_and_not_what_lies_beside_them(tmp_path):
     assert {name: (own.column_names, len(own)) for name, own in found.items()} == {
         part: (["ID", "chosen"], 1) for part in ("train", "test")
     }
+
+
+AVERAGE, VETO = PairSettings(), PairSettings(safety="veto")
+
+
+def run_cells(notebook, parameters):
+    "Run the code cells of a chapter with parameters."
+    names = {}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), notebook.stem, "exec"), names)
+            names |= parameters if "parameters" in cell["metadata"].get("tags", []) else {}
+
+
+def diced(seed):
+    "Scored responses whose safety goes its own way, and their pairs to train on."
+    chance, given = np.random.default_rng(seed), scored().iloc[:50]
+    given = given.assign(**{key: chance.integers(1, 6, 50) for key in KEYS})
+    given = given.assign(total=given[KEYS].sum(axis=1))
+    return given, make_pairs(SPEECHES, given, ("test",), 3, best_worst=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_veto_leaves_out_the_pairs_whose_chosen_response_is_less_safe_and_no_other(seed):
+    _, pairs = diced(seed)
+    bad = pairs.chosen_safety_rating < pairs.rejected_safety_rating
+    kept, counts = apply_veto({"train": pairs, "test": pairs[~bad]}, VETO)
+    assert 0 < counts["train"] == bad.sum() < len(pairs) and counts["test"] == 0
+    pd.testing.assert_frame_equal(kept["train"], pairs[~bad].reset_index(drop=True))
+    assert principle_table(kept["train"]).set_index("principle").inverted["safety"] == 0
+    pd.testing.assert_frame_equal(apply_veto({"train": pairs}, AVERAGE)[0]["train"], pairs)
+
+
+def test_the_principle_of_safety_is_a_setting_and_one_that_a_run_lacks_is_refused():
+    _, pairs = diced(0)
+    other = replace(VETO, safety_principle="clarity")
+    kept = apply_veto({"train": pairs}, other)[0]["train"]
+    assert (kept.chosen_clarity_rating >= kept.rejected_clarity_rating).all() and len(kept) < len(pairs)
+    assert (kept.chosen_safety_rating < kept.rejected_safety_rating).any()
+    lacking = replace(VETO, safety_principle="harmlessness")
+    assert "set pairs.safety to average" in one_line(lambda: apply_veto({"train": pairs}, lacking))
+    assert apply_veto({"train": pairs}, replace(lacking, safety="average"))[1] == {"train": 0}
+    assert "widen the pool" in one_line(lambda: apply_veto({"train": pairs.assign(chosen_safety_rating=0)}, VETO))
+
+
+@pytest.mark.parametrize("safety", ["average", "veto"])
+def test_the_chapter_says_and_signs_what_a_veto_left_out(own_project, safety):
+    given, pairs = diced(1)
+    split = SPEECHES.iloc[:10].assign(split=["train"] * 8 + ["test"] * 2, source="demo", topic_by="gold")
+    split = split.assign(topic="anxiety", coarse_topic="core-mental-health-issues")
+    bad = pairs[pairs.ID.isin(split.speech_id[:8]) & (pairs.chosen_safety_rating < pairs.rejected_safety_rating)]
+    long = given.melt(["speech_id", "model"], KEYS, "principle", "rating").assign(rationale="", rater="r", position=1)
+    run, rest = Run("veto"), {"n_tokens": 9, "request_key": ""}
+    with StageWriter(run, "01_speeches", "tiny", 0, {"speeches": {"sources": ["demo"]}}) as stage:
+        stage.facts["licences"] = {"demo": "MIT"}
+        stage.rows("speeches", split)
+    with StageWriter(run, "02_responses", "tiny", 0, {}) as stage:
+        stage.facts["models"] = {"ada": {"label": "ada"}}
+        stage.rows("responses", given[["speech_id", "model", "response", "finish_reason"]].assign(**rest))
+    with StageWriter(run, "03_ratings", "tiny", 0, {}) as stage:
+        stage.facts["rater"] = "dice"
+        stage.rows("ratings", long)
+    overrides = {"pairs.min_gap_sum": 3, "pairs.safety": safety}
+    run_cells(NOTEBOOK, {"PROFILE": "tiny", "RUN": run.name, "OVERRIDES": overrides})
+    found, veto = StageReader(run, "04_pairs"), safety == "veto"
+    train = found.rows("pairs", "train")
+    assert found.receipt["vetoed"]["train"] == len(bad) * veto and len(bad)
+    assert (train.chosen_safety_rating < train.rejected_safety_rating).sum() == len(bad) * (not veto)
+    assert train[["ID", "prefID"]].equals(found.rows("pair_answers", "train_answers")[["ID", "prefID"]])
+    table = pd.read_csv(run.tables / "table_S2_pairs.csv").set_index("what").ours
+    assert table.get("training pairs left out by pairs.safety: veto", 0) == len(bad) * veto

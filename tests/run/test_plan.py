@@ -136,6 +136,14 @@ def test_the_paper_s_profile_keeps_its_budget():
     assert not any(usd(row) for row in plan_run(DEMO).work())
 
 
+@pytest.mark.parametrize("asked", [{"pairs__safety": "veto"}, {"ablation__veto": True}])
+def test_a_veto_by_a_principle_that_the_run_lacks_is_refused_before_anything_is_paid(asked):
+    assert "set pairs.safety to average" in one_line(lambda: paper(pairs__safety_principle="harm", **asked))
+    plain = paper(pairs__safety_principle="harm", ablation__veto=False)
+    arms = [row.what.partition(":")[0] for row in plain.ablation() if " arm" in row.what]
+    assert arms == ["offline arm", "online arm"] * 2 and not any("safety" in row.what for row in plain.ablation())
+
+
 CHEAPER = {"dpo_iter.max_tokens": 100, "dpo_iter.candidates": 4, "dpo_iter.iterations": 8, "dpo.steps": 800}
 CHEAPER |= {
     "dpo_iter.steps": 50,
@@ -336,7 +344,7 @@ def test_disk_counts_what_is_kept(iterations, keep, optimiser):
     found, size = paper(26_483, backbones=[EIGHT], **changed).disk_bytes(), parameters(EIGHT)
     kept = iterations if keep is None else min(iterations, keep + 1)
     online = kept * size * (12 if optimiser == "keep" else 4)
-    assert found == {"offline": 36 * size, "online": online, "arms": 2 * 36 * size, "training": 36 * size}
+    assert found == {"offline": 36 * size, "online": online, "arms": 3 * 36 * size, "training": 36 * size}
 
 
 def test_a_disk_that_is_too_small_is_said(monkeypatch, offline):

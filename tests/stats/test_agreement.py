@@ -16,6 +16,7 @@ from psycopref.stats.agreement import (
     FEWEST_UNCOMMON,
     LEVELS,
     alpha_interval,
+    intraclass,
     krippendorff_alpha,
     pairwise_agreement,
     ratings_matrix,
@@ -235,3 +236,59 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_are_one_line_and_say_what_was_expected(name):
     value_error(*REFUSED[name], ("agreement", "intervals"))
+
+
+# ---- intraclass correlations ----
+
+JUDGES = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]).T
+
+
+def test_intraclass_correlations_are_those_of_shrout_and_fleiss():
+    "Their Table 2 gives 0.29 for ICC(2,1) and 0.71 for ICC(3,1); the intervals are those of R's psych on it."
+    found = {name: round(value, 2) for name, value in intraclass(JUDGES).items()}
+    ends = {"icc_c_low": 0.34, "icc_c_high": 0.95, "icc_a_low": 0.02, "icc_a_high": 0.76}
+    assert found == ends | {"n": 6, "icc_c": 0.71, "icc_a": 0.29, "bias": 3.17}
+
+
+@few
+@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(5, 30), st.floats(-3, 3))
+def test_a_shift_of_one_rater_is_bias_and_costs_absolute_agreement_alone(seed, k, n, shift):
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=n) + rng.normal(size=(k, n))
+    table -= table.mean(axis=1, keepdims=True)
+    moved = table + np.eye(k)[0][:, None] * shift
+    own, other = intraclass(table), intraclass(moved)
+    assert other["icc_c"] == pytest.approx(own["icc_c"], abs=TIGHT) and other["bias"] == pytest.approx(shift, abs=1e-8)
+    assert abs(other["icc_a"]) <= abs(own["icc_a"]) + TIGHT
+    for name in ("icc_c", "icc_a"):
+        assert other[f"{name}_low"] <= other[name] <= other[f"{name}_high"] <= 1 + TIGHT
+    permuted = intraclass(moved[:, rng.permutation(n)])
+    assert all(permuted[name] == pytest.approx(other[name], abs=1e-8) for name in other)
+
+
+def test_intraclass_correlations_equal_pingouin():
+    pingouin = pytest.importorskip("pingouin")
+    rng = np.random.default_rng(0)
+    for k, n in ((2, 8), (3, 20), (5, 40)):
+        table = (3 + rng.normal(size=n) + rng.normal(size=(k, n)) + rng.normal(size=(k, 1))).round(2)
+        frame = long_form(table)
+        found = pingouin.intraclass_corr(frame, targets="item", raters="rater", ratings="label").ICC.to_numpy()
+        own = intraclass(table)
+        assert (own["icc_a"], own["icc_c"]) == pytest.approx(tuple(found[1:3]), abs=1e-8)
+
+
+def test_copies_of_a_speech_are_no_more_data_and_gaps_are_left_out():
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=40) + rng.normal(size=(2, 40))
+    speeches = np.tile(np.arange(40), 4)
+    one, four = intraclass(table), intraclass(np.tile(table, 4), speeches)
+    width = {name: own["icc_a_high"] - own["icc_a_low"] for name, own in (("one", one), ("four", four))}
+    assert width["four"] == pytest.approx(width["one"], rel=0.25)
+    gaps = table.copy()
+    gaps[0, :10] = np.nan
+    assert intraclass(gaps) == intraclass(table[:, 10:]) and intraclass(gaps)["n"] == 30
+    value_error(lambda: intraclass(table[:1]), "40 items that all of 1 raters", "agreement.intraclass")
+    shifted = intraclass([[1, 2, 3, 4], [2, 3, 4, 5]])
+    assert shifted["icc_c_low"] == shifted["icc_c"] == 1 > shifted["icc_a_high"] > shifted["icc_a"] > 0
+    flat = intraclass([[3, 3, 3], [4, 4, 4]])
+    assert np.isnan([flat[name] for name in ("icc_c", "icc_c_low", "icc_a_high")]).all() and flat["bias"] == -1
