@@ -35,8 +35,8 @@ def load_encoder(weights: Weights, dtype: str = "auto") -> tuple:
     return tokenizer, model
 
 # %% ../../nbs/models/04_embedding.ipynb #db37e03c
-STEP = 16  # a text is padded to a multiple of so many tokens
-BATCH_TOKENS = 2048  # tokens in a batch, padding included
+STEP = 8  # a text is padded to a multiple of so many tokens
+BATCH_TOKENS = 512  # tokens in a batch, padding included
 
 
 def shaped_batches(
@@ -55,22 +55,30 @@ def shaped_batches(
     return batches
 
 # %% ../../nbs/models/04_embedding.ipynb #eee66d2e
-def _pooled(model, tokens, mask):
-    "Run the encoder and average over the tokens of each text: (texts, dimensions), unit length, rounded to half."
+def _pooled(model, tokens, mask, layers):
+    "Run the encoder and average over the tokens of each text: (texts, layers × dimensions), unit length, rounded."
     import torch
 
     with torch.inference_mode():
         tokens, mask = tokens.to(model.device), mask.to(model.device)
-        hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
-        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return torch.nn.functional.normalize(mean, dim=1).half().float().cpu().numpy()
+        hidden = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        means = [(hidden[i].float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) for i in layers]
+        units = [torch.nn.functional.normalize(mean, dim=1) for mean in means]
+        return torch.cat(units, 1).half().float().cpu().numpy()
 
 # %% ../../nbs/models/04_embedding.ipynb #975c4767
-def embed(texts: typing.Iterable[str], weights: Weights | None = None, max_tokens: int = 256, dtype: str = "auto"):
-    """Embed texts by the mean of the last layer over their tokens; equal texts are computed once.
+def embed(
+    texts: typing.Iterable[str],
+    weights: Weights | None = None,
+    max_tokens: int = 256,
+    dtype: str = "auto",
+    layers: typing.Sequence[int] = (-1,),
+):
+    """Embed texts by the mean of a layer over their tokens; equal texts are computed once.
 
     weights: the encoder; None takes MiniLM; max_tokens: what is beyond is not read, as sentence-transformers sets it
-    for MiniLM; dtype: auto, bfloat16, float32 or int8. Returns a float32 array, (texts, dimensions), unit length."""
+    for MiniLM; dtype: auto, bfloat16, float32 or int8; layers: whose states are averaged, 0 the word embeddings, -1
+    the last. Returns a float32 array, (texts, layers × dimensions), unit length for each layer."""
     import numpy as np
     import torch
 
@@ -84,11 +92,11 @@ def embed(texts: typing.Iterable[str], weights: Weights | None = None, max_token
     texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair becomes "?"
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     ids = tokenizer(list(place), truncation=True, max_length=max_tokens).input_ids if place else []
-    found = np.zeros((len(place), model.config.hidden_size), np.float32)
+    found = np.zeros((len(place), len(layers) * model.config.hidden_size), np.float32)
     for length, rows, members in progress(shaped_batches([len(i) for i in ids], max_tokens), "embedding", unit="batch"):
         tokens, mask = torch.zeros(2, rows, length, dtype=torch.long)
         mask[:, 0] = 1  # a row that is thrown away has one token, so that no mean is over nothing
         for row, i in enumerate(members):
             tokens[row, : len(ids[i])], mask[row, : len(ids[i])] = torch.tensor(ids[i]), 1
-        found[members] = _pooled(model, tokens, mask)[: len(members)]
+        found[members] = _pooled(model, tokens, mask, layers)[: len(members)]
     return found[[place[text] for text in texts]]
