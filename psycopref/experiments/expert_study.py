@@ -5,6 +5,7 @@
 # %% ../../nbs/experiments/05_expert_study.ipynb #2284bb96
 from __future__ import annotations
 import itertools
+import re
 import typing
 from pathlib import Path
 import numpy as np
@@ -15,8 +16,9 @@ from ..core.prompts import BATTLE_KEYS
 from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
 from ..core.tables import PALETTE, new_figure
-from ..evaluation.annotations import ANNOTATION_COLUMNS, LOSING, SIMULATED, annotation_files
-from ..evaluation.annotations import read_annotations, simulate, unshuffle
+from ..corpus.privacy import mask_texts
+from ..evaluation.annotations import ANNOTATION_COLUMNS, GIVEN_COLUMNS, LEFT_OUT, LOSING, SIMULATED
+from ..evaluation.annotations import annotation_files, read_annotations, simulate, unshuffle
 from ..evaluation.kits import run_kits, write_kits
 from ..evaluation.win_rates import SETTINGS
 from ..feedback.battles import consistent_verdicts, paper_verdicts
@@ -30,8 +32,8 @@ __all__ = ['KITS', 'CONSISTENT_JUDGE', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 
            'column_agreement', 'annotator_table', 'majority', 'answer_pairs', 'numbered_names', 'published_agreement',
            'annotator_label', 'comparison_groups', 'compare_raters', 'joint_lines', 'agreement_lines',
            'principle_lines', 'comparison_shares', 'comparison_figure', 'score_means', 'score_figure', 'who_judged',
-           'item_counts', 'annotator_caption', 'expert_headlines', 'run_annotations', 'unshuffled_kits', 'given_labels',
-           'annotator_rows', 'agreement_results', 'result_frame', 'expert_agreement_sentences',
+           'item_counts', 'annotator_caption', 'expert_headlines', 'run_annotations', 'unshuffled_kits', 'public_notes',
+           'given_labels', 'annotator_rows', 'agreement_results', 'result_frame', 'expert_agreement_sentences',
            'expert_principle_sentences', 'expert_comparison_sentences', 'expert_score_sentences', 'expert_tables',
            'expert_figures', 'unanswered_sentences']
 
@@ -221,8 +223,9 @@ def answer_pairs(table, who: typing.Iterable[tuple[str, str]]) -> dict:
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #803af06f
 def numbered_names(names) -> dict[str, str]:
-    "Number the annotators in the order of their names; simulated ones keep theirs. Returns name -> name in tables."
-    names = sorted(set(names), key=lambda name: (name.casefold(), name))
+    "Number annotators in the order of their names, 2 before 10; simulated ones keep theirs. Returns name -> number."
+    parts = lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
+    names = sorted(set(names), key=lambda name: (parts(name), name))
     return {name: name if name.startswith(SIMULATED) else f"annotator {number}" for number, name in enumerate(names, 1)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #2c558101
@@ -466,7 +469,7 @@ def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, fo
     """Read the annotations that the settings name, or simulate annotators that fill in every kit.
 
     kits: name -> (kit, key); simulated: annotators, where there are no files; folder: where simulated annotators
-    keep their files. Returns frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated."""
+    keep their files. Returns frame of read_annotations; empty where nobody annotated."""
     own = [kit for kit, _ in kits.values()]
     if files:
         return read_annotations(files, own)
@@ -489,15 +492,31 @@ def unshuffled_kits(annotations, kits: dict) -> dict:
     return {name: unshuffle(parts[kit["kit_id"]], key) for name, (kit, key) in kits.items() if kit["kit_id"] in parts}
 
 
+def public_notes(notes, names: dict[str, str]) -> dict[str, str]:
+    "Write annotators' numbers for their names in notes, and mask what `corpus.privacy` finds. Returns note -> text."
+    given = [note for note in dict.fromkeys(notes) if note]
+    people = sorted((name for name in names if len(name) > 1), key=len, reverse=True)  # A is a word, too
+    whole = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, people))})(?!\w)", re.I)
+    number = {name.casefold(): told for name, told in names.items()}
+    told = [
+        whole.sub(lambda hit: number.get(hit[0].casefold(), "an annotator"), note) if people else note for note in given
+    ]
+    return {"": "", **dict(zip(given, mask_texts(told)[0] if told else []))}
+
+
 def given_labels(annotations, kits: dict):
     """Join what each annotator said, as it was said and before any majority, with what was shown first.
 
-    annotations: of `run_annotations`; kits: name -> (kit, key). Returns frame of kind "annotations", in which people
-    are numbered as in tables; an item that somebody left out has no row."""
-    own = annotations.assign(annotator=annotations.annotator.map(numbered_names(annotations.annotator)))
-    rows = own.rename(columns={"kit_id": "kit"}).merge(study_keys(kits), on=["kit", "item_id"], validate="many_to_one")
-    simulated = rows.annotator.astype(str).str.startswith(SIMULATED)
-    return rows.assign(simulated=simulated.astype(bool))[list(SCHEMAS["annotations"])]
+    annotations: of `run_annotations`; kits: name -> (kit, key). Returns frame of kind "annotations", which
+    `unshuffled_kits` reads back: people are numbered as in tables, notes are those of `public_notes`."""
+    names = numbered_names(annotations.annotator)
+    own = annotations.assign(annotator=annotations.annotator.map(names).astype(str))
+    own = own.reindex(columns=[*ANNOTATION_COLUMNS, *GIVEN_COLUMNS], fill_value="")
+    keys = study_keys(kits).rename(columns={"kit": "kit_id"})
+    rows = own.merge(keys, on=["kit_id", "item_id"], validate="many_to_one")
+    made = rows.annotator.str.startswith(SIMULATED).astype(bool)
+    notes = rows.note.map(public_notes(rows.note, names))
+    return rows.assign(simulated=made, note=notes)[list(SCHEMAS["annotations"])]
 
 
 def annotator_rows(annotations) -> list[dict]:
@@ -505,7 +524,7 @@ def annotator_rows(annotations) -> list[dict]:
     names = numbered_names(annotations.annotator)
     return [
         {"in tables": names[name], "annotator": name, "items": own.groupby("kit_id").item_id.nunique().to_dict()}
-        for name, own in annotations.groupby("annotator")
+        for name, own in annotations[annotations.principle != LEFT_OUT].groupby("annotator")
     ]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #dfaa390b

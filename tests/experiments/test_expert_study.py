@@ -246,18 +246,43 @@ def test_what_each_annotator_said_is_released_as_it_was_said(kits, tmp_path):
     said = said[~((said.annotator == "Ben") & (said.item_id == said.item_id.iloc[0]))]  # left out
     path = write_rows(tmp_path / "annotations.parquet", "annotations", given_labels(said, kits))
     assert not any(name in path.read_bytes() for name in (b"Ada", b"Ben", b"Cy"))
-    rows, keys = read_rows(path, "annotations"), ["annotator", "kit", "item_id", "principle"]
+    rows, keys = read_rows(path, "annotations"), ["annotator", "kit_id", "item_id", "principle"]
     names = said.annotator.map({"Ada": "annotator 1", "Ben": "annotator 2", "Cy": "annotator 3"})
-    told = said.assign(annotator=names).rename(columns={"kit_id": "kit"}).set_index(keys).value
+    told = said.assign(annotator=names).set_index(keys).value
     assert rows.set_index(keys).value.sort_index().equals(told.sort_index()) and not rows.simulated.any()
-    own = rows[(rows.kit == kits["answers"][0]["kit_id"]) & (rows.principle == "overall")]
+    own = rows[(rows.kit_id == kits["answers"][0]["kit_id"]) & (rows.principle == "overall")]
     votes = own.groupby("item_id").value.agg(set)
     assert votes.iloc[1:].map(lambda own: own == {0, 1, 2}).all(), "a majority would be a tie in each"
     ours = np.where(own["first"] == POLICY, 1, 2)
     assert (own.value.to_numpy() == ours)[own.annotator == "annotator 1"].all()
     made = given_labels(annotated(kits, {"simulated 1": warm}), kits)
     assert made.simulated.all() and set(made.annotator) == {"simulated 1"}
-    assert len(given_labels(pd.DataFrame(columns=list(ANNOTATION_COLUMNS)), kits)) == 0
+    nobody = given_labels(pd.DataFrame(columns=list(ANNOTATION_COLUMNS)), kits)
+    assert read_rows(write_rows(path, "annotations", nobody), "annotations").empty
+
+
+def test_released_labels_are_read_back_with_notes_times_and_what_was_left_out(kits, tmp_path):
+    kit, (first, second, *rest) = kits["labels"][0], kits["labels"][0]["items"]
+    files = []
+    for n, who in enumerate(["Ada Lovelace", *(f"rater {n}" for n in range(2, 12))]):
+        said = {item["item_id"]: {key: (n + i) % 2 + 1 for key in BATTLE_KEYS} for i, item in enumerate(rest)}
+        said[first["item_id"]] = {"note": f"Ask ada lovelace or {who}, ada@example.org."}
+        said[second["item_id"]] = dict.fromkeys(BATTLE_KEYS, 1) | {"note": "Both are cold."}
+        made = {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "annotator": who}
+        files.append(tmp_path / f"{n}.json")
+        files[-1].write_text(json.dumps(made | {"saved": f"2026-11-{n + 10}T10:00:00Z", "answers": said}))
+    given = study.run_annotations(kits, files, 0, tmp_path, 0)
+    path = write_rows(tmp_path / "annotations.parquet", "annotations", given_labels(given, kits))
+    rows = read_rows(path, "annotations")
+    assert not any(name in path.read_bytes() for name in (b"Ada", b"ada", b"rater 2", b"example.org"))
+    left = rows[rows.item_id == first["item_id"]]
+    assert left.principle.eq("left out").all() and sorted(left.annotator) == sorted(set(rows.annotator))
+    assert set(left.note[left.annotator == "annotator 3"]) == {"Ask annotator 1 or annotator 3, [email]."}
+    assert rows.note[rows.item_id == second["item_id"]].eq("Both are cold.").all()
+    assert dict(zip(rows.annotator, rows.time))["annotator 11"] == "2026-11-20T10:00:00Z"
+    again, before = (unshuffled_kits(frame, kits)["labels"] for frame in (rows, given))
+    pd.testing.assert_frame_equal(again, before)
+    assert study.annotator_rows(given)[0]["items"] == {kit["kit_id"]: len(rest) + 1}
 
 
 def test_scores_have_intraclass_correlations_and_comparisons_have_none(kits):
