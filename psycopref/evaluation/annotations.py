@@ -24,7 +24,7 @@ from ..core.stages import derived_seed, project_root
 from .kits import TASK_QUESTIONS
 
 # %% auto #0
-__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'GIVEN_COLUMNS', 'LEFT_OUT', 'SIMULATED', 'LOSING',
+__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'GIVEN_COLUMNS', 'ITEM_LEFT_OUT', 'SIMULATED', 'LOSING',
            'read_sheet_text', 'PageExport', 'page_records', 'said_in', 'label_studio_records', 'table_records',
            'read_records', 'to_value', 'item_values', 'sheet_frame', 'annotation_files', 'read_annotations',
            'unshuffle', 'simulate']
@@ -197,7 +197,7 @@ def to_value(written, task: str) -> int | None:
 # %% ../../nbs/evaluation/06_annotations.ipynb #548acb7a
 ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
 GIVEN_COLUMNS = ("note", "time")  # what was given beside the answers of an item; empty where there was nothing
-LEFT_OUT = "left out"  # stands for the principle, with value 0, of an item that has a note and no answer
+ITEM_LEFT_OUT = "left out"  # stands for the principle, with value 0, of an item that has a note and no answer
 
 
 def _some(names: list) -> str:
@@ -231,7 +231,7 @@ def sheet_frame(records: list[dict], kit: dict):
         values = item_values(record, number, kit["task"])
         missing = [principle for principle, value in values.items() if value is None]
         note = str(record.get("note") or "").strip()
-        left_out = {LEFT_OUT: 0} if note and len(missing) == len(values) else {}
+        left_out = {ITEM_LEFT_OUT: 0} if note and len(missing) == len(values) else {}
         if missing and not left_out:
             gaps[number] = f"item {number} lacks {', '.join(missing)}"
         said = {principle: value for principle, value in values.items() if value is not None} | left_out
@@ -245,7 +245,7 @@ def sheet_frame(records: list[dict], kit: dict):
     elif gaps:
         found = f"{len(gaps)} of {len(numbers)} items are unfinished: {_some(list(gaps))} ({[*gaps.values()][0]})"
         said = f"{found}; finish them, and write a note on an item that was left out on purpose"
-    elif all(principle == LEFT_OUT for _, principle, *_ in rows):
+    elif all(principle == ITEM_LEFT_OUT for _, principle, *_ in rows):
         said = "every item was left out, expected answers; take the file off agreement.annotations"
     if said:
         raise StudyError(f"{records[0]['where']}: {said}")
@@ -314,7 +314,7 @@ def unshuffle(annotations, key):
     import numpy as np
 
     own = key.rename(columns={"kit": "kit_id"})
-    annotations = annotations.loc[annotations.principle != LEFT_OUT, list(ANNOTATION_COLUMNS)]
+    annotations = annotations.loc[annotations.principle != ITEM_LEFT_OUT, list(ANNOTATION_COLUMNS)]
     joined = annotations.merge(own, on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False)
     lost = joined[joined.speech_id.isna()]
     if len(lost):

@@ -17,7 +17,7 @@ from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
 from ..core.tables import PALETTE, new_figure
 from ..corpus.privacy import mask_texts
-from ..evaluation.annotations import ANNOTATION_COLUMNS, GIVEN_COLUMNS, LEFT_OUT, LOSING, SIMULATED
+from ..evaluation.annotations import ANNOTATION_COLUMNS, GIVEN_COLUMNS, ITEM_LEFT_OUT, LOSING, SIMULATED
 from ..evaluation.annotations import annotation_files, read_annotations, simulate, unshuffle
 from ..evaluation.kits import run_kits, write_kits
 from ..evaluation.win_rates import SETTINGS
@@ -524,7 +524,7 @@ def annotator_rows(annotations) -> list[dict]:
     names = numbered_names(annotations.annotator)
     return [
         {"in tables": names[name], "annotator": name, "items": own.groupby("kit_id").item_id.nunique().to_dict()}
-        for name, own in annotations[annotations.principle != LEFT_OUT].groupby("annotator")
+        for name, own in annotations[annotations.principle != ITEM_LEFT_OUT].groupby("annotator")
     ]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #dfaa390b

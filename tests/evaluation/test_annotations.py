@@ -16,7 +16,7 @@ from refusals import one_line
 from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.core.prompts import BATTLE_KEYS
 from psycopref.evaluation.annotations import ANNOTATION_COLUMNS, VALUES, annotation_files, simulate, unshuffle
-from psycopref.evaluation.annotations import LEFT_OUT, read_annotations
+from psycopref.evaluation.annotations import ITEM_LEFT_OUT, read_annotations
 from psycopref.evaluation.kits import SIDES, TASK_QUESTIONS, kit_csv, kit_html, label_studio_config, label_studio_tasks
 from psycopref.evaluation.kits import make_kit
 
@@ -191,7 +191,7 @@ def test_an_item_may_be_left_out_with_a_note_and_an_unfinished_file_says_which_i
     fourth, seventh = (KIT["items"][place]["item_id"] for place in (3, 6))
     noted = read(save(tmp_path, form, KIT, ANSWERS | {fourth: {"note": "Too close; I stopped."}}), KIT)
     assert noted[noted.item_id == fourth][["principle", "note"]].values.tolist() == [
-        [LEFT_OUT, "Too close; I stopped."]
+        [ITEM_LEFT_OUT, "Too close; I stopped."]
     ]
     answered = unshuffle(noted, KEY)
     assert len(answered) == 11 * 8 and fourth not in set(answered.item_id)
@@ -230,7 +230,7 @@ def test_the_note_of_a_skipped_task_is_kept(tmp_path):
     tasks = studio(KIT, ANSWERS | {FIRST: {"note": "My brother."}})
     tasks[0]["annotations"][0]["was_cancelled"] = True
     frame = read(dumped(tmp_path / "a.json", tasks), KIT)
-    assert frame.note[frame.principle == LEFT_OUT].tolist() == ["My brother."]
+    assert frame.note[frame.principle == ITEM_LEFT_OUT].tolist() == ["My brother."]
 
 
 def test_one_label_studio_file_holds_several_annotators(tmp_path):
