@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import functools
 import gzip
@@ -57,7 +58,7 @@ def check_columns(columns: typing.Iterable, explain: bool, where: str) -> tuple[
     columns = list(columns)
     for problem, wrong in (
         ("more than once", [name for name in columns if columns.count(name) > 1]),
-        ("already", [name for name in added_columns(explain) if name in columns]),
+        ("already, which would be added", [name for name in added_columns(explain) if name in columns]),
     ):
         if wrong:
             raise StudyError(f"{where}: has the column {wrong[0]!r} {problem}; rename it, or leave it out")
@@ -219,9 +220,10 @@ def _write_text(file: typing.TextIO, form: str, rows) -> None:
     "Write rows (frame of plain objects) as csv, json or lines of JSON."
     as_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
     if form == "csv":
-        cells = rows.map(lambda cell: as_json(cell) if isinstance(cell, (list, dict)) else cell)
-        returns = cells.map(lambda cell: isinstance(cell, str) and "\r" in cell).any(axis=None)
-        cells.to_csv(file, index=False, lineterminator="\r\n" if returns else "\n")  # or it would not be quoted
+        table = [list(rows), *rows.itertuples(index=False, name=None)]
+        table = [[as_json(cell) if isinstance(cell, (list, dict)) else cell for cell in row] for row in table]
+        returns = any(isinstance(cell, str) and "\r" in cell for row in table for cell in row)
+        csv.writer(file, lineterminator="\r\n" if returns else "\n").writerows(table)  # else it would quote no "\r"
         return
     lines = map(as_json, rows.to_dict("records"))
     file.write("[" + ",\n".join(lines) + "]\n" if form == "json" else "".join(f"{line}\n" for line in lines))
