@@ -30,6 +30,14 @@ def _rows_of_a_speech(count: np.ndarray) -> float:
     "Average the rows of those speeches that have any. count: rows of each speech."
     return count.sum() / max((count > 0).sum(), 1)
 
+
+def _within_scale(value: float, low: float, high: float) -> dict:
+    "Cut an estimate with its interval at 0 and 1; refuse an interval that lies wholly outside."
+    if high <= 0 or low >= 1:
+        return dict(estimate=np.nan, low=np.nan, high=np.nan, note="labelled rows are unlike the others")
+    estimate, low, high = np.clip([value, low, high], 0, 1).tolist()
+    return dict(estimate=estimate, low=low, high=high, note="" if estimate == value else "cut")
+
 # %% ../../nbs/stats/05_judge_error.ipynb #2d676309
 def tuned_power(judged: np.ndarray, labels: np.ndarray) -> float:
     """Return the weight of the judge that makes the prediction-powered mean surest (PPI++, Angelopoulos et al. 2023).
@@ -57,22 +65,23 @@ def prediction_powered(
 
     judged: 1 where the judge says win, else 0, (n,); labels: the same of people, or the share of them, NaN where
     nobody labelled, (n,); labelled rows are drawn at random from all; clusters: id of each row's speech; None: each row
-    is a speech; power: λ; None takes `tuned_power`; samples: draws of the interval. Returns estimate,
-    low, high (shares), power; NaN without a label. An estimate outside [0, 1] is cut. Source: PPI++ (2023)."""
+    is a speech; power: λ; None takes `tuned_power`; samples: draws of the interval. Returns estimate, low, high (in
+    [0, 1]; NaN without a label), power, note: "", "cut" (of the estimate, at 0 or 1) or why there is none: no label, or
+    the whole interval lies outside [0, 1]. Source: PPI++ (2023)."""
     judged, known, labelled = _checked_rows("prediction_powered", judged, labels)
     power = tuned_power(judged, labels) if power is None else power
     if not power or labelled.all() or not labelled.any():
         own, ids = known[labelled], None if clusters is None else np.asarray(clusters)[labelled]
         low, high = mean_interval(own, ids, (0, 1), samples, level, seed)
-        return dict(estimate=float(own.mean()) if len(own) else np.nan, low=low, high=high, power=0.0)
+        found = dict(estimate=float(own.mean()), note="") if len(own) else dict(estimate=np.nan, note="no labels")
+        return found | dict(low=low, high=high, power=0.0)
     left = (known - power * judged) * labelled
     totals = cluster_totals(np.column_stack([judged * ~labelled, ~labelled, left, labelled]), clusters)
     m, k = (_rows_of_a_speech(totals[:, column]) for column in (1, 3))
     invented = [[0, m, 0, 0], [m, m, 0, 0], [0, 0, -power * k, k], [0, 0, k, k]]
     drawn, own = weighted_totals(totals, invented, samples, seed), totals.sum(axis=0)[None]
-    draws, [value] = (np.clip(power * t[:, 0] / t[:, 1] + t[:, 2] / t[:, 3], 0, 1) for t in (drawn, own))
-    low, high = stretched(draws, value, level)
-    return dict(estimate=float(value), low=low, high=high, power=power)
+    draws, [value] = (power * t[:, 0] / t[:, 1] + t[:, 2] / t[:, 3] for t in (drawn, own))
+    return _within_scale(value, *stretched(draws, value, level)) | dict(power=power)
 
 # %% ../../nbs/stats/05_judge_error.ipynb #29c3aee3
 def _solved(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -110,8 +119,5 @@ def rogan_gladen(
     ends = ((0, 0), (0, 1), (1, 0), (1, 1))  # people, judge
     invented = [[m * f, m, k * y * f, k * y, k * (1 - y) * f, k * (1 - y)] for y, f in ends]
     draws, s, t = _solved(weighted_totals(totals, invented, samples, seed))
-    low, high = stretched(np.where(s + t > 1, draws, np.arange(len(draws)) % 2), value, level)
-    if high <= 0 or low >= 1:
-        return dict(estimate=np.nan, low=np.nan, high=np.nan, **known_ends, note="labelled rows are unlike the others")
-    estimate, low, high = np.clip([value, low, high], 0, 1).tolist()
-    return dict(estimate=estimate, low=low, high=high, **known_ends, note="" if estimate == value else "cut")
+    draws = np.where(s + t > 1, draws, np.arange(len(draws)) % 2)
+    return _within_scale(value, *stretched(draws, value, level)) | known_ends

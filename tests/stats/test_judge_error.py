@@ -165,10 +165,11 @@ def test_twenty_labels_that_agree_leave_a_doubt_of_half_a_speech_either_way():
     assert ends(found) == pytest.approx(0.5 + np.quantile(weights[:, 1] - weights[:, 2], [0.025, 0.975]), abs=0.006)
 
 
-def test_a_mean_beyond_the_scale_is_cut():
-    labels, judged = np.repeat([1, np.nan], [20, 80]), np.repeat([0, 1, 0], [20, 70, 10])
-    found = prediction_powered(judged, labels, power=1.0)
-    assert found["estimate"] == found["high"] == 1 > found["low"]
+def test_a_mean_beyond_the_scale_is_cut_or_refused():
+    labels = np.repeat([1, np.nan], [20, 80])
+    cut, beyond = (prediction_powered(np.repeat([1, 0, 1], [n, 20 - n, 80]), labels, power=1.0) for n in (18, 10))
+    assert cut["note"] == "cut" and cut["estimate"] == cut["high"] == 1 and 0.9 < cut["low"] < 1
+    assert np.isnan(beyond["estimate"]) and "unlike the others" in beyond["note"]
 
 
 # ---- speeches ----
