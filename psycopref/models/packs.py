@@ -159,6 +159,14 @@ def _by_kernel(query, key, value, pack: Pack, scaling, window):
 _NAME = "psycopref_segments"
 
 
+def _has_window(layer) -> bool:
+    "Tell whether a model's configuration gives an attention layer a window."
+    config = getattr(layer, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    own = kinds[layer.layer_idx] in ("sliding_attention", "chunked_attention") if kinds else True
+    return own and getattr(config, "sliding_window", None) is not None
+
+
 def packed_attention(
     module, query, key, value, mask, scaling=None, dropout=0.0, pack=None, sliding_window=None, softcap=None, **others
 ):
@@ -168,6 +176,8 @@ def packed_attention(
     import torch
 
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
+    if sliding_window is None and _has_window(module):
+        unknown.append("a window that only its mask knows")  # which is left out here, and longer than the probe's texts
     if unknown or dropout:
         raise NotImplementedError(f"its attention needs {unknown or 'dropout'}")
     kind = query.device.type
