@@ -28,7 +28,7 @@ NEW = added_columns()
 
 
 class Acts(types.ModuleType):
-    """Stand for `rater.scoring`: a score counts words of the response, 0.25 each, and of the client, .001 each."""
+    """Stand for `rater.scoring`: words of the response count .25, of the client .001, and each principle .01 more."""
 
     def __init__(self):
         super().__init__("psycopref.rater.scoring")
@@ -37,7 +37,8 @@ class Acts(types.ModuleType):
     def score_answers(self, clients, responses, heads="acts", dtype="auto"):
         self.calls.append((heads, list(clients), list(responses)))
         words = [1 + len(text.split()) / 4 + len(said.split()) / 1000 for said, text in zip(clients, responses)]
-        return pd.DataFrame({key: np.minimum(words, 5) for key in reversed(PRINCIPLE_KEYS)})
+        found = {key: np.minimum(np.array(words) + i / 100, 5) for i, key in enumerate(PRINCIPLE_KEYS)}
+        return pd.DataFrame(found)[[*reversed(PRINCIPLE_KEYS)]]
 
     def explain_answers(self, clients, responses, heads="acts", dtype="auto"):
         return [json.dumps([[text, ["open question"] * text.endswith("?")]]) for text in responses]
@@ -72,7 +73,8 @@ def test_a_frame_is_rated_in_one_call_and_stays_as_it_was(acts):
     pd.testing.assert_frame_equal(rated[frame.columns], frame)
     assert list(rated) == [*frame, *NEW, "acts"]
     assert acts.calls == [("acts-annomi", ["I can't sleep.", "", ""], ["Since when?", "Go on.", "Hm."])]
-    assert rated.empathy_score.tolist()[:2] == [1.503, 1.5] and rated.mean_score.iloc[1] == 1.5
+    assert rated.filter(like="_score").iloc[0, :7].tolist() == pytest.approx([1.503 + i / 100 for i in range(7)])
+    assert rated.empathy_score.iloc[1] == 1.5 and rated.mean_score.iloc[1] == pytest.approx(1.53)
     assert rated.empathy_rating.dtype == "Int64" and rated.empathy_rating.iloc[[0, 1, 3]].tolist() == [2, 2, 1]
     assert rated.iloc[2][[*NEW, "acts"]].isna().all()
     assert json.loads(rated["acts"].iloc[0]) == [["Since when?", ["open question"]]]
