@@ -104,7 +104,7 @@ def test_a_head_in_half_precision_is_never_copied_whole():
 def test_second_derivatives_are_refused_as_they_would_be_wrong():
     hidden = torch.randn(3, 8, requires_grad=True)
     own, _, _ = log_probs(hidden, torch.randn(50, 8), torch.tensor([1, 2, 3]))
-    [slope] = torch.autograd.grad(own.sum(), hidden, create_graph=True)
+    [slope] = torch.autograd.grad(own.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.square().sum().backward()
 
