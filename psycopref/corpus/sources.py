@@ -130,6 +130,9 @@ def _read_csv(path: Path, text: str) -> dict[str, list]:
     try:
         for cells in filter(None, reader):
             rows.append(cells)
+            if len(rows[0]) == 1 and (mark := re.search("[;\t]", rows[0][0])):
+                found = f"its cells are divided by {mark[0]!r}, expected commas"
+                raise StudyError(f"{path}: {found}; save it as CSV with commas")
             if len(cells) != len(rows[0]):
                 raise StudyError(
                     f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(rows[0])} cells; "

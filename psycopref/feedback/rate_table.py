@@ -49,8 +49,8 @@ def text_column(columns: list, names: tuple[str, ...], where: str, remedy: str =
     if found:
         raise StudyError(f"{where}: has both columns {' and '.join(found)}; rename the one that is not meant")
     close = [name for name in columns if difflib.get_close_matches(str(name).strip().casefold(), names, 1)]
-    hint = f"rename {close[0]!r}" if close else f"name one so{remedy}"
-    raise StudyError(f"{where}: has no column {' or '.join(names)}, found {list(columns)[:8]}; {hint}")
+    hint = f"is {close[0]!r} meant? Rename it" if close else "name one so"
+    raise StudyError(f"{where}: has no column {' or '.join(names)}, found {list(columns)[:8]}; {hint}{remedy}")
 
 
 def check_columns(columns: typing.Iterable, explain: bool, where: str) -> tuple[str, str]:
@@ -62,7 +62,7 @@ def check_columns(columns: typing.Iterable, explain: bool, where: str) -> tuple[
     ):
         if wrong:
             raise StudyError(f"{where}: has the column {wrong[0]!r} {problem}; rename it, or leave it out")
-    alone = ", and leave its cells empty where only responses are known"
+    alone = ", or add one with empty cells to rate responses alone"
     return text_column(columns, CLIENT, where, alone), text_column(columns, RESPONSE, where)
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #3a077e09

@@ -243,6 +243,7 @@ BAD = {
     "quote.csv": (b'Context,Response\n"a,b\nc,d\n', "unexpected end of data"),
     "after.csv": (b'Context,Response\n"a"b,c\n', "line 2"),
     "twice.csv": (b"Context,Context\na,b\n", "more than once"),
+    "tabs.csv": (b"Context\tResponse\na, b\tc\n", "divided by '\\t'"),
     "twice.jsonl": (b'{"Context": "a", " Context": "b"}\n', "more than once"),
     "nul.csv": (b"Context,Response\na,b\nc\0,d\n", "line 3: holds a NUL"),
     "latin.csv": ("Context,Response\ncaf\xe9,b\n".encode("latin-1"), "UTF-8 (byte 20)"),
