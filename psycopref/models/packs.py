@@ -212,6 +212,8 @@ def _packing_forward(backbone):
             if self.config._attn_implementation == _NAME:
                 self.config._attn_implementation = plain_attention
             return plain_forward(self, *args, **keywords)
+        for masks in (_seen, _segment_bias):
+            masks.cache_clear()  # those of other packs: of long texts they would fill a gigabyte
         self.config._attn_implementation = _NAME
         own = {name: value for name, value in keywords.items() if name not in _OWN_INPUTS}
         unused = pack.keys.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is handed on as it is
