@@ -191,12 +191,8 @@ def _scale_agreement(table, speech: dict, samples: int, seed: int) -> dict:
     if len(table) < 2:
         return dict.fromkeys([*names.values(), "bias"])
     found = intraclass(table.to_numpy(float).T, table.index.map(speech).to_numpy(), samples, seed=seed)
-    ends = {
-        own: " to ".join(f"{found[f'icc_{key}_{end}']:.2f}" for end in ("low", "high")) for key, own in names.items()
-    }
-    worded = {own: f"{found[f'icc_{key}']:.2f} ({ends[own]})" for key, own in names.items()}
-    undefined = found["icc_c"] != found["icc_c"]
-    return (dict.fromkeys(worded) if undefined else worded) | {"bias": round(found["bias"], 2)}
+    ends = {own: [found[f"icc_{key}{end}"] for end in ("", "_low", "_high")] for key, own in names.items()}
+    return {own: with_interval(*three, 2) for own, three in ends.items()} | {"bias": round(found["bias"], 2)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #277bd4b7
 CONSISTENT_JUDGE = "the judge in both orders"

@@ -298,6 +298,10 @@ def test_scores_have_intraclass_correlations_and_comparisons_have_none(kits):
     assert all(0 < float(row["ICC(A,1)"].split()[0]) < 1 for row in lines)
     assert "ICC(A,1) = " in study.expert_agreement_sentences(found["agreement"], False)[-2]
     assert not any(row.get("ICC(A,1)") for row in found["agreement"] if row["what"] == KITS["labels"])
+    few = column_agreement(
+        pd.DataFrame({"first": [1, 2, 3, 4], "second": [1, 2, 4, 4]}), dict.fromkeys(range(4), "s"), 50, 0, "ordinal"
+    )
+    assert few["ICC(A,1)"] == "0.94 (no interval: too few)"
 
 
 def corrected(kits, rules, battles=BATTLES):
