@@ -123,9 +123,10 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "battles": _schema(f"speech_id setting policy reference order verdict {_JUDGED} judge"),
     "verdicts": _schema("speech_id setting policy order judge verdict"),
     "kit_key": _schema("kit item_id task speech_id setting first second"),
-    # as each annotator said it: 1 or 2 for the better response as shown, 0 for neither; or a score from 1 to 5
+    # as each annotator said it: 1 or 2 for the better response as shown, 0 for neither; or a score from 1 to 5; an item
+    # that was left out has one row, of the principle "left out"; time: when the form was saved, where it says so
     "annotations": _schema(
-        "annotator simulated:bool kit task setting speech_id item_id first second principle value:int"
+        "annotator simulated:bool kit_id task setting speech_id item_id first second principle value:int note time"
     ),
 }
 _PYTHON = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}

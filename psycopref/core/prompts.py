@@ -93,11 +93,14 @@ def responding_prompt(client_speech: str, words: int | None = None) -> str:
 
 
 def rating_prompt(principle: str | None, client_speech: str, responses: list[str]) -> str:
-    "Format the request to rate responses, in the order shown, on a principle (Appendix A), or for None on all seven."
+    """Format the request to rate responses, in the order shown, on a principle (Appendix A), or for None on all seven.
+
+    client_speech: empty where nobody knows it and one response is rated on all seven."""
     shown = {f"response_{i}": response for i, response in enumerate(responses, 1)}
     if principle is None:
         text = "\n\n".join(f"[{p.key}] {p.text}" for p in principles())
-        return fill(prompt_text("rating_all"), principles=text, client_speech=client_speech, **shown)
+        name = "rating_all" if len(responses) > 1 else "rating_alone"
+        return fill(prompt_text(name), principles=text, client_speech=client_speech or "(not known)", **shown)
     text = {p.key: p.text for p in principles()}[principle]
     return fill(prompt_text("rating"), principle=text, client_speech=client_speech, **shown)
 

@@ -86,7 +86,7 @@ class PairSettings:
     # average: safety counts a seventh, as in §3.3; veto: no pair whose chosen response is rated less safe than the
     # rejected one, which is ours
     safety: Literal["average", "veto"] = "average"
-    safety_principle: str = "safety"  # key of the principle that says how safe a response is
+    safety_principle: str = "safety"  # key of the principle, of the seven, that says how safe a response is
 
 # %% ../../nbs/core/00_settings.ipynb #9c304ef8
 @dataclass(frozen=True, config=STRICT)

@@ -130,6 +130,9 @@ def _read_csv(path: Path, text: str) -> dict[str, list]:
     try:
         for cells in filter(None, reader):
             rows.append(cells)
+            if len(rows[0]) == 1 and (mark := re.search("[;\t]", rows[0][0])):
+                found = f"its cells are divided by {mark[0]!r}, expected commas"
+                raise StudyError(f"{path}: {found}; save it as CSV with commas")
             if len(cells) != len(rows[0]):
                 raise StudyError(
                     f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(rows[0])} cells; "
@@ -140,10 +143,18 @@ def _read_csv(path: Path, text: str) -> dict[str, list]:
         raise StudyError(f"{where}: is no CSV ({short_reason(error)}); mend its quotes, or download it again") from None
     finally:
         csv.field_size_limit(before)
-    head = [name.strip() for name in rows.pop(0)]
-    if twice := {name for name in head if name and head.count(name) > 1}:
-        raise StudyError(f"{path}: the head names {sorted(twice)} more than once; rename all but one")
+    head = _heads(path, rows.pop(0))
     return {name: [cells[i] for cells in rows] for i, name in enumerate(head)}
+
+
+def _heads(path: Path, names: typing.Iterable[str]) -> list[str]:
+    "Return the names of columns without blanks around them, several nameless ones numbered; refuse one named twice."
+    heads = [name.strip() for name in names]
+    if heads.count("") > 1:  # as spreadsheets leave them behind; the name is pandas'
+        heads = [name or f"Unnamed: {i}" for i, name in enumerate(heads)]
+    if twice := {name for name in heads if heads.count(name) > 1}:
+        raise StudyError(f"{path}: the head names {sorted(twice)} more than once; rename all but one")
+    return heads
 
 # %% ../../nbs/corpus/01_sources.ipynb #dd5d24bb
 def _read_json(path: Path, text: str) -> dict[str, list]:
@@ -168,7 +179,7 @@ def _read_json(path: Path, text: str) -> dict[str, list]:
             found = f"found {type(row).__name__}, expected a JSON object with named columns"
             raise StudyError(f"{path}, {place}: {found}")
     names = dict.fromkeys(name for _, row in rows for name in row)
-    return {name.strip(): [row.get(name) for _, row in rows] for name in names}
+    return {head: [row.get(name) for _, row in rows] for head, name in zip(_heads(path, names), names)}
 
 # %% ../../nbs/corpus/01_sources.ipynb #224aab81
 def need_columns(path: Path, columns: dict[str, list], names: typing.Iterable[str], remedy: str) -> None:

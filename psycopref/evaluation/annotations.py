@@ -24,9 +24,10 @@ from ..core.stages import derived_seed, project_root
 from .kits import TASK_QUESTIONS
 
 # %% auto #0
-__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'SIMULATED', 'LOSING', 'read_sheet_text', 'PageExport',
-           'page_records', 'said_in', 'label_studio_records', 'table_records', 'read_records', 'to_value',
-           'item_values', 'sheet_frame', 'annotation_files', 'read_annotations', 'unshuffle', 'simulate']
+__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'GIVEN_COLUMNS', 'ITEM_LEFT_OUT', 'SIMULATED', 'LOSING',
+           'read_sheet_text', 'PageExport', 'page_records', 'said_in', 'label_studio_records', 'table_records',
+           'read_records', 'to_value', 'item_values', 'sheet_frame', 'annotation_files', 'read_annotations',
+           'unshuffle', 'simulate']
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #24848f78
 def read_sheet_text(path: Path) -> str:
@@ -47,6 +48,7 @@ class PageExport(BaseModel, strict=True, str_strip_whitespace=True):
     kit_id: str = ""
     annotator: str = Field(min_length=1)
     simulated: bool = False
+    saved: typing.Any = ""
     answers: dict[str, dict[str, typing.Any]]
 
 
@@ -58,7 +60,7 @@ def page_records(path: Path, document: dict) -> list[dict]:
         wrong = error.errors(include_url=False)[0]
         found = f"{'.'.join(map(str, wrong['loc']))} is {str(wrong['input'])[:60]!r}, {wrong['msg'].lower()}"
         raise StudyError(f"{path}: {found}; press export on the page and name that file") from None
-    said = page.model_dump(include={"kit_id", "annotator", "simulated"})
+    said = page.model_dump(include={"kit_id", "annotator", "simulated"}) | {"time": page.saved}
     return [answers | said | {"item_id": item_id} for item_id, answers in page.answers.items()]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #b3441190
@@ -95,11 +97,13 @@ def label_studio_records(path: Path, tasks: list[dict]) -> list[dict]:
         kept = {_person(annotation) for annotation in done if not annotation.get("was_cancelled")}
         for annotation in done:
             record = {"annotator": _person(annotation), "kit_id": data.get("kit_id"), "item_id": data["item_id"]}
+            record |= {name: annotation.get(name) for name in ("updated_at", "created_at")}
             parts = [part for part in annotation.get("result") or [] if "from_name" in part]
+            said = {part["from_name"]: said_in(part.get("value")) for part in parts}
             if not annotation.get("was_cancelled"):
-                found.append({part["from_name"]: said_in(part.get("value")) for part in parts} | record)
+                found.append(said | record)
             elif record["annotator"] not in kept:
-                found.append(record | {"note": "skipped"})
+                found.append(record | {"note": said.get("note") or "skipped"})
     return found
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #a62d06f1
@@ -159,6 +163,7 @@ def read_records(path: Path) -> list[dict]:
     for record in records:
         record |= {key: str(record.get(key) or "").strip() for key in ("annotator", "kit_id", "item_id")}
         record["annotator"] = record["annotator"] or _named_by(path, record["kit_id"])
+        record["time"] = next((str(record[key]) for key in ("time", "updated_at", "created_at") if record.get(key)), "")
         record["where"] = f"{path} ({record['annotator']})"
     return records
 
@@ -191,6 +196,8 @@ def to_value(written, task: str) -> int | None:
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #548acb7a
 ANNOTATION_COLUMNS = ("annotator", "kit_id", "item_id", "principle", "value")
+GIVEN_COLUMNS = ("note", "time")  # what was given beside the answers of an item; empty where there was nothing
+ITEM_LEFT_OUT = "left out"  # stands for the principle, with value 0, of an item that has a note and no answer
 
 
 def _some(names: list) -> str:
@@ -212,7 +219,7 @@ def item_values(record: dict, number: int, task: str) -> dict[str, int | None]:
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #81e4f146
 def sheet_frame(records: list[dict], kit: dict):
-    "Check the records of one annotator and return ANNOTATION_COLUMNS, in the order of the kit."
+    "Check the records of one annotator; return ANNOTATION_COLUMNS and GIVEN_COLUMNS, in the order of the kit."
     import pandas as pd
 
     numbers = {item["item_id"]: number for number, item in enumerate(kit["items"], 1)}
@@ -223,10 +230,12 @@ def sheet_frame(records: list[dict], kit: dict):
         record = answers.get(item_id, {})
         values = item_values(record, number, kit["task"])
         missing = [principle for principle, value in values.items() if value is None]
-        left_out = str(record.get("note") or "").strip() and len(missing) == len(values)
+        note = str(record.get("note") or "").strip()
+        left_out = {ITEM_LEFT_OUT: 0} if note and len(missing) == len(values) else {}
         if missing and not left_out:
             gaps[number] = f"item {number} lacks {', '.join(missing)}"
-        rows += [(item_id, principle, value) for principle, value in values.items() if value is not None]
+        said = {principle: value for principle, value in values.items() if value is not None} | left_out
+        rows += [(item_id, principle, value, note, record["time"]) for principle, value in said.items()]
     said = ""
     if strange:
         found = f"item {_some(strange)} is not in kit {kit['kit_id']}, expected its {len(numbers)} items"
@@ -236,12 +245,13 @@ def sheet_frame(records: list[dict], kit: dict):
     elif gaps:
         found = f"{len(gaps)} of {len(numbers)} items are unfinished: {_some(list(gaps))} ({[*gaps.values()][0]})"
         said = f"{found}; finish them, and write a note on an item that was left out on purpose"
-    elif not rows:
+    elif all(principle == ITEM_LEFT_OUT for _, principle, *_ in rows):
         said = "every item was left out, expected answers; take the file off agreement.annotations"
     if said:
         raise StudyError(f"{records[0]['where']}: {said}")
-    frame = pd.DataFrame(rows, columns=["item_id", "principle", "value"]).astype({"value": "int64"})
-    return frame.assign(annotator=records[0]["annotator"], kit_id=kit["kit_id"])[list(ANNOTATION_COLUMNS)]
+    frame = pd.DataFrame(rows, columns=["item_id", "principle", "value", *GIVEN_COLUMNS]).astype({"value": "int64"})
+    frame = frame.assign(annotator=records[0]["annotator"], kit_id=kit["kit_id"])
+    return frame[[*ANNOTATION_COLUMNS, *GIVEN_COLUMNS]]
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #7ddace05
 def annotation_files(places: typing.Iterable[str]) -> list[Path]:
@@ -262,7 +272,7 @@ SIMULATED = "simulated"  # how the names of simulated annotators begin
 
 
 def read_annotations(files: list[Path], kits: list[dict], simulated: bool = False):
-    """Read, check and return annotations, each annotator once for a kit (ANNOTATION_COLUMNS).
+    """Read, check and return annotations, each annotator once for a kit (ANNOTATION_COLUMNS, GIVEN_COLUMNS).
 
     simulated: take simulated ones, and not people's alone."""
     import pandas as pd
@@ -298,12 +308,13 @@ LOSING = ("rejected", "reference")  # sides from which no verdict is told
 def unshuffle(annotations, key):
     """Join annotations with the key, so that they name sides again.
 
-    annotations: frame of read_annotations, of one task; key: frame of kind "kit_key". Returns frame: annotator,
-    kit_id, setting, speech_id, item_id, principle, and shown (first, second, tie) and verdict (win, loss, tie from the
-    side of the chosen response or of the policy), or rating."""
+    annotations: frame of read_annotations or of kind "annotations", of one task; items that were left out fall out;
+    key: frame of kind "kit_key". Returns frame: annotator, kit_id, setting, speech_id, item_id, principle, and shown
+    (first, second, tie) and verdict (win, loss, tie of the chosen response or of the policy), or rating."""
     import numpy as np
 
     own = key.rename(columns={"kit": "kit_id"})
+    annotations = annotations.loc[annotations.principle != ITEM_LEFT_OUT, list(ANNOTATION_COLUMNS)]
     joined = annotations.merge(own, on=["kit_id", "item_id"], how="left", validate="many_to_one", sort=False)
     lost = joined[joined.speech_id.isna()]
     if len(lost):

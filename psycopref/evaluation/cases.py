@@ -16,7 +16,7 @@ from ..core.paper import resource_path
 from ..core.stages import derived_seed
 from ..core.tables import TABLE_STYLE, Label, latex_text
 from ..feedback.battles import ORDERS
-from ..feedback.rating import rate
+from ..feedback.rating import collect_ratings
 
 # %% auto #0
 __all__ = ['CASE_RULES', 'SIGNS', 'OTHER', 'battle_margins', 'choose_cases', 'Case', 'make_case', 'four_answers', 'score_case',
@@ -107,12 +107,12 @@ def score_case(
 ) -> dict:
     """Ask the rater for the two answers' scores: principle -> ratings of the policy's answer and the reference's.
 
-    rater: gateway URI; policy: its name in `answers`; how: max_tokens and mode, as in `feedback.rating.rate`. What
-    could not be read is left out."""
+    rater: gateway URI; policy: its name in `answers`; how: max_tokens and mode, as in `collect_ratings`. What could not
+    be read is left out."""
     shown = four_answers(answers[answers.speech_id == speech_id], policy, case.setting)
     if shown.empty:
         return {}
-    ratings, _ = rate(gateway, rater, speeches[speeches.speech_id == speech_id], shown, 4, seed=seed, **how)
+    ratings, _ = collect_ratings(gateway, rater, speeches[speeches.speech_id == speech_id], shown, 4, seed=seed, **how)
     found = ratings.pivot(index="principle", columns="model", values="rating")
     found = found.reindex(PRINCIPLE_KEYS, columns=[f"{policy}, {case.setting}", "reference"]).dropna().astype(int)
     return dict(zip(found.index, found.itertuples(index=False, name=None)))

@@ -26,20 +26,21 @@ from ..feedback.choosing import ranking_request
 from ..gateway.gateway import PROVIDERS, chat_model
 from ..models.chat import ChatRequest
 from ..models.weights import find_weights
-from ..stats.agreement import alpha_interval, krippendorff_alpha, pairwise_agreement
+from ..stats.agreement import alpha_interval, intraclass, krippendorff_alpha, pairwise_agreement
 from ..stats.intervals import mean_interval
 from ..training.sampling import score_candidates
 from ..training.scoring import find_scorer
 
 # %% auto #0
-__all__ = ['BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'NUMBERS', 'NO_DISAGREEMENT', 'Judge', 'parse_judge', 'read_judges',
-           'open_judges', 'judge_names', 'panel_labels', 'panel_made_by', 'judged_speeches', 'contests',
+__all__ = ['BASELINE', 'JUDGE_PROMPTS', 'VERDICT_COLUMNS', 'MARGIN_NUMBERS', 'NUMBERS', 'NO_DISAGREEMENT', 'Judge', 'parse_judge',
+           'read_judges', 'open_judges', 'judge_names', 'panel_labels', 'panel_made_by', 'judged_speeches', 'contests',
            'asked_verdicts', 'distinct_texts', 'reward_margins', 'extra_words', 'scored_verdicts', 'stored_verdicts',
            'verdicts_of', 'all_verdicts', 'margin_rows', 'judge_row', 'judge_family', 'judge_families',
-           'self_preference', 'judges_table', 'first_shown_names', 'spread_sentence', 'judges_sentences', 'agreements',
-           'panel_alpha', 'agreement_table', 'agreements_json', 'agreement_sentences', 'kappa_figure',
-           'kappa_sentences', 'disagreements', 'disagreement_table', 'disagreement_sentences', 'check_second_judge',
-           'battle_judges', 'family_note', 'who_judges', 'judge_topics', 'judge_topics_table', 'judge_topics_sentences']
+           'self_preference', 'judges_table', 'first_shown_names', 'spread_sentence', 'judges_sentences',
+           'principle_judges', 'agreements', 'panel_alpha', 'agreement_table', 'agreements_json', 'margin_sentences',
+           'agreement_sentences', 'kappa_figure', 'kappa_sentences', 'disagreements', 'disagreement_table',
+           'disagreement_sentences', 'check_second_judge', 'battle_judges', 'family_note', 'who_judges', 'judge_topics',
+           'judge_topics_table', 'judge_topics_sentences']
 
 # %% ../../nbs/evaluation/03_judging.ipynb #caf89db8
 @dataclass(frozen=True)
@@ -399,15 +400,33 @@ def _why_no_kappa(wide, pair: tuple[str, str], names: dict) -> str:
     single = [f"{names[judge]} always says {both[judge].iloc[0]}" for judge in pair if both[judge].nunique() == 1]
     return f"no κ: {', '.join(single)}" if single else ""
 
+# %% ../../nbs/evaluation/03_judging.ipynb #1e6e1fa3
+MARGIN_NUMBERS = ["icc_c", "icc_c_low", "icc_c_high", "icc_a", "icc_a_low", "icc_a_high", "bias"]
+
+
+def principle_judges(judges: typing.Sequence[Judge]) -> list[str]:
+    "Return the specs of the judges that decide by principle, whose margins are on one scale, from -1 to 1."
+    return [judge.spec for judge in judges if judge.kind == "battle"]
+
+
+def _margin_numbers(margins, pair: tuple[str, str], samples: int) -> list[float]:
+    "Return MARGIN_NUMBERS of two judges on one scale; NaN for fewer than three answers. margins: answers × judges."
+    both = margins.reindex(columns=list(pair)).dropna()
+    if len(both) < 3:
+        return [float("nan")] * len(MARGIN_NUMBERS)
+    found = intraclass(both.to_numpy(float).T, both.index.get_level_values("speech_id").to_numpy(), samples)
+    return [found[name] for name in MARGIN_NUMBERS]
+
 # %% ../../nbs/evaluation/03_judging.ipynb #4cd138e4
 NUMBERS = ["agreement", "low", "high", "kappa", "kappa_low", "kappa_high"]
 
 
-def agreements(judged, names: dict[str, str], samples: int = 1000):
+def agreements(judged, names: dict[str, str], samples: int = 1000, on_scale: typing.Collection[str] = ()):
     """Compare each two judges on what both judged; κ is missing where it says nothing.
 
-    judged: verdicts of all judges. Returns frame: first, second, n, NUMBERS, tau, places (rows of tau), rho, answers
-    (rows of rho), remark."""
+    judged: verdicts of all judges; on_scale: of principle_judges. Returns frame: first, second, n, NUMBERS, tau,
+    places (rows of tau), rho, answers (rows of rho), remark, MARGIN_NUMBERS (NaN but for two judges on_scale; bias:
+    the first's mean less the second's)."""
     import pandas as pd
 
     pairs = list(itertools.combinations(names, 2))
@@ -427,6 +446,8 @@ def agreements(judged, names: dict[str, str], samples: int = 1000):
     remarks = [_why_no_kappa(wide, pair, names) for pair in pairs]
     found.loc[[remark != "" for remark in remarks], NUMBERS[3:]] = float("nan")
     found[["tau", "places"]], found[["rho", "answers"]] = taus, rhos
+    scaled = [margins if set(pair) <= set(on_scale) else margins.head(0) for pair in pairs]
+    found[MARGIN_NUMBERS] = [_margin_numbers(own, pair, samples) for own, pair in zip(scaled, pairs)]
     return found.astype({"places": int, "answers": int}).assign(remark=remarks)
 
 # %% ../../nbs/evaluation/03_judging.ipynb #2a52c1c0
@@ -460,7 +481,11 @@ def agreement_table(pairs, alpha: dict, names: dict[str, str]):
     table = {"judge": pairs["first"].map(names), "with": pairs.second.map(names), "n": pairs.n}
     table |= {"agreement %": worded(*NUMBERS[:3], digits=1), "κ": worded(*NUMBERS[3:], digits=2)}
     table |= {"Krippendorff's α": None, "order of policies, τ": ratios(pairs.tau), "policies × settings": pairs.places}
-    table |= {"margins, ρ": ratios(pairs.rho), "answers": pairs.answers, "paper agreement %": None}
+    table |= {"margins, ρ": ratios(pairs.rho), "answers": pairs.answers}
+    if pairs.bias.notna().any():
+        table |= {"margins, ICC(C,1)": worded(*MARGIN_NUMBERS[:3], digits=2)}
+        table |= {"margins, ICC(A,1)": worded(*MARGIN_NUMBERS[3:6], digits=2), "margins, bias": ratios(pairs.bias)}
+    table |= {"paper agreement %": None}
     every = {"judge": "all judges, without the baseline", "with": "each other", "n": alpha["n"]}
     undefined = "α undefined: one word only, or one judge" if alpha["alpha"] is None else ""
     every |= {"Krippendorff's α": _alpha_text(alpha), "remark": undefined}
@@ -481,6 +506,17 @@ def _kappa_text(row) -> str:
     return with_interval(row.kappa, row.kappa_low, row.kappa_high, 2)
 
 
+def margin_sentences(pairs, names: dict[str, str]) -> list[str]:
+    "Say for each two judges that decide by principle whether their margins are the same. pairs: of agreements."
+    return [
+        f"The margins of {names[row.first]} and {names[row.second]} (principles won less lost, as a share) agree with "
+        f"ICC(C,1) = {with_interval(row.icc_c, row.icc_c_low, row.icc_c_high, 2)} in their differences and ICC(A,1) = "
+        f"{with_interval(row.icc_a, row.icc_a_low, row.icc_a_high, 2)} in themselves; the first's lie {row.bias:+.2f} "
+        f"from the second's."
+        for row in pairs[pairs.icc_c.notna()].itertuples()
+    ]
+
+
 def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
     "Report Table S30 in sentences: the main judge with others, and how many κ differ from chance."
     main, others = next(iter(names)), []
@@ -497,6 +533,7 @@ def agreement_sentences(pairs, alpha: dict, names: dict[str, str]) -> list[str]:
         if len(known)
         else "",
         f"Krippendorff's α of all judges without the baseline is {text}." if text else "α of all judges is undefined.",
+        *margin_sentences(pairs, names),
         "The paper's number is of experts with GPT-4o on other answers, so it is no yardstick for these.",
     ]
 

@@ -23,6 +23,7 @@ from ..feedback.rating import check_coverage, rating_request, read_reply, shown_
 from ..gateway.gateway import chat_model
 from ..models.generation import Decoding
 from ..models.weights import Weights, find_weights
+from ..rater.safety_screen import crisis_speeches, screen_answers
 from ..stats.intervals import mean_interval, win_interval
 from ..training.dpo import materialise, train_policy
 from ..training.iteration import cut_answers, iteration_prompts, online_pairs
@@ -30,10 +31,10 @@ from ..training.sampling import sample_candidates, score_candidates
 from ..training.texts import numbered
 
 # %% auto #0
-__all__ = ['ARM_TITLES', 'POLICY_TITLES', 'SAFETY_ARMS', 'curve_speeches', 'curve_point', 'Arms', 'base_pairs', 'equal_arms',
-           'veto_arm', 'train_arm', 'CheckpointJudge', 'backbone_curves', 'join_curves', 'curves_table',
-           'curves_figure', 'rated_safety', 'safety_rows', 'safety_table', 'safety_tables', 'describe_safety',
-           'describe_arms', 'describe_precision']
+__all__ = ['ARM_TITLES', 'POLICY_TITLES', 'SAFETY_ARMS', 'SAFETY_BOUNDS', 'curve_speeches', 'curve_point', 'Arms', 'base_pairs',
+           'equal_arms', 'veto_arm', 'train_arm', 'CheckpointJudge', 'backbone_curves', 'join_curves', 'curves_table',
+           'curves_figure', 'rated_safety', 'flagged_shares', 'paired_row', 'safety_rows', 'safety_table',
+           'safety_tables', 'describe_safety', 'describe_arms', 'describe_precision']
 
 # %% ../../nbs/experiments/03_arms.ipynb #788982e7
 def curve_speeches(speeches, n: int | None, seed: int):
@@ -111,13 +112,20 @@ def equal_arms(arms: Arms) -> tuple[dict, dict]:
 
 # %% ../../nbs/experiments/03_arms.ipynb #10d2360d
 def veto_arm(arms: Arms, drawn):
-    "Replace the pairs of the offline arm whose chosen response is rated less safe, place by place; drawn: its pairs."
+    """Replace the pairs of the offline arm whose chosen response is rated less safe, place by place; drawn: its pairs.
+
+    Where too few others are left the arm is shorter; one that is no batch is refused."""
     principle, seed = arms.profile.pairs.safety_principle, derived_seed(arms.seed, "veto arm")
     check_safety(dataclasses.replace(arms.profile.pairs, safety="veto"))
     own = arms.pairs[arms.pairs.ID.isin(arms.speeches)]
     bad, others = less_safe(drawn, principle), own[~less_safe(own, principle)].drop(drawn.index, errors="ignore")
     others = others.sample(min(int(bad.sum()), len(others)), random_state=seed)
     placed = pd.concat([drawn[~bad], others.set_axis(drawn.index[bad][: len(others)])])
+    if len(placed) < (batch := arms.profile.dpo.batch_size):
+        raise StudyError(
+            f"ablation.veto: the veto leaves {len(placed)} of {len(drawn)} offline pairs, expected at least a batch of "
+            f"{batch}; widen the pool, lower dpo.batch_size, or set ablation.veto to false"
+        )
     return placed.loc[[place for place in drawn.index if place in placed.index]].reset_index(drop=True)
 
 # %% ../../nbs/experiments/03_arms.ipynb #67158125
@@ -138,7 +146,7 @@ class CheckpointJudge:
     "Judge checkpoints on the same test speeches."
 
     gateway: typing.Any  # gateway.Gateway
-    speeches: typing.Any  # frame with speech_id and speech
+    speeches: typing.Any  # frame with speech_id, speech and coarse_topic
     settings: EvaluationSettings
     seed: int  # of the checkpoints' answers
     shared_seed: int  # of what all seeds of a run share: the reference's answers, who is shown first
@@ -147,14 +155,19 @@ class CheckpointJudge:
         """Let a model answer; return a frame of kind "answers"."""
         return answer(self.gateway, uri, self.speeches, name, self.settings, seed)
 
-    def point(self, name: str, location: str | Path, pairs_seen: int) -> dict:
-        "Let a checkpoint (weights, as find_weights takes them) answer and be judged in the paper's order."
+    def battles(self, name: str, location: str | Path):
+        """Let a checkpoint (weights, as find_weights takes them) answer, and judge it in the paper's order.
+
+        Returns frame of kind "battles"."""
         chosen, order = self.settings, self.shared_seed
         asked = derived_seed(order, "reference")
         reference = self.answers(chosen.reference, "reference", asked)  # asked once, then cached
         answers = self.answers(f"local:{location}", name, derived_seed(self.seed, "curve"))
-        battles, _ = battle(self.gateway, chosen.judge, self.speeches, answers, reference, "reference", seed=order)
-        return curve_point(battles, pairs_seen, order, chosen.bootstrap)
+        return battle(self.gateway, chosen.judge, self.speeches, answers, reference, "reference", seed=order)[0]
+
+    def point(self, name: str, location: str | Path, pairs_seen: int) -> dict:
+        "Summarise the battles of a checkpoint as a point of its curve."
+        return curve_point(self.battles(name, location), pairs_seen, self.shared_seed, self.settings.bootstrap)
 
     def labels(self) -> tuple[str, str]:
         "Return who judged, and who was compared with."
@@ -226,8 +239,8 @@ SAFETY_ARMS = {"base": "base model", "offline": "offline: average (§3.3)", "vet
 def rated_safety(judge: CheckpointJudge, answers: dict, profile: Profile):
     """Let the run's rater rate the answers of several models on the principle of safety, shown in shuffled order.
 
-    answers: name -> frame of kind "answers", four of them. Returns ratings, speeches × names; unreadable ones are left
-    out, and refused above `evaluation.coverage`."""
+    answers: name -> frame of kind "answers", four of them. Returns ratings, speeches × names; unreadable ones and
+    speeches that a model left out are missing, and refused above `evaluation.coverage`."""
     texts = pd.DataFrame({name: own.set_index("speech_id").response for name, own in answers.items()}).dropna()
     speech, principle = judge.speeches.set_index("speech_id").speech, profile.pairs.safety_principle
     orders = [shown_order(len(answers), judge.shared_seed, name, principle) for name in texts.index]
@@ -242,37 +255,66 @@ def rated_safety(judge: CheckpointJudge, answers: dict, profile: Profile):
         for name, order, found in zip(texts.index, orders, read)
         if not isinstance(found, BadReply)
     }
-    check_coverage(len(rows), len(asked), judge.settings.coverage, "08_ablations", "ratings of safety")
+    check_coverage(len(rows), len(speech), judge.settings.coverage, "08_ablations", "ratings of safety")
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(answers))
 
+
+def flagged_shares(judge: CheckpointJudge, answers: dict):
+    "Screen answers: 100 where the screen flags one, else 0, speeches × names; the arguments are those of rated_safety."
+    flagged = screen_answers(
+        pd.concat([own.assign(policy=name, setting="free") for name, own in answers.items()]),
+        crisis_speeches(judge.speeches),
+        judge.speeches,
+    )
+    bad = set(zip(flagged.policy, flagged.speech_id))
+    hits = {name: {own: 100.0 * ((name, own) in bad) for own in frame.speech_id} for name, frame in answers.items()}
+    return pd.DataFrame(hits).dropna()
+
 # %% ../../nbs/experiments/03_arms.ipynb #219e14d3
+SAFETY_BOUNDS = {"safety": (1, 5), "flagged": (0, 100), "win_rate": (0, 100)}  # of a value; by its name in a row
+
+
+def paired_row(measured: dict, draws: int) -> dict:
+    "Compare veto and average by speech: the last row of safety_rows. measured: name -> values, speeches × arms."
+    row = {"model": "veto − average", "n": []}
+    for name, values in measured.items():
+        gap, (low, high) = (values["veto"] - values["offline"]).dropna().to_numpy(), SAFETY_BOUNDS[name]
+        row[name] = [float(gap.mean()), *mean_interval(gap, None, (low - high, high - low), draws)]
+        row["n"].append(len(gap))
+    return row
+
+
 def safety_rows(arms: Arms, pairs: dict, trained: dict, curves: dict, judge: CheckpointJudge) -> list[dict]:
     """Compare what arms do to safety and to the win rate: a row for the base model and each arm, then veto − average.
 
-    pairs: of equal_arms; trained: arm -> checkpoints; curves: of backbone_curves."""
-    principle, folders = arms.profile.pairs.safety_principle, {arm: own[-1] for arm, own in trained.items()}
-    points = {"base": curves[ARM_TITLES["offline"]][0]}
-    points |= {arm: curves[title][-1] for arm, title in ARM_TITLES.items()}
-    points["veto"] = judge.point("veto", folders["veto"][1], folders["veto"][0])
-    uris = {"base": arms.weights.name} | {arm: folder for arm, (_, folder) in folders.items()}
+    pairs: of equal_arms; trained: arm -> checkpoints; curves: of backbone_curves. Each value is a list: mean, low,
+    high; n counts ratings, screened answers and battles."""
+    last, draws, shared = {arm: own[-1] for arm, own in trained.items()}, judge.settings.bootstrap, judge.shared_seed
+    points = {"base": curves[ARM_TITLES["offline"]][0]} | {arm: curves[own][-1] for arm, own in ARM_TITLES.items()}
+    uris = {"base": arms.weights.name} | {arm: folder for arm, (_, folder) in last.items()}
+    battles = {arm: judge.battles(arm, uris[arm]) for arm in ("offline", "veto")}  # the first are cached
+    points["veto"] = curve_point(battles["veto"], last["veto"][0], shared, draws)
     seed = derived_seed(judge.seed, "curve")  # answers of the curves' last points, from the cache
     answers = {arm: judge.answers(f"local:{uris[arm]}", arm, seed) for arm in SAFETY_ARMS}
-    rated, rows = rated_safety(judge, answers, arms.profile), []
+    measured = {"safety": rated_safety(judge, answers, arms.profile), "flagged": flagged_shares(judge, answers)}
+    vetoed = {arm: less_safe(pairs[arm], arms.profile.pairs.safety_principle) for arm in battles}
+    rows, bad = [], {arm: [int(own.sum()), len(own)] for arm, own in vetoed.items()}
     for arm, title in SAFETY_ARMS.items():
-        own, draws = points[arm], judge.settings.bootstrap
-        safety = [float(rated[arm].mean()), *mean_interval(rated[arm].to_numpy(), None, (1, 5), draws)]
-        bad = int(less_safe(pairs[arm], principle).sum()) if arm in ("offline", "veto") else None
-        rows.append({"model": title, "pairs": own["pairs"], "less safe": bad, "safety": safety, "n": own["n"]})
-        rows[-1]["win_rate"] = [own[name] for name in ("win_rate", "low", "high")]
-    gap = (rated["veto"] - rated["offline"]).to_numpy()
-    safety = [float(gap.mean()), *mean_interval(gap, None, (-4, 4), draws)]
-    gained = [points["veto"]["win_rate"] - points["offline"]["win_rate"], None, None]
-    return [*rows, {"model": "veto − average", "safety": safety, "win_rate": gained, "n": len(gap)}]
+        row = {"model": title, "pairs": points[arm]["pairs"], "less safe": bad.get(arm)}
+        row["n"] = [*map(len, measured.values()), points[arm]["n"]]
+        for name, own in measured.items():
+            ends = mean_interval(own[arm].to_numpy(), None, SAFETY_BOUNDS[name], draws)
+            row[name] = [float(own[arm].mean()), *ends]
+        rows.append(row | {"win_rate": [points[arm][name] for name in ("win_rate", "low", "high")]})
+    read = {arm: paper_verdicts(own, shared).set_index("speech_id").verdict for arm, own in battles.items()}
+    won = pd.DataFrame({arm: 100.0 * own.eq("win") for arm, own in read.items()})
+    replaced = bad["offline"][0] + bad["veto"][1] - bad["offline"][1]
+    return [*rows, paired_row(measured | {"win_rate": won}, draws) | {"replaced": replaced}]
 
 # %% ../../nbs/experiments/03_arms.ipynb #d4ca77c5
-def _with_ends(value: float, low: float | None, high: float | None, digits: int) -> str:
-    "Format a number, with its interval where there is one."
-    return f"{value:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if low is not None else "")
+def _with_ends(value: float, low: float, high: float, digits: int, sign: str = "") -> str:
+    "Format a number with its interval; sign: + shows it of a number above 0."
+    return f"{value:{sign}.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def safety_table(found: dict[str, list[dict]]):
@@ -282,10 +324,11 @@ def safety_table(found: dict[str, list[dict]]):
             "backbone": name,
             "trained on": row["model"],
             "pairs seen": row.get("pairs"),
-            "pairs with a less safe chosen response": row.get("less safe"),
+            "pairs with a less safe chosen response": " of ".join(map(str, row.get("less safe") or [])) or None,
             "mean rating of safety (1-5)": _with_ends(*row["safety"], 2),
+            "answers that the screen flags, %": _with_ends(*row["flagged"], 1),
             "win rate %": _with_ends(*row["win_rate"], 1),
-            "n": row["n"],
+            "ratings, answers, battles": ", ".join(map(str, row["n"])),
         }
         for name, own in found.items()
         for row in own
@@ -299,7 +342,8 @@ def safety_tables(found: dict[str, list[dict]], gateway, rater: str) -> list[tup
     if not any(found.values()):
         return []
     title = f"Safety as one of the principles, or as a veto; safety rated by {gateway.counts[rater]['label']}"
-    return [("S51", "safety", safety_table(found), title)]
+    screened = "flagged by a screen by words (stand-in)"
+    return [("S51", "safety", safety_table(found), f"{title}, {screened}; differences and 95% intervals by speech")]
 
 
 def describe_safety(found: dict[str, list[dict]]) -> list[str]:
@@ -307,15 +351,18 @@ def describe_safety(found: dict[str, list[dict]]) -> list[str]:
     said = []
     for name, rows in ((name, rows) for name, rows in found.items() if rows):
         own, gap = {row["model"]: row for row in rows}, rows[-1]
-        offline, (_, low, high) = own[SAFETY_ARMS["offline"]], gap["safety"]
-        if not offline["less safe"]:
-            said.append(f"{name}: none of the {offline['pairs']} pairs is vetoed, so both arms learn from the same.")
+        bad, pairs = own[SAFETY_ARMS["offline"]]["less safe"]
+        if not bad:
+            said.append(f"{name}: none of the {pairs} pairs is vetoed, so both arms learn from the same.")
             continue
-        unsure = "" if low > 0 or high < 0 else "; the interval holds 0, so chance may do it"
+        open_ = any(low <= 0 <= high for _, low, high in (gap[measure] for measure in SAFETY_BOUNDS))
         said.append(
-            f"{name}: without the {offline['less safe']} of {offline['pairs']} pairs whose chosen response is rated "
-            f"less safe, the policy's win rate changes by {gap['win_rate'][0]:+.1f} points and its mean rating of "
-            f"safety by {_with_ends(*gap['safety'], 2)}{unsure}."
+            f"{name}: without the {bad} of {pairs} pairs whose chosen response is rated "
+            f"less safe, {gap['replaced']} of them replaced, the policy's win rate changes by "
+            f"{_with_ends(*gap['win_rate'], 1, '+')} points, its mean rating of safety by "
+            f"{_with_ends(*gap['safety'], 2, '+')} and the share of its answers that the screen flags by "
+            f"{_with_ends(*gap['flagged'], 1, '+')} points"
+            + ("; where an interval holds 0, chance may do it." if open_ else ".")
         )
     return said or ["Not measured: what a veto does to safety; ablation.veto asks for it, where pairs are averaged."]
 

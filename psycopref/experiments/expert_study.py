@@ -5,6 +5,7 @@
 # %% ../../nbs/experiments/05_expert_study.ipynb #2284bb96
 from __future__ import annotations
 import itertools
+import re
 import typing
 from pathlib import Path
 import numpy as np
@@ -15,24 +16,27 @@ from ..core.prompts import BATTLE_KEYS
 from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
 from ..core.tables import PALETTE, new_figure
-from ..evaluation.annotations import ANNOTATION_COLUMNS, LOSING, SIMULATED, annotation_files
-from ..evaluation.annotations import read_annotations, simulate, unshuffle
+from ..corpus.privacy import mask_texts
+from ..evaluation.annotations import ANNOTATION_COLUMNS, GIVEN_COLUMNS, ITEM_LEFT_OUT, LOSING, SIMULATED
+from ..evaluation.annotations import annotation_files, read_annotations, simulate, unshuffle
 from ..evaluation.kits import run_kits, write_kits
-from ..evaluation.win_rates import SETTINGS
+from ..evaluation.win_rates import SETTINGS, rounded, share_of, with_interval
 from ..feedback.battles import consistent_verdicts, paper_verdicts
 from ..stats.agreement import alpha_interval, intraclass, krippendorff_alpha, pairwise_agreement
-from ..stats.intervals import mean_interval, win_interval
+from ..stats.intervals import FEWEST_DRAWS, mean_interval, win_interval
+from ..stats.judge_error import prediction_powered, rogan_gladen
 from ..stats.scores import VERDICTS
 
 # %% auto #0
 __all__ = ['KITS', 'CONSISTENT_JUDGE', 'OTHER_RATERS', 'INTERVALS', 'NO_HUMAN', 'given_files', 'chosen_policy', 'keep_kits',
-           'kept_kit', 'write_study_kits', 'study_keys', 'kit_ids', 'as_shown', 'label_verdicts', 'judge_verdicts',
-           'column_agreement', 'annotator_table', 'majority', 'answer_pairs', 'numbered_names', 'published_agreement',
-           'annotator_label', 'comparison_groups', 'compare_raters', 'joint_lines', 'agreement_lines',
-           'principle_lines', 'comparison_shares', 'comparison_figure', 'score_means', 'score_figure', 'who_judged',
-           'item_counts', 'annotator_caption', 'expert_headlines', 'run_annotations', 'unshuffled_kits', 'given_labels',
-           'annotator_rows', 'agreement_results', 'result_frame', 'expert_agreement_sentences',
-           'expert_principle_sentences', 'expert_comparison_sentences', 'expert_score_sentences', 'expert_tables',
+           'kept_kit', 'write_study_kits', 'study_keys', 'kit_ids', 'as_shown', 'label_verdicts',
+           'verdicts_by_principle', 'judge_verdicts', 'column_agreement', 'annotator_table', 'majority', 'answer_pairs',
+           'numbered_names', 'published_agreement', 'annotator_label', 'comparison_groups', 'compare_raters',
+           'joint_lines', 'agreement_lines', 'principle_lines', 'comparison_shares', 'comparison_figure',
+           'corrected_lines', 'score_means', 'score_figure', 'who_judged', 'item_counts', 'annotator_caption',
+           'expert_headlines', 'run_annotations', 'unshuffled_kits', 'public_notes', 'given_labels', 'annotator_rows',
+           'agreement_results', 'result_frame', 'expert_agreement_sentences', 'expert_principle_sentences',
+           'corrected_sentences', 'expert_comparison_sentences', 'expert_score_sentences', 'expert_tables',
            'expert_figures', 'unanswered_sentences']
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #5f98eb72
@@ -134,14 +138,20 @@ def label_verdicts(kit: dict, key, pairs):
     return long.assign(shown=as_shown(np.sign(long.gap).map({1: "win", 0: "tie", -1: "loss"}), long["first"]))
 
 
+def verdicts_by_principle(verdicts):
+    """Lay the judge's verdicts out by principle.
+
+    verdicts: of one policy, one row for each speech and setting: verdict, and <principle>_verdict where there are.
+    Returns frame speech_id, setting, principle, said (win, loss, tie)."""
+    judged = verdicts.rename(columns={"verdict": "overall"} | {f"{name}_verdict": name for name in PRINCIPLE_KEYS})
+    return judged.melt(["speech_id", "setting"], [name for name in BATTLE_KEYS if name in judged], "principle", "said")
+
+
 def judge_verdicts(key, verdicts):
     """Return the judge's verdict on each item by principle; items that the judge left out are missing.
 
-    key: of the answers' kit; verdicts: of one policy, one row for each speech and setting: verdict, and
-    <principle>_verdict where there are. Returns key with principle and shown."""
-    judged = verdicts.rename(columns={"verdict": "overall"} | {f"{name}_verdict": name for name in PRINCIPLE_KEYS})
-    long = judged.melt(["speech_id", "setting"], [name for name in BATTLE_KEYS if name in judged], "principle", "said")
-    joined = key.merge(long, on=["speech_id", "setting"])
+    key: of the answers' kit; verdicts: as in `verdicts_by_principle`. Returns key with principle and shown."""
+    joined = key.merge(verdicts_by_principle(verdicts), on=["speech_id", "setting"])
     return joined.assign(shown=as_shown(joined.said, joined["first"]))
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #f630e58b
@@ -181,12 +191,8 @@ def _scale_agreement(table, speech: dict, samples: int, seed: int) -> dict:
     if len(table) < 2:
         return dict.fromkeys([*names.values(), "bias"])
     found = intraclass(table.to_numpy(float).T, table.index.map(speech).to_numpy(), samples, seed=seed)
-    ends = {
-        own: " to ".join(f"{found[f'icc_{key}_{end}']:.2f}" for end in ("low", "high")) for key, own in names.items()
-    }
-    worded = {own: f"{found[f'icc_{key}']:.2f} ({ends[own]})" for key, own in names.items()}
-    undefined = found["icc_c"] != found["icc_c"]
-    return (dict.fromkeys(worded) if undefined else worded) | {"bias": round(found["bias"], 2)}
+    ends = {own: [found[f"icc_{key}{end}"] for end in ("", "_low", "_high")] for key, own in names.items()}
+    return {own: with_interval(*three, 2) for own, three in ends.items()} | {"bias": round(found["bias"], 2)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #277bd4b7
 CONSISTENT_JUDGE = "the judge in both orders"
@@ -221,8 +227,9 @@ def answer_pairs(table, who: typing.Iterable[tuple[str, str]]) -> dict:
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #803af06f
 def numbered_names(names) -> dict[str, str]:
-    "Number the annotators in the order of their names; simulated ones keep theirs. Returns name -> name in tables."
-    names = sorted(set(names), key=lambda name: (name.casefold(), name))
+    "Number annotators in the order of their names, 2 before 10; simulated ones keep theirs. Returns name -> number."
+    parts = lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
+    names = sorted(set(names), key=lambda name: (parts(name), name))
     return {name: name if name.startswith(SIMULATED) else f"annotator {number}" for number, name in enumerate(names, 1)}
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #2c558101
@@ -388,6 +395,54 @@ def _share_bars(axes, own) -> None:
     axes.errorbar(own.win, y - 0.24, xerr=[own.win - own.win_low, own.win_high - own.win], **style)
     axes.errorbar(100 - own.loss, y + 0.24, xerr=[own.loss_high - own.loss, own.loss - own.loss_low], **style)
 
+# %% ../../nbs/experiments/05_expert_study.ipynb #73d7543d
+def _rate_text(found: dict) -> str:
+    "Word a corrected rate in percent, or say why there is none. found: of `prediction_powered` or `rogan_gladen`."
+    if np.isnan(found["estimate"]):
+        return f"none: {found['note']}"
+    text = with_interval(*(100 * found[name] for name in ("estimate", "low", "high")))
+    return f"{text}, {found['note']}" if found["note"] else text
+
+
+def _correction(own, people, samples: int, seed: int) -> dict:
+    "Correct one win rate. own: judged battles, with won; people: what annotators said of some of them."
+    labels = own.speech_id.map((people.verdict == "win").groupby(people.speech_id).mean()).to_numpy(float)
+    won, ids, labelled = own.won.to_numpy(float), own.speech_id.to_numpy(), ~np.isnan(labels)
+    how = {"samples": max(samples, FEWEST_DRAWS), "seed": seed}
+    powered, solved = (correct(won, labels, ids, **how) for correct in (prediction_powered, rogan_gladen))
+    error = (won - labels)[labelled]
+    ends = (100 * end for end in (error.mean(), *mean_interval(error, ids[labelled], (-1, 1), **how)))
+    line = {"by the judge, %": with_interval(*share_of(own.won, own.speech_id, **how))}
+    line |= {"prediction-powered, %": _rate_text(powered), "Rogan–Gladen, %": _rate_text(solved)}
+    line["labelled battles"] = f"{labelled.sum()} of {len(own)}"
+    line["labels: win / tie / loss"] = " / ".join(
+        str((people.verdict == word).sum()) for word in ("win", "tie", "loss")
+    )
+    line["labels by"] = (
+        f"{(n := people.annotator.nunique())} {annotator_label(people.annotator)[: None if n > 1 else -1]}"
+    )
+    line |= {
+        "agreement on wins, %": rounded(100 * (1 - abs(error).mean())),
+        "error of the judge, points": with_interval(*ends),
+    }
+    return line | {f"{name}, %": rounded(100 * solved[name]) for name in ("sensitivity", "specificity")}
+
+# %% ../../nbs/experiments/05_expert_study.ipynb #0af62bcd
+def corrected_lines(unshuffled, verdicts, samples: int, seed: int) -> list[dict]:
+    """Put beside each win rate by the judge those corrected by the annotators' labels, by setting and principle.
+
+    unshuffled: frame of unshuffle, of the answers' kit; verdicts: as in `verdicts_by_principle`, with policy, of all
+    speeches. Returns lines of Table S47, the overall verdict first; none where no judged battle has a label."""
+    judged, lines = verdicts_by_principle(verdicts), []
+    judged = judged.assign(won=judged.said == "win")
+    for setting, name in itertools.product(SETTINGS, ("overall", *PRINCIPLE_KEYS)):
+        own, people = (part[(part.setting == setting) & (part.principle == name)] for part in (judged, unshuffled))
+        people = people[people.speech_id.isin(own.speech_id)]
+        if len(people):
+            line = {"model": verdicts.policy.iloc[0], "setting": SETTINGS[setting], "verdict": name}
+            lines.append(line | _correction(own, people, samples, seed))
+    return lines
+
 # %% ../../nbs/experiments/05_expert_study.ipynb #082d5c53
 def score_means(unshuffled, samples: int, seed: int) -> list[dict]:
     """Compute the means of Fig. 3.
@@ -466,7 +521,7 @@ def run_annotations(kits: dict, files: typing.Sequence[Path], simulated: int, fo
     """Read the annotations that the settings name, or simulate annotators that fill in every kit.
 
     kits: name -> (kit, key); simulated: annotators, where there are no files; folder: where simulated annotators
-    keep their files. Returns frame: annotator, kit_id, item_id, principle, value; empty where nobody annotated."""
+    keep their files. Returns frame of read_annotations; empty where nobody annotated."""
     own = [kit for kit, _ in kits.values()]
     if files:
         return read_annotations(files, own)
@@ -489,15 +544,31 @@ def unshuffled_kits(annotations, kits: dict) -> dict:
     return {name: unshuffle(parts[kit["kit_id"]], key) for name, (kit, key) in kits.items() if kit["kit_id"] in parts}
 
 
+def public_notes(notes, names: dict[str, str]) -> dict[str, str]:
+    "Write annotators' numbers for their names in notes, and mask what `corpus.privacy` finds. Returns note -> text."
+    given = [note for note in dict.fromkeys(notes) if note]
+    people = sorted((name for name in names if len(name) > 1), key=len, reverse=True)  # A is a word, too
+    whole = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, people))})(?!\w)", re.I)
+    number = {name.casefold(): told for name, told in names.items()}
+    told = [
+        whole.sub(lambda hit: number.get(hit[0].casefold(), "an annotator"), note) if people else note for note in given
+    ]
+    return {"": "", **dict(zip(given, mask_texts(told)[0] if told else []))}
+
+
 def given_labels(annotations, kits: dict):
     """Join what each annotator said, as it was said and before any majority, with what was shown first.
 
-    annotations: of `run_annotations`; kits: name -> (kit, key). Returns frame of kind "annotations", in which people
-    are numbered as in tables; an item that somebody left out has no row."""
-    own = annotations.assign(annotator=annotations.annotator.map(numbered_names(annotations.annotator)))
-    rows = own.rename(columns={"kit_id": "kit"}).merge(study_keys(kits), on=["kit", "item_id"], validate="many_to_one")
-    simulated = rows.annotator.astype(str).str.startswith(SIMULATED)
-    return rows.assign(simulated=simulated.astype(bool))[list(SCHEMAS["annotations"])]
+    annotations: of `run_annotations`; kits: name -> (kit, key). Returns frame of kind "annotations", which
+    `unshuffled_kits` reads back: people are numbered as in tables, notes are those of `public_notes`."""
+    names = numbered_names(annotations.annotator)
+    own = annotations.assign(annotator=annotations.annotator.map(names).astype(str))
+    own = own.reindex(columns=[*ANNOTATION_COLUMNS, *GIVEN_COLUMNS], fill_value="")
+    keys = study_keys(kits).rename(columns={"kit": "kit_id"})
+    rows = own.merge(keys, on=["kit_id", "item_id"], validate="many_to_one")
+    made = rows.annotator.str.startswith(SIMULATED).astype(bool)
+    notes = rows.note.map(public_notes(rows.note, names))
+    return rows.assign(simulated=made, note=notes)[list(SCHEMAS["annotations"])]
 
 
 def annotator_rows(annotations) -> list[dict]:
@@ -505,7 +576,7 @@ def annotator_rows(annotations) -> list[dict]:
     names = numbered_names(annotations.annotator)
     return [
         {"in tables": names[name], "annotator": name, "items": own.groupby("kit_id").item_id.nunique().to_dict()}
-        for name, own in annotations.groupby("annotator")
+        for name, own in annotations[annotations.principle != ITEM_LEFT_OUT].groupby("annotator")
     ]
 
 # %% ../../nbs/experiments/05_expert_study.ipynb #dfaa390b
@@ -514,14 +585,15 @@ def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: 
 
     kits: name -> (kit, key); pairs: frame of kind "pairs"; battles: frame of kind "battles", of the policy whose
     answers were annotated; order_seed: by which the paper's judge drew its orders: the seed of the win rates.
-    Returns agreement, principles, shares, means: lines of Tables S33 and S34, and what Figs. 2 and 3 show."""
+    Returns agreement, principles, corrected, shares, means: lines of Tables S33, S34 and S47, and what Figs. 2 and 3
+    show."""
     key, others, how = kits["answers"][1], {}, {"samples": samples, "seed": seed}
     if "labels" in unshuffled:
         others["labels"] = {"the labels": label_verdicts(*kits["labels"], pairs)}
     if "answers" in unshuffled:
         readings = {"the judge": paper_verdicts(battles, order_seed), CONSISTENT_JUDGE: consistent_verdicts(battles)}
         others["answers"] = {rater: judge_verdicts(key, read) for rater, read in readings.items()}
-    found = {"agreement": [], "principles": [], "shares": [], "means": []}
+    found = {"agreement": [], "principles": [], "corrected": [], "shares": [], "means": []}
     for kit, own in unshuffled.items():
         raters = [frame.assign(annotator=rater) for rater, frame in others.get(kit, {}).items()]
         said = pd.concat([own, *raters])
@@ -529,6 +601,7 @@ def agreement_results(unshuffled: dict, kits: dict, pairs, battles, order_seed: 
         found["principles"] += principle_lines(kit, said, **how)
         if kit == "answers":
             found["shares"] = comparison_shares(own, **how)
+            found["corrected"] = corrected_lines(own, readings["the judge"], **how)
         if kit == "scores":
             found["means"] = score_means(own, **how)
     return found
@@ -583,6 +656,25 @@ def expert_principle_sentences(lines: list[dict]) -> list[str]:
     return [*said, unsure if said else "Not measured: no rater to compare with."]
 
 
+def corrected_sentences(lines: list[dict], simulated: bool) -> list[str]:
+    "Report the overall lines of Table S47, and what the labels are worth."
+    said = [
+        f"{line['model']}, {line['setting']}: win rate by the judge {line['by the judge, %']} %; corrected by the "
+        f"labels of {line['labels by']} on {line['labelled battles']} battles, {line['prediction-powered, %']} % "
+        f"(prediction-powered) and {line['Rogan–Gladen, %']} % (Rogan–Gladen); error of the judge "
+        f"{line['error of the judge, points']} points."
+        for line in lines
+        if line["verdict"] == "overall"
+    ]
+    if simulated:
+        stand = "the offline rubric with noise, stand in for people: correcting by them shows the machinery only."
+        return [*said, f"Simulated annotators, {stand}"]
+    return [
+        *said,
+        "A correction is as good as its labels: it makes the judge say what these annotators would have said.",
+    ]
+
+
 def expert_comparison_sentences(shares: list[dict], policy: str, reference: str) -> list[str]:
     "Report Fig. 2: how often the policy and the reference are preferred overall."
     said = []
@@ -613,7 +705,7 @@ def expert_tables(results: dict, who: list[str], simulated: bool) -> list[tuple]
     """List the tables that there is something for, each with what to say below it.
 
     Returns number, slug, frame, caption, sentences."""
-    found, agreement, principles = [], results["agreement"], results["principles"]
+    found, agreement, principles, corrected = [], *(results[name] for name in ("agreement", "principles", "corrected"))
     if who:
         caption = "Agreement of annotators with each other, with the labels and with the judge (§3.4, §4.2)"
         said = expert_agreement_sentences(agreement, simulated)
@@ -621,6 +713,12 @@ def expert_tables(results: dict, who: list[str], simulated: bool) -> list[tuple]
     if principles:
         caption, said = annotator_caption("Agreement by principle", who), expert_principle_sentences(principles)
         found.append(("S34", "agreement_by_principle", result_frame(principles), caption, said))
+    if corrected:
+        caption = annotator_caption(
+            "Win rates corrected for the judge's error by annotators' labels; a tie is no win", who
+        )
+        said = corrected_sentences(corrected, simulated)
+        found.append(("S47", "corrected_win_rates", result_frame(corrected), caption, said))
     return found
 
 

@@ -16,9 +16,16 @@ from ..core.stages import Run, derived_seed
 from ..core.tables import Label
 from ..evaluation.cases import CASE_RULES, Case, cases_text, choose_cases
 from ..evaluation.cases import make_case, score_case
-from ..evaluation.judging import asked_verdicts, battle_judges, contests, judge_families, judge_names
+from psycopref.evaluation.judging import (
+    agreements,
+    asked_verdicts,
+    battle_judges,
+    contests,
+    judge_families,
+    judge_names,
+)
 from ..evaluation.judging import judge_topics, judge_topics_sentences, judge_topics_table, judges_sentences
-from ..evaluation.judging import judges_table, stored_verdicts, who_judges
+from ..evaluation.judging import judges_table, margin_sentences, stored_verdicts, who_judges
 from ..evaluation.win_rates import READINGS, SETTINGS
 from ..feedback.battles import answer, battle, paper_verdicts, word_counts
 from ..feedback.rating import check_coverage
@@ -108,7 +115,8 @@ def second_opinion(gateway, found: Battles, speeches, settings: Profile, seed: i
     tables = [("S45", "two_judges", each, f"Two judges of all battles, both orders. {note}")]
     caption = f"Table 2's verdicts by two judges, and where they differ. {note}"
     tables.append(("S46", "two_judges_topics", judge_topics_table(rows, names), caption))
-    sentences = [*judges_sentences(each), *judge_topics_sentences(rows, names)]
+    margins = margin_sentences(agreements(judged, names, samples, names), names)
+    sentences = [*judges_sentences(each), *margins, *judge_topics_sentences(rows, names)]
     kept = {"two_judges": judged.drop(columns="margin")}
     return SecondOpinion(note, kept, found.unread + unread, tables, sentences)
 

@@ -190,7 +190,8 @@ def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoe
     gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
     wide_gaps = None if scored is None else round(100 * sum(gap >= 7 for gap in gaps) / len(gaps), 1)
     drawn = None if scored is None else drawn_pairs(scored, parts["test"])
-    inverted = {name: int(less_safe(p, principle).sum()) for name, p in parts.items()}
+    known_safety = principle in PRINCIPLE_KEYS
+    inverted = {name: int(less_safe(p, principle).sum()) if known_safety else None for name, p in parts.items()}
     mean = "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else "")
     rows = [
         ("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
@@ -204,6 +205,7 @@ def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoe
         ("testing pairs whose rejected response is rated safer", inverted["test"], None),
     ]
     counted = {rows[-2][0]: paper_values()["released_dataset"]["train_pairs_rejected_safer"]}
+    counted = counted if principle == "safety" else {}
     more = {f"{name}ing pairs left out by pairs.safety: veto": n for name, n in (vetoed or {}).items() if n}
     rows += [(what, n, None) for what, n in more.items()]
     frame = pd.DataFrame(rows, columns=["what", "ours", "paper"], dtype=object)

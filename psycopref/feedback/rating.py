@@ -21,9 +21,9 @@ from ..models.generation import Decoding
 
 # %% auto #0
 __all__ = ['MODES', 'mode_calls', 'other_mode', 'shown_order', 'rating_request', 'read_reply', 'rate_round', 'rounds_of',
-           'rate_blocks', 'check_known', 'read_ratings', 'rate', 'rating_frames', 'check_coverage', 'rating_summary',
-           'member_interval', 'describe_ratings', 'mode_agreement_row', 'preference_agreement', 'mode_agreement',
-           'describe_modes', 'first_speeches']
+           'rate_blocks', 'check_known', 'read_ratings', 'collect_ratings', 'rating_frames', 'check_coverage',
+           'rating_summary', 'member_interval', 'describe_ratings', 'mode_agreement_row', 'preference_agreement',
+           'mode_agreement', 'describe_modes', 'first_speeches']
 
 # %% ../../nbs/feedback/01_rating.ipynb #e8bc5558
 MODES: dict[str, tuple[str | None, ...]] = {"principle": PRINCIPLE_KEYS, "speech": (None,)}
@@ -158,7 +158,7 @@ def read_ratings(
     return pd.DataFrame(rows, columns=list(SCHEMAS["ratings"])), skipped
 
 # %% ../../nbs/feedback/01_rating.ipynb #5a17f1d9
-def rate(*arguments, **keywords):
+def collect_ratings(*arguments, **keywords):
     "Rate as `rate_blocks` does; return one frame of ratings and one list of what was skipped."
     import pandas as pd
 

@@ -102,7 +102,7 @@ class Budget:
         if usd and self.spent + self.reserved + usd > self.limit_usd:
             raise StudyError(
                 f"budget: {self.spent:.2f} USD are spent, the next call to {who} could pass {self.limit_usd:.2f}; "
-                "raise `budget_usd`, finished calls are kept"
+                "raise `budget_usd` or BUDGET_USD, finished calls are kept"
             )
         self.reserved, self.in_flight = self.reserved + usd, self.in_flight + 1
 

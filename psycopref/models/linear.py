@@ -104,6 +104,18 @@ def lay_out_weights(model, layout: str | None = None):
 OUTLIER_CHANNELS = 64  # of a layer's input that are multiplied in floating point, an eighth of them at most
 
 
+@functools.cache
+def _room() -> int:
+    "Return the largest integer of weights whose products are exact: 127; 63 where two are added in 16 bits."
+    import torch
+
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((8, 64), 127, dtype=torch.int8), None)
+    given, zeros = torch.full((1, 64), 255, dtype=torch.uint8), torch.zeros(8, dtype=torch.int32)
+    more = (torch.ones(8), zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    found = torch.ops.onednn.qlinear_pointwise(given, 1.0, 128, weight, *more)
+    return 127 if bool((found == 127 * 127 * 64).all()) else 63
+
+
 def _rounded(given, channels, others) -> tuple:
     """Round an input to integers around 128, row by row: (integers, the scale of each row, the channels apart).
 
@@ -133,7 +145,7 @@ def _int8_linear():
             self.channels, self.apart = channels, weight[:, channels].t().contiguous()
             self.others = torch.ones(weight.shape[1]).index_fill_(0, channels, 0.0)
             weight = weight * self.others
-            self.scales = (weight.abs().amax(1) / 127).clamp_(min=1e-12)
+            self.scales = (weight.abs().amax(1) / _room()).clamp_(min=1e-12)
             whole = (weight / self.scales[:, None]).round_().to(torch.int8)
             self.whole, self.zeros = (
                 torch.ops.onednn.qlinear_prepack(whole, None),

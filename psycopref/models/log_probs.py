@@ -82,6 +82,7 @@ def _log_probs_function():
             return found.target - found.log_sum, entropy, top
 
         @staticmethod
+        @torch.autograd.function.once_differentiable  # the rows kept are no function of hidden any more
         def backward(ctx, grad, *_):
             (rows,) = ctx.saved_tensors
             return None if grad is None else (grad.float()[:, None] * rows).to(ctx.dtype), None, None, None
@@ -146,7 +147,8 @@ def _scored(states, weight, labels):
     mask = labels != -100
     hidden, targets = states[mask], labels[mask]
     own, entropy, top = log_probs(hidden, weight, targets)
-    mean = hidden.detach().float() @ weight.detach().float().mean(0)
+    tiles = weight.detach().split(TILE_COLUMNS)  # the whole head in float32 would be the largest of all
+    mean = hidden.detach().float() @ (sum(tile.float().sum(0) for tile in tiles) / len(weight))
     own, entropy, mean, top = (
         found.new_zeros(mask.shape).masked_scatter(mask, found) for found in (own, entropy, mean, top)
     )

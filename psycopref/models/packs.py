@@ -159,6 +159,14 @@ def _by_kernel(query, key, value, pack: Pack, scaling, window):
 _NAME = "psycopref_segments"
 
 
+def _has_window(layer) -> bool:
+    "Tell whether a model's configuration gives an attention layer a window."
+    config = getattr(layer, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    own = kinds[layer.layer_idx] in ("sliding_attention", "chunked_attention") if kinds else True
+    return own and getattr(config, "sliding_window", None) is not None
+
+
 def packed_attention(
     module, query, key, value, mask, scaling=None, dropout=0.0, pack=None, sliding_window=None, softcap=None, **others
 ):
@@ -168,6 +176,8 @@ def packed_attention(
     import torch
 
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
+    if sliding_window is None and _has_window(module):
+        unknown.append("a window that only its mask knows")  # which is left out here, and longer than the probe's texts
     if unknown or dropout:
         raise NotImplementedError(f"its attention needs {unknown or 'dropout'}")
     kind = query.device.type
@@ -202,6 +212,8 @@ def _packing_forward(backbone):
             if self.config._attn_implementation == _NAME:
                 self.config._attn_implementation = plain_attention
             return plain_forward(self, *args, **keywords)
+        for masks in (_seen, _segment_bias):
+            masks.cache_clear()  # those of other packs: of long texts they would fill a gigabyte
         self.config._attn_implementation = _NAME
         own = {name: value for name, value in keywords.items() if name not in _OWN_INPUTS}
         unused = pack.keys.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is handed on as it is

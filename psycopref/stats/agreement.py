@@ -9,7 +9,14 @@ import itertools
 
 import numpy as np
 
-from .intervals import cluster_totals, interval, stretched, weighted_totals, win_interval
+from psycopref.stats.intervals import (
+    FEWEST_UNBOUNDED,
+    cluster_totals,
+    interval,
+    stretched,
+    weighted_totals,
+    win_interval,
+)
 
 # %% auto #0
 __all__ = ['LEVELS', 'MOST_VALUES', 'FEWEST_UNCOMMON', 'ratings_matrix', 'krippendorff_alpha', 'alpha_interval',
@@ -215,6 +222,8 @@ def _f_intervals(table: np.ndarray, coverage: float) -> list[tuple[float, float]
     (between, raters, rest), (_, icc) = _mean_squares(*seen), _correlations(*seen)
     if not (rest or raters):
         return [(1.0, 1.0)] * 2
+    if not between:  # raters contradict one another in full, where nothing is left to draw an interval from
+        return [(np.nan, np.nan)] * 2
     items, free = n - 1, (n - 1) * (k - 1)
     ratio = between / rest if rest else np.inf
     ends = ratio / f.ppf(tail, items, free), ratio * f.ppf(tail, free, items)
@@ -227,7 +236,11 @@ def _f_intervals(table: np.ndarray, coverage: float) -> list[tuple[float, float]
 
 # %% ../../nbs/stats/03_agreement.ipynb #6c7d45a3
 def _icc_by_speech(table: np.ndarray, clusters, samples: int, coverage: float, seed: int) -> list[tuple]:
-    "Return the intervals of ICC(C,1) and ICC(A,1) by speech, with two half speeches of raters who do and don't agree."
+    """Return the intervals of ICC(C,1) and ICC(A,1) by speech; NaN for fewer than FEWEST_UNBOUNDED.
+
+    Two half speeches are invented, of raters who do and who don't agree."""
+    if len(set(clusters.tolist())) < FEWEST_UNBOUNDED:
+        return [(np.nan, np.nan)] * 2
     chance, shared = np.random.default_rng(seed), table.mean(axis=1) - table.mean()
     equal, apart = [shared + own.mean() for own in table.T], [chance.permutation(own) for own in table.T]
     which = lambda i: lambda *own: _correlations(np.stack(own[:-1], axis=1), own[-1], len(table))[i]
@@ -240,7 +253,8 @@ def intraclass(ratings, clusters=None, samples: int = 1000, coverage: float = 0.
 
     ratings: numbers, (raters, items), NaN or None where missing; items that a rater left out are left out; clusters: id
     of each item's speech, (items,); None: each item for itself. Returns n items; icc_c, icc_c_low, icc_c_high,
-    icc_a, icc_a_low, icc_a_high (at most 1; NaN where each rater gives one rating); bias: mean of the first rater
+    icc_a, icc_a_low, icc_a_high (at most 1; NaN where each rater gives one rating; ends are NaN too where several items
+    share few speeches, or raters contradict one another in full); bias: mean of the first rater
     minus that of the others, in points."""
     table = np.array(ratings, float).T
     whole = ~np.isnan(table).any(axis=1) if table.ndim == 2 else np.zeros(0, bool)

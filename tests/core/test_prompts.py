@@ -250,7 +250,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_users_folder_replaces_the_files_it_has_and_no_other(tmp_path, monkeypatch, own):
-    names = ("responding", "rating", "rating_all", "ranker", "battle", "principles.json")
+    names = ("responding", "rating", "rating_all", "rating_alone", "ranker", "battle", "principles.json")
     ours = {name: prompt_text(name) for name in names}
     own("responding.txt", "Réponds: {client_speech}\n")
     assert responding_prompt("hello {x}") == "Réponds: hello {x}"

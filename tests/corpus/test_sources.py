@@ -8,6 +8,8 @@ import os
 import re
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -183,6 +185,13 @@ def test_a_table_is_the_same_in_every_form(tmp_path_factory, rows, kind):
     assert frame.text.tolist() == first and len(frame) + repeats == len(rows)
 
 
+def test_columns_without_a_name_are_kept_and_no_name_hides_another(tmp_path):
+    (tmp_path / "a.csv").write_text(",Context,\n1,a,2\n")
+    assert read_columns(tmp_path / "a.csv") == {"Unnamed: 0": ["1"], "Context": ["a"], "Unnamed: 2": ["2"]}
+    pq.write_table(pa.table([["a"], ["b"]], names=["Context", "Context"]), tmp_path / "a.parquet")
+    assert "Multiple matches" in one_line(lambda: read_columns(tmp_path / "a.parquet"))
+
+
 values = st.one_of(
     *(st.text(max_size=5), st.integers(), st.none(), st.booleans(), st.lists(st.integers(), max_size=2)),
     st.dictionaries(st.just("a"), st.integers()),
@@ -234,6 +243,8 @@ BAD = {
     "quote.csv": (b'Context,Response\n"a,b\nc,d\n', "unexpected end of data"),
     "after.csv": (b'Context,Response\n"a"b,c\n', "line 2"),
     "twice.csv": (b"Context,Context\na,b\n", "more than once"),
+    "tabs.csv": (b"Context\tResponse\na, b\tc\n", "divided by '\\t'"),
+    "twice.jsonl": (b'{"Context": "a", " Context": "b"}\n', "more than once"),
     "nul.csv": (b"Context,Response\na,b\nc\0,d\n", "line 3: holds a NUL"),
     "latin.csv": ("Context,Response\ncaf\xe9,b\n".encode("latin-1"), "UTF-8 (byte 20)"),
     "wide.csv": ("Context,Response\na,b\n".encode("utf-16"), "UTF-16, expected UTF-8"),

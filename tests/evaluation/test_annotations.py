@@ -16,7 +16,7 @@ from refusals import one_line
 from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.core.prompts import BATTLE_KEYS
 from psycopref.evaluation.annotations import ANNOTATION_COLUMNS, VALUES, annotation_files, simulate, unshuffle
-from psycopref.evaluation.annotations import read_annotations
+from psycopref.evaluation.annotations import ITEM_LEFT_OUT, read_annotations
 from psycopref.evaluation.kits import SIDES, TASK_QUESTIONS, kit_csv, kit_html, label_studio_config, label_studio_tasks
 from psycopref.evaluation.kits import make_kit
 
@@ -190,7 +190,11 @@ def test_what_a_spreadsheet_does_to_a_table_is_read(tmp_path):
 def test_an_item_may_be_left_out_with_a_note_and_an_unfinished_file_says_which_items(tmp_path, form):
     fourth, seventh = (KIT["items"][place]["item_id"] for place in (3, 6))
     noted = read(save(tmp_path, form, KIT, ANSWERS | {fourth: {"note": "Too close; I stopped."}}), KIT)
-    assert len(noted) == 11 * 8 and fourth not in set(noted.item_id)
+    assert noted[noted.item_id == fourth][["principle", "note"]].values.tolist() == [
+        [ITEM_LEFT_OUT, "Too close; I stopped."]
+    ]
+    answered = unshuffle(noted, KEY)
+    assert len(answered) == 11 * 8 and fourth not in set(answered.item_id)
     half = {name: value for name, value in ANSWERS[seventh].items() if name != "safety"} | {"note": "later"}
     path = save(tmp_path, form, KIT, ANSWERS | {fourth: {}, seventh: half})
     message = one_line(lambda: read(path, KIT))
@@ -204,7 +208,29 @@ def test_a_task_may_be_skipped_in_label_studio_and_answered_later(tmp_path):
     skipped[0]["was_cancelled"] = True
     for more, found in (([], 11), ([skipped[0] | {"was_cancelled": False}], 12)):
         tasks[2]["annotations"] = skipped + more
-        assert len(read(dumped(tmp_path / "a.json", [*tasks, missing]), KIT)) == found * 8
+        assert len(unshuffle(read(dumped(tmp_path / "a.json", [*tasks, missing]), KIT), KEY)) == found * 8
+
+
+@pytest.mark.parametrize("form", ["page", "studio", "minimal", "csv"])
+def test_notes_and_times_are_kept_as_they_were_given(tmp_path, form):
+    said, saved = "Both are cold,\nbut =2 is shorter.", "2026-11-30T10:00:00.000Z"
+    path = save(tmp_path, form, KIT, ANSWERS | {FIRST: ANSWERS[FIRST] | {"note": said}})
+    if form != "csv":
+        found = json.loads(path.read_text())
+        times = {"created_at": "2026-11-29T08:00:00Z", "updated_at": saved}
+        for own in [found] if form == "page" else [one["annotations"][0] if form == "studio" else one for one in found]:
+            own |= {"saved": saved} if form == "page" else times
+        dumped(path, found)
+    frame = read(path, KIT)
+    assert frame.note[frame.item_id == FIRST].tolist() == [said] * 8 and frame.note[frame.item_id != FIRST].eq("").all()
+    assert frame.time.eq("" if form == "csv" else saved).all()
+
+
+def test_the_note_of_a_skipped_task_is_kept(tmp_path):
+    tasks = studio(KIT, ANSWERS | {FIRST: {"note": "My brother."}})
+    tasks[0]["annotations"][0]["was_cancelled"] = True
+    frame = read(dumped(tmp_path / "a.json", tasks), KIT)
+    assert frame.note[frame.principle == ITEM_LEFT_OUT].tolist() == ["My brother."]
 
 
 def test_one_label_studio_file_holds_several_annotators(tmp_path):

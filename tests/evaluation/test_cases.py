@@ -165,7 +165,7 @@ BOTH = ["warm, free", "reference"]
 )
 def test_a_rater_that_fails_leaves_out_what_it_did_not_rate(monkeypatch, keys, models, kept):
     rated = pd.DataFrame(product(["s0"], keys, models, [4]), columns=["speech_id", "principle", "model", "rating"])
-    monkeypatch.setattr(cases, "rate", lambda *arguments, **keywords: (rated, ["put aside"]))
+    monkeypatch.setattr(cases, "collect_ratings", lambda *arguments, **keywords: (rated, ["put aside"]))
     scores = score_case(None, "broken", "s0", ANSWERS, SPEECHES, made(), "warm", 0)
     assert scores == dict.fromkeys(keys[:kept], (4, 4))
     shown = replace(made(), scores=scores)

@@ -24,6 +24,7 @@ from psycopref.feedback.battles import ORDERS, battle, battle_request
 from psycopref.feedback.choosing import ranking_request
 from psycopref.models.chat import ChatReply, Failure, FreeModel
 from psycopref.models.weights import find_weights, load_tokenizer
+from psycopref.stats.agreement import intraclass
 from psycopref.stats.scores import opposite
 from psycopref.training.scoring import load_reward_model
 from psycopref.training.texts import save_merged
@@ -311,6 +312,31 @@ def test_orders_of_policies_and_margins_are_compared_where_there_are_enough():
     left = a[(a.policy != "p0") | (a.verdict == "win")].assign(judge="b")  # the losses of p0 could not be read
     row = agreements(pd.concat([a, left]), {"a": "A", "b": "B"}, 20).iloc[0]
     assert row.n == len(left) and row.tau == 1, "by all that each judged, p0 would be b's best and a's worst"
+
+
+def test_margins_on_one_scale_have_intraclass_correlations_and_others_have_none():
+    chance = np.random.default_rng(0).normal(0, 0.1, 10)
+    lie = {"a": lambda i, order: i / 10 - 0.5, "b": lambda i, order: i / 10 - 0.3, "reward": lambda i, order: 50.0 * i}
+    lie["c"] = lambda i, order: i / 10 - 0.5 + chance[i] + 0.1 * (order == ORDERS[0])
+    judged = pd.concat([rated(name, {"p": 0.5, "q": 0.2}, margin) for name, margin in lie.items()])
+    names = {name: name.upper() for name in ("a", "b", "c", "reward")}
+    pairs = agreements(judged, names, 200, ["a", "b", "c"]).set_index(["first", "second"])
+    assert pairs.icc_c["a", "b"] == pytest.approx(1) and pairs.bias["a", "b"] == pytest.approx(-0.2)
+    means = [[(own(i, ORDERS[0]) + own(i, ORDERS[1])) / 2 for i in range(10)] for own in (lie["a"], lie["c"])]
+    alone = intraclass(np.tile(means, 2))
+    for name in ("icc_c", "icc_a", "bias"):
+        assert pairs[name]["a", "c"] == pytest.approx(alone[name])
+    width = pairs.icc_a_high["a", "c"] - pairs.icc_a_low["a", "c"]
+    assert width > alone["icc_a_high"] - alone["icc_a_low"], "20 answers to 10 speeches are 10"
+    assert pairs.xs("reward", level="second")[judging.MARGIN_NUMBERS].isna().all(axis=None)
+    shown = agreement_table(pairs.reset_index(), panel_alpha(judged, 20), names).set_index(["judge", "with"])
+    assert shown["margins, ICC(C,1)"]["A", "B"].startswith("1.00 (") and shown["margins, bias"]["A", "B"] == "-0.20"
+    assert shown["margins, ICC(A,1)"]["A", "REWARD"] is None
+    said = judging.margin_sentences(pairs.reset_index(), names)
+    assert len(said) == 3 and "margins of A and B" in said[0] and "lie -0.20" in said[0]
+    none = agreements(judged, names, 20)
+    assert not judging.margin_sentences(none, names)
+    assert "margins, bias" not in agreement_table(none, panel_alpha(judged, 20), names)
 
 
 def test_margins_are_compared_where_both_orders_were_read():

@@ -33,6 +33,7 @@ from psycopref.experiments.expert_study import (
 )
 from psycopref.experiments.expert_study import score_means, unshuffled_kits
 from psycopref.feedback.battles import ORDERS, consistent_verdicts, paper_verdicts
+from psycopref.stats.judge_error import prediction_powered, rogan_gladen
 
 NOTEBOOK = Path(__file__).parents[2] / "nbs" / "11_experts.ipynb"
 POLICY = "ours + DPO"
@@ -246,18 +247,43 @@ def test_what_each_annotator_said_is_released_as_it_was_said(kits, tmp_path):
     said = said[~((said.annotator == "Ben") & (said.item_id == said.item_id.iloc[0]))]  # left out
     path = write_rows(tmp_path / "annotations.parquet", "annotations", given_labels(said, kits))
     assert not any(name in path.read_bytes() for name in (b"Ada", b"Ben", b"Cy"))
-    rows, keys = read_rows(path, "annotations"), ["annotator", "kit", "item_id", "principle"]
+    rows, keys = read_rows(path, "annotations"), ["annotator", "kit_id", "item_id", "principle"]
     names = said.annotator.map({"Ada": "annotator 1", "Ben": "annotator 2", "Cy": "annotator 3"})
-    told = said.assign(annotator=names).rename(columns={"kit_id": "kit"}).set_index(keys).value
+    told = said.assign(annotator=names).set_index(keys).value
     assert rows.set_index(keys).value.sort_index().equals(told.sort_index()) and not rows.simulated.any()
-    own = rows[(rows.kit == kits["answers"][0]["kit_id"]) & (rows.principle == "overall")]
+    own = rows[(rows.kit_id == kits["answers"][0]["kit_id"]) & (rows.principle == "overall")]
     votes = own.groupby("item_id").value.agg(set)
     assert votes.iloc[1:].map(lambda own: own == {0, 1, 2}).all(), "a majority would be a tie in each"
     ours = np.where(own["first"] == POLICY, 1, 2)
     assert (own.value.to_numpy() == ours)[own.annotator == "annotator 1"].all()
     made = given_labels(annotated(kits, {"simulated 1": warm}), kits)
     assert made.simulated.all() and set(made.annotator) == {"simulated 1"}
-    assert len(given_labels(pd.DataFrame(columns=list(ANNOTATION_COLUMNS)), kits)) == 0
+    nobody = given_labels(pd.DataFrame(columns=list(ANNOTATION_COLUMNS)), kits)
+    assert read_rows(write_rows(path, "annotations", nobody), "annotations").empty
+
+
+def test_released_labels_are_read_back_with_notes_times_and_what_was_left_out(kits, tmp_path):
+    kit, (first, second, *rest) = kits["labels"][0], kits["labels"][0]["items"]
+    files = []
+    for n, who in enumerate(["Ada Lovelace", *(f"rater {n}" for n in range(2, 12))]):
+        said = {item["item_id"]: {key: (n + i) % 2 + 1 for key in BATTLE_KEYS} for i, item in enumerate(rest)}
+        said[first["item_id"]] = {"note": f"Ask ada lovelace or {who}, ada@example.org."}
+        said[second["item_id"]] = dict.fromkeys(BATTLE_KEYS, 1) | {"note": "Both are cold."}
+        made = {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "annotator": who}
+        files.append(tmp_path / f"{n}.json")
+        files[-1].write_text(json.dumps(made | {"saved": f"2026-11-{n + 10}T10:00:00Z", "answers": said}))
+    given = study.run_annotations(kits, files, 0, tmp_path, 0)
+    path = write_rows(tmp_path / "annotations.parquet", "annotations", given_labels(given, kits))
+    rows = read_rows(path, "annotations")
+    assert not any(name in path.read_bytes() for name in (b"Ada", b"ada", b"rater 2", b"example.org"))
+    left = rows[rows.item_id == first["item_id"]]
+    assert left.principle.eq("left out").all() and sorted(left.annotator) == sorted(set(rows.annotator))
+    assert set(left.note[left.annotator == "annotator 3"]) == {"Ask annotator 1 or annotator 3, [email]."}
+    assert rows.note[rows.item_id == second["item_id"]].eq("Both are cold.").all()
+    assert dict(zip(rows.annotator, rows.time))["annotator 11"] == "2026-11-20T10:00:00Z"
+    again, before = (unshuffled_kits(frame, kits)["labels"] for frame in (rows, given))
+    pd.testing.assert_frame_equal(again, before)
+    assert study.annotator_rows(given)[0]["items"] == {kit["kit_id"]: len(rest) + 1}
 
 
 def test_scores_have_intraclass_correlations_and_comparisons_have_none(kits):
@@ -272,6 +298,81 @@ def test_scores_have_intraclass_correlations_and_comparisons_have_none(kits):
     assert all(0 < float(row["ICC(A,1)"].split()[0]) < 1 for row in lines)
     assert "ICC(A,1) = " in study.expert_agreement_sentences(found["agreement"], False)[-2]
     assert not any(row.get("ICC(A,1)") for row in found["agreement"] if row["what"] == KITS["labels"])
+    few = column_agreement(
+        pd.DataFrame({"first": [1, 2, 3, 4], "second": [1, 2, 4, 4]}), dict.fromkeys(range(4), "s"), 50, 0, "ordinal"
+    )
+    assert few["ICC(A,1)"] == "0.94 (no interval: too few)"
+
+
+def corrected(kits, rules, battles=BATTLES):
+    "Lines of Table S47, by setting and verdict."
+    lines = results(kits, annotated(kits, rules, ["answers"]), battles)["corrected"]
+    return {(line["setting"], line["verdict"]): line for line in lines}
+
+
+def overall(lines, setting, *names):
+    return [lines[SETTINGS[setting], "overall"][name] for name in names]
+
+
+def number(text):
+    return float(text.split(" (")[0])
+
+
+RATES = ("by the judge, %", "prediction-powered, %", "Rogan–Gladen, %")
+
+
+def test_a_judge_that_is_always_for_us_is_brought_down_to_what_people_say(kits):
+    found = corrected(kits, {"Ada": cold})
+    assert len(found) == 2 * 8 and list(found)[0] == (SETTINGS["free"], "overall")
+    judge, powered, solved = overall(found, "free", *RATES)
+    assert number(judge) == 100 and number(powered) == 0 and solved == "none: people have no win, or no other label"
+    names = ("labelled battles", "labels: win / tie / loss", "labels by", "agreement on wins, %")
+    assert overall(found, "free", *names) == ["10 of 24", "0 / 0 / 10", "1 annotator", 0]
+    assert overall(found, "length", "error of the judge, points")[0].startswith("100.0 (5")
+    right = corrected(kits, {"Ada": warm})
+    assert [number(rate) for rate in overall(right, "free", *RATES[:2])] == [100, 100]
+
+
+def half_right(battles=BATTLES):
+    "A judge who is for us in two of three speeches, whatever the setting and the order."
+    return battles.assign(verdict=np.where(battles.speech_id.str[1:].astype(int) % 3 > 0, "win", "loss"))
+
+
+def nights(item):
+    return int(item["client_speech"].split()[5]) - 2  # the number in the speech's id
+
+
+def test_corrected_rates_are_those_of_the_rows_and_ties_are_no_wins(kits):
+    said = lambda item, key: 0 if nights(item) % 4 == 0 else warm(item) if nights(item) % 3 else cold(item)
+    found = corrected(kits, {"Ada": said}, half_right())
+    key = kits["answers"][1]
+    for setting in SETTINGS:
+        own = np.array([int(name[1:]) for name in IDS])
+        known = np.isin(IDS, key.speech_id[key.setting == setting])
+        labels, judged = np.where(known, (own % 4 > 0) & (own % 3 > 0), np.nan), (own % 3 > 0).astype(float)
+        for name, correct in zip(RATES[1:], (prediction_powered, rogan_gladen)):
+            [text], wanted = overall(found, setting, name), correct(judged, labels, IDS)
+            wanted = [round(100 * wanted[end], 1) for end in ("estimate", "low", "high")]
+            assert text.partition(",")[0] == f"{wanted[0]} ({wanted[1]} to {wanted[2]})"
+        assert overall(found, setting, "by the judge, %")[0].startswith("66.7 (")
+        off = 100 * (judged - labels)[known].mean()
+        assert number(overall(found, setting, "error of the judge, points")[0]) == pytest.approx(off, abs=0.06)
+        agreed = 100 * (judged == labels)[known].mean()
+        assert overall(found, setting, "agreement on wins, %")[0] == pytest.approx(agreed, abs=0.06)
+
+
+def test_two_annotators_who_differ_count_half_each(kits):
+    [text, counts] = overall(corrected(kits, {"Ada": warm, "Ben": cold}), "free", RATES[1], "labels: win / tie / loss")
+    assert number(text) == 50 and counts == "10 / 0 / 10"
+    unsure = corrected(kits, {"Ada": warm, "Ben": undecided, "Cy": undecided})
+    assert number(overall(unsure, "free", RATES[1])[0]) == pytest.approx(33.3), "a majority would say 0"
+
+
+def test_labels_of_battles_that_the_judge_left_out_are_not_counted(kits):
+    key = kits["answers"][1].query("setting == 'free'")
+    found = corrected(kits, {"Ada": warm}, BATTLES[~BATTLES.speech_id.isin(key.speech_id[:4])])
+    assert overall(found, "free", "labelled battles") == ["6 of 20"]
+    assert corrected(kits, {"Ada": warm}, BATTLES[BATTLES.speech_id == "s99"]) == {}
 
 
 @pytest.fixture
@@ -359,6 +460,9 @@ def test_sentences_report_the_lines_of_the_tables_and_name_who_was_simulated(nam
     compared = study.expert_comparison_sentences(found["shares"], POLICY, "theirs")
     more = study.expert_principle_sentences(found["principles"]) + study.expert_score_sentences(found["means"])
     assert not any(word in text for text in [*said, *compared, *more] for word in ("nan", "None", "Ada", "Ben"))
+    rated = study.corrected_sentences(found["corrected"], names == ["simulated 1"])
+    assert ("machinery only" in rated[-1]) == (names == ["simulated 1"]) and len(rated) == 3
+    assert ("simulated annotator on 10 of 24" in rated[0]) == (names == ["simulated 1"])
     assert f"{POLICY} is preferred in {100 / len(names):.0f}% (" in compared[-1] and "Mean scores range" in more[-1]
     assert all(("do not overlap" in text) == (len(names) == 1) for text in compared)
 
@@ -421,11 +525,12 @@ def texts_of(run):
 def test_the_stage_shows_simulated_annotators_as_such(run_before):
     run, execute = run_before
     stage = execute()
-    shown, tables = texts_of(run), ("table_S33_agreement", "table_S34_agreement_by_principle")
+    tables = ("table_S33_agreement", "table_S34_agreement_by_principle", "table_S47_corrected_win_rates")
+    shown = texts_of(run)
     assert {name.split(".")[0] for name in shown} == {*tables, "fig_2_comparison", "fig_3_scores"}
     assert all("no human took part" in text for name, text in shown.items() if not name.endswith(".csv"))
-    for name in tables:
-        assert pd.read_csv(run.tables / f"{name}.csv")["between"].str.contains("simulated").all()
+    for name, column in zip(tables, ("between", "between", "labels by")):
+        assert pd.read_csv(run.tables / f"{name}.csv")[column].str.contains("simulated").all()
     assert "expert" not in " ".join(shown.values()).lower()
     key, kept = stage.rows("kit_key", "keys"), {path.stem for path in (run.outputs / "kept_kits").iterdir()}
     assert set(key.kit) == kept == set(stage.receipt["kits"].values()) and stage.receipt["simulated"] is True
@@ -463,7 +568,7 @@ def test_the_stage_waits_for_annotations_and_takes_them(run_before, tmp_path):
     ids = stage.receipt["kits"]
     stage = execute(simulated=0, annotations=[str(filled)])
     shown = texts_of(run)
-    assert stage.receipt["kits"] == ids and len(shown) == 4 * 5 - 2 * 4
+    assert stage.receipt["kits"] == ids and len(shown) == 5 * 5 - 2 * 4
     assert not any(
         "simulated " in text or "Ada" in text for text in shown.values()
     )  # labels name agreement.simulated=0

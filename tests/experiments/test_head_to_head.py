@@ -101,6 +101,7 @@ def test_two_judges_that_differ_on_one_topic_are_seen_to_differ_there_and_nowher
     )
     assert len(topics) == 2 * 4 and any(f"({2 * EACH} of {2 * EACH})" in said for said in second.sentences)
     assert "Crisis and Safety" in " ".join(second.sentences)
+    assert any("margins of gpt-4o and claude-judge" in said and "ICC(A,1) = " in said for said in second.sentences)
     assert each["coverage %"].tolist() == [100.0] * 4 and set(each.judge) == {"gpt-4o", "claude-judge"}
 
 

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from psycopref.core.settings import StudyError, load_profile
 from psycopref.evaluation.baselines import score_frame
 from psycopref.experiments import arms, mixing_grid, policies
+from psycopref.feedback.battles import paper_order
 from psycopref.models.chat import ChatReply
 from psycopref.models.generation import Decoding
 from psycopref.models.weights import find_weights
+from psycopref.stats.intervals import mean_interval, win_interval
 from refusals import one_line
 
 
@@ -178,32 +180,71 @@ class RaterByText:
         return [ChatReply("?" if no else json.dumps(own), "stop", 1, 1) for no, own in zip(silent, said)]
 
 
-def test_safety_is_rated_blind_and_told_of_the_arm_that_wrote_it(tmp_path):
+@pytest.fixture
+def third_arm(tmp_path):
+    "Rows of Table S51 where who answered is told by the text, with a rater's coverage, and who won by `wins`."
     names, given = [f"s{i}" for i in range(12)], {"base": 3, "offline": 2, "veto": 5, "online": 1}
-    speeches = pd.DataFrame({"speech_id": names, "speech": [f"speech {name}" for name in names]})
-    profile = load_profile("tiny", {"evaluation.coverage": 0.9})
+    speeches = pd.DataFrame({"speech_id": names, "speech": [f"speech {name}" for name in names], "coarse_topic": ""})
+    said = {"offline": "Stop taking your pills today. Then"}
 
     class Judge(arms.CheckpointJudge):
         def answers(self, uri, name, seed):
-            return speeches.assign(response=f"{name} {given[name]}")[["speech_id", "response"]]
+            texts = [f"{name}. {said.get(name, str())} {given[name]}" for _ in names]
+            return speeches.assign(response=texts)[["speech_id", "response"]].head(self.answered.get(name, 12))
 
-        def point(self, name, location, pairs_seen):
-            return {"pairs": pairs_seen, "win_rate": 30.0, "low": 20.0, "high": 40.0, "n": 12}
+        def battles(self, name, location):
+            won = {"offline": [True] * 6 + [False] * 6, "veto": [True] + [False] * 11}[name]
+            order = [paper_order(own, self.shared_seed) for own in names]
+            verdict = np.where(won, "win", "loss")
+            return pd.DataFrame({"speech_id": names, "verdict": verdict, "order": order}).head(11)
 
-    judge = Judge(gateway := RaterByText(), speeches, profile.evaluation, 0, 0)
-    pairs = pd.DataFrame({"ID": names, "chosen_safety_rating": [1, 1] + [4] * 10, "rejected_safety_rating": 2})
-    own, base = dataclasses.replace(arms_of(pairs, tmp_path), profile=profile, weights=find_weights("random-tiny")), {}
-    curves = {title: [base, judge.point("", "", 8) | {"win_rate": 45.0}] for title in arms.ARM_TITLES.values()}
-    base |= judge.point("base", "", 0)
-    trained = {arm: [(8, tmp_path / arm)] for arm in ("offline", "online", "veto")}
-    rows = arms.safety_rows(own, {"offline": pairs, "online": None, "veto": pairs[2:]}, trained, curves, judge)
-    assert [row["safety"][0] for row in rows] == [3, 2, 5, 1, 3] and len(gateway.first) > 1
-    assert [row.get("less safe") for row in rows] == [None, 2, 0, None, None]
-    assert rows[-1]["win_rate"][0] == -15 and rows[-1]["n"] == 11, "the unreadable reply is left out"
+    def rows(coverage=0.9, pairs=None, **answered):
+        profile = load_profile("tiny", {"evaluation.coverage": coverage})
+        Judge.answered, judge = answered, Judge(RaterByText(), speeches, profile.evaluation, 0, 0)
+        dataset = pd.DataFrame({"ID": names, "chosen_safety_rating": [1, 1] + [4] * 10, "rejected_safety_rating": 2})
+        own = dataclasses.replace(arms_of(dataset, tmp_path), profile=profile, weights=find_weights("random-tiny"))
+        point = {"pairs": 8, "win_rate": 45.0, "low": 20.0, "high": 60.0, "n": 12}
+        curves = {title: [point | {"pairs": 0}, point] for title in arms.ARM_TITLES.values()}
+        trained = {arm: [(8, tmp_path / arm)] for arm in ("offline", "online", "veto")}
+        pairs = {"offline": dataset, "online": None, "veto": dataset[2:]} | (pairs or {})
+        return arms.safety_rows(own, pairs, trained, curves, judge), judge
+
+    return rows
+
+
+def test_safety_is_rated_blind_and_told_of_the_arm_that_wrote_it(third_arm):
+    rows, judge = third_arm()
+    assert [row["safety"][0] for row in rows] == [3, 2, 5, 1, 3] and len(judge.gateway.first) > 1
+    assert [row["flagged"][0] for row in rows] == [0, 100, 0, 0, -100]
+    assert [row.get("less safe") for row in rows] == [None, [2, 12], [0, 10], None, None]
+    assert rows[-1]["n"] == [11, 12, 11], "the unreadable reply is left out"
     [said] = arms.describe_safety({"tiny": rows})
-    assert "the 2 of 8 pairs" in said and "of safety by 3.00" in said and "chance" not in said
-    strict = Judge(gateway, speeches, load_profile("tiny").evaluation, 0, 0)
-    refused = lambda: arms.safety_rows(own, {"offline": pairs, "online": None, "veto": pairs}, trained, curves, strict)
-    assert "11 of 12 ratings of safety" in one_line(refused)
-    assert "none of the 8 pairs" in arms.describe_safety({"tiny": [row | {"less safe": 0} for row in rows]})[0]
+    assert "the 2 of 12 pairs" in said and "0 of them replaced" in said and "of safety by +3.00 (" in said
+    assert "11 of 12 ratings of safety" in one_line(lambda: third_arm(coverage=0.98))
+    assert "none of the 12 pairs" in arms.describe_safety({"a": [row | {"less safe": [0, 12]} for row in rows]})[0]
     assert "ablation.veto asks" in arms.describe_safety({})[0]
+    table = arms.safety_table({"tiny": rows}).iloc[1]
+    assert table["pairs with a less safe chosen response"] == "2 of 12" and "100.0 (" in table.iloc[5]
+
+
+def test_the_veto_is_compared_with_the_average_speech_by_speech(third_arm):
+    [*_, gap], judge = third_arm()
+    won, lost = np.array([1] * 6 + [0] * 5), np.array([1] + [0] * 10)
+    low, high = mean_interval(lost - won, None, (-1, 1), judge.settings.bootstrap)
+    assert gap["win_rate"] == pytest.approx([-500 / 11, 100 * low, 100 * high]) and high < 0
+    apart = [win_interval(own) for own in (lost, won)]
+    assert apart[0][1] > apart[1][0], "intervals of the two rates overlap: the difference is seen within speeches"
+    sure = {name: [1.0, 0.5, 1.5] for name in ("safety", "flagged", "win_rate")}
+    assert "chance" not in arms.describe_safety({"tiny": [*third_arm()[0][:-1], gap | sure]})[0]
+
+
+def test_speeches_that_an_arm_left_out_count_as_not_rated(third_arm):
+    assert "7 of 12 ratings of safety" in one_line(lambda: third_arm(veto=8))
+
+
+def test_a_veto_that_leaves_less_than_a_batch_is_refused_before_anything_is_trained(tmp_path):
+    pairs = pd.DataFrame({"ID": [f"s{i}" for i in range(20)], "chosen_safety_rating": 1, "rejected_safety_rating": 2})
+    for safe in (3, 4):
+        own = pairs.assign(chosen_safety_rating=[3] * safe + [1] * (20 - safe))
+        making = lambda: arms.veto_arm(arms_of(own, tmp_path), own)
+        assert len(making()) == 4 if safe == 4 else "leaves 3 of 20 offline pairs" in one_line(making)

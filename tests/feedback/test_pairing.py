@@ -13,7 +13,8 @@ from psycopref.core.files import StageReader, StageWriter
 from psycopref.core.settings import PairSettings
 from psycopref.core.stages import Run
 from psycopref.core.tables import Label
-from psycopref.feedback.pairing import apply_veto, dataset_card, drawn_pairs, make_pairs, principle_table
+from psycopref.feedback.pairing import RELEASED_COLUMN, apply_veto, dataset_card, drawn_pairs, make_pairs
+from psycopref.feedback.pairing import pair_summary, principle_table
 
 NOTEBOOK = Path(__file__).parents[2] / "nbs" / "04_pairs.ipynb"
 
@@ -109,6 +110,16 @@ def test_the_principle_of_safety_is_a_setting_and_one_that_a_run_lacks_is_refuse
     assert "set pairs.safety to average" in one_line(lambda: apply_veto({"train": pairs}, lacking))
     assert apply_veto({"train": pairs}, replace(lacking, safety="average"))[1] == {"train": 0}
     assert "widen the pool" in one_line(lambda: apply_veto({"train": pairs.assign(chosen_safety_rating=0)}, VETO))
+
+
+@pytest.mark.parametrize(
+    "principle, counted, released", [("safety", True, True), ("clarity", True, False), ("harm", False, False)]
+)
+def test_what_no_principle_tells_is_not_counted_as_none(principle, counted, released):
+    given, pairs = diced(2)
+    table = pair_summary(SPEECHES, given, {"train": pairs, "test": pairs}, principle).set_index("what")
+    row = table.loc["training pairs whose rejected response is rated safer"]
+    assert (row.ours is not None, row[RELEASED_COLUMN] is not None and row[RELEASED_COLUMN] > 0) == (counted, released)
 
 
 @pytest.mark.parametrize("safety", ["average", "veto"])

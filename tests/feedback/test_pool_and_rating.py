@@ -22,8 +22,8 @@ from psycopref.feedback.pairing import make_pairs, one_author_pairs, scored_resp
 from psycopref.feedback.pool import POOLS, Member, assign_members, author_of, find_pool, left_out, pool_table, respond
 from psycopref.feedback.pool import sample_of, shard_speeches, whole_pool
 from psycopref.feedback.rating import MODES, check_coverage, describe_ratings, first_speeches, mode_agreement
-from psycopref.feedback.rating import mode_agreement_row, mode_calls, preference_agreement, rate, rate_blocks
-from psycopref.feedback.rating import rating_request, rating_summary, shown_order
+from psycopref.feedback.rating import collect_ratings, mode_agreement_row, mode_calls, preference_agreement
+from psycopref.feedback.rating import rate_blocks, rating_request, rating_summary, shown_order
 from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import PROVIDERS, Gateway, chat_model
 from psycopref.gateway.servers import OpenAIModel, shutdown_day
@@ -234,7 +234,7 @@ def test_ratings_are_the_same_in_any_blocks(tmp_path_factory, block, mode, lost)
     gateway = new_gateway(tmp_path_factory.getbasetemp(), "any blocks")
     seven, how = speeches_of(SEVEN), {"seed": 3, "mode": mode}
     shown = answered(SEVEN).drop(index=list(lost))
-    whole, aside = rate(gateway, RUBRIC, seven, shown, **how)
+    whole, aside = collect_ratings(gateway, RUBRIC, seven, shown, **how)
     parts = list(rate_blocks(gateway, RUBRIC, seven, shown, **how, block=block))
     assert len(parts) == -(-7 // block) and [entry for _, own in parts for entry in own] == aside
     frames = [frame for frame, _ in parts if len(frame)]
@@ -249,7 +249,7 @@ def test_ratings_are_the_same_in_any_blocks(tmp_path_factory, block, mode, lost)
 def test_ratings_do_not_depend_on_the_places_the_order_of_rows_or_the_mode(tmp_path_factory, seed, chance):
     gateway, shown = new_gateway(tmp_path_factory.mktemp("cache")), answered()
     order = chance.sample(range(len(shown)), len(shown))
-    found, aside = rate(gateway, RUBRIC, SPEECHES, shown.iloc[order].reset_index(drop=True), seed=seed)
+    found, aside = collect_ratings(gateway, RUBRIC, SPEECHES, shown.iloc[order].reset_index(drop=True), seed=seed)
     assert not aside and len(found) == len(shown) * 7 and set(found.rater) == {RUBRIC}
     response = {(r.speech_id, r.model): r.response for r in shown.itertuples()}
     for row in found.itertuples():
@@ -259,7 +259,7 @@ def test_ratings_do_not_depend_on_the_places_the_order_of_rows_or_the_mode(tmp_p
     assert found.groupby(["speech_id", "principle"]).position.apply(lambda p: sorted(p) == [1, 2, 3, 4]).all()
     assert not found.duplicated(["speech_id", "model", "principle"]).any()
 
-    one, every = (rate(gateway, RUBRIC, SPEECHES, shown, seed=seed, mode=mode)[0] for mode in MODES)
+    one, every = (collect_ratings(gateway, RUBRIC, SPEECHES, shown, seed=seed, mode=mode)[0] for mode in MODES)
     assert one.drop(columns="position").equals(every.drop(columns="position")), "rows and their order"
     assert list(one.columns) == list(every.columns) == list(SCHEMAS["ratings"]) and one.dtypes.equals(every.dtypes)
     agreed = mode_agreement(one, every)
@@ -268,7 +268,7 @@ def test_ratings_do_not_depend_on_the_places_the_order_of_rows_or_the_mode(tmp_p
 
 
 def test_ratings_fit_their_schema(gateway):
-    found, _ = rate(gateway, RUBRIC, SPEECHES, answered())
+    found, _ = collect_ratings(gateway, RUBRIC, SPEECHES, answered())
     with StageWriter(Run("example"), "03_ratings", "tiny", 0, {}) as stage:
         stage.rows("ratings", found)
     back = StageReader(Run("example"), "03_ratings").rows("ratings")
@@ -298,7 +298,7 @@ def judge_by(judge):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_position_says_where_a_response_was_shown(gateway, scripted, mode):
     rater, shown = scripted(judge_by(lambda key, text, place: place)), answered()
-    found, _ = rate(gateway, "scripted:model", SPEECHES, shown, seed=3, mode=mode)
+    found, _ = collect_ratings(gateway, "scripted:model", SPEECHES, shown, seed=3, mode=mode)
     assert (found.rating == found.position).all(), "this rater rates places"
     text = {(r.speech_id, r.model): r.response for r in shown.itertuples()}
     asked = {(r.fields["client_speech"], r.fields.get("principle")): r for r in rater.requests}
@@ -321,7 +321,7 @@ def test_a_rating_stays_with_its_response_when_the_inputs_are_swapped(gateway, s
     for texts in (["text 1", "text 2", "text 3", "text 4"], ["text 4", "text 2", "text 3", "text 1"]):
         rows = [(name, f"m{i}", text) for name in many.speech_id for i, text in enumerate(texts)]
         shown = pd.DataFrame(rows, columns=["speech_id", "model", "response"])
-        found, aside = rate(gateway, "scripted:model", many, shown, seed=5, mode=mode)
+        found, aside = collect_ratings(gateway, "scripted:model", many, shown, seed=5, mode=mode)
         assert not aside and len(found) == 24 * 4 * 7
         for row in found.itertuples():
             own = texts[int(row.model[1])]
@@ -350,7 +350,7 @@ def test_a_broken_reply_is_put_aside_with_what_it_said(gateway, scripted, fault,
         return fault if asked in places else rubric_reply(request.task, request.fields)
 
     scripted(answer)
-    found, aside = rate(gateway, "scripted:model", SPEECHES, answered(), mode=mode)
+    found, aside = collect_ratings(gateway, "scripted:model", SPEECHES, answered(), mode=mode)
     assert [(entry["speech_id"], entry["principle"]) for entry in aside] == LOST[mode]
     raw = fault if isinstance(fault, str) else fault.raw
     assert all(entry["raw"] == raw and entry["reason"] for entry in json.loads(json.dumps(aside)))
@@ -359,7 +359,7 @@ def test_a_broken_reply_is_put_aside_with_what_it_said(gateway, scripted, fault,
 
 def test_a_rater_that_always_fails_leaves_an_empty_frame(gateway, scripted):
     scripted(lambda request: "no")
-    found, aside = rate(gateway, "scripted:model", SPEECHES, answered())
+    found, aside = collect_ratings(gateway, "scripted:model", SPEECHES, answered())
     assert len(aside) == 21 and len(found) == 0 and list(found.columns) == list(SCHEMAS["ratings"])
 
 
@@ -381,24 +381,27 @@ def test_one_bad_principle_among_seven_is_put_aside_alone(gateway, scripted, fau
         return json.dumps(reply)
 
     scripted(answer)
-    found, [entry] = rate(gateway, "scripted:model", SPEECHES, answered(), mode="speech")
+    found, [entry] = collect_ratings(gateway, "scripted:model", SPEECHES, answered(), mode="speech")
     assert (entry["speech_id"], entry["principle"]) == ("b", "autonomy")
     assert entry["reason"].startswith("autonomy: ") and json.loads(entry["raw"])["empathy"]
-    whole, _ = rate(gateway, RUBRIC, SPEECHES, answered(), mode="speech")
+    whole, _ = collect_ratings(gateway, RUBRIC, SPEECHES, answered(), mode="speech")
     rest = whole[(whole.speech_id != "b") | (whole.principle != "autonomy")].reset_index(drop=True)
     assert found.drop(columns="rater").equals(rest.drop(columns="rater"))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_speech_without_all_its_responses_is_put_aside_in_both_modes(gateway, mode):
-    found, aside = rate(gateway, RUBRIC, SPEECHES, answered().drop(index=5), mode=mode)
+    found, aside = collect_ratings(gateway, RUBRIC, SPEECHES, answered().drop(index=5), mode=mode)
     assert [(entry["speech_id"], entry["principle"]) for entry in aside] == [("b", key) for key in PRINCIPLE_KEYS]
     assert len(found) == 2 * 7 * 4
 
 
 @pytest.mark.parametrize("wrong", ["speach", "", "both", "Speech", None])
 def test_an_unknown_mode_names_both_and_asks_nobody(gateway, wrong):
-    for action in (lambda: rate(gateway, RUBRIC, SPEECHES, answered(), mode=wrong), lambda: mode_calls(wrong)):
+    for action in (
+        lambda: collect_ratings(gateway, RUBRIC, SPEECHES, answered(), mode=wrong),
+        lambda: mode_calls(wrong),
+    ):
         message = one_line(action)
         assert all(said in message for said in ("ratings.mode", repr(wrong), "principle", "speech"))
     assert gateway.counts == {}
@@ -645,18 +648,18 @@ def test_a_member_that_answers_twice_is_asked_with_another_seed_and_its_first_re
 def test_each_round_is_rated_with_the_prompts_four_places(gateway, scripted, mode):
     _, _, _, twice = twice_answered(gateway, scripted)
     rater = scripted(judge_by(lambda key, text, place: 5 if text.endswith(" 0") else 2))
-    found, aside = rate(gateway, "scripted:model", SPEECHES, twice, mode=mode)
+    found, aside = collect_ratings(gateway, "scripted:model", SPEECHES, twice, mode=mode)
     assert not aside and len(found) == 7 * len(twice) and len(rater.requests) == 2 * 3 * len(MODES[mode])
     assert not found.duplicated(["speech_id", "model", "principle"]).any() and found.position.max() == 4
     assert (found.rating == np.where(found.model.map(sample_of) == 0, 5, 2)).all()
-    short, aside = rate(gateway, "scripted:model", SPEECHES, twice.drop(index=1), mode=mode)
+    short, aside = collect_ratings(gateway, "scripted:model", SPEECHES, twice.drop(index=1), mode=mode)
     assert len(aside) == 7 and len(short) == 7 * (len(twice) - 4), "a gap takes only its own round away"
 
 
 def test_two_responses_of_a_member_make_pairs_of_one_author(gateway, scripted):
     _, _, _, twice = twice_answered(gateway, scripted)
     scripted(judge_by(lambda key, text, place: 5 if text.endswith(" 0") else 2))
-    scored = scored_responses(twice, rate(gateway, "scripted:model", SPEECHES, twice)[0])
+    scored = scored_responses(twice, collect_ratings(gateway, "scripted:model", SPEECHES, twice)[0])
     speeches = SPEECHES.assign(split=["train", "test", "test"])
     train = make_pairs(speeches, scored, ("train",), 7, best_worst=False)
     assert len(train) == 16, "each of four good answers against each of four poor ones"

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -105,6 +108,26 @@ def test_eight_bits_of_a_layer_are_near_and_a_row_does_not_depend_on_the_others(
         small = float(layer(without).norm() / exact.norm())
     assert errors[1] < 0.02 * small and errors[1] < errors[0] / 10, "the channel apart costs the others nothing"
     assert isinstance(to_int8(OneLayer(layer), [])[0], torch.nn.Linear), "a layer that no text went through stays"
+
+
+OF_ONE_SIGN = """
+import copy, torch
+from test_linear import OneLayer, to_int8
+torch.manual_seed(0)
+layer, given = torch.nn.Linear(64, 48, bias=False), torch.rand(5, 64)
+layer.weight.data.abs_()
+with torch.inference_mode():
+    exact, found = layer(given), to_int8(OneLayer(copy.deepcopy(layer)).eval(), [{"rows": given}], 0)(given)
+print(float((found - exact).norm() / exact.norm()))
+"""
+
+
+def test_eight_bits_are_as_near_on_processors_whose_sums_of_two_products_have_sixteen():
+    "Numbers of one sign make the largest sums: without VNNI they were cut, by a fifth of what they are."
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", OF_ONE_SIGN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert float(done.stdout) < 0.01, done.stderr
 
 
 def test_threads_that_share_a_model_in_8_bits_get_their_own_numbers():

@@ -79,6 +79,36 @@ def test_the_head_is_read_once_and_without_gradients_multiplied_once():
     assert head_products(trains=False) == 1
 
 
+class Largest(TorchDispatchMode):
+    "Note the size of the largest tensor made that is no part of a given one."
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.numel = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), keywords=None):
+        made = function(*args, **(keywords or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() != self.given:
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+def test_a_head_in_half_precision_is_never_copied_whole():
+    model = small_model().requires_grad_(False).bfloat16()
+    add_log_probs(model)
+    with Largest(model.lm_head.weight) as found:
+        model(**tokens(), fused_lm_head=True)
+    assert found.numel < model.lm_head.weight.numel()
+
+
+def test_second_derivatives_are_refused_as_they_would_be_wrong():
+    hidden = torch.randn(3, 8, requires_grad=True)
+    own, _, _ = log_probs(hidden, torch.randn(50, 8), torch.tensor([1, 2, 3]))
+    [slope] = torch.autograd.grad(own.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
 def test_evaluation_shows_what_training_shows():
     model = small_model()
     model.lm_head.requires_grad_(False)

@@ -25,6 +25,8 @@ from psycopref.run.runner import notebook_parameters, trace
         (["plan", "--profile", "papers"], "Did you mean paper"),
         (["plan", "--profile", "tiny", "-o", "plan.gpu=V100"], "plan.gpu"),
         (["notebooks", ""], "run name ''"),
+        (["rate", "none.csv", "-o", "out.csv"], "none.csv: cannot be read"),
+        (["rate", "none.csv", "-o", "out.docx"], "ends in one of .csv"),
         (["notebooks", "never"], "run 01_speeches first"),
         (["trace", "outputs/never/01_speeches/speeches.parquet"], "is no artefact of a run"),
     ],
@@ -75,3 +77,12 @@ def test_a_reader_that_has_enough_gets_no_traceback():
         running.stdout.close()
         assert running.stderr.read() == ""
     assert running.returncode == 0
+
+
+def test_a_table_is_rated_in_the_terminal(tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("context,text\nI can't sleep.,Since when?\nI lie awake.,\n")
+    assert main(["rate", f"{tmp_path}/in.csv", "-o", f"{tmp_path}/out.csv", "--rater", "rules:rubric"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("out.csv: 1 of 2 rows rated by rules:rubric")
+    assert second == "1 of 2 rows has no response and no score: row 2"
+    assert (tmp_path / "out.csv").read_text().splitlines()[2].startswith("I lie awake.,,,")

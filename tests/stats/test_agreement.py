@@ -272,9 +272,23 @@ def test_intraclass_correlations_equal_pingouin():
     for k, n in ((2, 8), (3, 20), (5, 40)):
         table = (3 + rng.normal(size=n) + rng.normal(size=(k, n)) + rng.normal(size=(k, 1))).round(2)
         frame = long_form(table)
-        found = pingouin.intraclass_corr(frame, targets="item", raters="rater", ratings="label").ICC.to_numpy()
+        found = pingouin.intraclass_corr(frame, targets="item", raters="rater", ratings="label").reset_index()
         own = intraclass(table)
-        assert (own["icc_a"], own["icc_c"]) == pytest.approx(tuple(found[1:3]), abs=1e-8)
+        assert (own["icc_a"], own["icc_c"]) == pytest.approx(tuple(found.ICC[1:3]), abs=1e-8)
+        ends = [pair for pair in next(own for name, own in found.items() if name.startswith("CI95"))][1:3]
+        for name, pair in zip(("icc_a", "icc_c"), ends):  # rounded to two digits there
+            assert (own[f"{name}_low"], own[f"{name}_high"]) == pytest.approx(tuple(pair), abs=0.006)
+
+
+def test_few_speeches_and_raters_who_contradict_in_full_have_no_interval_and_no_warning(recwarn):
+    rng = np.random.default_rng(2)
+    table = rng.normal(size=36) + rng.normal(size=(2, 36))
+    for speeches, known in ((11, False), (12, True), (36, True)):
+        found = intraclass(table, np.arange(36) % speeches)
+        assert np.isfinite([found[f"icc_{kind}_{end}"] for kind in "ca" for end in ("low", "high")]).all() == known
+        assert np.isfinite([found["icc_c"], found["icc_a"]]).all()
+    opposite = intraclass([[1, 2, 3, 4], [4, 3, 2, 1]])
+    assert opposite["icc_c"] == -1 and np.isnan([opposite["icc_c_low"], opposite["icc_a_high"]]).all() and not recwarn
 
 
 def test_copies_of_a_speech_are_no_more_data_and_gaps_are_left_out():

@@ -1,12 +1,15 @@
 """The chapters read as chapters: results in place, few imports, no definitions; README says what the run says."""
 
 import ast
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from psycopref.core.settings import load_profile
+from psycopref.core.stages import as_dotted
 from psycopref.run.results import publication_faults
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,9 +107,11 @@ def test_every_number_of_readme_s_results_stands_in_the_index():
         assert measured.rstrip("%") in shown and interval in shown and n in shown, (measured, interval, n)
 
 
-def test_the_settings_page_holds_its_tables():
+def test_the_settings_page_holds_every_setting():
     page = notebook(REPOSITORY / "nbs/guide/09_settings.ipynb")
-    assert "reward.learning_rate" in json.dumps([cell.get("outputs") for cell in page["cells"]])
+    shown = json.dumps([cell.get("outputs") for cell in page["cells"]])
+    missing = [name for name in as_dotted(dataclasses.asdict(load_profile("tiny"))) if f"| `{name}` |" not in shown]
+    assert not missing, f"run nbs/guide/09_settings.ipynb again, for {missing}"
 
 
 def test_no_saved_output_speaks_of_the_old_layout():
