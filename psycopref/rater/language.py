@@ -114,11 +114,18 @@ def spoken(text: str) -> str:
 
 # %% ../../nbs/rater/00_language.ipynb #e083673e
 FUNCTION_WORDS = frozenset(
-    """a about all also am an and any are as at be because been being but by can cannot could did do does down for from
-    get had has have he her here him his how i if in into is it its just let like may me might more much my no not of
-    off on or our out over she should so some than that the their them then there they this to too up us very was we
-    were what when where which who why will with would you your""".split()
-)  # the commonest words of English: none is a subject, and prose is full of them
+    """a about after again all also always am an and another any anything are around as at away back be because
+    been before being both but by can cannot come comes coming could did do does doing done down each else
+    enough even ever every everyone everything feel feeling feelings feels felt few for from get gets getting
+    give go goes going gone good got had has have having he her here hers him his how i if in into is it its
+    just keep kind know let like little lot made make makes many may maybe me mean might mine more most much
+    must my myself need never new no not nothing now of off okay on one only or other our out over own part
+    people perhaps quite rather really right said say saying says see seem seems she should so some someone
+    something sometimes sorry sort sound sounds still such sure take tell than thank that the their them then
+    there these they thing things think this those thought through time to today told too try trying two up us
+    very want was way we well went were what when where which while who why will with without wonder would yes
+    yet you your yours yourself""".split()
+)  # words that have no subject, so that they never count as taken up; prose is full of them
 
 
 @lru_cache(maxsize=16384)
