@@ -27,9 +27,9 @@ from .rating import rating_request, read_reply
 from ..gateway.gateway import chat_model, open_gateway
 
 # %% auto #0
-__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'acts_scores',
-           'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output', 'write_table',
-           'rate_file']
+__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'offline_rater',
+           'acts_scores', 'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output',
+           'write_table', 'rate_file']
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #f907c770
 CLIENT, RESPONSE = ("client_speech", "context"), ("response", "text")  # names that a column may have
@@ -78,10 +78,19 @@ def read_texts(values) -> tuple:
 ACTS = {"rules:acts": "acts", "rules:acts-annomi": "acts-annomi"}  # URI -> heads of rater.scoring
 
 
+def offline_rater():
+    "Return the module of the offline rater's scores, imported where it is used; refuse a version without it."
+    try:
+        return importlib.import_module("psycopref.rater.scoring")
+    except ModuleNotFoundError as error:
+        if error.name != "psycopref.rater.scoring":
+            raise
+        raise StudyError(f"rater: {' and '.join(ACTS)} are not in this version; name another rater") from None
+
+
 def acts_scores(rater: str, clients, responses) -> tuple:
     "Score responses offline: (array n × 7 of scores from 1 to 5, reasons why a row has none: never)."
-    score_answers = importlib.import_module("psycopref.rater.scoring").score_answers
-    scores = score_answers(list(clients), list(responses), heads=ACTS[rater])
+    scores = offline_rater().score_answers(list(clients), list(responses), heads=ACTS[rater])
     return scores[list(PRINCIPLE_KEYS)].to_numpy(float), [None] * len(scores)
 
 
@@ -160,9 +169,8 @@ def _explained(rater: str, said, texts, given):
     "Return the acts by sentence of each response as JSON; None where there is no response."
     import numpy as np
 
-    explain_answers = importlib.import_module("psycopref.rater.scoring").explain_answers
     acts = np.full(len(texts), None)
-    acts[given] = explain_answers(list(said[given]), list(texts[given]), heads=ACTS[rater])
+    acts[given] = offline_rater().explain_answers(list(said[given]), list(texts[given]), heads=ACTS[rater])
     return acts
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #6a128048
