@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import PRINCIPLE_KEYS, progress
+from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
 from ..core.settings import StudyError
 from ..core.tables import PALETTE, new_figure
 from ..corpus.labelled_text import ALL_SCORES, COMPARISONS, CORPORA, TITLES, Comparison, Labelled, read_labelled
-from ..rater.rubric import RATER, rubric_scores
-from ..rater.rules import RulesModel
+from ..rater.rules import RATER, RulesModel
+from ..rater.scoring import score_answers
 from ..stats.intervals import interval
 
 # %% auto #0
@@ -44,12 +44,9 @@ def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequenc
 
     responses: (n,), one for each client speech. Returns frame with n rows: the seven principles and mean, 1-5, and
     words."""
-    asked, found = list(zip(client_speeches, responses)), {}
-    for said, response in progress(dict.fromkeys(asked), "12_trial"):
-        scores = rubric_scores(said, response)
-        own = [scores[key] for key in PRINCIPLE_KEYS]
-        found[said, response] = [*own, sum(own) / len(own), len(response.split())]
-    return pd.DataFrame([found[key] for key in asked], columns=[*ALL_SCORES, "words"], dtype=float).round(9)
+    scores = score_answers(list(client_speeches), list(responses))
+    scores = scores.assign(mean=scores.mean(axis=1), words=[len(response.split()) for response in responses])
+    return scores[[*ALL_SCORES, "words"]].astype(float).round(9)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #9beb9cd5
 def score_minimal_pairs(pairs):

@@ -21,8 +21,8 @@ from . import dialogue_acts, language, scoring
 from .heads import read_heads
 
 # %% auto #0
-__all__ = ['PHRASES', 'RUBRICS', 'LABELS', 'Scored', 'score_batch', 'rubric_rationale', 'shown_responses', 'rubric_reply',
-           'phrase_reply', 'rules_source', 'RulesModel']
+__all__ = ['PHRASES', 'RATER', 'RUBRICS', 'LABELS', 'Scored', 'score_batch', 'rubric_rationale', 'shown_responses',
+           'rubric_reply', 'phrase_reply', 'rules_source', 'RulesModel']
 
 # %% ../../nbs/rater/05_rules.ipynb #24abfb1c
 class Scored(typing.NamedTuple):
@@ -99,6 +99,7 @@ def phrase_reply(request: ChatRequest) -> str:
     return PHRASES[seed % len(PHRASES)].format(word=words[seed % len(words)])
 
 # %% ../../nbs/rater/05_rules.ipynb #5c87a967
+RATER = "rules:rubric"  # the name that every artefact rated here carries
 RUBRICS = {"rubric": "acts", "rubric-annomi": "acts-annomi"}  # name -> file of heads
 LABELS = {
     "rubric": "offline rubric (stand-in)",
