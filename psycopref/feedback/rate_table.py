@@ -10,7 +10,6 @@ import csv
 import difflib
 import functools
 import gzip
-import importlib
 import itertools
 import json
 import os
@@ -25,11 +24,12 @@ from ..corpus.fetching import short_reason
 from ..corpus.sources import as_text, read_columns
 from .rating import rating_request, read_reply
 from ..gateway.gateway import chat_model, open_gateway
+from ..rater.rules import RATER, RUBRICS
 
 # %% auto #0
-__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'offline_rater',
-           'acts_scores', 'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output',
-           'write_table', 'rate_file']
+__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'acts_scores',
+           'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output', 'write_table',
+           'rate_file']
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #f907c770
 CLIENT, RESPONSE = ("client_speech", "context"), ("response", "text")  # names that a column may have
@@ -75,22 +75,14 @@ def read_texts(values) -> tuple:
     return np.array([(text or "").strip() for text in texts], object), odd
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #fb6ede87
-ACTS = {"rules:acts": "acts", "rules:acts-annomi": "acts-annomi"}  # URI -> heads of rater.scoring
-
-
-def offline_rater():
-    "Return the module of the offline rater's scores, imported where it is used; refuse a version without it."
-    try:
-        return importlib.import_module("psycopref.rater.scoring")
-    except ModuleNotFoundError as error:
-        if error.name != "psycopref.rater.scoring":
-            raise
-        raise StudyError(f"rater: {' and '.join(ACTS)} are not in this version; name another rater") from None
+ACTS = {f"rules:{name}": heads for name, heads in RUBRICS.items()}  # URI of the offline rater -> its heads
 
 
 def acts_scores(rater: str, clients, responses) -> tuple:
     "Score responses offline: (array n × 7 of scores from 1 to 5, reasons why a row has none: never)."
-    scores = offline_rater().score_answers(list(clients), list(responses), heads=ACTS[rater])
+    from psycopref.rater.scoring import score_answers
+
+    scores = score_answers(list(clients), list(responses), heads=ACTS[rater])
     return scores[list(PRINCIPLE_KEYS)].to_numpy(float), [None] * len(scores)
 
 
@@ -118,7 +110,7 @@ def row_line(rows: typing.Sequence[int], total: int, what: str, most: int = 20) 
     return f"{len(rows)} of {total} rows {'has' if one else 'have'} {what}: row{'s' * (not one)} {named}"
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #a5d55e07
-def rate_rows(frame, rater: str = "rules:acts", explain: bool = False, where: str = "frame") -> tuple:
+def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "frame") -> tuple:
     """Rate each row: (frame of the added columns, with the same index; lines on rows that lack something).
 
     where: of the frame, for errors; the rest as in `rate`."""
@@ -169,12 +161,14 @@ def _explained(rater: str, said, texts, given):
     "Return the acts by sentence of each response as JSON; None where there is no response."
     import numpy as np
 
+    from psycopref.rater.scoring import explain_answers
+
     acts = np.full(len(texts), None)
-    acts[given] = offline_rater().explain_answers(list(said[given]), list(texts[given]), heads=ACTS[rater])
+    acts[given] = explain_answers(list(said[given]), list(texts[given]), heads=ACTS[rater])
     return acts
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #6a128048
-def rate(frame, rater: str = "rules:acts", explain: bool = False):
+def rate(frame, rater: str = RATER, explain: bool = False):
     """Rate each row's response on the seven principles; return a new frame, with the same rows, index and columns.
 
     frame: has a column client_speech or context, of which cells may be empty, and response or text; rater: gateway
@@ -252,7 +246,7 @@ def _write_parquet(path: Path, out: Path, rows: typing.Any, added) -> None:
         raise StudyError(f"{out}: parquet can't hold this ({short_reason(error)}); write .jsonl instead") from None
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #aae665d8
-def rate_file(source: str | Path, out: str | Path, rater: str = "rules:acts", explain: bool = False) -> list[str]:
+def rate_file(source: str | Path, out: str | Path, rater: str = RATER, explain: bool = False) -> list[str]:
     """Rate each row of a file and write it with the columns of `rate` added; return what there is to say.
 
     source: CSV, JSON, JSON lines (also packed with gzip) or parquet; out: a name with an ending of FORMS, another file

@@ -21,7 +21,7 @@ from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.corpus.sources import read_columns
 from psycopref.feedback.rate_table import added_columns, rate, rate_file, score_columns
 from psycopref.models.chat import Failure
-from psycopref.rater.rubric import to_rating
+from psycopref.rater.scoring import to_rating
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 NEW = added_columns()
@@ -68,7 +68,7 @@ def told(action):
 def test_a_frame_is_rated_in_one_call_and_stays_as_it_was(acts):
     frame = table(response_id=[7, 7, 8, 9]).set_axis(["b", "b", "a", "c"])
     before = frame.copy(deep=True)
-    rated, lines = told(lambda: rate(frame, "rules:acts-annomi", explain=True))
+    rated, lines = told(lambda: rate(frame, "rules:rubric-annomi", explain=True))
     pd.testing.assert_frame_equal(frame, before)
     pd.testing.assert_frame_equal(rated[frame.columns], frame)
     assert list(rated) == [*frame, *NEW, "acts"]
@@ -233,7 +233,7 @@ def test_a_spreadsheet_s_mark_and_nameless_columns_stay(acts, tmp_path):
     content = "context,text,,\nJ\u2019ai peur.,Hm.,1,2\n".encode("utf-8-sig")
     (tmp_path / "in.csv").write_bytes(content)
     assert rate_file(tmp_path / "in.csv", tmp_path / "out.csv") == [
-        f"{tmp_path}/out.csv: 1 of 1 rows rated by rules:acts"
+        f"{tmp_path}/out.csv: 1 of 1 rows rated by rules:rubric"
     ]
     assert (tmp_path / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfcontext,text,Unnamed: 2,Unnamed: 3,emp")
     assert "J\u2019ai peur.,Hm.,1,2," in (tmp_path / "out.csv").read_text("utf-8")
