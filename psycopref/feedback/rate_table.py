@@ -27,9 +27,9 @@ from ..gateway.gateway import chat_model, open_gateway
 from ..rater.rules import RATER, RUBRICS
 
 # %% auto #0
-__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'acts_scores',
-           'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output', 'write_table',
-           'rate_file']
+__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'by_client',
+           'acts_scores', 'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output',
+           'write_table', 'rate_file']
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #f907c770
 CLIENT, RESPONSE = ("client_speech", "context"), ("response", "text")  # names that a column may have
@@ -48,7 +48,8 @@ def text_column(columns: list, names: tuple[str, ...], where: str, remedy: str =
         return found[0]
     if found:
         raise StudyError(f"{where}: has both columns {' and '.join(found)}; rename the one that is not meant")
-    close = [name for name in columns if difflib.get_close_matches(str(name).strip().casefold(), names, 1)]
+    free = [name for name in columns if name not in CLIENT + RESPONSE]
+    close = [name for name in free if difflib.get_close_matches(str(name).strip().casefold(), names, 1)]
     hint = f"is {close[0]!r} meant? Rename it" if close else "name one so"
     raise StudyError(f"{where}: has no column {' or '.join(names)}, found {list(columns)[:8]}; {hint}{remedy}")
 
@@ -75,15 +76,24 @@ def read_texts(values) -> tuple:
     return np.array([(text or "").strip() for text in texts], object), odd
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #fb6ede87
-ACTS = {f"rules:{name}": heads for name, heads in RUBRICS.items()}  # URI of the offline rater -> its heads
+ACTS = {f"rules:{name}": heads for name, heads in RUBRICS.items()}  # URI of an offline rater -> its heads
+
+
+def by_client(clients, block: int = 4096) -> list[list[int]]:
+    "Cut rows into blocks whose sentences are in memory together, with rows of one client beside each other."
+    return blocks(sorted(range(len(clients)), key=clients.__getitem__), block)
 
 
 def acts_scores(rater: str, clients, responses) -> tuple:
     "Score responses offline: (array n × 7 of scores from 1 to 5, reasons why a row has none: never)."
+    import numpy as np
     from psycopref.rater.scoring import score_answers
 
-    scores = score_answers(list(clients), list(responses), heads=ACTS[rater])
-    return scores[list(PRINCIPLE_KEYS)].to_numpy(float), [None] * len(scores)
+    scores = np.empty((len(clients), len(PRINCIPLE_KEYS)))
+    for part in by_client(clients):
+        found = score_answers(list(clients[part]), list(responses[part]), heads=ACTS[rater])
+        scores[part] = found[list(PRINCIPLE_KEYS)]
+    return scores, [None] * len(scores)
 
 
 def gateway_scores(rater: str, clients, responses, max_tokens: int = 256) -> tuple:
@@ -160,11 +170,12 @@ def score_columns(scores, index, acts=False):
 def _explained(rater: str, said, texts, given):
     "Return the acts by sentence of each response as JSON; None where there is no response."
     import numpy as np
-
     from psycopref.rater.scoring import explain_answers
 
-    acts = np.full(len(texts), None)
-    acts[given] = explain_answers(list(said[given]), list(texts[given]), heads=ACTS[rater])
+    acts, rows = np.full(len(texts), None), np.flatnonzero(given)
+    for part in by_client(said[given]):
+        own = rows[part]
+        acts[own] = explain_answers(list(said[own]), list(texts[own]), heads=ACTS[rater])
     return acts
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #6a128048
