@@ -131,7 +131,9 @@ def test_a_frame_that_can_not_be_rated_is_one_line(acts, frame, said):
     assert acts.calls == []
 
 
-@pytest.mark.parametrize("rater, said", [("rules:rubrik", "rules:rubrik"), ("acts", "provider:name"), ("x:y", "provider")])
+@pytest.mark.parametrize(
+    "rater, said", [("rules:rubrik", "rules:rubrik"), ("acts", "provider:name"), ("x:y", "provider")]
+)
 def test_an_unknown_rater_is_one_line(rater, said):
     assert said in one_line(lambda: rate(table(), rater))
     assert "finds no acts" in one_line(lambda: rate(table(), rater, explain=True))
