@@ -10,7 +10,6 @@ import csv
 import difflib
 import functools
 import gzip
-import importlib
 import itertools
 import json
 import os
@@ -25,9 +24,10 @@ from ..corpus.fetching import short_reason
 from ..corpus.sources import as_text, read_columns
 from .rating import rating_request, read_reply
 from ..gateway.gateway import chat_model, open_gateway
+from ..rater.rules import RATER, RUBRICS
 
 # %% auto #0
-__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'offline_rater',
+__all__ = ['CLIENT', 'RESPONSE', 'ACTS', 'FORMS', 'added_columns', 'text_column', 'check_columns', 'read_texts', 'by_client',
            'acts_scores', 'gateway_scores', 'row_line', 'rate_rows', 'score_columns', 'rate', 'check_output',
            'write_table', 'rate_file']
 
@@ -48,7 +48,8 @@ def text_column(columns: list, names: tuple[str, ...], where: str, remedy: str =
         return found[0]
     if found:
         raise StudyError(f"{where}: has both columns {' and '.join(found)}; rename the one that is not meant")
-    close = [name for name in columns if difflib.get_close_matches(str(name).strip().casefold(), names, 1)]
+    free = [name for name in columns if name not in CLIENT + RESPONSE]
+    close = [name for name in free if difflib.get_close_matches(str(name).strip().casefold(), names, 1)]
     hint = f"is {close[0]!r} meant? Rename it" if close else "name one so"
     raise StudyError(f"{where}: has no column {' or '.join(names)}, found {list(columns)[:8]}; {hint}{remedy}")
 
@@ -75,23 +76,24 @@ def read_texts(values) -> tuple:
     return np.array([(text or "").strip() for text in texts], object), odd
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #fb6ede87
-ACTS = {"rules:acts": "acts", "rules:acts-annomi": "acts-annomi"}  # URI -> heads of rater.scoring
+ACTS = {f"rules:{name}": heads for name, heads in RUBRICS.items()}  # URI of an offline rater -> its heads
 
 
-def offline_rater():
-    "Return the module of the offline rater's scores, imported where it is used; refuse a version without it."
-    try:
-        return importlib.import_module("psycopref.rater.scoring")
-    except ModuleNotFoundError as error:
-        if error.name != "psycopref.rater.scoring":
-            raise
-        raise StudyError(f"rater: {' and '.join(ACTS)} are not in this version; name another rater") from None
+def by_client(clients, block: int = 4096) -> list[list[int]]:
+    "Cut rows into blocks whose sentences are in memory together, with rows of one client beside each other."
+    return blocks(sorted(range(len(clients)), key=clients.__getitem__), block)
 
 
 def acts_scores(rater: str, clients, responses) -> tuple:
     "Score responses offline: (array n × 7 of scores from 1 to 5, reasons why a row has none: never)."
-    scores = offline_rater().score_answers(list(clients), list(responses), heads=ACTS[rater])
-    return scores[list(PRINCIPLE_KEYS)].to_numpy(float), [None] * len(scores)
+    import numpy as np
+    from psycopref.rater.scoring import score_answers
+
+    scores = np.empty((len(clients), len(PRINCIPLE_KEYS)))
+    for part in by_client(clients):
+        found = score_answers(list(clients[part]), list(responses[part]), heads=ACTS[rater])
+        scores[part] = found[list(PRINCIPLE_KEYS)]
+    return scores, [None] * len(scores)
 
 
 def gateway_scores(rater: str, clients, responses, max_tokens: int = 256) -> tuple:
@@ -118,7 +120,7 @@ def row_line(rows: typing.Sequence[int], total: int, what: str, most: int = 20) 
     return f"{len(rows)} of {total} rows {'has' if one else 'have'} {what}: row{'s' * (not one)} {named}"
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #a5d55e07
-def rate_rows(frame, rater: str = "rules:acts", explain: bool = False, where: str = "frame") -> tuple:
+def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "frame") -> tuple:
     """Rate each row: (frame of the added columns, with the same index; lines on rows that lack something).
 
     where: of the frame, for errors; the rest as in `rate`."""
@@ -168,13 +170,16 @@ def score_columns(scores, index, acts=False):
 def _explained(rater: str, said, texts, given):
     "Return the acts by sentence of each response as JSON; None where there is no response."
     import numpy as np
+    from psycopref.rater.scoring import explain_answers
 
-    acts = np.full(len(texts), None)
-    acts[given] = offline_rater().explain_answers(list(said[given]), list(texts[given]), heads=ACTS[rater])
+    acts, rows = np.full(len(texts), None), np.flatnonzero(given)
+    for part in by_client(said[given]):
+        own = rows[part]
+        acts[own] = explain_answers(list(said[own]), list(texts[own]), heads=ACTS[rater])
     return acts
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #6a128048
-def rate(frame, rater: str = "rules:acts", explain: bool = False):
+def rate(frame, rater: str = RATER, explain: bool = False):
     """Rate each row's response on the seven principles; return a new frame, with the same rows, index and columns.
 
     frame: has a column client_speech or context, of which cells may be empty, and response or text; rater: gateway
@@ -252,7 +257,7 @@ def _write_parquet(path: Path, out: Path, rows: typing.Any, added) -> None:
         raise StudyError(f"{out}: parquet can't hold this ({short_reason(error)}); write .jsonl instead") from None
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #aae665d8
-def rate_file(source: str | Path, out: str | Path, rater: str = "rules:acts", explain: bool = False) -> list[str]:
+def rate_file(source: str | Path, out: str | Path, rater: str = RATER, explain: bool = False) -> list[str]:
     """Rate each row of a file and write it with the columns of `rate` added; return what there is to say.
 
     source: CSV, JSON, JSON lines (also packed with gzip) or parquet; out: a name with an ending of FORMS, another file

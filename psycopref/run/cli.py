@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "input", help="csv, json, jsonl or parquet with client_speech (or context) and response (or text)"
     )
     rate.add_argument("-o", "--output", required=True, help="a new file: .csv, .json, .jsonl (also .gz) or .parquet")
-    rate.add_argument("--rater", default="rules:acts", metavar="URI", help="who rates; the offline rater unless given")
+    rate.add_argument("--rater", default="rules:rubric", metavar="URI", help="who rates (offline unless given)")
     rate.add_argument("--explain", action="store_true", help="add the acts that were found in each sentence")
     compare = commands.add_parser("compare", help="compare the tables of two runs by hash")
     compare.add_argument("first")

@@ -21,7 +21,7 @@ from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.corpus.sources import read_columns
 from psycopref.feedback.rate_table import added_columns, rate, rate_file, score_columns
 from psycopref.models.chat import Failure
-from psycopref.rater.rubric import to_rating
+from psycopref.rater.scoring import explain_answers, score_answers, to_rating
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 NEW = added_columns()
@@ -68,11 +68,11 @@ def told(action):
 def test_a_frame_is_rated_in_one_call_and_stays_as_it_was(acts):
     frame = table(response_id=[7, 7, 8, 9]).set_axis(["b", "b", "a", "c"])
     before = frame.copy(deep=True)
-    rated, lines = told(lambda: rate(frame, "rules:acts-annomi", explain=True))
+    rated, lines = told(lambda: rate(frame, "rules:rubric-annomi", explain=True))
     pd.testing.assert_frame_equal(frame, before)
     pd.testing.assert_frame_equal(rated[frame.columns], frame)
     assert list(rated) == [*frame, *NEW, "acts"]
-    assert acts.calls == [("acts-annomi", ["I can't sleep.", "", ""], ["Since when?", "Go on.", "Hm."])]
+    assert acts.calls == [("acts-annomi", ["", "", "I can't sleep."], ["Go on.", "Hm.", "Since when?"])]
     assert rated.filter(like="_score").iloc[0, :7].tolist() == pytest.approx([1.503 + i / 100 for i in range(7)])
     assert rated.empathy_score.iloc[1] == 1.5 and rated.mean_score.iloc[1] == pytest.approx(1.53)
     assert rated.empathy_rating.dtype == "Int64" and rated.empathy_rating.iloc[[0, 1, 3]].tolist() == [2, 2, 1]
@@ -82,6 +82,19 @@ def test_a_frame_is_rated_in_one_call_and_stays_as_it_was(acts):
         "1 of 4 rows has no response and no score: row 3",
         "2 of 4 rows have no client_speech, so the response alone was rated: rows 2, 4",
     ]
+
+
+def test_the_offline_rater_s_own_scores_and_acts_stand_in_their_rows():
+    frame = table(response=["Since when?", "", "You must get over it. What did she say?", "Hm."]).iloc[[2, 1, 0, 3]]
+    rated, _ = told(lambda: rate(frame, explain=True))
+    pairs = ["My sister moved out.", "I can't sleep.", ""], [*frame.response.iloc[[0, 2, 3]]]
+    scores = score_answers(*pairs)
+    given = rated.dropna(subset="mean_score")
+    for key in PRINCIPLE_KEYS:
+        assert given[f"{key}_score"].tolist() == scores[key].tolist()
+        assert given[f"{key}_rating"].tolist() == [to_rating(score) for score in scores[key]]
+    assert given["acts"].tolist() == explain_answers(*pairs)
+    assert [said for said, _ in json.loads(given["acts"].iloc[0])] == ["You must get over it.", "What did she say?"]
 
 
 def test_ratings_round_as_the_rubric_does():
@@ -103,6 +116,7 @@ def test_a_cell_that_is_no_text_costs_its_own_row_only(acts):
     [
         (table().rename(columns={"response": "Response"}), "no column response or text, found ['client_speech', 'Resp"),
         (table().rename(columns={"response": "Response"}), "is 'Response' meant? Rename it"),
+        (table().set_axis(["context", "Text"], axis=1), "is 'Text' meant? Rename it"),
         (table().drop(columns="client_speech"), "name one so, or add one with empty cells"),
         (table(text="a"), "both columns response and text"),
         (table(context="a"), "both columns client_speech and context"),
@@ -117,7 +131,9 @@ def test_a_frame_that_can_not_be_rated_is_one_line(acts, frame, said):
     assert acts.calls == []
 
 
-@pytest.mark.parametrize("rater, said", [("rules:actz", "rules:actz"), ("acts", "provider:name"), ("x:y", "provider")])
+@pytest.mark.parametrize(
+    "rater, said", [("rules:rubrik", "rules:rubrik"), ("acts", "provider:name"), ("x:y", "provider")]
+)
 def test_an_unknown_rater_is_one_line(rater, said):
     assert said in one_line(lambda: rate(table(), rater))
     assert "finds no acts" in one_line(lambda: rate(table(), rater, explain=True))
@@ -233,7 +249,7 @@ def test_a_spreadsheet_s_mark_and_nameless_columns_stay(acts, tmp_path):
     content = "context,text,,\nJ\u2019ai peur.,Hm.,1,2\n".encode("utf-8-sig")
     (tmp_path / "in.csv").write_bytes(content)
     assert rate_file(tmp_path / "in.csv", tmp_path / "out.csv") == [
-        f"{tmp_path}/out.csv: 1 of 1 rows rated by rules:acts"
+        f"{tmp_path}/out.csv: 1 of 1 rows rated by rules:rubric"
     ]
     assert (tmp_path / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfcontext,text,Unnamed: 2,Unnamed: 3,emp")
     assert "J\u2019ai peur.,Hm.,1,2," in (tmp_path / "out.csv").read_text("utf-8")

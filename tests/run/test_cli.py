@@ -81,7 +81,7 @@ def test_a_reader_that_has_enough_gets_no_traceback():
 
 def test_a_table_is_rated_in_the_terminal(tmp_path, capsys):
     (tmp_path / "in.csv").write_text("context,text\nI can't sleep.,Since when?\nI lie awake.,\n")
-    assert main(["rate", f"{tmp_path}/in.csv", "-o", f"{tmp_path}/out.csv", "--rater", "rules:rubric"]) == 0
+    assert main(["rate", f"{tmp_path}/in.csv", "-o", f"{tmp_path}/out.csv", "--explain"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("out.csv: 1 of 2 rows rated by rules:rubric")
     assert second == "1 of 2 rows has no response and no score: row 2"
