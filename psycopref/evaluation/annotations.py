@@ -339,12 +339,13 @@ def simulate(kit: dict, number: int, seed: int, noise: float = 0.75, threshold: 
     differences of two ratings are none, in points."""
     import numpy as np
 
-    from psycopref.rater.rubric import rubric_scores, to_rating
+    from psycopref.rater.rules import score_batch, to_rating
 
-    answers = {}
+    answers, asked = {}, [(item["client_speech"], text) for item in kit["items"] for text in item["responses"]]
+    known = score_batch(asked)
     for item in kit["items"]:
         chance = np.random.default_rng(derived_seed(seed, SIMULATED, number, item["item_id"]))
-        exact = [rubric_scores(item["client_speech"], text) for text in item["responses"]]
+        exact = [known[item["client_speech"], text].scores for text in item["responses"]]
         rated = np.array([[scores[key] for key in PRINCIPLE_KEYS] for scores in exact])
         rated = rated + chance.normal(0, noise, rated.shape)
         if kit["task"] == "score":

@@ -17,11 +17,9 @@ from ..core.prompts import BATTLE_KEYS
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
 from ..models.chat import ChatReply, ChatRequest, FreeModel
-from . import dialogue_acts, language, scoring
-from .heads import read_heads
 
 # %% auto #0
-__all__ = ['PHRASES', 'RATER', 'RUBRICS', 'LABELS', 'Scored', 'score_batch', 'rubric_rationale', 'shown_responses',
+__all__ = ['PHRASES', 'RATER', 'RUBRICS', 'LABELS', 'Scored', 'score_batch', 'to_rating', 'rubric_rationale', 'shown_responses',
            'rubric_reply', 'phrase_reply', 'rules_source', 'RulesModel']
 
 # %% ../../nbs/rater/05_rules.ipynb #24abfb1c
@@ -34,6 +32,9 @@ class Scored(typing.NamedTuple):
 
 def score_batch(pairs: typing.Iterable[tuple[str, str]], heads: str = "acts") -> dict[tuple[str, str], Scored]:
     "Score answers at once. pairs: client speech and response; heads: a file of `rater.heads`."
+    from psycopref.rater import scoring
+    from psycopref.rater.heads import read_heads
+
     pairs = list(dict.fromkeys(pairs))
     if not pairs:
         return {}
@@ -41,6 +42,11 @@ def score_batch(pairs: typing.Iterable[tuple[str, str]], heads: str = "acts") ->
     scores = scoring.principle_scores(features).to_dict("records")
     points = {key: scoring.contributions(features, key).to_dict("records") for key in PRINCIPLE_KEYS}
     return {pair: Scored(scores[i], {key: own[i] for key, own in points.items()}) for i, pair in enumerate(pairs)}
+
+
+def to_rating(score: float) -> int:
+    "Round a score to the nearest rating 1..5, halves up."
+    return int(max(1.0, min(5.0, score)) + 0.5)
 
 
 def rubric_rationale(scored: Scored, principle: str) -> str:
@@ -68,7 +74,7 @@ def rubric_reply(task: str, fields: dict, known: dict[tuple[str, str], Scored] |
     def rated(key):
         reply = {}
         for i, own in enumerate(scored, 1):
-            reply[f"response_{i}_rating"] = scoring.to_rating(own.scores[key])
+            reply[f"response_{i}_rating"] = to_rating(own.scores[key])
             reply[f"rationale_{i}"] = rubric_rationale(own, key)
         return reply
 
@@ -112,6 +118,9 @@ def rules_source(name: str) -> str:
     "Return all that answers by rule depend on."
     if name == "phrases":
         return repr(PHRASES)
+    from psycopref.rater import dialogue_acts, language, scoring
+    from psycopref.rater.heads import read_heads
+
     code = "".join(map(inspect.getsource, (language, dialogue_acts, scoring)))
     lists = "".join(
         resource_path(file).read_text(encoding="utf-8") for file in ("rater/principles.yaml", "screen.yaml")

@@ -17,7 +17,7 @@ from psycopref.feedback.choosing import ranker_summary, ranker_table, ranking_re
 from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import Gateway
 from psycopref.models.chat import Failure
-from psycopref.rater.rubric import rubric_scores
+from psycopref.rater.rules import score_batch
 from psycopref.stats.intervals import mean_interval
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -80,9 +80,9 @@ def test_a_verdict_stands_in_the_order_of_the_pairs(ranked):
 
 def test_the_rubric_ranks_by_its_scores(gateway):
     verdicts, _ = rank_pairs(gateway, "rules:rubric", PAIRS)
-    sums = [
-        [sum(rubric_scores(p.question, text).values()) for text in (p.chosen, p.rejected)] for p in PAIRS.itertuples()
-    ]
+    asked = [[(p.question, text) for text in (p.chosen, p.rejected)] for p in PAIRS.itertuples()]
+    known = score_batch(pair for both in asked for pair in both)
+    sums = [[sum(known[pair].scores.values()) for pair in both] for both in asked]
     assert (verdicts.correct == 1).all() and all(chosen > rejected for chosen, rejected in sums)
     swapped, _ = rank_pairs(gateway, "rules:rubric", PAIRS.rename(columns={"chosen": "rejected", "rejected": "chosen"}))
     assert (swapped.correct == 0).all() and gateway.counts["rules:rubric"]["calls"] == 12, "the same twelve questions"

@@ -28,8 +28,7 @@ from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import PROVIDERS, Gateway, chat_model
 from psycopref.gateway.servers import OpenAIModel, shutdown_day
 from psycopref.models.chat import ChatReply, ChatRequest, Failure
-from psycopref.rater.rubric import rubric_scores, to_rating
-from psycopref.rater.rules import PHRASES, rubric_reply
+from psycopref.rater.rules import PHRASES, rubric_reply, score_batch, to_rating
 from psycopref.run.plan import plan_run, usd
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -252,8 +251,9 @@ def test_ratings_do_not_depend_on_the_places_the_order_of_rows_or_the_mode(tmp_p
     found, aside = collect_ratings(gateway, RUBRIC, SPEECHES, shown.iloc[order].reset_index(drop=True), seed=seed)
     assert not aside and len(found) == len(shown) * 7 and set(found.rater) == {RUBRIC}
     response = {(r.speech_id, r.model): r.response for r in shown.itertuples()}
+    known = score_batch((SAID[speech], text) for (speech, _), text in response.items())
     for row in found.itertuples():
-        scores = rubric_scores(SAID[row.speech_id], response[row.speech_id, row.model])
+        scores = known[SAID[row.speech_id], response[row.speech_id, row.model]].scores
         assert row.rating == to_rating(scores[row.principle])
         assert row.rationale.startswith(f"Rubric (offline stand-in): {row.principle}")
     assert found.groupby(["speech_id", "principle"]).position.apply(lambda p: sorted(p) == [1, 2, 3, 4]).all()

@@ -21,7 +21,8 @@ from psycopref.core.files import PRINCIPLE_KEYS
 from psycopref.corpus.sources import read_columns
 from psycopref.feedback.rate_table import added_columns, rate, rate_file, score_columns
 from psycopref.models.chat import Failure
-from psycopref.rater.scoring import explain_answers, score_answers, to_rating
+from psycopref.rater.rules import to_rating
+from psycopref.rater.scoring import explain_answers, score_answers
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 NEW = added_columns()

@@ -122,7 +122,7 @@ def test_papermill_reads_every_parameter():
             assert list(inspect_notebook(str(path))) == list(notebook_parameters(path)), lost
 
 
-LEAN = "core.settings core.prompts rater.rubric corpus.cleaning corpus.topics corpus.fetching corpus.sources"
+LEAN = "core.settings core.prompts rater.rules corpus.cleaning corpus.topics corpus.fetching corpus.sources"
 LEAN += " corpus.general gateway.batches evaluation.baselines training.sampling run.cli"
 NUMERIC = "stats.intervals stats.scores stats.agreement stats.length_control stats.calibration feedback.choosing"
 NUMERIC += " evaluation.reward_bench run.plan"
