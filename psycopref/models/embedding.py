@@ -18,10 +18,11 @@ __all__ = ['STEP', 'BATCH_TOKENS', 'load_encoder', 'shaped_batches', 'embed']
 
 # %% ../../nbs/models/04_embedding.ipynb #31296377
 @functools.lru_cache(maxsize=2)
-def load_encoder(weights: Weights, dtype: str = "auto") -> tuple:
+def load_encoder(weights: Weights, dtype: str = "auto", depth: int | None = None) -> tuple:
     """Load a sentence encoder: (tokenizer, model on the chosen device).
 
-    dtype: auto, bfloat16, float32, or int8 on a CPU. Plain attention is the fastest for short texts there."""
+    dtype: auto, bfloat16, float32, or int8 on a CPU. Plain attention is the fastest for short texts there; depth: how
+    many layers are wanted, from the first; None takes all."""
     from transformers import AutoModel, AutoTokenizer
 
     rounded = dtype == "int8"
@@ -30,6 +31,8 @@ def load_encoder(weights: Weights, dtype: str = "auto") -> tuple:
     with readable(weights.location):
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
         model = AutoModel.from_pretrained(weights.location, **own).to(pick_device()).eval()
+    if depth is not None:
+        model.encoder.layer = model.encoder.layer[:depth]
     if rounded:
         model = to_int8(model, [tokenizer(text, return_tensors="pt") for text in CALIBRATION_TEXTS])
     return tokenizer, model
@@ -78,12 +81,12 @@ def embed(
 
     weights: the encoder; None takes MiniLM; max_tokens: what is beyond is not read, as sentence-transformers sets it
     for MiniLM; dtype: auto, bfloat16, float32 or int8; layers: whose states are averaged, 0 the word embeddings, -1
-    the last. Returns a float32 array, (texts, layers × dimensions), unit length for each layer."""
+    the last; where none is counted from the end, those above the highest are not computed. Returns a float32 array, (texts, layers × dimensions), unit length for each layer."""
     import numpy as np
     import torch
 
     weights = weights or find_weights("minilm")
-    tokenizer, model = load_encoder(weights, dtype)
+    tokenizer, model = load_encoder(weights, dtype, None if min(layers) < 0 else max(layers))
     places = getattr(model.config, "max_position_embeddings", max_tokens)
     if max_tokens > places:
         raise StudyError(
