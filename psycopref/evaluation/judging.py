@@ -601,14 +601,14 @@ NO_DISAGREEMENT = (
 _VERDICT_WORDS = {"win": "policy better", "loss": "reference better", "tie": "tie, or by the order"}
 
 
-def disagreement_table(found, table, names: dict[str, str], characters: int = 320):
-    """Tabulate disagreements, with texts shortened to so many characters (Table S37).
+def disagreement_table(found, table, names: dict[str, str], characters: int = 320, cases: int = 3):
+    """Tabulate the first disagreements, with texts shortened to so many characters (Table S37).
 
     found: of disagreements; table: of contests; names: of judge_names, the main judge first."""
     import pandas as pd
 
     texts, rows = table.drop_duplicates(BATTLE).set_index(BATTLE), []
-    for _, case in found.iterrows():
+    for _, case in found.head(cases).iterrows():
         own = texts.loc[tuple(case[BATTLE]), ["speech", "response", "against"]]
         speech, mine, theirs = (textwrap.shorten(text, characters, placeholder=" …") for text in own)
         (main, verdict), *others = [(name, _VERDICT_WORDS.get(case.get(spec))) for spec, name in names.items()]

@@ -32,6 +32,7 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
+from ..evaluation.triples import triple_judges
 from ..feedback.pairing import check_safety
 from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
@@ -44,16 +45,17 @@ from ..training.scoring import SCORERS, find_scorer
 from ..training.texts import count_steps
 
 # %% auto #0
-__all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'BENCH_PAIRS', 'BENCH_CHARACTERS', 'POLICIES', 'BATTLE_SETTINGS',
-           'BOTH_ORDERS', 'TOKEN_FAMILIES', 'STRATEGIES', 'TRAINED', 'PROMPT_TOKENS', 'ENGINE_WORDS', 'split_uri',
-           'own_weights', 'short_names', 'stored_parameters', 'parameters', 'of_hub', 'characters_per_token', 'Work',
-           'usd', 'engine_of', 'gpu_hours', 'clock_hours', 'unknown_costs', 'missing_data', 'count_speeches',
-           'count_general', 'Plan', 'response_tokens', 'plan_run', 'filled_form', 'filled_characters', 'scored_work',
-           'training_steps', 'trained_work', 'asked_members', 'candidate_tokens', 'kept_iterations', 'other_judges',
-           'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory', 'memory_table', 'asked_uris',
-           'access_words', 'missing_models', 'missing_weights', 'missing_sampler', 'gpu_memory', 'missing_accelerate',
-           'missing_memory', 'short_contexts', 'missing', 'served_gpus', 'serve_command_of', 'serve_commands',
-           'pool_lines', 'money_lines', 'seed_line', 'assumption_lines', 'plan_text']
+__all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'TRIPLES', 'TRIPLE_TOKENS', 'BENCH_PAIRS', 'BENCH_CHARACTERS',
+           'POLICIES', 'BATTLE_SETTINGS', 'BOTH_ORDERS', 'TOKEN_FAMILIES', 'STRATEGIES', 'TRAINED', 'PROMPT_TOKENS',
+           'ENGINE_WORDS', 'split_uri', 'own_weights', 'short_names', 'stored_parameters', 'parameters', 'of_hub',
+           'characters_per_token', 'Work', 'usd', 'engine_of', 'gpu_hours', 'clock_hours', 'unknown_costs',
+           'missing_data', 'count_speeches', 'count_general', 'Plan', 'response_tokens', 'plan_run', 'filled_form',
+           'filled_characters', 'scored_work', 'training_steps', 'trained_work', 'asked_members', 'candidate_tokens',
+           'kept_iterations', 'other_judges', 'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory',
+           'memory_table', 'asked_uris', 'access_words', 'missing_models', 'missing_weights', 'missing_sampler',
+           'gpu_memory', 'missing_accelerate', 'missing_memory', 'short_contexts', 'missing', 'served_gpus',
+           'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines', 'seed_line', 'assumption_lines',
+           'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -64,6 +66,7 @@ HELPSTEER2 = {
     "test": 389,
     "characters": 3800,
 }  # a pair a prompt at most (Wang et al. 2024)
+TRIPLES, TRIPLE_TOKENS = 110, 64  # of resources/rater/triples.jsonl, and tokens of one of their answers
 BENCH_PAIRS, BENCH_CHARACTERS = 2985, 1600  # of RewardBench without prior sets, by its card
 POLICIES, BATTLE_SETTINGS, BOTH_ORDERS = 3, 2, 2  # base, DPO, DPO-Iter; with and without length constraint
 TOKEN_FAMILIES = {  # model's name -> characters to a token, ±%: on our demo speeches and rating prompts
@@ -579,10 +582,34 @@ def judges(self: Plan) -> typing.Iterator[Work]:
 
 
 @patch
+def triples(self: Plan) -> typing.Iterator[Work]:
+    "Plan what the triples take, one row for each judge: a sound answer beside each of two others, in both orders."
+    stage, n, profile = "10_judges", min(self.profile.judges.triples, TRIPLES), self.profile
+    for judge in triple_judges(profile.evaluation.judge, profile.judges.others) if n else ():
+        if judge.kind == "reward":
+            place = judge.place or profile.backbones[0]
+            asked = self.ask(stage, "", place, 3 * n, "respond", TRIPLE_TOKENS)
+            yield Work(stage, f"score {3 * n} answers of triples", place, 3 * n, asked.tokens_in + asked.tokens_out)
+        elif judge.kind != "longer":
+            kind, what = ("battle", "battles of") if judge.kind == "battle" else ("rank", "choose in")
+            calls = 2 * BOTH_ORDERS * n
+            yield self.ask(stage, f"{what} {n} triples, both orders", judge.place, calls, kind, TRIPLE_TOKENS)
+
+
+@patch
 def work(self: Plan) -> list[Work]:
     "List the work of the run, in the order of its stages."
     order, asked = list(stages_of(self.profile)), not is_released(self.profile.speeches.sources)
-    parts = [self.data, self.rewards, self.policies, self.watching, self.battles, self.ablation, self.judges]
+    parts = [
+        self.data,
+        self.rewards,
+        self.policies,
+        self.watching,
+        self.battles,
+        self.ablation,
+        self.judges,
+        self.triples,
+    ]
     parts += [self.responses, self.ratings] * asked + [self.mixing]
     return sorted((row for part in parts for row in part()), key=lambda row: order.index(row.stage))
 

@@ -527,10 +527,14 @@ def test_the_stage_writes_what_it_says(finished, one_thread):
     assert found.speech_id.nunique() == 6 and set(found.judge) >= {"rules:rubric", "reward", "longer"}
     asked = (found.judge == "choose:local:random-tiny").sum() + len(aside)
     assert asked == 6 * 2 * 2 * 2, "what a model of random weights says is read or counted"
-    tables = ["table_S29_judges.csv", "table_S30_judges_agreement.csv", "table_S37_disagreements.csv"]
+    tables = ["S29_judges", "S30_judges_agreement", "S37_disagreements", "S42_triples"]
+    tables = [f"table_{name}.csv" for name in tables]
     assert sorted(path.name for path in finished.tables.glob("*.csv")) == tables
     assert [path.name for path in finished.figures.glob("*.png")] == ["fig_S13_judges_kappa.png"]
     each = pd.read_csv(finished.tables / tables[0])
+    triples = pd.read_csv(finished.tables / tables[3])
+    assert len(triples) == 2 * 2 * 4 and (triples.triples + triples.unread == 2).all()
+    assert len(reader.json("triples")) + len(reader.json("triples_unread")) == 4 * 4 * 2 * 2
     assert len(each) == 2 * 4 and each["unreadable"].sum() + each["failed calls"].sum() == len(aside)
     label = read_json(finished.tables / "table_S30_judges_agreement.json")["label"]
     assert "learned from ratings by offline rubric (stand-in)" in label and "6 test speeches" in label
