@@ -15,17 +15,17 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import PRINCIPLE_KEYS
-from ..core.paper import resource_path
 from ..corpus.labelled_text import Labelled
+from ..evaluation.triples import AGAINST, SOUND, read_triples
 from .rater_trial import OWN_HEADS, SETS, auc, corpus_results, measure_interval, score_gap
 from .rater_trial import score_texts, share_row, spearman
-from ..rater.dialogue_acts import labelled_sentences, said_in
-from ..rater.heads import client_inputs, fit_head, labelled_clients, read_heads, sentence_inputs
+from ..rater.dialogue_acts import labelled_sentences, split_answer
+from ..rater.heads import client_inputs, fit_head, labelled_clients, read_heads, sentence_inputs, turn_acts
 from ..rater.scoring import answer_features, principle_scores, score_answers
 
 # %% auto #0
-__all__ = ['AGAINST', 'ALL_KINDS', 'FOLDS', 'CROSS_VALIDATED', 'NARROW', 'head_rows', 'held_table', 'held_sentences',
-           'read_triples', 'score_triples', 'triple_table', 'triple_sentences', 'sentence_acts', 'labelled_turns',
+__all__ = ['ALL_KINDS', 'MOST_TRIPLES', 'TRANSCRIPT_FOLDS', 'CROSS_VALIDATED', 'NARROW', 'head_rows', 'held_table',
+           'held_sentences', 'score_triples', 'kinds_table', 'kinds_sentences', 'annomi_turn', 'labelled_turns',
            'transcript_folds', 'out_of_fold_scores', 'act_learner', 'score_with', 'trial_results', 'length_sentences',
            'own_tables']
 
@@ -71,7 +71,7 @@ def held_sentences(table) -> list[str]:
     "Report the table of held-back texts in sentences."
     acts, others = table[table["head"] == "act"].sort_values("AUC"), table[table["head"] != "act"]
     least, most = acts.iloc[0], acts.iloc[-1]
-    listed = ", ".join(f"{row['label']} {row['AUC']}" for _, row in others.iterrows())
+    listed = ", ".join(f"{row['head']} ({row['label']}) {row['AUC']}" for _, row in others.iterrows())
     return [
         f"Mean AUC over {len(acts)} acts: {acts.AUC.mean():.3f}, from {least.AUC} ({least.label}, most often taken for"
         f" {least['most often taken for']}) to {most.AUC} ({most.label}). Of client speeches: {listed}.",
@@ -79,27 +79,21 @@ def held_sentences(table) -> list[str]:
     ]
 
 # %% ../../nbs/experiments/07_act_trial.ipynb #43984364
-AGAINST = {"warm_reinforcing": "warm and reinforcing", "cold_sound": "cold and sound"}
-ALL_KINDS = "all"
-
-
-def read_triples():
-    "Return a frame of the package's triples: triple_id, set, kind, client, warm_reinforcing, warm_sound, cold_sound."
-    return pd.read_json(resource_path("rater/triples.jsonl"), lines=True, dtype=False)
+ALL_KINDS, MOST_TRIPLES = "all", 10_000
 
 
 def score_triples(triples, score=score_answers):
     "Score all sides. Returns frame set, kind, against, own (= mean) and words, warm and sound answer minus the other."
     parts = []
     for side, name in AGAINST.items():
-        gap = score_gap(triples, "warm_sound", side, score)
+        gap = score_gap(triples, SOUND, side, score)
         parts.append(
             triples[["set", "kind"]].assign(against=name, own=gap["mean"], mean=gap["mean"], words=gap["words"])
         )
     return pd.concat(parts, ignore_index=True)
 
 
-def triple_table(judged):
+def kinds_table(judged):
     "Tabulate scored triples by set, what the warm and sound answer stands against, and kind; in percent."
     rows, keys = [], ["set", "against", "kind"]
     both = pd.concat([judged, judged.assign(kind=ALL_KINDS)])
@@ -111,7 +105,7 @@ def triple_table(judged):
     return pd.DataFrame(rows).drop(columns="mean of seven above %").rename(columns=names)
 
 
-def triple_sentences(table) -> list[str]:
+def kinds_sentences(table) -> list[str]:
     "Report triples in sentences."
     told, share = [], "warm and sound above %"
     for against in AGAINST.values():
@@ -126,51 +120,51 @@ def triple_sentences(table) -> list[str]:
         )
     return told
 
-# %% ../../nbs/experiments/07_act_trial.ipynb #195e0fa9
-_TOLD = {
-    "open question, not closed": ("closed_question", "open_question"),
-    "complex reflection, not simple": ("simple_reflection", "complex_reflection"),
-    "options or negotiation, not advice": ("advice", "options"),
-}  # construct of a table of AnnoMI -> acts of label 0 and 1; its recipe is in the guide
+# %% ../../nbs/experiments/07_act_trial.ipynb #96ef64a5
+_SUBTYPES = {
+    "open question, not closed": ("question", "closed", "open"),
+    "complex reflection, not simple": ("reflection", "simple", "complex"),
+    "options or negotiation, not advice": ("therapist_input", "advice", "options"),
+}  # construct -> AnnoMI's kind, subtypes of label 0 and 1; the recipe is in the guide
 _MAIN = {"reflection, not input": "reflection", "question, not input": "question"}
 
 
-def sentence_acts(turn: dict[str, int], sentences: typing.Sequence[str]) -> list[frozenset[str]]:
-    "Share the labels of a turn, construct -> 0 or 1, out among its sentences; an empty set where that can't be told."
-    acts = [_TOLD[name][label] for name, label in turn.items() if name in _TOLD]
-    main = {kind if turn[name] else "input" for name, kind in _MAIN.items() if name in turn}
-    if main == {"input"} and not {"advice", "options"} & {*acts}:
-        acts.append("information")
-    question = next((act for act in acts if act.endswith("question")), None)
-    rest = [act for act in acts if act != question]
-    other = ["other"] * (not acts and not main)
-    asks = [sentence.rstrip("\"'”)* ").endswith("?") for sentence in sentences]
-    asked = asks if any(asks) else [False] * (len(asks) - 1) + [True]
-    told = frozenset(rest or other) if len(rest) < 2 else frozenset()
-    return [frozenset({question}) if question and own else told for own in asked]
+def annomi_turn(told: dict[str, float]) -> dict[str, str]:
+    "Return a turn as `turn_acts` reads it. told: construct -> 0 or 1."
+    found = {}
+    for kind, *subtypes, label in ((*_SUBTYPES[name], told[name]) for name in told if name in _SUBTYPES):
+        found[kind] = subtypes[int(label)]
+    for kind in (_MAIN[name] if told[name] else "therapist_input" for name in told if name in _MAIN):
+        found.setdefault(kind, "information" if kind == "therapist_input" else "")
+    kinds = (*_MAIN.values(), "therapist_input")
+    return {key: value for kind in kinds for key, value in _described(kind, found).items()}
+
+
+def _described(kind: str, found: dict[str, str]) -> dict[str, str]:
+    return {f"{kind}_exists": str(kind in found), f"{kind}_subtype": found.get(kind, "")}
 
 
 def labelled_turns(rows) -> tuple[list, list, list]:
     "Read sentences, their acts (maybe none) and transcripts from rows of AnnoMI in the one form."
     sentences, acts, transcripts = [], [], []
     for (client, text, transcript), turn in rows.groupby(["context", "text", "group"], sort=False):
-        own = said_in(client, text)
+        own = split_answer(client, text)
+        told = annomi_turn(dict(zip(turn.construct, turn.label)))
         sentences += own
-        told = dict(zip(turn.construct, turn.label.astype(int)))
-        acts += sentence_acts(told, [one.sentence for one in own]) if own else []
+        acts += turn_acts(told, [one.sentence for one in own]) if own else []
         transcripts += [transcript] * len(own)
     return sentences, acts, transcripts
 
 # %% ../../nbs/experiments/07_act_trial.ipynb #7005ce00
-FOLDS = 5
+TRANSCRIPT_FOLDS = 5
 
 
-def transcript_folds(transcripts: typing.Iterable, folds: int = FOLDS) -> np.ndarray:
+def transcript_folds(transcripts: typing.Iterable, folds: int = TRANSCRIPT_FOLDS) -> np.ndarray:
     "Return the fold of each row, by a hash of its transcript: rows of one transcript are in one fold."
     return np.array([int(hashlib.sha256(str(one).encode()).hexdigest(), 16) % folds for one in transcripts], int)
 
 
-def out_of_fold_scores(rows, learn: typing.Callable, folds: int = FOLDS):
+def out_of_fold_scores(rows, learn: typing.Callable, folds: int = TRANSCRIPT_FOLDS):
     """Score each row by what was learned from other transcripts.
 
     rows: of a labelled corpus, group is the transcript; learn: takes a set of transcripts, returns a scorer as
@@ -220,7 +214,7 @@ def trial_results(
     for labelled in corpora:
         rows = labelled.rows
         scores = {OWN_HEADS: score_texts(rows.context.tolist(), rows.text.tolist(), score)}
-        if labelled.origin["source"] == "annomi" and rows.group.nunique() >= FOLDS:
+        if labelled.origin["source"] == "annomi" and rows.group.nunique() >= TRANSCRIPT_FOLDS:
             scores[CROSS_VALIDATED] = out_of_fold_scores(rows, learner(rows))
         for heads, own in scores.items():
             found += corpus_results(labelled, own, samples, seed, heads)
@@ -247,11 +241,11 @@ def length_sentences(samples: int, seed: int, responses=None, ratings=None) -> l
     ]
 
 # %% ../../nbs/experiments/07_act_trial.ipynb #eba1ffd6
-def own_tables(triples, samples: int, seed: int) -> list[tuple]:
+def own_tables(samples: int, seed: int) -> list[tuple]:
     "Return the tables of held-back texts and triples, each as (number, slug, frame, caption), and its sentences."
-    held, judged = held_table(samples, seed), triple_table(score_triples(triples))
+    held, judged = held_table(samples, seed), kinds_table(score_triples(read_triples(MOST_TRIPLES)))
     title = "The offline rubric on triples: warm and sound against warm and reinforcing, and against cold and sound"
     return [
         (("S52", "held_back", held, "The rater's heads on texts kept from them"), held_sentences(held)),
-        (("S53", "triples", judged, title), triple_sentences(judged)),
+        (("S53", "triples", judged, title), kinds_sentences(judged)),
     ]

@@ -64,20 +64,20 @@ def triples(sets=("develop", "held-out"), kinds=("distortion", "promise")):
 def test_triples_tell_a_rater_of_warmth_from_one_of_soundness():
     likes = {"yes yes yes yes": 5, "oh? go on": 3, "facts": 1}
     for score, above in ((likes.get, 0), (lambda text: 4 * ("yes" not in text) + ("oh" in text), 100)):
-        table = acts.triple_table(acts.score_triples(triples(), scorer(score))).set_index(["set", "against", "kind"])
+        table = acts.kinds_table(acts.score_triples(triples(), scorer(score))).set_index(["set", "against", "kind"])
         share = table["warm and sound above %"]
-        assert (share.xs("warm and reinforcing", level="against") == above).all()
-        assert (share.xs("cold and sound", level="against") == 100).all()
-        assert (table["shorter is better %"].xs("warm and reinforcing", level="against") == 100).all()
-        assert table.loc[("held-out", "cold and sound", "all"), "n"] == 6 and len(table) == 12
-    ties = acts.triple_table(acts.score_triples(triples(), scorer(lambda text: 3)))
+        assert (share.xs(acts.AGAINST["warm_reinforcing"], level="against") == above).all()
+        assert (share.xs(acts.AGAINST["cold_sound"], level="against") == 100).all()
+        assert (table["shorter is better %"].xs(acts.AGAINST["warm_reinforcing"], level="against") == 100).all()
+        assert table.loc[("held-out", acts.AGAINST["cold_sound"], "all"), "n"] == 6 and len(table) == 12
+    ties = acts.kinds_table(acts.score_triples(triples(), scorer(lambda text: 3)))
     assert (ties["ties %"] == 100).all() and (ties["warm and sound above %"] == 0).all()
-    said = acts.triple_sentences(ties)
+    said = acts.kinds_sentences(ties)
     assert len(said) == 2 and "On 6 held-out triples" in said[0] and "the shorter in 100.0%" in said[0]
 
 
 def test_the_packages_triples_are_whole_and_halved_by_kind():
-    table = acts.read_triples()
+    table = acts.read_triples(acts.MOST_TRIPLES)
     counts = table.groupby(["kind", "set"]).size().unstack()
     assert len(table) >= 80 and set(counts.index) == {"distortion", "flattery", "promise"}
     assert ((counts.develop - counts["held-out"]).abs() <= 1).all() and table.triple_id.is_unique
@@ -131,7 +131,7 @@ def test_annomi_is_measured_with_both_heads_and_other_corpora_with_one():
 
 
 def test_too_few_transcripts_are_not_cross_validated():
-    found = acts.trial_results([annomi(acts.FOLDS - 1)], 50, 0, score=scorer(len), learner=None)
+    found = acts.trial_results([annomi(acts.TRANSCRIPT_FOLDS - 1)], 50, 0, score=scorer(len), learner=None)
     assert {one["heads"] for _, rows, _ in found for one in rows} == {OWN_HEADS}
 
 
