@@ -10,7 +10,6 @@ import typing
 from pathlib import Path
 
 from ..core.paper import resource_path
-from ..core.settings import StudyError
 from ..core.tables import Label
 from .judging import BASELINE, Judge, judge_names, read_judges, verdicts_of
 from .win_rates import rounded, with_interval
@@ -30,8 +29,6 @@ def read_triples(n: int):
     "Return the first n triples of the package; frame: triple_id, set, kind, client, and the three answers."
     import pandas as pd
 
-    if n < 0:
-        raise StudyError(f"judges.triples: found {n}, expected a number from 0, which asks none")
     return pd.read_json(resource_path("rater/triples.jsonl"), lines=True, dtype=False).head(n)
 
 
