@@ -24,17 +24,20 @@ from ..rater.heads import client_inputs, fit_head, labelled_clients, read_heads,
 from ..rater.scoring import answer_features, principle_scores, score_answers
 
 # %% auto #0
-__all__ = ['ALL_KINDS', 'MOST_TRIPLES', 'TRANSCRIPT_FOLDS', 'CROSS_VALIDATED', 'NARROW', 'head_rows', 'held_table',
-           'held_sentences', 'score_triples', 'kinds_table', 'kinds_sentences', 'annomi_turn', 'labelled_turns',
-           'transcript_folds', 'out_of_fold_scores', 'act_learner', 'score_with', 'trial_results', 'length_sentences',
-           'own_tables']
+__all__ = ['ANNOMI_HEADS', 'ALL_KINDS', 'MOST_TRIPLES', 'TRANSCRIPT_FOLDS', 'CROSS_VALIDATED', 'RATERS', 'NARROW', 'head_rows',
+           'held_table', 'held_sentences', 'score_triples', 'kinds_table', 'kinds_sentences', 'annomi_turn',
+           'labelled_turns', 'transcript_folds', 'out_of_fold_scores', 'act_learner', 'score_with', 'trial_results',
+           'length_sentences', 'own_tables']
 
 # %% ../../nbs/experiments/07_act_trial.ipynb #d23f12fa
-def head_rows(name: str, labels, found: np.ndarray, truth, groups, samples: int, seed: int) -> list[dict]:
+ANNOMI_HEADS = "AnnoMI too"  # what the second file of heads learned from
+
+
+def head_rows(name: str, labels, found: np.ndarray, truth, groups, samples: int, seed: int, also=None) -> list[dict]:
     """Measure a head on texts whose labels are known.
 
-    found: probabilities, (n, labels); truth: a set of labels for each text; groups: what texts have in common. Returns
-    a row for each label that some texts have and some have not."""
+    found: probabilities, (n, labels); truth: a set of labels for each text; groups: what texts have in common; also:
+    probabilities of another head. Returns a row for each label that some texts have and some have not."""
     rows, likeliest = [], [labels[i] for i in found.argmax(axis=1)]
     for i, label in enumerate(labels):
         own = np.array([float(label in one) for one in truth])
@@ -45,6 +48,8 @@ def head_rows(name: str, labels, found: np.ndarray, truth, groups, samples: int,
         taken = [f"{told} ({100 * count / own.sum():.0f}%)" for told, count in wrong.most_common(1)]
         row = {"head": name, "label": label, "n": int(own.sum()), "of": len(own)}
         row |= {"AUC": round(auc(found[:, i], own, np.ones(len(own))), 3), "95% interval": f"{low:.3f} to {high:.3f}"}
+        if also is not None:
+            row[f"AUC, {ANNOMI_HEADS}"] = round(auc(also[:, i], own, np.ones(len(own))), 3)
         rows.append(row | {"most often taken for": (taken or ["—"])[0]})
     return rows
 
@@ -61,9 +66,10 @@ def held_table(samples: int, seed: int, heads=None, sentences=None, clients=None
     parts = [("act", heads.acts, inputs, acts, [one.client for one in said])]
     parts += [("stage of change", heads.stages, theirs, [{stage} for stage in stages], speeches)]
     parts += [("crisis", heads.crisis, theirs, [{"yes" if crisis else "no"} for crisis in crises], speeches)]
-    rows = []
+    rows, also = [], read_heads("acts-annomi").acts
     for name, head, seen, truth, groups in parts:
-        rows += head_rows(name, head.labels, head.probabilities(seen), truth, groups, samples, seed)
+        beside = also.probabilities(seen) if name == "act" else None
+        rows += head_rows(name, head.labels, head.probabilities(seen), truth, groups, samples, seed, beside)
     return pd.DataFrame([row for row in rows if (row["head"], row["label"]) != ("crisis", "no")])
 
 
@@ -204,17 +210,22 @@ def score_with(heads, clients: typing.Sequence[str], responses: typing.Sequence[
 CROSS_VALIDATED = "AnnoMI too, cross-validated"
 
 
-def trial_results(
-    corpora: typing.Sequence[Labelled], samples: int, seed: int, score=score_answers, learner=act_learner
-):
-    """Make the comparisons of all corpora: a list as of `corpus_results`; AnnoMI also by cross-validation.
+RATERS = {OWN_HEADS: score_answers, ANNOMI_HEADS: partial(score_answers, heads="acts-annomi")}
 
-    score: the installed rater; learner: takes a corpus's rows, returns what `out_of_fold_scores` learns with."""
+
+def trial_results(
+    corpora: typing.Sequence[Labelled], samples: int, seed: int, raters=RATERS, learner: typing.Callable = act_learner
+) -> list[tuple]:
+    """Make the comparisons of all corpora, see `corpus_results`; AnnoMI's also by cross-validation.
+
+    raters: what heads learned from -> scorer; AnnoMI gets the first alone; learner: takes a corpus's rows, returns what
+    `out_of_fold_scores` learns with."""
     found = []
     for labelled in corpora:
-        rows = labelled.rows
-        scores = {OWN_HEADS: score_texts(rows.context.tolist(), rows.text.tolist(), score)}
-        if labelled.origin["source"] == "annomi" and rows.group.nunique() >= TRANSCRIPT_FOLDS:
+        rows, known = labelled.rows, labelled.origin["source"] == "annomi"
+        texts, own = (rows.context.tolist(), rows.text.tolist()), [*raters][: 1 if known else None]
+        scores = {heads: score_texts(*texts, raters[heads]) for heads in own}
+        if known and rows.group.nunique() >= TRANSCRIPT_FOLDS:
             scores[CROSS_VALIDATED] = out_of_fold_scores(rows, learner(rows))
         for heads, own in scores.items():
             found += corpus_results(labelled, own, samples, seed, heads)

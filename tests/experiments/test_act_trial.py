@@ -25,6 +25,9 @@ def scorer(score):
     )
 
 
+RATERS = {OWN_HEADS: scorer(len), acts.ANNOMI_HEADS: scorer(len)}
+
+
 def test_a_head_is_measured_as_sklearn_does_and_its_confusions_are_named():
     rng = np.random.default_rng(0)
     truth = [{("advice", "command", "harm")[i % 3]} | ({"harm"} if i % 7 == 0 else set()) for i in range(120)]
@@ -118,20 +121,20 @@ def annomi(sessions=12):
     return Labelled(pd.DataFrame(rows, columns=list(LABEL_COLUMNS)), {}, {"source": "annomi"}, ())
 
 
-def test_annomi_is_measured_with_both_heads_and_other_corpora_with_one():
+def test_annomi_is_cross_validated_and_other_corpora_see_both_files_of_heads():
     learner = lambda rows: lambda known: scorer(lambda text: "What" in text)
-    found = acts.trial_results([annomi()], 50, 0, score=scorer(len), learner=learner)
+    found = acts.trial_results([annomi()], 50, 0, RATERS, learner)
     table = corpus_table(found)
     own = table[table.construct == "question, not input"].set_index("heads learned from")
     assert list(own.index) == [OWN_HEADS, acts.CROSS_VALIDATED] and own.rubric[acts.CROSS_VALIDATED] == 1
     votes = Labelled(annomi().rows.assign(construct="more upvotes, same question"), {}, {"source": "counsel-chat"}, ())
-    assert {one["heads"] for _, rows, _ in acts.trial_results([votes], 50, 0, scorer(len), None) for one in rows} == {
-        OWN_HEADS
+    assert {one["heads"] for _, rows, _ in acts.trial_results([votes], 50, 0, RATERS, None) for one in rows} == {
+        *RATERS
     }
 
 
 def test_too_few_transcripts_are_not_cross_validated():
-    found = acts.trial_results([annomi(acts.TRANSCRIPT_FOLDS - 1)], 50, 0, score=scorer(len), learner=None)
+    found = acts.trial_results([annomi(acts.TRANSCRIPT_FOLDS - 1)], 50, 0, RATERS, None)
     assert {one["heads"] for _, rows, _ in found for one in rows} == {OWN_HEADS}
 
 
