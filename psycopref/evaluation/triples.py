@@ -104,9 +104,10 @@ def triple_sentences(counts, names: dict[str, str]) -> list[str]:
     held, found = counts[(counts.set == HALVES[0]) & (counts.n > 0)], []
     for against, title in AGAINST.items():
         own = held[held.against == against]
+        size = int((own.n + own.unread).max()) if len(own) else 0
         shares = "; ".join(f"{names[row.judge]} {preferred(row.win, row.n)}" for row in own.itertuples())
         found.append(
-            f"The warm, sound answer is preferred to the one that is {title}, in % of held-out triples, by: {shares}."
+            f"The warm, sound answer is preferred to the one that is {title}, in % of {size} held-out triples, by: {shares}."
         )
     fooled = held[(held.against == "warm_reinforcing") & (held.loss > held.win) & (held.judge != BASELINE)]
     who = ", ".join(fooled.judge.map(names))
