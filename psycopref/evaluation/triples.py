@@ -102,13 +102,11 @@ def triple_table(counts, names: dict[str, str]):
 def triple_sentences(counts, names: dict[str, str]) -> list[str]:
     "Report Table S42 in sentences. counts: of `triple_counts`."
     held, found = counts[(counts.set == HALVES[0]) & (counts.n > 0)], []
-    for against, title in AGAINST.items():
-        own = held[held.against == against]
-        size = int((own.n + own.unread).max()) if len(own) else 0
+    for against, own in held.groupby("against", sort=False):
         shares = "; ".join(f"{names[row.judge]} {preferred(row.win, row.n)}" for row in own.itertuples())
-        found.append(
-            f"The warm, sound answer is preferred to the one that is {title}, in % of {size} held-out triples, by: {shares}."
-        )
+        all_held = f"in % of {(own.n + own.unread).max()} held-out triples"
+        said = f"The warm, sound answer is preferred to the one that is {AGAINST[against]}, {all_held}, by: {shares}."
+        found.append(said)
     fooled = held[(held.against == "warm_reinforcing") & (held.loss > held.win) & (held.judge != BASELINE)]
     who = ", ".join(fooled.judge.map(names))
     return [
