@@ -220,7 +220,7 @@ class JudgesSettings:
     # judges of `evaluation.judging`: gateway URIs, choose:URI, reward, reward:NAME, longer
     others: tuple[str, ...] = ("reward", "choose:openai:gpt-4o-2024-08-06", "rules:rubric", "longer")
     speeches: int | None = 400  # test speeches that all judges see; None takes all
-    triples: int = 110  # clients with a warm reinforcing, a warm sound and a cold sound answer, all ours; 0 asks none
+    triples: NonNegativeInt = 110  # of our answers: warm and reinforcing, warm and sound, cold and sound; 0 asks none
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -62,7 +62,7 @@ _STAGES = [
     Stage("09_mixing", "counselling and general pairs mixed", _MADE, _MIXED, cells=True),
     Stage("10_judges", "other judges of the same answers", ("01_speeches", "05_reward", "07_win_rates"), _JUDGES),
     Stage("11_experts", "experts: kits, agreement, comparison", (*_MADE[:2], "07_win_rates"), _ASKED),
-    Stage("12_trial", "the offline rubric on trial", (), ("trial",)),
+    Stage("12_trial", "the offline rubric on trial", ("02_responses", "03_ratings"), ("trial",)),
 ]
 _STAGES.append(Stage("13_report", "every table and figure", tuple(stage.name for stage in _STAGES), ()))
 STAGES = {stage.name: stage for stage in _STAGES}

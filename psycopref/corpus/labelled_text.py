@@ -18,11 +18,12 @@ from ..core.settings import StudyError, suggest
 from .sources import UNKNOWN_LICENCE, Source, need_columns, open_source, read_cells, read_columns
 
 # %% auto #0
-__all__ = ['LABEL_COLUMNS', 'ALL_SCORES', 'TITLES', 'CORPORA', 'COMPARISONS', 'Comparison', 'Labelled', 'label_comparison_table',
-           'read_labelled', 'labelled_files']
+__all__ = ['LABEL_COLUMNS', 'TRIAL_FILES', 'ALL_SCORES', 'TITLES', 'CORPORA', 'COMPARISONS', 'Comparison', 'Labelled',
+           'label_comparison_table', 'read_labelled', 'labelled_files']
 
 # %% ../../nbs/corpus/08_labelled_text.ipynb #7249a034
 LABEL_COLUMNS = ("context", "text", "construct", "label", "group")
+TRIAL_FILES = ("minimal_pairs.jsonl", "rater/triples.jsonl", "rater/sentences.jsonl", "rater/clients.jsonl")  # our own
 ALL_SCORES = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging", "mean")
 
 
@@ -37,6 +38,7 @@ class Comparison:
     scores: tuple[str, ...] = ALL_SCORES  # principles, or mean
     expected: str = "higher"  # the score where the label is higher: higher or lower
     unit: str = "response"  # what is one observation: response, or group = the mean over a group
+    experts: str = ""  # weighted κ between experts, where published; its source heads labelled_text.yaml
 
 
 @dataclass(frozen=True)

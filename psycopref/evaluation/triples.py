@@ -10,7 +10,6 @@ import typing
 from pathlib import Path
 
 from ..core.paper import resource_path
-from ..core.settings import StudyError
 from ..core.tables import Label
 from .judging import BASELINE, Judge, judge_names, read_judges, verdicts_of
 from .win_rates import rounded, with_interval
@@ -30,8 +29,6 @@ def read_triples(n: int):
     "Return the first n triples of the package; frame: triple_id, set, kind, client, and the three answers."
     import pandas as pd
 
-    if n < 0:
-        raise StudyError(f"judges.triples: found {n}, expected a number from 0, which asks none")
     return pd.read_json(resource_path("rater/triples.jsonl"), lines=True, dtype=False).head(n)
 
 
@@ -105,12 +102,11 @@ def triple_table(counts, names: dict[str, str]):
 def triple_sentences(counts, names: dict[str, str]) -> list[str]:
     "Report Table S42 in sentences. counts: of `triple_counts`."
     held, found = counts[(counts.set == HALVES[0]) & (counts.n > 0)], []
-    for against, title in AGAINST.items():
-        own = held[held.against == against]
+    for against, own in held.groupby("against", sort=False):
         shares = "; ".join(f"{names[row.judge]} {preferred(row.win, row.n)}" for row in own.itertuples())
-        found.append(
-            f"The warm, sound answer is preferred to the one that is {title}, in % of held-out triples, by: {shares}."
-        )
+        all_held = f"in % of {(own.n + own.unread).max()} held-out triples"
+        said = f"The warm, sound answer is preferred to the one that is {AGAINST[against]}, {all_held}, by: {shares}."
+        found.append(said)
     fooled = held[(held.against == "warm_reinforcing") & (held.loss > held.win) & (held.judge != BASELINE)]
     who = ", ".join(fooled.judge.map(names))
     return [

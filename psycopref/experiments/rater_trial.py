@@ -16,17 +16,20 @@ from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
 from ..core.settings import StudyError
 from ..core.tables import PALETTE, new_figure
-from ..corpus.labelled_text import ALL_SCORES, COMPARISONS, CORPORA, TITLES, Comparison, Labelled, read_labelled
+from ..corpus.labelled_text import ALL_SCORES, COMPARISONS, CORPORA, TITLES, TRIAL_FILES, Comparison, Labelled
+from ..corpus.labelled_text import read_labelled
 from ..rater.rules import RATER, RulesModel
 from ..rater.scoring import score_answers
 from ..stats.intervals import interval
 
 # %% auto #0
-__all__ = ['PAIR_FIELDS', 'SETS', 'LABEL_MEASURES', 'NOT_NAMED', 'CORPUS_COLUMNS', 'LENGTH', 'read_minimal_pairs', 'score_texts',
-           'score_minimal_pairs', 'minimal_table', 'auc', 'spearman', 'pair_accuracy', 'measure_interval',
-           'observations', 'compare_with_length', 'corpus_results', 'corpus_table', 'open_corpora', 'rubric_model',
-           'trial_inputs', 'trial_size', 'trial_facts', 'minimal_rows', 'trial_results', 'weak_principles',
-           'minimal_sentences', 'minimal_range_sentences', 'construct_sentences', 'corpus_sentences', 'trial_figure']
+__all__ = ['PAIR_FIELDS', 'SETS', 'LABEL_MEASURES', 'AT_EQUAL_LENGTH', 'NOT_NAMED', 'OWN_HEADS', 'CORPUS_COLUMNS', 'LENGTH',
+           'read_minimal_pairs', 'score_texts', 'score_gap', 'score_minimal_pairs', 'share_row', 'minimal_table', 'auc',
+           'spearman', 'pair_accuracy', 'measure_interval', 'auc_at_equal_length', 'partial_spearman',
+           'pairs_at_equal_length', 'observations', 'compare_with_length', 'corpus_results', 'corpus_table',
+           'open_corpora', 'rubric_model', 'trial_inputs', 'trial_size', 'trial_facts', 'minimal_rows',
+           'weak_principles', 'minimal_sentences', 'minimal_range_sentences', 'construct_sentences', 'corpus_sentences',
+           'minimal_tables', 'trial_figure']
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #8be808ad
 PAIR_FIELDS = ("id", "principle", "construct", "client", "better", "worse", "set")
@@ -39,25 +42,34 @@ def read_minimal_pairs():
     return pd.read_json(path, lines=True, dtype=False)[list(PAIR_FIELDS)]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #cfaa864e
-def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequence[str]):
+def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequence[str], score=score_answers):
     """Score responses with the rubric, and count their words.
 
-    responses: (n,), one for each client speech. Returns frame with n rows: the seven principles and mean, 1-5, and
-    words."""
-    scores = score_answers(list(client_speeches), list(responses))
-    scores = scores.assign(mean=scores.mean(axis=1), words=[len(response.split()) for response in responses])
+    responses: (n,), one for each client speech; score: what scores them, as `rater.scoring.score_answers`. Returns
+    frame with n rows: the seven principles and mean, 1-5, and words."""
+    asked = pd.DataFrame({"client": client_speeches, "response": responses}, dtype=object)
+    once = asked.drop_duplicates()
+    place = pd.MultiIndex.from_frame(once).get_indexer(pd.MultiIndex.from_frame(asked))
+    scores = score(once.client.tolist(), once.response.tolist())[list(PRINCIPLE_KEYS)].iloc[place]
+    scores = scores.reset_index(drop=True).assign(words=[len(response.split()) for response in responses])
+    scores["mean"] = scores[list(PRINCIPLE_KEYS)].mean(axis=1)
     return scores[[*ALL_SCORES, "words"]].astype(float).round(9)
 
+
+def score_gap(frame, better: str, worse: str, score=score_answers):
+    "Score two columns of answers to the column client: ALL_SCORES and words, better minus worse."
+    first, second = (score_texts(frame.client.tolist(), frame[side].tolist(), score) for side in (better, worse))
+    return (first - second).round(9)
+
 # %% ../../nbs/experiments/06_rater_trial.ipynb #9beb9cd5
-def score_minimal_pairs(pairs):
+def score_minimal_pairs(pairs, score=score_answers):
     "Score both sides of every pair; adds own (on the pair's principle), mean and words, each better minus worse."
-    better, worse = (score_texts(pairs.client.tolist(), pairs[side].tolist()) for side in ("better", "worse"))
-    gap = (better - worse).round(9)
+    gap = score_gap(pairs, "better", "worse", score)
     own = [gap[principle][row] for row, principle in enumerate(pairs.principle)]
     return pairs.reset_index(drop=True).assign(own=own, mean=gap["mean"], words=gap["words"])
 
 
-def _share(judged) -> dict:
+def share_row(judged) -> dict:
     "Count how often the better answer scores above the other: a row of the table, in percent."
     from scipy.stats import binomtest
 
@@ -76,9 +88,9 @@ def minimal_table(judged, by: str | None = None):
     ordered = judged.assign(principle=pd.Categorical(judged.principle, PRINCIPLE_KEYS))
     for name in reversed(SETS):
         own = ordered[ordered.set == name]
-        rows += [dict(zip(keys, place)) | _share(part) for place, part in own.groupby(keys, observed=True)]
+        rows += [dict(zip(keys, place)) | share_row(part) for place, part in own.groupby(keys, observed=True)]
         if not by and len(own):
-            rows.append({"set": name, "principle": "all, each on its own"} | _share(own))
+            rows.append({"set": name, "principle": "all, each on its own"} | share_row(own))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #36ba7e36
@@ -133,6 +145,35 @@ def measure_interval(kind: str, score, against, label, groups, samples: int, see
 
     return interval(gain, *columns, label, invented=unseen, clusters=groups, samples=samples, seed=seed)
 
+# %% ../../nbs/experiments/06_rater_trial.ipynb #aa60f26e
+def auc_at_equal_length(score: np.ndarray, label: np.ndarray, words: np.ndarray) -> float:
+    "Return the AUC of what is left of the score's ranks beside those of length, in [0, 1]; NaN where all are as long."
+    from scipy.stats import rankdata
+
+    ours, theirs, against = rankdata(score), rankdata(words), label == 0
+    centred = theirs - theirs[against].mean()
+    if not centred[against].any():
+        return math.nan
+    slope = (centred[against] @ ours[against]) / (centred[against] @ centred[against])
+    return auc((ours - slope * centred).round(6), label, np.ones(len(label)))
+
+
+def partial_spearman(score: np.ndarray, label: np.ndarray, words: np.ndarray) -> float:
+    "Return the rank correlation with words held fixed, in [-1, 1]; NaN where words determine one of them."
+    ones = np.ones(len(label))
+    both, theirs, ours = (spearman(*pair, ones) for pair in ((score, label), (label, words), (score, words)))
+    left = (1 - theirs**2) * (1 - ours**2)
+    return float((both - theirs * ours) / math.sqrt(left)) if left > 1e-9 else math.nan
+
+
+def pairs_at_equal_length(score: np.ndarray, label: np.ndarray, words: np.ndarray) -> float:
+    "Return the mean share of pairs right where the preferred one is longer, and where shorter; NaN without either."
+    sides = [score[words > 0] > 0, score[words < 0] > 0]
+    return float(np.mean([side.mean() for side in sides])) if all(map(len, sides)) else math.nan
+
+
+AT_EQUAL_LENGTH = {"binary": auc_at_equal_length, "ordinal": partial_spearman, "pair": pairs_at_equal_length}
+
 # %% ../../nbs/experiments/06_rater_trial.ipynb #21290dc9
 def observations(comparison: Comparison, rows):
     """Select the scored rows that a comparison is about: ALL_SCORES, words, label, group.
@@ -154,7 +195,8 @@ def observations(comparison: Comparison, rows):
 def compare_with_length(comparison: Comparison, observed, samples: int, seed: int) -> list[dict]:
     """Measure how well scores, and length, predict labels.
 
-    observed: frame of `observations`. Returns for each score: value, baseline, difference and the intervals."""
+    observed: frame of `observations`. Returns for each score: value, baseline, difference, their intervals, and the
+    value at equal length."""
     label, groups, kind = observed.label.to_numpy(), observed.group.to_numpy(), comparison.kind
     value = lambda score: LABEL_MEASURES[kind][1](score, label, np.ones(len(label)))
     within = lambda score, against=None: measure_interval(kind, score, against, label, groups, samples, seed)
@@ -166,11 +208,14 @@ def compare_with_length(comparison: Comparison, observed, samples: int, seed: in
     for name in comparison.scores:
         score = observed[name].to_numpy() * (1 if comparison.expected == "higher" else -1)
         found = {"score": name, "value": value(score), "difference": value(score) - shared["length"]}
-        rows.append(found | {"value interval": within(score), "difference interval": within(score, words)} | shared)
+        found |= {"value interval": within(score), "difference interval": within(score, words)}
+        found["at equal length"] = AT_EQUAL_LENGTH[kind](score, label, lengths["longer"])
+        rows.append(found | shared)
     return rows
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #e3570297
 NOT_NAMED = "not measured: name a local copy in trial.corpora"
+OWN_HEADS = "our sentences"
 
 
 def _reading(found: dict) -> str:
@@ -188,10 +233,12 @@ def _head(comparison: Comparison, scores: typing.Sequence[str]) -> dict:
     return {"corpus": TITLES[comparison.corpus], "construct": construct, "compared with": compared}
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #dbbeece3
-def corpus_results(labelled: Labelled, samples: int, seed: int) -> list[tuple[Comparison, list[dict], str | None]]:
-    "Make all comparisons of one corpus. Returns comparison, results, why there are none."
-    rows, found = labelled.rows.reset_index(drop=True), []
-    rows = rows.join(score_texts(rows.context.tolist(), rows.text.tolist()))
+def corpus_results(labelled: Labelled, scores, samples: int, seed: int, heads: str = OWN_HEADS) -> list[tuple]:
+    """Make all comparisons of one corpus.
+
+    scores: frame of `score_texts`, a row for each of the corpus; heads: what the rubric's heads learned from. Returns
+    comparison, results, why there are none."""
+    rows, found = labelled.rows.reset_index(drop=True).join(scores), []
     left = "; ".join(f"{count} {reason}" for reason, count in labelled.dropped.items())
     files = ", ".join(path.name for path in labelled.paths) + (f" (left out: {left})" if left else "")
     for comparison in (c for c in COMPARISONS if c.corpus == labelled.origin["source"]):
@@ -201,19 +248,24 @@ def corpus_results(labelled: Labelled, samples: int, seed: int) -> list[tuple[Co
         elif comparison.kind != "pair" and observed.label.nunique() < 2:
             reason = "not measured: all labels are alike"
         else:
-            results = compare_with_length(comparison, observed, samples, seed)
+            results = [one | {"heads": heads} for one in compare_with_length(comparison, observed, samples, seed)]
         found.append((comparison, results, reason))
     return found
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #acdc5656
-CORPUS_COLUMNS = ("corpus", "construct", "compared with", "measure", "n", "groups", "rubric", "95% interval")
-CORPUS_COLUMNS += ("baseline", "length", "length, 95% interval", "difference", "difference, 95% interval", "reading")
-_SHOWN = {"value": ("rubric", "95% interval"), "length": CORPUS_COLUMNS[9:11], "difference": CORPUS_COLUMNS[11:13]}
+_SHOWN = {
+    name: (shown, "95% interval" if name == "value" else f"{shown}, 95% interval")
+    for name, shown in (("value", "rubric"), ("length", "length"), ("difference", "difference"))
+}
+CORPUS_COLUMNS = ("corpus", "construct", "compared with", "heads learned from", "measure", "n", "groups")
+CORPUS_COLUMNS += (*_SHOWN["value"], "at equal length", "baseline", *_SHOWN["length"], *_SHOWN["difference"])
+CORPUS_COLUMNS += ("reading", "experts agree (κ)")
 
 
 def _cells(comparison: Comparison, one: dict) -> dict:
     "Return the cells of one result."
     cells = _head(comparison, (one["score"],)) | {name: one[name] for name in ("n", "groups", "baseline")}
+    cells |= {"heads learned from": one["heads"], "at equal length": round(one["at equal length"], 3)}
     for name, (shown, interval) in _SHOWN.items():
         ends = one[f"{name} interval"]
         cells |= {shown: round(one[name], 3), interval: ends and "{:.3f} to {:.3f}".format(*ends)}
@@ -222,11 +274,13 @@ def _cells(comparison: Comparison, one: dict) -> dict:
 
 def corpus_table(results: list):
     "Tabulate the results of all corpora; a comparison that was not made gets a row with its reason and empty cells."
-    made, rows = {comparison: rest for comparison, *rest in results}, []
+    rows = []
     for comparison in COMPARISONS:
-        found, reason = made.get(comparison, ([], NOT_NAMED))
+        made = [rest for one, *rest in results if one == comparison] or [([], NOT_NAMED)]
         scores = ("all seven", "mean") if comparison.scores == ALL_SCORES else comparison.scores
-        rows += [_cells(comparison, one) for one in found] or [_head(comparison, scores) | {"reading": reason}]
+        empty = [_head(comparison, scores) | {"reading": made[0][1]}]
+        own = [_cells(comparison, one) for found, _ in made for one in found] or empty
+        rows += [row | {"experts agree (κ)": comparison.experts or None} for row in own]
     rows = [[row.get(name) for name in CORPUS_COLUMNS] for row in rows]
     return pd.DataFrame(rows, columns=CORPUS_COLUMNS, dtype=object)
 
@@ -250,7 +304,7 @@ def rubric_model() -> RulesModel:
 
 def trial_inputs(corpora: typing.Sequence[Labelled]) -> list[Path]:
     "List the files that a trial reads."
-    return [resource_path("minimal_pairs.jsonl"), *(path for labelled in corpora for path in labelled.paths)]
+    return [*map(resource_path, TRIAL_FILES), *(path for labelled in corpora for path in labelled.paths)]
 
 
 def trial_size(pairs, corpora: typing.Sequence[Labelled]) -> str:
@@ -273,11 +327,6 @@ def trial_facts(rubric: RulesModel, pairs, corpora: typing.Sequence[Labelled]) -
 def minimal_rows(judged) -> list[dict]:
     "List the scores of all minimal pairs."
     return judged[["id", "principle", "construct", "set", "own", "mean", "words"]].to_dict("records")
-
-
-def trial_results(corpora: typing.Sequence[Labelled], samples: int, seed: int) -> list:
-    "Make the comparisons of all corpora."
-    return [result for labelled in corpora for result in corpus_results(labelled, samples, seed)]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #bcdff9b8
 def _by_principle(table, name: str = "held-out"):
@@ -341,14 +390,31 @@ def construct_sentences(constructs) -> list[str]:
 
 def corpus_sentences(results: list) -> list[str]:
     "Report labelled text in sentences; say so where none was measured."
-    found = [_reading(one) for _, measured, _ in results for one in measured]
+    found = [(one["heads"], _reading(one)) for _, measured, _ in results for one in measured]
     if not found:
         why = "the corpora hold nothing to compare" if results else "no labelled corpus is named in `trial.corpora`"
         return [f"Not measured: {why}."]
-    listed = "; ".join(f"{name}: {found.count(name)}" for name in dict.fromkeys(found))
+    told = []
+    for heads in dict.fromkeys(heads for heads, _ in found):
+        own = [reading for name, reading in found if name == heads]
+        listed = "; ".join(f"{reading}: {own.count(reading)}" for reading in dict.fromkeys(own))
+        told.append(f"With heads learned from {heads}, {len(own)} comparisons of a score with a label: {listed}.")
     return [
-        f"{len(found)} comparisons of a score with a label, by the interval of their difference from length: {listed}.",
-        "Where a score is not distinguished from length, counting words would have served as well for that label.",
+        *told,
+        "A comparison is read by the interval of its difference from length, drawn by session, post or question."
+        " Where a score is not told from length, counting words would have served as well for that label.",
+        "Experts agree with each other to the weighted κ that is named (Kumar et al., 2025, arXiv 2506.10150): no rater"
+        " can agree with one expert better than a second expert does. κ, AUC and rank correlation are not one scale.",
+    ]
+
+# %% ../../nbs/experiments/06_rater_trial.ipynb #b1ea2808
+def minimal_tables(judged) -> list[tuple]:
+    "Return both tables of scored minimal pairs, each as (number, slug, frame, caption), and the sentences under it."
+    table, constructs = minimal_table(judged), minimal_table(judged, "construct")
+    title, told = "The offline rubric on minimal pairs, by", minimal_sentences(table)
+    return [
+        (("S24", "minimal_pairs", table, f"{title} principle"), [*told, *minimal_range_sentences(table)]),
+        (("S24", "minimal_pairs_constructs", constructs, f"{title} construct"), construct_sentences(constructs)),
     ]
 
 # %% ../../nbs/experiments/06_rater_trial.ipynb #c8e18b8c
@@ -398,7 +464,7 @@ def _panels(results: list) -> list[tuple]:
     "Sort results by scale: shares have their chance at one half, correlations at zero."
     shares, ranks = [], []
     for comparison, found, _ in results:
-        for one in found:
+        for one in (one for one in found if one["heads"] == OWN_HEADS):
             if len(found) < len(ALL_SCORES) or one["score"] == "mean":
                 corpus, construct, compared = _head(comparison, (one["score"],)).values()
                 name = f"{corpus}: {construct}\n{compared} (n = {one['n']})"

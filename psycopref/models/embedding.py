@@ -81,7 +81,8 @@ def embed(
 
     weights: the encoder; None takes MiniLM; max_tokens: what is beyond is not read, as sentence-transformers sets it
     for MiniLM; dtype: auto, bfloat16, float32 or int8; layers: whose states are averaged, 0 the word embeddings, -1
-    the last; where none is counted from the end, those above the highest are not computed. Returns a float32 array, (texts, layers × dimensions), unit length for each layer."""
+    the last; where none is counted from the end, those above the highest are not computed. Returns a float32
+    array, (texts, layers × dimensions), unit length for each layer."""
     import numpy as np
     import torch
 

@@ -22,7 +22,7 @@ from ..core.paper import resource_path
 from ..core.settings import StudyError, load_profile, suggest
 from ..core.stages import STAGES, Run, Stage, as_dotted, check_layout, grid_cells, parse_shard, project_root
 from ..core.stages import stage_settings, stages_of
-from ..corpus.labelled_text import labelled_files
+from ..corpus.labelled_text import TRIAL_FILES, labelled_files
 from ..gateway.cache import open_cache
 from .chapter import stages_of_run
 
@@ -204,7 +204,7 @@ def own_files(profile, stage: str) -> list[str]:
     "List the user's own files that a stage's settings name: NAME=PLACE or PLACE, a file or a folder."
     if stage == "12_trial":
         labelled = (path for spec in profile.trial.corpora for path in labelled_files(spec))
-        return [str(resource_path("minimal_pairs.jsonl")), *map(str, labelled)]
+        return [*map(str, map(resource_path, TRIAL_FILES)), *map(str, labelled)]
     pool, mixing = profile.responses.pool, profile.mixing
     named = {
         "02_responses": [pool] if pool.endswith(".json") else [],

@@ -144,7 +144,7 @@ def test_the_length_baseline_counts_words():
 def test_none_asks_nobody_and_a_negative_number_is_refused():
     found = judge_triples([parse_judge("openai:own")], 0, Label("tiny"), None, "", "")
     assert "judges.triples is 0" in found.sentences[0] == found.table.remark[0] and found.kept["triples"] == []
-    assert "judges.triples: found -1" in one_line(lambda: read_triples(-1))
+    assert "judges.triples" in one_line(lambda: load_profile("demo", {"judges.triples": -1}))
 
 
 @pytest.mark.parametrize("n", [0, 4, 110, 500])
