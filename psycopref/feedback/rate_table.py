@@ -76,7 +76,7 @@ def read_texts(values) -> tuple:
     return np.array([(text or "").strip() for text in texts], object), odd
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #fb6ede87
-ACTS = {f"rules:{name}": heads for name, heads in RUBRICS.items()}  # URI of an offline rater -> its heads
+ACTS = {f"rules:{name}": how for name, how in RUBRICS.items()}  # URI of an offline rater -> its heads and precision
 
 
 def by_client(clients, block: int = 4096) -> list[list[int]]:
@@ -84,16 +84,19 @@ def by_client(clients, block: int = 4096) -> list[list[int]]:
     return blocks(sorted(range(len(clients)), key=clients.__getitem__), block)
 
 
-def acts_scores(rater: str, clients, responses) -> tuple:
-    "Score responses offline: (array n × 7 of scores from 1 to 5, reasons why a row has none: never)."
-    import numpy as np
-    from psycopref.rater.scoring import score_answers
+def acts_scores(rater: str, clients, responses, explain: bool = False) -> tuple:
+    """Score responses offline: (array n × 7 of scores from 1 to 5, reasons why a row has none: never, acts).
 
-    scores = np.empty((len(clients), len(PRINCIPLE_KEYS)))
+    explain: whether acts are wanted: for each response the JSON of `explain_answers`, else None."""
+    import numpy as np
+    from psycopref.rater.scoring import explain_answers, score_answers
+
+    scores, acts = np.empty((len(clients), len(PRINCIPLE_KEYS))), np.full(len(clients), None)
     for part in by_client(clients):
-        found = score_answers(list(clients[part]), list(responses[part]), heads=ACTS[rater])
+        given = list(clients[part]), list(responses[part]), *ACTS[rater]
+        found, acts[part] = explain_answers(*given) if explain else (score_answers(*given), None)
         scores[part] = found[list(PRINCIPLE_KEYS)]
-    return scores, [None] * len(scores)
+    return scores, [None] * len(scores), acts
 
 
 def gateway_scores(rater: str, clients, responses, max_tokens: int = 256) -> tuple:
@@ -137,7 +140,11 @@ def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "fr
         found = "no row has a text" if len(frame) else "there are no rows"
         raise StudyError(f"{where}, column {response}: {found}, so there is nothing to rate; is it the right column?")
     scores, reasons = np.full((len(frame), len(PRINCIPLE_KEYS)), np.nan), np.full(len(frame), None)
-    scores[given], reasons[given] = (acts_scores if rater in ACTS else gateway_scores)(rater, said[given], texts[given])
+    acts = np.full(len(frame), None)
+    if rater in ACTS:
+        scores[given], reasons[given], acts[given] = acts_scores(rater, said[given], texts[given], explain)
+    else:
+        scores[given], reasons[given] = gateway_scores(rater, said[given], texts[given])
     first = next(filter(None, reasons), "")
     if np.isnan(scores).all():
         raise StudyError(f"{where}: {rater!r} rated no row, the first since {first}; finished calls are kept")
@@ -149,7 +156,7 @@ def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "fr
         f"not all scores, the first since {first}": given & np.isnan(scores).any(axis=1),
     }
     lines = [row_line(np.flatnonzero(rows), len(frame), what) for what, rows in marked.items() if rows.any()]
-    return score_columns(scores, frame.index, explain and _explained(rater, said, texts, given)), lines
+    return score_columns(scores, frame.index, explain and acts), lines
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #5935222d
 def score_columns(scores, index, acts=False):
@@ -165,18 +172,6 @@ def score_columns(scores, index, acts=False):
         columns |= {f"{key}_rating": ratings[i], f"{key}_score": scores[:, i]}
     columns |= {"mean_score": scores.mean(axis=1)} | ({} if acts is False else {"acts": acts})
     return pd.DataFrame(columns, index)
-
-
-def _explained(rater: str, said, texts, given):
-    "Return the acts by sentence of each response as JSON; None where there is no response."
-    import numpy as np
-    from psycopref.rater.scoring import explain_answers
-
-    acts, rows = np.full(len(texts), None), np.flatnonzero(given)
-    for part in by_client(said[given]):
-        own = rows[part]
-        acts[own] = explain_answers(list(said[own]), list(texts[own]), heads=ACTS[rater])
-    return acts
 
 # %% ../../nbs/feedback/05_rate_table.ipynb #6a128048
 def rate(frame, rater: str = RATER, explain: bool = False):

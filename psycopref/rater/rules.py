@@ -30,15 +30,17 @@ class Scored(typing.NamedTuple):
     points: dict[str, dict[str, float]]  # principle -> feature -> what it counted for
 
 
-def score_batch(pairs: typing.Iterable[tuple[str, str]], heads: str = "acts") -> dict[tuple[str, str], Scored]:
-    "Score answers at once. pairs: client speech and response; heads: a file of `rater.heads`."
+def score_batch(
+    pairs: typing.Iterable[tuple[str, str]], heads: str = "acts", dtype: str = "auto"
+) -> dict[tuple[str, str], Scored]:
+    "Score answers at once. pairs: client speech and response; heads: a file of `rater.heads`; dtype: of the encoder."
     from psycopref.rater import scoring
     from psycopref.rater.heads import read_heads
 
     pairs = list(dict.fromkeys(pairs))
     if not pairs:
         return {}
-    features = scoring.answer_features(*map(list, zip(*pairs)), read_heads(heads))[0]
+    features = scoring.answer_features(*map(list, zip(*pairs)), read_heads(heads), dtype)[0]
     scores = scoring.principle_scores(features).to_dict("records")
     points = {key: scoring.contributions(features, key).to_dict("records") for key in PRINCIPLE_KEYS}
     return {pair: Scored(scores[i], {key: own[i] for key, own in points.items()}) for i, pair in enumerate(pairs)}
@@ -106,9 +108,14 @@ def phrase_reply(request: ChatRequest) -> str:
 
 # %% ../../nbs/rater/05_rules.ipynb #5c87a967
 RATER = "rules:rubric"  # the name that every artefact rated here carries
-RUBRICS = {"rubric": "acts", "rubric-annomi": "acts-annomi"}  # name -> file of heads
+RUBRICS = {
+    "rubric": ("acts", "auto"),
+    "rubric-int8": ("acts", "int8"),
+    "rubric-annomi": ("acts-annomi", "auto"),
+}  # name -> file of heads, and what the encoder computes in
 LABELS = {
     "rubric": "offline rubric (stand-in)",
+    "rubric-int8": "offline rubric, encoder in int8 (stand-in)",
     "rubric-annomi": "offline rubric, heads also of AnnoMI (stand-in)",
     "phrases": "canned phrases (wiring only)",
 }
@@ -125,21 +132,22 @@ def rules_source(name: str) -> str:
     lists = "".join(
         resource_path(file).read_text(encoding="utf-8") for file in ("rater/principles.yaml", "screen.yaml")
     )
-    return code + lists + read_heads(RUBRICS[name]).identity
+    heads, dtype = RUBRICS[name]
+    return code + lists + read_heads(heads).identity + dtype
 
 
 class RulesModel(FreeModel):
-    "Answer by rules: `rules:rubric`, `rules:rubric-annomi` or `rules:phrases`."
+    "Answer by rules: `rules:NAME` with a name of LABELS."
 
     def __init__(self, name: str):
         if name not in LABELS:
             raise StudyError(f"model 'rules:{name}': no such rules. {suggest(name, LABELS)}")
-        self.uri, self.label, self.heads = f"rules:{name}", LABELS[name], RUBRICS.get(name)
+        self.uri, self.label, self.how = f"rules:{name}", LABELS[name], RUBRICS.get(name)
         self.identity = f"rules:{name}#{hashlib.sha256(rules_source(name).encode()).hexdigest()[:16]}"
         self.known: dict[tuple[str, str], Scored] = {}  # a rating asks seven times about an answer
 
     async def answer(self, requests):
-        if not self.heads:
+        if not self.how:
             return [ChatReply(phrase_reply(request)) for request in requests]
         if any(request.task not in ("rate", "rate_all", "rank", "battle") for request in requests):
             raise StudyError(
@@ -148,5 +156,5 @@ class RulesModel(FreeModel):
         asked = {(r.fields["client_speech"], shown) for r in requests for shown in shown_responses(r.fields)}
         if len(self.known) > 20_000:
             self.known.clear()
-        self.known |= score_batch(sorted(asked - self.known.keys()), self.heads)
+        self.known |= score_batch(sorted(asked - self.known.keys()), *self.how)
         return [ChatReply(rubric_reply(request.task, request.fields, self.known)) for request in requests]

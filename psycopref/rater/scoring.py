@@ -164,11 +164,14 @@ def score_answers(
 
 def explain_answers(
     clients: typing.Sequence[str], responses: typing.Sequence[str], heads: str = "acts", dtype: str = "auto"
-) -> list[str]:
-    "Name the acts of each sentence: for each answer the JSON of [[sentence, [act, …]], …], likeliest first."
+) -> tuple[pd.DataFrame, list[str]]:
+    """Score answers, and name the acts of each sentence: (scores as of `score_answers`, JSON for each answer).
+
+    The JSON is [[sentence, [act, …]], …], the likeliest act first."""
     known = read_heads(heads)
-    read = answer_features(clients, responses, known, dtype)[1]
-    return [json.dumps(named_acts(said, found, known.acts.labels), ensure_ascii=False) for said, found in read]
+    features, read = answer_features(clients, responses, known, dtype)
+    acts = [json.dumps(named_acts(said, found, known.acts.labels), ensure_ascii=False) for said, found in read]
+    return principle_scores(features), acts
 
 
 def named_acts(sentences: list[Said], found: np.ndarray, labels: tuple[str, ...], least: float = 0.3) -> list:

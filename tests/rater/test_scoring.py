@@ -75,7 +75,7 @@ def test_a_rating_is_the_whole_number_nearest_to_its_score(first, second):
 def test_silence_gets_the_lowest_score_everywhere():
     silent = ["", " ", "\n\n", "...", "?!", "🙂", "1."]
     assert (score_answers([SPEECH] * len(silent), silent) == 1).all(axis=None)
-    assert score_answers([], []).empty and explain_answers([], []) == [] and score_batch([]) == {}
+    assert score_answers([], []).empty and explain_answers([], [])[1] == [] and score_batch([]) == {}
 
 
 def test_very_long_texts_are_scored_too():
@@ -109,7 +109,7 @@ def test_every_feature_of_the_points_is_one_that_can_be_found():
 
 def test_acts_are_named_by_sentence():
     text = "You lost him in spring. What do you miss most? My own brother died when I was twenty."
-    [told] = map(json.loads, explain_answers([SPEECH], [text]))
+    [told] = map(json.loads, explain_answers([SPEECH], [text])[1])
     assert [sentence for sentence, _ in told] == ["You lost him in spring.", "What do you miss most?", text[47:]]
     assert told[1][1] == ["open_question"] and told[2][1] == ["self_disclosure"]
 
