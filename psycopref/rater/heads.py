@@ -18,12 +18,13 @@ import pandas as pd
 from ..core.paper import resource_path
 from ..core.settings import StudyError, suggest
 from ..models.embedding import embed
-from .dialogue_acts import Said, labelled_sentences, split_answer, split_sentences, surface_features
+from .dialogue_acts import Said, fluent, labelled_sentences, split_answer, split_sentences
+from .dialogue_acts import surface_features
 
 # %% auto #0
-__all__ = ['LAYERS', 'EMBEDDED', 'SEEN', 'HEADS', 'KINDS', 'Head', 'fit_head', 'sentence_inputs', 'client_inputs', 'Heads',
-           'read_heads', 'write_heads', 'labelled_clients', 'Taught', 'learn_heads', 'turn_acts', 'annomi_sentences',
-           'annomi_taught']
+__all__ = ['LAYERS', 'EMBEDDED', 'SEEN', 'HEADS', 'KINDS', 'Head', 'fit_head', 'turn_inputs', 'sentence_inputs', 'client_inputs',
+           'Heads', 'read_heads', 'write_heads', 'labelled_clients', 'Taught', 'learn_heads', 'turn_acts',
+           'annomi_sentences', 'annomi_taught']
 
 # %% ../../nbs/rater/03_heads.ipynb #a248987c
 @dataclass(frozen=True)
@@ -76,19 +77,27 @@ EMBEDDED = 384 * len(LAYERS)  # inputs that are embeddings
 SEEN = len(surface_features(Said(""))) + 1  # inputs that can be read, with the nearness to the client
 
 # %% ../../nbs/rater/03_heads.ipynb #3b5a6288
-def sentence_inputs(sentences: typing.Sequence[Said], dtype: str = "auto") -> np.ndarray:
-    "Describe sentences for heads of acts: (n, EMBEDDED + features), float32; dtype: of the encoder, see `embed`."
+def turn_inputs(sentences: typing.Sequence[Said], dtype: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+    """Describe sentences and the client speeches they answer, each text embedded once, float32.
+
+    dtype: of the encoder, see `embed`. Returns (n, EMBEDDED + SEEN) for heads of acts, (n, EMBEDDED) for those of
+    clients."""
     texts, clients = [said.sentence for said in sentences], [said.client for said in sentences]
     both = embed([*texts, *clients], dtype=dtype, layers=LAYERS)
     own, theirs, last = both[: len(texts)], both[len(texts) :], slice(-384, None)
     close = (own[:, last] * theirs[:, last]).sum(1) * np.array([bool(client) for client in clients])
     seen = [[*surface_features(said).values(), near] for said, near in zip(sentences, close)]
-    return np.hstack([own, np.array(seen, np.float32).reshape(len(texts), SEEN)])
+    return np.hstack([own, np.array(seen, np.float32).reshape(len(texts), SEEN)]), theirs
+
+
+def sentence_inputs(sentences: typing.Sequence[Said], dtype: str = "auto") -> np.ndarray:
+    "Describe sentences for heads of acts: (n, EMBEDDED + SEEN)."
+    return turn_inputs(sentences, dtype)[0]
 
 
 def client_inputs(speeches: typing.Sequence[str], dtype: str = "auto") -> np.ndarray:
-    "Describe client speeches for heads of stages and crises: (n, EMBEDDED), float32."
-    return embed(speeches, dtype=dtype, layers=LAYERS)
+    "Describe client speeches for heads of stages and crises: (n, EMBEDDED)."
+    return embed([fluent(speech) for speech in speeches], dtype=dtype, layers=LAYERS)
 
 # %% ../../nbs/rater/03_heads.ipynb #d53d54bd
 HEADS = {

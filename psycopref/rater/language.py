@@ -39,6 +39,7 @@ _FORMS = [
 ]
 
 
+@lru_cache(maxsize=16384)
 def plain(text: str) -> str:
     "Return a text in the form of the lists: lower case, straight quotes, contractions spelt out, single spaces."
     text = text.lower()

@@ -17,7 +17,7 @@ import yaml
 from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
 from .dialogue_acts import Said, split_answer
-from .heads import EMBEDDED, Heads, client_inputs, read_heads, sentence_inputs
+from .heads import EMBEDDED, Heads, read_heads, turn_inputs
 from .language import FUNCTION_WORDS, content_stems, copied_words, plain, sentences_of, words_of
 from .safety_screen import SCREEN, pointers, screen
 
@@ -96,18 +96,18 @@ def answer_features(
     Features, n rows: `any ACT` and `share ACT`, form, flags, stages, crisis; all 0 to 1. The others, for each answer:
     its sentences, and (sentences, acts) probabilities. A response without a word has no sentences and zeros."""
     said = [split_answer(client, response) for client, response in zip(clients, responses)]
-    inputs = sentence_inputs([one for own in said for one in own], dtype)
+    inputs, theirs = turn_inputs([one for own in said for one in own], dtype)
     ends = np.cumsum([0, *map(len, said)])
-    acts, voice = heads.acts.probabilities(inputs), heads.voice.probabilities(inputs[:, :EMBEDDED])[:, 0]
-    acts, voice = ([found[i:j] for i, j in zip(ends, ends[1:])] for found in (acts, voice))
-    inputs = client_inputs(clients, dtype)
-    stages, crisis = heads.stages.probabilities(inputs), heads.crisis.probabilities(inputs)
+    found = heads.acts.probabilities(inputs), heads.voice.probabilities(inputs[:, :EMBEDDED])[:, 0]
+    acts, voice = ([own[i:j] for i, j in zip(ends, ends[1:])] for own in found)
+    opening = np.flatnonzero([one.first for own in said for one in own])  # the sentence that opens each response
+    stages, crisis = (head.probabilities(theirs[opening]) for head in (heads.stages, heads.crisis))
+    place = np.cumsum([bool(own) for own in said]) - 1
     rows = []
     for i, (client, response) in enumerate(zip(clients, responses)):
-        told = bool(client.strip())
-        danger = max(ramp(crisis[i, 1], 0.3, 0.7), float(bool(SCREEN.crisis_words.search(plain(client)))))
-        own = dict(zip(heads.stages.labels, told * stages[i])) | {"crisis": told * danger, "silent": float(not said[i])}
+        own = {"silent": float(not said[i])}
         if said[i]:
+            own |= _state(client, stages[place[i]], crisis[place[i], 1], heads.stages.labels)
             own |= _acts(said[i], acts[i], heads.acts.labels) | form_features(client, response)
             own["wrong role"] = max(
                 ramp(np.average(voice[i], weights=_lengths(said[i])), 0.5, 0.9), 0.7 * own.pop("script")
@@ -117,6 +117,13 @@ def answer_features(
             own["no pointer"] = own["crisis"] * (not pointers(response))
         rows.append(own)
     return pd.DataFrame(rows, columns=None if rows else ["silent"], dtype=float).fillna(0.0), list(zip(said, acts))
+
+
+def _state(client: str, stages: np.ndarray, crisis: float, labels: tuple[str, ...]) -> dict[str, float]:
+    "Tell a client's stage of change, and whether there is a crisis, by the head or by words; nothing of silence."
+    told = bool(client.strip())
+    danger = max(ramp(crisis, 0.3, 0.7), float(bool(SCREEN.crisis_words.search(plain(client)))))
+    return dict(zip(labels, told * stages)) | {"crisis": told * danger}
 
 
 def _lengths(sentences: list[Said]) -> list[int]:
