@@ -239,8 +239,8 @@ def length_sentences(samples: int, seed: int, responses=None, ratings=None) -> l
     "Report how a run's mean ratings go with the number of words; frames of these kinds, or None."
     if ratings is None or ratings.empty:
         return ["How ratings go with length is not measured: this run has no ratings."]
-    mean = ratings.groupby(["speech_id", "model", "sample"], as_index=False).rating.mean()
-    own = mean.merge(responses, on=["speech_id", "model", "sample"])
+    mean = ratings.groupby(["speech_id", "model"], as_index=False).rating.mean()
+    own = mean.merge(responses, on=["speech_id", "model"])
     words = own.response.str.split().str.len().to_numpy(float)
     value = spearman(own.rating.to_numpy(), words, np.ones(len(own)))
     low, high = measure_interval("ordinal", own.rating.to_numpy(), None, words, own.speech_id.to_numpy(), samples, seed)

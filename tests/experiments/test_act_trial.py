@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS
 from psycopref.corpus.labelled_text import LABEL_COLUMNS, Labelled
 from psycopref.experiments import act_trial as acts
 from psycopref.experiments.rater_trial import OWN_HEADS, corpus_table
@@ -159,9 +159,7 @@ def test_heads_learn_from_the_transcripts_that_are_named_and_no_others():
 
 def test_length_is_read_from_a_runs_own_ratings():
     rng = np.random.default_rng(0)
-    answers = pd.DataFrame(
-        {"speech_id": np.repeat(np.arange(30), 4).astype(str), "model": list("abcd") * 30, "sample": 0}
-    )
+    answers = pd.DataFrame({"speech_id": np.repeat(np.arange(30), 4).astype(str), "model": list("abcd") * 30})
     words = rng.integers(3, 60, 120)
     answers["response"] = ["word " * n for n in words]
     ratings = pd.concat([answers.drop(columns="response").assign(principle=key) for key in PRINCIPLE_KEYS])
@@ -172,6 +170,7 @@ def test_length_is_read_from_a_runs_own_ratings():
     )[0]
     [said] = acts.length_sentences(100, 0, answers, ratings)
     assert f"correlation of {value:.2f}" in said and "within ±0.3" in said and "rated by rules:rubric" in said
+    assert {*ratings.columns} - {"rating"} <= {*SCHEMAS["ratings"]} and {*answers.columns} <= {*SCHEMAS["responses"]}
     long = ratings.assign(rating=1 + np.tile(words // 12, len(PRINCIPLE_KEYS)))
     assert "outside ±0.3" in acts.length_sentences(100, 0, answers, long)[0]
     assert "not measured" in acts.length_sentences(100, 0)[0]
