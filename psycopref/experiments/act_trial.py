@@ -78,9 +78,12 @@ def held_sentences(table) -> list[str]:
     acts, others = table[table["head"] == "act"].sort_values("AUC"), table[table["head"] != "act"]
     least, most = acts.iloc[0], acts.iloc[-1]
     listed = ", ".join(f"{row['head']} ({row['label']}) {row['AUC']}" for _, row in others.iterrows())
+    crisis = others.loc[others["head"] == "crisis", "most often taken for"].tolist()
+    missed = f"At one half the head alone takes crisis speeches for: {crisis[0]}; the screen's words are beside it."
     return [
         f"Mean AUC over {len(acts)} acts: {acts.AUC.mean():.3f}, from {least.AUC} ({least.label}, most often taken for"
         f" {least['most often taken for']}) to {most.AUC} ({most.label}). Of client speeches: {listed}.",
+        missed if crisis else "",
         "These texts are by the hand that wrote what the heads learned from: real helpers are harder to read.",
     ]
 

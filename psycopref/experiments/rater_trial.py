@@ -348,7 +348,7 @@ def minimal_sentences(table) -> list[str]:
     weak = weak_principles(table)
     interval, share = held["95% interval"].replace(" to ", "–"), "better one above %"
     gap = develop[share] - held[share]
-    more = f"{gap:.1f} points more, which the rules may owe to their examples"
+    more = f"{gap:.1f} points more, which the points may owe to their examples"
     told = "Every principle is distinguished from chance and from length."
     if weak:
         told = f"Not distinguished from chance or from length: {', '.join(weak)};"
