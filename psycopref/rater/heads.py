@@ -144,8 +144,8 @@ def read_heads(name: str = "acts") -> Heads:
         facts = json.loads(opened.metadata()["facts"])
         if facts.get("inputs") != inputs_described():
             raise StudyError(
-                f"heads {name!r}: were learned with another encoder, layers or features, expected those of rater.heads; "
-                "learn them again (learn_heads, write_heads)"
+                f"heads {name!r}: were learned with another encoder, layers or features; expected those of "
+                "rater.heads, learn them again (learn_heads, write_heads)"
             )
         parts = {key: opened.get_tensor(key).astype(np.float32) for key in opened.keys()}
     own = {
