@@ -115,7 +115,7 @@ def triple_sentences(counts, names: dict[str, str]) -> list[str]:
         "Points of the offline rater were set on the develop half, so there its rows are no evidence.",
     ]
 
-
+# %% ../../nbs/evaluation/07_triples.ipynb #01798e6c
 @dataclasses.dataclass(frozen=True)
 class Triples:
     "Hold what judges say of the triples."

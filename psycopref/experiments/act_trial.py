@@ -186,7 +186,7 @@ def out_of_fold_scores(rows, learn: typing.Callable, folds: int = TRANSCRIPT_FOL
         parts.append(score_texts(held.context.tolist(), held.text.tolist(), score).set_axis(held.index))
     return pd.concat(parts).sort_index()
 
-
+# %% ../../nbs/experiments/07_act_trial.ipynb #83b502f9
 def act_learner(rows, sentences=None) -> typing.Callable:
     """Embed our own sentences and a corpus's turns once, and return a function that learns heads of acts.
 
@@ -246,11 +246,14 @@ def length_sentences(samples: int, seed: int, responses=None, ratings=None) -> l
     own = mean.merge(responses, on=["speech_id", "model"])
     words = own.response.str.split().str.len().to_numpy(float)
     value = spearman(own.rating.to_numpy(), words, np.ones(len(own)))
-    low, high = measure_interval("ordinal", own.rating.to_numpy(), None, words, own.speech_id.to_numpy(), samples, seed)
+    seen = own.rating.to_numpy(), None, words, own.speech_id.to_numpy()
+    ends = None if np.isnan(value) else measure_interval("ordinal", *seen, samples, seed)
+    if ends is None:
+        return [f"How ratings go with length is not measured: {len(own)} answers are of one speech, or all alike."]
     raters, within = ", ".join(sorted(ratings.rater.unique())), "within" if abs(value) <= NARROW else "outside"
     return [
         f"On this run's {len(own)} answers, rated by {raters}, mean rating and number of words have"
-        f" a rank correlation of {value:.2f} (95% interval {low:.2f} to {high:.2f}, by speech):"
+        f" a rank correlation of {value:.2f} (95% interval {ends[0]:.2f} to {ends[1]:.2f}, by speech):"
         f" {within} ±{NARROW}."
     ]
 

@@ -319,7 +319,8 @@ def trial_facts(rubric: RulesModel, pairs, corpora: typing.Sequence[Labelled]) -
     for own in corpora:
         counts = {"labels": len(own.rows), "groups": int(own.rows.group.nunique()), "dropped": own.dropped}
         found[own.origin["source"]] = own.origin | counts
-    models = {rubric.uri: {"label": rubric.label, "identity": rubric.identity}}
+    both = (rubric, RulesModel("rubric-annomi"))  # whose heads stand beside
+    models = {one.uri: {"label": one.label, "identity": one.identity} for one in both}
     sizes = pairs.set.value_counts().to_dict()
     return {"models": models, "rater": rubric.label, "minimal_pairs": sizes, "corpora": found}
 

@@ -236,7 +236,7 @@ def _write_text(file: typing.TextIO, form: str, rows) -> None:
     lines = map(as_json, rows.to_dict("records"))
     file.write("[" + ",\n".join(lines) + "]\n" if form == "json" else "".join(f"{line}\n" for line in lines))
 
-
+# %% ../../nbs/feedback/05_rate_table.ipynb #f5a4745e
 def _write_parquet(path: Path, out: Path, rows: typing.Any, added) -> None:
     "Write rows, a frame or the parquet file that holds them, beside added columns. out: for errors."
     import pyarrow as pa

@@ -54,7 +54,7 @@ def split_sentences(text: str) -> list[str]:
     once = {}
     for part in map(fluent, _END.split(text.strip())):
         once.setdefault(words_of(plain(part)), part)
-    return [part for part in once.values() if any(c.isalpha() for c in part)]
+    return [part for words, part in once.items() if any(c.isalpha() for word in words for c in word)]
 
 # %% ../../nbs/rater/02_dialogue_acts.ipynb #2e2906dd
 class Said(typing.NamedTuple):
@@ -104,7 +104,7 @@ _COUNTS = {
 _MOST = {"i": 3, "you": 3}  # of which more than two count
 _FORMS, _COUNTS = ({name: re.compile(text) for name, text in listed.items()} for listed in (_FORMS, _COUNTS))
 
-
+# %% ../../nbs/rater/02_dialogue_acts.ipynb #b213ff4d
 def surface_features(said: Said) -> dict[str, float]:
     "Describe a sentence by what can be seen: name -> number, 0 to 1 except for the logarithm of its words."
     text, theirs = plain(said.sentence), content_stems(plain(said.client))

@@ -18,13 +18,14 @@ import pandas as pd
 from ..core.paper import resource_path
 from ..core.settings import StudyError, suggest
 from ..models.embedding import embed
+from ..models.weights import WHEELS
 from .dialogue_acts import Said, fluent, labelled_sentences, split_answer, split_sentences
 from .dialogue_acts import surface_features
 
 # %% auto #0
 __all__ = ['LAYERS', 'EMBEDDED', 'SEEN', 'HEADS', 'KINDS', 'Head', 'fit_head', 'turn_inputs', 'sentence_inputs', 'client_inputs',
-           'Heads', 'read_heads', 'write_heads', 'labelled_clients', 'Taught', 'learn_heads', 'turn_acts',
-           'annomi_sentences', 'annomi_taught']
+           'Heads', 'inputs_described', 'read_heads', 'write_heads', 'labelled_clients', 'Taught', 'learn_heads',
+           'turn_acts', 'annomi_sentences', 'annomi_taught']
 
 # %% ../../nbs/rater/03_heads.ipynb #a248987c
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def fit_head(inputs: np.ndarray, labels: typing.Sequence[typing.Collection[str]]
     folded = (known / spread).astype(np.float32)
     return Head(tuple(map(str, model.classes_)), folded.T, (bias - folded @ centre).astype(np.float32))
 
-
+# %% ../../nbs/rater/03_heads.ipynb #ad3f6098
 def _both(weights, bias):
     "Write a logistic regression of two labels as a multinomial one."
     return np.vstack([np.zeros_like(weights), weights]), np.append(0.0, bias)
@@ -125,16 +126,27 @@ class Heads:
         parts = [part for kind in KINDS for part in (getattr(self, kind).weights, getattr(self, kind).bias)]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
+# %% ../../nbs/rater/03_heads.ipynb #597e6788
+def inputs_described() -> dict:
+    "Say what the columns of inputs are: encoder and sha256 of its weights, layers, features."
+    features = [*surface_features(Said("")), "near the client"]
+    return {"encoder": "minilm", "sha256": WHEELS["minilm"].member_sha256, "layers": [*LAYERS], "features": features}
+
 
 @functools.lru_cache(maxsize=4)
 def read_heads(name: str = "acts") -> Heads:
-    "Read a file of heads from the package. name: one of HEADS."
+    "Read a file of heads from the package. name: one of HEADS. Raises StudyError where they see other inputs."
     from safetensors import safe_open
 
     if name not in HEADS:
         raise StudyError(f"heads {name!r}: are not known. {suggest(name, HEADS)}")
     with safe_open(resource_path(f"rater/{name}.safetensors"), framework="numpy") as opened:
         facts = json.loads(opened.metadata()["facts"])
+        if facts.get("inputs") != inputs_described():
+            raise StudyError(
+                f"heads {name!r}: were learned with another encoder, layers or features; expected those of "
+                "rater.heads, learn them again (learn_heads, write_heads)"
+            )
         parts = {key: opened.get_tensor(key).astype(np.float32) for key in opened.keys()}
     own = {
         kind: Head(tuple(labels), parts[f"{kind}.weights"], parts[f"{kind}.bias"])
@@ -170,7 +182,7 @@ class Taught(typing.NamedTuple):
     source: str  # what they are
     sha256: str  # of the file they came from
 
-
+# %% ../../nbs/rater/03_heads.ipynb #3ee69d32
 def learn_heads(taught: Taught | None = None, dtype: str = "float32") -> Heads:
     "Learn all heads from our own texts of the set `learn`, the acts also from further sentences."
     rows = [row for row in labelled_sentences() if row[2] == "learn"]
@@ -183,6 +195,7 @@ def learn_heads(taught: Taught | None = None, dtype: str = "float32") -> Heads:
     parts = [part for speech in {**dict.fromkeys(said.client for said in own)} for part in split_sentences(speech)]
     voices = np.vstack([inputs[: len(own), :EMBEDDED], client_inputs(parts, dtype)])
     facts = {"learned from": [{"source": HEADS["acts"], "sentences": len(own), "clients": len(speeches)}]}
+    facts["inputs"] = inputs_described()
     if taught:
         facts["learned from"].append({"source": taught.source, "sha256": taught.sha256, "sentences": len(more)})
     return Heads(
@@ -217,7 +230,7 @@ def turn_acts(turn: dict, sentences: typing.Sequence[str]) -> list[frozenset[str
     told = frozenset(rest) if len(rest) == 1 else frozenset() if rest or held or question else frozenset({"other"})
     return [frozenset({question}) if question and asked[i] else told for i in range(len(sentences))]
 
-
+# %% ../../nbs/rater/03_heads.ipynb #cdc08e0e
 def annomi_sentences(path) -> tuple[list[Said], list[frozenset[str]], list[str]]:
     """Read therapists' sentences from a table of AnnoMI: sentences, their acts (maybe none), their transcripts.
 

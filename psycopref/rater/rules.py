@@ -10,7 +10,6 @@ import inspect
 import json
 import typing
 
-
 from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
 from ..core.prompts import BATTLE_KEYS
@@ -57,7 +56,7 @@ def rubric_rationale(scored: Scored, principle: str) -> str:
     told = ", ".join(f"{name} {value:+.2f}" for name, value in parts if abs(value) >= 0.05)
     return f"Rubric (offline stand-in): {principle} {scored.scores[principle]:.2f} on 1-5 from {told}."
 
-
+# %% ../../nbs/rater/05_rules.ipynb #731789af
 def shown_responses(fields: dict) -> list[str]:
     "Return the responses of a rating, ranking or battle request, in order."
     return [fields[f"response_{i}"] for i in range(1, sum(k.startswith("response_") for k in fields) + 1)]
@@ -125,17 +124,17 @@ def rules_source(name: str) -> str:
     "Return all that answers by rule depend on."
     if name == "phrases":
         return repr(PHRASES)
-    from psycopref.rater import dialogue_acts, language, scoring
-    from psycopref.rater.heads import read_heads
+    from psycopref.rater import dialogue_acts, heads, language, safety_screen, scoring
 
-    code = "".join(map(inspect.getsource, (language, dialogue_acts, scoring)))
+    own = language, safety_screen, dialogue_acts, heads, scoring, to_rating, rubric_rationale, rubric_reply
+    code = "".join(map(inspect.getsource, own))
     lists = "".join(
         resource_path(file).read_text(encoding="utf-8") for file in ("rater/principles.yaml", "screen.yaml")
     )
-    heads, dtype = RUBRICS[name]
-    return code + lists + read_heads(heads).identity + dtype
+    learned, dtype = RUBRICS[name]
+    return code + lists + heads.read_heads(learned).identity + dtype
 
-
+# %% ../../nbs/rater/05_rules.ipynb #3fa94b9a
 class RulesModel(FreeModel):
     "Answer by rules: `rules:NAME` with a name of LABELS."
 

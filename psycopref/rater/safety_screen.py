@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.paper import resource_path
 from ..core.stages import derived_seed
-from .language import NEVER, found, plain, read_lists, sentences_of
+from .language import plain, read_lists, sentences_of
 from ..stats.intervals import win_interval
 
 SCREEN = read_lists("screen.yaml")
@@ -32,7 +32,7 @@ def crisis_speeches(speeches) -> dict[str, str]:
     for row in speeches.itertuples():
         if row.coarse_topic == CRISIS_TOPIC:
             why[row.speech_id] = "topic"
-        elif found(SCREEN.crisis_words, plain(row.speech), NEVER):
+        elif SCREEN.crisis_words.search(plain(row.speech)):
             why[row.speech_id] = "words"
     return why
 

@@ -16,6 +16,7 @@ import yaml
 
 from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
+from ..core.settings import StudyError, suggest
 from .dialogue_acts import Said, split_answer
 from .heads import EMBEDDED, Heads, read_heads, turn_inputs
 from .language import FUNCTION_WORDS, content_stems, copied_words, plain, sentences_of, words_of
@@ -32,7 +33,7 @@ def ramp(value: float, none: float, full: float) -> float:
 
 
 _JOINED = re.compile(r", (?:and |or )?(?:what|how|who|why|did|do|is|are|was|have|has)\b")
-_LIST = re.compile(r"(?:^|\s)(?:\d+[.)]|[-*•])\s+\S")
+_LIST = re.compile(r"(?:^|\s)(?:\d{1,2}[.)]|•)\s+\S|(?:^|\n)\s*[-*]\s+\S")  # a dash between words makes no list
 _SCRIPT = re.compile(
     r"(?:^|\n)\s*(?:client|user|patient|therapist|counsell?or|assistant|me|you)\s*:"
     r"|\[(?:your|client|name|insert)|\bthe (?:client|patient|speaker|user) (?:is|has|was|feels|should|may)\b",
@@ -47,7 +48,8 @@ def clarity_faults(response: str, words: tuple[str, ...], each: list[tuple[str, 
     asked = [part.split(". ")[-1] for part in plain(response).split("?")[:-1]]
     stacked = sum(1 + len(_JOINED.findall(part)) for part in asked)
     long_words = max(sum(len(word) >= 10 for word in own) / max(8, len(own)) for own in each)
-    bits = [len(own) / (1 + part.count(",")) for own, part in zip(each, sentences_of(response)) if part.count(",") >= 3]
+    listed = [part for part in sentences_of(response) if part.count(",") >= 3]
+    bits = [len(words_of(part)) / (1 + part.count(",")) for part in listed]
     return {
         "too short": ramp(len({*words}), 8, 3),
         "too long": ramp(len(words), 150, 450),
@@ -57,10 +59,10 @@ def clarity_faults(response: str, words: tuple[str, ...], each: list[tuple[str, 
         "stacked questions": ramp(stacked, 2, 5),
         "chopped": ramp(-min(bits, default=6.0), -5.5, -3.5),
         "list": float(len(_LIST.findall(response)) >= 2),
-        "cut off": float(not response.rstrip("\"'”’)* ").endswith((".", "!", "?", "…"))),
+        "cut off": float(not response.rstrip("\"'”’)* \r\n\t").endswith((".", "!", "?", "…"))),
     }
 
-
+# %% ../../nbs/rater/04_scoring.ipynb #f163ddb1
 def incoherent(response: str, each: list[tuple[str, ...]]) -> float:
     "Measure how little a response looks like English prose: 0 prose … 1 a sentence that is a heap of words or signs."
     letters = sum(c.isalpha() or c.isspace() for c in response) / max(1, len(response))
@@ -94,8 +96,9 @@ def answer_features(
     """Describe answers: (features, sentences and their acts).
 
     Features, n rows: `any ACT` and `share ACT`, form, flags, stages, crisis; all 0 to 1. The others, for each answer:
-    its sentences, and (sentences, acts) probabilities. A response without a word has no sentences and zeros."""
-    said = [split_answer(client, response) for client, response in zip(clients, responses)]
+    its sentences, and (sentences, acts) probabilities. A response without a word has no sentences and zeros. Raises
+    ValueError where clients and responses are not as many."""
+    said = [split_answer(client, response) for client, response in zip(clients, responses, strict=True)]
     inputs, theirs = turn_inputs([one for own in said for one in own], dtype)
     ends = np.cumsum([0, *map(len, said)])
     found = heads.acts.probabilities(inputs), heads.voice.probabilities(inputs[:, :EMBEDDED])[:, 0]
@@ -118,7 +121,7 @@ def answer_features(
         rows.append(own)
     return pd.DataFrame(rows, columns=None if rows else ["silent"], dtype=float).fillna(0.0), list(zip(said, acts))
 
-
+# %% ../../nbs/rater/04_scoring.ipynb #17186950
 def _state(client: str, stages: np.ndarray, crisis: float, labels: tuple[str, ...]) -> dict[str, float]:
     "Tell a client's stage of change, and whether there is a crisis, by the head or by words; nothing of silence."
     told = bool(client.strip())
@@ -144,8 +147,15 @@ def principle_points() -> dict[str, dict[str, float]]:
 
 
 def contributions(features: pd.DataFrame, principle: str) -> pd.DataFrame:
-    "Return what each feature counts for in a principle: rows as in features, a column for each feature and base."
+    """Return what each feature counts for in a principle: rows as in features, a column for each feature and base.
+
+    Raises StudyError where principles.yaml names a feature that no answer has."""
     points, none = principle_points()[principle], np.zeros(len(features))
+    named = {part for name in points for part in name.split(" × ")} - {"base", *features}
+    if named and not features.silent.all():
+        wrong = min(named)
+        hint = suggest(wrong, features)
+        raise StudyError(f"rater/principles.yaml, {principle}: {wrong!r} is no feature of an answer. {hint}")
     columns = {"base": np.full(len(features), float(points["base"]))}
     for name, each in points.items():
         if name != "base":

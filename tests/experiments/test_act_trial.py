@@ -174,3 +174,5 @@ def test_length_is_read_from_a_runs_own_ratings():
     long = ratings.assign(rating=1 + np.tile(words // 12, len(PRINCIPLE_KEYS)))
     assert "outside ±0.3" in acts.length_sentences(100, 0, answers, long)[0]
     assert "not measured" in acts.length_sentences(100, 0)[0]
+    one, alike = ratings[ratings.speech_id == "0"], ratings.assign(rating=3)
+    assert all("not measured" in acts.length_sentences(50, 0, answers, some)[0] for some in (one, alike))

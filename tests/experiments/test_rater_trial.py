@@ -246,7 +246,9 @@ def test_a_receipt_names_what_was_read(tmp_path):
     path = tmp_path / "votes.csv"
     path.write_text(",".join(LABEL_COLUMNS) + f'\nI drink.,So.,"{UPVOTES}",0,1\n,So.,"{UPVOTES}",0,1\n')
     corpora = trial.open_corpora((f"counsel-chat={path}",))
-    facts = trial.trial_facts(trial.rubric_model(), judged(1, 1), corpora)["corpora"]["counsel-chat"]
+    facts = trial.trial_facts(trial.rubric_model(), judged(1, 1), corpora)
+    assert len({one["identity"] for one in facts["models"].values()}) == 2
+    facts = facts["corpora"]["counsel-chat"]
     assert (facts["labels"], facts["groups"], facts["source"]) == (1, 1, "counsel-chat")
     assert facts["dropped"] == corpora[0].dropped and sum(facts["dropped"].values()) == 1
     inputs = [path.name for path in trial.trial_inputs(corpora)]

@@ -1,6 +1,7 @@
 """Heads equal the reference, come back from their file, and are what the package's sentences teach."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,18 @@ def test_heads_come_back_from_their_file(tmp_path, monkeypatch):
     assert set(shipped.acts.labels) == set(DIALOGUE_ACTS) and (tmp_path / "acts.safetensors").stat().st_size < 300_000
     with pytest.raises(StudyError, match="acts-annomi"):
         h.read_heads("acts-anomi")
+
+
+@pytest.mark.parametrize("changed", [{"layers": [0, 2, 5]}, {"sha256": "0" * 64}, {"features": ["asks"]}])
+def test_heads_of_other_inputs_are_refused(tmp_path, monkeypatch, changed):
+    shipped = h.read_heads()
+    other = replace(shipped, facts=shipped.facts | {"inputs": h.inputs_described() | changed})
+    h.write_heads(other, tmp_path / "acts.safetensors")
+    monkeypatch.setattr(h, "resource_path", lambda file: tmp_path / Path(file).name)
+    h.read_heads.cache_clear()
+    with pytest.raises(StudyError, match="heads 'acts': were learned with another encoder"):
+        h.read_heads()
+    h.read_heads.cache_clear()
 
 
 def test_the_second_file_says_what_it_learned_from():

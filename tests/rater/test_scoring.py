@@ -1,5 +1,6 @@
 """The offline rater takes any text, stays on its scale, judges a pair alike from both sides, knows its constructs."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -73,9 +74,30 @@ def test_a_rating_is_the_whole_number_nearest_to_its_score(first, second):
 
 
 def test_silence_gets_the_lowest_score_everywhere():
-    silent = ["", " ", "\n\n", "...", "?!", "🙂", "1."]
+    silent = ["", " ", "\n\n", "...", "?!", "🙂", "1.", "ʼ"]
     assert (score_answers([SPEECH] * len(silent), silent) == 1).all(axis=None)
     assert score_answers([], []).empty and explain_answers([], [])[1] == [] and score_batch([]) == {}
+
+
+def test_faults_of_form_are_those_of_the_text_and_no_others():
+    found = lambda text: scoring.form_features(SPEECH, text)
+    listed = "I hear the wine, the bills, the shame, the silence, again."
+    assert found(f"Hard. {listed}")["chopped"] == found(f"Hard. Hard. Hard. {listed}")["chopped"] == 1
+    assert found("That is hard.\r\n")["cut off"] == 0 and found("That is\n")["cut off"] == 1
+    prose = ("You came back - after all that - and told me.", "He left in 2019. You moved in 2021. Was it hard?")
+    assert [found(text)["list"] for text in (*prose, "- rest\n- eat", "1. rest 2) eat")] == [0, 0, 1, 1]
+
+
+def test_clients_and_responses_are_as_many():
+    with pytest.raises(ValueError, match="longer"):
+        score_answers([SPEECH], ["Hard.", "What helps?"])
+
+
+def test_a_feature_that_is_misspelt_is_refused(monkeypatch):
+    found = pd.DataFrame({"silent": [0.0], "any advice": [1.0]})
+    monkeypatch.setattr(scoring, "principle_points", lambda: {"empathy": {"base": 2, "any advise": 1}})
+    with pytest.raises(StudyError, match="principles.yaml, empathy: 'any advise' .* any advice"):
+        contributions(found, "empathy")
 
 
 def test_very_long_texts_are_scored_too():
@@ -121,6 +143,16 @@ def test_a_model_by_rules_is_another_where_its_points_or_heads_are(monkeypatch):
     assert RulesModel("rubric").identity != before
     with pytest.raises(StudyError, match="rubric-annomi"):
         RulesModel("rubric-anomi")
+
+
+def test_a_models_identity_holds_all_code_and_inputs_that_answers_depend_on():
+    own = rules.rules_source("rubric")
+    beside = {
+        value for value in vars(scoring).values() if getattr(value, "__module__", "").startswith("psycopref.rater")
+    }
+    modules = {scoring.__name__, *(value.__module__ for value in beside if callable(value))}
+    assert len(modules) == 5 and all(inspect.getsource(sys.modules[name]) in own for name in modules)
+    assert inspect.getsource(to_rating) in own
 
 
 # ---- as a judge ----
