@@ -289,12 +289,12 @@ def test_the_paper_s_number_stands_only_in_its_column():
     assert shown.loc[place, ["n", "agreement %", "κ", "Krippendorff's α"]].isna().all()
 
 
-def rated(judge, rates, margin=lambda i, order: np.nan):
-    """Verdicts on ten speeches a policy, of which a judge gives each policy a share."""
+def rated(judge, rates, margin=lambda i, order: np.nan, n=10):
+    """Verdicts on n speeches a policy, of which a judge gives each policy a share."""
     rows = []
     for policy, rate in rates.items():
-        for i in range(10):
-            said = "win" if i < 10 * rate else "loss"
+        for i in range(n):
+            said = "win" if i < n * rate else "loss"
             rows += [(f"s{i}", "free", policy, order, judge, said, margin(i, order)) for order in ORDERS]
     return pd.DataFrame(rows, columns=judging.VERDICT_COLUMNS)
 
@@ -315,19 +315,19 @@ def test_orders_of_policies_and_margins_are_compared_where_there_are_enough():
 
 
 def test_margins_on_one_scale_have_intraclass_correlations_and_others_have_none():
-    chance = np.random.default_rng(0).normal(0, 0.1, 10)
+    chance = np.random.default_rng(0).normal(0, 0.1, 20)
     lie = {"a": lambda i, order: i / 10 - 0.5, "b": lambda i, order: i / 10 - 0.3, "reward": lambda i, order: 50.0 * i}
     lie["c"] = lambda i, order: i / 10 - 0.5 + chance[i] + 0.1 * (order == ORDERS[0])
-    judged = pd.concat([rated(name, {"p": 0.5, "q": 0.2}, margin) for name, margin in lie.items()])
+    judged = pd.concat([rated(name, {"p": 0.5, "q": 0.2}, margin, 20) for name, margin in lie.items()])
     names = {name: name.upper() for name in ("a", "b", "c", "reward")}
     pairs = agreements(judged, names, 200, ["a", "b", "c"]).set_index(["first", "second"])
     assert pairs.icc_c["a", "b"] == pytest.approx(1) and pairs.bias["a", "b"] == pytest.approx(-0.2)
-    means = [[(own(i, ORDERS[0]) + own(i, ORDERS[1])) / 2 for i in range(10)] for own in (lie["a"], lie["c"])]
+    means = [[(own(i, ORDERS[0]) + own(i, ORDERS[1])) / 2 for i in range(20)] for own in (lie["a"], lie["c"])]
     alone = intraclass(np.tile(means, 2))
     for name in ("icc_c", "icc_a", "bias"):
         assert pairs[name]["a", "c"] == pytest.approx(alone[name])
     width = pairs.icc_a_high["a", "c"] - pairs.icc_a_low["a", "c"]
-    assert width > alone["icc_a_high"] - alone["icc_a_low"], "20 answers to 10 speeches are 10"
+    assert width > alone["icc_a_high"] - alone["icc_a_low"], "40 answers to 20 speeches are 20"
     assert pairs.xs("reward", level="second")[judging.MARGIN_NUMBERS].isna().all(axis=None)
     shown = agreement_table(pairs.reset_index(), panel_alpha(judged, 20), names).set_index(["judge", "with"])
     assert shown["margins, ICC(C,1)"]["A", "B"].startswith("1.00 (") and shown["margins, bias"]["A", "B"] == "-0.20"

@@ -135,7 +135,7 @@ def test_equal_texts_are_computed_once_and_of_any_collection(tiny, monkeypatch):
         seen.extend(texts)
         return tokenizer(texts, **how)
 
-    monkeypatch.setattr(embedding, "load_encoder", lambda weights, dtype: (recording, model))
+    monkeypatch.setattr(embedding, "load_encoder", lambda weights, dtype, depth: (recording, model))
     texts = ["i", "no", "i", "i", "no"]
     for own in (texts, tuple(texts), np.array(texts), pd.Series(texts, index=[4, 0, 2, 1, 3]), iter(texts)):
         assert np.array_equal(embed(own, tiny, dtype="float32"), expected[[0, 1, 0, 0, 1]])

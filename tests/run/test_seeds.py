@@ -155,7 +155,8 @@ def test_the_time_of_a_run_has_that_of_its_seeds():
 def test_the_plan_says_what_a_further_seed_adds():
     rows = plan_run(PAPER, 26483).work()
     said = re.search(r"adds ([\d,.]+) US dollars", seed_line(PAPER, rows))
-    judged = sum(usd(row) or 0 for row in rows if row.stage in TRAINED and "battles" in row.what)
+    again = re.compile("battles|safety of four answers")
+    judged = sum(usd(row) or 0 for row in rows if row.stage in TRAINED and again.search(row.what))
     assert abs(float(said[1].replace(",", "")) - judged) < 0.01, "no reference answers, no rankers"
     three = sum(usd(row) or 0 for row in rows) + 2 * judged
     assert f"three make {three:,.2f} US dollars" in seed_line(PAPER, rows)
