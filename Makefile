@@ -35,11 +35,12 @@ $(READY): constraints.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-SNAKEMAKE = snakemake --cores $(CORES) --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
+SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
 
 reproduce: setup
 	$(SNAKEMAKE)
-	@$(SNAKEMAKE) --report outputs/$(RUN)/report.html 2>outputs/$(RUN)/report.log || { cat outputs/$(RUN)/report.log >&2; exit 1; }
+	@test outputs/$(RUN)/report.html -nt outputs/$(RUN)/13_report/receipt.json || \
+	$(SNAKEMAKE) --report outputs/$(RUN)/report.html 2>outputs/$(RUN)/report.log || { cat outputs/$(RUN)/report.log >&2; exit 1; }
 	@psycopref seconds $(RUN)
 	@echo "Open outputs/$(RUN)/report.html"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -92,6 +93,7 @@ def followed_progress():
 # %% ../../nbs/run/02_runner.ipynb #35c3821e
 def run_notebook(path: Path, given: dict) -> Path:
     "Check the parameters, execute a notebook of nbs/, and keep the executed copy; return its path."
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema takes it where it is there: 1.7 s of import, for nothing
     import papermill
 
     path = Path(path).resolve()
@@ -141,13 +143,19 @@ def retry(run: Run, stage: str = "03_ratings") -> Path:
     return run_notebook(project_root() / "nbs" / f"{stage}.ipynb", given)
 
 # %% ../../nbs/run/02_runner.ipynb #4b57e795
-def code_cells(path: Path) -> list[str]:
-    "Read a notebook's code: of a wing what it exports, of a chapter all."
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+@functools.cache
+def _code_cells(path: Path, *changed: int) -> list[str]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     if any(source.startswith("#| default_exp") for source in found):
         return [source for source in found if "#| default_exp" in source or "#| export" in source]
     return found
+
+
+def code_cells(path: Path) -> list[str]:
+    "Read a notebook's code, again only where the file was changed: of a wing what it exports, of a chapter all."
+    state = Path(path).stat()
+    return _code_cells(Path(path), state.st_mtime_ns, state.st_size)
 
 
 def notebook_of_modules(nbs: Path) -> dict[str, Path]:
@@ -159,14 +167,19 @@ def notebook_of_modules(nbs: Path) -> dict[str, Path]:
     return found
 
 
-def imported_modules(path: Path) -> set[str]:
-    "Read which modules of our package a notebook imports, dotted, e.g. core.files."
+@functools.cache
+def _imported_modules(source: str) -> set[str]:
     found: set[str] = set()
-    for node in (node for source in code_cells(path) for node in ast.walk(ast.parse(source))):
+    for node in ast.walk(ast.parse(source)) if "psycopref." in source else ():
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("psycopref."):
             dotted = node.module.removeprefix("psycopref.")
             found |= {dotted} | {f"{dotted}.{alias.name}" for alias in node.names if "." not in dotted}
     return found
+
+
+def imported_modules(path: Path) -> set[str]:
+    "Read which modules of our package a notebook imports, dotted, e.g. core.files."
+    return set().union(*map(_imported_modules, code_cells(path)))
 
 # %% ../../nbs/run/02_runner.ipynb #1bd7912e
 UNHASHED = ("core.settings", "core.stages")  # their values are told to a stage one by one
