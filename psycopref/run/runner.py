@@ -93,7 +93,9 @@ def followed_progress():
 # %% ../../nbs/run/02_runner.ipynb #35c3821e
 def run_notebook(path: Path, given: dict) -> Path:
     "Check the parameters, execute a notebook of nbs/, and keep the executed copy; return its path."
-    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema takes it where it is there: 1.7 s of import, for nothing
+    sys.modules.setdefault(
+        "rfc3987_syntax", None
+    )  # jsonschema takes it where it is there: 1.7 s of import, for nothing
     import papermill
 
     path = Path(path).resolve()
