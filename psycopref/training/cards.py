@@ -161,7 +161,7 @@ class CardFacts:
 
     weights: Weights  # the backbone
     run: str  # name of the run
-    profile: str  # tiny, demo or paper
+    profile: str  # tiny, demo, laptop or paper
     receipts: dict[str, dict]  # of 01_speeches, 04_pairs and, unless the dataset is the released one, 03_ratings
     settings: RewardSettings | DpoSettings  # how it was trained
     location: str  # where a reader finds it: the hub id that it will have, or a folder
