@@ -206,7 +206,8 @@ def collect(sources: typing.Sequence[Opened], settings, seed: int = 0) -> dict:
             raise StudyError(f"{place} has no usable client speech ({len(own)} rows read); check the file")
         frames.append(own)
     frame, masked = mask_private(drop_exact(pd.concat(frames, ignore_index=True)), settings.mask, settings.names)
-    frame, report, pairs, candidates = drop_near(frame, settings.near_duplicate, seed)
+    chance = seed if settings.split_seed is None else settings.split_seed
+    frame, report, pairs, candidates = drop_near(frame, settings.near_duplicate, chance)
     found = {"frame": frame, "repeats": repeats, "masked": masked, "clusters": report}
     return found | {"pairs": pairs, "candidates": candidates}
 
@@ -318,6 +319,7 @@ def draw_and_split(labelled, collected: dict, settings, seed: int):
 
     labelled: kept speeches with their topics; settings: psycopref.core.settings.SpeechSettings. Returns (speeches
     with their split, all rows with their final reasons, counts of the audit)."""
+    seed = seed if settings.split_seed is None else settings.split_seed
     drawn = limit_speeches(labelled, settings.limit, seed)
     split = split_speeches(drawn, settings.test_fraction, settings.dev_fraction, seed)
     released, before = collected["released"] is not None, (collected["candidates"], collected["pairs"])

@@ -248,7 +248,7 @@ def stage_rules(
 ) -> list[dict]:
     """Describe the chain for Snakemake; paths are relative to the project.
 
-    profile: tiny, demo, laptop or paper; overrides: dotted settings; further: seeds beside the run's own. Returns for each
+    profile: name of a profile; overrides: dotted settings; further: seeds beside the run's own. Returns for each
     stage: name, title, notebook, code (hash), needs (receipts), receipt, shards, cells, parameters, settings, and
     seeds (of `seed_paths`, None without)."""
     tree, rules = load_profile(profile, overrides), []

@@ -20,6 +20,7 @@ from psycopref.corpus.collection import (
     audit_split,
     collect,
     collect_released,
+    draw_and_split,
     drop_table,
     limit_speeches,
     mask_private,
@@ -265,6 +266,14 @@ def test_which_topics_have_one_more_is_drawn_and_not_by_the_alphabet():
     frame = frame_of([2, 2, 2, 2])
     more = [limit_speeches(frame, 5, seed).topic.value_counts().idxmax() for seed in range(40)]
     assert set(more) == set(frame.topic)
+
+
+def test_a_split_seed_tests_every_seed_on_the_same_speeches(demo):
+    parts = {"frame": demo, "released": None, "candidates": None, "pairs": None}
+    for split_seed, alike in ((0, True), (None, False)):
+        chosen = dataclasses.replace(DEMO.speeches, split_seed=split_seed, limit=168)
+        first, second = (draw_and_split(demo, parts, chosen, seed)[0] for seed in (1, 2))
+        assert first.equals(second) == alike and (first.split == "test").sum() > 30
 
 
 # ---- the audit ----
