@@ -150,11 +150,12 @@ def quiet_transformers():
 
 
 def install(name: str, make, source: dict) -> Weights:
-    """Make weights in the cache, whole or not at all, with a manifest of what they are.
+    """Make weights in the cache, whole or not at all, with a manifest of what they are; from another source, again.
 
     make: called with a temporary folder to fill; source: with their label, for the manifest."""
     folder = cache_root() / "weights" / name
-    if not (folder / "manifest.json").is_file():
+    manifest = folder / "manifest.json"
+    if not manifest.is_file() or not source.items() <= read_json(manifest).items():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
             model = Path(scratch) / "model"
@@ -163,7 +164,7 @@ def install(name: str, make, source: dict) -> Weights:
             write_json(model / "manifest.json", {**source, "sha256": sha256_file(model / "model.safetensors")})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(model, folder)
-    return Weights(name, str(folder), source["label"], read_json(folder / "manifest.json")["sha256"])
+    return Weights(name, str(folder), source["label"], read_json(manifest)["sha256"])
 
 # %% ../../nbs/models/00_weights.ipynb #b3ed6ac7
 def _from_wheel(name: str) -> Weights:
@@ -220,7 +221,8 @@ def _random_tiny() -> Weights:
             LlamaForCausalLM(config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    return install("random-tiny", make, {"label": "random two-layer Llama (wiring only)"})
+    learnt = sha256_file(resource_path("demo_speeches.jsonl"))  # by the tokenizer
+    return install("random-tiny", make, {"label": "random two-layer Llama (wiring only)", "speeches": learnt})
 
 # %% ../../nbs/models/00_weights.ipynb #0ca7213d
 @functools.lru_cache(maxsize=256)  # a large policy is asked for often

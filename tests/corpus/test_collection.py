@@ -82,7 +82,7 @@ def gathered(*specs, **changes):
 @pytest.fixture(scope="module")
 def demo():
     found = gathered("demo")[1].reset_index(drop=True)
-    assert len(found) == 336 and found.topic.value_counts().eq(8).all() and found.topic.nunique() == 42
+    assert len(found) == 504 and found.topic.value_counts().eq(12).all() and found.topic.nunique() == 42
     return found
 
 
@@ -260,6 +260,14 @@ def test_a_limit_takes_evenly_from_topics_and_keeps_the_order(sizes, limit, seed
     assert set(limit_speeches(shuffled, limit, seed).speech_id) == set(kept.speech_id)
     smaller = set(limit_speeches(frame, max(0, limit - 1), seed).speech_id)
     assert smaller <= set(kept.speech_id), "a smaller limit keeps a part of a larger one"
+
+
+def test_a_part_of_our_corpus_has_as_many_of_each_topic_and_the_whole_enough_to_test(demo):
+    for each in (2, 5):
+        assert limit_speeches(demo, 42 * each, 0).topic.value_counts().eq(each).all()
+    for seed in range(3):
+        parts = split_speeches(demo, 0.25, 0.1, seed).groupby("split").topic.agg(["size", "nunique"])
+        assert parts.loc["test", "size"] >= 120 and parts.loc["test", "nunique"] >= 40
 
 
 def test_which_topics_have_one_more_is_drawn_and_not_by_the_alphabet():

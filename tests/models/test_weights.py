@@ -207,6 +207,9 @@ def test_a_folder_without_a_manifest_is_made_again_and_one_with_it_is_not(tmp_pa
     for _ in range(2):
         assert install("model", make, {"label": "a"}) == Weights("model", str(folder), "a", sha(b"whole"))
     assert len(made) == 1 and (folder / "model.safetensors").read_bytes() == b"whole"
+    for _ in range(2):
+        install("model", make, {"label": "a", "speeches": "b"})
+    assert len(made) == 2, "from another source they are others"
 
 
 # ---- names, folders and hub ids ----

@@ -173,7 +173,7 @@ def test_prompts_and_data_travel_with_the_package():
     from psycopref.core.paper import coarse_of
 
     topics = [row["topic"] for row in rows]
-    assert len(rows) == 336 and all(topics.count(topic) == 8 for topic in coarse_of())
+    assert len(rows) == 504 and all(topics.count(topic) == 12 for topic in coarse_of())
     assert all(100 <= len(row["speech"]) <= 1000 for row in rows)
     sentences = [s.lower() for row in rows for s in re.split(r"(?<=[.!?]) ", row["speech"]) if len(s) > 25]
     assert len(sentences) == len(set(sentences)), "no two speeches share a sentence"
