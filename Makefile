@@ -35,10 +35,17 @@ $(READY): constraints.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --quiet rules host --nolock --config profile=$(PROFILE) run=$(RUN) seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
+SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --nolock --config profile=$(PROFILE) run=$(RUN) seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
+LOG = outputs/$(RUN)/snakemake.log
+KEPT = what is finished is kept, and the same command goes on from there
 
+# Snakemake runs as a group of its own: an interrupt, however it comes, reaches all of it once, and we tell how to go on.
 reproduce: setup
-	$(SNAKEMAKE)
+	@mkdir -p outputs/$(RUN); set -m; trap 'asked=1; kill -INT -- -$$(jobs -p)' INT TERM HUP; \
+	PSYCOPREF_LOG=$(LOG) $(SNAKEMAKE) 2>$(LOG) </dev/null & set +m; \
+	while wait $$!; code=$$?; kill -0 $$! 2>/dev/null; do :; done; test $$code = 0 && exit; \
+	test "$$asked" || grep -q '^Building DAG' $(LOG) || tail -n 3 $(LOG) >&2; \
+	echo "Stopped: $(KEPT). Log: $(LOG)" >&2; exit $$code
 	@test outputs/$(RUN)/report.html -nt outputs/$(RUN)/13_report/receipt.json || \
 	$(SNAKEMAKE) --report outputs/$(RUN)/report.html 2>outputs/$(RUN)/report.log || { cat outputs/$(RUN)/report.log >&2; exit 1; }
 	@psycopref seconds $(RUN)

@@ -10,6 +10,7 @@ import sys
 
 from psycopref.core.settings import StudyError, load_profile
 from psycopref.core.stages import parse_seeds
+from psycopref.run.console import Console
 from psycopref.run.runner import stage_rules
 
 
@@ -55,6 +56,10 @@ try:
     RULES = stage_rules(PROFILE, RUN, SEED, OVERRIDES, FURTHER)
 except StudyError as error:
     sys.exit(f"psycopref: {error}")
+
+if os.environ.get("PSYCOPREF_LOG"):  # `make reproduce`: Snakemake's words go to that file, ours and a stage's errors to the terminal
+    logger.addHandler(Console(RULES, SHARDS))
+    shell.suffix("2>&1 >/dev/null")
 
 
 def shards_of(stage):

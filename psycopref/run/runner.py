@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -70,16 +71,24 @@ def check_parameters(path: Path, given: dict) -> dict:
 
 # %% ../../nbs/run/02_runner.ipynb #ecee5c28
 @contextlib.contextmanager
-def followed_progress():
-    "Show what the notebook's progress bars write, if a person is watching the terminal."
-    done = threading.Event()
+def followed_progress(out: typing.TextIO | None = None, each: float = 30.0):
+    "Show the newest bar of the notebook: on a terminal in place, elsewhere as a line, one in `each` seconds at most."
+    out, done = out or sys.stderr, threading.Event()
+    terminal = out.isatty()
+
+    def show(bar: str):
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{bar[:width]}" if terminal else bar, end="" if terminal else "\n", file=out, flush=True)
+
+    def follow():
+        while not done.wait(0.5 if terminal else each):
+            text = re.sub(r"\x1b\[\w", "", log.read())  # of bars within bars
+            if bars := [bar.strip() for bar in text.splitlines() if bar.strip()]:
+                show(f"        {bars[-1]}")
+        if terminal:
+            show("")
+
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", suffix=".progress") as log:
-
-        def follow():
-            while not done.wait(0.5):
-                if sys.stderr.isatty():
-                    print(log.read(), end="", file=sys.stderr, flush=True)
-
         os.environ["PSYCOPREF_PROGRESS"] = log.name
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -97,6 +106,7 @@ def run_notebook(path: Path, given: dict) -> Path:
         "rfc3987_syntax", None
     )  # jsonschema takes it where it is there: 1.7 s of import, for nothing
     import papermill
+    import psutil
 
     path = Path(path).resolve()
     given = check_parameters(path, given)
@@ -110,6 +120,10 @@ def run_notebook(path: Path, given: dict) -> Path:
     try:
         with followed_progress():
             papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), **quiet)
+    except KeyboardInterrupt:
+        for child in psutil.Process().children(recursive=True):  # a kernel that was just starting would stay
+            child.kill()
+        raise
     except papermill.PapermillExecutionError as error:
         if error.ename == "StudyError":
             raise StudyError(error.evalue) from None
