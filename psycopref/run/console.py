@@ -73,7 +73,7 @@ def publish_seconds(run: Run) -> str:
 
 # %% ../../nbs/run/06_console.ipynb #af6002c2
 def expected_seconds(rules: typing.Sequence[dict], shards: int = 1, published: dict | None = None) -> dict[str, float]:
-    """Expect how long a job of each rule takes: rule -> seconds, what is not known left out; a shard counts as its part.
+    """Expect how long a job of each rule takes: rule -> seconds, unknown ones left out; a shard counts as its part.
 
     rules: of `stage_rules`; shards: run side by side; published: None reads what `publish_seconds` kept."""
     profile = json.loads(rules[0]["parameters"])["PROFILE"]
