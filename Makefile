@@ -48,7 +48,7 @@ reproduce: setup
 	echo "Stopped: $(KEPT). Log: $(LOG)" >&2; exit $$code
 	@test outputs/$(RUN)/report.html -nt outputs/$(RUN)/13_report/receipt.json || \
 	$(SNAKEMAKE) --report outputs/$(RUN)/report.html 2>outputs/$(RUN)/report.log || { cat outputs/$(RUN)/report.log >&2; exit 1; }
-	@psycopref seconds $(RUN)
+	@psycopref summary $(RUN)
 	@echo "Open outputs/$(RUN)/report.html"
 
 test: export OMP_NUM_THREADS = 1

@@ -26,12 +26,11 @@ from ..core.stages import STAGES, Run, Stage, as_dotted, check_layout, grid_cell
 from ..core.stages import stage_settings, stages_of
 from ..corpus.labelled_text import TRIAL_FILES, labelled_files
 from ..gateway.cache import open_cache
-from .chapter import stages_of_run
 
 # %% auto #0
 __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'retry', 'code_cells',
            'notebook_of_modules', 'imported_modules', 'code_of', 'code_hash', 'stage_parameters', 'own_files',
-           'seed_paths', 'stage_rules', 'trace', 'compare', 'seconds']
+           'seed_paths', 'stage_rules', 'trace', 'compare']
 
 # %% ../../nbs/run/02_runner.ipynb #b543102f
 def notebook_parameters(path: Path) -> dict:
@@ -331,11 +330,3 @@ def compare(first: str, second: str) -> list[str]:
         return "same" if same else "different" if len(owners) == 2 else f"only in {owners[0]}"
 
     return [f"{verdict(table):12} {table}" for table in sorted({*hashes[first], *hashes[second]})]
-
-
-def seconds(name: str) -> list[str]:
-    "Return how long each stage of a run, and of its further seeds, took: a line for each stage, then the sum."
-    spent = {stage: StageReader(Run(name), stage).receipt["seconds"] for stage in stages_of_run(Run(name))}
-    for path in sorted(Run(name).outputs.glob("seeds/*/*/receipt.json")):
-        spent[f"{path.parent.name}, seed {path.parts[-3]}"] = read_json(path)["seconds"]
-    return [f"{stage:24}{took:8.1f} s" for stage, took in (*spent.items(), ("all", sum(spent.values())))]

@@ -26,7 +26,7 @@ from .sampling import held_rank
 from .texts import prompt_messages, training_precision
 
 # %% auto #0
-__all__ = ['NOTICE', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS', 'EXAMPLE', 'SELECTED',
+__all__ = ['HELP', 'NOTICE', 'LISTEN', 'CARD_COLUMNS', 'BASE_LICENCES', 'UNKNOWN_FACT', 'HUB_METRICS', 'EXAMPLE', 'SELECTED',
            'HUB_SECONDS', 'MODEL_FILES', 'POLICY_FILES', 'LEFT_OUT', 'five_lines', 'use_lines', 'write_notice',
            'generation_defaults', 'hub_base', 'on_hub', 'serve_lines', 'curl_line', 'ask_lines', 'CardFacts',
            'RewardFacts', 'PolicyFacts', 'precision_words', 'quoted', 'hub_licence', 'python_literal', 'write_card',
@@ -59,7 +59,8 @@ answer = policy(messages)[0]["generated_text"][-1]["content"]
 """
 
 # %% ../../nbs/training/09_cards.ipynb #48beedaa
-NOTICE = resource_path("cards/notice.txt").read_text(encoding="utf-8").strip()
+_WARNING, HELP = resource_path("cards/notice.txt").read_text(encoding="utf-8").splitlines()  # HELP: where help is
+NOTICE = f"{_WARNING} {HELP}"
 
 
 def write_notice(folder: Path) -> Path:
