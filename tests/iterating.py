@@ -35,7 +35,7 @@ def work(scorer, folder):
     speeches = pd.DataFrame({"speech_id": texts.keys(), "speech": texts.values(), "split": ["dev"] * 4 + ["train"] * 6})
     gateway = Gateway(ReplyCache(folder / "replies.sqlite"))
     watcher = Watcher(folder / "points", tiny, scorer, watched_speeches(speeches, None, 0), profile, 0, gateway)
-    own = {name: texts[name] for name in PLACES[4:]}, profile.dpo, profile.dpo_iter, profile.evaluation.max_tokens
+    own = {name: texts[name] for name in PLACES[4:]}, profile.dpo, profile.dpo_iter, profile.evaluation
     online = Online(folder / "iter", tiny, scorer, *own, "float32", 0)
     write_json(folder / "result.json", iterate(online, watcher.look))
 

@@ -117,7 +117,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "ratings": _schema("speech_id model principle rating:int rationale rater position:int"),
     "pairs": _schema(f"ID prefID:int question chosen rejected chosen_model rejected_model {_RATED}"),
     # what the release doesn't say of a pair's answers: whether the token limit cut them
-    "pair_answers": _schema("ID prefID:int chosen_cut:bool rejected_cut:bool"),
+    "pair_answers": _schema("ID prefID:int chosen_end rejected_end"),
     "scores": _schema("ID prefID:int model chosen_score:float rejected_score:float"),
     "answers": _schema("speech_id policy setting response finish_reason n_tokens:int target_words:int"),
     "battles": _schema(f"speech_id setting policy reference order verdict {_JUDGED} judge"),

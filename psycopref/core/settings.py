@@ -66,6 +66,8 @@ class ResponseSettings:
     each_speech: int = 4  # members sampled for each speech (§3.3)
     samples: PositiveInt = 1  # responses of a member to a speech; the paper has 1, above it pairs of one author exist
     max_tokens: int = 1024  # longest response in tokens
+    sentence_after: NonNegativeInt = 0  # words after which a response ends with its sentence; 0, as in the paper: never
+    repetition_penalty: float = 1.0  # divides logits of tokens that prompt or response hold; 1: as in the paper, none
     block: int = 512  # speeches whose calls are looked at together, here and in the ratings; a shard takes whole blocks
 
 
@@ -142,6 +144,9 @@ class DpoSettings:
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way; above 0: robust DPO (Chowdhury et al., 2024)
+    learn_sentence_ends: bool = (
+        True  # train on the end of answers that evaluation.sentence_after ended; not of cut ones
+    )
     length_normalised: bool = False  # log-ratios for each token, as in Tülu 3 (with beta 5); the paper's are summed
     epochs: float = 3.0  # offline passes over the pairs, where steps is None
     steps: PositiveInt | None = None  # offline optimiser steps by count, in as many passes as they need (§4.2: 1,600)
@@ -201,7 +206,8 @@ class WatchSettings:
 class EvaluationSettings:
     "Battles against the reference model (§4.2, Table 2)."
 
-    reference: str = "openai:gpt-4o-2024-08-06"  # the model that policies are compared with
+    # what policies are compared with: a gateway URI, or pool:NAME/MEMBER; in the paper GPT-4o, a member of the pool too
+    reference: str = "openai:gpt-4o-2024-08-06"
     judge: str = "openai:gpt-4o-2024-08-06"  # who compares; never assumed to be the reference
     # a second judge of the same battles, which the paper doesn't have: a gateway URI, of another family of models than
     # the judge. You name it, because it reads every test speech and its answers; empty: one judge
@@ -210,6 +216,9 @@ class EvaluationSettings:
     temperature: float = 0.7  # decoding of policies and reference; not given in the paper
     top_k: int = 50  # not given in the paper; 0 takes all tokens
     top_p: float = 1.0  # not given in the paper
+    # words after which an answer of policies, candidates and the reference ends with its sentence; 0: never
+    sentence_after: NonNegativeInt = 0
+    repetition_penalty: float = 1.0  # of policies, candidates and the reference; 1: none
     curve_speeches: int | None = None  # test speeches for each point of Fig. 4; None takes all, as the paper (§4.3)
     coverage: float = 0.98  # the stage fails below this share of verdicts
     bootstrap: int = 1000  # draws for an interval; of a mean or share at least 10,000

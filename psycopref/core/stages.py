@@ -36,7 +36,9 @@ class Stage:
 
 _MODELS = ("backbones", "dtype")
 _ALL = tuple(field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "budget_usd"))
-_WATCHED = "reference judge max_tokens temperature top_k top_p coverage bootstrap".split()
+_WATCHED = (
+    "reference judge max_tokens temperature top_k top_p sentence_after repetition_penalty coverage bootstrap".split()
+)
 _JUDGED = tuple(f"evaluation.{name}" for name in _WATCHED)  # all but the second judge, and what one chapter needs
 _POLICY = (*_MODELS, "reward.train_on", "dpo", "dpo_iter", "watch", *_JUDGED)
 _JUDGES = (*_MODELS, "judges", "evaluation.judge", "evaluation.reference", "evaluation.bootstrap")

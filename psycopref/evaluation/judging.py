@@ -23,6 +23,7 @@ from .win_rates import same_family, share_of, shown_first, with_interval
 from ..feedback.battles import BATTLE, KEYS, ORDERS, ask_judge, battle_request, both_orders
 from ..feedback.battles import consistent_verdicts, side_by_side
 from ..feedback.choosing import ranking_request
+from ..feedback.pool import asked_model
 from ..gateway.gateway import PROVIDERS, chat_model
 from ..models.chat import ChatRequest
 from ..models.weights import find_weights
@@ -282,7 +283,9 @@ def judge_families(judges: typing.Sequence[Judge], backbone: str, answers, refer
 
     backbone: what the run's own reward model was trained from; reference: gateway URI of the reference model."""
     found = {judge.spec: judge_family(judge, backbone) for judge in judges}
-    return found | {name: family(name) for name in answers.policy.unique()} | {"reference": family(reference)}
+    return (
+        found | {name: family(name) for name in answers.policy.unique()} | {"reference": family(asked_model(reference))}
+    )
 
 # %% ../../nbs/evaluation/03_judging.ipynb #9f514ccc
 def self_preference(judged, judge: str, families: dict[str, str], samples: int = 1000) -> dict:

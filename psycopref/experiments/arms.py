@@ -21,12 +21,11 @@ from ..feedback.battles import answer, battle, paper_verdicts
 from ..feedback.pairing import check_safety, less_safe
 from ..feedback.rating import check_coverage, rating_request, read_reply, shown_order
 from ..gateway.gateway import chat_model
-from ..models.generation import Decoding
 from ..models.weights import Weights, find_weights
 from ..rater.safety_screen import crisis_speeches, screen_answers
 from ..stats.intervals import mean_interval, win_interval
 from ..training.dpo import materialise, train_policy
-from ..training.iteration import cut_answers, iteration_prompts, online_pairs
+from ..training.iteration import answer_ends, candidate_decoding, iteration_prompts, online_pairs
 from ..training.sampling import sample_candidates, score_candidates
 from ..training.texts import numbered
 
@@ -85,13 +84,12 @@ def base_pairs(arms: Arms):
 def _candidate_pairs(arms: Arms, speeches: dict, folder: Path, seed: int):
     "Sample, score and pair candidates of the base model, once for each speech."
     settings, dtype = arms.profile.dpo_iter, arms.profile.dtype
-    longest = settings.max_tokens or arms.profile.evaluation.max_tokens
-    decoding = Decoding(longest, settings.temperature, settings.top_k, settings.top_p, seed)
+    decoding = candidate_decoding(settings, arms.profile.evaluation, seed)
     how = (settings, decoding, settings.candidates, dtype, "online arm: sampling")
     samples = sample_candidates(arms.weights, speeches, folder, *how)
     answers = {speech_id: [sample.text for sample in group] for speech_id, group in samples.items()}
     rewards = score_candidates(arms.scorer, speeches, answers, folder, dtype, "online arm: scoring")
-    return online_pairs(speeches, answers, rewards, settings, cut_answers(samples))
+    return online_pairs(speeches, answers, rewards, settings, answer_ends(samples))
 
 
 def equal_arms(arms: Arms) -> tuple[dict, dict]:

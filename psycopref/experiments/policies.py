@@ -61,8 +61,8 @@ def train_policies(watcher: Watcher, speeches, pairs, folder: Path, scratch: Pat
     weights, settings = watcher.base, watcher.profile
     train, dev = (speeches[speeches.split == split] for split in ("train", "dev"))
     fit, held_out = (pairs[pairs.ID.isin(own.speech_id)] for own in (train, dev))
-    texts, longest = dict(zip(train.speech_id, train.speech)), settings.evaluation.max_tokens
-    how = (settings.dpo, settings.dpo_iter, longest, settings.dtype, watcher.seed)
+    texts = dict(zip(train.speech_id, train.speech))
+    how = (settings.dpo, settings.dpo_iter, settings.evaluation, settings.dtype, watcher.seed)
     online = Online(folder / "iter", weights, watcher.scorer, texts, *how)
     offline = train_offline(watcher, fit, held_out, folder / "dpo", scratch)
     return {"label": weights.short, "dpo": offline, "iter": iterate(online, watcher.look)}

@@ -22,7 +22,8 @@ __all__ = ['ORDERS', 'BATTLE', 'KEYS', 'answer_decoding', 'answer', 'word_counts
 # %% ../../nbs/feedback/04_battles.ipynb #9df2e9c3
 def answer_decoding(chosen: EvaluationSettings, seed: int) -> Decoding:
     "Return the decoding of policies and reference, the same wherever they answer."
-    return Decoding(chosen.max_tokens, chosen.temperature, chosen.top_k, chosen.top_p, seed)
+    sampling = chosen.max_tokens, chosen.temperature, chosen.top_k, chosen.top_p, seed
+    return Decoding(*sampling, chosen.repetition_penalty, chosen.sentence_after)
 
 
 def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, seed: int, words: dict | None = None):
@@ -31,8 +32,11 @@ def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, s
     name: for the column `policy`; words: speech_id -> asked length in words, None leaves the length open."""
     import pandas as pd
 
-    texts = [responding_prompt(s.speech, None if words is None else words[s.speech_id]) for s in speeches.itertuples()]
-    asked = [ChatRequest(({"role": "user", "content": text},), answer_decoding(chosen, seed)) for text in texts]
+    how, asked = answer_decoding(chosen, seed), []
+    for own in speeches.itertuples():
+        text = responding_prompt(own.speech, None if words is None else words[own.speech_id])
+        fields = {"client_speech": own.speech}
+        asked.append(ChatRequest(({"role": "user", "content": text},), how, fields=fields))
     replies, setting = gateway.ask(chat_model(uri), asked, f"answering: {name}"), "free" if words is None else "length"
     rows = [
         [speech_id, reply.text, reply.finish_reason, reply.completion_tokens, words[speech_id] if words else 0]

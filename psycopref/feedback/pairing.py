@@ -54,7 +54,7 @@ def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False, seed: in
 def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool, seed: int = 0):
     """Build the preference pairs of some splits from scored responses, as `choose_pairs` chooses them.
 
-    Returns the 21 released columns, and chosen_cut and rejected_cut: whether the token limit cut the answer."""
+    Returns the 21 released columns, and chosen_end and rejected_end: how the answers ended (`Sample`)."""
     import pandas as pd
 
     texts = dict(speeches[speeches.split.isin(splits)][["speech_id", "speech"]].to_numpy())
@@ -64,7 +64,7 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
             row = {"ID": name, "prefID": len(rows), "question": texts[name]}
             for side, response in zip(("chosen", "rejected"), (group.iloc[i] for i in positions)):
                 row |= {side: response.response, f"{side}_model": author_of(response.model)}
-                row[f"{side}_cut"] = response.finish_reason == "length"
+                row[f"{side}_end"] = response.finish_reason
                 row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
             rows.append(row)
     if not rows:
@@ -76,10 +76,10 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
 
 # %% ../../nbs/feedback/02_pairing.ipynb #92012594
 def answer_columns(pairs):
-    """Tell of each pair whether its answers were cut; False where the pairs don't say. Returns rows of pair_answers."""
+    """Tell of each pair how its answers ended; "stop" where the pairs don't say. Returns rows of pair_answers."""
     columns = list(SCHEMAS["pair_answers"])
     found = pairs.reindex(columns=columns)
-    return found.assign(**{name: found[name].eq(True) for name in columns if name.endswith("_cut")})
+    return found.assign(**{name: found[name].fillna("stop") for name in columns if name.endswith("_end")})
 
 
 def with_answers(pairs, answers):
@@ -298,9 +298,10 @@ person, they are a stand-in and no clinical judgement.**
 
 {RELEASED_COLUMN}: {published_source("released_dataset")}.
 
-`train_answers.parquet` and `test_answers.parquet` tell of each pair (`ID`, `prefID`) whether the token limit cut its
-answers (`chosen_cut`, `rejected_cut`): such a text has no end, so none should be trained on. Where the pairs are a
-released dataset's, which doesn't say, both are False.
+`train_answers.parquet` and `test_answers.parquet` tell of each pair (`ID`, `prefID`) how its answers ended (`chosen_end`,
+`rejected_end`): by themselves (stop), with the sentence they were in (sentence), or cut by the token limit (length).
+A text that was cut has no end, so none should be trained on. Where the pairs are a released dataset's, which
+doesn't say, both are stop.
 
 ## Sources of the client speeches
 

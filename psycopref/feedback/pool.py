@@ -6,27 +6,28 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import typing
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.files import SCHEMAS
 from ..core.paper import resource_path
 from ..core.prompts import responding_prompt
-from ..core.settings import StudyError, suggest
+from ..core.settings import EvaluationSettings, ResponseSettings, StudyError, suggest
 from ..core.stages import Shard, blocks, derived_seed, project_root
-from ..gateway.gateway import chat_model
+from ..gateway.gateway import PROVIDERS, chat_model
 from ..gateway.servers import NotServed, shutdown_day
 from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
 
 # %% auto #0
 __all__ = ['POOLS', 'Serving', 'Member', 'response_name', 'author_of', 'sample_of', 'read_pool', 'pool_file', 'whole_pool',
-           'find_pool', 'left_out', 'assign_members', 'calls_by_model', 'respond', 'pool_table', 'describe_pool',
-           'shard_speeches']
+           'find_pool', 'left_out', 'assign_members', 'calls_by_model', 'respond', 'reference_member', 'asked_model',
+           'MemberModel', 'pool_table', 'describe_pool', 'shard_speeches']
 
 # %% ../../nbs/feedback/00_pool.ipynb #ddbcde7a
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Member:
     persona: str = ""  # what the system message says; empty sends none
     examples: tuple[tuple[str, str], ...] = ()  # client and therapist, shown before the real client
     system: bool = True  # False where the model's chat template refuses a system message
+    top_p: float = 1.0  # 1 takes all tokens
     thinking: int = 0  # tokens that the model may spend on hidden reasoning before the response
     serve: Serving = Serving()  # what its server is told
     replaces: tuple[str, ...] = ()  # members of the paper's pool in whose place it answers; it is not the paper's
@@ -71,9 +73,10 @@ class Member:
             return ({"role": "user", "content": f"{self.persona}\n\n{said[0]['content']}"}, *said[1:])
         return (*([{"role": "system", "content": self.persona}] if self.persona else []), *said)
 
-    def request(self, client_speech: str, max_tokens: int, seed: int) -> ChatRequest:
-        "Make the request for a response of at most `max_tokens` tokens."
-        decoding = Decoding(max_tokens + self.thinking, self.temperature, self.top_k, 1.0, seed)
+    def request(self, client_speech: str, how: ResponseSettings | EvaluationSettings, seed: int) -> ChatRequest:
+        "Make the request for a response. how: longest, and how it ends; the rest is the member's own."
+        sampling = how.max_tokens + self.thinking, self.temperature, self.top_k, self.top_p, seed
+        decoding = Decoding(*sampling, how.repetition_penalty, how.sentence_after)
         return ChatRequest(self.messages(client_speech), decoding)
 
 # %% ../../nbs/feedback/00_pool.ipynb #a12b3b04
@@ -183,30 +186,23 @@ def calls_by_model(assigned: list[tuple], block: int) -> dict[str, list[list[int
     }
 
 # %% ../../nbs/feedback/00_pool.ipynb #e8bff9c3
-def respond(
-    gateway,
-    speeches,
-    assigned: list[tuple[str, Member]],
-    max_tokens: int,
-    seed: int,
-    block: int = 512,
-    samples: int = 1,
-):
+def respond(gateway, speeches, assigned: list[tuple[str, Member]], chosen: ResponseSettings, seed: int):
     """Collect the responses of the pool: (frame of responses, list of failures), in the order of `assigned`.
 
-    max_tokens: of a response; block: speeches whose calls are in memory together; samples: responses of a member to a
-    speech, each with a seed of its own. Models that are not served are named in one error, after the others have
-    answered."""
+    Each of a member's `samples` responses to a speech has a seed of its own. Models that are not served are named in
+    one error, after the others have answered."""
     import pandas as pd
 
     text, replies, left = dict(zip(speeches.speech_id, speeches.speech)), {}, []
-    wanted = [(name, member, sample) for name, member in assigned for sample in range(samples)]
+    wanted = [(name, member, sample) for name, member in assigned for sample in range(chosen.samples)]
 
     def request(i: int) -> ChatRequest:
         name, member, sample = wanted[i]
-        return member.request(text[name], max_tokens, derived_seed(seed, "sample", sample) if sample else seed)
+        return member.request(text[name], chosen, derived_seed(seed, "sample", sample) if sample else seed)
 
-    for uri, parts in sorted(calls_by_model(wanted, block).items(), key=lambda own: shutdown_day(own[0]) is None):
+    for uri, parts in sorted(
+        calls_by_model(wanted, chosen.block).items(), key=lambda own: shutdown_day(own[0]) is None
+    ):
         model, asked = chat_model(uri), ((request(i) for i in part) for part in parts)
         try:
             for part, found in zip(parts, gateway.stream(model, asked, "responding", sum(map(len, parts)))):
@@ -228,22 +224,83 @@ def respond(
     columns = ["speech_id", "model", "response", "finish_reason", "n_tokens", "request_key"]
     return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["responses"])], failures
 
+# %% ../../nbs/feedback/00_pool.ipynb #b4e920ab
+def reference_member(uri: str) -> Member | None:
+    "Find the member that a URI pool:NAME/MEMBER names; None for other URIs."
+    kind, _, place = uri.partition(":")
+    if kind != "pool":
+        return None
+    pool, _, name = place.rpartition("/")
+    known = {member.name: member for member in whole_pool(pool)}
+    if name not in known:
+        raise StudyError(
+            f"model {uri!r}: the pool has no such member, expected pool:NAME/MEMBER. {suggest(name, known)}"
+        )
+    return known[name]
+
+
+def asked_model(uri: str) -> str:
+    "Return the URI of the model behind a member of a pool; other URIs stay as they are."
+    return member.model if (member := reference_member(uri)) else uri
+
+
+class MemberModel:
+    "Answer as a member of a pool does: of URIs that begin with pool:. What isn't said here is the model's behind it."
+
+    def __init__(self, place: str, **options):
+        self.uri, self.member = f"pool:{place}", reference_member(f"pool:{place}")
+        self.model = chat_model(self.member.model, **options)
+        self.label = f"{self.member.name} of pool {place.rpartition('/')[0]}: {self.model.label}"
+        self.identity = f"{self.model.identity}#{derived_seed(0, json.dumps(self.member.messages('…'))):08x}"
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __setattr__(self, name, value):
+        target = self.model if name == "jobs" else self
+        object.__setattr__(target, name, value)
+
+    def asked(self, request: ChatRequest) -> ChatRequest:
+        "Put a client's words as this member gets them."
+        if "client_speech" not in request.fields:
+            raise StudyError(f"model {self.uri!r}: found a request of kind {request.task!r}; it answers clients only")
+        own = {name: getattr(self.member, name) for name in ("temperature", "top_k", "top_p")}
+        own |= {"max_tokens": request.decoding.max_tokens + self.member.thinking}
+        messages = self.member.messages(request.fields["client_speech"])
+        return replace(request, messages=messages, decoding=replace(request.decoding, **own))
+
+    def groups(self, requests):
+        return self.model.groups([self.asked(request) for request in requests])
+
+    async def answer(self, requests):
+        return await self.model.answer([self.asked(request) for request in requests])
+
+    def most(self, request) -> float:
+        return self.model.most(self.asked(request))
+
+
+PROVIDERS["pool"] = MemberModel
+
 # %% ../../nbs/feedback/00_pool.ipynb #b895287e
+_ENDS = {"stop": "ended by itself %", "sentence": "ended with a sentence %", "length": "cut off %"}
+
+
 def pool_table(pool: typing.Sequence[Member], responses, left: typing.Mapping[str, str] = {}):
     """List the pool with what each member wrote, as in Table 5.
 
     left: members that were not asked -> why. Returns frame: size class, member, what answers, responses, mean words,
-    cut off."""
+    and how they ended: by themselves, with a sentence (`end_sentence`), or cut off."""
     import pandas as pd
 
     rows, authors = [], responses.model.map(author_of)
     for member in pool:
         own = responses[authors == member.name]
-        words, cut = own.response.str.split().str.len(), own.finish_reason == "length"
-        measured = (round(words.mean(), 1), round(100 * cut.mean(), 1)) if len(own) else (None, None)
+        words, ends = own.response.str.split().str.len(), [own.finish_reason == reason for reason in _ENDS]
+        shares = [round(100 * end.mean(), 1) for end in ends]
+        measured = [round(words.mean(), 1), *shares] if len(own) else [None] * 4
         who = f"not asked: {left[member.name]}" if member.name in left else member.model
         rows.append([member.size, member.name, who, member.temperature, len(own), *measured])
-    columns = ["size", "member", "answered by", "temperature", "responses", "mean words", "cut off %"]
+    columns = ["size", "member", "answered by", "temperature", "responses", "mean words", *_ENDS.values()]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -253,13 +310,14 @@ def describe_pool(table, failures: typing.Sequence[dict]) -> list[str]:
     if used.empty:
         return ["No member gave a response."]
     short, long = used.loc[used["mean words"].idxmin()], used.loc[used["mean words"].idxmax()]
-    cut = (used["cut off %"] * used.responses).sum() / used.responses.sum()
+    cut, ended = ((used[_ENDS[how]] * used.responses).sum() / used.responses.sum() for how in ("length", "sentence"))
     length = f"from {short['mean words']} words ({short.member}) to {long['mean words']} ({long.member})"
     failed = f"{len(failures)} calls failed and are in `failures.json`." if failures else "No call failed."
     return [
         f"{len(used)} of {len(table)} members wrote {used.responses.min()} to {used.responses.max()} responses each, "
         f"on average {length}.",
         f"The token limit cuts off {cut:.1f}% of the responses{', which may lower their ratings' if cut else ''}.",
+        f"The soft limit in words ended {ended:.1f}% with the sentence they were in." if ended else "",
         failed,
     ]
 

@@ -127,6 +127,7 @@ class Stream:
         self.budget, self.limit = Budget(gateway.budget_usd, gateway.spent), AdaptiveLimit(model.concurrency)
         self.started = asyncio.Semaphore(2 * model.concurrency + 64)  # in flight, pausing or waiting for the disk
         self.calls: dict[str, asyncio.Task] = {}  # request key -> the call that will answer it
+        self.soft: dict[str, int] = {}  # request key -> words after which its reply ends with a sentence
         self.kept: set[str] = set()  # keys of replies that stay, whatever their group answers when it is asked again
         self.unwritten, self.writing = [], asyncio.Lock()  # replies on their way to the disk
         numbers = dict.fromkeys(("calls", "cached", "failed", "retries", "prompt_tokens", "completion_tokens"), 0)
@@ -174,6 +175,7 @@ async def send(self: Stream, requests: typing.Iterable[ChatRequest]) -> tuple[li
     keys, found, requests = [], {}, iter(requests)
     while some := list(itertools.islice(requests, self.model.look)):
         own = [request.key(self.model.identity) for request in some]
+        self.soft |= {key: words for key, r in zip(own, some) if (words := r.decoding.sentence_after)}
         keys += own
         for group in self.look_up(found, dict(zip(own, some)), len(own)):
             await self.started.acquire()
@@ -192,7 +194,7 @@ async def collect(self: Stream, keys: list[str], found: dict) -> list[ChatReply 
     if self.error:
         raise self.error
     replies = {key: it.result()[key] if isinstance(it, asyncio.Task) else it for key, it in found.items()}
-    return [replies[key] for key in keys]
+    return [reply if isinstance(reply := replies[key], Failure) else reply.end(self.soft.get(key, 0)) for key in keys]
 
 # %% ../../nbs/gateway/04_gateway.ipynb #a973fba9
 @patch

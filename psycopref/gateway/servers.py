@@ -226,6 +226,8 @@ class OpenAIModel:
             how["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.base_url and request.decoding.top_k:
             how["top_k"] = request.decoding.top_k
+        if self.base_url and request.decoding.repetition_penalty != 1:
+            how["repetition_penalty"] = request.decoding.repetition_penalty
         return how | self.more
 
 # %% ../../nbs/gateway/02_servers.ipynb #e21adc51

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
-from .generation import Decoding
+from .generation import Decoding, end_sentence
 
 # %% auto #0
 __all__ = ['ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel']
@@ -28,7 +28,7 @@ class ChatRequest:
 
     def key(self, identity: str) -> str:
         "Name this call by its content: who answers, what is asked, how it is sampled, which form is demanded."
-        parts = [identity, list(self.messages), vars(self.decoding), self.schema]
+        parts = [identity, list(self.messages), self.decoding.named(), self.schema]
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -38,9 +38,14 @@ class ChatReply:
     "Hold one answer."
 
     text: str  # what the model said
-    finish_reason: str = "stop"  # stop or length
+    finish_reason: str = "stop"  # stop, length, or sentence (`end_sentence`)
     prompt_tokens: int = 0  # 0 where nobody counted
     completion_tokens: int = 0  # 0 where nobody counted
+
+    def end(self, words: int) -> ChatReply:
+        "Return the reply, ended with a sentence after so many words; 0 leaves it. Tokens stay those that were written."
+        cut = end_sentence(self.text, words) if words else None
+        return self if cut is None else replace(self, text=cut, finish_reason="sentence")
 
 # %% ../../nbs/models/05_chat.ipynb #fc05f902
 @dataclass(frozen=True)

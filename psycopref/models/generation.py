@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 import typing
 import weakref
@@ -20,8 +21,9 @@ from ..core.stages import derived_seed
 from .packs import common_prefix, enable_packing, lay_out, pass_tokens, unwrap
 
 # %% auto #0
-__all__ = ['SEEDING', 'Decoding', 'Sample', 'row_generators', 'next_tokens', 'Shared', 'Branches', 'branch_attention',
-           'prompt_packs', 'read_prompts', 'Repeats', 'answering', 'length_batches', 'stop_tokens', 'generate']
+__all__ = ['SEEDING', 'Decoding', 'Sample', 'end_sentence', 'end_sample', 'row_generators', 'next_tokens', 'penalised', 'Shared',
+           'Branches', 'branch_attention', 'prompt_packs', 'read_prompts', 'Repeats', 'answering', 'length_batches',
+           'stop_tokens', 'generate']
 
 # %% ../../nbs/models/02_generation.ipynb #b896fddb
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class Decoding:
     top_k: int = 0  # sample among the k likeliest tokens; 0 takes all
     top_p: float = 1.0  # sample among the likeliest tokens that hold this probability
     seed: int = 0  # of the sampling
+    repetition_penalty: float = 1.0  # divides the logits of tokens that prompt or answer hold, as transformers does
+    sentence_after: int = 0  # words after which an answer ends with the sentence it is in; 0 lets it go on
+
+    def named(self) -> dict:
+        "Return what names a reply in a cache: what came later is left out where it does nothing."
+        later = {"repetition_penalty": 1.0, "sentence_after": 0}
+        return {name: value for name, value in vars(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,26 @@ class Sample:
     "Hold one sampled answer."
 
     text: str  # decoded, without special tokens
-    finish_reason: str  # stop, or length where max_tokens cut it
+    finish_reason: str  # stop; length where max_tokens cut it; sentence where it was ended with a sentence
     n_tokens: int  # sampled tokens, the end token not counted
+
+# %% ../../nbs/models/02_generation.ipynb #022410f0
+# what ends a sentence, with the space behind it; not the point of "2." or "e.g."
+_SENTENCE_END = re.compile(
+    r"(?<![\s.]\d)(?<!^\d)(?<!\b[A-HJ-Za-z])(?<!\b(?:Dr|Mr|Ms|vs))(?<!\b(?:Mrs|etc))[.!?…]+[\"'”’)\]*]*(?=\s)"
+)
+
+
+def end_sentence(text: str, words: int) -> str | None:
+    "Cut a text at the first end of a sentence after so many words; None where none is followed by more text."
+    found = (text[: match.end()] for match in _SENTENCE_END.finditer(text.rstrip()))
+    return next((part for part in found if len(part.split()) >= words), None)
+
+
+def end_sample(sample: Sample, words: int, count: typing.Callable[[str], int]) -> Sample:
+    "Let an answer end with a sentence after so many words; 0 leaves it. count: tokens of a text."
+    cut = end_sentence(sample.text, words) if words else None
+    return sample if cut is None else Sample(cut, "sentence", count(cut))
 
 # %% ../../nbs/models/02_generation.ipynb #155c3aa1
 SEEDING = "numbers by answer"  # how random numbers are dealt; part of what names a reply in a cache
@@ -65,6 +92,16 @@ def next_tokens(logits, decoding: Decoding, generators: list):
     shares = (torch.softmax(part.float() / decoding.temperature, -1) for part in values.split(size))
     choice = torch.cat([_draw(own, decoding.top_p, generators[i * size :]) for i, own in enumerate(shares)])
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+def penalised(logits, seen, penalty: float):
+    """Make tokens that were seen less likely (Keskar et al., 2019).
+
+    logits: (rows, vocabulary); seen: token ids of prompt and answer, (rows, length); penalty: above 1."""
+    import torch
+
+    own = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(own < 0, own * penalty, own / penalty))
 
 # %% ../../nbs/models/02_generation.ipynb #b577e03b
 def _draw(probability, top_p: float, generators: list):
@@ -320,32 +357,46 @@ def answering(model, prompts: list[list[int]], pad: int, n: int) -> typing.Itera
 
 # %% ../../nbs/models/02_generation.ipynb #95711739
 def _decode(
-    model, prompts: list[list[int]], pad: int, stops: set[int], n: int, how: Decoding, seeds
+    model, prompts: list[list[int]], pad: int, ended: typing.Callable[[list[int]], bool], n: int, how: Decoding, seeds
 ) -> list[list[int]]:
-    "Sample n continuations of each prompt as token ids, the end token kept. seeds: of each of them."
+    "Sample n continuations of each prompt as token ids, the end token kept. ended: tells it; seeds: of each of them."
     import torch
 
     count, own = len(prompts) * n, row_generators(seeds)
-    found, alive = [[] for _ in range(count)], list(range(count))
+    found, alive, over = [[] for _ in range(count)], list(range(count)), [False] * count
     with answering(model, prompts, pad, n) as (logits, answers):
         logits = logits.repeat_interleave(n, 0)
         position = torch.tensor([len(p) for p in prompts], device=model.device).repeat_interleave(n)
+        seen = _seen(prompts, n, logits) if how.repetition_penalty != 1 else None
         for step in range(how.max_tokens):
+            logits = logits if seen is None else penalised(logits, seen, how.repetition_penalty)
             tokens = next_tokens(logits, how, own)
             for row, token in zip(alive, tokens.tolist()):
-                if not found[row] or found[row][-1] not in stops:
+                if not over[row]:
                     found[row].append(token)
-            going = [i for i, row in enumerate(alive) if found[row][-1] not in stops]
+                    over[row] = ended(found[row])
+            going = [i for i, row in enumerate(alive) if not over[row]]
             if step + 1 == how.max_tokens or not going:
                 break
+            seen = None if seen is None else torch.cat([seen, tokens[:, None]], 1)
             if len(going) <= 0.75 * len(alive):
                 alive, keep = [alive[i] for i in going], torch.tensor(going, device=model.device)
                 tokens, position = tokens[keep], position[keep]
+                seen = None if seen is None else seen[keep]
                 answers.keep(keep)
                 own = [own[i] for i in going]
             logits = answers.step(model, tokens, position)
             position = position + 1
     return found
+
+
+def _seen(prompts: list[list[int]], n: int, logits):
+    "Lay out the tokens of prompts for `penalised`, (prompts × n, longest): a shorter one repeats its first token."
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = [own + own[:1] * (longest - len(own)) for own in prompts]
+    return torch.tensor(ids, device=logits.device).repeat_interleave(n, 0)
 
 # %% ../../nbs/models/02_generation.ipynb #65e420db
 def length_batches(lengths: list[int], size: int) -> list[list[int]]:
@@ -364,12 +415,20 @@ _turn = threading.Lock()
 
 
 def generate(
-    model, tokenizer, prompts: list[str], decoding: Decoding, n: int = 1, rows: int = 128, name: str = "generating"
+    model,
+    tokenizer,
+    prompts: list[str],
+    decoding: Decoding,
+    n: int = 1,
+    rows: int = 128,
+    name: str = "generating",
+    seeds: list[list[int]] | None = None,
 ) -> list[list[Sample]]:
     """Sample n answers to each prompt, in the order given.
 
     tokenizer: with a padding token of its own; prompts: rendered, special tokens included; rows: answers computed
-    together; name: shown before the progress bar; empty shows none."""
+    together; name: shown before the progress bar; empty shows none; seeds: n of each prompt, in place of the
+    decoding's one."""
     import torch
 
     if decoding.max_tokens < 1 or n < 1:
@@ -378,22 +437,45 @@ def generate(
         raise StudyError(
             f"generate: top_p is {decoding.top_p}; it must be above 0 and at most 1, which takes all tokens"
         )
+    if decoding.repetition_penalty <= 0 or decoding.sentence_after < 0:
+        found = f"{decoding.repetition_penalty} and sentence_after {decoding.sentence_after}"
+        raise StudyError(f"generate: repetition_penalty is {found}; expected above 0, and from 0 on")
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     if not all(ids):
         raise StudyError(f"generate: prompt {ids.index([])} has no token; each needs one at least")
-    stops, found = stop_tokens(model, tokenizer), [None] * len(prompts)
+    found, seeds = [None] * len(prompts), seeds or [[decoding.seed] * n] * len(prompts)
+    stops, ended = _endings(model, tokenizer, decoding.sentence_after)
     batches = length_batches([len(i) for i in ids], max(1, rows // n))
     with _turn, torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
-            seeds = [derived_seed(decoding.seed, "answer", prompts[i], place) for i in batch for place in range(n)]
-            tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, stops, n, decoding, seeds)
+            own = [
+                derived_seed(seed, "answer", prompts[i], place) for i in batch for place, seed in enumerate(seeds[i])
+            ]
+            tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, ended, n, decoding, own)
             for place, i in enumerate(batch):
-                found[i] = [_sample(tokenizer, t, stops) for t in tokens[place * n : place * n + n]]
+                parts = tokens[place * n : place * n + n]
+                found[i] = [_sample(tokenizer, t, stops, decoding.sentence_after) for t in parts]
     return found
 
 # %% ../../nbs/models/02_generation.ipynb #e11e1e05
-def _sample(tokenizer, tokens: list[int], stops: set[int]) -> Sample:
-    "Turn token ids into a sample."
+def _endings(model, tokenizer, words: int) -> tuple[set[int], typing.Callable[[list[int]], bool]]:
+    "Return the tokens that end an answer, and what tells of tokens whether they are an answer to its end."
+    stops = stop_tokens(model, tokenizer)
+
+    def ended(tokens: list[int]) -> bool:
+        if tokens[-1] in stops:
+            return True
+        if not words or len(tokens) < words or len(tokens) % 4:  # reading a text takes time; what is beyond is cut off
+            return False
+        return end_sentence(tokenizer.decode(tokens, skip_special_tokens=True).strip(), words) is not None
+
+    return stops, ended
+
+
+def _sample(tokenizer, tokens: list[int], stops: set[int], words: int = 0) -> Sample:
+    "Turn token ids into a sample, which ends with a sentence after so many words."
     ended = bool(tokens) and tokens[-1] in stops
     kept = tokens[:-1] if ended else tokens
-    return Sample(tokenizer.decode(kept, skip_special_tokens=True).strip(), "stop" if ended else "length", len(kept))
+    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    whole = Sample(text, "stop" if ended else "length", len(kept))
+    return end_sample(whole, words, lambda cut: len(tokenizer(cut, add_special_tokens=False).input_ids))

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import json
 import typing
+from dataclasses import replace
 
 from .chat import ChatReply, ChatRequest, FreeModel
 from .generation import SEEDING, generate, length_batches
@@ -16,12 +17,21 @@ from .linear import OUTLIER_CHANNELS, load_for_sampling
 from .weights import find_weights, load_tokenizer, pick_dtype
 
 # %% auto #0
-__all__ = ['Int8Model', 'render_chat', 'LocalModel']
+__all__ = ['Int8Model', 'render_chat', 'same_prompts', 'LocalModel']
 
 # %% ../../nbs/models/06_local.ipynb #80fcde15
 def render_chat(tokenizer, messages: typing.Sequence[dict]) -> str:
     "Render messages (role, content) by the chat template up to where the answer begins, special tokens included."
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+
+def same_prompts(requests: typing.Sequence[ChatRequest]) -> list[list[int]]:
+    "Put requests together that differ in nothing but the seed: their prompt is computed once. Returns positions."
+    found: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        text = json.dumps([list(request.messages), vars(replace(request.decoding, seed=0))])
+        found.setdefault(text, []).append(i)
+    return list(found.values())
 
 # %% ../../nbs/models/06_local.ipynb #6962bace
 class LocalModel(FreeModel):
@@ -47,21 +57,31 @@ class LocalModel(FreeModel):
         return self.loaded
 
     def groups(self, requests):
-        kinds: dict[str, list[int]] = {}  # requests that share all messages but the last share their computation
-        for i, request in enumerate(requests):
-            kinds.setdefault(json.dumps([list(request.messages[:-1]), vars(request.decoding)]), []).append(i)
+        kinds: dict[tuple, list[list[int]]] = {}  # what shares all messages but the last shares their computation
+        for alike in same_prompts(requests):
+            first = requests[alike[0]]
+            start = json.dumps([list(first.messages[:-1]), vars(replace(first.decoding, seed=0))])
+            kinds.setdefault((start, len(alike)), []).append(alike)
         return [
-            [members[i] for i in batch]
-            for members in kinds.values()
-            for batch in length_batches([len(requests[i].messages[-1]["content"]) for i in members], self.rows)
+            [i for place in batch for i in members[place]]
+            for (_, n), members in kinds.items()
+            for batch in length_batches(
+                [len(requests[alike[0]].messages[-1]["content"]) for alike in members], max(1, self.rows // n)
+            )
         ]
 
     async def answer(self, requests):
         model, tokenizer = self.load()
-        prompts = [render_chat(tokenizer, request.messages) for request in requests]
-        samples = await asyncio.to_thread(generate, model, tokenizer, prompts, requests[0].decoding, 1, self.rows, "")
-        counts = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
-        return [ChatReply(s.text, s.finish_reason, n, s.n_tokens) for [s], n in zip(samples, counts)]
+        bundles, found = same_prompts(requests), [None] * len(requests)
+        prompts = [render_chat(tokenizer, requests[alike[0]].messages) for alike in bundles]
+        seeds = [[requests[i].decoding.seed for i in alike] for alike in bundles]
+        how = (requests[0].decoding, len(seeds[0]), self.rows, "", seeds)
+        samples = await asyncio.to_thread(generate, model, tokenizer, prompts, *how)
+        for alike, prompt, group in zip(bundles, prompts, samples):
+            n = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+            for i, s in zip(alike, group):
+                found[i] = ChatReply(s.text, s.finish_reason, n, s.n_tokens)
+        return found
 
 # %% ../../nbs/models/06_local.ipynb #9966148c
 Int8Model = functools.partial(LocalModel, dtype="int8")  # of URIs that begin with int8:

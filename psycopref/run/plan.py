@@ -34,7 +34,7 @@ from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
 from ..evaluation.triples import triple_judges
 from ..feedback.pairing import check_safety
-from ..feedback.pool import POOLS, Member, find_pool, left_out, whole_pool
+from ..feedback.pool import POOLS, Member, asked_model, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
 from ..gateway.gateway import PROVIDERS, most_usd
 from ..gateway.servers import LOOPBACK, host_key_name, prices, server_key, shutdown_line, utc_today
@@ -494,7 +494,7 @@ def watching(self: Plan) -> typing.Iterator[Work]:
         asked = self.ask(stage, what, name, answers, "respond", longest, watch.answers, self.profile.dpo_iter.engine)
         read = 3 * (asked.tokens_in + asked.tokens_out)  # the reward model, the policy and its base
         yield from (asked, Work(stage, "watch: rewards and KL", name, answers + speeches, read))
-    yield self.ask(stage, "watch: reference answers", chosen.reference, speeches, "respond", longest)
+    yield self.ask(stage, "watch: reference answers", asked_model(chosen.reference), speeches, "respond", longest)
     if watch.judged:
         judged = len(backbones) * answers
         yield self.ask(stage, "watch: battles, one order", chosen.judge, judged, "battle", longest)
@@ -508,7 +508,7 @@ def battles(self: Plan) -> typing.Iterator[Work]:
     what, judged = f"{POLICIES} policies × {BATTLE_SETTINGS} × {self.test:,}", BOTH_ORDERS * len(backbones) * answers
     for name in backbones:
         yield self.ask(stage, what, name, answers, "respond", longest)
-    yield self.ask(stage, "reference answers", chosen.reference, self.test, "respond", longest)
+    yield self.ask(stage, "reference answers", asked_model(chosen.reference), self.test, "respond", longest)
     for what, uri in (("battles, both orders", chosen.judge), ("battles, second judge", chosen.second_judge)):
         yield from [self.ask(stage, what, uri, judged, "battle", longest)] if uri else []
 
@@ -558,7 +558,7 @@ def judges_line(profile: Profile) -> str:
     "Say who judges the battles, and who reads the test speeches because of it."
     chosen = profile.evaluation
     rater = "GPT-4o, as released" if is_released(profile.speeches.sources) else short_names([profile.ratings.rater])
-    named = [short_names([uri]) for uri in (chosen.judge, chosen.reference, chosen.second_judge)]
+    named = [short_names([uri]) for uri in (chosen.judge, asked_model(chosen.reference), chosen.second_judge)]
     said = who_judges(named[0], rater, *named[1:])
     if named[2]:
         return f"{said}: it reads every test speech and all answers to it."
@@ -708,7 +708,13 @@ def asked_uris(profile: Profile) -> list[str]:
     judged, topics = profile.evaluation, (profile.speeches.topic_method, *profile.speeches.topic_compare)
     check_second_judge(judged.judge, judged.second_judge)
     second = [judged.second_judge] * bool(judged.second_judge)
-    uris = [*profile.reward.rankers, judged.reference, judged.judge, *second, *(way for way in topics if ":" in way)]
+    uris = [
+        *profile.reward.rankers,
+        asked_model(judged.reference),
+        judged.judge,
+        *second,
+        *(way for way in topics if ":" in way),
+    ]
     uris += [judge.place for judge in other_judges(profile) if judge.kind != "reward"]
     if not is_released(profile.speeches.sources):
         uris = [*(member.model for member in asked_members(profile)), profile.ratings.rater, *uris]

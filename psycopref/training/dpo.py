@@ -38,8 +38,8 @@ __all__ = ['cut_share', 'dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'bu
 # %% ../../nbs/training/05_dpo.ipynb #0937ab16
 def cut_share(pairs) -> float:
     "Return the share of the pairs' answers that were cut at the longest length, in [0, 1]; 0 where they don't say."
-    known = [name for name in ("chosen_cut", "rejected_cut") if name in pairs]
-    return float(pairs[known].to_numpy(float).mean()) if known and len(pairs) else 0.0
+    known = [name for name in ("chosen_end", "rejected_end") if name in pairs]
+    return float(pairs[known].eq("length").to_numpy().mean()) if known and len(pairs) else 0.0
 
 # %% ../../nbs/training/05_dpo.ipynb #170a90f1
 def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
@@ -53,25 +53,27 @@ def _ended(tokenizer, messages: list[dict], text: str, cut: bool) -> list[int]:
     return ids(text)[: -end or None]
 
 
-def _split(tokenizer, pair) -> dict:
+def _split(tokenizer, pair, unlearnt: tuple[str, ...]) -> dict:
     "Tokenise a pair: the prompt, and what lies behind it in either exchange."
     messages, sides = pair_messages(pair), ("chosen", "rejected")
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     start = tokenizer(prompt, add_special_tokens=False).input_ids
-    cuts = [bool(getattr(pair, f"{side}_cut", False)) for side in sides]
+    cuts = [getattr(pair, f"{side}_end", "stop") in unlearnt for side in sides]
     texts = [_ended(tokenizer, messages, getattr(pair, side), cut) for side, cut in zip(sides, cuts)]
     n = min(common_prefix([start, text]) for text in texts)
     return {"prompt_ids": start[:n], "chosen_ids": texts[0][n:], "rejected_ids": texts[1][n:]}
 
 
-def dpo_rows(pairs, tokenizer, max_length: int, needed: bool = True) -> tuple[list[dict], list[int]]:
+def dpo_rows(
+    pairs, tokenizer, max_length: int, needed: bool = True, unlearnt: tuple[str, ...] = ("length",)
+) -> tuple[list[dict], list[int]]:
     """Tokenise pairs for trl's DPOTrainer; list the prefIDs of overlong ones.
 
-    max_length: tokens of prompt plus one response; needed: refuse pairs that are all too long. Rows have prompt_ids,
-    chosen_ids, rejected_ids, length."""
+    max_length: tokens of prompt plus one response; needed: refuse pairs that are all too long; unlearnt:
+    finish reasons of answers whose end is not trained on. Rows have prompt_ids, chosen_ids, rejected_ids, length."""
     rows, sizes = [], []
     for pair in pairs.itertuples():
-        row = _split(tokenizer, pair)
+        row = _split(tokenizer, pair, unlearnt)
         prompt, *answers = map(len, row.values())
         rows.append(row | {"length": prompt + sum(answers)})
         sizes.append(prompt + max(answers))
@@ -109,17 +111,18 @@ def write_dpo_job(folder: Path, job: DpoJob, pairs, dev=None) -> None:
     settings = dataclasses.replace(job.settings, push_to_hub="")  # says nothing of the training
     job = dataclasses.replace(job, settings=settings, reference=reference)
     store_job(folder, job, {"train": pairs, "dev": dev})
-    _write_rows(folder, load_tokenizer(job.start), settings.max_length)
+    _write_rows(folder, load_tokenizer(job.start), settings)
 
 # %% ../../nbs/training/05_dpo.ipynb #e52ff8d3
-def _write_rows(folder: Path, tokenizer, max_length: int) -> None:
+def _write_rows(folder: Path, tokenizer, settings: DpoSettings) -> None:
     "Tokenise a job's pairs once."
     from datasets import Dataset
 
     silence()
     for name, frame in load_job(folder, DpoJob)[1].items():
         if not (folder / "rows" / name).is_dir():
-            rows, long = dpo_rows(frame, tokenizer, max_length, needed=name == "train")
+            unlearnt = ("length",) if settings.learn_sentence_ends else ("length", "sentence")
+            rows, long = dpo_rows(frame, tokenizer, settings.max_length, name == "train", unlearnt)
             with whole_folder(folder / "rows" / name) as partial:
                 if rows:
                     Dataset.from_list(rows).save_to_disk(partial)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import atomic_path, read_json, sha256_file, write_json
-from ..core.settings import DpoSettings, IterSettings, StudyError
+from ..core.settings import DpoSettings, EvaluationSettings, IterSettings, StudyError
 from ..core.stages import derived_seed
 from .dpo import cut_share, train_policy
 from ..models.generation import Decoding
@@ -27,9 +27,9 @@ from .texts import count_steps
 from ..models.weights import Weights, find_weights
 
 # %% auto #0
-__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'cut_answers', 'Online', 'timed',
-           'candidate_pairs', 'planned_steps', 'iteration_schedule', 'learn', 'run_iteration', 'best_point', 'prune',
-           'check_strategy', 'iterate']
+__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'answer_ends',
+           'candidate_decoding', 'Online', 'timed', 'candidate_pairs', 'planned_steps', 'iteration_schedule', 'learn',
+           'run_iteration', 'best_point', 'prune', 'check_strategy', 'iterate']
 
 # %% ../../nbs/training/08_iteration.ipynb #a6df8eb5
 def iteration_prompts(speech_ids: list[str], n: int, iteration: int, seed: int, draw: str = "rounds") -> list[str]:
@@ -84,18 +84,18 @@ def choose_pair(answers: list[str], rewards: list[float], settings: IterSettings
 # %% ../../nbs/training/08_iteration.ipynb #c68a3d3d
 DROP_REASONS = ("no gap", "same text", "empty answer", "no pair of similar length")
 ONLINE_COLUMNS = ["ID", "prefID", "question", "chosen", "rejected", "chosen_reward", "rejected_reward"]
-ONLINE_COLUMNS += ["chosen_cut", "rejected_cut"]
+ONLINE_COLUMNS += ["chosen_end", "rejected_end"]
 
 
 def online_pairs(
-    speeches: dict, candidates: dict, rewards: dict, settings: IterSettings = IterSettings(), cut: dict | None = None
+    speeches: dict, candidates: dict, rewards: dict, settings: IterSettings = IterSettings(), ends: dict | None = None
 ):
     """Pair the candidates of each speech; drop and count groups that hold nothing to prefer.
 
     speeches: speech_id -> client speech; candidates: speech_id -> answers; rewards: speech_id -> a reward for each
-    answer; settings: which two make a pair; cut: speech_id -> for each answer whether it was cut at the longest
-    length; None: none was. Returns (frame with ID, prefID, question, chosen, rejected, their rewards and whether
-    they were cut; counts of dropped groups by reason)."""
+    answer; settings: which two make a pair; ends: speech_id -> how each answer ended; None: by itself.
+    Returns (frame with ID, prefID, question, chosen, rejected, their rewards and how they ended; counts of dropped
+    groups by reason)."""
     import pandas as pd
 
     rows, dropped = [], dict.fromkeys(DROP_REASONS, 0)
@@ -105,19 +105,23 @@ def online_pairs(
             dropped[found] += 1
             continue
         i, j = found
-        cuts = [bool(cut and cut[name][k]) for k in found]
+        how = [ends[name][k] if ends else "stop" for k in found]
         texts, scores = (answers[i], answers[j]), (rewards[name][i], rewards[name][j])
-        rows.append((name, len(rows), speeches[name], *texts, *scores, *cuts))
+        rows.append((name, len(rows), speeches[name], *texts, *scores, *how))
     return pd.DataFrame(rows, columns=ONLINE_COLUMNS), dropped
 
 
-def cut_answers(samples: dict) -> dict:
-    """Say which answers have not ended.
-
-    samples: speech_id -> samples. Returns speech_id -> for each whether it was cut at the longest length."""
-    return {name: [sample.finish_reason == "length" for sample in group] for name, group in samples.items()}
+def answer_ends(samples: dict) -> dict:
+    "Say how answers ended: speech_id -> samples becomes speech_id -> their finish reasons."
+    return {name: [sample.finish_reason for sample in group] for name, group in samples.items()}
 
 # %% ../../nbs/training/08_iteration.ipynb #88d4c8a3
+def candidate_decoding(own: IterSettings, evaluation: EvaluationSettings, seed: int) -> Decoding:
+    "Say how candidates are sampled; they end as the answers of policies do."
+    sampling = own.max_tokens or evaluation.max_tokens, own.temperature, own.top_k, own.top_p, seed
+    return Decoding(*sampling, evaluation.repetition_penalty, evaluation.sentence_after)
+
+
 @dataclass(frozen=True)
 class Online:
     "Say what DPO-Iter is done with. Iterations count from 1; 0 is the backbone."
@@ -128,7 +132,7 @@ class Online:
     speeches: dict  # training speeches: speech_id -> text
     dpo: DpoSettings  # training
     settings: IterSettings  # sampling, pairs, iterations
-    max_tokens: int  # longest candidate, where the settings don't say
+    evaluation: EvaluationSettings  # how policies answer: longest, and how an answer ends
     dtype: str  # auto, bfloat16 or float32
     seed: int  # of the run
 
@@ -143,7 +147,7 @@ class Online:
     def decoding(self, number: int) -> Decoding:
         "Say how an iteration samples its candidates."
         own, seed = self.settings, derived_seed(self.seed, "iteration", number)
-        return Decoding(own.max_tokens or self.max_tokens, own.temperature, own.top_k, own.top_p, seed)
+        return candidate_decoding(own, self.evaluation, seed)
 
 # %% ../../nbs/training/08_iteration.ipynb #16f3f852
 def timed(place: Path, phase: str, work: typing.Callable):
@@ -177,7 +181,7 @@ def candidate_pairs(online: Online, number: int):
     answers = {name: [sample.text for sample in group] for name, group in samples.items()}
     score = functools.partial(score_candidates, online.scorer, asked, answers, place, online.dtype, title + "scoring")
     rewards = timed(seconds, "score", score)
-    pairs, dropped = online_pairs(asked, answers, rewards, own, cut_answers(samples))
+    pairs, dropped = online_pairs(asked, answers, rewards, own, answer_ends(samples))
     with atomic_path(folder / "pairs.parquet") as partial:
         pairs.to_parquet(partial, index=False)
     return pairs, {

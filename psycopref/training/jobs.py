@@ -43,7 +43,7 @@ __all__ = ['JOB_KINDS', 'STEP_FACTS', 'pair_columns', 'store_job', 'read_job', '
 # %% ../../nbs/training/02_jobs.ipynb #2be54194
 def pair_columns(frame) -> list[str]:
     "Name the columns of a frame of pairs that a training reads."
-    known = ("prefID", "question", "messages", "chosen", "rejected", "chosen_cut", "rejected_cut", "gap")
+    known = ("prefID", "question", "messages", "chosen", "rejected", "chosen_end", "rejected_end", "gap")
     return [name for name in known if name in frame] + [name for name in frame if name.endswith("_rating")]
 
 

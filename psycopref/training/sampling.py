@@ -32,7 +32,7 @@ from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
 from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
-from ..models.generation import SEEDING, Decoding, Sample, generate, length_batches
+from ..models.generation import SEEDING, Decoding, Sample, end_sample, generate, length_batches
 from ..models.linear import lay_out_weights
 from ..models.local import render_chat
 from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_causal_lm, load_tokenizer
@@ -43,9 +43,9 @@ from .texts import dialogue, prompt_messages
 # %% auto #0
 __all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'ADAPTED', 'SERVE_ADAPTER', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT',
            'ATTEMPTS', 'SAMPLE_SECONDS', 'ENGINES', 'model_length', 'held_rank', 'adapter_of', 'prompt_seeds',
-           'sampling_gpus', 'missing_engine', 'serve_command', 'listed_models', 'served_name', 'watch', 'free_port',
-           'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint', 'speech_blocks',
-           'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates', 'score_candidates']
+           'whole_samples', 'sampling_gpus', 'missing_engine', 'serve_command', 'listed_models', 'served_name', 'watch',
+           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint',
+           'speech_blocks', 'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates', 'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -100,9 +100,16 @@ def prompt_seeds(decoding: Decoding, n: int) -> list[int]:
     return [derived_seed(decoding.seed, "prompt", place) for place in range(n)]
 
 
+def whole_samples(found: list[list[Sample]], words: int, tokenizer) -> list[list[Sample]]:
+    "Let what an engine wrote end with a sentence after so many words; 0 leaves it."
+    count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+    return [[end_sample(sample, words, count) for sample in group] for group in found]
+
+
 def _vllm_sampling(decoding: Decoding, n: int) -> dict:
     "Word our decoding for vLLM, which refuses several times the likeliest answer."
     how = {"n": n if decoding.temperature else 1, "temperature": decoding.temperature, "top_p": decoding.top_p}
+    how |= {"repetition_penalty": decoding.repetition_penalty}
     return how | {"top_k": decoding.top_k or -1, "max_tokens": decoding.max_tokens}
 
 
@@ -162,7 +169,8 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
             )
         each = [vllm.SamplingParams(seed=seed, **how) for seed in prompt_seeds(decoding, len(ids))]
         asked = [{"prompt_token_ids": own} for own in ids]
-        return _vllm_samples(engine.generate(asked, each, use_tqdm=False, **more), n)
+        found = _vllm_samples(engine.generate(asked, each, use_tqdm=False, **more), n)
+        return whole_samples(found, decoding.sentence_after, tokenizer)
 
     try:
         yield sample
@@ -375,7 +383,7 @@ def server_body(model: str, messages: list[dict], decoding: Decoding, n: int, da
     """Word a call for n candidates: arguments of the openai package.
 
     decoding: with this prompt's own seed; dated: whether the chat template writes a date."""
-    beside = {"top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    beside = {"top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": decoding.repetition_penalty}
     beside |= {"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {}
     how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "seed": decoding.seed}
     how |= {"max_completion_tokens": decoding.max_tokens, "n": n if decoding.temperature else 1}
@@ -444,7 +452,7 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
                 group = [Sample(*own, decoding.max_tokens if own[1] == "length" else count(own[0])) for own in choices]
                 found[place] = group * (n // len(group))
-            return found
+            return whole_samples(found, decoding.sentence_after, tokenizer)
 
         yield sample
 

@@ -61,7 +61,7 @@ def test_the_hub_reads_the_pairs_and_not_what_lies_beside_them(tmp_path):
 
     for part in ("train", "test"):
         pd.DataFrame({"ID": [part], "chosen": ["yes"]}).to_parquet(tmp_path / f"{part}.parquet")
-        pd.DataFrame({"ID": [part], "chosen_cut": [True]}).to_parquet(tmp_path / f"{part}_answers.parquet")
+        pd.DataFrame({"ID": [part], "chosen_end": ["length"]}).to_parquet(tmp_path / f"{part}_answers.parquet")
     (tmp_path / "README.md").write_text(dataset_card(pd.DataFrame({"what": ["pairs"]}), Label("tiny"), {}))
     found = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert {name: (own.column_names, len(own)) for name, own in found.items()} == {

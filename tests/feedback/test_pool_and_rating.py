@@ -4,6 +4,7 @@ put aside."""
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -16,7 +17,7 @@ from raw_server import error, good
 from refusals import one_line
 
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
-from psycopref.core.settings import PROFILES, load_profile
+from psycopref.core.settings import PROFILES, ResponseSettings, load_profile
 from psycopref.core.stages import Run, Shard, derived_seed, parse_shard
 from psycopref.feedback.pairing import make_pairs, one_author_pairs, scored_responses
 from psycopref.feedback.pool import POOLS, Member, assign_members, author_of, find_pool, left_out, pool_table, respond
@@ -30,6 +31,8 @@ from psycopref.gateway.servers import OpenAIModel, shutdown_day
 from psycopref.models.chat import ChatReply, ChatRequest, Failure
 from psycopref.rater.rules import PHRASES, rubric_reply, score_batch, to_rating
 from psycopref.run.plan import plan_run, usd
+
+BRIEF = ResponseSettings(max_tokens=64)
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SAID = {"a": "Nobody at work has talked to me since I asked for fewer shifts."}
@@ -139,13 +142,13 @@ def test_the_substitute_pool_asks_nobody_who_retires():
 def test_nobody_is_asked_for_nothing_where_a_member_is_gone(server, tmp_path):
     here, gone = Member("here", "-", server.uri), Member("gone", "-", "openai:o1-mini")
     assigned, paid = [("a", here), ("a", gone)], Gateway(ReplyCache(tmp_path / "paid.sqlite"), 10.0)
-    line = one_line(lambda: respond(paid, SPEECHES, assigned, 64, 0))
+    line = one_line(lambda: respond(paid, SPEECHES, assigned, BRIEF, 0))
     assert "o1-mini was shut down on 2025-10-27" in line and not server.log
 
 
 def test_every_assigned_member_has_one_row_in_order_whatever_else_is_asked(gateway, tmp_path):
     assigned = assign_members(SEVEN, POOLS["tiny"], 4, 0)
-    frame, failures = respond(gateway, speeches_of(SEVEN), assigned, 64, 0)
+    frame, failures = respond(gateway, speeches_of(SEVEN), assigned, BRIEF, 0)
     assert not failures and list(zip(frame.speech_id, frame.model)) == [(name, m.name) for name, m in assigned]
     assert frame.response.str.len().gt(0).all() and frame.request_key.is_unique
     with StageWriter(Run("example"), "02_responses", "tiny", 0, {}) as stage:
@@ -153,9 +156,9 @@ def test_every_assigned_member_has_one_row_in_order_whatever_else_is_asked(gatew
     assert len(StageReader(Run("example"), "02_responses").rows("responses")) == 28
     for block in (1, 2, 3, 5):
         own = new_gateway(tmp_path, f"block {block}")
-        assert respond(own, speeches_of(SEVEN), assigned, 64, 0, block)[0].equals(frame)
+        assert respond(own, speeches_of(SEVEN), assigned, replace(BRIEF, block=block), 0)[0].equals(frame)
     more = assign_members(["x", "s3", "s1"], POOLS["tiny"], 4, 0)
-    found, _ = respond(gateway, speeches_of({**SEVEN, "x": "I am new."}), more, 64, 0)
+    found, _ = respond(gateway, speeches_of({**SEVEN, "x": "I am new."}), more, BRIEF, 0)
     for name in ("s3", "s1"):
         parts = [rows[rows.speech_id == name].reset_index(drop=True) for rows in (found, frame)]
         assert parts[0].equals(parts[1])
@@ -167,7 +170,7 @@ def test_failures_are_listed_and_the_others_kept(gateway, scripted):
     scripted(lambda request: lost if "stairs" in request.messages[-1]["content"] else kept)
     pool = (Member("silent", "-", "scripted:model"), *POOLS["tiny"][:3])
     assigned = assign_members(SAID, pool, 4, 0)
-    frame, failures = respond(gateway, SPEECHES, assigned, 64, 0)
+    frame, failures = respond(gateway, SPEECHES, assigned, BRIEF, 0)
     assert failures == [{"speech_id": "b", "model": "silent", "reason": "no text", "raw": "raw reply"}]
     expected = [(name, member.name) for name, member in assigned if (name, member.name) != ("b", "silent")]
     assert list(zip(frame.speech_id, frame.model)) == expected
@@ -176,14 +179,14 @@ def test_failures_are_listed_and_the_others_kept(gateway, scripted):
     assert table.loc["silent", ["responses", "cut off %"]].tolist() == [2, 100.0]
     assert table.loc["phrases-0", "cut off %"] == 0.0
     scripted(lambda request: lost)
-    frame, failures = respond(gateway, SPEECHES, assign_members(SAID, pool[:1], 1, 0), 64, 0)
+    frame, failures = respond(gateway, SPEECHES, assign_members(SAID, pool[:1], 1, 0), BRIEF, 0)
     assert len(failures) == 3 and len(frame) == 0 and list(frame.columns) == list(SCHEMAS["responses"])
 
 
 def test_each_member_is_asked_with_its_own_decoding(gateway, scripted):
     model = scripted(lambda request: "fine")
     pool = [Member("cool", "-", "scripted:model", 0.2, 5, "P1"), Member("warm", "-", "scripted:model", 1.0, 0, "P2")]
-    respond(gateway, SPEECHES, assign_members(SAID, pool, 2, 0), 31, 9)
+    respond(gateway, SPEECHES, assign_members(SAID, pool, 2, 0), ResponseSettings(max_tokens=31), 9)
     asked = [(request.messages[0]["content"], request.decoding) for request in model.requests]
     seen = {(text, how.temperature, how.top_k, how.max_tokens, how.seed) for text, how in asked}
     assert seen == {("P1", 0.2, 5, 31, 9), ("P2", 1.0, 0, 31, 9)}
@@ -200,7 +203,13 @@ def test_shards_and_an_interrupted_run_give_the_words_of_one_whole_run(tmp_path,
 
     def answered_by(speeches, name):
         gateway = new_gateway(tmp_path, name)
-        frame, failures = respond(gateway, speeches, assign_members(speeches.speech_id, pool, 4, 0), 6, 0, block=2)
+        frame, failures = respond(
+            gateway,
+            speeches,
+            assign_members(speeches.speech_id, pool, 4, 0),
+            ResponseSettings(max_tokens=6, block=2),
+            0,
+        )
         assert not failures
         return frame, gateway
 
@@ -215,12 +224,14 @@ def test_shards_and_an_interrupted_run_give_the_words_of_one_whole_run(tmp_path,
 def test_the_quirks_of_a_member_reach_the_call():
     speech, served = "I can't sleep.", "m@http://127.0.0.1:9/v1"
     quirks = {"persona": "Be warm.", "examples": (("Hello.", "Yes?"),), "system": False, "thinking": 4096}
-    how = OpenAIModel(served).chat_arguments(Member("mute", "-", f"openai:{served}", **quirks).request(speech, 300, 5))
+    how = OpenAIModel(served).chat_arguments(
+        Member("mute", "-", f"openai:{served}", **quirks).request(speech, ResponseSettings(max_tokens=300), 5)
+    )
     turns = [("user", "Be warm.\n\nHello."), ("assistant", "Yes?"), ("user", speech)]
     assert [(m["role"], m["content"]) for m in how["messages"]] == turns and how["max_completion_tokens"] == 4396
     [only] = Member("plain", "-", "rules:phrases", persona="Be warm.", system=False).messages(speech)
     assert only["role"] == "user" and only["content"].startswith("Be warm.\n\n") and only["content"].count(speech) == 1
-    loud = Member("loud", "-", "rules:phrases", persona="Be warm.").request(speech, 300, 5)
+    loud = Member("loud", "-", "rules:phrases", persona="Be warm.").request(speech, ResponseSettings(max_tokens=300), 5)
     assert loud.messages[0] == {"role": "system", "content": "Be warm."} and loud.decoding.max_tokens == 300
 
 
@@ -612,11 +623,11 @@ def test_a_server_is_asked_for_the_model_that_it_serves(server, gateway):
     for served, left in (("third", "2 models"), ("first", "1 models")):
         wanted = f"owner/{served}"
         server.behave = lambda text, attempt: good("fine") if server.bodies[-1]["model"] == wanted else error(404)
-        message = one_line(lambda: respond(gateway, speeches, assigned, 64, 0))
+        message = one_line(lambda: respond(gateway, speeches, assigned, BRIEF, 0))
         assert left in message and wanted not in message and "owner/second" in message
     asked = asked_of_the_others()
     server.behave = lambda text, attempt: good("fine")
-    responses, failures = respond(gateway, speeches, assigned, 64, 0)
+    responses, failures = respond(gateway, speeches, assigned, BRIEF, 0)
     assert len(responses) == 12 and not failures
     assert asked_of_the_others() == asked, "what was answered is not asked again"
 
@@ -629,12 +640,12 @@ def twice_answered(gateway, scripted, samples=2):
     model = scripted(lambda request: f"answer of seed {request.decoding.seed}")
     pool = [Member(f"m{i}", "-", "scripted:model", persona=f"P{i}") for i in range(5)]
     assigned = assign_members(SAID, pool, 4, 0)
-    return model, pool, assigned, respond(gateway, SPEECHES, assigned, 64, 0, samples=samples)[0]
+    return model, pool, assigned, respond(gateway, SPEECHES, assigned, replace(BRIEF, samples=samples), 0)[0]
 
 
 def test_a_member_that_answers_twice_is_asked_with_another_seed_and_its_first_response_stays(gateway, scripted):
     model, pool, assigned, twice = twice_answered(gateway, scripted)
-    once = respond(gateway, SPEECHES, assigned, 64, 0)[0]
+    once = respond(gateway, SPEECHES, assigned, BRIEF, 0)[0]
     assert len(twice) == 2 * len(once) and not twice.duplicated(["speech_id", "model"]).any()
     assert twice.request_key.is_unique and twice[twice.model.map(sample_of) == 0].reset_index(drop=True).equals(once)
     assert len(model.requests) == len(twice), "what was answered once is not asked again"

@@ -47,11 +47,11 @@ def test_rows_keep_their_contracts(copy):
     for pairs in (train, test):
         chosen, rejected = (pairs.filter(regex=f"^{side}_.*_rating$").sum(axis=1) for side in ("chosen", "rejected"))
         assert (chosen - rejected >= 7).all() and list(pairs.columns) == list(SCHEMAS["pairs"])
-    cut = responses.set_index(["speech_id", "model"]).finish_reason.eq("length")
+    ends = responses.set_index(["speech_id", "model"]).finish_reason
     beside = read_rows(copy / "outputs/tiny/04_pairs/train_answers.parquet", "pair_answers")
     for side in ("chosen", "rejected"):
         keys = pd.MultiIndex.from_arrays([train.ID, train[f"{side}_model"]])
-        assert beside[f"{side}_cut"].tolist() == cut[keys].tolist()
+        assert beside[f"{side}_end"].tolist() == ends[keys].tolist()
     for trained in ("06_policy", "08_ablations"):
         assert "outputs/tiny/04_pairs/train_answers.parquet" in receipt(copy, trained)["inputs"]
     assert set(battles.verdict) <= {"win", "loss"} and set(battles.speech_id) == set(split[split == "test"].index)

@@ -109,7 +109,7 @@ def test_a_cut_answer_has_no_end_of_its_turn(template, text, tiny):
     tokenizer = templated(tiny, template)
     pairs = pd.DataFrame([{"prefID": 0, "question": "No.", "chosen": text, "rejected": "Why?"}])
     [ended], _ = dpo_rows(pairs, tokenizer, 10**6)
-    [cut], _ = dpo_rows(pairs.assign(chosen_cut=True, rejected_cut=False), tokenizer, 10**6)
+    [cut], _ = dpo_rows(pairs.assign(chosen_end="length", rejected_end="stop"), tokenizer, 10**6)
     n = len(cut["chosen_ids"])
     assert cut["chosen_ids"] == ended["chosen_ids"][:n] and n < len(ended["chosen_ids"])
     assert tokenizer.decode(cut["prompt_ids"] + cut["chosen_ids"]).endswith(text)

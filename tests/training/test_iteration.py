@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import iterating
 from psycopref.core.files import read_json, sha256_file
-from psycopref.core.settings import DpoSettings, IterSettings
+from psycopref.core.settings import DpoSettings, EvaluationSettings, IterSettings
 from psycopref.models.generation import Sample
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training import iteration
@@ -34,7 +34,17 @@ FOUR = IterSettings(iterations=4, prompts=4, candidates=2)
 
 def online(folder, own=FOUR, dpo=DpoSettings(batch_size=2)):
     speeches = {f"s-{i}": f"I count the stairs for the {i}th time." for i in range(6)}
-    return Online(folder, find_weights("random-tiny"), "scorer", speeches, dpo, own, 7, "float32", 0)
+    return Online(
+        folder,
+        find_weights("random-tiny"),
+        "scorer",
+        speeches,
+        dpo,
+        own,
+        EvaluationSettings(max_tokens=7),
+        "float32",
+        0,
+    )
 
 
 # Speeches
