@@ -5,10 +5,12 @@
 # %% ../../nbs/corpus/06_collection.ipynb #503d1f8d
 from __future__ import annotations
 
+import json
+import re
 import typing
 
 from ..core.files import progress
-from ..core.paper import coarse_of, coarse_topics, paper_values
+from ..core.paper import coarse_of, coarse_topics, paper_values, resource_path
 from ..core.settings import StudyError
 from ..core.stages import derived_seed, is_released
 from .cleaning import REASONS, judge
@@ -25,13 +27,15 @@ from psycopref.corpus.duplicates import (
 from .privacy import PERSONAL_KINDS, mask_texts
 from .sources import RELEASED_DATASET, Opened, open_released, open_source
 from .topics import LOW, topic_slug
+from ..rater.language import sentences_of
 
 # %% auto #0
 __all__ = ['KEPT', 'SPEECH_COLUMNS', 'ROW_FATES', 'open_sources', 'kept_rows', 'read_source', 'drop_exact', 'drop_near',
            'mask_private', 'cluster_table', 'describe_clusters', 'drop_table', 'describe_drops', 'describe_masking',
            'collect', 'topic_examples', 'collect_released', 'collect_any', 'limit_speeches', 'split_of',
            'split_speeches', 'audit_split', 'draw_and_split', 'topic_table', 'describe_topics', 'split_table',
-           'describe_split', 'audit_table', 'describe_audit', 'describe_methods', 'describe_labels']
+           'describe_split', 'audit_table', 'describe_audit', 'reading_ease', 'writing_figures', 'writing_table',
+           'describe_writing', 'describe_methods', 'describe_labels']
 
 # %% ../../nbs/corpus/06_collection.ipynb #df4a7e96
 KEPT = ""  # the reason of a row that is kept
@@ -414,6 +418,68 @@ def describe_audit(counts: dict) -> str:
     past = f"without deduplication {before} would have had one"
     past = "how many had one before is unknown" if before is None else past
     return f"{now}{removed}; {past}."
+
+# %% ../../nbs/corpus/06_collection.ipynb #920a8364
+_QUOTES = " \"')]”’"  # what may follow the last mark of a text
+
+
+def reading_ease(text: str) -> float:
+    """Compute the reading ease of Flesch (1948): 60 to 70 is plain English, higher is easier.
+
+    Syllables are runs of vowels, less an e or ed at the end that is silent; this way to count them is ours."""
+    words = re.findall(r"[a-z]+", re.sub(r"['’]", "", text.lower()))
+    spoken = (re.sub(r"(?<=[^aeiouyl])e$|(?<=[^aeioudt])ed$", "", word) for word in words)
+    syllables = sum(max(1, len(re.findall(r"[aeiouy]+", word))) for word in spoken)
+    n = max(1, len(words))
+    return 206.835 - 1.015 * n / max(1, len(sentences_of(text))) - 84.6 * syllables / n
+
+
+def writing_figures(speeches: typing.Iterable[str]) -> dict[str, float]:
+    "Measure how clients write: percentiles of words, medians over speeches, and shares in %, by name."
+    import numpy as np
+
+    texts = list(speeches)
+    words, sentences = (np.array([len(part(text)) for text in texts]) for part in (str.split, sentences_of))
+    shares = {
+        "with a question, %": ["?" in text for text in texts],
+        "ending in a question, %": [text.rstrip(_QUOTES).endswith("?") for text in texts],
+        "in first person, %": [bool(re.search(r"\b(i|me|my|mine|myself)\b", text.lower())) for text in texts],
+    }
+    found = {
+        "speeches": len(texts),
+        **{f"words, {q}th percentile": np.percentile(words, q) for q in (5, 25, 50, 75, 95)},
+        "sentences, median": np.median(sentences),
+        "words a sentence, median": np.median(words / np.maximum(sentences, 1)),
+        "reading ease, median": np.median([reading_ease(text) for text in texts]),
+        **{name: 100 * np.mean(own) for name, own in shares.items()},
+    }
+    return {name: round(float(value), 1) for name, value in found.items()}
+
+# %% ../../nbs/corpus/06_collection.ipynb #d6f13e0c
+def writing_table(speeches: typing.Iterable[str]):
+    "Lay out how clients write beside all questions of counsel-chat, and those of the length that the paper keeps."
+    import pandas as pd
+
+    stored = json.loads(resource_path("counsel_chat.json").read_text(encoding="utf-8"))
+    table = pd.DataFrame({"this run": writing_figures(speeches), **stored["figures"]})
+    return table.rename_axis("what").reset_index()
+
+
+def describe_writing(table) -> str:
+    "Describe lengths and questions against those of counsel-chat's questions of the same limits."
+    ours, real = (table.set_index("what")[name] for name in (table.columns[1], table.columns[-1]))
+    quarters = [" to ".join(f"{own[f'words, {q}th percentile']:.0f}" for q in (25, 75)) for own in (ours, real)]
+    long = [own["words, 95th percentile"] for own in (ours, real)]
+    asked, ended, ease = (
+        [own[name] for own in (ours, real)]
+        for name in ("with a question, %", "ending in a question, %", "reading ease, median")
+    )
+    return (
+        f"Half of the speeches have {quarters[0]} words; of {real.speeches:.0f} real questions half have {quarters[1]}. "
+        f"The longest twentieth starts at {long[0]:.0f} words, there at {long[1]:.0f}. {asked[0]:.0f}% ask something and "
+        f"{ended[0]:.0f}% end with it, there {asked[1]:.0f}% and {ended[1]:.0f}%; reading ease is {ease[0]:.0f} and "
+        f"{ease[1]:.0f}, higher being easier."
+    )
 
 # %% ../../nbs/corpus/06_collection.ipynb #fa9bffe7
 def describe_methods(compared) -> str:

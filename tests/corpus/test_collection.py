@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter
+from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, sha256_file
 from psycopref.core.settings import DEMO
 from psycopref.core.stages import Run
-from psycopref.core.paper import coarse_of
+from psycopref.core.paper import coarse_of, resource_path
 from psycopref.corpus.duplicates import same_text
 from psycopref.corpus.collection import (
     ROW_FATES,
@@ -25,11 +26,15 @@ from psycopref.corpus.collection import (
     limit_speeches,
     mask_private,
     open_sources,
+    read_source,
     split_of,
     split_speeches,
     split_table,
     topic_table,
+    writing_figures,
+    writing_table,
 )
+from psycopref.corpus.sources import open_source
 
 from refusals import one_line
 
@@ -365,7 +370,32 @@ def test_counsel_chat_copied_into_amod_is_found_again(counsel_chat, tmp_path):
     assert table.duplicate["amod-counsel"] == table.kept["counsel-chat"] == len(kept)
 
 
+def test_the_stored_figures_of_counsel_chat_are_those_of_its_file(counsel_chat):
+    stored = json.loads(resource_path("counsel_chat.json").read_text())
+    assert sha256_file(counsel_chat) == stored["sha256"], "measure them again from the new file"
+    opened = open_source(f"counsel-chat={counsel_chat}")
+    kept = [read_source(opened, *limits)[0].query("reason == ''").speech for limits in ((1, 10**6), ())]
+    assert [writing_figures(speeches) for speeches in kept] == list(stored["figures"].values())
+
+
 # ---- the shipped corpus, and the way into a stage ----
+
+
+def test_our_corpus_reads_like_real_questions(demo):
+    table = writing_table(demo.speech).set_index("what")
+    ours, real = table["this run"], table.iloc[:, -1]
+    assert abs(ours["words, 50th percentile"] - real["words, 50th percentile"]) <= 10
+    assert abs(ours.filter(like="question") - real.filter(like="question")).max() <= 10
+    assert ours["in first person, %"] >= 95 and abs(ours["reading ease, median"] - real["reading ease, median"]) <= 10
+
+
+@few
+@given(st.lists(st.text(alphabet="ab ?.I'"), min_size=1, max_size=8))
+def test_figures_of_any_texts_are_finite_and_in_range(texts):
+    found = writing_figures(texts)
+    assert all(math.isfinite(value) for value in found.values())
+    assert found["words, 5th percentile"] <= found["words, 50th percentile"] <= found["words, 95th percentile"]
+    assert 0 <= found["ending in a question, %"] <= found["with a question, %"] <= 100
 
 
 def test_speeches_fit_their_schema_and_the_table_counts_them(demo):
