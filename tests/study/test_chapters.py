@@ -57,7 +57,7 @@ def test_a_chapter_imports_in_eight_lines_and_defines_nothing(path):
 def test_run_cells_say_what_the_experiment_is_and_little_else():
     cells = [source for path in CHAPTERS for source in code(path) if source.startswith("#| run")]
     lines = [len(source.splitlines()) for source in cells]
-    assert sum(lines) - len(lines) <= 560 and max(lines) <= 18
+    assert sum(lines) - len(lines) <= 570 and max(lines) <= 18
 
 
 @each_chapter
