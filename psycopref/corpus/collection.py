@@ -475,10 +475,10 @@ def describe_writing(table) -> str:
         for name in ("with a question, %", "ending in a question, %", "reading ease, median")
     )
     return (
-        f"Half of the speeches have {quarters[0]} words; of {real.speeches:.0f} real questions half have {quarters[1]}. "
-        f"The longest twentieth starts at {long[0]:.0f} words, there at {long[1]:.0f}. {asked[0]:.0f}% ask something and "
-        f"{ended[0]:.0f}% end with it, there {asked[1]:.0f}% and {ended[1]:.0f}%; reading ease is {ease[0]:.0f} and "
-        f"{ease[1]:.0f}, higher being easier."
+        f"Half of the speeches have {quarters[0]} words; of {real.speeches:.0f} real questions half have {quarters[1]}."
+        f" The longest twentieth starts at {long[0]:.0f} words, there at {long[1]:.0f}. {asked[0]:.0f}% ask something "
+        f"and {ended[0]:.0f}% end with it, there {asked[1]:.0f}% and {ended[1]:.0f}%; reading ease is {ease[0]:.0f} "
+        f"and {ease[1]:.0f}, higher being easier."
     )
 
 # %% ../../nbs/corpus/06_collection.ipynb #fa9bffe7
