@@ -299,8 +299,8 @@ person, they are a stand-in and no clinical judgement.**
 {RELEASED_COLUMN}: {published_source("released_dataset")}.
 
 `train_answers.parquet` and `test_answers.parquet` tell of each pair (`ID`, `prefID`) how its answers ended
-(`chosen_end`, `rejected_end`): by themselves (stop), with the sentence they were in (sentence), or cut by the token limit
-(length).
+(`chosen_end`, `rejected_end`): by themselves (stop), with the sentence they were in (sentence), or cut by the
+token limit (length).
 A text that was cut has no end, so none should be trained on. Where the pairs are a released dataset's, which
 doesn't say, both are stop.
 
