@@ -1,6 +1,14 @@
-"""The runner: code is hashed without reading a notebook twice."""
+"""The runner: code is hashed without reading a notebook twice; an interrupted stage leaves no kernel."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
 
 from psycopref.run import runner
 
@@ -21,3 +29,29 @@ def test_a_notebook_is_read_again_only_when_it_was_changed(tmp_path):
     assert runner.code_hash(chapter) == first, "examples do not count"
     notebook(wing, "#| default_exp core.files", "#| export\nx = 'other code'", "x = 2")
     assert runner.code_hash(chapter) != first
+
+
+WAITS = """import os, pathlib, time
+pathlib.Path("kernel").write_text(str(os.getpid()))
+time.sleep(100)"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_stage_leaves_no_kernel_and_says_how_to_go_on(tmp_path, sent):
+    cells = [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "RUN = 'r'"}]
+    cells.append({"cell_type": "code", "id": "b", "metadata": {}, "source": WAITS})
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    cells = [cell | {"outputs": [], "execution_count": None} for cell in cells]
+    path = tmp_path / "00_waits.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    command = [sys.executable, "-c", "import sys; from psycopref.run.cli import main; sys.exit(main())", "run", path]
+    environment = {name: value for name, value in os.environ.items() if name != "PSYCOPREF_LOG"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as running:
+        limit, mark = time.monotonic() + 60, tmp_path / "kernel"
+        while not (mark.is_file() and mark.read_text()) and running.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        running.send_signal(sent)
+        output = running.communicate(timeout=60)[0]
+    assert running.returncode == 130 and not Path("/proc", mark.read_text()).exists()
+    assert output.splitlines() == ["psycopref: interrupted; what is finished is kept, run again to continue"]
