@@ -5,10 +5,12 @@
 # %% ../../nbs/core/04_files.ipynb #b50a4644
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -29,9 +31,9 @@ from .settings import StudyError
 from .tables import Label, TABLE_STYLE, html_table, latex_table, markdown_table
 
 # %% auto #0
-__all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomic_path', 'write_json', 'read_json', 'sha256_file',
-           'open_database', 'checked_table', 'write_rows', 'read_rows', 'code_version', 'StageFiles', 'StageWriter',
-           'StageReader', 'progress']
+__all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomic_path', 'write_json', 'read_json', 'fingerprint',
+           'sha256_file', 'open_database', 'checked_table', 'write_rows', 'read_rows', 'code_version', 'modules_hash',
+           'whole_folder', 'link_file', 'Kept', 'StageFiles', 'StageWriter', 'StageReader', 'progress']
 
 # %% ../../nbs/core/04_files.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -75,6 +77,11 @@ def read_json(path: Path):
         raise StudyError(f"{path}: not found; run the stage that writes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def fingerprint(*parts) -> str:
+    "Hash plain data. Returns 64 hexadecimal digits."
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
@@ -220,6 +227,158 @@ def code_version() -> dict:
         "versions": versions,
     }
 
+# %% ../../nbs/core/04_files.ipynb #3c9a41d2
+@functools.cache
+def modules_hash(module: str, *wings: str) -> str:
+    """Hash the code (SHA-256) of a module, and of those of some wings that it imports, to any depth.
+
+    module: dotted, e.g. training.dpo. Comments, docstrings and layout don't count."""
+    known, todo = {}, [f"psycopref.{module}"]
+    while todo:
+        name = todo.pop()
+        spec = importlib.util.find_spec(name) if name not in known else None
+        if spec is None or not spec.origin or spec.origin.endswith("__init__.py"):
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False):
+                del node.body[0]
+            elif isinstance(node, ast.ImportFrom):
+                dotted = "." * node.level + (node.module or "")
+                found = importlib.util.resolve_name(dotted, name.rpartition(".")[0])
+                todo += [found] if found.split(".")[:2] in [["psycopref", wing] for wing in wings] else []
+        known[name] = ast.dump(tree)
+    return fingerprint(sorted(known.items()))
+
+# %% ../../nbs/core/04_files.ipynb #91aa6b0e
+@contextlib.contextmanager
+def whole_folder(goal: Path, main: bool = True) -> typing.Iterator[Path]:
+    "Yield where to write, and put that folder in place when it is complete. main: whether this process moves it."
+    partial = goal.with_name(goal.name + ".saving")
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    if main:
+        shutil.rmtree(goal, ignore_errors=True)
+        os.replace(partial, goal)
+
+
+def link_file(source: Path, place: Path) -> None:
+    "Give a file of weights a second name; copy what others may write into, and where the file system has no links."
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        if source.suffix == ".safetensors":
+            return os.link(source, place)
+    shutil.copy2(source, place)
+
+# %% ../../nbs/core/04_files.ipynb #8d14e0b5
+def _relative(path: Path) -> str:
+    "Name a path relative to the project where that is possible."
+    path = Path(path).resolve()
+    return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    "Hash every file under a folder but receipts, scratch folders and halves of atomic writes."
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, half = path.relative_to(folder), path.name.startswith(".") and path.name.endswith(".partial")
+        if path.name != "receipt.json" and "scratch" not in name.parts and not half:
+            found[str(name)] = sha256_file(path)
+    return found
+
+# %% ../../nbs/core/04_files.ipynb #6f1d20c8
+@dataclass
+class Kept:
+    "Keep what a stage makes by a key of all that it is made of, so that no later start makes it again."
+
+    folder: Path | None = None  # of all that is kept; None keeps nothing
+    used: dict[str, dict] = field(default_factory=dict)  # key -> what the receipt says of it
+
+    def once(self, what: str, made_of: list, place: Path | None, make: typing.Callable[[], typing.Any]):
+        """Take over what was made of the same before, or make it now. Returns the plain data that `make` returned.
+
+        what: for the receipt; made_of: plain data, all that it hangs on; place: folder of its files, if it has some."""
+        if self.folder is None:
+            return make()
+        key, before = fingerprint(made_of), time.time()
+        found = self._read(key, what)
+        if taken := found is not None:
+            os.utime(self.folder / key)
+            if place is not None:
+                _link_files(self.folder / key / "files", place)
+        else:
+            found = {"result": make(), "seconds": round(time.time() - before, 1), "finished": _now()}
+            found |= {"commit": code_version()["commit"], "versions": code_version()["versions"]}
+            self._write(key, place, found)
+        said = {name: found[name] for name in ("seconds", "finished", "commit")}
+        self.used[key] = {"what": what, "taken_over": taken, **said, "key": key}
+        return found["result"]
+
+    @property
+    def seconds(self) -> float:
+        "Sum the seconds that the making of what was taken over took."
+        return sum(own["seconds"] for own in self.used.values() if own["taken_over"])
+
+# %% ../../nbs/core/04_files.ipynb #b7e3905d
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _link_files(source: Path, place: Path) -> None:
+    "Put the files of a folder at another place, whole or not at all."
+    with clear_disk_errors(place), whole_folder(place) as partial:
+        partial.mkdir(parents=True)
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            link_file(path, partial / path.relative_to(source))
+
+
+@patch
+def _read(self: Kept, key: str, what: str) -> dict | None:
+    "Read what is kept; None where nothing is, or where it is not as it was kept, which is said and thrown away."
+    entry = self.folder / key
+    if not entry.is_dir():
+        return None
+    try:
+        found = read_json(entry / "kept.json")
+        lost = next(
+            (name for name in found["files"] if not _is_whole(entry / "files" / name, found["files"][name])), ""
+        )
+    except (StudyError, KeyError, TypeError):
+        lost = "kept.json"
+    if not lost:
+        return found
+    print(f"{_relative(entry)}: {lost} is not as it was kept, so this is made again: {what}")
+    shutil.rmtree(entry)
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_file(path) == digest
+
+
+@patch
+def _write(self: Kept, key: str, place: Path | None, found: dict) -> None:
+    "Keep the files of a place with what is said of them."
+    with clear_disk_errors(self.folder), whole_folder(self.folder / key) as partial:
+        if place is not None:
+            _link_files(place, partial / "files")
+        write_json(partial / "kept.json", found | {"files": _hashes(partial / "files")})
+
+# %% ../../nbs/core/04_files.ipynb #2f8840b1
+@patch
+def forget(self: Kept, what: str) -> None:
+    "Throw away what was kept in this start under a name for the receipt."
+    for key in (key for key, own in self.used.items() if own["what"] == what):
+        shutil.rmtree(self.folder / key, ignore_errors=True)
+
+
+@patch
+def clear(self: Kept, since: float) -> None:
+    "Throw away what was neither made nor taken over since a time, in seconds since the epoch."
+    for entry in self.folder.glob("*") if self.folder else ():
+        if entry.stat().st_mtime < since:
+            shutil.rmtree(entry)
+
 # %% ../../nbs/core/04_files.ipynb #8896c48e
 class StageFiles:
     "Locate and write a stage's files, while it runs and afterwards."
@@ -270,15 +429,24 @@ class StageWriter(StageFiles):
     part: Shard | Cell | None = None  # a shard, or a cell of a grid; None = all of it
     started: float = field(default_factory=time.time)  # so make the writer before the work begins
 
+    @functools.cached_property
+    def kept(self) -> Kept:
+        "Find what earlier starts of the stage, or of this part of it, made."
+        return Kept(self.run.stage("kept") / (self.name if self.part is None else f"{self.name}.{self.part}"))
+
+    @property
+    def mark(self) -> Path:
+        "Return the file that says what the work folder was begun for; it is as old as the work."
+        return self.work / "scratch" / "origin.json"
+
     def begin(self) -> StageWriter:
         "Open the work folder; keep what an interrupted run with the same settings and inputs left there."
         if not self.folder.exists() and self.old.exists():  # killed between the two renames of the last signing
             os.replace(self.old, self.folder)
         origin = self.origin
-        mark = self.work / "scratch" / "origin.json"
-        if not mark.is_file() or read_json(mark) != origin:
+        if not self.mark.is_file() or read_json(self.mark) != origin:
             shutil.rmtree(self.work, ignore_errors=True)
-            write_json(mark, origin)
+            write_json(self.mark, origin)
         for kind in ("tables", "figures"):
             shutil.rmtree(self.work / kind, ignore_errors=True)
         return self
@@ -338,22 +506,6 @@ def figure(self: StageWriter, number: str, slug: str, figure, caption: str, labe
     _described(folder, stem, number, slug, caption, label)
 
 # %% ../../nbs/core/04_files.ipynb #c61d6af3
-def _relative(path: Path) -> str:
-    "Name a path relative to the project where that is possible."
-    path = Path(path).resolve()
-    return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    "Hash every file under a folder but receipts, scratch folders and halves of atomic writes."
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name, half = path.relative_to(folder), path.name.startswith(".") and path.name.endswith(".partial")
-        if path.name != "receipt.json" and "scratch" not in name.parts and not half:
-            found[str(name)] = sha256_file(path)
-    return found
-
-
 @patch
 def receipt(self: StageWriter) -> dict:
     "Return what the stage signs: what it is, what it read and wrote, and the code that ran."
@@ -365,11 +517,13 @@ def receipt(self: StageWriter) -> dict:
         "seed": self.seed,
         "settings": self.settings,
         **self.facts,
+        **({"kept": [*self.kept.used.values()]} if self.kept.used else {}),
         "inputs": {_relative(path): sha256_file(path) for path in self.inputs},
         "outputs": _hashes(self.work),
         **code_version(),
-        "seconds": round(time.time() - self.started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        # with what others took who made what was taken over: what the stage's results cost, not this start
+        "seconds": round(time.time() - self.started + self.kept.seconds, 1),
+        "finished": _now(),
     }
 
 # %% ../../nbs/core/04_files.ipynb #c0b67e67
@@ -377,6 +531,7 @@ def receipt(self: StageWriter) -> dict:
 def finish(self: StageWriter) -> None:
     "Write the receipt, then move the stage, its tables and its figures into place."
     write_json(self.work / "receipt.json", self.receipt())
+    self.kept.clear(self.mark.stat().st_mtime)
     for kind, goal in (("tables", self.run.tables), ("figures", self.run.figures)) if self.part is None else ():
         for path in sorted((self.folder / kind).glob("*")):  # what the stage showed before and may not show again
             (goal / path.name).unlink(missing_ok=True)

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..core.files import Kept
 from ..core.prompts import BadReply
 from ..core.settings import EvaluationSettings, Profile, StudyError, load_profile
 from ..core.stages import Run, derived_seed
@@ -24,10 +26,9 @@ from ..gateway.gateway import chat_model
 from ..models.weights import Weights, find_weights
 from ..rater.safety_screen import crisis_speeches, screen_answers
 from ..stats.intervals import mean_interval, win_interval
-from ..training.dpo import materialise, train_policy
+from ..training.dpo import DpoJob, train_points
 from ..training.iteration import answer_ends, candidate_decoding, iteration_prompts, online_pairs
-from ..training.sampling import sample_candidates, score_candidates
-from ..training.texts import numbered
+from ..training.sampling import candidates_inputs, sample_candidates, score_candidates
 
 # %% auto #0
 __all__ = ['ARM_TITLES', 'POLICY_TITLES', 'SAFETY_ARMS', 'SAFETY_BOUNDS', 'curve_speeches', 'curve_point', 'Arms', 'base_pairs',
@@ -63,6 +64,7 @@ class Arms:
     pairs: typing.Any  # frame of the dataset's training pairs
     profile: Profile  # its dpo, dpo_iter, ablation and evaluation settings
     seed: int
+    kept: Kept = field(default_factory=Kept)  # what earlier starts made
 
 
 def base_pairs(arms: Arms):
@@ -86,10 +88,17 @@ def _candidate_pairs(arms: Arms, speeches: dict, folder: Path, seed: int):
     settings, dtype = arms.profile.dpo_iter, arms.profile.dtype
     decoding = candidate_decoding(settings, arms.profile.evaluation, seed)
     how = (settings, decoding, settings.candidates, dtype, "online arm: sampling")
-    samples = sample_candidates(arms.weights, speeches, folder, *how)
-    answers = {speech_id: [sample.text for sample in group] for speech_id, group in samples.items()}
-    rewards = score_candidates(arms.scorer, speeches, answers, folder, dtype, "online arm: scoring")
-    return online_pairs(speeches, answers, rewards, settings, answer_ends(samples))
+    sample = functools.partial(sample_candidates, arms.weights, speeches, folder, *how)  # what stands there is read
+
+    def answers():
+        return {speech_id: [sample.text for sample in group] for speech_id, group in sample().items()}
+
+    def score():
+        return score_candidates(arms.scorer, speeches, answers(), folder, dtype, "online arm: scoring")
+
+    made_of = candidates_inputs(arms.weights, arms.scorer, speeches, *how[:-1])
+    rewards, samples = arms.kept.once(f"{folder.name} of {arms.weights.slug}", made_of, folder, score), sample()
+    return online_pairs(speeches, answers(), rewards, settings, answer_ends(samples))
 
 
 def equal_arms(arms: Arms) -> tuple[dict, dict]:
@@ -131,12 +140,12 @@ def train_arm(arms: Arms, name: str, pairs) -> list[tuple[int, Path]]:
     "Train an arm for one epoch: (pairs trained on, plain model) of each checkpoint; name: offline, online or veto."
     settings, dtype = arms.profile.dpo, arms.profile.dtype
     settings = dataclasses.replace(settings, epochs=1.0, steps=None, checkpoints=arms.profile.ablation.checkpoints)
-    folder, title = arms.folder / name, f"{name} arm, {arms.weights.slug}"
-    train_policy(arms.weights, pairs, settings, None, folder / "job", dtype, arms.seed, keep_points=True, name=title)
-    return [
-        (step * settings.batch_size, materialise(arms.weights, path, folder / f"step-{step}"))
-        for step, path in numbered(folder / "job" / "checkpoints")
-    ]
+    title, folder, kept = f"{name} arm, {arms.weights.slug}", arms.folder / name, arms.kept
+    if not settings.lora.rank:  # the stage keeps no weights of arms, and whole models would fill the disk
+        kept = Kept()
+    job = DpoJob(arms.weights, settings, None, dtype, arms.seed, keep_points=True, name=title)
+    found = train_points(job, pairs, folder, arms.folder / f"{name}-job", kept=kept)
+    return [(step * settings.batch_size, folder / f"step-{step}") for step in found["points"]]
 
 # %% ../../nbs/experiments/03_arms.ipynb #726a8a9a
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import PRINCIPLE_KEYS, StageReader, StageWriter, read_json, read_rows
+from ..core.files import PRINCIPLE_KEYS, Kept, StageReader, StageWriter, modules_hash, read_json, read_rows
 from ..core.paper import paper_values
 from ..core.settings import Profile, StudyError
 from ..core.stages import MIXES, Cell, Run
@@ -22,16 +22,18 @@ from ..core.tables import PALETTE, new_figure
 from ..corpus.general import RULES, Mix, collect_general, grid, mix_pairs, split_general
 from ..evaluation.reward_bench import read_reward_bench, score_reward_bench
 from .reward_table import model_scores, score_row, training_split
-from ..models.weights import Weights, find_weights, load_tokenizer
+from ..models.weights import Weights, find_weights, load_tokenizer, pick_dtype
 from ..stats.intervals import mean_interval
-from ..training.reward_model import rating_gaps, train_reward_model
+from ..training.jobs import pairs_hash, training_inputs
+from ..training.reward_model import RewardJob, rating_gaps, train_reward_model
+from ..training.sampling import scorer_identity
 from ..training.scoring import load_reward_model
 
 # %% auto #0
-__all__ = ['BUDGETED', 'MIXTURES', 'Domains', 'collect_domains', 'cell_mixes', 'cell_pairs', 'score_domains', 'make_cell',
-           'GridEntry', 'read_cell', 'counselling_entry', 'gather_grid', 'started_with_cells', 'paper_row',
-           'entry_bench', 'grid_row', 'grid_table', 'bench_table', 'general_scores', 'mixing_figure',
-           'describe_transfer', 'describe_mixtures', 'describe_grid']
+__all__ = ['BUDGETED', 'MIXTURES', 'Domains', 'collect_domains', 'cell_mixes', 'cell_pairs', 'domain_tests', 'score_domains',
+           'scoring_inputs', 'make_cell', 'GridEntry', 'read_cell', 'counselling_entry', 'gather_grid',
+           'started_with_cells', 'paper_row', 'entry_bench', 'grid_row', 'grid_table', 'bench_table', 'general_scores',
+           'mixing_figure', 'describe_transfer', 'describe_mixtures', 'describe_grid']
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #2d7faed1
 @dataclass(frozen=True)
@@ -88,22 +90,40 @@ def _with_gaps(pairs, domains: Domains):
     return pairs.assign(gap=[known[key] for key in zip(pairs.ID, pairs.prefID)])
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #ffbbe6a5
-def score_domains(name: str, folder: Path, tokenizer, domains: Domains, dtype: str) -> dict:
-    'Score the test pairs of psy, general and, where there is RewardBench, bench: name -> frame of kind "scores".'
-    model = load_reward_model(str(folder), tokenizer, dtype)
+def domain_tests(domains: Domains) -> dict:
+    "Name the test pairs of psy, general and, where there is RewardBench, bench: name -> frame."
     tests = {"psy": domains.psy["test"], "general": domains.general["test"], "bench": domains.bench}
-    return model_scores(name, model, tokenizer, {test: own for test, own in tests.items() if own is not None})
+    return {test: own for test, own in tests.items() if own is not None}
+
+
+def score_domains(name: str, folder: Path, tokenizer, domains: Domains, dtype: str) -> dict:
+    "Score the test pairs of all domains: name -> columns of scores, as plain data."
+    found = model_scores(name, load_reward_model(str(folder), tokenizer, dtype), tokenizer, domain_tests(domains))
+    return {test: scores.to_dict("list") for test, scores in found.items()}
+
+
+def scoring_inputs(name: str, domains: Domains, dtype: str) -> list:
+    "List what these scores hang on beside the model, as plain data."
+    tests = {test: pairs_hash(own) for test, own in domain_tests(domains).items()}
+    return [name, tests, str(pick_dtype(dtype)), modules_hash("training.scoring", "models", "training")]
 
 
 def make_cell(writer: StageWriter, cell: Cell, settings: Profile, domains: Domains, seed: int) -> None:
     "Train and score one cell of the grid; sign it. writer: of the cell, begun."
     weights, mix = find_weights(cell.backbone), cell_mixes(settings.mixing.budget, domains)[cell.mix]
     train, dev = cell_pairs(mix, domains, seed)
-    model, job = (writer.work / "scratch" / name for name in ("model", "job"))
-    how = (weights, train, settings.reward, model, job, settings.dtype, seed)
-    training = train_reward_model(*how, dev=dev if len(dev) else None)
-    for test, frame in score_domains(mix.name, model, load_tokenizer(weights), domains, settings.dtype).items():
-        writer.rows("scores", frame, test)
+    model, place = (writer.work / "scratch" / name for name in ("model", "job"))
+    how, frames = (settings.dtype, seed), {"train": train, "dev": dev if len(dev) else None}
+
+    def work():
+        training = train_reward_model(weights, train, settings.reward, model, place, *how, dev=frames["dev"])
+        return training, score_domains(mix.name, model, load_tokenizer(weights), domains, settings.dtype)
+
+    made_of = training_inputs(RewardJob(weights, settings.reward, model, *how), frames)
+    made_of.append(scoring_inputs(mix.name, domains, settings.dtype))
+    training, scores = writer.kept.once(f"reward model of {cell}, and its scores", made_of, None, work)
+    for test, columns in scores.items():
+        writer.rows("scores", pd.DataFrame(columns), test)
     facts = {"backbone": weights.short, "mix": mix.name, "cell": cell.mix}
     writer.json("cell", facts | {"drawn": train.domain.value_counts().to_dict(), "training": training})
     models = {weights.name: {"label": weights.label, "revision": weights.revision}}
@@ -134,19 +154,22 @@ def read_cell(cell: Cell, folder: Path) -> GridEntry:
     return GridEntry(facts["backbone"], cell.mix, facts["mix"], facts["drawn"], scores)
 
 
-def counselling_entry(weights: Weights, run: Run, domains: Domains, dtype: str) -> GridEntry:
-    "Score the reward model of chapter 5, trained on all counselling pairs."
+def counselling_entry(weights: Weights, run: Run, domains: Domains, dtype: str, kept: Kept = Kept()) -> GridEntry:
+    "Score the reward model of chapter 5, trained on all counselling pairs; kept: scores of earlier starts."
     reward = StageReader(run, "05_reward")
     drawn = {"counselling": reward.json("summary")["training"][weights.slug]["pairs"]}
-    scores = score_domains(domains.own, reward.folder / weights.slug, load_tokenizer(weights), domains, dtype)
-    return GridEntry(weights.short, "psy-all", domains.own, drawn, scores)
+    folder, made_of = reward.folder / weights.slug, scoring_inputs(domains.own, domains, dtype)
+    score = lambda: score_domains(domains.own, folder, load_tokenizer(weights), domains, dtype)
+    scores = kept.once(f"scores of {weights.slug}", [*scorer_identity(str(folder)), *made_of], None, score)
+    frames = {test: pd.DataFrame(columns) for test, columns in scores.items()}
+    return GridEntry(weights.short, "psy-all", domains.own, drawn, frames)
 
 # %% ../../nbs/experiments/04_mixing_grid.ipynb #280df15d
-def gather_grid(run: Run, folders: dict[Cell, Path], domains: Domains, settings: Profile) -> list[GridEntry]:
-    "Collect all models of the grid with their scores: for each backbone the model of chapter 5, then its cells."
+def gather_grid(run: Run, folders: dict[Cell, Path], domains: Domains, settings: Profile, kept: Kept = Kept()) -> list:
+    "Collect a GridEntry of each model: for each backbone that of chapter 5, then its cells; kept: of earlier starts."
     entries = []
     for backbone in settings.backbones:
-        entries.append(counselling_entry(find_weights(backbone), run, domains, settings.dtype))
+        entries.append(counselling_entry(find_weights(backbone), run, domains, settings.dtype, kept))
         entries += [read_cell(cell, folder) for cell, folder in folders.items() if cell.backbone == backbone]
     return entries
 

@@ -15,10 +15,10 @@ from ..core.settings import Profile, StudyError
 from ..models.weights import Weights, find_weights
 from ..training.cards import SELECTED, PolicyFacts, hand_over, precision_words, push_policy
 from ..training.cards import selected_by
-from ..training.dpo import materialise, train_policy
+from ..training.dpo import DpoJob, train_points
 from ..training.iteration import Online, best_point, check_strategy, iterate
 from ..training.sampling import missing_engine
-from ..training.texts import merge_policy, numbered
+from ..training.texts import merge_policy
 from ..training.watching import Watcher, global_steps
 
 # %% auto #0
@@ -42,13 +42,13 @@ def train_offline(watcher: Watcher, fit, dev, folder: Path, scratch: Path) -> di
     """Train by DPO on given pairs; measure each checkpoint and choose one.
 
     fit, dev: pairs, dev may be empty; folder: of the checkpoints as weights; scratch: of the job. Returns what
-    train_policy returns, with points (the backbone's first) and the chosen step."""
+    train_points returns, with points (the backbone's first) and the chosen step."""
     weights, settings, dtype = watcher.base, watcher.profile.dpo, watcher.profile.dtype
     points = [watcher.look(lambda: weights, "base", 0)]  # first, so that a silent judge is noticed at once
-    options = {"dev": dev if len(dev) else None, "keep_points": True, "name": f"DPO {weights.slug}"}
-    found = train_policy(weights, fit, settings, None, scratch / "job", dtype, watcher.seed, **options)
-    for step, path in numbered(scratch / "job" / "checkpoints"):
-        place, pairs = materialise(weights, path, folder / f"step-{step}"), step * settings.batch_size
+    job = DpoJob(weights, settings, None, dtype, watcher.seed, keep_points=True, name=f"DPO {weights.slug}")
+    found = train_points(job, fit, folder, scratch / "job", dev if len(dev) else None, watcher.kept)
+    for step in found["points"]:
+        place, pairs = folder / f"step-{step}", step * settings.batch_size
         points.append(watcher.look(lambda: find_weights(str(place)), f"step-{step}", pairs, curve="DPO", step=step))
     chosen = found["best_step"]
     if settings.select != "loss":
@@ -63,7 +63,7 @@ def train_policies(watcher: Watcher, speeches, pairs, folder: Path, scratch: Pat
     fit, held_out = (pairs[pairs.ID.isin(own.speech_id)] for own in (train, dev))
     texts = dict(zip(train.speech_id, train.speech))
     how = (settings.dpo, settings.dpo_iter, settings.evaluation, settings.dtype, watcher.seed)
-    online = Online(folder / "iter", weights, watcher.scorer, texts, *how)
+    online = Online(folder / "iter", weights, watcher.scorer, texts, *how, watcher.kept)
     offline = train_offline(watcher, fit, held_out, folder / "dpo", scratch)
     return {"label": weights.short, "dpo": offline, "iter": iterate(online, watcher.look)}
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.files import read_rows, write_rows
+from ..core.files import Kept, modules_hash, read_rows, write_rows
 from ..core.paper import paper_values
 from ..core.settings import Profile, RewardSettings, StudyError
 from ..core.stages import derived_seed
@@ -22,13 +22,15 @@ from ..evaluation.baselines import author_gain, author_scores, length_bradley_te
 from ..evaluation.baselines import minilm_scores, score_frame, tfidf_scores
 from ..feedback.choosing import rank_pairs, ranker_row, ranker_summary, RANKER, why_not_asked
 from ..gateway.servers import NotAsked
-from ..models.weights import Weights, find_weights, load_tokenizer, pinned
+from ..models.weights import Weights, find_weights, load_tokenizer, pick_dtype, pinned, weights_identity
 from ..stats.calibration import comparison_table, ece_table, fit_temperature, gap_groups, length_groups
 from ..stats.calibration import no_temperature, slice_table, temperature_table, topic_groups
 from ..stats.intervals import win_interval
 from ..stats.scores import pairwise_metrics
 from ..training.cards import RewardFacts, reward_card
+from ..training.jobs import pairs_hash
 from ..training.reward_model import train_reward_model
+from ..training.sampling import scorer_identity
 from ..training.scoring import find_scorer, load_reward_model, load_scorer, score_pairs
 
 # %% auto #0
@@ -206,6 +208,7 @@ class RewardStudy:
     seed: int
     shared_seed: int | None = None  # of the questions to rankers, alike for all seeds of a run; None is the run's
     first: Path | None = None  # the stage of the run itself, whose scores of other models a further seed takes
+    kept: Kept = field(default_factory=Kept)  # what earlier starts made
 
     @property
     def backbones(self) -> dict[str, Weights]:
@@ -222,19 +225,26 @@ class RewardStudy:
         "Find the other reward models of `reward.scorers`."
         return {entry: find_weights(find_scorer(entry).location) for entry in self.settings.reward.scorers}
 
-    def scores(self, name: str, score: typing.Callable[[], dict], shared: bool = False) -> dict:
-        "Read a scorer's scores, or compute and write them; shared: no seed changes them."
-        first = self.first / "scores" if shared and self.first else None
-        return kept_scores(self.work / "scores", name, self.tests, score, first)
+    def scores(self, name: str, made_of: list, score: typing.Callable[[], dict], shared: bool = False) -> dict:
+        "Read a scorer's scores, or compute and write them; made_of: who scores; shared: no seed changes them."
+        folder = self.work / "scores"
+        if shared and self.first:
+            return kept_scores(folder, name, self.tests, score, self.first / "scores")
+        plain = lambda: {test: own.to_dict("list") for test, own in score().items()}
+        own = [made_of, {test: pairs_hash(pairs) for test, pairs in self.tests.items()}]
+        found = self.kept.once(f"scores of {name}", own, None, plain)
+        return kept_scores(folder, name, self.tests, lambda: {test: pd.DataFrame(own) for test, own in found.items()})
 
-    def model_scores(self, name: str, load: typing.Callable[[], tuple], shared: bool = False) -> dict:
-        "Read a reward model's scores, or load it (model, tokenizer and more) and score; shared: as of `scores`."
-        return self.scores(name, lambda: model_scores(name, *load()[:2], self.tests), shared)
+    def model_scores(self, name: str, model: list, load: typing.Callable[[], tuple], shared: bool = False) -> dict:
+        "Read a reward model's scores, or load it (model, tokenizer and more) and score; model: its identity."
+        made_of = [*model, str(pick_dtype(self.settings.dtype)), modules_hash("training.scoring", "models", "training")]
+        return self.scores(name, made_of, lambda: model_scores(name, *load()[:2], self.tests), shared)
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #0a120f4d
 def score_baselines(study: RewardStudy) -> dict[str, tuple[str, dict]]:
     "Score with the cheap baselines. Returns name -> (kind, scores of dev and test)."
-    score = lambda name: study.scores(name, lambda: baseline_scores(name, study.fit, study.tests))
+    made_of = [pairs_hash(study.fit), modules_hash("evaluation.baselines", "models", "stats", "evaluation")]
+    score = lambda name: study.scores(name, [name, *made_of], lambda: baseline_scores(name, study.fit, study.tests))
     return {name: ("baseline", score(name)) for name in BASELINES}
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #1f070d62
@@ -252,7 +262,8 @@ def _load(study: RewardStudy, weights: Weights, location: str, **how) -> tuple:
 def untrained_scores(study: RewardStudy, weights: Weights, name: str) -> dict:
     "Score with a backbone whose head is random."
     how = pinned(weights) | {"new_head": derived_seed(study.seed, "head")}
-    return study.model_scores(name, lambda: _load(study, weights, weights.location, **how))
+    model = [weights_identity(weights), how["new_head"]]
+    return study.model_scores(name, model, lambda: _load(study, weights, weights.location, **how))
 
 
 def train_backbones(study: RewardStudy) -> tuple[dict[str, tuple[str, dict]], dict]:
@@ -264,8 +275,9 @@ def train_backbones(study: RewardStudy) -> tuple[dict[str, tuple[str, dict]], di
         folder, job = study.work / weights.slug, study.work / "scratch" / weights.slug
         found[before] = ("baseline", untrained_scores(study, weights, before))
         how = (weights, study.fit, study.settings.reward, folder, job, dtype, study.seed)
-        trainings[weights.slug] = train_reward_model(*how, dev=dev)
-        found[after] = ("reward model", study.model_scores(after, lambda: _load(study, weights, str(folder))))
+        trainings[weights.slug] = train_reward_model(*how, dev=dev, kept=study.kept)
+        model, load = scorer_identity(str(folder)), lambda: _load(study, weights, str(folder))
+        found[after] = ("reward model", study.model_scores(after, model, load))
     return found, trainings
 
 # %% ../../nbs/experiments/00_reward_table.ipynb #db4f856e
@@ -277,7 +289,7 @@ def score_others(study: RewardStudy, taken: typing.Container[str], released: boo
         name = f"{weights.short} ({entry})" if double else weights.short
         kind = "other reward model" + knows * entry.startswith("psychocounsel")
         load = lambda entry=entry: load_scorer(find_scorer(entry), study.settings.dtype)
-        found[name] = (kind, study.model_scores(name, load, shared=True))
+        found[name] = (kind, study.model_scores(name, scorer_identity(entry), load, shared=True))
     return found
 
 

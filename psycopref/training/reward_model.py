@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import PRINCIPLE_KEYS, read_json
+from ..core.files import PRINCIPLE_KEYS, Kept, read_json
 from ..core.settings import LoraSettings, RewardSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
 from ..models.weights import Weights, find_weights, load_tokenizer, pinned
-from .jobs import load_job, run_or_launch, store_job, training_facts
+from .jobs import load_job, run_or_launch, store_job, training_facts, training_inputs
 from .packing import reward_trainer
 from .scoring import load_reward_model
 from psycopref.training.texts import (
@@ -110,13 +110,27 @@ def build_reward_trainer(folder: Path) -> tuple:
 
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
 def train_reward_model(
-    weights: Weights, train, settings: RewardSettings, goal: Path, scratch: Path, dtype="auto", seed=0, dev=None
+    weights: Weights,
+    train,
+    settings: RewardSettings,
+    goal: Path,
+    scratch: Path,
+    dtype="auto",
+    seed=0,
+    dev=None,
+    kept: Kept = Kept(),
 ) -> dict:
     """Train a Bradley-Terry reward model and save it as a plain transformers model; a finished job is not done again.
 
-    goal: where the finished model goes; scratch: folder of the job; dev: pairs to choose the checkpoint by."""
-    store_job(scratch, RewardJob(weights, settings, goal, dtype, seed), {"train": train, "dev": dev})
-    return run_or_launch(scratch)
+    goal: where the finished model goes; scratch: folder of the job; dev: pairs to choose the checkpoint by; kept:
+    trainings of earlier starts, one of which may be this one."""
+    job, frames = RewardJob(weights, settings, goal, dtype, seed), {"train": train, "dev": dev}
+
+    def work():
+        store_job(scratch, job, frames)
+        return run_or_launch(scratch)
+
+    return kept.once(f"reward model {weights.slug}", training_inputs(job, frames), goal, work)
 
 # %% ../../nbs/training/04_reward_model.ipynb #21c186c7
 def reward_curve_figure(trainings: dict[str, dict]):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import importlib.util
 import json
 import math
@@ -26,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..core.files import progress, read_json, write_json
+from ..core.files import fingerprint, modules_hash, progress, read_json, write_json
 from ..core.settings import IterSettings, StudyError, suggest
 from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
@@ -36,7 +35,7 @@ from ..models.generation import SEEDING, Decoding, Sample, end_sample, generate,
 from ..models.linear import lay_out_weights
 from ..models.local import render_chat
 from ..models.weights import TEMPLATE_DATE, Weights, adapter_base, find_weights, load_causal_lm, load_tokenizer
-from ..models.weights import pick_dtype, pinned, release
+from ..models.weights import pick_dtype, pinned, release, weights_identity
 from .scoring import find_scorer, load_scorer, score_groups
 from .texts import dialogue, prompt_messages
 
@@ -44,8 +43,9 @@ from .texts import dialogue, prompt_messages
 __all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'ADAPTED', 'SERVE_ADAPTER', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT',
            'ATTEMPTS', 'SAMPLE_SECONDS', 'ENGINES', 'model_length', 'held_rank', 'adapter_of', 'prompt_seeds',
            'whole_samples', 'sampling_gpus', 'missing_engine', 'serve_command', 'listed_models', 'served_name', 'watch',
-           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'weights_identity', 'fingerprint',
-           'speech_blocks', 'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates', 'score_candidates']
+           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'speech_blocks', 'read_made',
+           'SampleBlock', 'plan_blocks', 'sample_candidates', 'scorer_identity', 'candidates_inputs',
+           'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -469,26 +469,6 @@ def open_sampler(engine: str, policy: Weights, dtype: str = "auto") -> typing.Co
     release()  # another process will want what this one keeps for itself
     return ENGINES[engine](policy, dtype)
 
-# %% ../../nbs/training/06_sampling.ipynb #579977d6
-_BESIDE = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-_BESIDE += ["chat_template.jinja", "tokenizer.model"]  # what answers hang on, in the order in which it is hashed
-
-
-def weights_identity(weights: Weights) -> str:
-    "Hash what a model's answers hang on. Returns 64 hexadecimal digits."
-    digest, folder = hashlib.sha256(weights.revision.encode()), Path(weights.location)
-    for name in _BESIDE:
-        if (folder / name).is_file():
-            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
-    if (folder / "generation_config.json").is_file():
-        digest.update(json.dumps(read_json(folder / "generation_config.json").get("eos_token_id")).encode())
-    return digest.hexdigest()
-
-
-def fingerprint(*parts) -> str:
-    "Hash plain data. Returns 64 hexadecimal digits."
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
 # %% ../../nbs/training/06_sampling.ipynb #0b20d9c6
 def speech_blocks(speeches: dict, size: int) -> list[list[str]]:
     "Cut speech_id -> client speech into blocks of similar length, the longest first. size: speeches in a block."
@@ -580,6 +560,22 @@ def _rewards_now(scorer: str, speeches: dict, answers: dict, dtype: str, name: s
     return dict(zip(answers, score_groups(model, tokenizer, groups, name=name)))
 
 
+def scorer_identity(scorer: str) -> list:
+    "Say what a reward model's rewards hang on: the identity of its weights, and its head."
+    where = find_scorer(scorer)
+    return [weights_identity(find_weights(where.location)), where.head]
+
+
+def candidates_inputs(
+    policy: Weights, scorer: str, speeches: dict, settings: IterSettings, decoding: Decoding, n: int, dtype: str
+) -> list:
+    "List all that a policy's candidates and their rewards hang on, as plain data; arguments as of the functions."
+    how = [settings.engine, settings.block, asdict(decoding), n, str(pick_dtype(dtype))]
+    asked = {name: prompt_messages(text) for name, text in speeches.items()}
+    code = modules_hash("training.sampling", "models", "training")
+    return [weights_identity(policy), scorer_identity(scorer), asked, how, code]
+
+
 def score_candidates(
     scorer: str, speeches: dict, answers: dict, folder: Path, dtype: str = "auto", name: str = "scoring candidates"
 ) -> dict:
@@ -587,9 +583,9 @@ def score_candidates(
 
     scorer: folder of a reward model, or a name of `training.scoring`; answers: speech_id -> answers; folder: where
     rewards.json stands; name: shown before the progress bar. Returns speech_id -> a reward for each answer."""
-    where, path = find_scorer(scorer), Path(folder) / "rewards.json"
+    path = Path(folder) / "rewards.json"
     asked = [[own, prompt_messages(speeches[own]), texts] for own, texts in answers.items()]
-    made_of = fingerprint(weights_identity(find_weights(where.location)), where.head, dtype, asked)
+    made_of = fingerprint(*scorer_identity(scorer), dtype, asked)
     found = read_made(path, made_of, "rewards")
     if found is not None:
         return found

@@ -11,12 +11,12 @@ import math
 import re
 import textwrap
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.files import atomic_path, progress, read_json, write_json
+from ..core.files import Kept, atomic_path, modules_hash, progress, read_json, write_json
 from ..core.settings import Profile, StudyError
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
@@ -24,9 +24,9 @@ from ..feedback.battles import answer, answer_decoding, battle
 from ..feedback.rating import check_coverage
 from ..models.generation import Decoding, Sample, stop_tokens
 from ..models.packs import common_prefix, enable_packing, lay_out, pass_tokens, unwrap
-from ..models.weights import Weights, load_causal_lm, load_tokenizer, release
+from ..models.weights import Weights, load_causal_lm, load_tokenizer, release, weights_identity
 from ..stats.intervals import mean_interval
-from .sampling import sample_candidates, score_candidates
+from .sampling import candidates_inputs, sample_candidates, score_candidates
 from .scoring import token_batches
 from .texts import prompt_messages, render
 
@@ -443,6 +443,7 @@ class Watcher:
     seed: int  # of the run
     gateway: typing.Any  # Gateway, for the reference and the judge
     shared_seed: int | None = None  # of the reference's answers and of who is shown first; None is the run's
+    kept: Kept = field(default_factory=Kept)  # what earlier starts made
 
     @property
     def common(self) -> int:
@@ -487,6 +488,24 @@ def _texts_of(samples: list[Sample]) -> list[str]:
 
 
 @patch
+def measure(self: Watcher, policy: Weights, texts: dict, name: str) -> tuple[dict, dict, dict]:
+    "Let a policy answer speeches (id -> text): its answers, their rewards, and nats from the base, by speech."
+    folder, how = self.folder / name, (self.profile.dpo_iter, self.decoding, self.profile.watch.answers)
+    dtype = self.profile.dtype
+
+    def seen():  # what stands there is read
+        answers = sample_candidates(policy, texts, folder, *how, dtype, f"{name}: answering")
+        said = {key: _texts_of(group) for key, group in answers.items()}
+        return answers, score_candidates(self.scorer, texts, said, folder, dtype, f"{name}: scoring")
+
+    made_of = [candidates_inputs(policy, self.scorer, texts, *how, dtype), weights_identity(self.base)]
+    made_of.append(modules_hash("training.watching", "models", "training"))
+    what = f"point {name} of {self.base.slug}"
+    kl = self.kept.once(what, made_of, folder, lambda: self.measure_kl(policy, seen()[0]))
+    return *seen(), kl
+
+
+@patch
 def judge(self: Watcher, name: str, answers: dict, reference) -> dict | None:
     "Ask the judge about each answer, in one seeded order; None where nobody is asked."
     import pandas as pd
@@ -509,12 +528,9 @@ def look(self: Watcher, find: typing.Callable[[], Weights], name: str, pairs: in
     policy, reference = find(), self.reference()
     texts = {key: self.texts[key] for key in reference.speech_id}  # a reference may refuse some
     theirs = {key: [text] for key, text in zip(reference.speech_id, reference.response)}
-    how, n, title = self.profile.dpo_iter, self.profile.watch.answers, f"{name}: answering"
-    answers = sample_candidates(policy, texts, folder, how, self.decoding, n, dtype, title)
-    said = {key: _texts_of(group) for key, group in answers.items()}
-    rewards = score_candidates(self.scorer, texts, said, folder, dtype, f"{name}: scoring")
+    answers, rewards, kl = self.measure(policy, texts, name)
     references = score_candidates(self.scorer, texts, theirs, self.folder / "reference", dtype, "reference: scoring")
-    kl, judged = self.measure_kl(policy, answers), self.judge(name, answers, reference)
+    judged = self.judge(name, answers, reference)
     more = {"name": name, "curve": curve, "split": str(self.speeches.split.iloc[0]), **more}
     samples = self.profile.evaluation.bootstrap
     point = summarise(pairs, answers, rewards, references, kl, judged, samples=samples, **more)
