@@ -16,7 +16,7 @@ from pathlib import Path
 from .settings import Profile, StudyError, suggest
 
 # %% auto #0
-__all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
+__all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'SENT', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
            'project_root', 'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell',
            'grid_cells', 'parse_cell', 'derived_seed', 'parse_seeds']
 
@@ -90,7 +90,9 @@ def stages_of(profile: Profile) -> dict[str, Stage]:
     return {stage.name: dataclasses.replace(stage, needs=own) for stage, own in zip(kept, needs)}
 
 # %% ../../nbs/core/01_stages.ipynb #0a85d91c
-BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo.push_to_hub", "dpo_iter.keep_last")  # no result hangs on them
+BEHAVIOUR = ("reward.report_to", "dpo.report_to", "dpo_iter.keep_last")  # no result hangs on them
+# nor on these, but the stage that sends runs again: it writes the card and sends, and takes over what it trained
+SENT = {"reward.push_to_hub": "05_reward", "dpo.push_to_hub": "06_policy"}
 
 
 def stage_settings(profile: Profile, stage: str) -> dict:
@@ -99,7 +101,8 @@ def stage_settings(profile: Profile, stage: str) -> dict:
     for section in STAGES[stage].reads:
         value = functools.reduce(dict.__getitem__, section.split("."), tree)
         if isinstance(value, dict):
-            value = {name: own for name, own in value.items() if f"{section}.{name}" not in BEHAVIOUR}
+            left_out = {*BEHAVIOUR, *(name for name, sender in SENT.items() if sender != stage)}
+            value = {name: own for name, own in value.items() if f"{section}.{name}" not in left_out}
         found[section] = value
     return found
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, Kept, StageReader, StageWriter
 from ..core.settings import StudyError, load_profile
-from ..core.stages import STAGES, Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
+from ..core.stages import SENT, STAGES, Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
 from ..core.tables import Label, format_cell, html_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
@@ -181,7 +181,7 @@ def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
 def changed_settings(settings, stage: str) -> dict:
     "Return a stage's settings that differ from its profile's, dotted; those on which no result hangs are left out."
     usual, own = (as_dotted(stage_settings(tree, stage)) for tree in (load_profile(settings.name), settings))
-    return {name: value for name, value in own.items() if value != usual.get(name)}
+    return {name: value for name, value in own.items() if value != usual.get(name) and name not in SENT}
 
 
 def public_value(value):

@@ -11,7 +11,7 @@ import yaml
 from refusals import one_line
 from psycopref.core.paper import coarse_of, coarse_topics, paper_values, resource_path
 from psycopref.core.settings import PROFILES, StudyError, load_profile
-from psycopref.core.stages import BEHAVIOUR, STAGES, Run, derived_seed, project_root, stage_settings
+from psycopref.core.stages import BEHAVIOUR, SENT, STAGES, Run, derived_seed, project_root, stage_settings
 
 
 def leaves(node, path=()):
@@ -205,10 +205,13 @@ def test_every_stage_reads_parts_of_the_profile_as_plain_data(profile):
             node = value_at(PROFILES[profile], dotted)
             whole = dataclasses.asdict(node) if dataclasses.is_dataclass(node) else node
             if isinstance(whole, dict):
-                whole = {key: own for key, own in whole.items() if f"{dotted}.{key}" not in BEHAVIOUR}
+                gone = {*BEHAVIOUR, *(key for key, sender in SENT.items() if sender != name)}
+                whole = {key: own for key, own in whole.items() if f"{dotted}.{key}" not in gone}
             assert value == whole
         as_overrides = {name: 2 if name.endswith("keep_last") else "other" for name in BEHAVIOUR}
         assert stage_settings(load_profile(profile, as_overrides), name) == found, "how a run behaves redoes nothing"
+        sent = stage_settings(load_profile(profile, dict.fromkeys(SENT, "me/mine")), name)
+        assert (sent != found) == (name in SENT.values()), "a hub repository runs the stage that sends"
 
 
 def test_every_setting_is_read_by_some_stage():

@@ -52,7 +52,7 @@ def test_labels_name_changed_settings_of_all_that_results_hang_on():
 
 
 def test_settings_on_which_nothing_hangs_are_no_change():
-    profile = load_profile("tiny", {"reward.report_to": "wandb", "reward.epochs": 3})
+    profile = load_profile("tiny", {"reward.report_to": "wandb", "reward.push_to_hub": "me/mine", "reward.epochs": 3})
     assert changed_settings(profile, "05_reward") == {"reward.epochs": 3}
 
 
