@@ -15,7 +15,18 @@ from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, Kept, StageReader, StageWriter
 from ..core.settings import StudyError, load_profile
-from ..core.stages import SENT, STAGES, Cell, Run, Shard, Stage, as_dotted, check_layout, stage_settings, stages_of
+from psycopref.core.stages import (
+    SENT,
+    STAGES,
+    Cell,
+    Run,
+    Shard,
+    Stage,
+    as_dotted,
+    check_layout,
+    stage_settings,
+    stages_of,
+)
 from ..core.tables import Label, format_cell, html_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights

@@ -17,8 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iterating
+<<<<<<< HEAD
 from psycopref.core.files import read_json, sha256_file
 from psycopref.core.settings import DpoSettings, EvaluationSettings, IterSettings
+=======
+from psycopref.core.files import Kept, read_json, sha256_file
+from psycopref.core.settings import DpoSettings, IterSettings
+>>>>>>> 382e5e0 (Tests: a changed setting makes again what hangs on it, and nothing else)
 from psycopref.models.generation import Sample
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training import iteration
@@ -278,6 +283,41 @@ def test_a_run_goes_on_after_weights_were_taken_away(stand_ins, tmp_path):
     more = iterate(replace(four, settings=replace(four.settings, iterations=6)), watching(rewards))
     assert more["kept"] == [2, 6] and more["best"] == 2 and len(stand_ins.trained) == 6
     assert stand_ins.trained[4].start.endswith("iteration-4/policy")
+
+
+EACH = replace(FOUR, schedule="each")
+PROLONGED = {
+    "another one": (EACH, {"iterations": 5}, [5]),
+    "across all": (replace(EACH, schedule="across"), {"iterations": 5}, [1, 2, 3, 4, 5]),
+    "moments": (replace(EACH, optimiser="keep"), {"iterations": 5}, [1, 2, 3, 4, 5]),
+    "chosen otherwise": (EACH, {"select": "win-rate", "keep_last": 2}, []),
+    "weights that are gone": (replace(EACH, keep_last=1), {"iterations": 5}, [1, 2, 3, 5]),
+    "learning rate": (EACH, {"learning_rate": 0.5}, [1, 2, 3, 4]),
+    "code": (EACH, {}, [1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("change", PROLONGED)
+def test_an_iteration_is_run_again_only_where_what_it_hangs_on_changed(
+    change, stand_ins, scorer, tmp_path, monkeypatch
+):
+    "The stage's folder is empty at first, as after a changed setting."
+    first, more, again = PROLONGED[change]
+
+    def run(folder, own):
+        kept = Kept(tmp_path / "kept")
+        iterate(replace(online(tmp_path / folder, own), scorer=scorer, kept=kept), watching([0, 1, 2, 3, 4, 5]))
+        names = [Path(seen.start).parent.name for seen in stand_ins.trained]
+        stand_ins.trained.clear()
+        return [1 + int(name.rpartition("-")[2]) if name.startswith("iteration") else 1 for name in names]
+
+    assert run("one", first) == [1, 2, 3, 4]
+    if change == "code":
+        monkeypatch.setattr(iteration, "modules_hash", lambda *names: "other code")
+    assert run("two", replace(first, **more)) == again
+    n = more.get("iterations", 4)
+    assert standing(tmp_path / "two")[-1] == n and read_json(tmp_path / "two" / f"iteration-{n}" / "done.json")
+    assert run("two", replace(first, **more)) == [], "what stands there is not run again either"
 
 
 def test_moments_are_handed_on_once_and_jobs_are_cleared(stand_ins, tmp_path):

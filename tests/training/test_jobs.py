@@ -62,6 +62,12 @@ def test_the_same_job_is_kept_and_another_one_cleared(tmp_path):
         stored(job)
 
 
+def test_a_job_that_other_code_did_is_cleared(tmp_path, monkeypatch):
+    (stored(tmp_path / "job") / "checkpoints").mkdir()
+    monkeypatch.setattr(jobs, "modules_hash", lambda module, *wings: "other code")
+    assert not (stored(tmp_path / "job") / "checkpoints").exists()
+
+
 def test_a_job_comes_back_as_it_was_stored(tmp_path):
     talk = [{"role": "user", "content": "Why?"}]
     wide = PAIRS.assign(messages=[talk, None], gap=[1.5, 2.0], chosen_empathy_rating=[5, 4], chosen_model=["x", "y"])
