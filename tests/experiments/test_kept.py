@@ -1,4 +1,4 @@
-"""What was trained, scored or looked at is made once: a changed setting makes again what hangs on it, and nothing else."""
+"""What was trained, scored or seen is made once: a changed setting makes again what hangs on it, and nothing else."""
 
 import shutil
 from types import SimpleNamespace
