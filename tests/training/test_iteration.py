@@ -17,13 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iterating
-<<<<<<< HEAD
-from psycopref.core.files import read_json, sha256_file
-from psycopref.core.settings import DpoSettings, EvaluationSettings, IterSettings
-=======
 from psycopref.core.files import Kept, read_json, sha256_file
-from psycopref.core.settings import DpoSettings, IterSettings
->>>>>>> 382e5e0 (Tests: a changed setting makes again what hangs on it, and nothing else)
+from psycopref.core.settings import DpoSettings, EvaluationSettings, IterSettings
 from psycopref.models.generation import Sample
 from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.training import iteration
