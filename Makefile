@@ -23,7 +23,7 @@ help:
 	@echo "make setup       environment in .venv, versions as in constraints.txt"
 	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny, laptop or paper; RUN, SEED or SEEDS=0,1,2, OVERRIDES, SOURCES, SHARDS"
 	@echo "make test        notebooks and tests, JOBS=2 at a time; make test-chains: chains of notebooks that CI runs too"
-	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/; RUN"
+	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/, and its seeds into results/; RUN"
 	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=DTYPE=float32 does one of them"
 	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
 

@@ -32,8 +32,8 @@ from .tables import Label, TABLE_STYLE, html_table, latex_table, markdown_table
 
 # %% auto #0
 __all__ = ['PRINCIPLE_KEYS', 'SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomic_path', 'write_json', 'read_json', 'fingerprint',
-           'sha256_file', 'open_database', 'checked_table', 'write_rows', 'read_rows', 'code_version', 'modules_hash',
-           'whole_folder', 'link_file', 'Kept', 'StageFiles', 'StageWriter', 'StageReader', 'progress']
+           'sha256_file', 'open_database', 'checked_table', 'write_rows', 'read_rows', 'processor', 'code_version',
+           'modules_hash', 'whole_folder', 'link_file', 'Kept', 'StageFiles', 'StageWriter', 'StageReader', 'progress']
 
 # %% ../../nbs/core/04_files.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -203,9 +203,18 @@ def read_rows(path: Path, kind: str):
 VERSIONED = "psycopref torch transformers trl peft datasets openai numpy pandas scikit-learn".split()
 
 
+def processor() -> str:
+    "Name the processor."
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 @functools.cache
 def code_version() -> dict:
-    "Describe the code that runs. Returns commit, whether files were changed, package versions, platform."
+    "Describe the code that runs. Returns commit, whether files were changed, package versions, platform, processor."
 
     def git(*arguments):
         done = subprocess.run(["git", "-C", str(project_root()), *arguments], capture_output=True, text=True)
@@ -224,6 +233,7 @@ def code_version() -> dict:
         "changed_files": bool(changed),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
         "versions": versions,
     }
 

@@ -17,8 +17,8 @@ from .settings import Profile, StudyError, suggest
 
 # %% auto #0
 __all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'SENT', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
-           'project_root', 'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell',
-           'grid_cells', 'parse_cell', 'derived_seed', 'parse_seeds']
+           'public_value', 'project_root', 'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard', 'blocks',
+           'slug_of', 'Cell', 'grid_cells', 'parse_cell', 'derived_seed', 'parse_seeds']
 
 # %% ../../nbs/core/01_stages.ipynb #3284fff6
 @dataclass(frozen=True)
@@ -114,6 +114,15 @@ def as_dotted(settings: dict) -> dict:
         below = as_dotted(value) if isinstance(value, dict) else None
         found |= {name: value} if below is None else {f"{name}.{key}": leaf for key, leaf in below.items()}
     return found
+
+
+def public_value(value):
+    "Shorten what a label must not show: of NAME=PLACE the name, of a path its last part."
+    if isinstance(value, (list, tuple)):
+        return [public_value(own) for own in value]
+    if isinstance(value, str) and "=" in value:
+        return value.partition("=")[0]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 # %% ../../nbs/core/01_stages.ipynb #9ba5f25b
 def project_root() -> Path:

@@ -9,31 +9,20 @@ import contextlib
 import functools
 import hashlib
 import os
-import platform
 import time
 import typing
-from pathlib import Path
 
-from ..core.files import read_json, write_json
+from ..core.files import processor, read_json, write_json
 from ..core.settings import StudyError
 from ..core.stages import cache_root
 from .packs import enable_packing
 from .weights import Weights, load_causal_lm, load_tokenizer
 
 # %% auto #0
-__all__ = ['OUTLIER_CHANNELS', 'CALIBRATION_TEXTS', 'processor', 'measure_layouts', 'fastest_layout', 'lay_out_weights',
-           'to_int8', 'load_for_sampling']
+__all__ = ['OUTLIER_CHANNELS', 'CALIBRATION_TEXTS', 'measure_layouts', 'fastest_layout', 'lay_out_weights', 'to_int8',
+           'load_for_sampling']
 
 # %% ../../nbs/models/03_linear.ipynb #346baa83
-def processor() -> str:
-    "Name the processor."
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _seconds(product: typing.Callable[[], object], least: float = 0.004) -> float:
     "Time a product: the best of five turns of at least some seconds."
     product()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import typing
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from psycopref.core.stages import (
     Stage,
     as_dotted,
     check_layout,
+    public_value,
     stage_settings,
     stages_of,
 )
@@ -32,8 +34,8 @@ from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
 
 # %% auto #0
-__all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'changed_settings', 'public_value', 'full_caption',
-           'stages_of_run', 'open_stage']
+__all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'changed_settings', 'full_caption', 'stages_of_run',
+           'open_stage']
 
 # %% ../../nbs/run/00_chapter.ipynb #e7df6d8d
 def shown_table(frame, caption: str, label: Label | None = None, rows: int = 24) -> str:
@@ -194,15 +196,6 @@ def changed_settings(settings, stage: str) -> dict:
     usual, own = (as_dotted(stage_settings(tree, stage)) for tree in (load_profile(settings.name), settings))
     return {name: value for name, value in own.items() if value != usual.get(name) and name not in SENT}
 
-
-def public_value(value):
-    "Shorten what a label must not show: of NAME=PLACE the name, of a path its last part."
-    if isinstance(value, (list, tuple)):
-        return [public_value(own) for own in value]
-    if isinstance(value, str) and "=" in value:
-        return value.partition("=")[0]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
-
 # %% ../../nbs/run/00_chapter.ipynb #8edb013c
 @patch(as_prop=True)
 def profile(self: ChapterStage) -> str:
@@ -273,7 +266,8 @@ def finish(self: ChapterStage, **facts) -> None:
     asked, writer = "gateway" in vars(self), self.begun
     models = (self.gateway.models() if asked else {}) | self.models | facts.pop("models", {})
     books = {"books": self.gateway.books()} if asked else {}
-    writer.facts |= {"models": models, "overrides": self.overrides, **books, **facts}
+    code = os.environ.get("PSYCOPREF_CODE", "")  # a chapter run by hand knows no hash of its code
+    writer.facts |= {"models": models, "overrides": self.overrides, "code": code, **books, **facts}
     shown = [sum(1 for _ in (writer.work / kind).glob("*.json")) for kind in ("tables", "figures")]
     writer.finish()
     over = [own["what"] for own in writer.kept.used.values() if own["taken_over"]]

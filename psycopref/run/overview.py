@@ -12,6 +12,8 @@ from ..core.files import StageReader, read_json
 from ..core.settings import Profile, load_profile
 from ..core.stages import Run, Stage, stages_of
 from ..core.tables import PALETTE, new_figure
+from ..experiments.findings import findings_caption, findings_table
+from ..experiments.seeds import machine_table, read_seeds, seed_caption, seed_table
 from ..models.weights import Weights
 from .plan import parameters, plan_run, unknown_costs, work_frame, worded
 from .report_page import PAPER_REWARD, paper_win_rate
@@ -19,7 +21,7 @@ from .report_page import PAPER_REWARD, paper_win_rate
 # %% auto #0
 __all__ = ['BOXES', 'PHASE_COLOURS', 'BOX_WIDTH', 'BOX_HEIGHT', 'earlier_stages', 'chain_arrows', 'chapter_number', 'draw_box',
            'draw_arrow', 'chain_figure', 'stage_plans', 'plan_frame', 'plan_sentences', 'weights_frame',
-           'weights_sentence', 'results_table']
+           'weights_sentence', 'results_table', 'merged_tables']
 
 # %% ../../nbs/run/05_overview.ipynb #a23a103b
 def earlier_stages(stages: typing.Mapping[str, Stage], name: str) -> set[str]:
@@ -172,3 +174,11 @@ def results_table(run: Run):
     frame = pd.DataFrame(rows, columns=["result", "measured", "95% interval", "n", "paper"], dtype=object)
     label = read_json(rates.path("tables/table_2_win_rates.json"))["label"]
     return frame.where(frame.notna(), None), label
+
+# %% ../../nbs/run/05_overview.ipynb #7bdd7d5d
+def merged_tables(profile: str) -> list[tuple]:
+    "Tabulate the merged seeds of a profile: (frame, caption) of results, claims and machines; none without seeds."
+    if not (records := read_seeds(profile)):
+        return []
+    found = [(seed_table(records), seed_caption(records)), (findings_table(records), findings_caption(records))]
+    return [*found, (machine_table(records), "Where and when the seeds were made")]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import base64
 import html
-import math
 import shutil
 import typing
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from ..core.paper import paper_values
 from .chapter import stages_of_run
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'SHOWN_SEEDS', 'Item', 'gather', 'absent', 'describe_absent', 'paper_win_rate',
-           'headlines', 'further_seeds', 'receipt_paths', 'seed_numbers', 'seed_table', 'seed_caption',
-           'describe_seeds', 'all_receipts', 'provenance', 'describe_work', 'run_books', 'asked_name', 'spending_table',
-           'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'Item', 'gather', 'absent', 'describe_absent', 'paper_win_rate', 'headlines',
+           'further_seeds', 'receipt_paths', 'all_receipts', 'provenance', 'describe_work', 'run_books', 'asked_name',
+           'spending_table', 'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/run/01_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -136,80 +134,6 @@ def receipt_paths(run: Run, stages: tuple[str, ...], further: typing.Sequence[in
     "List the receipts that a report is made of: of the run's stages, and of those that further seeds repeat."
     repeated = [run.further(seed).stage(name) for seed in further for name in stages if STAGES[name].seeds]
     return [folder / "receipt.json" for folder in [*map(run.stage, stages), *repeated]]
-
-# %% ../../nbs/run/01_report_page.ipynb #da4014f2
-def _seed_rows(run: Run) -> list[list]:
-    "Read a seed's headline numbers: result, value, low and high of the interval over speeches, the paper's."
-    reward, battles = (StageReader(run, stage).json("summary")["rows"] for stage in ("05_reward", "07_win_rates"))
-    ends = lambda interval: [float(end) for end in interval.split(" to ")] if interval else [math.nan, math.nan]
-    table = headlines(reward, battles, []).itertuples(index=False, name=None)
-    rows = [[result, value, *ends(interval), paper] for result, value, interval, paper, _ in table]
-    for title, points in StageReader(run, "08_ablations").json("curves")["curves"].items():
-        last = points[-1]
-        rows.append([f"last point of Fig. 4, %: {title}", last["win_rate"], last["low"], last["high"], None])
-    return rows
-
-
-def seed_numbers(run: Run, seed: int, further: typing.Sequence[int] = ()):
-    "Read the headline numbers of all seeds in a frame: seed, result, value, low, high, paper."
-    import pandas as pd
-
-    runs = {seed: run} | {other: run.further(other) for other in further}
-    rows = [[own, *row] for own, place in runs.items() for row in _seed_rows(place)]
-    return pd.DataFrame(rows, columns=["seed", "result", "value", "low", "high", "paper"])
-
-# %% ../../nbs/run/01_report_page.ipynb #622967b1
-SHOWN_SEEDS = 5  # up to so many seeds every value is shown, of more the ends
-
-
-def seed_table(numbers):
-    """Summarise numbers over seeds: mean, each seed's value, standard deviation (n - 1), interval, paper.
-
-    numbers: of seed_numbers. The interval over speeches is that of one seed: the mean of the seeds' ends."""
-    import pandas as pd
-
-    rows, n = [], numbers.seed.nunique()
-    shown = "each seed" if n <= SHOWN_SEEDS else "lowest to highest seed"
-    for result, own in numbers.groupby("result", sort=False):
-        values, digits = own.value.dropna().astype(float), 1 if "%" in result else 3
-        ends = [f"{end:.{digits}f}" for end in own[["low", "high"]].mean().dropna()]
-        each = [
-            f"{value:.{digits}f}" for value in (values if n <= SHOWN_SEEDS else values.agg(["min", "max"]).dropna())
-        ]
-        row = {"result": result, "mean over seeds": round(values.mean(), digits)}
-        row |= {shown: (" · " if n <= SHOWN_SEEDS else " to ").join(each), "SD over seeds": round(values.std(), digits)}
-        row |= {"95% interval over speeches, one seed": " to ".join(ends), "paper": own.paper.iloc[0]}
-        rows.append(row)
-    frame = pd.DataFrame(rows, dtype=object)
-    return frame.where(frame.notna() & frame.ne(""), None)
-
-# %% ../../nbs/run/01_report_page.ipynb #3bc15518
-def seed_caption(seed: int, further: typing.Sequence[int] = ()) -> str:
-    "Caption the table over seeds: what each spread is of."
-    if not further:
-        return f"Headline results of seed {seed} alone: the spread over seeds is not measured and needs SEEDS=0,1,2"
-    names = ", ".join(map(str, (seed, *further)))
-    return (
-        f"Headline results over {1 + len(further)} seeds ({names}): SD over seeds, of another training on the same "
-        "speeches; interval over speeches, of other speeches at one seed (mean of the seeds' ends). "
-        "Neither holds the other"
-    )
-
-
-def describe_seeds(table, n: int) -> list[str]:
-    "Say how far a spread over n seeds is known, and where it is largest. table: of seed_table."
-    from scipy.stats import chi2
-
-    if n < 2:
-        return ["Every interval here is over speeches, of one training; another training may end elsewhere."]
-    low, high = (math.sqrt((n - 1) / chi2.ppf(share, n - 1)) for share in (0.975, 0.025))
-    rates = table[table.result.str.contains("%")].dropna(subset="SD over seeds")
-    widest = rates.loc[rates["SD over seeds"].astype(float).idxmax()]
-    return [
-        f"{widest.result} differs most over seeds, by an SD of {widest['SD over seeds']} points.",
-        f"An SD of {n} seeds is known to within a factor of {low:.1f} to {high:.1f} (95%, of normal values).",
-        "Untrained models are sampled anew by each seed: their spread is that of answers, no training's.",
-    ]
 
 # %% ../../nbs/run/01_report_page.ipynb #08b87919
 def all_receipts(run: Run, stages: tuple[str, ...], further: typing.Sequence[int] = ()) -> dict[str, dict]:

@@ -16,6 +16,16 @@ from ..core.files import StageReader, atomic_path, read_json
 from ..core.settings import StudyError
 from ..core.stages import Run, check_layout, is_released, project_root
 from ..rater.safety_screen import crisis_speeches
+from ..experiments.findings import findings_table, read_findings, undecided
+from psycopref.experiments.seeds import (
+    MACHINE_PATH,
+    PAPER_COLUMN,
+    best_reader,
+    machine_table,
+    measured_rows,
+    read_seeds,
+)
+from ..experiments.seeds import seed_record, seed_table, seed_words, write_seed
 from .chapter import stages_of_run
 from .runner import run_notebook
 
@@ -23,8 +33,9 @@ LIMIT = 500_000  # bytes of a chapter with its outputs
 SHOWS = re.compile(r"\b(stage\.(table|figure|preview|say)|display)\(")  # cells that must hold an output
 
 # %% auto #0
-__all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'clean_output', 'cleaned', 'publication_faults', 'code_sources', 'with_outputs',
-           'publish', 'copy_results', 'median_speech', 'side_columns', 'stage_seconds', 'summary']
+__all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'MARKS', 'clean_output', 'cleaned', 'publication_faults', 'code_sources',
+           'with_outputs', 'publish', 'copy_results', 'readme_block', 'write_readme', 'merge_lines', 'median_speech',
+           'side_columns', 'stage_seconds', 'summary']
 
 # %% ../../nbs/run/03_results.ipynb #368a1919
 # what a browser shows, and plain text where there is nothing else
@@ -60,7 +71,7 @@ def cleaned(outputs: list[dict], root: str) -> list[dict]:
 # %% ../../nbs/run/03_results.ipynb #6519b2b7
 def publication_faults(notebook: dict) -> list[str]:
     "List what makes a chapter unfit to publish: missing results, errors, paths of a machine, size."
-    found, place = [], r"(?<![\w.])(file://)?/(home|root|Users|tmp|work|mnt|opt|data|var|private)/\w"
+    found = []
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] != "code":
             continue
@@ -71,7 +82,7 @@ def publication_faults(notebook: dict) -> list[str]:
             "shows a result and holds no output": shows and not outputs,
             "holds an error": any(output["output_type"] == "error" for output in outputs),
             "holds a warning or a progress bar": any(output.get("name") == "stderr" for output in outputs),
-            "holds a path of a machine": any(re.search(place, "".join(text)) for text in texts),
+            "holds a path of a machine": any(re.search(MACHINE_PATH, "".join(text)) for text in texts),
         }
         found += [f"cell {number} {fault}" for fault, there in faults.items() if there]
     size = len(json.dumps(notebook, indent=1, ensure_ascii=False).encode())
@@ -96,11 +107,24 @@ def with_outputs(chapter: dict, executed: dict, name: str, root: str) -> dict:
 
 # %% ../../nbs/run/03_results.ipynb #25349d5f
 def publish(run: Run) -> list[str]:
-    "Execute the index of a finished run and copy all outputs into `nbs/`; return a line for each chapter."
+    """Write the files of a finished run's seeds and README's table; of the first seed, copy all outputs into `nbs/`.
+
+    Returns a line for each file."""
     check_layout(run)
     _ = StageReader(run, [*stages_of_run(run)][-1]).receipt  # refuses a run that is not finished
-    run_notebook(project_root() / "nbs" / "index.ipynb", {"RUN": run.name})
-    return copy_results(run)
+    further = sorted(int(path.parts[-3]) for path in run.outputs.glob("seeds/*/08_ablations/receipt.json"))
+    own = [seed_record(place) for place in (run, *map(run.further, further))]
+    lines = [
+        f"{str(place.relative_to(project_root())):36}{place.stat().st_size / 1000:8.0f} kB"
+        for place in map(write_seed, own)
+    ]
+    profile, [shown, *_] = own[0]["profile"], read_seeds(own[0]["profile"])
+    if shown["seed"] == own[0]["seed"]:
+        run_notebook(project_root() / "nbs" / "index.ipynb", {"PROFILE": profile, "RUN": run.name})
+        lines += copy_results(run)
+    else:
+        lines.append(f"nbs/ stays as it is: it shows seed {shown['seed']}")
+    return [*lines, *write_readme(profile)]
 
 
 def copy_results(run: Run, nbs: Path | None = None) -> list[str]:
@@ -122,6 +146,57 @@ def copy_results(run: Run, nbs: Path | None = None) -> list[str]:
             partial.write_text(text, encoding="utf-8")
         lines.append(f"{path.name:24}{path.stat().st_size / 1000:8.0f} kB")
     return lines
+
+# %% ../../nbs/run/03_results.ipynb #0ceb95da
+def readme_block(records: list[dict]) -> str:
+    "Write README's table of merged seeds as Markdown: headlines, what was changed, what became of the claims."
+    first, shown = records[0], ("right/reward/test", f"right/{best_reader(records)}/test")
+    wanted = {f"{row[0]}, %" for row in measured_rows(records) if row[1] in shown or re.match("win/.*/free", row[1])}
+    table, made = seed_table(records), machine_table(records)
+    machines = "; ".join(f"{row.minutes} minutes on {row.processor} ({row.precision})" for row in made.itertuples())
+    policies, n = " and ".join(first["backbones"]), len(first["lists"]["test"])
+    lines = [
+        f"*Profile `{first['profile']}`, {seed_words(records)}. Policies from {policies} against "
+        f"{first['reference']}, on {n} test speeches, rated by the {first['rater']}, judged by the {first['judge']}; "
+        f"{machines}.*\n",
+        f"| {first['profile']} | mean over seeds | 95% interval | n | each seed | {PAPER_COLUMN} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in table[table.result.isin(wanted)].itertuples(index=False):
+        what, mean, ends, n, each, _, paper = row
+        lines.append(f"| {what.removesuffix(', %')} | {mean}% | {ends} | {n} | {each} | {paper or ''} |")
+    if first["changed"]:
+        lines.append(f"\nCut down, with `OVERRIDES='{json.dumps(first['changed'])}'`.")
+    if not undecided(records, read_findings()):
+        lines.append("\n| claim, laid down before the runs | outcome | difference | 95% interval |\n|---|---|---|---|")
+        for row in findings_table(records).fillna("").itertuples():
+            lines.append(f"| {row.claim} | {row.outcome} | {row.estimate} | {row[5]} |")
+    return "\n".join(lines)
+
+# %% ../../nbs/run/03_results.ipynb #461f86f3
+MARKS = "<!-- results: {} -->\n", "\n<!-- end of results -->"
+
+
+def write_readme(profile: str) -> list[str]:
+    "Write the table of a profile's merged seeds into README, where README shows that profile; say so in a line."
+    path, (begin, end) = project_root() / "README.md", (mark.format(profile) for mark in MARKS)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        return []
+    with atomic_path(path) as partial:
+        partial.write_text(
+            before + begin + readme_block(read_seeds(profile)) + end + rest.partition(end)[2], encoding="utf-8"
+        )
+    return [f"README.md: the table of {profile}"]
+
+
+def merge_lines(profile: str) -> list[str]:
+    "Merge the seeds of a profile: lines with the headlines, what became of the claims, and where they were made."
+    if not (records := read_seeds(profile)):
+        raise StudyError(f"results/{profile}: found no seed-N.json, expected one; finish a run, then make notebooks")
+    tables = seed_table(records), findings_table(records).drop(columns="in the paper"), machine_table(records)
+    return [seed_words(records), *("\n" + table.fillna("").to_string(index=False) for table in tables)]
 
 # %% ../../nbs/run/03_results.ipynb #09e3df0a
 _POINTS = {"win": 1, "loss": -1}

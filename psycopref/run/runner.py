@@ -114,6 +114,7 @@ def run_notebook(path: Path, given: dict) -> Path:
     output = run.outputs / "notebooks" / f"{path.stem}{part}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
+    os.environ["PSYCOPREF_CODE"] = code_hash(path)
     quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
     quiet["shutdown_kernel"] = "immediate"  # asked to end, a kernel is interrupted first, and says so at times
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['FEWEST_DRAWS', 'FEWEST_UNBOUNDED', 'BEYOND', 'cluster_totals', 'weighted_totals', 'mean_interval', 'win_interval',
-           'interval', 'stretched', 'sign_test', 'holm', 'compare_policies']
+           'seed_interval', 'interval', 'stretched', 'sign_test', 'holm', 'compare_policies']
 
 # %% ../../nbs/stats/00_intervals.ipynb #e9b90d77
 def cluster_totals(values: np.ndarray, clusters: np.ndarray | None = None) -> np.ndarray:
@@ -109,6 +109,31 @@ def win_interval(
     high), in [0, 100]."""
     low, high = mean_interval(wins, clusters, (0, 1), samples, level, seed)
     return 100 * low, 100 * high
+
+# %% ../../nbs/stats/00_intervals.ipynb #223255e6
+def seed_interval(
+    values: np.ndarray, clusters: np.ndarray, seeds: np.ndarray, bounds: tuple | None = (0, 1), level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return a mean over seeds with its interval, by speech and by seed.
+
+    values, bounds: as of `mean_interval`; clusters: id of each row's speech, (n,); seeds: each row's seed, (n,); all
+    count alike. One seed has the interval of `mean_interval`. Returns (mean, low, high)."""
+    from scipy.stats import norm, t
+
+    values, seeds, half = np.asarray(values, float), np.asarray(seeds), (1 + level) / 2
+    means = np.array([values[seeds == own].mean() for own in np.unique(seeds)])
+    ends = np.array(mean_interval(values, clusters, bounds, level=level))
+    if len(means) == 1:
+        return float(means[0]), *map(float, ends)
+    speech = ((ends - values.mean()) / norm.ppf(half)) ** 2  # variances below and above
+    seed, freedom = means.var(ddof=1) / len(means), len(np.unique(np.asarray(clusters).astype(str))) - 1
+    degrees = (speech + seed) ** 2 / (speech**2 / max(freedom, 1) + seed**2 / (len(means) - 1))
+    low, high = means.mean() + np.array([-1, 1]) * t.ppf(half, degrees) * np.sqrt(speech + seed)
+    return (
+        float(means.mean()),
+        float(max(low, bounds[0]) if bounds else low),
+        float(min(high, bounds[1]) if bounds else high),
+    )
 
 # %% ../../nbs/stats/00_intervals.ipynb #44a435c4
 def interval(

@@ -10,7 +10,8 @@ import pytest
 
 from psycopref.core.settings import load_profile
 from psycopref.core.stages import as_dotted
-from psycopref.run.results import publication_faults
+from psycopref.experiments.seeds import read_seeds
+from psycopref.run.results import publication_faults, readme_block
 
 REPOSITORY = Path(__file__).parents[2]
 CHAPTERS = sorted((REPOSITORY / "nbs").glob("*.ipynb"))
@@ -105,6 +106,12 @@ def test_every_number_of_readme_s_results_stands_in_the_index():
     assert len(rows) >= 3
     for measured, interval, n in rows:
         assert measured.rstrip("%") in shown and interval in shown and n in shown, (measured, interval, n)
+
+
+def test_readme_s_table_is_that_of_the_seeds_in_results(monkeypatch):
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(REPOSITORY))
+    [(profile, shown)] = re.findall(r"(?s)<!-- results: (\w+) -->\n(.*)\n<!-- end of results -->", README)
+    assert shown == readme_block(read_seeds(profile)), f"run make notebooks, for results/{profile} was changed"
 
 
 def test_the_settings_page_holds_every_setting():

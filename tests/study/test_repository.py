@@ -107,7 +107,7 @@ def test_the_top_level_holds_what_was_meant():
         pytest.skip("no git checkout")
     top = {path.split("/")[0] for path in listed.stdout.splitlines()}
     known = ".ci .gitattributes .gitignore CONTRIBUTING.md LICENSE Makefile README.md Snakefile constraints.txt"
-    known += " environment.yml figures nbs outputs psycopref pyproject.toml settings.ini tests"
+    known += " environment.yml figures nbs outputs psycopref pyproject.toml results settings.ini tests"
     assert top <= {*known.split()}
 
 
