@@ -35,7 +35,7 @@ SHOWS = re.compile(r"\b(stage\.(table|figure|preview|say)|display)\(")  # cells 
 # %% auto #0
 __all__ = ['LIMIT', 'SHOWS', 'KEPT_FORMS', 'MARKS', 'clean_output', 'cleaned', 'publication_faults', 'code_sources',
            'with_outputs', 'publish', 'copy_results', 'readme_block', 'write_readme', 'merge_lines', 'median_speech',
-           'side_columns', 'stage_seconds', 'summary']
+           'side_columns', 'work_seconds', 'summary']
 
 # %% ../../nbs/run/03_results.ipynb #368a1919
 # what a browser shows, and plain text where there is nothing else
@@ -225,7 +225,7 @@ def side_columns(left: str, right: str, width: int, rows: int) -> list[str]:
     return [f"{one:{room}} | {other}".rstrip() for one, other in both]
 
 
-def stage_seconds(run: Run) -> str:
+def work_seconds(run: Run) -> str:
     "Say how long the chapters of a run, and of its further seeds, took."
     names = [*stages_of_run(run)]
     receipts = {name[:2]: run.stage(name) / "receipt.json" for name in names}
@@ -280,7 +280,7 @@ def summary(run: Run, width: int = 0) -> list[str]:
     judge, reference = battles.judge.iloc[0], battles.reference.iloc[0]
     who = f"judge {models.get(judge, {}).get('label', judge)}, {rates[0]['n']} speeches"
     shown = ", ".join(f"{row['kind']} {_share(row, 'Overall')}" for row in rates)
-    lines = [accuracy, f"Win rates against {reference}, {who}: {shown}", stage_seconds(run)]
+    lines = [accuracy, f"Win rates against {reference}, {who}: {shown}", work_seconds(run)]
     released = is_released(StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"])
     lines[2] += ", of the released pairs: no 02, 03" * released
     if any("wiring only" in model.get("label", "") for model in models.values()):

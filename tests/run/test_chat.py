@@ -76,11 +76,11 @@ def test_a_crisis_told_in_two_turns_is_seen(turns):
 
 
 def test_the_learned_signs_miss_little_and_let_most_pass():
-    for kind, least, most in (("learn", 0.78, 0.4), ("held", 0.65, 0.4)):
+    for kind in ("learn", "held"):
         rows = [row for row in labelled_clients() if row[3] == kind]
-        crises, others = ([row[0] for row in rows if row[2] is there][:12] for there in (True, False))
-        assert sum(bool(crisis_sign([text])) for text in crises) >= least * len(crises), kind
-        assert sum(bool(crisis_sign([text])) for text in others) <= most * len(others), kind
+        crises, others = ([row[0] for row in rows if row[2] is there][:20] for there in (True, False))
+        assert sum(bool(crisis_sign([text])) for text in crises) >= 14, kind
+        assert sum(bool(crisis_sign([text])) for text in others) <= 10, kind
 
 
 def test_a_crisis_deep_in_a_long_text_is_read():

@@ -12,7 +12,7 @@ from psycopref.core.stages import STAGES, Run, parse_seeds
 from psycopref.run.chapter import open_stage
 from psycopref.run.plan import plan_run, seed_line, usd
 from psycopref.run.report_page import all_receipts, further_seeds
-from psycopref.run.results import stage_seconds
+from psycopref.run.results import work_seconds
 from psycopref.run.runner import stage_rules, trace
 
 from refusals import one_line
@@ -120,13 +120,13 @@ def test_the_time_of_a_run_has_that_of_its_seeds():
     for stage in STAGES:
         sign(run, stage)
     sign(run.further(1), "05_reward", 1)
-    said = stage_seconds(run)
+    said = work_seconds(run)
     assert all(f" {name[:2]} 0" in said for name in STAGES) and "further seeds" not in said, "none took a second"
     path = run.further(1).stage("05_reward") / "receipt.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 90}))
-    assert stage_seconds(run).startswith("2 minutes") and stage_seconds(run).endswith(", further seeds 90")
+    assert work_seconds(run).startswith("2 minutes") and work_seconds(run).endswith(", further seeds 90")
     (run.stage("12_trial") / "receipt.json").unlink()
-    assert "(1 chapters not finished)" in stage_seconds(run)
+    assert "(1 chapters not finished)" in work_seconds(run)
 
 
 def test_the_plan_says_what_a_further_seed_adds():

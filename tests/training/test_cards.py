@@ -474,7 +474,21 @@ def test_every_number_in_a_policys_card_is_a_fact(name, request):
         values += [found, 100 * found]
     values += [sum(one[key] for one in known.done) for key in ("pairs", "steps")] + [*known.dropped.values()]
     values += [sum(len(one["too_long"]) for one in known.done), len(known.trainings)]
-    values += [4.2, 95, 1, 2, 127, 0, 8000, 112, 911, 999]  # section, interval, labels, address, emergency numbers
+    values += [
+        4.2,
+        95,
+        1,
+        2,
+        127,
+        0,
+        8000,
+        112,
+        911,
+        999,
+        988,
+        116,
+        123,
+    ]  # section, interval, labels, address, emergency numbers
     values += [32, 0.1, 5e-7, 64, 16, 6400, 8]  # the paper's own, in its deviations
     text = policy_card(known)
     marks = r"`[0-9a-f]{12}…`|(revision|commit) [0-9a-f]+|trl \S+|127\.0\.0\.1(:8000)?|distinct-\d|Llama-\S+"
