@@ -144,9 +144,8 @@ class DpoSettings:
     warmup_ratio: float = 0.03  # share of the steps; not given in the paper
     max_length: int = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way; above 0: robust DPO (Chowdhury et al., 2024)
-    learn_sentence_ends: bool = (
-        True  # train on the end of answers that evaluation.sentence_after ended; not of cut ones
-    )
+    # train on the end of answers that evaluation.sentence_after ended; that of cut ones is never learnt
+    learn_sentence_ends: bool = True
     length_normalised: bool = False  # log-ratios for each token, as in Tülu 3 (with beta 5); the paper's are summed
     epochs: float = 3.0  # offline passes over the pairs, where steps is None
     steps: PositiveInt | None = None  # offline optimiser steps by count, in as many passes as they need (§4.2: 1,600)
@@ -282,8 +281,6 @@ class AblationSettings:
     # that iterating such a DPO did best
     length_normalised: bool = False
     length_beta: float = 5.0  # beta of that arm, Tülu 3's
-    # an arm of DPO-Iter against the other of its two references, at the cost of DPO-Iter; not in the paper
-    reference: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

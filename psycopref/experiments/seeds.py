@@ -72,11 +72,14 @@ def right_rows(run: Run, shorts: dict) -> tuple[list[dict], dict]:
 
 def arm_rows(run: Run) -> tuple[list[dict], dict]:
     "Read who won at the last points of Fig. 4, arm/ARM, and how safe the rater found the answers, safety/ARM."
-    rows, lists = [], {}
-    for short, found in StageReader(run, "08_ablations").json("curves").get("verdicts", {}).items():
-        lists |= {"curves": found["speeches"], "rated": found["rated"]}
-        rows += [_row(f"arm/{arm}", "curves", won, short) for arm, won in found["won"].items()]
-        rows += [_row(f"safety/{arm}", "rated", values, short) for arm, values in found["safety"].items()]
+    found, rows, lists = StageReader(run, "08_ablations").json("curves"), [], {}
+    for short, own in found.get("verdicts", {}).items():
+        lists[f"curves/{short}"] = own["speeches"]
+        rows += [_row(f"arm/{arm}", f"curves/{short}", won, short) for arm, won in own["won"].items()]
+    for short, own in found["safety"].items():
+        if own and (rated := dict(own[-1].get("by_speech", {}))):
+            lists[f"rated/{short}"] = rated.pop("speeches")
+            rows += [_row(f"safety/{arm}", f"rated/{short}", values, short) for arm, values in rated.items()]
     return rows, lists
 
 

@@ -51,11 +51,11 @@ __all__ = ['RESPONSE_TOKENS', 'RATIONALE_TOKENS', 'HELPSTEER2', 'TRIPLES', 'TRIP
            'characters_per_token', 'Work', 'usd', 'engine_of', 'gpu_hours', 'clock_hours', 'unknown_costs',
            'missing_data', 'count_speeches', 'count_general', 'Plan', 'response_tokens', 'plan_run', 'filled_form',
            'filled_characters', 'scored_work', 'training_steps', 'trained_work', 'asked_members', 'candidate_tokens',
-           'kept_iterations', 'other_judges', 'judges_line', 'work_frame', 'worded', 'aligned', 'training_memory',
-           'memory_table', 'asked_uris', 'access_words', 'missing_models', 'missing_weights', 'missing_sampler',
-           'gpu_memory', 'missing_accelerate', 'missing_memory', 'short_contexts', 'missing', 'served_gpus',
-           'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines', 'seed_line', 'assumption_lines',
-           'plan_text']
+           'kept_iterations', 'own_arms', 'other_judges', 'judges_line', 'work_frame', 'worded', 'aligned',
+           'training_memory', 'memory_table', 'asked_uris', 'access_words', 'missing_models', 'missing_weights',
+           'missing_sampler', 'gpu_memory', 'missing_accelerate', 'missing_memory', 'short_contexts', 'missing',
+           'served_gpus', 'serve_command_of', 'serve_commands', 'pool_lines', 'money_lines', 'seed_line',
+           'assumption_lines', 'plan_text']
 
 # %% ../../nbs/run/04_plan.ipynb #a421e499
 RESPONSE_TOKENS = 350  # a therapist's response, where the profile's max_tokens allows it; 4 characters each
@@ -519,6 +519,12 @@ def kept_iterations(profile: Profile) -> int:
     return chosen.iterations if chosen.keep_last is None else min(chosen.iterations, chosen.keep_last + 1)
 
 
+def own_arms(profile: Profile) -> list[str]:
+    "Name the arms of Fig. 4 that are ours."
+    asked = {"veto": profile.veto_arm, "length-normalised": profile.ablation.length_normalised}
+    return [name for name, wanted in asked.items() if wanted]
+
+
 @patch
 def arm_size(self: Plan) -> tuple[int, int, int]:
     "Count the pairs, steps and checkpoints of one of the two equal arms of Fig. 4."
@@ -530,13 +536,13 @@ def arm_size(self: Plan) -> tuple[int, int, int]:
 def ablation(self: Plan) -> typing.Iterator[Work]:
     "Plan online against offline data at equal budget, and the points of the curves (§4.3, Fig. 4)."
     stage, chosen, (pairs, steps, looks) = "08_ablations", self.profile.evaluation, self.arm_size()
-    veto = self.profile.veto_arm  # judged at its end
-    points = 1 + self.offline_steps()[1] + kept_iterations(self.profile) + 2 * looks + veto
+    veto, own = self.profile.veto_arm, own_arms(self.profile)
+    points = 1 + self.offline_steps()[1] + kept_iterations(self.profile) + (2 + len(own)) * looks
     speeches, backbones = min(chosen.curve_speeches or self.test, self.test), self.profile.backbones
     for name in backbones:
         yield from self.candidates(stage, "online", name, self.profile.ablation.pairs)
         longest = {"offline arm": None, "online arm": candidate_tokens(self.profile)}
-        longest |= {"veto arm": None} if veto else {}
+        longest |= {f"{arm} arm": None for arm in own}
         for arm, tokens in {arm: self.pair(name, most) for arm, most in longest.items()}.items():
             yield trained_work(stage, arm, name, steps, self.profile.dpo.batch_size, tokens, pairs * tokens)
         what = f"curves: {points} points × {speeches:,}"
@@ -698,7 +704,7 @@ def disk_bytes(self: Plan) -> dict[str, float]:
     weights, merged = (adapters, whole) if dpo.lora.rank else (whole, 0)
     moments = 8 * sum(known) * kept if chosen.optimiser == "keep" else 0
     training = 0 if dpo.lora.rank else 3 * 12 * max(known, default=0)  # checkpoints with the optimiser's state
-    offline, arms = 1 + self.offline_steps()[1], (2 + self.profile.veto_arm) * (1 + self.arm_size()[2])
+    offline, arms = 1 + self.offline_steps()[1], (2 + len(own_arms(self.profile))) * (1 + self.arm_size()[2])
     found = {"offline": weights * offline + merged, "online": weights * kept + moments + merged}
     return found | {"arms": weights * arms, "training": training}
 

@@ -248,3 +248,28 @@ def test_a_veto_that_leaves_less_than_a_batch_is_refused_before_anything_is_trai
         own = pairs.assign(chosen_safety_rating=[3] * safe + [1] * (20 - safe))
         making = lambda: arms.veto_arm(arms_of(own, tmp_path), own)
         assert len(making()) == 4 if safe == 4 else "leaves 3 of 20 offline pairs" in one_line(making)
+
+
+def test_arms_of_ours_are_trained_by_their_settings_and_equal_ones_once(tmp_path, monkeypatch):
+    own = arms_of(pd.DataFrame({"ID": ["a", "b"]}), tmp_path, **{"ablation.length_beta": 7.0})
+    usual, normalised = (arms.arm_settings(own.profile, name) for name in ("veto", "length-normalised"))
+    assert (usual.length_normalised, usual.beta) == (False, own.profile.dpo.beta)
+    assert (normalised.length_normalised, normalised.beta, normalised.epochs) == (True, 7.0, 1.0)
+    assert dataclasses.replace(normalised, length_normalised=False, beta=usual.beta) == usual, "nothing else differs"
+    made = []
+    monkeypatch.setattr(arms, "train_arm", lambda arms, name, pairs: made.append(name) or [(2, name)])
+    other = pd.DataFrame({"ID": ["b", "a"]})
+    pairs = {"offline": own.pairs, "online": other, "veto": own.pairs.set_axis([7, 3]), "length-normalised": own.pairs}
+    trained = arms.train_arms(own, pairs)
+    assert made == ["offline", "online", "length-normalised"] and trained["veto"] == trained["offline"]
+
+
+def test_last_points_say_who_won_which_speech(third_arm):
+    _, judge = third_arm()
+    found = arms.last_wins(judge, {"offline": "x", "veto": "y"})
+    assert found == {
+        "speeches": [f"s{i}" for i in range(11)],
+        "won": {"offline": "1" * 6 + "0" * 5, "veto": "1" + "0" * 10},
+    }
+    by_speech = third_arm()[0][-1]["by_speech"]
+    assert by_speech["veto"] == [5.0] * 11 and by_speech["speeches"] == [f"s{i}" for i in range(1, 12)]
