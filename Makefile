@@ -68,7 +68,6 @@ bench: setup
 notebooks: setup
 	psycopref notebooks $(RUN)
 	nbdev_clean
-	cp figures/$(RUN)/fig_S3_win_rates.png figures/results.png
 
 clean:
 	find outputs figures -mindepth 1 -maxdepth 1 ! -name README.md ! -name results.png -exec rm -rf {} +

@@ -122,6 +122,7 @@ def publish(run: Run) -> list[str]:
     if shown["seed"] == own[0]["seed"]:
         run_notebook(project_root() / "nbs" / "index.ipynb", {"PROFILE": profile, "RUN": run.name})
         lines += copy_results(run)
+        shutil.copy(run.figures / "fig_S3_win_rates.png", project_root() / "figures" / "results.png")
     else:
         lines.append(f"nbs/ stays as it is: it shows seed {shown['seed']}")
     return [*lines, *write_readme(profile)]

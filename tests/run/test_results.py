@@ -7,6 +7,7 @@ from refusals import one_line
 
 from psycopref.core.files import write_json
 from psycopref.core.stages import STAGES, Run, project_root
+from psycopref.run import results
 from psycopref.run.chapter import open_stage
 from psycopref.run.results import copy_results, publication_faults, publish
 
@@ -83,3 +84,28 @@ def test_a_run_that_is_not_finished_or_of_an_older_layout_is_refused(finished):
     assert "run 13_report first" in one_line(lambda: publish(finished))
     (finished.outputs / "05_speeches").mkdir()
     assert "no stage of this version" in one_line(lambda: publish(finished))
+
+
+def test_a_later_seed_leaves_its_file_and_neither_chapters_nor_picture(finished, monkeypatch):
+    stage = {
+        "settings": {},
+        "code": "a",
+        "own": True,
+        "seconds": 6.0,
+        "finished": "2026",
+        "processor": "",
+        "commit": "",
+    }
+    record = {"profile": "tiny", "changed": {}, "backbones": ["m"], "dtype": "float32", "calibration": {}, "pairs": "p"}
+    record |= {"stages": {"06_policy": stage | {"versions": {}}}, "speeches": "s", "lists": {}, "rows": []}
+    monkeypatch.setattr(results, "stages_of_run", lambda run: STAGES)
+    monkeypatch.setattr(results, "run_notebook", lambda path, given: None)  # it was executed before
+    write_json(finished.outputs / "13_report" / "receipt.json", {})
+    (picture := finished.figures / "fig_S3_win_rates.png").parent.mkdir(parents=True)
+    for seed, shown in ((3, "three"), (7, "seven")):
+        picture.write_text(shown)
+        monkeypatch.setattr(results, "seed_record", lambda run, seed=seed: record | {"seed": seed})
+        lines = publish(finished)
+    assert "it shows seed 3" in lines[-1] and (project_root() / "figures/results.png").read_text() == "three"
+    assert sorted(path.name for path in (project_root() / "results/tiny").iterdir()) == ["seed-3.json", "seed-7.json"]
+    assert read("05_reward")["cells"][0]["outputs"], "the first seed's outputs stay"

@@ -5,12 +5,13 @@ import pytest
 
 from chains import chain, planned, receipt
 from psycopref.core.files import read_rows
-from psycopref.core.stages import STAGES
+from psycopref.core.stages import STAGES, Run
+from psycopref.experiments import seeds
 
 pytestmark = pytest.mark.chain
 
 
-def test_a_second_seed_trains_again_on_the_same_data(copy):
+def test_a_second_seed_trains_again_on_the_same_data(copy, monkeypatch):
     before = {stage: receipt(copy, stage) for stage in STAGES}
     chain(copy, more_config=("seeds=0,1",))
     assert all(receipt(copy, stage) == signed for stage, signed in before.items() if stage != "13_report")
@@ -31,3 +32,15 @@ def test_a_second_seed_trains_again_on_the_same_data(copy):
     assert set(claims.outcome) <= {"not decided: profile tiny", "not measured"}
     assert claims.seeds["DPO-Iter wins more often than DPO"] == 2, "claims are paired by speech and seed"
     assert not planned(chain(copy, "--dry-run", more_config=("seeds=0,1",)))
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
+    files = [seeds.write_seed(seeds.seed_record(Run(run))) for run in ("tiny", "tiny/seeds/1")]
+    records = seeds.read_seeds("tiny")
+    assert [record["seed"] for record in records] == [0, 1] and all(
+        own["code"] for own in records[1]["stages"].values()
+    )
+    assert records[0]["pairs"] == records[1]["pairs"], "further seeds of a run share its pairs"
+    measured = [{row["of"].partition("/")[0] for row in record["rows"]} for record in records]
+    assert measured == [{"win", "right", "arm", "safety", "mixed"}, {"win", "right", "arm", "safety"}]
+    kept = "".join(file.read_text() for file in files)
+    said = [text[:40] for own in (first, second) for text in own.response if len(text) > 40]
+    assert said and not any(text in kept for text in said) and str(copy) not in kept
