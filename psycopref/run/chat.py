@@ -43,8 +43,13 @@ def crisis_sign(said: typing.Sequence[str]) -> str:
     newest, turns = said[-1].split(), [turn.strip(" .,;:!?…-") for turn in said]
     if any(SCREEN.crisis_words.search(plain(text)) for text in (said[-1], " ".join(turns))):
         return "words"
-    read = [" ".join(turns[-2:]).split()] + [newest] * (len(newest) >= SHORT)
-    texts = [" ".join(own[i : i + WINDOW]) for own in read for i in range(0, len(own), WINDOW // 2)]
+    alone = [newest] * (len(newest) >= SHORT or len(said) == 1)
+    read = alone + [" ".join(turns[-2:]).split()] * (len(said) > 1)
+    texts = [
+        " ".join(own[i : i + WINDOW])
+        for own in read
+        for i in range(0, len(own) if len(own) > WINDOW else 1, WINDOW // 2)
+    ]
     head, topics = read_heads().crisis, topic_probabilities("zero-shot", [], [], texts)
     likely = head.probabilities(client_inputs(texts))[:, head.labels.index("yes")]
     near = topics[:, [coarse == CRISIS_TOPIC for coarse in coarse_of().values()]].sum(1)
