@@ -181,14 +181,17 @@ class IterSettings:
     reference: Literal["previous", "base"] = "previous"  # the reference policy of an iteration
     nll_weight: float = 0.0  # of Pang et al.'s term, a mean over a pack's tokens as in trl; the paper writes plain DPO
     learning_rate: float | None = None  # None takes that of offline DPO, as the paper does
-    # warm-up and decay once across all iterations, or in each; not in the paper, whose 1,600 steps are one training
+    # warm-up and decay once across all iterations, or in each; not in the paper, whose 1,600 steps are one training.
+    # Across all, each iteration hangs on how many there are: one more trains all again; with each, only the new one
     schedule: Literal["across", "each"] = "across"
-    optimiser: Literal["reset", "keep"] = "reset"  # Adam's moments in the next iteration; keep needs full fine-tuning
+    # Adam's moments in the next iteration; keep needs full fine-tuning, and its iterations are not taken over later
+    optimiser: Literal["reset", "keep"] = "reset"
     epochs: float = 1.0  # passes over an iteration's pairs, where steps is None
     # an iteration's steps by count; where groups gave no pair, the others are passed over again (§4.2: 1,600 / 16)
     steps: PositiveInt | None = None
     checkpoints: NonNegativeInt = 1  # places inside an iteration's training where an interrupted one can go on
-    keep_last: PositiveInt | None = None  # iterations whose weights stay on disk, beside the best; None keeps all
+    # iterations whose weights stay on disk, beside the best; None keeps all. Those that went are not taken over later
+    keep_last: PositiveInt | None = None
     select: Literal["reward", "win-rate"] = "reward"  # by what the iteration is chosen, on development speeches
 
 # %% ../../nbs/core/00_settings.ipynb #6f57ee88
