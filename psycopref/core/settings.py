@@ -78,6 +78,7 @@ class RatingSettings:
     rater: str = "openai:gpt-4o-2024-08-06"  # gateway URI of the rater (§3.3: GPT-4o; the snapshot is ours)
     mode: str = "principle"  # principle = a call for each principle (§3.3); speech = all seven principles in one call
     max_tokens: int = 1024  # longest reply in tokens, for each principle that a call asks for
+    shown: PositiveInt = 4  # responses to a speech that one call rates together, of all it has; the prompt has as many
     coverage: float = 0.98  # the stage fails if a smaller share of speeches × principles has valid ratings
     compare_mode_speeches: int = 0  # rate this many speeches in the other mode too, for Table S14; 0 = no comparison
 
@@ -352,6 +353,9 @@ class Profile:
                 raise StudyError(f"{found}, expected one of them, as trl has no loss of both; set one of them off")
         for name in ("dpo", "dpo_iter"):
             _check_selection(name, self)
+        if (answers := self.responses.each_speech * self.responses.samples) % self.ratings.shown:
+            found = f"ratings.shown: found {self.ratings.shown} with {answers} responses to a speech"
+            raise StudyError(f"{found}, expected a divisor; set it, responses.each_speech or responses.samples")
         if (rank := self.dpo.lora.rank) and self.dpo_iter.optimiser == "keep":
             found = f"dpo_iter.optimiser: found 'keep' with dpo.lora.rank {rank}, expected full fine-tuning"
             raise StudyError(f"{found}; set it to reset, or the rank to 0")

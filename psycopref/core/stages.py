@@ -48,7 +48,7 @@ _RATER = ("ratings.rater", "ratings.max_tokens")
 _ARMS = (*_MODELS, "dpo", "dpo_iter", *_JUDGED, "evaluation.curve_speeches", "ablation", *_RATER, "pairs")
 _ASKED = ("agreement", "evaluation.judge", "evaluation.bootstrap")
 _MADE = ("01_speeches", "04_pairs", "05_reward")
-_RATED = ("ratings", "responses.each_speech", "responses.samples", "responses.block")
+_RATED = ("ratings", "responses.block")
 
 # %% ../../nbs/core/01_stages.ipynb #25e29e6e
 _STAGES = [

@@ -78,11 +78,11 @@ def read_reply(reply, principle: str | None, n: int = 4) -> dict:
 
 # %% ../../nbs/feedback/01_rating.ipynb #2ef3b307
 def rate_round(
-    gateway, rater: str, speeches, responses, each_speech: int, max_tokens: int, seed: int, mode: str, block: int
+    gateway, rater: str, speeches, responses, shown: int, max_tokens: int, seed: int, mode: str, block: int
 ) -> typing.Iterator[tuple]:
     """Rate one response of each member on every principle, block by block: (frame, list of what was skipped).
 
-    each_speech: responses that a speech must have; max_tokens: of a reply, for each principle asked; mode: principle
+    shown: responses that a speech must have; max_tokens: of a reply, for each principle asked; mode: principle
     = a call for each principle, speech = one for all seven; block: speeches whose calls are in memory together."""
     model, calls = chat_model(rater), mode_calls(mode)
     text, places = dict(zip(speeches.speech_id, speeches.speech)), responses.groupby("speech_id", sort=False).indices
@@ -92,35 +92,36 @@ def rate_round(
 
     def jobs(part):
         for name in part:
-            for call in calls if len(places[name]) == each_speech else ():
-                yield name, call, shown_order(each_speech, seed, name, *filter(None, [call]))
+            for call in calls if len(places[name]) == shown else ():
+                yield name, call, shown_order(shown, seed, name, *filter(None, [call]))
 
     def request(name, call, order):
         return rating_request(call, text[name], [texts[places[name][i]] for i in order], max_tokens)
 
     asked = ((request(*job) for job in jobs(part)) for part in parts)
-    total = len(calls) * sum(len(own) == each_speech for own in places.values())
+    total = len(calls) * sum(len(own) == shown for own in places.values())
     for replies, part in zip(gateway.stream(model, asked, "rating", total), parts):
-        short = [(name, len(places[name])) for name in part if len(places[name]) != each_speech]
+        short = [(name, len(places[name])) for name in part if len(places[name]) != shown]
         answered = [(job, reply, members[places[job[0]]]) for job, reply in zip(jobs(part), replies)]
-        yield read_ratings(answered, short, rater, each_speech, lambda job: request(*job).key(model.identity))
+        yield read_ratings(answered, short, rater, shown, lambda job: request(*job).key(model.identity))
 
 # %% ../../nbs/feedback/01_rating.ipynb #9f5704a6
-def rounds_of(responses) -> list[tuple[int, typing.Any]]:
-    "Part responses by their number among those of their author to a speech: (number from 0, frame)."
-    numbers = responses.model.map(sample_of)
-    return [(number, responses[numbers == number]) for number in sorted(set(numbers))]
+def rounds_of(responses, shown: int) -> list[tuple[int, typing.Any]]:
+    "Part the responses to each speech into as many as one call shows, everybody's first before the second."
+    order = responses.model.map(sample_of).sort_values(kind="stable").index
+    rounds = responses.loc[order].groupby("speech_id").cumcount().reindex(responses.index) // shown
+    return [(number, responses[rounds == number]) for number in sorted(set(rounds))]
 
 
 def rate_blocks(
-    gateway, rater, speeches, responses, each_speech=4, max_tokens=1024, seed=0, mode="principle", block=512
+    gateway, rater, speeches, responses, shown=4, max_tokens=1024, seed=0, mode="principle", block=512
 ) -> typing.Iterator[tuple]:
     """Rate every response on every principle, block by block: (frame of ratings, list of what was skipped).
 
-    each_speech: responses that a speech must have in each round; the rest as in `rate_round`."""
-    for number, own in rounds_of(responses):
+    shown: responses that a speech must have in each round; the rest as in `rate_round`."""
+    for number, own in rounds_of(responses, shown):
         drawn = derived_seed(seed, "sample", number) if number else seed
-        yield from rate_round(gateway, rater, speeches, own, each_speech, max_tokens, drawn, mode, block)
+        yield from rate_round(gateway, rater, speeches, own, shown, max_tokens, drawn, mode, block)
 
 # %% ../../nbs/feedback/01_rating.ipynb #8d0c3211
 def check_known(answered: typing.Iterable[str], speeches: typing.Container[str]) -> None:
@@ -130,9 +131,7 @@ def check_known(answered: typing.Iterable[str], speeches: typing.Container[str])
         raise StudyError(f"ratings: {found}; run 02_responses again")
 
 # %% ../../nbs/feedback/01_rating.ipynb #21c2497e
-def read_ratings(
-    answered: list[tuple], short: list[tuple], rater: str, each_speech: int, key: typing.Callable
-) -> tuple:
+def read_ratings(answered: list[tuple], short: list[tuple], rater: str, shown: int, key: typing.Callable) -> tuple:
     """Read the replies to the calls of a block: (frame of ratings, by member, and list of what was skipped).
 
     answered: (job, reply, members of the speech), job = (speech_id, principle or None, order); short: (speech_id,
@@ -145,10 +144,10 @@ def read_ratings(
         skipped.append({"speech_id": name, "principle": principle, "reason": reason, "raw": raw, "key": key})
 
     for (name, n), principle in itertools.product(short, PRINCIPLE_KEYS):
-        skip(name, principle, f"the speech has {n} of {each_speech} responses")
+        skip(name, principle, f"the speech has {n} of {shown} responses")
     for job, reply, members in answered:
         name, call, order = job
-        for principle, found in read_reply(reply, call, each_speech).items():
+        for principle, found in read_reply(reply, call, shown).items():
             if isinstance(found, BadReply):
                 skip(name, principle, str(found), reply.raw if isinstance(reply, Failure) else reply.text, key(job))
                 continue

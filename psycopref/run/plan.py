@@ -281,7 +281,7 @@ def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
     test = round(profile.speeches.test_fraction * n)
     dev = round(profile.speeches.dev_fraction * (n - test))
     each, samples = profile.responses.each_speech, profile.responses.samples
-    more = math.comb(each * samples, 2) / math.comb(each, 2) if samples > 1 else 1  # responses that can be paired
+    more = math.comb(each * samples, 2) / math.comb(4, 2)  # responses that can be paired, beside the paper's four
     pairs, kept = (round(part * more * paper["train_pairs"] / paper["train_speeches"]) for part in (n - test, dev))
     tested = round(test * paper["test_pairs"] / paper["test_speeches"])
     return Plan(profile, n, characters, basis, test, dev, pairs - kept, kept, tested, count_general(profile))
@@ -320,7 +320,7 @@ def ask(self: Plan, stage: str, what: str, who: str, calls: int, kind: str, resp
     if who.startswith("rules:"):
         return Work(stage, what, who, calls)
     expected = response_tokens(response)
-    sizes = filled_characters(kind, self.characters, expected, self.profile.responses.each_speech)
+    sizes = filled_characters(kind, self.characters, expected, self.profile.ratings.shown)
     prompt, reply = (self.tokens(n, who) for n in sizes)
     what += f", {engine or 'local'}" * (kind == "respond" and not split_uri(who)[0])  # a policy of ours
     return Work(stage, what, who, calls, calls // shared * prompt, calls * (reply or expected), engine=engine)
@@ -385,7 +385,8 @@ def ratings(self: Plan) -> typing.Iterator[Work]:
     chosen, longest = self.profile.ratings, self.profile.responses.max_tokens
     some = min(chosen.compare_mode_speeches, self.speeches)
     for mode, n in ((chosen.mode, self.speeches), (other_mode(chosen.mode), some)):
-        calls = n * len(mode_calls(mode)) * self.profile.responses.samples
+        answers = self.profile.responses.each_speech * self.profile.responses.samples
+        calls = n * len(mode_calls(mode)) * answers // chosen.shown
         what = f"by {mode}: {n:,} speeches"
         yield from [self.ask("03_ratings", what, chosen.rater, calls, mode, longest)] if n else []
 
