@@ -72,6 +72,8 @@ def test_every_leaf_takes_another_value_of_its_type_and_only_that_leaf_changes()
             continue
         if profile != "paper" and new in ("keep", "train+dev"):  # adapters keep no moments; a reward model selects
             continue
+        if dotted in ("responses.each_speech", "responses.samples", "ratings.shown"):  # calls divide the responses
+            continue
         if profile == "laptop" and dotted == "dpo.label_smoothing":  # its arm with log-ratios for each token has none
             continue
         if type(None) in typing.get_args(annotation):
@@ -99,6 +101,13 @@ def test_whole_numbers_become_fractions_and_nothing_else_is_converted():
         ("speeches.sources", [3], "override 'speeches.sources': found 3 (int), expected a valid string"),
     ]:
         assert one_line(lambda name=name, value=value: load_profile("demo", {name: value})) == said
+
+
+def test_calls_divide_the_responses_to_a_speech():
+    changed = {"responses.each_speech": 2, "responses.samples": 3}
+    said = one_line(lambda: load_profile("paper", changed))
+    assert "ratings.shown: found 4 with 6 responses" in said
+    assert load_profile("paper", changed | {"ratings.shown": 3}).ratings.shown == 3
 
 
 def test_a_misspelt_name_is_refused_and_the_right_one_named():
