@@ -8,8 +8,8 @@ import html
 from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['TABLE_STYLE', 'PALETTE', 'BIG', 'SMALL', 'THEME', 'Label', 'format_cell', 'markdown_table', 'html_table',
-           'latex_text', 'latex_table', 'new_figure']
+__all__ = ['TABLE_STYLE', 'PALETTE', 'Label', 'format_cell', 'markdown_table', 'html_table', 'latex_text', 'latex_table',
+           'new_figure']
 
 # %% ../../nbs/core/03_tables.ipynb #5cb071e2
 @dataclass(frozen=True)
@@ -116,34 +116,15 @@ def latex_table(frame, caption: str, label: Label) -> str:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito (2008)
 
 
-BIG, SMALL = 10.8, 9.9  # points
-THEME = {  # on matplotlib's seaborn-v0_8-whitegrid: importing seaborn takes longer than most figures
-    "font.size": BIG,
-    "axes.labelsize": BIG,
-    "axes.titlesize": BIG,
-    "legend.title_fontsize": BIG,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "legend.fontsize": SMALL,
-    "legend.frameon": True,
-    "axes.linewidth": 1.25,
-    "grid.linewidth": 1.0,
-    "patch.edgecolor": "w",
-    "patch.force_edgecolor": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.bottom": False,
-    "ytick.left": False,
-    "xtick.major.size": 6.0,  # room between label and axis
-    "ytick.major.size": 6.0,
-    "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "sans-serif"],
-    "pdf.fonttype": 42,
-}
-
-
 def new_figure(width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **keywords):
     "Open a figure in the project's theme, colour-blind safe and with a light grid; keywords go to plt.subplots."
     import matplotlib.pyplot as plt
+    import seaborn as sns
 
-    plt.style.use(["seaborn-v0_8-whitegrid", THEME | {"axes.prop_cycle": plt.cycler(color=PALETTE)}])
+    sns.set_theme(
+        style="whitegrid",
+        palette=list(PALETTE),
+        font_scale=0.9,
+        rc={"axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42},
+    )
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **keywords)
