@@ -20,11 +20,11 @@ from ..core.paper import resource_path
 from ..core.stages import STAGES, Run, project_root
 
 # %% auto #0
-__all__ = ['START_SECONDS', 'RECEIPT_PLACES', 'TIMES_FILE', 'SAID_ELSEWHERE', 'stage_seconds', 'matmul_gflops',
+__all__ = ['AROUND_SECONDS', 'RECEIPT_PLACES', 'TIMES_FILE', 'SAID_ELSEWHERE', 'stage_seconds', 'matmul_gflops',
            'published_seconds', 'publish_seconds', 'expected_seconds', 'in_words', 'Job', 'Console']
 
 # %% ../../nbs/run/06_console.ipynb #d238f6fd
-START_SECONDS = 4.0  # seconds for which a stage's process runs before and after what its receipt times
+AROUND_SECONDS = 4.0  # seconds for which a stage's process runs before and after what its receipt times
 RECEIPT_PLACES = {"": "{}/{}", "_seed": "{}/seeds/*/{}", "_cell": "{}/{}.cells/*", "_shard": "{}/{}.shards/*-of-*"}
 
 
@@ -38,7 +38,7 @@ def stage_seconds(stage: str, profile: str, settings: dict | None = None, run: s
         found = [receipt for receipt in map(read_json, paths) if receipt["profile"] == profile]
         if found:
             newest = max(found, key=lambda receipt: (receipt["settings"] == settings, receipt["finished"]))
-            rules[stage + ending] = round(START_SECONDS + newest["seconds"], 1)
+            rules[stage + ending] = round(AROUND_SECONDS + newest["seconds"], 1)
     return rules
 
 # %% ../../nbs/run/06_console.ipynb #055451a7

@@ -245,6 +245,7 @@ class FakeParams:
     top_k: int = 0
     seed: int | None = None
     max_tokens: int | None = 16
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         assert self.temperature > 0 or self.n == 1, "n must be 1 when using greedy sampling"
