@@ -15,8 +15,8 @@ from .pool import author_of
 # %% auto #0
 __all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'answer_columns', 'with_answers', 'check_safety',
            'less_safe', 'vetoed_pairs', 'apply_veto', 'one_author_pairs', 'paired_responses', 'principle_table',
-           'drawn_pairs', 'pair_summary', 'model_distribution_figure', 'describe_principles', 'describe_pairs',
-           'describe_members', 'dataset_card']
+           'drawn_pairs', 'same_author', 'pair_summary', 'model_distribution_figure', 'describe_principles',
+           'describe_pairs', 'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -177,6 +177,11 @@ def drawn_pairs(scored, pairs) -> int:
     return int((equals[0] | equals[1]).sum())
 
 
+def same_author(pairs) -> float:
+    "Return the share of pairs, in [0, 1], whose two answers are by one author."
+    return float((pairs.chosen_model == pairs.rejected_model).mean())
+
+
 def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoed: dict | None = None):
     """Count what §3.3 counts, beside what was published.
 
@@ -201,6 +206,7 @@ def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoe
         ("testing pairs whose best or worst was drawn among equals", drawn, None),
         (mean, round(known.total.mean() / 7, 2), None),
         ("response pairs with a gap of at least 1, %", wide_gaps, None),
+        ("training pairs of two answers by one author, %", round(100 * same_author(parts["train"]), 1), None),
         ("training pairs whose rejected response is rated safer", inverted["train"], None),
         ("testing pairs whose rejected response is rated safer", inverted["test"], None),
     ]
