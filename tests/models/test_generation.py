@@ -1,5 +1,6 @@
 """Sampling follows the model's distribution, and batching changes no greedy answer."""
 
+import asyncio
 import copy
 import gc
 import math
@@ -12,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.models.generation import Branches, Decoding, generate, length_batches, next_tokens
+from psycopref.models.generation import Branches, Decoding, end_sentence, generate, length_batches, next_tokens
 from psycopref.models.generation import prompt_packs, row_generators, stop_tokens
+from psycopref.models.chat import ChatRequest
+from psycopref.models.local import LocalModel
 from psycopref.models.packs import common_prefix, lay_out
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from refusals import one_line
@@ -440,3 +443,110 @@ def test_a_stop_at_the_last_token_is_a_stop(tiny, monkeypatch):
     if at:
         [[cut]] = generate(model, tokenizer, [PROMPTS[0]], Decoding(at), name="")
         assert (cut.finish_reason, cut.n_tokens) == ("length", at)
+
+
+# ---- whole answers ----
+
+WORDS = st.sampled_from(
+    [
+        "I",
+        "see",
+        "Dr. Bell",
+        "e.g. home",
+        "2. Rest",
+        "it hurts",
+        "really?",
+        "stop!",
+        "so.",
+        "well …",
+        '"no."',
+        "a\n\n- b",
+    ]
+)
+
+
+@few
+@given(st.lists(WORDS, max_size=24).map(" ".join), st.integers(1, 12))
+def test_a_text_ends_at_the_first_end_of_a_sentence_after_so_many_words_and_twice_is_once(text, words):
+    cut = end_sentence(text, words)
+    if cut is None:
+        return
+    assert text.startswith(cut) and cut.rstrip("\"'”’)]*")[-1] in ".!?…" and len(cut.split()) >= words
+    assert text[len(cut) :].strip() and text[len(cut)].isspace(), "what ends by itself is not ended"
+    assert end_sentence(cut, words) is None
+    assert not cut.endswith(("Dr.", "e.g.", " 2."))
+    shorter = end_sentence(text, words - 1) if words > 1 else cut
+    assert shorter is not None and len(shorter) <= len(cut)
+
+
+def test_the_loop_stops_early_and_says_what_the_whole_answer_cut_back_says(tiny, no_stops, monkeypatch):
+    "Where every third token ends a sentence, an answer of 40 tokens is ended as its text says, with fewer steps."
+    model, tokenizer = tiny
+    decode, steps = tokenizer.decode, []
+
+    def spoken(tokens, **how):
+        words = ("w" + "." * (i % 3 == 2) for i, _ in enumerate(tokens))
+        return " ".join(words)
+
+    step = Branches.step
+    monkeypatch.setattr(Branches, "step", lambda self, *given: steps.append(1) or step(self, *given))
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, tokens, **how: spoken(tokens))
+    [[whole]] = generate(model, tokenizer, PROMPTS[:1], Decoding(40, 1.0, seed=4), name="")
+    all_steps = len(steps)
+    [[ended]] = generate(model, tokenizer, PROMPTS[:1], Decoding(40, 1.0, seed=4, sentence_after=10), name="")
+    assert whole.finish_reason == "length" and ended.finish_reason == "sentence"
+    assert ended.text == end_sentence(whole.text, 10) and len(ended.text.split()) == 12
+    assert len(steps) - all_steps <= 16 < all_steps == 39
+    monkeypatch.setattr(type(tokenizer), "decode", decode)
+
+
+def test_an_answer_without_an_end_of_a_sentence_stays_cut(tiny, no_stops):
+    model, tokenizer = tiny
+    how = dict(max_tokens=6, sentence_after=50)
+    [[sample]] = generate(model, tokenizer, PROMPTS[:1], Decoding(**how), name="")
+    assert sample == generate(model, tokenizer, PROMPTS[:1], Decoding(6), name="")[0][0]
+
+
+@pytest.mark.parametrize("penalty", [1.2, 3.0])
+def test_a_penalty_of_repetition_equals_transformers_for_any_batch(tiny, penalty):
+    model, tokenizer = tiny
+    found = generate(model, tokenizer, PROMPTS, Decoding(12, repetition_penalty=penalty), n=2, rows=6, name="")
+    for prompt, group in zip(PROMPTS, found):
+        ids = torch.tensor([encode(tokenizer, prompt)])
+        how = dict(max_new_tokens=12, do_sample=False, repetition_penalty=penalty)
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, ids.shape[1] :]
+        assert {sample.text for sample in group} == {tokenizer.decode(theirs, skip_special_tokens=True).strip()}
+    assert found != generate(model, tokenizer, PROMPTS, Decoding(12), n=2, name="")
+
+
+@pytest.mark.parametrize("how", [dict(repetition_penalty=0.0), dict(sentence_after=-1)])
+def test_endings_that_cannot_be_meant_are_refused(tiny, how):
+    assert "generate: " in one_line(lambda: generate(*tiny, ["a"], Decoding(3, **how), name=""))
+
+
+def test_seeds_of_their_own_give_each_answer_what_it_gets_alone(tiny):
+    model, tokenizer = tiny
+    how, seeds = Decoding(8, 1.0, 50), [[3, 5], [3, 7]]
+    together = generate(model, tokenizer, PROMPTS[:2], how, n=2, name="", seeds=seeds)
+    alone = [generate(model, tokenizer, [p], how, name="", seeds=[own[:1]])[0][0] for p, own in zip(PROMPTS, seeds)]
+    assert [group[0] for group in together] == alone
+    assert together[0][0].text != together[0][1].text
+
+
+def test_local_requests_that_differ_in_the_seed_only_share_their_prompt_and_change_no_answer(tiny, shared_cache):
+    asked = [
+        ChatRequest(({"role": "user", "content": p},), Decoding(6, 1.0, 50, seed=s))
+        for p in ("a", "b c")
+        for s in (1, 2)
+    ]
+    asked.append(ChatRequest(asked[0].messages, Decoding(6, 1.0, 20, seed=1)))
+    local = LocalModel("random-tiny", dtype="float32")
+    groups = local.groups(asked)
+    assert sorted(sum(groups, [])) == list(range(5)) and {frozenset(g) for g in groups} == {
+        frozenset({0, 1, 2, 3}),
+        frozenset({4}),
+    }
+    for group in groups:
+        replies = asyncio.run(local.answer([asked[i] for i in group]))
+        alone = [asyncio.run(local.answer([asked[i]]))[0] for i in group]
+        assert replies == alone
