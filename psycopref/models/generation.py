@@ -427,8 +427,8 @@ def generate(
     """Sample n answers to each prompt, in the order given.
 
     tokenizer: with a padding token of its own; prompts: rendered, special tokens included; rows: answers computed
-    together; name: shown before the progress bar; empty shows none; seeds: n of each prompt, in place of the
-    decoding's one."""
+    together; name: shown before the progress bar; empty shows none; seeds: n of each prompt, whose answers are those
+    that a call with this seed alone gives; None takes the decoding's."""
     import torch
 
     if decoding.max_tokens < 1 or n < 1:
@@ -443,14 +443,15 @@ def generate(
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     if not all(ids):
         raise StudyError(f"generate: prompt {ids.index([])} has no token; each needs one at least")
-    found, seeds = [None] * len(prompts), seeds or [[decoding.seed] * n] * len(prompts)
+    dealt = lambda i: (
+        [(decoding.seed, place) for place in range(n)] if seeds is None else [(own, 0) for own in seeds[i]]
+    )
+    found = [None] * len(prompts)
     stops, ended = _endings(model, tokenizer, decoding.sentence_after)
     batches = length_batches([len(i) for i in ids], max(1, rows // n))
     with _turn, torch.inference_mode():
         for batch in progress(batches, name, unit="batch") if name else batches:
-            own = [
-                derived_seed(seed, "answer", prompts[i], place) for i in batch for place, seed in enumerate(seeds[i])
-            ]
+            own = [derived_seed(seed, "answer", prompts[i], place) for i in batch for seed, place in dealt(i)]
             tokens = _decode(model, [ids[i] for i in batch], tokenizer.pad_token_id, ended, n, decoding, own)
             for place, i in enumerate(batch):
                 parts = tokens[place * n : place * n + n]
