@@ -17,8 +17,9 @@ from raw_server import error, good
 from refusals import one_line
 
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
-from psycopref.core.settings import PROFILES, ResponseSettings, load_profile
+from psycopref.core.settings import PROFILES, EvaluationSettings, ResponseSettings, load_profile
 from psycopref.core.stages import Run, Shard, derived_seed, parse_shard
+from psycopref.feedback.battles import answer
 from psycopref.feedback.pairing import make_pairs, one_author_pairs, scored_responses
 from psycopref.feedback.pool import POOLS, Member, assign_members, author_of, find_pool, left_out, pool_table, respond
 from psycopref.feedback.pool import sample_of, shard_speeches, whole_pool
@@ -29,6 +30,7 @@ from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import PROVIDERS, Gateway, chat_model
 from psycopref.gateway.servers import OpenAIModel, shutdown_day
 from psycopref.models.chat import ChatReply, ChatRequest, Failure
+from psycopref.models.generation import Decoding
 from psycopref.rater.rules import PHRASES, rubric_reply, score_batch, to_rating
 from psycopref.run.plan import plan_run, usd
 
@@ -705,3 +707,65 @@ def test_two_responses_of_an_author_to_a_speech_are_two():
     ratings = pd.DataFrame(rows, columns=["speech_id", "model", "principle", "rating"])
     said = describe_ratings(ratings, rating_summary(ratings), 1.0, 0)[0]
     assert "2 responses) is rated highest" in said and "1 responses) lowest" in said
+
+
+def test_two_members_that_answer_twice_are_rated_in_one_call_of_four(gateway, scripted):
+    scripted(lambda request: f"answer of seed {request.decoding.seed}")
+    pool = [Member(f"m{i}", "-", "scripted:model", persona=f"P{i}") for i in range(3)]
+    assigned = assign_members(SAID, pool, 2, 0)
+    responses, _ = respond(gateway, SPEECHES, assigned, replace(BRIEF, samples=2), 0)
+    rater = scripted(judge_by(lambda key, text, place: 4))
+    found, aside = collect_ratings(gateway, "scripted:model", SPEECHES, responses, mode="speech")
+    assert not aside and len(rater.requests) == 3 and len(found) == 7 * 12
+    shown = {tuple(sorted(v for k, v in r.fields.items() if k.startswith("response_"))) for r in rater.requests}
+    assert all(len(texts) == 4 for texts in shown)
+    short, aside = collect_ratings(gateway, "scripted:model", SPEECHES, responses.drop(index=0), mode="speech")
+    assert len(aside) == 7 and short.speech_id.nunique() == 2
+
+
+# ---- how answers end, and members as references ----
+
+
+def test_what_an_api_wrote_ends_with_a_sentence_and_the_cache_keeps_all_of_it(gateway, scripted):
+    model = scripted(lambda request: ChatReply("I hear you. It is late. And so I wou", "length", 9, 12))
+    ask = lambda words: ChatRequest(({"role": "user", "content": "?"},), Decoding(12, sentence_after=words))
+    cut, [raw] = gateway.ask(model, [ask(4), ask(9)]), gateway.ask(model, [ask(0)])
+    assert [(reply.text, reply.finish_reason) for reply in cut] == [
+        ("I hear you. It is late.", "sentence"),
+        ("I hear you. It is late. And so I wou", "length"),
+    ]
+    assert raw.finish_reason == "length" and cut[0].completion_tokens == 12, "what was written is what was paid"
+    again = gateway.ask(model, [ask(4)])
+    assert again == cut[:1] and len(model.requests) == 3
+
+
+def test_a_member_of_the_pool_is_asked_as_in_the_pool_wherever_it_is_a_reference(gateway, scripted, tmp_path):
+    place = tmp_path / "pool.json"
+    member = {"name": "kind", "size": "-", "model": "scripted:model", "persona": "Be kind.", "temperature": 0.3}
+    member |= {"top_k": 7, "top_p": 0.8, "examples": [["Hello.", "Yes?"]]}
+    place.write_text(json.dumps([member]))
+    model = scripted(lambda request: "I hear you. It is late, so late.")
+    chosen = EvaluationSettings(reference=f"pool:{place}/kind", max_tokens=50, temperature=1.0, sentence_after=3)
+    found = answer(gateway, chosen.reference, SPEECHES, "reference", chosen, 5)
+    assert set(found.response) == {"I hear you."} and set(found.finish_reason) == {"sentence"}
+    for request, speech in zip(model.requests, SPEECHES.speech):
+        assert request.messages == find_pool(str(place), 1)[0].messages(speech)
+        how = request.decoding
+        assert (how.max_tokens, how.temperature, how.top_k, how.top_p, how.seed) == (50, 0.3, 7, 0.8, 5)
+    assert gateway.counts[chosen.reference]["label"].startswith("kind of pool")
+    before = chat_model(chosen.reference).identity
+    place.write_text(json.dumps([member | {"persona": "Be harsh."}]))
+    assert chat_model(chosen.reference).identity != before, "another manner is another model"
+    rating = rating_request(None, "I am sad.", ["a", "b", "c", "d"])
+    line = one_line(lambda: chat_model(chosen.reference).asked(replace(rating, fields={})))
+    assert "it answers clients only" in line
+
+
+def test_a_penalty_and_the_cut_are_part_of_a_calls_name_only_where_they_do_something():
+    plain = ChatRequest(({"role": "user", "content": "?"},), Decoding(12))
+    names = {replace(plain, decoding=how).key("m") for how in (Decoding(12), Decoding(12, 0.0, 0, 1.0, 0, 1.0, 0))}
+    others = {
+        replace(plain, decoding=Decoding(12, **how)).key("m")
+        for how in ({"sentence_after": 4}, {"repetition_penalty": 1.1})
+    }
+    assert len(names) == 1 and len(others) == 2 and not names & others
