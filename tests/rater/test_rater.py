@@ -22,6 +22,7 @@ from psycopref.core.settings import StudyError
 from psycopref.rater import rules, scoring
 from psycopref.rater.dialogue_acts import DIALOGUE_ACTS
 from psycopref.rater.heads import read_heads
+from psycopref.rater.language import plain, words_of
 from psycopref.rater.rules import PHRASES, RulesModel, rubric_reply, score_batch, to_rating
 from psycopref.rater.scoring import answer_features, contributions, explain_answers, score_answers
 
@@ -233,3 +234,15 @@ def test_length_is_not_quality():
     assert (twice <= once + 0.05).all() and (thrice <= once + 0.05).all()
     for more, scores in zip(empty, padded):
         assert (scores - once).mean() < 0.05 and (scores - once > 0.1).mean() < 0.25, more
+
+
+def test_an_answer_that_turns_in_circles_is_worth_less_on_every_principle():
+    "Optimised policies found this hole: each round takes up a client's words, and no sentence is said twice."
+    client = "Two weeks ago I stopped taking naps. The days are awful, and the nights are slowly getting better."
+    said = "It sounds like the days are awful. It's not just your sleep, it's your day."
+    circles = " It's not just your day, it's your sleep. It's not just your nights, it's your sleep."
+    once, again = score_answers([client] * 2, [said, said + circles]).to_numpy()
+    assert (again <= once).all() and (once - again).mean() > 0.5
+    rows = pd.read_json(resource_path("minimal_pairs.jsonl"), lines=True, dtype=False)
+    written = [scoring.said_again(words_of(plain(text))) for text in [*rows.better, *rows.worse]]
+    assert np.mean(np.array(written) < 0.03) > 0.98
