@@ -198,7 +198,7 @@ def test_the_rankers_of_table_1_are_counted_and_served_on_machines_of_ours(offli
 
 def test_the_reward_models_are_looked_at_more_than_twice_an_epoch_where_it_is_short():
     steps, looks = plan.training_steps(145, DEMO.reward.batch_size, DEMO.reward.epochs, DEMO.reward.checkpoints)
-    assert steps == 36 and looks == 8 > 2 * DEMO.reward.epochs
+    assert steps == 36 and looks == DEMO.reward.checkpoints > 2 * DEMO.reward.epochs
 
 
 @pytest.mark.parametrize("content", [b"", b"half", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
