@@ -52,7 +52,11 @@ def hashed(texts, *arguments, **keywords):
 
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
+    """Put the stand-in in place, and leave none of its vectors behind for other tests of this process."""
+    topics._embedded.cache_clear()
     monkeypatch.setattr(topics, "embed", hashed)
+    yield
+    topics._embedded.cache_clear()
 
 
 def talk(slug: str, number: int) -> str:
