@@ -147,6 +147,9 @@ class DpoSettings:
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way; above 0: robust DPO (Chowdhury et al., 2024)
     # train on the end of answers that evaluation.sentence_after ended; that of cut ones is never learnt
     learn_sentence_ends: bool = True
+    # share of pairs, online too, whose prompt asks for the length of the chosen answer, as §4.2's second setting does;
+    # 0, as it seems in the paper: none
+    length_share: float = 0.0
     length_normalised: bool = False  # log-ratios for each token, as in Tülu 3 (with beta 5); the paper's are summed
     epochs: float = 3.0  # offline passes over the pairs, where steps is None
     steps: PositiveInt | None = None  # offline optimiser steps by count, in as many passes as they need (§4.2: 1,600)

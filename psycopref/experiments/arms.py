@@ -181,7 +181,7 @@ class CheckpointJudge:
 
     def answers(self, uri: str, name: str, seed: int):
         """Let a model answer; return a frame of kind "answers"."""
-        return answer(self.gateway, uri, self.speeches, name, self.settings, seed)
+        return answer(self.gateway, uri, self.speeches, name, self.settings, (seed, None))
 
     def battles(self, name: str, location: str | Path):
         """Let a checkpoint (weights, as find_weights takes them) answer, and judge it in the paper's order.

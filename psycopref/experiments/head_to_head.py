@@ -46,13 +46,14 @@ def all_answers(gateway, run: Run, policies: list[dict], speeches, chosen: Evalu
     """Collect the answers of the reference (first) and each policy in both settings, as frames of kind "answers".
 
     seed: of the policies' answers; shared: of the reference's, which all seeds of a run share."""
-    reference = answer(gateway, chosen.reference, speeches, "reference", chosen, derived_seed(shared, "reference"))
+    free = derived_seed(shared, "reference"), None
+    reference = answer(gateway, chosen.reference, speeches, "reference", chosen, free)
     words, frames = word_counts(reference), [reference]
     asked = speeches[speeches.speech_id.isin(words)]
     for policy in policies:
-        for setting, target in (("free", None), ("length", words)):
-            own = derived_seed(seed, "answers", policy["kind"], setting)
-            frames.append(answer(gateway, policy_uri(run, policy), asked, policy["policy"], chosen, own, target))
+        targets = {"free": None, "length": words}
+        rounds = [(derived_seed(seed, "answers", policy["kind"], own), target) for own, target in targets.items()]
+        frames.append(answer(gateway, policy_uri(run, policy), asked, policy["policy"], chosen, *rounds))
     return frames
 
 # %% ../../nbs/experiments/02_head_to_head.ipynb #2fef8016

@@ -5,6 +5,7 @@
 # %% ../../nbs/feedback/04_battles.ipynb #f5ebce0a
 from __future__ import annotations
 
+import itertools
 import typing
 
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
@@ -26,25 +27,25 @@ def answer_decoding(chosen: EvaluationSettings, seed: int) -> Decoding:
     return Decoding(*sampling, chosen.repetition_penalty, chosen.sentence_after)
 
 
-def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, seed: int, words: dict | None = None):
-    """Ask a model to answer client speeches; return a frame of kind "answers" without the failed calls.
+def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, *rounds: tuple[int, dict | None]):
+    """Ask a model to answer client speeches, once a round; return a frame of kind "answers" without the failed calls.
 
-    name: for the column `policy`; words: speech_id -> asked length in words, None leaves the length open."""
+    name: for the column `policy`; rounds: (seed, words); words: speech_id -> asked length in words, None leaves the
+    length open. All rounds are asked together, which keeps a model of ours busy."""
     import pandas as pd
 
-    how, asked = answer_decoding(chosen, seed), []
-    for own in speeches.itertuples():
-        text = responding_prompt(own.speech, None if words is None else words[own.speech_id])
-        fields = {"client_speech": own.speech}
-        asked.append(ChatRequest(({"role": "user", "content": text},), how, fields=fields))
-    replies, setting = gateway.ask(chat_model(uri), asked, f"answering: {name}"), "free" if words is None else "length"
-    rows = [
-        [speech_id, reply.text, reply.finish_reason, reply.completion_tokens, words[speech_id] if words else 0]
-        for speech_id, reply in zip(speeches.speech_id, replies)
-        if not isinstance(reply, Failure)
-    ]
-    frame = pd.DataFrame(rows, columns=["speech_id", "response", "finish_reason", "n_tokens", "target_words"])
-    return frame.assign(policy=name, setting=setting)[list(SCHEMAS["answers"])]
+    asked, rows = [], []
+    for (seed, words), own in itertools.product(rounds, speeches.itertuples()):
+        target, how = (words or {}).get(own.speech_id), answer_decoding(chosen, seed)
+        message = {"role": "user", "content": responding_prompt(own.speech, target)}
+        asked.append(ChatRequest((message,), how, fields={"client_speech": own.speech}))
+        rows.append([own.speech_id, name, "free" if words is None else "length", target or 0])
+    replies = gateway.ask(chat_model(uri), asked, f"answering: {name}")
+    frame = pd.DataFrame(rows, columns=["speech_id", "policy", "setting", "target_words"])
+    for column, field in (("response", "text"), ("finish_reason",) * 2, ("n_tokens", "completion_tokens")):
+        frame[column] = [getattr(reply, field, None) for reply in replies]
+    answered = [not isinstance(reply, Failure) for reply in replies]
+    return frame[answered].reset_index(drop=True).astype({"n_tokens": int})[list(SCHEMAS["answers"])]
 
 
 def word_counts(answers) -> dict:

@@ -31,6 +31,7 @@ from psycopref.training.texts import (
     render,
     save_policy,
     sharded,
+    with_length_prompts,
     silence,
     step_callback,
     step_plan,
@@ -118,10 +119,10 @@ def write_dpo_job(folder: Path, job: DpoJob, pairs, dev=None) -> None:
     settings = dataclasses.replace(job.settings, push_to_hub="")  # says nothing of the training
     job = dataclasses.replace(job, settings=settings, reference=reference)
     store_job(folder, job, {"train": pairs, "dev": dev})
-    _write_rows(folder, load_tokenizer(job.start), settings)
+    _write_rows(folder, load_tokenizer(job.start), settings, job.seed)
 
 # %% ../../nbs/training/05_dpo.ipynb #e52ff8d3
-def _write_rows(folder: Path, tokenizer, settings: DpoSettings) -> None:
+def _write_rows(folder: Path, tokenizer, settings: DpoSettings, seed: int) -> None:
     "Tokenise a job's pairs once."
     from datasets import Dataset
 
@@ -129,7 +130,8 @@ def _write_rows(folder: Path, tokenizer, settings: DpoSettings) -> None:
     for name, frame in load_job(folder, DpoJob)[1].items():
         if not (folder / "rows" / name).is_dir():
             unlearnt = ("length",) if settings.learn_sentence_ends else ("length", "sentence")
-            rows, long = dpo_rows(frame, tokenizer, settings.max_length, name == "train", unlearnt)
+            asked = with_length_prompts(frame, settings.length_share, seed)
+            rows, long = dpo_rows(asked, tokenizer, settings.max_length, name == "train", unlearnt)
             with whole_folder(folder / "rows" / name) as partial:
                 if rows:
                     Dataset.from_list(rows).save_to_disk(partial)

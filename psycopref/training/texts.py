@@ -17,17 +17,18 @@ from pathlib import Path
 from ..core.files import progress, read_json, write_json
 from ..core.prompts import responding_prompt
 from ..core.settings import LoraSettings, StudyError
+from ..core.stages import derived_seed
 from ..models.packs import common_prefix
 from ..models.weights import Weights, adapter_base, base_record, find_weights, load_causal_lm, pinned
 from ..models.weights import quiet_transformers, readable
 from .packing import EvenSampler
 
 # %% auto #0
-__all__ = ['prompt_messages', 'pair_messages', 'render', 'dialogue', 'keep_short', 'pair_rows', 'devices', 'accumulation_steps',
-           'pack_size', 'count_steps', 'step_plan', 'training_precision', 'add_lora', 'go_on_with_lora', 'save_merged',
-           'save_adapter', 'save_policy', 'merge_policy', 'save_trained', 'sharded', 'take_device', 'name_for_older',
-           'common_arguments', 'one_device', 'trainer_config', 'silence', 'step_callback', 'numbered',
-           'last_checkpoint', 'train_quietly']
+__all__ = ['prompt_messages', 'pair_messages', 'with_length_prompts', 'render', 'dialogue', 'keep_short', 'pair_rows', 'devices',
+           'accumulation_steps', 'pack_size', 'count_steps', 'step_plan', 'training_precision', 'add_lora',
+           'go_on_with_lora', 'save_merged', 'save_adapter', 'save_policy', 'merge_policy', 'save_trained', 'sharded',
+           'take_device', 'name_for_older', 'common_arguments', 'one_device', 'trainer_config', 'silence',
+           'step_callback', 'numbered', 'last_checkpoint', 'train_quietly']
 
 # %% ../../nbs/training/01_texts.ipynb #db5176c7
 def prompt_messages(client_speech: str) -> list[dict]:
@@ -41,6 +42,22 @@ def pair_messages(pair) -> list[dict]:
     if own is None or isinstance(own, float):
         return prompt_messages(pair.question)
     return [dict(message) for message in own]
+
+
+def with_length_prompts(pairs, share: float, seed: int):
+    """Let a share of pairs ask for the length of their chosen answer, as the length-constrained setting does.
+
+    pairs: with question, chosen and rejected; share: 0 to 1; seed: draws them by their texts. Returns pairs, with the
+    conversations in `messages`; None where nothing is asked."""
+    if not share:
+        return pairs
+    lots = (
+        derived_seed(seed, "length prompt", *texts) / 2**32
+        for texts in zip(pairs.question, pairs.chosen, pairs.rejected)
+    )
+    asked = (responding_prompt(q, max(5, len(c.split()))) for q, c in zip(pairs.question, pairs.chosen))
+    messages = [[{"role": "user", "content": text}] if lot < share else None for lot, text in zip(lots, asked)]
+    return pairs.assign(messages=messages)
 
 
 def render(tokenizer, messages: list[dict], response: str) -> str:

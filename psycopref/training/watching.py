@@ -463,7 +463,7 @@ class Watcher:
     def reference(self):
         "The reference model's answers to the watched speeches: frame of kind answers."
         own, seed = self.profile.evaluation, derived_seed(self.common, "reference")
-        found = answer(self.gateway, own.reference, self.speeches, "reference", own, seed)
+        found = answer(self.gateway, own.reference, self.speeches, "reference", own, (seed, None))
         what = "06_policy, answers of the reference to development speeches"
         check_coverage(len(found), len(self.speeches), own.coverage, what)
         return found

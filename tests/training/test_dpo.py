@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, read_rows, write_rows
+from psycopref.core.prompts import responding_prompt
 from psycopref.feedback.pairing import answer_columns, make_pairs, scored_responses, with_answers
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
 from psycopref.training.dpo import build_dpo_trainer, dpo_rows, materialise, train_policy
@@ -346,3 +348,17 @@ def test_nobody_goes_on_from_a_point_without_its_optimiser(tiny, tmp_path):
         (job / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").unlink()
     run_or_launch(job)
     assert same(weights_of(tmp_path / "model"), weights_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_pairs_asks_for_the_length_of_its_chosen_answer(tiny, tmp_path, share):
+    more = [TRAIN.assign(prefID=TRAIN.prefID + 100 * i, chosen=TRAIN.chosen + f" {i}.") for i in range(20)]
+    pairs = pd.concat(more, ignore_index=True)
+    job = write(tiny, tmp_path / "job", replace(FULL, length_share=share), None, pairs=pairs)
+    trainer, tokenizer, _ = build_dpo_trainer(job)
+    prompts = [tokenizer.decode(row["prompt_ids"]) for row in trainer.train_dataset]
+    words = pairs.chosen.str.split().str.len().clip(lower=5)
+    asked = [responding_prompt(q, n)[-60:] in text for q, n, text in zip(pairs.question, words, prompts)]
+    plain = [responding_prompt(q)[-60:] in text for q, text in zip(pairs.question, prompts)]
+    assert [not own for own in asked] == plain and abs(np.mean(asked) - share) < 0.15
+    assert share == 0.5 or np.mean(asked) == share
