@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import typing
+import weakref
 
 from ..core.files import progress
 from ..core.settings import StudyError
@@ -14,7 +15,7 @@ from .linear import CALIBRATION_TEXTS, to_int8
 from .weights import Weights, find_weights, pick_device, pick_dtype, pinned, readable
 
 # %% auto #0
-__all__ = ['STEP', 'BATCH_TOKENS', 'load_encoder', 'shaped_batches', 'embed']
+__all__ = ['STEP', 'BATCH_TOKENS', 'KNOWN', 'MOST_KNOWN', 'load_encoder', 'shaped_batches', 'embed']
 
 # %% ../../nbs/models/04_embedding.ipynb #31296377
 @functools.lru_cache(maxsize=2)
@@ -70,6 +71,10 @@ def _pooled(model, tokens, mask, layers):
         return torch.cat(units, 1).half().float().cpu().numpy()
 
 # %% ../../nbs/models/04_embedding.ipynb #975c4767
+KNOWN: typing.MutableMapping = weakref.WeakKeyDictionary()  # encoder -> {(max_tokens, layers): {text: vector}}
+MOST_KNOWN = 20_000  # texts, after which it begins anew
+
+
 def embed(
     texts: typing.Iterable[str],
     weights: Weights | None = None,
@@ -77,7 +82,7 @@ def embed(
     dtype: str = "auto",
     layers: typing.Sequence[int] = (-1,),
 ):
-    """Embed texts by the mean of a layer over their tokens; equal texts are computed once.
+    """Embed texts by the mean of a layer over their tokens; a text that the process has embedded is not computed again.
 
     weights: the encoder; None takes MiniLM; max_tokens: what is beyond is not read, as sentence-transformers sets it
     for MiniLM; dtype: auto, bfloat16, float32 or int8; layers: whose states are averaged, 0 the word embeddings, -1
@@ -87,20 +92,23 @@ def embed(
     import torch
 
     weights = weights or find_weights("minilm")
-    tokenizer, model = load_encoder(weights, dtype, None if min(layers) < 0 else max(layers))
+    tokenizer, model = load_encoder(weights, dtype, None if min(layers) < 0 else max(1, *layers))
     places = getattr(model.config, "max_position_embeddings", max_tokens)
     if max_tokens > places:
         raise StudyError(
             f"{weights.name}: max_tokens is {max_tokens}, but the encoder has {places} positions; lower it"
         )
     texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair becomes "?"
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    ids = tokenizer(list(place), truncation=True, max_length=max_tokens).input_ids if place else []
-    found = np.zeros((len(place), len(layers) * model.config.hidden_size), np.float32)
+    known = KNOWN.setdefault(model, {}).setdefault((max_tokens, tuple(layers)), {})
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    ids = tokenizer(new, truncation=True, max_length=max_tokens).input_ids if new else []
     for length, rows, members in progress(shaped_batches([len(i) for i in ids], max_tokens), "embedding", unit="batch"):
         tokens, mask = torch.zeros(2, rows, length, dtype=torch.long)
         mask[:, 0] = 1  # a row that is thrown away has one token, so that no mean is over nothing
         for row, i in enumerate(members):
             tokens[row, : len(ids[i])], mask[row, : len(ids[i])] = torch.tensor(ids[i]), 1
-        found[members] = _pooled(model, tokens, mask, layers)[: len(members)]
-    return found[[place[text] for text in texts]]
+        known |= zip((new[i] for i in members), _pooled(model, tokens, mask, layers))
+    found = np.array([known[text] for text in texts], np.float32).reshape(-1, len(layers) * model.config.hidden_size)
+    if len(known) > MOST_KNOWN:
+        del KNOWN[model][max_tokens, tuple(layers)]
+    return found

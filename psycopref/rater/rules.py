@@ -136,7 +136,12 @@ def rules_source(name: str) -> str:
 
 # %% ../../nbs/rater/05_rules.ipynb #3fa94b9a
 class RulesModel(FreeModel):
-    "Answer by rules: `rules:NAME` with a name of LABELS."
+    "Answer by rules: `rules:NAME` with a name of LABELS; many requests at once, as sentences are embedded together."
+
+    look = 1024
+
+    def groups(self, requests):
+        return [list(range(len(requests)))]
 
     def __init__(self, name: str):
         if name not in LABELS:

@@ -47,6 +47,12 @@ def make_encoder(folder: Path, seed=0, positions=256, lower=True) -> str:
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch):
+    """Compute every text anew in each call."""
+    monkeypatch.setattr(embedding, "MOST_KNOWN", -1)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return find_weights(make_encoder(tmp_path_factory.mktemp("encoder") / "bert"))
@@ -123,6 +129,23 @@ def test_batches_hold_every_text_once_in_a_shape_that_only_its_length_decides(le
         assert all(lengths[i] <= padded <= min(longest, lengths[i] + STEP - 1) for i in members)
         assert padded % STEP == 0 or padded == longest
     assert len({padded for padded, _, _ in batches}) <= -(-longest // STEP)
+
+
+def test_a_text_is_computed_again_by_other_weights_layers_or_lengths_alone(tiny, monkeypatch):
+    monkeypatch.setattr(embedding, "MOST_KNOWN", 2)
+    seen, pooled = [], embedding._pooled
+
+    def recording(model, tokens, mask, layers):
+        seen.append(int(mask[:, 1].sum()))  # texts of the batch
+        return pooled(model, tokens, mask, layers)
+
+    monkeypatch.setattr(embedding, "_pooled", recording)
+    both = embed(["i", "no"], tiny, dtype="float32")
+    assert np.array_equal(embed(["no", "i", "no"], tiny, dtype="float32"), both[[1, 0, 1]]) and seen == [2]
+    embed(["no"], tiny, 100, "float32"), embed(["no"], tiny, dtype="float32", layers=(0,))
+    assert seen == [2, 1, 1]
+    embed(["am"], tiny, dtype="float32"), embed(["no"], tiny, dtype="float32")
+    assert seen == [2, 1, 1, 1, 1], "three texts were one too many to keep"
 
 
 def test_equal_texts_are_computed_once_and_of_any_collection(tiny, monkeypatch):
