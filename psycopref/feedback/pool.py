@@ -19,7 +19,7 @@ from ..core.paper import resource_path
 from ..core.prompts import responding_prompt
 from ..core.settings import EvaluationSettings, ResponseSettings, StudyError, suggest
 from ..core.stages import Shard, blocks, derived_seed, project_root
-from ..gateway.gateway import PROVIDERS, chat_model
+from ..gateway.gateway import chat_model
 from ..gateway.servers import NotServed, shutdown_day
 from ..models.chat import ChatRequest, Failure
 from ..models.generation import Decoding
@@ -277,9 +277,6 @@ class MemberModel:
 
     def most(self, request) -> float:
         return self.model.most(self.asked(request))
-
-
-PROVIDERS["pool"] = MemberModel
 
 # %% ../../nbs/feedback/00_pool.ipynb #b895287e
 _ENDS = {"stop": "ended by itself %", "sentence": "ended with a sentence %", "length": "cut off %"}

@@ -34,7 +34,15 @@ from ..rater.rules import RulesModel
 __all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'most_usd', 'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
+def _member(place: str, **options) -> ChatModel:
+    "Open a member of a pool; pools ask models themselves, so they are not known before."
+    from psycopref.feedback.pool import MemberModel
+
+    return MemberModel(place, **options)
+
+
 PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "int8": Int8Model, "rules": RulesModel}
+PROVIDERS["pool"] = _member
 
 
 def chat_model(uri: str, **options) -> ChatModel:
