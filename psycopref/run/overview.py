@@ -45,7 +45,7 @@ BOXES = {  # column and row of each stage's box, and the phase of the study that
     "03_ratings": (2, 0, "dataset"), "04_pairs": (3, 0, "dataset"), "05_reward": (3, 1, "training"),
     "06_policy": (4, 1, "training"), "07_win_rates": (4, 2, "evaluation"), "08_ablations": (5, 1, "training"),
     "09_mixing": (4, 0, "training"), "10_judges": (5, 2, "evaluation"), "11_experts": (5, 3, "evaluation"),
-    "12_trial": (6, 3, "evaluation"), "13_report": (6, 2, ""),
+    "12_trial": (2, 4, "evaluation"), "13_report": (6, 2, ""),
 }  # fmt: skip
 PHASE_COLOURS = {"dataset": PALETTE[5], "training": PALETTE[4], "evaluation": PALETTE[2], "": "#BBBBBB"}
 
@@ -70,7 +70,7 @@ def draw_box(axes, name: str, title: str):
     lines = textwrap.wrap(title, 17)
     middle = -row + 0.065 * len(lines) - 0.08  # between number and title, in distances between two rows
     axes.text(column, middle, chapter_number(name), ha="center", va="bottom", fontsize=11, weight="bold")
-    axes.text(column, middle, "\n".join(lines), ha="center", va="top", fontsize=9, linespacing=1.15)
+    axes.text(column, middle, "\n".join(lines), ha="center", va="top", fontsize=8.7, linespacing=1.15)
     return box
 
 
@@ -87,7 +87,7 @@ def chain_figure(stages: typing.Mapping[str, Stage]):
     "Draw the chapters as boxes and what each needs as arrows; return a matplotlib figure."
     from matplotlib.patches import Patch
 
-    figure, axes = new_figure(11.5, 4.6)
+    figure, axes = new_figure(11.5, 5.6)
     boxes = {name: draw_box(axes, name, stage.title) for name, stage in stages.items()}
     for need, name in chain_arrows(stages):
         draw_arrow(axes, boxes[need], boxes[name])
