@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 import os
+import pkgutil
 import threading
 import time
 import typing
@@ -34,15 +35,10 @@ from ..rater.rules import RulesModel
 __all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'most_usd', 'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
-def _member(place: str, **options) -> ChatModel:
-    "Open a member of a pool; pools ask models themselves, so they are not known before."
-    from psycopref.feedback.pool import MemberModel
-
-    return MemberModel(place, **options)
-
-
 PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "int8": Int8Model, "rules": RulesModel}
-PROVIDERS["pool"] = _member
+PROVIDERS["pool"] = (
+    "psycopref.feedback.pool:MemberModel"  # by name, as it stands above this module: it asks models itself
+)
 
 
 def chat_model(uri: str, **options) -> ChatModel:
@@ -50,7 +46,8 @@ def chat_model(uri: str, **options) -> ChatModel:
     provider, _, name = uri.partition(":")
     if provider not in PROVIDERS or not name:
         raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(PROVIDERS)}")
-    return PROVIDERS[provider](name, **options)
+    make = PROVIDERS[provider]
+    return (pkgutil.resolve_name(make) if isinstance(make, str) else make)(name, **options)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #9b80116a
 @dataclass

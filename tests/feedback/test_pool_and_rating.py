@@ -81,10 +81,11 @@ def test_members_change_with_the_seed_and_everybody_gets_a_turn():
     names = [f"demo-{n}" for n in range(800)]
     first, second = (assign_members(names, POOLS["demo"], 4, seed) for seed in (0, 1))
     assert first != second
-    turns = Counter(member.name for _, member in first)
-    assert len(turns) == 8 and all(abs(n - 400) < 5 * 200**0.5 for n in turns.values())
+    turns, share = Counter(member.name for _, member in first), 4 / len(POOLS["demo"])
+    assert len(turns) == len(POOLS["demo"])
+    assert all(abs(n - 800 * share) < 5 * (800 * share * (1 - share)) ** 0.5 for n in turns.values())
     orders = Counter(member.name for _, member in first[::4])
-    assert len(orders) == 8, "the order of a speech's members is drawn too"
+    assert len(orders) == len(turns), "the order of a speech's members is drawn too"
 
 
 def test_pools_hold_enough_members_that_can_be_asked():
