@@ -72,6 +72,7 @@ def cells_of(stage):
     return [f"outputs/{RUN}/{stage['name']}.cells/{cell}/receipt.json" for cell in stage["cells"]]
 
 
+# Rules have a priority, so that of chapters that could run the first in reading order does.
 rule all:
     input:
         RULES[-1]["receipt"],
@@ -95,6 +96,7 @@ for stage in RULES:
             parameters=stage["parameters"],
             settings=stage["settings"],
             code=stage["code"],
+        priority: len(RULES) - RULES.index(stage)
         message: f"{stage['name']}: {stage['title']}"
         threads: workflow.cores
         shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"
@@ -112,6 +114,7 @@ for stage in RULES:
                 parameters=stage["parameters"],
                 settings=stage["settings"],
                 code=stage["code"],
+            priority: len(RULES) - RULES.index(stage)
             message: f"{stage['name']}: {stage['title']}, shard {{wildcards.scatteritem}}"
             threads: max(1, workflow.cores // SHARDS)
             shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p SHARD={wildcards.scatteritem}"
@@ -131,6 +134,7 @@ for stage in RULES:
                 parameters=stage["parameters"],
                 settings=stage["settings"],
                 code=stage["code"],
+            priority: len(RULES) - RULES.index(stage)
             message: f"{stage['name']}: {stage['title']}, cell {{wildcards.cell}}"
             threads: workflow.cores
             shell: "psycopref run {params.notebook} --parameters {params.parameters:q} -p CELL={wildcards.cell}"
@@ -152,6 +156,7 @@ for stage in RULES:
                 settings=stage["settings"],
                 code=stage["code"],
                 run=RUN,
+            priority: len(RULES) - RULES.index(stage)
             message: f"{stage['name']}: {stage['title']}, seed {{wildcards.seed}}"
             threads: workflow.cores
             shell:
