@@ -72,7 +72,6 @@ def cells_of(stage):
     return [f"outputs/{RUN}/{stage['name']}.cells/{cell}/receipt.json" for cell in stage["cells"]]
 
 
-# Rules have a priority, so that of chapters that could run the first in reading order does.
 rule all:
     input:
         RULES[-1]["receipt"],
@@ -96,7 +95,7 @@ for stage in RULES:
             parameters=stage["parameters"],
             settings=stage["settings"],
             code=stage["code"],
-        priority: len(RULES) - RULES.index(stage)
+        priority: len(RULES) - RULES.index(stage)  # of chapters that could run, the first in reading order does
         message: f"{stage['name']}: {stage['title']}"
         threads: workflow.cores
         shell: "psycopref run {params.notebook} --parameters {params.parameters:q}"

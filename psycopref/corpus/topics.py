@@ -87,18 +87,12 @@ def _tfidf(train: list[str], topics: list[str], texts: list[str]):
     return _head(words.fit_transform(train), topics, words.transform(texts))
 
 # %% ../../nbs/corpus/05_topics.ipynb #e4f6982b
-@functools.lru_cache(maxsize=2)
-def _embedded(described: tuple[str, ...], dtype: str):
-    "Embed descriptions once."
-    return embed(described, dtype=dtype)
-
-
 def _told(rows, dtype: str = "auto"):
     "Compare embedded texts with the descriptions."
     from scipy.special import softmax
 
     described = topic_descriptions()
-    near = rows @ _embedded(tuple(described.values()), dtype).T
+    near = rows @ embed(described.values(), dtype=dtype).T
     return softmax(near / 0.05, axis=1), list(described)
 
 

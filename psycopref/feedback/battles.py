@@ -36,7 +36,7 @@ def answer(gateway, uri: str, speeches, name: str, chosen: EvaluationSettings, *
 
     asked, rows = [], []
     for (seed, words), own in itertools.product(rounds, speeches.itertuples()):
-        target, how = (words or {}).get(own.speech_id), answer_decoding(chosen, seed)
+        target, how = None if words is None else words[own.speech_id], answer_decoding(chosen, seed)
         message = {"role": "user", "content": responding_prompt(own.speech, target)}
         asked.append(ChatRequest((message,), how, fields={"client_speech": own.speech}))
         rows.append([own.speech_id, name, "free" if words is None else "length", target or 0])

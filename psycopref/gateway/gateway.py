@@ -36,9 +36,7 @@ __all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream',
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
 PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "int8": Int8Model, "rules": RulesModel}
-PROVIDERS["pool"] = (
-    "psycopref.feedback.pool:MemberModel"  # by name, as it stands above this module: it asks models itself
-)
+PROVIDERS["pool"] = "psycopref.feedback.pool:MemberModel"  # found when it is needed, as it asks models itself
 
 
 def chat_model(uri: str, **options) -> ChatModel:

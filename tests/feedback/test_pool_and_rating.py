@@ -748,6 +748,8 @@ def test_a_member_of_the_pool_is_asked_as_in_the_pool_wherever_it_is_a_reference
     model = scripted(lambda request: "I hear you. It is late, so late.")
     chosen = EvaluationSettings(reference=f"pool:{place}/kind", max_tokens=50, temperature=1.0, sentence_after=3)
     found = answer(gateway, chosen.reference, SPEECHES, "reference", chosen, (5, None))
+    with pytest.raises(KeyError):  # a length that nobody knows is not left open in silence
+        answer(gateway, chosen.reference, SPEECHES, "reference", chosen, (5, {}))
     assert set(found.response) == {"I hear you."} and set(found.finish_reason) == {"sentence"}
     for request, speech in zip(model.requests, SPEECHES.speech):
         assert request.messages == find_pool(str(place), 1)[0].messages(speech)
