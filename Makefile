@@ -30,7 +30,7 @@ help:
 setup: $(READY)
 
 $(READY): constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make setup: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "make setup: Python 3.11.5 or newer is needed by what is pinned, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo "make setup: venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
