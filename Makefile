@@ -1,15 +1,16 @@
 # Two commands do everything: `make reproduce` and `make test`. See README.md.
 SHELL := /bin/bash
 PYTHON ?= python3
-PROFILE ?= demo
-RUN ?= $(PROFILE)
-SEED ?= 0
-SEEDS ?= $(SEED)
-OVERRIDES ?= {}
+# A variable that is set to nothing is not set.
+override PROFILE := $(or $(PROFILE),demo)
+override RUN := $(or $(RUN),$(PROFILE))
+override SEED := $(or $(SEED),0)
+override SEEDS := $(or $(SEEDS),$(SEED))
+override OVERRIDES := $(or $(OVERRIDES),{})
 SOURCES ?=
-SHARDS ?= 1
-JOBS ?= 2
-CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+override SHARDS := $(or $(SHARDS),1)
+override JOBS := $(or $(JOBS),2)
+override CORES := $(or $(CORES),$(shell nproc 2>/dev/null || sysctl -n hw.ncpu))
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -35,12 +36,15 @@ $(READY): constraints.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --nolock --config profile=$(PROFILE) run=$(RUN) seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
+# Names in quotes of their own: Snakemake would read 2025_02 as the number 202502.
+SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --nolock --config profile='"$(PROFILE)"' run='"$(RUN)"' seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
 LOG = outputs/$(RUN)/snakemake.log
 KEPT = what is finished is kept, and the same command goes on from there
 
 # Snakemake runs as a group of its own: an interrupt, however it comes, reaches all of it once, and we tell how to go on.
+reproduce: export GIVEN_RUN := $(RUN)
 reproduce: setup
+	@case "$$GIVEN_RUN" in *[!A-Za-z0-9._-]* | [._-]*) echo "psycopref: run name '$$GIVEN_RUN': use letters, digits, '.', '_' and '-' only" >&2; exit 1 ;; esac
 	@mkdir -p outputs/$(RUN); set -m; trap 'asked=1; kill -INT -- -$$(jobs -p)' INT TERM HUP; \
 	PSYCOPREF_LOG=$(LOG) $(SNAKEMAKE) 2>$(LOG) </dev/null & set +m; \
 	while wait $$!; code=$$?; kill -0 $$! 2>/dev/null; do :; done; test $$code = 0 && exit; \

@@ -27,8 +27,16 @@ def typed(value):
         return value
 
 
-PROFILE = config.get("profile", "demo")
-RUN = config.get("run") or PROFILE
+def name_of(what, usual):
+    "Return a name; Snakemake reads 2024, 1e3 and true as numbers, and nobody knows then what was typed."
+    value = config.get(what, "")
+    if not isinstance(value, str):
+        sys.exit(f"""psycopref: {what}={value}: found a {type(value).__name__}, expected a name; write {what}='"NAME"', or use make""")
+    return value or usual
+
+
+PROFILE = name_of("profile", "demo")
+RUN = name_of("run", PROFILE)
 OVERRIDES, SHARDS = config.get("overrides") or {}, config.get("shards", 1)
 
 try:

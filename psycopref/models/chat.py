@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import typing
 from dataclasses import asdict, dataclass, field, replace
 
 from .generation import Decoding, end_sentence
 
 # %% auto #0
-__all__ = ['ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel']
+__all__ = ['WHOLE', 'CUT', 'PASSING', 'ChatRequest', 'ChatReply', 'Failure', 'without_reasoning', 'has_words', 'read_answer',
+           'ChatModel', 'FreeModel']
 
 # %% ../../nbs/models/05_chat.ipynb #4379ae1c
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    "Hold one answer."
+    "Hold one answer, as `read_answer` leaves it."
 
-    text: str  # what the model said
+    text: str  # what the model said, without reasoning
     finish_reason: str = "stop"  # stop, length, or sentence (`end_sentence`)
     prompt_tokens: int = 0  # 0 where nobody counted
     completion_tokens: int = 0  # 0 where nobody counted
@@ -64,6 +66,57 @@ class Failure:
     def again(self) -> bool:
         "Tell whether a second attempt makes sense."
         return self.kind != "final"
+
+# %% ../../nbs/models/05_chat.ipynb #7c5494f0
+WHOLE = frozenset("stop eos eos_token end_turn stop_sequence complete completed".split())  # an answer's own end
+CUT = frozenset("length max_tokens max_output_tokens max_completion_tokens max_length model_length token_limit".split())
+PASSING = frozenset("error timeout abort aborted cancelled overloaded insufficient_system_resource".split())
+_TAGS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think"
+_OPEN = rf"<(?:{_TAGS})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)<\|message\|>"
+_CLOSE = (
+    rf"</(?:{_TAGS})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+    r"|(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
+)
+_REASONING = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
+
+
+def without_reasoning(text: str, prompt: str = "") -> str | None:
+    """Take reasoning off a text; None where it does not end.
+
+    prompt: what the text continues, as chat templates write it; it may open the reasoning."""
+    inside, start, kept = bool(re.search(f"(?:{_OPEN})\\s*$", prompt, re.IGNORECASE)), 0, []
+    for mark in _REASONING.finditer(text):
+        if mark["close"]:
+            kept = kept if inside else []  # opened by a template that we did not see: all before is reasoning
+        elif not inside:
+            kept.append(text[start : mark.start()])
+        inside, start = bool(mark["open"]), mark.end()
+    if inside:
+        return None
+    return "".join([*kept, text[start:]]).strip() if start else text
+
+# %% ../../nbs/models/05_chat.ipynb #631f339a
+def has_words(text: str) -> bool:
+    "Tell whether a text holds a letter or a digit of any script."
+    return any(map(str.isalnum, text))
+
+
+def read_answer(
+    text: str | None, reason: str | None = None, tokens: tuple[int, int] = (0, 0), prompt: str = ""
+) -> ChatReply | Failure:
+    """Read what a model said: its answer, or why there is none.
+
+    reason: the word for how it ended, None where nobody said one; tokens: of prompt and completion, 0 where nobody
+    counted; prompt: what the text continues, where that is known."""
+    said, word = text or "", str(reason or "stop").rpartition(".")[2].lower()
+    if word not in WHOLE | CUT | {"sentence"}:
+        kind = "broken" if word in PASSING else "final"
+        return Failure(f"no answer (finish_reason {str(reason)[:60]})", said, *tokens, kind=kind)
+    answer = without_reasoning(said, prompt)
+    if answer is None or not has_words(answer):
+        what = "reasoning that does not end" if answer is None else "no word in the reply" if said else "no text"
+        return Failure(f"{what} (finish_reason {reason})", said, *tokens)
+    return ChatReply(answer, "length" if word in CUT else "stop" if word in WHOLE else word, *tokens)
 
 # %% ../../nbs/models/05_chat.ipynb #fe332b9f
 class ChatModel(typing.Protocol):
