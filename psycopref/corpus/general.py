@@ -150,7 +150,10 @@ def weighted_sums(rows, rule: RatingRule):
 
 # %% ../../nbs/corpus/07_general.ipynb #c3a4781e
 PAIR_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "gap")
-FATES = ("response pairs", "same text", "ties", "too small gap", "pairs")
+FATES = ("response pairs", "same text", "ties", "too small gap", "contradictions", "pairs")
+
+
+_SIDES = (["chosen", "rejected"], ["rejected", "chosen"])
 
 
 def _settle(source: str, rows, candidates, min_gap=0):
@@ -163,7 +166,9 @@ def _settle(source: str, rows, candidates, min_gap=0):
     messages = {prompt: parse_prompt(prompt) for prompt in first}
     found = candidates[candidates.prompt.isin([prompt for prompt, turns in messages.items() if turns])]
     same = found.chosen.map(str.strip) == found.rejected.map(str.strip)
-    fates = np.select([same, found.gap == 0, found.gap < min_gap], FATES[1:4], "pairs")
+    stated, turned = (found[["prompt", *sides]].agg(tuple, axis=1) for sides in _SIDES)
+    both = stated.isin(set(turned))  # a set that says a > b and b > a of one prompt says nothing of them
+    fates = np.select([same, found.gap == 0, found.gap < min_gap, both], FATES[1:5], "pairs")
     counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": list(messages.values()).count(None)}
     counts |= {fate: int((fates == fate).sum()) for fate in FATES} | {"response pairs": len(found)}
     found = found[fates == "pairs"]

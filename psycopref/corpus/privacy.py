@@ -355,12 +355,19 @@ def find_phones(text: str) -> list[tuple[int, int]]:
     return spans
 
 # %% ../../nbs/corpus/03_privacy.ipynb #ac565c46
+def _as_typed(text: str) -> str:
+    "Write an e-mail address that was written out, as in `jane [at] example (dot) com`, as it is typed."
+    for word, sign in (("at|@", "@"), ("dot", ".")):
+        text = re.sub(rf"\s*(?:[\[({{<]\s*(?:{word})\s*[\])}}>]|(?<!\w)(?:{word})(?!\w))\s*", sign, text, flags=re.I)
+    return text
+
+
 def recognisers() -> list:
     "Return presidio's recognisers for PATTERNS and for our rules; importing presidio takes seconds."
     from presidio_analyzer import LocalRecognizer, Pattern, PatternRecognizer, RecognizerResult
     from presidio_analyzer.predefined_recognizers import EmailRecognizer
 
-    checks = {"EMAIL_ADDRESS": lambda text: _suffixes()(text).fqdn, "URL": is_web_address}
+    checks = {"EMAIL_ADDRESS": lambda text: _suffixes()(_as_typed(text)).fqdn, "URL": is_web_address}
     library = {"EMAIL_ADDRESS": EmailRecognizer.PATTERNS}
 
     class Checked(PatternRecognizer):

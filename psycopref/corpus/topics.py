@@ -11,6 +11,7 @@ import re
 import typing
 
 from ..models.chat import ChatReply, ChatRequest
+from ..core.reading import parse_json
 from ..core.settings import StudyError
 from ..core.paper import coarse_of, coarse_topics, resource_path
 from ..core.stages import derived_seed
@@ -49,8 +50,8 @@ def topic_slug(text: str) -> str | None:
 def topic_descriptions() -> dict[str, str]:
     "Read the descriptions of the 42 topics. Returns slug -> one sentence, in Table 4's order."
     try:
-        found = json.loads(prompt_text("topics.json"))
-    except json.JSONDecodeError as error:
+        found = parse_json(prompt_text("topics.json"))
+    except ValueError as error:
         raise StudyError(f"topics.json: is no JSON ({error}); mend the file in your prompts folder") from None
     if isinstance(found, dict):
         empty = [slug for slug, what in found.items() if not isinstance(what, str) or not what.strip()]

@@ -95,6 +95,9 @@ def _named(path: Path) -> dict[str, list]:
         rows = len(next(iter(columns.values())))
         columns = {"id": range(rows), **columns, "subset": [split[1]] * rows}
     missing = [name for name in BENCH_COLUMNS if name not in columns]
+    if {"chosen", "rejected"} & {*missing} and {"num_correct", "num_incorrect"} & {*columns}:
+        found = "is RewardBench 2, whose prompts have one good and several bad answers, expected pairs of RewardBench"
+        raise StudyError(f"{path}: {found}; {BENCH.remedy}")
     if missing:
         found = f"columns {missing} are missing, found {list(columns)[:8]}"
         raise StudyError(f"{path}: {found}; is it RewardBench? If not, {BENCH.remedy}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..core.files import PRINCIPLE_KEYS, atomic_path
 from ..core.settings import StudyError
 from ..core.stages import Run, blocks
-from ..corpus.fetching import short_reason
+from ..core.reading import short_reason
 from ..corpus.sources import as_text, read_columns
 from .rating import rating_request, read_reply
 from ..gateway.gateway import chat_model, open_gateway

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from .generation import Decoding, end_sentence
 
 # %% auto #0
-__all__ = ['WHOLE', 'CUT', 'PASSING', 'ChatRequest', 'ChatReply', 'Failure', 'without_reasoning', 'has_words', 'read_answer',
-           'ChatModel', 'FreeModel']
+__all__ = ['WHOLE', 'CUT', 'PASSING', 'ChatRequest', 'ChatReply', 'Failure', 'without_reasoning', 'has_words', 'how_ended',
+           'read_answer', 'ChatModel', 'FreeModel']
 
 # %% ../../nbs/models/05_chat.ipynb #4379ae1c
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ChatReply:
     finish_reason: str = "stop"  # stop, length, or sentence (`end_sentence`)
     prompt_tokens: int = 0  # 0 where nobody counted
     completion_tokens: int = 0  # 0 where nobody counted
+    model: str = field(default="", compare=False)  # who answered, where the server says it
 
     def end(self, words: int) -> ChatReply:
         "Return the reply, ended with a sentence after so many words; 0 leaves it. Tokens stay those that were written."
@@ -101,6 +102,12 @@ def has_words(text: str) -> bool:
     return any(map(str.isalnum, text))
 
 
+def how_ended(reason: str | None) -> str | None:
+    "Return stop, length or sentence for the word with which a model ended; None for any other word."
+    word = str(reason or "stop").rpartition(".")[2].lower()
+    return "stop" if word in WHOLE else "length" if word in CUT else "sentence" if word == "sentence" else None
+
+
 def read_answer(
     text: str | None, reason: str | None = None, tokens: tuple[int, int] = (0, 0), prompt: str = ""
 ) -> ChatReply | Failure:
@@ -108,15 +115,15 @@ def read_answer(
 
     reason: the word for how it ended, None where nobody said one; tokens: of prompt and completion, 0 where nobody
     counted; prompt: what the text continues, where that is known."""
-    said, word = text or "", str(reason or "stop").rpartition(".")[2].lower()
-    if word not in WHOLE | CUT | {"sentence"}:
-        kind = "broken" if word in PASSING else "final"
-        return Failure(f"no answer (finish_reason {str(reason)[:60]})", said, *tokens, kind=kind)
+    said, end = text or "", how_ended(reason)
+    if end is None:
+        kind = "broken" if str(reason).rpartition(".")[2].lower() in PASSING else "final"
+        return Failure(f"no answer (finish_reason {str(reason)[:60]})", said, *tokens, kind, unsure=not any(tokens))
     answer = without_reasoning(said, prompt)
     if answer is None or not has_words(answer):
         what = "reasoning that does not end" if answer is None else "no word in the reply" if said else "no text"
-        return Failure(f"{what} (finish_reason {reason})", said, *tokens)
-    return ChatReply(answer, "length" if word in CUT else "stop" if word in WHOLE else word, *tokens)
+        return Failure(f"{what} (finish_reason {reason})", said, *tokens, unsure=not any(tokens))
+    return ChatReply(answer, end, *tokens)
 
 # %% ../../nbs/models/05_chat.ipynb #fe332b9f
 class ChatModel(typing.Protocol):

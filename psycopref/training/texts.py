@@ -71,16 +71,16 @@ def dialogue(tokenizer, client_speech: str, response: str) -> str:
 
 # %% ../../nbs/training/01_texts.ipynb #eac01cd2
 def keep_short(rows: list[dict], sizes: list[int], pairs, max_length: int, needed: bool, section: str) -> tuple:
-    """Split rows of pairs by length: (those within max_length, prefIDs of the others).
+    """Split rows of pairs: (those within max_length whose two sides differ in tokens, prefIDs of those too long).
 
     sizes: tokens of each pair's prompt with its longer answer; needed: refuse to keep none; section: reward / dpo."""
-    kept = [row for row, size in zip(rows, sizes) if size <= max_length]
+    short = [row for row, size in zip(rows, sizes) if size <= max_length]
+    kept = [row for row in short if row["chosen_ids"] != row["rejected_ids"]]
     if needed and not kept:
         raise StudyError(
-            f"{section}: found {len(rows)} pairs, all longer than max_length {max_length}; expected one to train on; "
-            f"raise {section}.max_length"
-            if rows
-            else f"{section}: found no pair, expected one to train on; look at what was dropped"
+            f"{section}: found {len(rows)} pairs, {len(rows) - len(short)} longer than max_length {max_length} and "
+            f"{len(short)} of one and the same tokens, expected one to train on; raise {section}.max_length, or look "
+            "at what was dropped"
         )
     return kept, [int(name) for name, size in zip(pairs.prefID, sizes) if size > max_length]
 

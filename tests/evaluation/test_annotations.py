@@ -271,7 +271,7 @@ FAULTS = {
     "null.json": ("null", "no annotation"),
     "empty.csv": ("", "kit_id"),
     "nameless.csv": (table(KIT, ANSWERS).replace("kit_id", "kit", 1), "kit_id"),
-    "moved.csv": (f"kit_id,item_id,empathy\n{KIT['kit_id']},{FIRST},1,2\n", "row 2 has 4 cells"),
+    "moved.csv": (f"kit_id,item_id,empathy\n{KIT['kit_id']},{FIRST},1,2\n", "line 2 has 4 of 3 cells"),
     "page.html": (kit_html(KIT), ".html"),
     "made.json": (simulate(KIT, 1, 0) | {"annotator": "Eve"}, "was simulated"),
     "made2.json": (page(KIT, ANSWERS, "Simulated 7"), "was simulated"),
@@ -297,7 +297,7 @@ def test_a_run_takes_each_annotator_once(tmp_path, monkeypatch):
     scores, _, _ = planted(task="score")
     dumped(tmp_path / "a.json", page(KIT, ANSWERS))
     dumped(tmp_path / "deep" / "b.json", page(scores, seeing(scores), "ada "))
-    dumped(tmp_path / "c.json", page(KIT, ANSWERS, "Ben"))
+    dumped(tmp_path / "c.json", page(KIT, seeing(KIT, turn=True), "Ben"))
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path / "nbs")  # a path begins in the project's folder
     files = annotation_files([str(tmp_path), "a.json", "deep"])
