@@ -25,7 +25,7 @@ help:
 	@echo "make reproduce   the whole study; PROFILE=demo (default), tiny, laptop or paper; RUN, SEED or SEEDS=0,1,2, OVERRIDES, SOURCES, SHARDS"
 	@echo "make test        notebooks and tests, JOBS=2 at a time; make test-chains: chains of notebooks that CI runs too"
 	@echo "make notebooks   copy the outputs of a finished run's chapters into nbs/, and its seeds into results/; RUN"
-	@echo "make bench       measure what is claimed to be fast; WHAT=bench_reward GIVEN=DTYPE=float32 does one of them"
+	@echo "make bench       measure what is claimed to be fast; WHAT=reward GIVEN=DTYPE=float32 does one of them, WHAT=faults counts bad input"
 	@echo "make clean       remove results (outputs/, figures/), keep the environment and downloaded weights"
 
 setup: $(READY)
@@ -66,7 +66,7 @@ test-chains: setup
 WHAT ?= bench_machine bench_generation bench_reward bench_policy bench_duplicates bench_gateway
 
 bench: setup
-	@for name in $(WHAT); do SECONDS=0; python tests/bench/$$name.py $(GIVEN) || exit 1; echo "$$name: $$SECONDS s"; done
+	@for name in $(patsubst bench_%,%,$(WHAT)); do SECONDS=0; python tests/bench/bench_$$name.py $(GIVEN) || exit 1; echo "$$name: $$SECONDS s"; done
 
 notebooks: setup
 	psycopref notebooks $(RUN)

@@ -22,7 +22,7 @@ from .settings import StudyError
 
 # %% auto #0
 __all__ = ['environment', 'environment_choice', 'environment_count', 'environment_amount', 'environment_address', 'check_address',
-           'parse_json', 'short_reason', 'unpacked', 'decoded', 'read_text', 'table_cells']
+           'parse_json', 'short_reason', 'unpacked', 'decoded', 'has_words', 'read_text', 'table_cells']
 
 # %% ../../nbs/core/01_reading.ipynb #3dc637b8
 def environment(name: str, default: str = "") -> str:
@@ -135,6 +135,11 @@ def decoded(path: Path, data: bytes, fallback: str | None = None) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise StudyError(f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again")
     return text
+
+
+def has_words(text: str) -> bool:
+    "Tell whether a text holds a letter or a digit of any script; invisible characters and dots are no words."
+    return any(map(str.isalnum, text))
 
 
 def read_text(path: Path, fallback: str | None = None) -> str:

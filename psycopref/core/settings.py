@@ -24,7 +24,10 @@ from pydantic.dataclasses import dataclass
 
 # %% ../../nbs/core/00_settings.ipynb #42aec35d
 class StudyError(Exception):
-    "Report something the user can mend, in one line."
+    "Report something the user can mend, in one line, whatever was typed into it."
+
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(str(message).split()))
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
@@ -47,9 +50,8 @@ class SpeechSettings:
     min_characters: NonNegativeInt = 100  # shorter speeches are dropped (§3.1)
     max_characters: PositiveInt = 1000  # longer speeches are dropped (§3.1)
     near_duplicate: Share = 0.7  # Jaccard index from which two speeches count as one; not given in the paper
-    mask: Literal["none", "scraped", "all"] = (
-        "scraped"  # mask names, addresses and the like of: none, scraped (all but our own corpus), all
-    )
+    # mask names, addresses and the like of: none, scraped (all but our own corpus), all
+    mask: Literal["none", "scraped", "all"] = "scraped"
     names: str = "lexicon"  # how names of people are found: lexicon, or an installed spaCy pipeline beside it
     topic_method: str = "minilm+descriptions"  # who finds a missing topic: a method of `corpus.topics`, or a URI
     topic_confidence: Share = 0.15  # a topic less probable than this becomes `others`
@@ -73,12 +75,10 @@ class ResponseSettings:
     samples: PositiveInt = 1  # responses of a member to a speech; the paper has 1, above it pairs of one author exist
     max_tokens: PositiveInt = 1024  # longest response in tokens
     sentence_after: NonNegativeInt = 0  # words after which a response ends with its sentence; 0, as in the paper: never
-    repetition_penalty: PositiveFloat = (
-        1.0  # divides logits of tokens that prompt or response hold; 1: as in the paper, none
-    )
-    block: PositiveInt = (
-        512  # speeches whose calls are looked at together, here and in the ratings; a shard takes whole blocks
-    )
+    # divides logits of tokens that prompt or response hold; 1: as in the paper, none
+    repetition_penalty: PositiveFloat = 1.0
+    # speeches whose calls are looked at together, here and in the ratings; a shard takes whole blocks
+    block: PositiveInt = 512
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -90,9 +90,8 @@ class RatingSettings:
     max_tokens: PositiveInt = 1024  # longest reply in tokens, for each principle that a call asks for
     shown: PositiveInt = 4  # responses to a speech that one call rates together, of all it has; the prompt has as many
     coverage: Share = 0.98  # the stage fails if a smaller share of speeches × principles has valid ratings
-    compare_mode_speeches: NonNegativeInt = (
-        0  # rate this many speeches in the other mode too, for Table S14; 0 = no comparison
-    )
+    # rate this many speeches in the other mode too, for Table S14; 0 = no comparison
+    compare_mode_speeches: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -129,9 +128,8 @@ class RewardSettings:
     warmup_ratio: Share = 0.03  # share of the steps; not given in the paper
     max_length: PositiveInt = 2048  # tokens of prompt plus one response; longer pairs are dropped and listed
     checkpoints: NonNegativeInt = 4  # evaluations on the development pairs; the checkpoint of the least loss is kept
-    center_coefficient: NonNegativeFloat = (
-        0.0  # weight of (r_chosen + r_rejected)²; 0, as in the paper, leaves the zero open
-    )
+    # weight of (r_chosen + r_rejected)²; 0, as in the paper, leaves the zero open
+    center_coefficient: NonNegativeFloat = 0.0
     margin: bool = False  # subtract the ratings' mean gap in the loss; the paper does not
     lora: LoraSettings = LoraSettings()
     # other reward models of Table 1: names of `training.scoring`, paths or hub ids
@@ -197,9 +195,8 @@ class IterSettings:
     min_gap: NonNegativeFloat = 0.0  # a pair's rewards differ by more than this
     init: Literal["previous", "base"] = "previous"  # where an iteration starts
     reference: Literal["previous", "base"] = "previous"  # the reference policy of an iteration
-    nll_weight: NonNegativeFloat = (
-        0.0  # of Pang et al.'s term, a mean over a pack's tokens as in trl; the paper writes plain DPO
-    )
+    # of Pang et al.'s term, a mean over a pack's tokens as in trl; the paper writes plain DPO
+    nll_weight: NonNegativeFloat = 0.0
     learning_rate: PositiveFloat | None = None  # None takes that of offline DPO, as the paper does
     # warm-up and decay once across all iterations, or in each; not in the paper, whose 1,600 steps are one training.
     # Across all, each iteration hangs on how many there are: one more trains all again; with each, only the new one
@@ -241,9 +238,8 @@ class EvaluationSettings:
     # words after which an answer of policies, candidates and the reference ends with its sentence; 0: never
     sentence_after: NonNegativeInt = 0
     repetition_penalty: PositiveFloat = 1.0  # of policies, candidates and the reference; 1: none
-    curve_speeches: PositiveInt | None = (
-        None  # test speeches for each point of Fig. 4; None takes all, as the paper (§4.3)
-    )
+    # test speeches for each point of Fig. 4; None takes all, as the paper (§4.3)
+    curve_speeches: PositiveInt | None = None
     coverage: Share = 0.98  # the stage fails below this share of verdicts
     bootstrap: PositiveInt = 1000  # draws for an interval; of a mean or share at least 10,000
 
@@ -272,9 +268,8 @@ class AgreementSettings:
     "What experts are asked, and who answered (§3.4, §4.2)."
 
     label_pairs: NonNegativeInt = 200  # preference pairs of the dataset (§3.4)
-    battle_pairs: NonNegativeInt = (
-        100  # pairs of a policy's and the reference's answers in each of the two settings (§4.2)
-    )
+    # pairs of a policy's and the reference's answers in each of the two settings (§4.2)
+    battle_pairs: NonNegativeInt = 100
     scored: NonNegativeInt = 100  # answers of the policy scored 1-5 in each setting (§4.2, Fig. 3)
     policy: str = ""  # whose answers; empty takes the policy with the highest free win rate
     annotations: tuple[str, ...] = ()  # filled-in kits: files, or folders of them; empty makes the kits and waits

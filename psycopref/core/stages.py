@@ -63,7 +63,12 @@ _STAGES = [
     Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"), _BATTLES, seeds=True),
     Stage("08_ablations", "online against offline data", (*_MADE, "06_policy"), _ARMS, seeds=True),
     Stage("09_mixing", "counselling and general pairs mixed", _MADE, _MIXED, cells=True),
-    Stage("10_judges", "other judges of the same answers", ("01_speeches", "05_reward", "07_win_rates"), _JUDGES),
+    Stage(
+        "10_judges",
+        "other judges of the same answers",
+        ("01_speeches", "02_responses", "05_reward", "07_win_rates"),
+        _JUDGES,
+    ),
     Stage("11_experts", "experts: kits, agreement, comparison", (*_MADE[:2], "07_win_rates"), _ASKED),
     Stage("12_trial", "the offline rubric on trial", ("02_responses", "03_ratings"), ("trial",)),
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from ..core.reading import has_words
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
 from .collection import split_of
@@ -150,10 +151,10 @@ def weighted_sums(rows, rule: RatingRule):
 
 # %% ../../nbs/corpus/07_general.ipynb #c3a4781e
 PAIR_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "gap")
-FATES = ("response pairs", "same text", "ties", "too small gap", "contradictions", "pairs")
+FATES = ("response pairs", "no words", "same text", "ties", "too small gap", "contradictions", "pairs")
 
 
-_SIDES = (["chosen", "rejected"], ["rejected", "chosen"])
+_SIDES = (("chosen", "rejected"), ("rejected", "chosen"))
 
 
 def _settle(source: str, rows, candidates, min_gap=0):
@@ -166,9 +167,14 @@ def _settle(source: str, rows, candidates, min_gap=0):
     messages = {prompt: parse_prompt(prompt) for prompt in first}
     found = candidates[candidates.prompt.isin([prompt for prompt, turns in messages.items() if turns])]
     same = found.chosen.map(str.strip) == found.rejected.map(str.strip)
-    stated, turned = (found[["prompt", *sides]].agg(tuple, axis=1) for sides in _SIDES)
-    both = stated.isin(set(turned))  # a set that says a > b and b > a of one prompt says nothing of them
-    fates = np.select([same, found.gap == 0, found.gap < min_gap, both], FATES[1:5], "pairs")
+    words = np.array([has_words(a) and has_words(b) for a, b in zip(found.chosen, found.rejected)], dtype=bool)
+    told = words & ~same & (found.gap != 0) & ~(found.gap < min_gap)
+    stated, turned = ([*zip(found.prompt, found[a], found[b])] for a, b in _SIDES)
+    turned = {own for own, real in zip(turned, told) if real}
+    both = np.array(
+        [own in turned for own in stated], dtype=bool
+    )  # a set that prefers each of two to the other says nothing of them
+    fates = np.select([~words, same, found.gap == 0, found.gap < min_gap, both], FATES[1:6], "pairs")
     counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": list(messages.values()).count(None)}
     counts |= {fate: int((fates == fate).sum()) for fate in FATES} | {"response pairs": len(found)}
     found = found[fates == "pairs"]

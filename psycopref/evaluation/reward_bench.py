@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from ..core.paper import resource_path
+from ..core.reading import has_words
 from ..core.settings import StudyError, suggest
 from ..stats.intervals import interval
 from ..stats.scores import _numbers
@@ -106,7 +107,7 @@ def _named(path: Path) -> dict[str, list]:
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #d4cd0a13
 _FORMS = {  # column -> what a good cell is, and how to say so
     "subset": (lambda value: isinstance(value, str) and value in PUBLISHED, ""),
-    "chosen": (lambda value: isinstance(value, str), "text; mend the row."),
+    "chosen": (lambda value: isinstance(value, str) and has_words(value), "text with a word in it; mend the row."),
     "rejected": (lambda value: isinstance(value, str), "text; mend the row."),
     "prompt": (lambda value: _turns(value) is not None, "text, or turns that begin and end with the user's; mend it."),
     "id": (lambda value: value is not None and value != "", "a number or a name; number the rows."),

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.files import SCHEMAS
 from ..core.paper import resource_path
 from ..core.prompts import responding_prompt
+from ..core.reading import parse_json, read_text, short_reason
 from ..core.settings import EvaluationSettings, ResponseSettings, StudyError, suggest
 from ..core.stages import Shard, blocks, derived_seed, project_root
 from ..gateway.gateway import chat_model
@@ -96,16 +97,18 @@ def sample_of(name: str) -> int:
 
 # %% ../../nbs/feedback/00_pool.ipynb #688c24f8
 def read_pool(path: Path) -> tuple[Member, ...]:
-    "Read a pool from a YAML or JSON list of members; each has a name of its own."
+    "Read a pool from a list of members, YAML (ours) or JSON; each has a name of its own."
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
+    text = read_text(path)
     try:
-        pool = TypeAdapter(tuple[Member, ...]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise StudyError(f"pool {str(path)!r}: {said}; expected a .json file with a list of members") from None
-    except ValidationError as error:
+        listed = yaml.safe_load(text) if path.suffix == ".yaml" else parse_json(text)
+        pool = TypeAdapter(tuple[Member, ...]).validate_python(listed)
+    except (yaml.YAMLError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            said = short_reason(error)
+            raise StudyError(f"pool {str(path)!r}: {said}; expected a .json file with a list of members") from None
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "file"
         raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None

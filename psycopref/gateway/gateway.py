@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastcore.basics import patch
 
@@ -258,7 +258,6 @@ async def call(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         failed = [reply.reason for reply in replies.values() if isinstance(reply, Failure)]
         self.count["failed"] += len(failed)
         self.gateway.reasons.update(failed)
-        self.check_alike(failed, len(replies))
         return replies
     except (Exception, asyncio.CancelledError) as error:
         self.fail(error)
@@ -271,9 +270,10 @@ async def call(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
 
 # %% ../../nbs/gateway/04_gateway.ipynb #800c7f05
 @patch
-def check_alike(self: Stream, failed: list[str], n: int) -> None:
-    "Refuse to go on where nothing but one and the same failure came so far. failed: reasons, of n calls."
-    self.answered = self.answered or len(failed) < n
+def check_alike(self: Stream, replies: typing.Collection[ChatReply | Failure]) -> None:
+    "Refuse to go on where nothing but one and the same failure came so far."
+    failed = [reply.reason for reply in replies if isinstance(reply, Failure) and not reply.again]
+    self.answered = self.answered or any(isinstance(reply, ChatReply) for reply in replies)
     self.alike.update(re.sub(r"\d+", "#", reason) for reason in failed)
     if not self.answered and len(self.alike) == 1 and self.alike.total() >= ALIKE:
         raise StudyError(
@@ -291,7 +291,8 @@ def _read(reply: ChatReply | Failure) -> ChatReply | Failure:
     "Read what a model said, whoever brought it; what an earlier version kept is read as today's."
     if isinstance(reply, Failure):
         return reply
-    return read_answer(reply.text, reply.finish_reason, (reply.prompt_tokens, reply.completion_tokens))
+    found = read_answer(reply.text, reply.finish_reason, (reply.prompt_tokens, reply.completion_tokens))
+    return found if isinstance(found, Failure) else replace(found, model=reply.model)
 
 
 @patch
@@ -326,6 +327,7 @@ async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
     tokens = [sum(getattr(reply, name) for reply in found) for name in ("prompt_tokens", "completion_tokens")]
     new = {key: own for key, own in replies.items() if isinstance(own, ChatReply) and key not in self.kept}
     self.book(new, len(found), *tokens, usd)
+    self.check_alike(replies.values())
     await asyncio.shield(self.write())  # what was paid for is kept, also where this call is cancelled
     return replies
 

@@ -11,11 +11,12 @@ import re
 import typing
 from dataclasses import asdict, dataclass, field, replace
 
+from ..core.reading import has_words
 from .generation import Decoding, end_sentence
 
 # %% auto #0
-__all__ = ['WHOLE', 'CUT', 'PASSING', 'ChatRequest', 'ChatReply', 'Failure', 'without_reasoning', 'has_words', 'how_ended',
-           'read_answer', 'ChatModel', 'FreeModel']
+__all__ = ['WHOLE', 'CUT', 'PASSING', 'ChatRequest', 'ChatReply', 'Failure', 'without_reasoning', 'how_ended', 'read_answer',
+           'ChatModel', 'FreeModel']
 
 # %% ../../nbs/models/05_chat.ipynb #4379ae1c
 @dataclass(frozen=True)
@@ -97,11 +98,6 @@ def without_reasoning(text: str, prompt: str = "") -> str | None:
     return "".join([*kept, text[start:]]).strip() if start else text
 
 # %% ../../nbs/models/05_chat.ipynb #631f339a
-def has_words(text: str) -> bool:
-    "Tell whether a text holds a letter or a digit of any script."
-    return any(map(str.isalnum, text))
-
-
 def how_ended(reason: str | None) -> str | None:
     "Return stop, length or sentence for the word with which a model ended; None for any other word."
     word = str(reason or "stop").rpartition(".")[2].lower()

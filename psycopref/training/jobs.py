@@ -313,7 +313,8 @@ def training_facts(
 ) -> dict:
     """Say what a trainer was given: numbers of pairs, prefIDs of overlong ones, the plan, steps of warm-up.
 
-    dev: rows, or None; given: training pairs before any was left out; schedule: (steps before, steps in all) where several jobs share one."""
+    dev: rows, or None; given: training pairs before any was left out; schedule: (steps before, steps in all) where
+    several jobs share one."""
     before, total = schedule or (0, plan["steps"])
     warm = min(max(0, trainer.args.get_warmup_steps(total) - before), plan["steps"])
     found = {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev or ()), "dev_too_long": dev_long}
