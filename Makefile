@@ -36,8 +36,8 @@ $(READY): constraints.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-# Names in quotes of their own: Snakemake would read 2025_02 as the number 202502.
-SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --nolock --config profile='"$(PROFILE)"' run='"$(RUN)"' seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
+# Names in brackets: Snakemake would read 2025_02 as the number 202502, in quotes too.
+SNAKEMAKE = snakemake --cores $(CORES) --scheduler greedy --nolock --config profile='["$(PROFILE)"]' run='["$(RUN)"]' seeds='$(SEEDS)' overrides='$(OVERRIDES)' sources='$(SOURCES)' shards=$(SHARDS)
 LOG = outputs/$(RUN)/snakemake.log
 KEPT = what is finished is kept, and the same command goes on from there
 

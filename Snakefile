@@ -28,11 +28,13 @@ def typed(value):
 
 
 def name_of(what, usual):
-    "Return a name; Snakemake reads 2024, 1e3 and true as numbers, and nobody knows then what was typed."
-    value = config.get(what, "")
+    "Return a name, alone or in brackets; Snakemake reads 2024 and 1e3 as numbers, and nobody knows then what was typed."
+    value = usual if config.get(what) in (None, "") else config[what]
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, str):
-        sys.exit(f"""psycopref: {what}={value}: found a {type(value).__name__}, expected a name; write {what}='"NAME"', or use make""")
-    return value or usual
+        found = f"psycopref: {what}={value}: found a {type(value).__name__}, expected a name"
+        sys.exit(f"""{found}; write {what}='["NAME"]' with the name as you meant it, or use make""")
+    return value
 
 
 PROFILE = name_of("profile", "demo")

@@ -92,6 +92,27 @@ def test_every_leaf_refuses_every_wrong_type_in_one_line_that_names_it():
             assert dotted in str(error.value) and "\n" not in str(error.value)
 
 
+def test_every_number_has_a_range():
+    for profile, dotted, value, kind in EVERY:
+        own = next(iter(typing.get_args(kind)), kind)
+        wrong = {int: [-1, -(10**9)], float: [-0.1, -1e9]}.get(own, [])
+        if dotted.rpartition(".")[2] in ("coverage", "top_p", "warmup_ratio", "test_fraction", "topic_confidence"):
+            wrong.append(1.01)
+        for number in wrong:
+            with pytest.raises(StudyError) as error:
+                load_profile(profile, {dotted: number})
+            assert dotted in str(error.value) and str(number) in str(error.value)
+    for dotted in (
+        "dpo.batch_size",
+        "reward.batch_size",
+        "dpo.learning_rate",
+        "evaluation.max_tokens",
+        "ablation.pairs",
+    ):
+        assert "greater than 0" in one_line(lambda dotted=dotted: load_profile("demo", {dotted: 0}))
+    assert "backbones" in one_line(lambda: load_profile("demo", {"backbones": []}))
+
+
 def test_whole_numbers_become_fractions_and_nothing_else_is_converted():
     assert type(load_profile("demo", {"dpo.beta": 1}).dpo.beta) is float
     for name, value, said in [
