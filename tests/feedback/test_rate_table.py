@@ -280,7 +280,6 @@ def test_what_can_not_be_written_is_refused_before_anything_is_rated(acts, tmp_p
         ("in.csv", b"context,text\na\n", "line 2 has 1 of 2 cells"),
         ("in.csv", "context,text\na,caf\xe9\n".encode("latin-1"), "is not UTF-8"),
         ("in.csv", b"context,text,text\na,b,c\n", "['text'] more than once"),
-        ("in.csv", b"context;text\na;b\n", "divided by ';', expected commas"),
         ("in.jsonl", b'{"context": "a", "text": 4}\n', "no row has a text"),
         ("in.parquet", b"no", "no parquet file"),
     ],
