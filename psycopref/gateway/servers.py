@@ -149,7 +149,7 @@ def utc_today() -> datetime.date:
 def shutdown_day(uri: str) -> datetime.date | None:
     "Return the day on which OpenAI shuts a model down; None where none is announced, or somebody else serves it."
     provider, _, name = uri.partition(":")
-    known = prices()["shutdowns"]["models"].get(name) if provider in ("openai", "batch") else None
+    known = prices()["shutdowns"]["models"].get(name.partition("?")[0]) if provider in ("openai", "batch") else None
     return known and datetime.date.fromisoformat(known["day"])
 
 

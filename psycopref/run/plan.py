@@ -79,7 +79,7 @@ TOKEN_FAMILIES = {  # model's name -> characters to a token, ±%: on speeches of
 # %% ../../nbs/run/04_plan.ipynb #a5648633
 def split_uri(who: str) -> tuple[str, str, str]:
     "Split a gateway URI without opening the model: (provider, name, server's address); a plain name has no provider."
-    found = re.fullmatch(rf"({'|'.join(PROVIDERS)}):(.+?)(?:@(http.+))?", who)
+    found = re.fullmatch(rf"({'|'.join(PROVIDERS)}):(.+?)(?:@(http.+?))?(?:\?.*)?", who)
     return found.groups("") if found else ("", who, "")
 
 
