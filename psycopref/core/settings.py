@@ -341,9 +341,8 @@ class Profile:
     "Every number of a run."
 
     name: str  # tiny, demo, laptop, paper
-    backbones: Annotated[
-        tuple[str, ...], Field(min_length=1)
-    ]  # weights to train from: a name of `models.weights`, a path, or a hub id
+    # weights to train from: a name of `models.weights`, a path, or a hub id
+    backbones: Annotated[tuple[str, ...], Field(min_length=1)]
     dtype: str = "auto"  # training dtype: auto = bfloat16 where the processor has it, else float32
     speeches: SpeechSettings = SpeechSettings()
     responses: ResponseSettings = ResponseSettings()

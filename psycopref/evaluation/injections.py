@@ -47,7 +47,7 @@ def judged_texts(speeches, responses, answers):
 
 
 def injection_table(texts):
-    """Count who talks to the judge (Table S56).
+    """Count who talks to the judge.
 
     texts: frame of author and text. Returns frame: author, texts, talk to the judge, %, its interval, an example."""
     import pandas as pd
@@ -65,7 +65,7 @@ def injection_table(texts):
 
 
 def injection_sentences(table) -> list[str]:
-    "Report Table S56 in sentences."
+    "Report the table in sentences."
     tried = table[table["talk to the judge"] > 0]
     if tried.empty:
         return [f"None of {table.texts.sum()} texts says anything to a judge or a machine in words that we know."]
