@@ -69,8 +69,8 @@ def test_a_chapter_opens_with_its_question_and_points_to_no_number(path):
 
 
 def test_readme_is_one_page():
-    lines, own = README.splitlines(), re.sub(r"(?s)<!-- results: .*<!-- end of results -->", "", README)
-    assert len(lines) <= 120 and len(own.split()) <= 1000, "without the table that a run writes"
+    lines = README.splitlines()
+    assert len(lines) <= 120 and len(README.split()) <= 1200
     assert any(line.startswith("make reproduce") for line in lines[:30])
     assert "no clinical judge" in README
 
