@@ -8,7 +8,8 @@ import os
 import re
 import sys
 
-from psycopref.core.settings import StudyError, load_profile
+from psycopref.core.reading import parse_json
+from psycopref.core.settings import StudyError, load_profile, suggest
 from psycopref.core.stages import parse_seeds
 from psycopref.run.console import Console
 from psycopref.run.runner import stage_rules
@@ -22,26 +23,51 @@ def typed(value):
     if isinstance(value, list):
         return [typed(leaf) for leaf in value]
     try:
-        return json.loads(value)
+        return parse_json(value)
     except (TypeError, ValueError):
         return value
 
 
-PROFILE = config.get("profile", "demo")
-RUN = config.get("run") or PROFILE
-OVERRIDES, SHARDS = config.get("overrides") or {}, config.get("shards", 1)
+def name_of(what, usual):
+    "Return a name, alone or in brackets; Snakemake reads 2024 and 1e3 as numbers, and nobody knows then what was typed."
+    value = usual if config.get(what) in (None, "") else config[what]
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str):
+        found = f"psycopref: {what}={value}: found a {type(value).__name__}, expected a name"
+        sys.exit(f"""{found}; write {what}='["NAME"]' with the name as you meant it, or use make""")
+    return value
+
+
+def given(what, usual):
+    "Return what --config says, None and an empty text being nothing; a text in brackets is that text, as it was typed."
+    value = config.get(what)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    return usual if value in (None, "") else value
+
+
+KNOWN = ("profile", "run", "seed", "seeds", "overrides", "sources", "shards")
+if strange := [name for name in config if name not in KNOWN]:
+    sys.exit(f"psycopref: --config {strange[0]}=…: there is no such setting. {suggest(strange[0], KNOWN)}")
+PROFILE = name_of("profile", "demo")
+RUN = name_of("run", PROFILE)
+OVERRIDES, SHARDS, SOURCES = given("overrides", {}), given("shards", 1), given("sources", None)
+if os.environ.get("PSYCOPREF_LOG"):  # `make reproduce` tells them as they were typed, before Snakemake read them
+    OVERRIDES = os.environ.get("GIVEN_OVERRIDES") or OVERRIDES
 
 try:
-    OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else typed(OVERRIDES)
-except ValueError:
-    pass
+    OVERRIDES = parse_json(OVERRIDES) if isinstance(OVERRIDES, str) else typed(OVERRIDES)
+except ValueError as error:
+    sys.exit(f"""psycopref: OVERRIDES={OVERRIDES}: {error}; expected a JSON object, such as OVERRIDES='{{"dpo.beta": 0.05}}'""")
 if not isinstance(OVERRIDES, dict):
-    sys.exit(f"""psycopref: OVERRIDES={config["overrides"]}: expected a JSON object, such as OVERRIDES='{{"dpo.beta": 0.05}}'""")
+    sys.exit(f"""psycopref: OVERRIDES={OVERRIDES}: expected a JSON object, such as OVERRIDES='{{"dpo.beta": 0.05}}'""")
 if not re.fullmatch("[1-9][0-9]*", str(SHARDS)):
     sys.exit(f"psycopref: SHARDS={SHARDS}: expected a whole number from 1 on")
 SHARDS = int(SHARDS)
-if config.get("sources"):
-    OVERRIDES["speeches.sources"] = str(config["sources"]).split(",")
+if SOURCES is not None:
+    if not isinstance(SOURCES, str):
+        sys.exit(f"psycopref: SOURCES={SOURCES}: expected names of sources, with commas between them")
+    OVERRIDES["speeches.sources"] = SOURCES.split(",")
 
 
 scattergather:
@@ -52,6 +78,7 @@ try:
     load_profile(PROFILE, OVERRIDES)
     if "budget_usd" in OVERRIDES:  # no setting of a stage: raising it must not redo what is finished
         os.environ["BUDGET_USD"] = str(OVERRIDES.pop("budget_usd"))
+    os.environ["PSYCOPREF_ASKED"] = json.dumps({"name": PROFILE, "overrides": OVERRIDES})  # chapters refuse what was made otherwise
     SEED, *FURTHER = parse_seeds(config.get("seeds", config.get("seed", 0)))
     RULES = stage_rules(PROFILE, RUN, SEED, OVERRIDES, FURTHER)
 except StudyError as error:

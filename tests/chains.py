@@ -15,9 +15,13 @@ REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
+PLANTED = "sk-planted-0123456789abcdef"  # a secret of the user's, which must stand nowhere afterwards
+
+
 def environment():
-    "The environment of a user: no project set, this interpreter's commands first."
-    own = {"PATH": f"{BIN}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "false"}
+    "The environment of a user: no project set, this interpreter's commands first, keys of services that are not asked."
+    own = dict.fromkeys(("OPENAI_API_KEY", "HF_TOKEN", "PSYCOPREF_KEY_EXAMPLE_ORG", "WANDB_API_KEY"), PLANTED)
+    own |= {"PATH": f"{BIN}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "false"}
     own["OMP_NUM_THREADS"] = "2"  # as Snakemake gives to each stage with two cores: threads decide the last bits
     return {k: v for k, v in os.environ.items() if k != "PSYCOPREF_ROOT"} | own
 

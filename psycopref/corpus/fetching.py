@@ -13,17 +13,13 @@ import urllib.parse
 from pathlib import Path
 
 from ..core.files import clear_disk_errors, read_json, sha256_file, write_json
+from ..core.reading import environment, short_reason
 from ..core.settings import StudyError
 from ..core.stages import cache_root
 
 # %% auto #0
-__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'FETCH_TIMEOUT', 'short_reason', 'url_place', 'fetch_url', 'url_is_here',
-           'parse_hub', 'hub_note', 'fetch_hub', 'hub_is_here']
-
-# %% ../../nbs/corpus/00_fetching.ipynb #4c665cc1
-def short_reason(error: Exception) -> str:
-    "Shorten an error of another library to one line of at most 120 characters; its class where it says nothing."
-    return " ".join(str(error).split())[:120] or type(error).__name__
+__all__ = ['FETCH_ATTEMPTS', 'FETCH_WAIT_SECONDS', 'FETCH_TIMEOUT', 'url_place', 'fetch_url', 'url_is_here', 'parse_hub',
+           'hub_note', 'fetch_hub', 'hub_is_here']
 
 # %% ../../nbs/corpus/00_fetching.ipynb #66a32c81
 def url_place(url: str) -> Path:
@@ -66,7 +62,7 @@ def _download(url: str, path: Path, remedy: str) -> None:
     import requests
     import stamina
 
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if environment("HF_HUB_OFFLINE").upper() in ("1", "ON", "YES", "TRUE"):
         raise StudyError(f"{url}: is not in the cache, and HF_HUB_OFFLINE forbids downloads; unset it, or {remedy}")
     pooch.get_logger().setLevel("WARNING")
     get = pooch.HTTPDownloader(timeout=FETCH_TIMEOUT)

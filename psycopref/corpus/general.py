@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from ..core.reading import has_words, same_words
 from ..core.settings import StudyError, suggest
-from ..core.stages import derived_seed
+from ..core.stages import derived_seed, user_path
 from .collection import split_of
 from psycopref.corpus.sources import (
     HUB,
@@ -75,7 +76,7 @@ def parse_place(place: str) -> tuple[Source, str]:
 def open_general(place: str) -> Opened:
     "Find a set's files, fetching what is not here; arguments as for parse_place."
     source, where = parse_place(place)
-    if Path(where).expanduser().is_file():  # its neighbours are none of its parts
+    if user_path(where).is_file():  # its neighbours are none of its parts
         source = replace(source, layouts=tuple(layout for layout in source.layouts if len(layout) == 1))
     return open_source(f"{source.name}={where}", {source.name: source})
 
@@ -150,7 +151,10 @@ def weighted_sums(rows, rule: RatingRule):
 
 # %% ../../nbs/corpus/07_general.ipynb #c3a4781e
 PAIR_COLUMNS = ("ID", "prefID", "question", "messages", "chosen", "rejected", "gap")
-FATES = ("response pairs", "same text", "ties", "too small gap", "pairs")
+FATES = ("response pairs", "no words", "same text", "ties", "too small gap", "contradictions", "pairs")
+
+
+_SIDES = (("chosen", "rejected"), ("rejected", "chosen"))
 
 
 def _settle(source: str, rows, candidates, min_gap=0):
@@ -162,8 +166,14 @@ def _settle(source: str, rows, candidates, min_gap=0):
     first = {prompt: row for row, prompt in zip(rows.index[::-1], rows.prompt[::-1])}
     messages = {prompt: parse_prompt(prompt) for prompt in first}
     found = candidates[candidates.prompt.isin([prompt for prompt, turns in messages.items() if turns])]
-    same = found.chosen.map(str.strip) == found.rejected.map(str.strip)
-    fates = np.select([same, found.gap == 0, found.gap < min_gap], FATES[1:4], "pairs")
+    said = {side: found[side].map(same_words) for side in _SIDES[0]}
+    same = said["chosen"] == said["rejected"]
+    words = np.array([has_words(a) and has_words(b) for a, b in zip(found.chosen, found.rejected)], dtype=bool)
+    told = words & ~same & (found.gap != 0) & ~(found.gap < min_gap)
+    stated, turned = ([*zip(found.prompt.map(same_words), said[a], said[b])] for a, b in _SIDES)
+    turned = {own for own, real in zip(turned, told) if real}
+    both = np.array([own in turned for own in stated], dtype=bool)  # who prefers each to the other says nothing
+    fates = np.select([~words, same, found.gap == 0, found.gap < min_gap, both], FATES[1:6], "pairs")
     counts = {"rows": len(rows), "prompts": len(first), "unreadable prompts": list(messages.values()).count(None)}
     counts |= {fate: int((fates == fate).sum()) for fate in FATES} | {"response pairs": len(found)}
     found = found[fates == "pairs"]

@@ -14,7 +14,9 @@ import yaml
 from pydantic import TypeAdapter
 
 from ..core.paper import resource_path
+from ..core.reading import has_words
 from ..core.settings import StudyError, suggest
+from ..core.stages import user_path
 from .sources import UNKNOWN_LICENCE, Source, need_columns, open_source, read_cells, read_columns
 
 # %% auto #0
@@ -81,7 +83,7 @@ def read_labelled(spec: str) -> Labelled:
         raise StudyError(f"corpus {name!r}: is not declared. {suggest(name, CORPORA)}")
     opened = open_source(spec, CORPORA)
     rows = pd.concat([_labelled_rows(path) for path in opened.paths], ignore_index=True)
-    blank = (rows.context == "") | (rows.text == "")
+    blank = ~(rows.context.map(has_words) & rows.text.map(has_words)).astype(bool)
     dropped = {"labels without a context or without a text": int(blank.sum())} if blank.any() else {}
     return Labelled(rows[~blank].reset_index(drop=True), dropped, opened.origin, opened.paths)
 
@@ -110,5 +112,5 @@ def _labelled_rows(path: Path):
 def labelled_files(spec: str) -> list[Path]:
     "List the files of a corpus without reading them; none where the place is an address or isn't here."
     name, _, where = spec.partition("=")
-    here = name in CORPORA and where.strip() and Path(where.strip()).expanduser().exists()
+    here = name in CORPORA and where.strip() and user_path(where.strip()).exists()
     return list(open_source(spec, CORPORA).paths) if here else []

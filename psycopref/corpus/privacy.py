@@ -355,12 +355,27 @@ def find_phones(text: str) -> list[tuple[int, int]]:
     return spans
 
 # %% ../../nbs/corpus/03_privacy.ipynb #ac565c46
+def _as_typed(text: str) -> str:
+    "Write an e-mail address that was written out, as in `jane [at] example (dot) com`, as it is typed."
+    for inside, alone, sign in (
+        ("at|@|a", r"%40|-at-|(?<!\w)(?:at|@)(?!\w)", "@"),
+        (r"dot|\.", r"(?<!\w)dot(?!\w)", "."),
+    ):
+        text = re.sub(rf"\s*(?:[\[({{<]\s*(?:{inside})\s*[\])}}>]|{alone})\s*", sign, text, flags=re.I)
+    return text
+
+
+def _plain(text: str) -> str:
+    "Write signs as the rules know them, one for one: dashes and dots between digits, a full-width @."
+    return re.sub(r"(?<=[\d)])[‐‑‒–—―−·•](?=\d)", "-", text.replace("＠", "@").replace("\u00a0", " "))
+
+
 def recognisers() -> list:
     "Return presidio's recognisers for PATTERNS and for our rules; importing presidio takes seconds."
     from presidio_analyzer import LocalRecognizer, Pattern, PatternRecognizer, RecognizerResult
     from presidio_analyzer.predefined_recognizers import EmailRecognizer
 
-    checks = {"EMAIL_ADDRESS": lambda text: _suffixes()(text).fqdn, "URL": is_web_address}
+    checks = {"EMAIL_ADDRESS": lambda text: _suffixes()(_as_typed(text)).fqdn, "URL": is_web_address}
     library = {"EMAIL_ADDRESS": EmailRecognizer.PATTERNS}
 
     class Checked(PatternRecognizer):
@@ -454,7 +469,7 @@ def mask_found(text: str, names: str = "lexicon") -> tuple[str, list[tuple[str, 
     they were found."""
     engine, found = make_analyzer(names), []
     while True:
-        hits = engine.analyze(text, "en", entities=list(ENTITIES))
+        hits = engine.analyze(_plain(text), "en", entities=list(ENTITIES))
         spans = _resolve([(hit.start, hit.end, ENTITIES[hit.entity_type]) for hit in hits], text)
         if not spans:
             return text, found

@@ -5,16 +5,10 @@
 # %% ../../nbs/corpus/01_sources.ipynb #a30966d4
 from __future__ import annotations
 
-import codecs
-import csv
 import fnmatch
 import functools
-import gzip
-import io
-import json
 import re
 import typing
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,11 +17,13 @@ from pydantic import TypeAdapter
 
 from ..core.files import SCHEMAS, sha256_file
 from ..core.paper import resource_path
+from ..core.reading import decoded, parse_json, read_text, short_reason, table_cells, unpacked
 from ..core.settings import StudyError, suggest
-from .fetching import fetch_hub, fetch_url, hub_is_here, short_reason, url_is_here
+from ..core.stages import user_path
+from .fetching import fetch_hub, fetch_url, hub_is_here, url_is_here
 
 # %% auto #0
-__all__ = ['UNKNOWN_LICENCE', 'TURN_MARKS', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'Source', 'read_text', 'read_columns',
+__all__ = ['UNKNOWN_LICENCE', 'TURN_MARKS', 'HUB', 'SOURCES', 'RELEASED_DATASET', 'Source', 'read_columns', 'short_heads',
            'need_columns', 'read_cells', 'as_text', 'whole_number', 'find_column', 'read_table', 'read_line_pairs',
            'client_turn', 'pick_files', 'local_files', 'Opened', 'parse_spec', 'locate', 'open_source', 'is_here',
            'Released', 'open_released', 'read_part', 'released_speeches']
@@ -59,44 +55,10 @@ class Source:
         "What a user can do when the source can't be fetched or read."
         return f"download it yourself from {self.page} and give {self.name}=/path/to/it"
 
-# %% ../../nbs/corpus/01_sources.ipynb #e9d0774f
-def read_text(path: Path, fallback: str | None = None) -> str:
-    """Read a text file, plain or packed with gzip; another encoding, a NUL byte or an unreadable file is one line.
-
-    fallback: encoding to try after UTF-8, e.g. cp1252."""
-    return _decode(path, _data(path), fallback)
-
-
-def _data(path: Path) -> bytes:
-    "Read a file, unpacked where it is packed with gzip."
-    try:
-        data = Path(path).read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise StudyError(f"{path}: cannot be unpacked ({short_reason(error)}); download it again") from None
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-
-
-def _decode(path: Path, data: bytes, fallback: str | None) -> str:
-    "Decode UTF-8, else the fallback."
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise StudyError(f"{path}: is UTF-16, expected UTF-8; convert it first, e.g. iconv -f utf-16 -t utf-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        try:
-            text = data.decode(fallback or "utf-8")
-        except UnicodeDecodeError:
-            found = f"is not {f'UTF-8 or {fallback}' if fallback else 'UTF-8'} (byte {error.start})"
-            raise StudyError(f"{path}: {found}; convert it first, e.g. iconv -f cp1252 -t utf-8") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise StudyError(f"{path}, line {line}: holds a NUL byte, so it is damaged or no text; download it again")
-    return text
-
 # %% ../../nbs/corpus/01_sources.ipynb #10b27938
-def read_columns(path: Path, fallback: str | None = None, remedy: str = "download it again") -> dict[str, list]:
+def read_columns(
+    path: Path, fallback: str | None = None, remedy: str = "mend it, or download it again"
+) -> dict[str, list]:
     """Read CSV, a JSON list, JSON lines (also packed with gzip) or parquet; a broken row is one line with its place.
 
     fallback: encoding to try after UTF-8; remedy: what a user can do. Returns column -> values in file order; None
@@ -104,14 +66,14 @@ def read_columns(path: Path, fallback: str | None = None, remedy: str = "downloa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kind, data = Path(path).name.lower().removesuffix(".gz").rpartition(".")[2], _data(path)
+    kind, data = Path(path).name.lower().removesuffix(".gz").rpartition(".")[2], unpacked(path)
     if data[:4] == b"PAR1":
         try:
             columns = pq.read_table(pa.BufferReader(data)).to_pydict()
         except (pa.ArrowException, OSError) as error:
             raise StudyError(f"{path}: cannot be read as parquet ({short_reason(error)}); {remedy}") from None
     else:
-        text = _decode(path, data, fallback)
+        text = decoded(path, data, fallback)
         if not text.strip():
             raise StudyError(f"{path}: is empty; {remedy}")
         if kind == "parquet":
@@ -125,26 +87,8 @@ def read_columns(path: Path, fallback: str | None = None, remedy: str = "downloa
 # %% ../../nbs/corpus/01_sources.ipynb #6c0c0fa4
 def _read_csv(path: Path, text: str) -> dict[str, list]:
     "Read a CSV table; blank lines are no rows, cells may be of any size."
-    rows, before = [], csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for cells in filter(None, reader):
-            rows.append(cells)
-            if len(rows[0]) == 1 and (mark := re.search("[;\t]", rows[0][0])):
-                found = f"its cells are divided by {mark[0]!r}, expected commas"
-                raise StudyError(f"{path}: {found}; save it as CSV with commas")
-            if len(cells) != len(rows[0]):
-                raise StudyError(
-                    f"{path}: the row that ends on line {reader.line_num} has {len(cells)} of {len(rows[0])} cells; "
-                    "mend its commas and quotes, or download it again"
-                )
-    except csv.Error as error:
-        where = f"{path}, line {reader.line_num}"
-        raise StudyError(f"{where}: is no CSV ({short_reason(error)}); mend its quotes, or download it again") from None
-    finally:
-        csv.field_size_limit(before)
-    head = _heads(path, rows.pop(0))
-    return {name: [cells[i] for cells in rows] for i, name in enumerate(head)}
+    (_, names), *rows = table_cells(path, text)
+    return {name: [cells[i] for _, cells in rows] for i, name in enumerate(_heads(path, names))}
 
 
 def _heads(path: Path, names: typing.Iterable[str]) -> list[str]:
@@ -153,8 +97,13 @@ def _heads(path: Path, names: typing.Iterable[str]) -> list[str]:
     if heads.count("") > 1:  # as spreadsheets leave them behind; the name is pandas'
         heads = [name or f"Unnamed: {i}" for i, name in enumerate(heads)]
     if twice := {name for name in heads if heads.count(name) > 1}:
-        raise StudyError(f"{path}: the head names {sorted(twice)} more than once; rename all but one")
+        raise StudyError(f"{path}: the head names {short_heads(sorted(twice))} more than once; rename all but one")
     return heads
+
+
+def short_heads(heads: typing.Iterable[str]) -> list[str]:
+    "Shorten names for an error: where a table has no head, they are what clients said, and go into no log."
+    return [name if len(name) <= 40 else f"{name[:8]}… ({len(name)} characters)" for name in map(str, heads)]
 
 # %% ../../nbs/corpus/01_sources.ipynb #dd5d24bb
 def _read_json(path: Path, text: str) -> dict[str, list]:
@@ -163,17 +112,22 @@ def _read_json(path: Path, text: str) -> dict[str, list]:
     parts = [text] if listed else text.split("\n")
     for number, part in enumerate(parts, start=1):
         try:
-            found = json.loads(part) if part.strip() else []
-        except (ValueError, RecursionError) as error:
-            where = (
-                f"{path}, line {number - 1 + getattr(error, 'lineno', 1)}: is not valid JSON ({short_reason(error)})"
-            )
+            found = parse_json(part) if part.strip() else []
+        except ValueError as error:
+            line = number - 1 + getattr(error, "lineno", 0 if listed else 1)  # a name twice is found at no place
+            where = f"{path}, line {line}" if line else str(path)
+            why = getattr(error, "msg", short_reason(error))
             expected = "expected a list of objects or one object for each line"
-            raise StudyError(f"{where}; {expected}; download it again") from None
+            raise StudyError(f"{where}: is not valid JSON ({why}); {expected}; mend it, or download it again") from None
         if listed:
             rows = [(f"item {n}", row) for n, row in enumerate(found, start=1)]
         elif part.strip():
             rows.append((f"line {number}", found))
+    if len(rows) == 1 and isinstance(rows[0][1], dict):
+        inner = [name for name, own in rows[0][1].items() if isinstance(own, list) and own and isinstance(own[0], dict)]
+        if inner:
+            found = f"is one object that holds a list under {short_heads(inner)[0]!r}"
+            raise StudyError(f"{path}: {found}, expected the list of objects alone; save that list")
     for place, row in rows:
         if not isinstance(row, dict):
             found = f"found {type(row).__name__}, expected a JSON object with named columns"
@@ -185,7 +139,7 @@ def _read_json(path: Path, text: str) -> dict[str, list]:
 def need_columns(path: Path, columns: dict[str, list], names: typing.Iterable[str], remedy: str) -> None:
     "Refuse a table that lacks columns."
     if missing := [name for name in names if name not in columns]:
-        found = f"columns {missing[:6]} are missing, found {list(columns)[:8]}"
+        found = f"columns {missing[:6]} are missing, found {short_heads(columns)[:8]}"
         raise StudyError(f"{path}: {found}; {remedy}")
 
 
@@ -218,11 +172,13 @@ def whole_number(low: float, high: float) -> typing.Callable:
 # %% ../../nbs/corpus/01_sources.ipynb #512f82e4
 def find_column(columns: dict[str, list], names: typing.Sequence[str], path: Path, source: Source) -> list:
     "Return the values of a column under one of its names, the best first; case does not matter."
-    known = {name.casefold(): values for name, values in columns.items()}
     for name in names:
-        if name.casefold() in known:
-            return known[name.casefold()]
-    found = f"has no column {' or '.join(map(repr, names))}, found {list(columns)[:12]}"
+        fits = [own for own in columns if own.casefold() == name.casefold()]
+        if len(fits) > 1:
+            raise StudyError(f"{path}: columns {short_heads(fits)} differ in capitals alone; rename all but one")
+        if fits:
+            return columns[fits[0]]
+    found = f"has no column {' or '.join(map(repr, names))}, found {short_heads(columns)[:12]}"
     raise StudyError(f"{path}: {found}; is it {source.name}'s file? If not, {source.remedy}")
 
 
@@ -305,7 +261,7 @@ def pick_files(source: Source, names: typing.Iterable[str], where: str) -> list[
 # %% ../../nbs/corpus/01_sources.ipynb #b196eca9
 def local_files(source: Source, where: str) -> list[Path]:
     "Find the files of a local copy, a file or a folder, in reading order."
-    path = Path(where).expanduser()
+    path = user_path(where)
     if not path.is_dir() and not path.is_file():
         raise StudyError(f"{path}: no such file or folder; check {source.name}=…, or {source.remedy}")
     folder = path if path.is_dir() else path.parent
@@ -385,7 +341,7 @@ def is_here(place: str) -> bool:
         return hub_is_here(place)
     if place.startswith(("https://", "http://")):
         return url_is_here(place)
-    return place.startswith("package:") or Path(place).expanduser().exists()
+    return place.startswith("package:") or user_path(place).exists()
 
 # %% ../../nbs/corpus/01_sources.ipynb #496a7f5f
 class Released(typing.NamedTuple):

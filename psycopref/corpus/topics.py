@@ -11,6 +11,7 @@ import re
 import typing
 
 from ..models.chat import ChatReply, ChatRequest
+from ..core.reading import parse_json
 from ..core.settings import StudyError
 from ..core.paper import coarse_of, coarse_topics, resource_path
 from ..core.stages import derived_seed
@@ -21,9 +22,9 @@ from ..models.generation import Decoding
 from ..core.prompts import BadReply, fill, find_json, prompt_text
 
 # %% auto #0
-__all__ = ['ALIASES', 'METHODS', 'FOLDS', 'LEAST_GOLD', 'LEAST_OF_A_TOPIC', 'LOW', 'topic_slug', 'topic_descriptions',
-           'topic_probabilities', 'training_rows', 'topic_request', 'read_topic', 'label_by_model', 'cross_validate',
-           'macro_f1', 'score_topics', 'compare_methods', 'assign_topics']
+__all__ = ['ALIASES', 'METHODS', 'LEAST_NAMED', 'FOLDS', 'LEAST_GOLD', 'LEAST_OF_A_TOPIC', 'LOW', 'topic_slug',
+           'topic_descriptions', 'topic_probabilities', 'training_rows', 'topic_request', 'read_topic',
+           'label_by_model', 'cross_validate', 'macro_f1', 'score_topics', 'compare_methods', 'assign_topics']
 
 # %% ../../nbs/corpus/05_topics.ipynb #2ca2cd36
 ALIASES = {
@@ -49,8 +50,8 @@ def topic_slug(text: str) -> str | None:
 def topic_descriptions() -> dict[str, str]:
     "Read the descriptions of the 42 topics. Returns slug -> one sentence, in Table 4's order."
     try:
-        found = json.loads(prompt_text("topics.json"))
-    except json.JSONDecodeError as error:
+        found = parse_json(prompt_text("topics.json"))
+    except ValueError as error:
         raise StudyError(f"topics.json: is no JSON ({error}); mend the file in your prompts folder") from None
     if isinstance(found, dict):
         empty = [slug for slug, what in found.items() if not isinstance(what, str) or not what.strip()]
@@ -170,9 +171,13 @@ def read_topic(reply) -> str | None:
 
     reply: ChatReply or Failure. Returns slug, or None where the reply names none of the 42."""
     try:
-        return topic_slug(str(find_json(reply.text).get("topic", ""))) if isinstance(reply, ChatReply) else None
+        named = find_json(reply.text).get("topic") if isinstance(reply, ChatReply) else None
     except BadReply:
         return None
+    return topic_slug(named) if isinstance(named, str) and re.fullmatch(r"[A-Za-z&'’ ,/_-]+", named) else None
+
+
+LEAST_NAMED = 0.5  # share of speeches of which a model must name the topic; the rest are put among the others
 
 
 def label_by_model(gateway, uri: str, texts: typing.Sequence[str]):
@@ -315,6 +320,10 @@ def assign_topics(frame, method: str, threshold: float, gateway=None, more: typi
         texts, slugs = frame.speech[open_rows].tolist(), list(coarse_of())
         if ":" in method:
             found = label_by_model(gateway, method, texts)
+            if (named := int(found.any(1).sum())) < LEAST_NAMED * len(texts):
+                why = next((f"; most often: {why[:200]}" for why, _ in gateway.reasons.most_common(1)), "")
+                said = f"{method} named the topic of {named} of {len(texts)} speeches, expected {LEAST_NAMED:.0%}{why}"
+                raise StudyError(f"01_speeches: {said}; mend that, or take another speeches.topic_method")
         else:
             gold, topics, ours, our_topics = training_rows(frame, more)
             found = topic_probabilities(method, gold + ours, topics + our_topics, texts)

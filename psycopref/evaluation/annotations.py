@@ -5,11 +5,7 @@
 # %% ../../nbs/evaluation/06_annotations.ipynb #acc9e5de
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import itertools
-import json
 import re
 import typing
 from collections import Counter
@@ -19,25 +15,16 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..core.files import PRINCIPLE_KEYS
 from ..core.prompts import BATTLE_KEYS
+from ..core.reading import has_words, parse_json, read_text, same_words, table_cells
 from ..core.settings import StudyError
-from ..core.stages import derived_seed, project_root
+from ..core.stages import derived_seed, user_path
 from .kits import TASK_QUESTIONS
 
 # %% auto #0
-__all__ = ['TABLE_SUFFIXES', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'GIVEN_COLUMNS', 'ITEM_LEFT_OUT', 'SIMULATED', 'LOSING',
-           'read_sheet_text', 'PageExport', 'page_records', 'said_in', 'label_studio_records', 'table_records',
+__all__ = ['TABLE_SUFFIXES', 'UNREAD', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'GIVEN_COLUMNS', 'ITEM_LEFT_OUT', 'SIMULATED',
+           'LEAST_ALIKE', 'LOSING', 'PageExport', 'page_records', 'said_in', 'label_studio_records', 'table_records',
            'read_records', 'to_value', 'item_values', 'sheet_frame', 'annotation_files', 'read_annotations',
            'unshuffle', 'simulate']
-
-# %% ../../nbs/evaluation/06_annotations.ipynb #24848f78
-def read_sheet_text(path: Path) -> str:
-    "Read a text in UTF-8, in UTF-16 with its mark or, where it is neither, in the encoding of spreadsheets (cp1252)."
-    raw = Path(path).read_bytes()
-    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return raw.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError:
-        return raw.decode("cp1252", errors="replace")
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #1e3c406f
 class PageExport(BaseModel, strict=True, str_strip_whitespace=True):
@@ -74,32 +61,56 @@ def said_in(value):
     return said_in(next((value[kind] for kind in ("choices", "rating", "number", "text") if kind in value), None))
 
 
-def _person(annotation: dict) -> str:
-    "Name an annotator as Label Studio does: by e-mail address, else by number."
+def _person(annotation: dict, known: dict[str, str]) -> str:
+    "Name an annotator as Label Studio does: by e-mail address, else by number. known: number -> address."
     person = annotation.get("completed_by")
     if isinstance(person, dict):
         person = person.get("email") or person.get("id")
-    return "" if person is None else str(person)
+    return "" if person is None else known.get(str(person), str(person)).strip()
+
+
+def _listed(path: Path, task: dict, kind: str, own: dict) -> list[dict]:
+    "Return a list of objects that stands under a key; null is none. task: for errors."
+    found = own.get(kind)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        what = f"task {str(task.get('id'))[:20]} has {kind} = {str(found)[:40]!r}"
+        raise StudyError(f"{path}: {what}, expected a list of objects; export the annotations again, as JSON")
+    return found
 
 
 def label_studio_records(path: Path, tasks: list[dict]) -> list[dict]:
     "Return the flat records of a Label Studio export. path: for errors; tasks: of a JSON or JSON-MIN export."
-    found = []
+    found, persons = [], {}
+    for task in filter(lambda task: isinstance(task, dict), tasks):
+        for person in (own.get("completed_by") for own in _listed(path, task, "annotations", task)):
+            if isinstance(person, dict) and person.get("email") and person.get("id") is not None:
+                persons[str(person["id"])] = str(person["email"])
     for task in tasks:
-        data = task.get("data", task) if isinstance(task, dict) else {}
-        if "item_id" not in data:
+        data = (task.get("data") or task) if isinstance(task, dict) else {}
+        if not isinstance(data, dict) or "item_id" not in data:
             remedy = "import the kit's tasks file as it is, and export as JSON"
             raise StudyError(f"{path}: {str(task)[:60]} has no item_id, expected the kit's own tasks; {remedy}")
         if data is task:  # JSON-MIN
             found.append({name: said_in(value) for name, value in task.items()})
             continue
-        done = task.get("annotations") or []
-        kept = {_person(annotation) for annotation in done if not annotation.get("was_cancelled")}
+        if "completions" in task and not task.get("annotations"):
+            found = "is an export of Label Studio before version 1.0, whose answers stand under `completions`"
+            raise StudyError(
+                f"{path}: {found}, expected `annotations`; open the project in a newer one, export as JSON"
+            )
+        done = _listed(path, task, "annotations", task)
+        kept = {_person(annotation, persons) for annotation in done if not annotation.get("was_cancelled")}
         for annotation in done:
-            record = {"annotator": _person(annotation), "kit_id": data.get("kit_id"), "item_id": data["item_id"]}
+            person = _person(annotation, persons)
+            record = {"annotator": person, "kit_id": data.get("kit_id"), "item_id": data["item_id"]}
             record |= {name: annotation.get(name) for name in ("updated_at", "created_at")}
-            parts = [part for part in annotation.get("result") or [] if "from_name" in part]
-            said = {part["from_name"]: said_in(part.get("value")) for part in parts}
+            parts = [part for part in _listed(path, task, "result", annotation) if "from_name" in part]
+            said = {str(part["from_name"]): said_in(part.get("value")) for part in parts}
+            if len(said) < len(parts):
+                odd = f"task {str(task.get('id'))[:20]} answers a question twice in one annotation"
+                raise StudyError(f"{path}: {odd}, expected once; mend it in Label Studio, and export as JSON again")
             if not annotation.get("was_cancelled"):
                 found.append(said | record)
             elif record["annotator"] not in kept:
@@ -109,20 +120,15 @@ def label_studio_records(path: Path, tasks: list[dict]) -> list[dict]:
 # %% ../../nbs/evaluation/06_annotations.ipynb #a62d06f1
 def table_records(path: Path, text: str) -> list[dict]:
     "Return the lines of a filled-in table, saved by any spreadsheet, as flat records. path: for errors."
-    text = re.sub(r"\A\"?sep=.\"?\r?\n", "", text)  # with it spreadsheets name their delimiter
-    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        names, *lines = [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))] or [[]]
-    except csv.Error as error:
-        raise StudyError(f"{path}: is no whole table ({error}); save it as CSV again") from None
-    names = [name.lower() for name in names]
+    rows = [(number, [cell.strip() for cell in cells]) for number, cells in table_cells(path, text)]
+    names, *lines = [(number, cells) for number, cells in rows if any(cells)] or [(1, [])]
+    names = [name.lower() for name in names[1]]
     times = Counter(filter(None, names))
     if not {"kit_id", "item_id"} <= set(times) or max(times.values()) > 1:
         expected = "expected kit_id, item_id and each principle, once; leave the first line of the kit's table as it is"
         raise StudyError(f"{path}: found columns {names[:12]}, {expected}")
     records = []
-    for number, line in enumerate(lines, 2):
+    for number, line in lines:
         if any(cell and not name for name, cell in itertools.zip_longest(names, line)):
             remedy = "a cell was moved or a quotation mark lost, take it from the kit's table again"
             raise StudyError(f"{path}: row {number} has {len(line)} cells, expected {len(times)}; {remedy}")
@@ -131,14 +137,7 @@ def table_records(path: Path, text: str) -> list[dict]:
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #af134419
 TABLE_SUFFIXES = (".csv", ".tsv")
-
-
-def _object(pairs: list[tuple]) -> dict:
-    "Build an object of JSON; refuse two equal names, of which Python would keep the last without a word."
-    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands twice in one object; keep the answer that is meant")
-    return dict(pairs)
+UNREAD = (".xlsx", ".xls", ".ods", ".numbers", ".gz", ".zip")  # nobody's answers are left out without a word
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #8e09c2e3
 def read_records(path: Path) -> list[dict]:
@@ -146,10 +145,10 @@ def read_records(path: Path) -> list[dict]:
 
     path: the page's JSON, a Label Studio export (JSON, JSON-MIN, CSV), or a filled-in table."""
     if path.suffix.lower() in TABLE_SUFFIXES:
-        records = table_records(path, read_sheet_text(path))
+        records = table_records(path, read_text(path, "cp1252"))
     elif path.suffix.lower() == ".json":
         try:
-            document = json.loads(read_sheet_text(path), object_pairs_hook=_object) or []
+            document = parse_json(read_text(path, "cp1252")) or []
         except ValueError as error:
             raise StudyError(f"{path}: is no whole JSON ({error}); export the annotations again") from None
         read = label_studio_records if isinstance(document, list) else page_records
@@ -185,7 +184,7 @@ def to_value(written, task: str) -> int | None:
     if isinstance(written, str):
         written = " ".join(written.split()).lower()
         if written.startswith(("[", "{")):  # a rating in Label Studio's CSV
-            written = said_in(json.loads(written))
+            written = said_in(parse_json(written))
         elif written in WORDS and task == "compare":
             written = WORDS[written]
         else:
@@ -258,8 +257,12 @@ def annotation_files(places: typing.Iterable[str]) -> list[Path]:
     "Return annotation files, each once. places: files, or folders of them; a path begins in the project's folder."
     found = []
     for given in places:
-        place = project_root() / Path(given).expanduser()
-        inside = [p for p in place.rglob("*") if p.suffix.lower() in (".json", *TABLE_SUFFIXES) and p.name[0] != "."]
+        place = user_path(given)
+        every = [path for path in place.rglob("*") if path.name[0] not in ".~"]
+        inside = [path for path in every if path.suffix.lower() in (".json", *TABLE_SUFFIXES)]
+        if odd := [path for path in every if path.suffix.lower() in UNREAD]:
+            remedy = "save it as CSV in UTF-8, or take it out of the folder"
+            raise StudyError(f"{odd[0]}: may hold annotations that can't be read; {remedy}")
         if not inside and not place.is_file():
             said = f"{given} is not there, or a folder that holds no .json, .csv or .tsv, expected the experts' files"
             remedy = "a path is absolute, or begins in the project's folder"
@@ -269,6 +272,7 @@ def annotation_files(places: typing.Iterable[str]) -> list[Path]:
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #cee34085
 SIMULATED = "simulated"  # how the names of simulated annotators begin
+LEAST_ALIKE = 16  # answers from which two sheets that are the same in all of them are taken for one
 
 
 def read_annotations(files: list[Path], kits: list[dict], simulated: bool = False):
@@ -277,9 +281,10 @@ def read_annotations(files: list[Path], kits: list[dict], simulated: bool = Fals
     simulated: take simulated ones, and not people's alone."""
     import pandas as pd
 
-    known, sheets, spelled, frames = {kit["kit_id"]: kit for kit in kits}, {}, {}, []
+    known, sheets, spelled, frames, seen = {kit["kit_id"]: kit for kit in kits}, {}, {}, [], {}
     for record in itertools.chain.from_iterable(map(read_records, files)):
-        name = " ".join(record["annotator"].split()).casefold()
+        name = same_words(record["annotator"]).casefold()
+        name = name if has_words(name) else ""
         sheets.setdefault((name, record["kit_id"]), []).append(record)
     for (name, kit_id), records in sheets.items():
         where, *others = dict.fromkeys(record["where"] for record in records)
@@ -299,6 +304,11 @@ def read_annotations(files: list[Path], kits: list[dict], simulated: bool = Fals
             raise StudyError(f"{where}: {said}")
         annotator = spelled.setdefault(name, records[0]["annotator"])  # as it was spelled first
         frames.append(sheet_frame(records, known[kit_id]).assign(annotator=annotator))
+        answers = frames[-1][["kit_id", "item_id", "principle", "value", "note"]].to_csv(index=False)
+        if (first := seen.setdefault(answers, where)) != where and len(frames[-1]) >= LEAST_ALIKE:
+            found = f"gives all {len(frames[-1])} answers of {first}, so it looks like a copy of that sheet"
+            remedy = "take one off agreement.annotations, or let one of two people who agree in all note so on an item"
+            raise StudyError(f"{where}: {found}; {remedy}")
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/evaluation/06_annotations.ipynb #8c2f9f27

@@ -20,12 +20,13 @@ from ..core.files import PRINCIPLE_KEYS, atomic_path
 from ..core.settings import AgreementSettings, StudyError
 from ..core.paper import resource_path
 from ..core.prompts import BATTLE_KEYS, principles
+from ..core.tables import safe_cell
 from .cases import fill_template
 
 # %% auto #0
 __all__ = ['SIDES', 'TASK_QUESTIONS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'draw_label_pairs',
            'side_answers', 'draw_answers', 'side_orders', 'check_rows', 'make_kit', 'kit_html', 'item_texts',
-           'label_studio_tasks', 'label_studio_config', 'safe_cell', 'kit_csv', 'write_kits', 'run_kits', 'kit_table']
+           'label_studio_tasks', 'label_studio_config', 'kit_csv', 'write_kits', 'run_kits', 'kit_table']
 
 # %% ../../nbs/evaluation/05_kits.ipynb #0c707319
 def digest(*parts) -> str:
@@ -184,16 +185,6 @@ def label_studio_config(kit: dict) -> str:
     return fill_template("label_studio_config.xml", kit=kit, texts=list(item_texts(kit)[0])[2:])
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3e968c1
-_FORMULA = "=+\\-@\uff0b\uff0d\uff1d\uff20"  # ASCII and the full-width forms that some spreadsheets take for them
-
-
-def safe_cell(text: str) -> str:
-    "Disarm a cell, line by line and at every separator: the same for a reader, no formula for a spreadsheet."
-    text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(rf'(?<=[\n;\t,])([\s"]*)(?=[{_FORMULA}])', "\\1\u00a0", text)
-    return f"'{text}" if re.match(rf"[\s\"]*[{_FORMULA}]", text) else text
-
-
 def kit_csv(kit: dict) -> str:
     "Return a kit as a sheet: one row an item, with empty columns for the answers."
     import pandas as pd

@@ -15,10 +15,11 @@ import numpy as np
 import yaml
 
 from ..core.paper import resource_path
+from ..core.reading import has_words
 from ..core.settings import StudyError, suggest
 from ..stats.intervals import interval
 from ..stats.scores import _numbers
-from ..corpus.sources import HUB, Source, locate, read_columns
+from ..corpus.sources import HUB, Source, locate, read_columns, short_heads
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PRIOR', 'PRIOR_PAIRS', 'WEIGHTS', 'SECTION_WEIGHT', 'PUBLISHED', 'BENCH', 'BENCH_COLUMNS',
@@ -95,15 +96,19 @@ def _named(path: Path) -> dict[str, list]:
         rows = len(next(iter(columns.values())))
         columns = {"id": range(rows), **columns, "subset": [split[1]] * rows}
     missing = [name for name in BENCH_COLUMNS if name not in columns]
+    listed = any(isinstance(cell, list) for name in ("chosen", "rejected") for cell in columns.get(name, ()))
+    if listed or {"num_correct", "num_incorrect"} & {*columns}:
+        found = "is RewardBench 2, whose prompts have one good and several bad answers, expected pairs of RewardBench"
+        raise StudyError(f"{path}: {found}; {BENCH.remedy}")
     if missing:
-        found = f"columns {missing} are missing, found {list(columns)[:8]}"
+        found = f"columns {missing} are missing, found {short_heads(columns)[:8]}"
         raise StudyError(f"{path}: {found}; is it RewardBench? If not, {BENCH.remedy}")
     return columns
 
 # %% ../../nbs/evaluation/02_reward_bench.ipynb #d4cd0a13
 _FORMS = {  # column -> what a good cell is, and how to say so
     "subset": (lambda value: isinstance(value, str) and value in PUBLISHED, ""),
-    "chosen": (lambda value: isinstance(value, str), "text; mend the row."),
+    "chosen": (lambda value: isinstance(value, str) and has_words(value), "text with a word in it; mend the row."),
     "rejected": (lambda value: isinstance(value, str), "text; mend the row."),
     "prompt": (lambda value: _turns(value) is not None, "text, or turns that begin and end with the user's; mend it."),
     "id": (lambda value: value is not None and value != "", "a number or a name; number the rows."),

@@ -226,7 +226,7 @@ def family(name: str) -> str:
     """Return the family of a model: the one whose name stands first in its name; without one, the name itself.
 
     name: label, hub id, folder or gateway URI. Gemma counts as Gemini's family, made from the same research."""
-    name = name.lower().partition("@")[0]  # the address of a server tells nothing
+    name = re.split("[@?]", name.lower())[0]  # the address of a server tells nothing
     found = [(re.search(rf"(?<![a-z])({pattern})(?![a-z]{{3}})", name), own) for own, pattern in FAMILIES.items()]
     found = [(match.start(), own) for match, own in found if match]
     return min(found)[1] if found else re.split(r"[:/]", re.split(r" [(+]|, ", name)[0])[-1]

@@ -303,7 +303,8 @@ def rated_safety(judge: CheckpointJudge, answers: dict, profile: Profile):
         for name, order, found in zip(texts.index, orders, read)
         if not isinstance(found, BadReply)
     }
-    check_coverage(len(rows), len(speech), judge.settings.coverage, "08_ablations", "ratings of safety")
+    reasons = [str(found) for found in read if isinstance(found, BadReply)]
+    check_coverage(len(rows), len(speech), judge.settings.coverage, "08_ablations", "ratings of safety", reasons)
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(answers))
 
 

@@ -49,8 +49,6 @@ def given_files(chosen: AgreementSettings, run: Run) -> list[Path]:
             f"agreement: found annotations {list(chosen.annotations)} and {chosen.simulated} simulated annotators, "
             "expected one or the other; set agreement.simulated to 0"
         )
-    if chosen.simulated < 0:
-        raise StudyError(f"agreement.simulated: found {chosen.simulated}, expected 0 or more annotators")
     files = annotation_files(chosen.annotations)
     if inside := [path for path in files if path.resolve().is_relative_to(run.outputs.resolve())]:
         raise StudyError(

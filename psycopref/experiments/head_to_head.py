@@ -71,6 +71,11 @@ class Battles:
     labels: list[str]  # of the judges
 
 
+def _reasons(unread: list[dict]) -> list[str]:
+    "List why verdicts could not be read; failed calls are the gateway's to tell."
+    return [entry["reason"] for entry in unread if entry["kind"] == "unreadable"]
+
+
 def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Profile, seed: int, shared: int) -> Battles:
     """Collect all answers, and judge each against the reference's in both orders; judges are opened before.
 
@@ -82,9 +87,10 @@ def battle_all(gateway, run: Run, policies: list[dict], speeches, settings: Prof
     name = gateway.counts[chosen.reference]["label"].split(" (")[0] + ", untrained" * untrained
     judged = [battle(gateway, chosen.judge, speeches, said, reference, name) for said in own]
     battles = pd.concat([found for found, _ in judged], ignore_index=True)
-    coverage = check_coverage(len(battles), 2 * len(speeches) * 2 * len(policies), chosen.coverage, "07_win_rates")
     answers = pd.concat([reference, *own], ignore_index=True)
     unread = [entry | {"judge": chosen.judge} for _, more in judged for entry in more]
+    reasons, asked = [*gateway.reasons.elements(), *_reasons(unread)], 2 * len(speeches) * 2 * len(policies)
+    coverage = check_coverage(len(battles), asked, chosen.coverage, "07_win_rates", "verdicts", reasons)
     labels = [gateway.counts[chosen.judge]["label"], *(chat_model(own.place).label for own in judges[1:])]
     return Battles(answers, battles, unread, coverage, labels[0], name, judges, labels)
 
@@ -108,7 +114,8 @@ def second_opinion(gateway, found: Battles, speeches, settings: Profile, seed: i
         return SecondOpinion(note, {}, found.unread, [], [f"{note}. `evaluation.second_judge` names another."])
     table, names = contests(speeches, found.answers), judge_names(found.judges)
     said, unread = asked_verdicts(gateway, others[0], table)
-    check_coverage(len(said), len(table), chosen.coverage, "07_win_rates, second judge")
+    what = "07_win_rates, second judge"
+    check_coverage(len(said), len(table), chosen.coverage, what, "verdicts", _reasons(unread))
     judged = pd.concat([stored_verdicts(main, found.battles, table), said], ignore_index=True)
     families = judge_families(found.judges, settings.backbones[0], found.answers, chosen.reference)
     each = judges_table(judged, table, found.unread + unread, names, families, samples)

@@ -306,7 +306,7 @@ def ask_rankers(gateway, study: RewardStudy) -> tuple[dict[str, dict], list[dict
         except NotAsked as error:  # shut down, or away, after the first replies were kept
             reason = str(error).rpartition(f"{uri!r}: ")[2]
         if reason:
-            summaries[f"{uri.partition(':')[2].partition('@')[0].rpartition('/')[2]}, asked"] = {"not_asked": reason}
+            summaries[f"{re.split('[@?]', uri.partition(':')[2])[0].rpartition('/')[2]}, asked"] = {"not_asked": reason}
             continue
         name = f"{gateway.counts[uri]['label'].split(' (')[0].rpartition('/')[2]}, asked"
         summaries[name] = ranker_summary(own, failed, study.settings.evaluation.bootstrap)

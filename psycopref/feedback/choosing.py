@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import typing
+from collections import Counter
 
 from ..models.chat import ChatRequest, Failure
 from ..core.settings import StudyError
@@ -47,6 +48,11 @@ def read_verdict(pair, order: str, text: str) -> dict:
 COLUMNS = {"ID": "str", "prefID": "int64", "order": "str", "choice": "Int64", "readable": bool, "correct": float}
 
 
+def _commonest(failures: list[dict]) -> str:
+    "Return the reason that most failures have."
+    return Counter(failure["reason"] for failure in failures).most_common(1)[0][0]
+
+
 def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, max_tokens: int = 6, block: int = 256):
     """Ask a language model to choose between chosen and rejected, in both orders.
 
@@ -74,8 +80,8 @@ def rank_pairs(gateway, uri: str, pairs, seed: int = 0, coverage: float = 0.98, 
     if whole / len(pairs) < coverage:
         raise StudyError(
             f"ranking by {uri}: {whole} of {len(pairs)} pairs were answered in both orders "
-            f"({whole / len(pairs):.1%}), expected at least {coverage:.1%}; the first failure: "
-            f"{failures[0]['reason'][:120]}; finished calls are kept, so mend the cause and run again"
+            f"({whole / len(pairs):.1%}), expected at least {coverage:.1%}; most often: {_commonest(failures)[:200]}; "
+            "finished calls are kept, so mend the cause and run again"
         )
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), failures
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 import itertools
 from ..core.tables import PALETTE, Label, markdown_table, new_figure
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
+from ..core.reading import same_words
 from ..core.settings import PairSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.paper import paper_values, published_source
 from .pool import author_of
 
 # %% auto #0
-__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'make_pairs', 'answer_columns', 'with_answers', 'check_safety',
-           'less_safe', 'vetoed_pairs', 'apply_veto', 'one_author_pairs', 'paired_responses', 'principle_table',
-           'drawn_pairs', 'same_author', 'pair_summary', 'model_distribution_figure', 'describe_principles',
-           'describe_pairs', 'describe_members', 'dataset_card']
+__all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'same_texts', 'make_pairs', 'answer_columns', 'with_answers',
+           'check_safety', 'less_safe', 'vetoed_pairs', 'apply_veto', 'one_author_pairs', 'paired_responses',
+           'principle_table', 'drawn_pairs', 'same_author', 'pair_summary', 'model_distribution_figure',
+           'describe_principles', 'describe_pairs', 'describe_members', 'dataset_card']
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
@@ -40,7 +41,7 @@ def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False, seed: in
 
     group: its scored responses; min_gap_sum: least difference of rating sums, 7 = a mean gap of 1; best_worst: only
     the best against the worst, as for testing; seed: draws both among equals, whatever their authors and order."""
-    totals = group.total.tolist()
+    totals, texts = group.total.tolist(), [same_words(text) for text in group.response]
     if best_worst:
         lots = _lots(group, seed)
         order = sorted(range(len(totals)), key=lambda i: (totals[i], lots[i]))
@@ -48,7 +49,16 @@ def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False, seed: in
     else:
         both = itertools.combinations(range(len(totals)), 2)
         candidates = [(i, j) if totals[i] > totals[j] else (j, i) for i, j in both]
-    return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum]
+    return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum and texts[i] != texts[j]]
+
+
+def same_texts(scored, min_gap_sum: int = 7) -> int:
+    "Count the pairs of responses to a speech that are the same text, rated so far apart: nobody prefers one to itself."
+    texts = scored.response.map(same_words)
+    totals = scored.total.groupby([scored.speech_id, texts])
+    return sum(
+        abs(a - b) >= min_gap_sum for _, own in totals if len(own) > 1 for a, b in itertools.combinations(own, 2)
+    )
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
 def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool, seed: int = 0):
@@ -212,6 +222,8 @@ def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoe
     ]
     counted = {rows[-2][0]: paper_values()["released_dataset"]["train_pairs_rejected_safer"]}
     counted = counted if principle == "safety" else {}
+    alike = 0 if scored is None else same_texts(scored)
+    rows += [("pairs of one and the same text, a gap of at least 1 apart, left out", alike, None)] * (alike > 0)
     more = {f"{name}ing pairs left out by pairs.safety: veto": n for name, n in (vetoed or {}).items() if n}
     rows += [(what, n, None) for what, n in more.items()]
     frame = pd.DataFrame(rows, columns=["what", "ours", "paper"], dtype=object)

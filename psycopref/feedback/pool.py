@@ -13,12 +13,16 @@ import typing
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from ..core.files import SCHEMAS
 from ..core.paper import resource_path
 from ..core.prompts import responding_prompt
-from ..core.settings import EvaluationSettings, ResponseSettings, StudyError, suggest
-from ..core.stages import Shard, blocks, derived_seed, project_root
+from ..core.reading import parse_json, read_text, short_reason
+from ..core.settings import EvaluationSettings, ResponseSettings, StudyError, TopP, suggest
+from ..core.stages import Shard, blocks, derived_seed, user_path
 from ..gateway.gateway import chat_model
 from ..gateway.servers import NotServed, shutdown_day
 from ..models.chat import ChatRequest, Failure
@@ -48,16 +52,16 @@ class Serving:
 class Member:
     "Declare one therapist of a pool."
 
-    name: str  # as it appears in chosen_model and rejected_model
+    name: Annotated[str, Field(pattern=r"\w")]  # as it appears in chosen_model and rejected_model
     size: str  # size class of Table 5
-    model: str  # gateway URI
-    temperature: float = 0.7  # not given in the paper
-    top_k: int = 0  # 0 takes all tokens
+    model: Annotated[str, Field(pattern=r"\w:\S")]  # gateway URI
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.7  # not given in the paper; 0 takes the likeliest
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 takes all tokens
     persona: str = ""  # what the system message says; empty sends none
     examples: tuple[tuple[str, str], ...] = ()  # client and therapist, shown before the real client
     system: bool = True  # False where the model's chat template refuses a system message
-    top_p: float = 1.0  # 1 takes all tokens
-    thinking: int = 0  # tokens that the model may spend on hidden reasoning before the response
+    top_p: TopP = 1.0  # 1 takes all tokens
+    thinking: Annotated[int, Field(ge=0)] = 0  # tokens that the model may spend on hidden reasoning before the response
     serve: Serving = Serving()  # what its server is told
     replaces: tuple[str, ...] = ()  # members of the paper's pool in whose place it answers; it is not the paper's
 
@@ -96,16 +100,18 @@ def sample_of(name: str) -> int:
 
 # %% ../../nbs/feedback/00_pool.ipynb #688c24f8
 def read_pool(path: Path) -> tuple[Member, ...]:
-    "Read a pool from a YAML or JSON list of members; each has a name of its own."
+    "Read a pool from a list of members, YAML (ours) or JSON; each has a name of its own."
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
+    text = read_text(path)
     try:
-        pool = TypeAdapter(tuple[Member, ...]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise StudyError(f"pool {str(path)!r}: {said}; expected a .json file with a list of members") from None
-    except ValidationError as error:
+        listed = yaml.safe_load(text) if path.suffix == ".yaml" else parse_json(text)
+        pool = TypeAdapter(tuple[Member, ...]).validate_python(listed)
+    except (yaml.YAMLError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            said = short_reason(error)
+            raise StudyError(f"pool {str(path)!r}: {said}; expected a .json file with a list of members") from None
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "file"
         raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None
@@ -125,7 +131,7 @@ POOLS = _READ | {"paper-substitute": (*_KEPT, *_READ["paper-substitute"])}
 # %% ../../nbs/feedback/00_pool.ipynb #3a2c1400
 def pool_file(name: str) -> Path:
     "Return the path of a user's pool; a relative one begins at the project."
-    return project_root() / Path(name).expanduser()
+    return user_path(name)
 
 
 def whole_pool(name: str) -> tuple[Member, ...]:

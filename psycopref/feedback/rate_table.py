@@ -20,8 +20,8 @@ from pathlib import Path
 from ..core.files import PRINCIPLE_KEYS, atomic_path
 from ..core.settings import StudyError
 from ..core.stages import Run, blocks
-from ..corpus.fetching import short_reason
-from ..corpus.sources import as_text, read_columns
+from ..core.reading import has_words, short_reason
+from ..corpus.sources import as_text, read_columns, short_heads
 from .rating import rating_request, read_reply
 from ..gateway.gateway import chat_model, open_gateway
 from ..rater.rules import RATER, RUBRICS
@@ -51,7 +51,7 @@ def text_column(columns: list, names: tuple[str, ...], where: str, remedy: str =
     free = [name for name in columns if name not in CLIENT + RESPONSE]
     close = [name for name in free if difflib.get_close_matches(str(name).strip().casefold(), names, 1)]
     hint = f"is {close[0]!r} meant? Rename it" if close else "name one so"
-    raise StudyError(f"{where}: has no column {' or '.join(names)}, found {list(columns)[:8]}; {hint}{remedy}")
+    raise StudyError(f"{where}: has no column {' or '.join(names)}, found {short_heads(columns)[:8]}; {hint}{remedy}")
 
 
 def check_columns(columns: typing.Iterable, explain: bool, where: str) -> tuple[str, str]:
@@ -135,7 +135,7 @@ def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "fr
             f"explain: {rater!r} finds no acts, expected a rater among {', '.join(ACTS)}; leave explain out"
         )
     (said, odd_said), (texts, odd) = read_texts(frame[client]), read_texts(frame[response])
-    given = texts != ""
+    given = np.array([has_words(text) for text in texts], bool)
     if not given.any():
         found = "no row has a text" if len(frame) else "there are no rows"
         raise StudyError(f"{where}, column {response}: {found}, so there is nothing to rate; is it the right column?")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import random
 import typing
+from collections import Counter
 
 from ..core.files import PRINCIPLE_KEYS, SCHEMAS
 from ..core.prompts import BadReply, parse_all_ratings, parse_ratings, rating_all_schema, rating_prompt
 from ..core.prompts import rating_schema
+from ..core.reading import alike
 from ..core.settings import StudyError
 from ..core.stages import blocks, derived_seed
 from .pool import sample_of
@@ -173,12 +175,22 @@ def rating_frames(found: typing.Iterable[tuple], skipped: list) -> typing.Iterat
         yield frame
 
 # %% ../../nbs/feedback/01_rating.ipynb #e167a69d
-def check_coverage(done: int, asked: int, least: float, what: str, units: str = "calls") -> float:
-    "Return the share of valid answers; refuse one below `least`. what: named in the error, such as 03_ratings."
+def check_coverage(
+    done: int, asked: int, least: float, what: str, units: str = "calls", reasons: typing.Iterable[str] = ()
+) -> float:
+    """Return the share of valid answers; refuse one below `least`.
+
+    what: named in the error, such as 03_ratings; reasons: why there was none, one for each, or a count of them."""
     share = done / asked if asked else 0.0
     if share < least:
         found = f"{done} of {asked} {units} gave a valid answer ({share:.1%}), expected at least {least:.1%}"
-        raise StudyError(f"{what}: {found}; finished calls are kept, so remove the cause and run again")
+        counted, kinds = Counter(reasons), Counter()
+        for why, n in counted.items():
+            kinds[alike(why)] += n
+        [(kind, n)] = kinds.most_common(1) or [("", 0)]
+        why = next((why for why in counted if alike(why) == kind), "")
+        most = f"; most often ({n} times): {why[:200]}" if why else ""
+        raise StudyError(f"{what}: {found}{most}; finished calls are kept, so remove the cause and run again")
     return share
 
 # %% ../../nbs/feedback/01_rating.ipynb #bcba2ca6

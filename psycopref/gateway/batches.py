@@ -17,9 +17,10 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.files import clear_disk_errors
+from ..core.reading import environment_count, parse_json
 from ..core.settings import StudyError
 from . import servers
-from .limits import LONGEST_AFTER, environment_count
+from .limits import LONGEST_AFTER
 from .servers import OpenAIModel, read_completion, without_keys
 from ..models.chat import ChatReply, ChatRequest, Failure
 
@@ -58,9 +59,9 @@ def write_line(key: str, body: dict) -> bytes:
 def read_line(reader, line: bytes) -> tuple[str, ChatReply | Failure] | None:
     "Read a line of an output or error file: the request's key and its answer; None where it can't be read."
     try:
-        done = json.loads(line)
+        done = parse_json(line.decode("utf-8", "replace"))
         key, error, response = done["custom_id"], done.get("error") or {}, done.get("response") or {}
-        status, body = response.get("status_code"), response.get("body")
+        status, body = int(response.get("status_code") or 0), response.get("body")
         if status == 200:
             return key, read_completion(reader, without_keys(json.dumps(body)).encode())
         error = (body.get("error") if isinstance(body, dict) else None) or error
@@ -309,7 +310,7 @@ async def read(self: BatchModel, batch, asked: dict[str, ChatRequest]) -> dict[s
         rest = Failure(f"no place in the queue: {said}", kind="refused", after=seconds)
     elif batch.status == "completed":
         rest = Failure(f"batch {batch.id} ended without this question", kind="broken", unsure=True)
-    return {key: found.get(key, rest) for key in asked}
+    return {key: self.within(asked[key], found.get(key, rest)) for key in asked}
 
 # %% ../../nbs/gateway/03_batches.ipynb #9c918e8a
 @patch

@@ -10,29 +10,31 @@ import atexit
 import collections
 import contextlib
 import itertools
-import math
-import os
 import pkgutil
+import re
+import sys
 import threading
 import time
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastcore.basics import patch
 
 from ..core.files import progress
+from ..core.reading import alike, environment_address, environment_amount, environment_choice, environment_count
 from ..core.settings import StudyError
 from ..core.stages import Run, Shard
 from .batches import BatchModel
 from .cache import ReplyCache, open_cache
 from .limits import AdaptiveLimit, Budget, pause
 from .servers import NotAsked, OpenAIModel
-from ..models.chat import ChatModel, ChatReply, ChatRequest, Failure
+from ..models.chat import ChatModel, ChatReply, ChatRequest, Failure, read_answer, with_words
 from ..models.local import Int8Model, LocalModel
 from ..rater.rules import RulesModel
 
 # %% auto #0
-__all__ = ['PROVIDERS', 'LOST', 'chat_model', 'Gateway', 'read_ahead', 'Stream', 'most_usd', 'open_gateway']
+__all__ = ['PROVIDERS', 'LOST', 'ALIKE', 'chat_model', 'Gateway', 'read_ahead', 'same_model', 'Stream', 'most_usd',
+           'check_environment', 'open_gateway']
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6dd08c3c
 PROVIDERS = {"openai": OpenAIModel, "batch": BatchModel, "local": LocalModel, "int8": Int8Model, "rules": RulesModel}
@@ -58,6 +60,7 @@ class Gateway:
     spent: float = 0.0  # US dollars, those of earlier processes included
     stage: str = ""  # whose calls these are, for the books
     counts: dict = field(default_factory=dict)  # for each model: calls, cached, failed, retries, tokens, usd
+    reasons: collections.Counter = field(default_factory=collections.Counter)  # why calls failed -> how often
     busy: bool = False  # a stream is under way
 
     def ask(self, model: ChatModel, requests: list[ChatRequest], name: str = "asking") -> list[ChatReply | Failure]:
@@ -122,6 +125,20 @@ def read_ahead(work: typing.AsyncGenerator) -> typing.Iterator:
         atexit.unregister(stop)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #7f4a3550
+def same_model(model: ChatModel, named: str) -> bool:
+    "Tell whether the model that a reply names is the one that was asked, perhaps more exactly; none says nothing."
+    while not isinstance(model, (str, type(None))):  # a pool's member has a model behind it, which has a name
+        model = getattr(model, "model", None)
+    asked, found = ((name or "").rpartition("/")[2].lower() for name in (model, named))
+    more = found.removeprefix(asked) if found.startswith(asked) else asked.removeprefix(found)
+    return not asked or not found or re.fullmatch(_REVISION, more) is not None
+
+
+_REVISION = (
+    r"|[-_@:.](?:v?\d[\d.-]*|latest|\w*q\d\w*|fp8|fp16|bf16|awq|gptq|gguf|hf|it|instruct|chat)"  # of the same model
+)
+
+
 class Stream:
     "Answer blocks of requests with one model."
 
@@ -133,6 +150,7 @@ class Stream:
         self.soft: dict[str, int] = {}  # request key -> words after which its reply ends with a sentence
         self.kept: set[str] = set()  # keys of replies that stay, whatever their group answers when it is asked again
         self.unwritten, self.writing = [], asyncio.Lock()  # replies on their way to the disk
+        self.answered, self.alike = False, collections.Counter()  # whether a call found an answer; why others did not
         numbers = dict.fromkeys(("calls", "cached", "failed", "retries", "prompt_tokens", "completion_tokens"), 0)
         self.count = gateway.counts.setdefault(model.uri, {"label": model.label, **numbers, "usd": 0.0})
         self.bar = progress(None, f"{name} [{model.label[:24]}]", total, "call")
@@ -170,6 +188,8 @@ async def blocks(self: Stream, source) -> typing.AsyncIterator[list[ChatReply | 
         await self.write()
         self.bar.close()
         await self.model.close()
+        for name, n in self.count.get("answered_by", {}).items():
+            print(f"psycopref: {n} replies to {self.model.uri} say that {name[:80]!r} answered", file=sys.stderr)
 
 # %% ../../nbs/gateway/04_gateway.ipynb #6cbb4c0a
 @patch
@@ -207,8 +227,10 @@ def look_up(self: Stream, found: dict, asked: dict[str, ChatRequest], n: int) ->
     found |= {key: self.calls[key] for key in asked if key in self.calls and key not in found}
     if gateway.calls != "live":
         kept = gateway.cache.get([key for key in asked if key not in found])
+        kept = {key: reply for key, own in kept.items() if isinstance(reply := _read(asked[key], own), ChatReply)}
         found |= kept
         self.kept |= kept.keys()
+        self.note_authors(kept.values())
     left = {key: request for key, request in asked.items() if key not in found}
     if left and gateway.calls == "replay":
         raise NotAsked(
@@ -225,6 +247,7 @@ def look_up(self: Stream, found: dict, asked: dict[str, ChatRequest], n: int) ->
 
 # %% ../../nbs/gateway/04_gateway.ipynb #99a40ec3
 LOST = 2  # times the calls in flight, and at least 50: so many lost calls in a row end the run
+ALIKE = 20  # calls that fail for the same reason before any has an answer end the run: what is wrong concerns all
 
 
 @patch
@@ -239,7 +262,9 @@ async def call(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
                 f"model {self.model.uri!r}: {self.lost} calls in a row found no answer, the last: "
                 f"{[*replies.values()][0].reason}; finished calls are kept, so look after the server and run again"
             )
-        self.count["failed"] += sum(isinstance(reply, Failure) for reply in replies.values())
+        failed = [reply.reason for reply in replies.values() if isinstance(reply, Failure)]
+        self.count["failed"] += len(failed)
+        self.gateway.reasons.update(failed)
         return replies
     except (Exception, asyncio.CancelledError) as error:
         self.fail(error)
@@ -251,9 +276,43 @@ async def call(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         self.bar.update(len(group))
 
 # %% ../../nbs/gateway/04_gateway.ipynb #800c7f05
+@patch
+def check_alike(self: Stream, replies: typing.Collection[ChatReply | Failure]) -> None:
+    "Refuse to go on where nothing but failures of few kinds came so far."
+    failed = [reply.reason for reply in replies if isinstance(reply, Failure) and not reply.again]
+    self.answered = self.answered or any(isinstance(reply, ChatReply) for reply in replies)
+    self.alike.update(map(alike, failed))
+    if not self.answered and self.alike.total() >= ALIKE * max(1, min(3, len(self.alike))):
+        how = "alike" if len(self.alike) == 1 else f"for {len(self.alike)} reasons, the last"
+        raise StudyError(
+            f"model {self.model.uri!r}: the first {self.alike.total()} calls all failed {how}: {failed[-1][:300]}; "
+            "mend the cause and run again, nothing more was asked"
+        )
+
+
+@patch
+def note_authors(self: Stream, replies: typing.Iterable[ChatReply | Failure]) -> None:
+    "Count the replies that another model gave than the one that was asked, as far as servers say it."
+    for reply in replies:
+        if isinstance(reply, ChatReply) and not same_model(self.model, reply.model):
+            others = self.count.setdefault("answered_by", {})
+            others[reply.model] = others.get(reply.model, 0) + 1
+
+
 def _again(reply: ChatReply | Failure) -> bool:
     "Tell whether a call should be tried again."
     return isinstance(reply, Failure) and reply.again
+
+
+def _read(request: ChatRequest, reply: ChatReply | Failure) -> ChatReply | Failure:
+    """Read what a model said, whoever brought it; what an earlier version kept is read as today's.
+
+    A response has words. A verdict without any is a reply that can't be read, which its reader says and counts."""
+    if isinstance(reply, Failure):
+        return reply
+    found = read_answer(reply.text, reply.finish_reason, (reply.prompt_tokens, reply.completion_tokens))
+    found = with_words(found) if request.task == "respond" else found
+    return found if isinstance(found, Failure) else replace(found, model=reply.model)
 
 
 @patch
@@ -280,10 +339,12 @@ async def once(self: Stream, group: dict[str, ChatRequest]) -> dict[str, ChatRep
         if self.error:
             raise self.error
         found, usd = await self.pay(list(group.values()))
-    replies = dict(zip(group, found))
+    replies = dict(zip(group, map(_read, group.values(), found)))
+    self.note_authors(replies.values())
     tokens = [sum(getattr(reply, name) for reply in found) for name in ("prompt_tokens", "completion_tokens")]
     new = {key: own for key, own in replies.items() if isinstance(own, ChatReply) and key not in self.kept}
     self.book(new, len(found), *tokens, usd)
+    self.check_alike(replies.values())
     await asyncio.shield(self.write())  # what was paid for is kept, also where this call is cancelled
     return replies
 
@@ -343,14 +404,16 @@ async def write(self: Stream) -> None:
 # %% ../../nbs/gateway/04_gateway.ipynb #5aebc660
 def most_usd(budget_usd: float) -> float:
     "Return the most that a run may spend: the environment's BUDGET_USD, or what its profile says."
-    said = os.environ.get("BUDGET_USD", budget_usd)
-    try:
-        budget = float(said)
-    except ValueError:
-        budget = math.nan
-    if not budget >= 0:  # nan would hold nothing
-        raise StudyError(f"BUDGET_USD is {said!r}, expected US dollars from 0 on, such as 100")
-    return budget
+    return environment_amount("BUDGET_USD", budget_usd)
+
+
+def check_environment(budget_usd: float = 0.0) -> tuple[str, float]:
+    "Refuse a variable of the environment that calls would stumble over; return the way of calling and the budget."
+    for name in ("OPENAI_BASE_URL", "PSYCOPREF_SERVER_URL"):
+        environment_address(name)
+    for name in ("PSYCOPREF_RPM", "PSYCOPREF_TPM", "PSYCOPREF_PROCESSES"):
+        environment_count(name)
+    return environment_choice("PSYCOPREF_CALLS", ("record", "replay", "live")), most_usd(budget_usd)
 
 
 def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shard | None = None) -> Gateway:
@@ -358,10 +421,7 @@ def open_gateway(run: Run, budget_usd: float = 0.0, stage: str = "", shard: Shar
 
     budget_usd: the most that the run may spend, unless the environment's BUDGET_USD says otherwise. Budget and way of
     calling (PSYCOPREF_CALLS) are no settings of a stage, so that changing them redoes nothing."""
-    calls = os.environ.get("PSYCOPREF_CALLS", "record")
-    if calls not in ("record", "replay", "live"):
-        raise StudyError(f"PSYCOPREF_CALLS is {calls!r}, expected record, replay or live")
-    budget, cache = most_usd(budget_usd), open_cache(run, stage, shard)
+    (calls, budget), cache = check_environment(budget_usd), open_cache(run, stage, shard)
     if shard is not None:  # what the others have left is shared out evenly, so that no shard needs to know of another
         budget = max(0.0, budget - cache.spent_before()) / shard.n
     return Gateway(cache, budget, calls, cache.spent(), stage)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import random
 import statistics
 
 import anyio
 
+from ..core.reading import environment_count
 from ..core.settings import StudyError
 from ..models.chat import ChatRequest
 
 # %% auto #0
-__all__ = ['START_CALLS', 'FAST_SECONDS', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGEST_AFTER', 'AdaptiveLimit', 'environment_count',
-           'minute_limits', 'expected_tokens', 'pause', 'Budget']
+__all__ = ['START_CALLS', 'FAST_SECONDS', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'LONGEST_AFTER', 'AdaptiveLimit', 'minute_limits',
+           'expected_tokens', 'pause', 'Budget']
 
 # %% ../../nbs/gateway/00_limits.ipynb #11a40c56
 START_CALLS = 32  # in flight at first
@@ -56,14 +56,6 @@ class AdaptiveLimit:
                 self.places.total_tokens = min(self.most, self.limit * 2 if self.doubling else self.limit + 1)
 
 # %% ../../nbs/gateway/00_limits.ipynb #1664b29a
-def environment_count(name: str) -> int:
-    "Read a whole number of at least 1 from the environment. Returns 0 where it is not set."
-    text = os.environ.get(name, "")
-    if text and not (text.isdigit() and int(text)):
-        raise StudyError(f"{name} is {text!r}, expected a whole number, at least 1")
-    return int(text or 0)
-
-
 def minute_limits() -> list:
     "Make the limiters that the environment asks for. Returns (limiter, True for tokens)."
     from aiolimiter import AsyncLimiter

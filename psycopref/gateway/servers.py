@@ -14,20 +14,23 @@ import re
 import sys
 import time
 import typing
-from urllib.parse import urlsplit
+from dataclasses import replace
+from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from fastcore.basics import patch
 
 from ..core.paper import resource_path
+from ..core.reading import check_address, environment_address, environment_key, parse_json
 from ..core.settings import StudyError
 from .limits import expected_tokens, minute_limits
-from ..models.chat import ChatReply, ChatRequest, Failure
+from ..models.chat import ChatReply, ChatRequest, Failure, read_answer, with_words
 
 # %% auto #0
-__all__ = ['MOST_TOKENS', 'LOOPBACK', 'RETRY_STATUS', 'host_key_name', 'server_key', 'without_keys', 'completion_reader',
-           'read_completion', 'prices', 'most_tokens', 'proxy_of', 'NotAsked', 'NotServed', 'Retired', 'utc_today',
-           'shutdown_day', 'shutdown_line', 'OpenAIModel', 'read_error', 'read_status']
+__all__ = ['MOST_TOKENS', 'OPENAI', 'LOOPBACK', 'RETRY_STATUS', 'host_key_name', 'server_key', 'without_keys',
+           'completion_reader', 'read_completion', 'of_openai', 'prices', 'most_tokens', 'proxy_of', 'NotAsked',
+           'NotServed', 'Retired', 'utc_today', 'shutdown_day', 'shutdown_line', 'OpenAIModel', 'read_error',
+           'read_status']
 
 # %% ../../nbs/gateway/02_servers.ipynb #d653becc
 def host_key_name(base_url: str) -> str:
@@ -38,15 +41,15 @@ def host_key_name(base_url: str) -> str:
 def server_key(base_url: str) -> str:
     """Return the key of a server ("" for OpenAI itself), "" where none is set."""
     if not base_url:
-        return os.environ.get("OPENAI_API_KEY", "")
-    return os.environ.get(host_key_name(base_url)) or os.environ.get("PSYCOPREF_SERVER_KEY", "")
+        return environment_key("OPENAI_API_KEY")
+    return environment_key(host_key_name(base_url)) or environment_key("PSYCOPREF_SERVER_KEY")
 
 
 def without_keys(text: str) -> str:
     "Replace each API key in a text by [key]."
     for name, value in os.environ.items():
-        if (name.endswith(("API_KEY", "_SERVER_KEY")) or name.startswith("PSYCOPREF_KEY_")) and len(value) > 4:
-            text = text.replace(value, "[key]")
+        if (name.endswith(("API_KEY", "_SERVER_KEY")) or name.startswith("PSYCOPREF_KEY_")) and len(value.strip()) > 4:
+            text = text.replace(value.strip(), "[key]")
     return text
 
 # %% ../../nbs/gateway/02_servers.ipynb #8fa5acf0
@@ -58,7 +61,9 @@ def completion_reader():
     Message = TypedDict("Message", {"content": NotRequired[str | None]})
     Choice = TypedDict("Choice", {"finish_reason": NotRequired[str | None], "message": Message})
     Usage = TypedDict("Usage", {"prompt_tokens": NotRequired[int | None], "completion_tokens": NotRequired[int | None]})
-    Completion = TypedDict("Completion", {"choices": list[Choice], "usage": NotRequired[Usage | None]})
+    Completion = TypedDict(
+        "Completion", {"choices": list[Choice], "usage": NotRequired[Usage | None], "model": NotRequired[typing.Any]}
+    )
     return pydantic.TypeAdapter(Completion)
 
 
@@ -73,22 +78,44 @@ def read_completion(reader, body: bytes) -> ChatReply | Failure:
         raw = without_keys(body[:8000].decode("utf-8", "replace"))[:4000]  # in this order: half a key isn't found
         return Failure(reason, raw, *tokens, kind=kind, unsure=not any(tokens))
 
+    said = ""
     try:
-        done = reader.validate_json(body)
+        found = parse_json(body.decode("utf-8"))
+        if isinstance(found, dict) and (error := found.get("error")):  # with status 200, as some gateways do
+            text = error.get("message") if isinstance(error, dict) else error
+            said, code = f": {str(text)[:200]}", error.get("code") if isinstance(error, dict) else None
+            if not found.get("choices"):
+                passes = str(code) in map(str, RETRY_STATUS) or str(code).startswith("5")
+                return failure(f"the server says{said}", kind="broken" if passes else "final")
+        done = reader.validate_python(found, strict=True)
+        json.dumps(done, ensure_ascii=False).encode()  # half a pair of surrogates could not be kept
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         return failure(f"no chat completion: {where}: {first['msg']}"[:200], kind="broken")
+    except ValueError as error:  # no UTF-8, no JSON
+        if body.lstrip()[:1] == b"<":
+            return failure("no chat completion but a web page; /v1 may be missing in the address", kind="broken")
+        return failure(f"no chat completion: {' '.join(str(error).split())}"[:200], kind="broken")
     counts = [(done.get("usage") or {}).get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
     tokens = [n if 0 <= n < MOST_TOKENS else 0 for n in counts]
     if not done["choices"]:
-        return failure("the reply holds no choice", tokens, "broken")
+        return failure(f"the reply holds no choice{said}", tokens, "broken")
     reason, text = done["choices"][0].get("finish_reason"), done["choices"][0]["message"].get("content")
-    if reason == "content_filter" or not text:
-        return failure(f"no text (finish_reason {reason})", tokens)
-    return ChatReply(text, "length" if reason == "length" else "stop", *tokens)
+    found = with_words(read_answer(text, reason, (tokens[0], tokens[1])))  # without one, what came is hidden from us
+    if isinstance(found, Failure):
+        return failure(found.reason, tokens, found.kind)
+    return replace(found, model=done["model"] if isinstance(done.get("model"), str) else "")
 
 # %% ../../nbs/gateway/02_servers.ipynb #54a16803
+OPENAI = "https://api.openai.com/v1"
+
+
+def of_openai(address: str) -> bool:
+    "Tell whether an address is OpenAI's own."
+    return address == OPENAI or (urlsplit(address).hostname or "").endswith(".openai.com")
+
+
 def prices() -> dict:
     "Return the dated price table: US dollars for a million input and output tokens of each model."
     return json.loads(resource_path("prices.json").read_text(encoding="utf-8"))
@@ -132,7 +159,7 @@ def utc_today() -> datetime.date:
 def shutdown_day(uri: str) -> datetime.date | None:
     "Return the day on which OpenAI shuts a model down; None where none is announced, or somebody else serves it."
     provider, _, name = uri.partition(":")
-    known = prices()["shutdowns"]["models"].get(name) if provider in ("openai", "batch") else None
+    known = prices()["shutdowns"]["models"].get(name.partition("?")[0]) if provider in ("openai", "batch") else None
     return known and datetime.date.fromisoformat(known["day"])
 
 
@@ -148,6 +175,19 @@ def shutdown_line(uri: str, today: datetime.date) -> str:
     return f"{name} was shut down on {day}, only replies in the cache are left; take {stand_in} (OpenAI names {advice})"
 
 # %% ../../nbs/gateway/02_servers.ipynb #00daab51
+def _options(uri: str) -> tuple[str, dict[str, str]]:
+    "Split what a URI asks for behind a question mark off it: (name and server, options)."
+    scheme, _, rest = uri.partition(":")
+    name, _, text = rest.partition("?")
+    listed = parse_qsl(text, keep_blank_values=True)
+    found, right = dict(listed), {"thinking": "[0-9]{1,6}", "temperature": "none"}
+    good = len(found) == len(listed) > 0 and all(re.fullmatch(right.get(key, "(?!)"), own) for key, own in listed)
+    if text and not good:
+        expected = "expected ?thinking=TOKENS, ?temperature=none, or both with & between them"
+        raise StudyError(f"model {uri!r}: found {text!r}, {expected}")
+    return name, found
+
+
 class OpenAIModel:
     "Answer through the chat completions API."
 
@@ -156,10 +196,15 @@ class OpenAIModel:
 
     def __init__(self, name: str, max_retries=6, timeout=120.0, scheme="openai", today: typing.Callable = utc_today):
         "timeout: seconds; today: tells the date by which models retire."
-        self.model, _, self.base_url = name.partition("@")
-        self.uri, self.label, self.identity = f"{scheme}:{name}", self.model, f"openai:{name}"
+        self.uri, asked, options = f"{scheme}:{name}", *_options(f"{scheme}:{name}")
+        self.model, _, self.base_url = asked.partition("@")
+        check_address(self.base_url, f"model {self.uri!r}: its server is")
+        self.label, self.identity, self.elsewhere = self.model, f"openai:{name}", ""
         self.attempts, self.timeout, self.opened = max_retries + 1, timeout, None
-        known = prices()["models"].get(name) or (self.base_url and {"input": 0.0, "output": 0.0})
+        self.thinking, self.warm = int(options.get("thinking", 0)), options.get("temperature") != "none"
+        theirs = not self.base_url or of_openai(self.base_url)  # their prices hold, by whatever address
+        asked = self.model if theirs else asked
+        known = prices()["models"].get(asked) or (not theirs and {"input": 0.0, "output": 0.0})
         if not known:
             found = "names no server (openai:NAME@http://HOST:PORT/v1) and " if "/" in self.model else ""
             raise NotAsked(
@@ -169,15 +214,19 @@ class OpenAIModel:
         self.price, self.more = {kind: known[kind] for kind in ("input", "output")}, known.get("arguments", {})
         if self.more:  # another value would be another answer
             self.identity += json.dumps(self.more, sort_keys=True)
-        if self.uri.partition(":")[2] == prices()["substitute"]["rater"].partition(":")[2]:
+        if asked == prices()["substitute"]["rater"].partition(":")[2]:
             self.label += ", not the paper's (stands in for GPT-4o)"  # short names keep what is before the bracket
-        self.today, self.retires = today, shutdown_day(self.uri)
+        if not self.base_url and (place := environment_address("OPENAI_BASE_URL")) and not of_openai(place):
+            self.elsewhere = place  # asked in OpenAI's place, so no reply is kept or shown as OpenAI's
+            self.label, self.identity = f"{self.label} at {urlsplit(place).netloc}", f"{self.identity}@{place}"
+        self.today, self.retires = today, None if self.elsewhere else shutdown_day(f"{scheme}:{asked}")
 
     def groups(self, requests):
         return [[i] for i in range(len(requests))]
 
     def most(self, request):
-        return (most_tokens(request) * self.price["input"] + request.decoding.max_tokens * self.price["output"]) / 1e6
+        written = request.decoding.max_tokens + self.thinking
+        return (most_tokens(request) * self.price["input"] + written * self.price["output"]) / 1e6
 
     def cost(self, reply):
         return (reply.prompt_tokens * self.price["input"] + reply.completion_tokens * self.price["output"]) / 1e6
@@ -199,8 +248,8 @@ class OpenAIModel:
         key = server_key(self.base_url)
         if not key and not self.base_url:
             raise NotAsked(f"model {self.uri!r}: OPENAI_API_KEY is not set; set it, or take a model without a key")
-        address = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        return address.rstrip("/"), key, urlsplit(self.base_url).hostname not in LOOPBACK
+        address = self.base_url or environment_address("OPENAI_BASE_URL") or OPENAI
+        return address.rstrip("/"), key, urlsplit(address).hostname not in LOOPBACK
 
     def open_client(self):
         "Open an aiohttp.ClientSession."
@@ -210,8 +259,8 @@ class OpenAIModel:
         self.limits, self.reader, self.secret = minute_limits(), completion_reader(), key.encode()
         headers = {"Authorization": f"Bearer {key or 'none'}"}
         for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
-            if not self.base_url and os.environ.get(variable):
-                headers[name] = os.environ[variable]
+            if not self.base_url and environment_key(variable):
+                headers[name] = environment_key(variable)
         timeout, connector = aiohttp.ClientTimeout(self.timeout), aiohttp.TCPConnector(limit=2 * self.concurrency)
         way = proxy_of(self.address) if proxy else None  # no trust_env: it would read passwords from ~/.netrc too
         return aiohttp.ClientSession(headers=headers, proxy=way, timeout=timeout, connector=connector)
@@ -219,8 +268,11 @@ class OpenAIModel:
     def chat_arguments(self, request: ChatRequest) -> dict:
         "Translate a request into the API's arguments."
         how = {"model": self.model, "messages": list(request.messages)}
-        how |= {"max_completion_tokens": request.decoding.max_tokens}
-        how |= {name: getattr(request.decoding, name) for name in ("temperature", "top_p", "seed")}
+        how |= {"max_completion_tokens": request.decoding.max_tokens + self.thinking}
+        if not of_openai(self.base_url or self.elsewhere or OPENAI):  # servers that know the limit by its older name
+            how["max_tokens"] = how["max_completion_tokens"]
+        sampling = ("temperature", "top_p", "seed") if self.warm else ("seed",)
+        how |= {name: getattr(request.decoding, name) for name in sampling}
         if request.schema:
             schema = {"name": "reply", "strict": True, "schema": request.schema}
             how["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -229,6 +281,17 @@ class OpenAIModel:
         if self.base_url and request.decoding.repetition_penalty != 1:
             how["repetition_penalty"] = request.decoding.repetition_penalty
         return how | self.more
+
+    def within(self, request: ChatRequest, reply: ChatReply | Failure) -> ChatReply | Failure:
+        "Refuse an answer that is longer than was asked: its server does not know the limit."
+        if isinstance(reply, Failure):
+            return reply
+        most, written = request.decoding.max_tokens + self.thinking, reply.completion_tokens or len(reply.text.split())
+        if written <= most + 1:  # some count the token that ends it
+            return reply
+        unit, tokens = "tokens" if reply.completion_tokens else "words", (reply.prompt_tokens, reply.completion_tokens)
+        reason = f"the answer has {written} {unit}, expected at most {most} tokens; the server knows no such limit"
+        return Failure(reason, reply.text[:4000], *tokens, unsure=not all(tokens))
 
 # %% ../../nbs/gateway/02_servers.ipynb #e21adc51
 @functools.cache
@@ -246,7 +309,7 @@ async def answer(self: OpenAIModel, requests: list[ChatRequest]) -> list[ChatRep
     for limiter, tokens in self.limits:
         await limiter.acquire(min(expected_tokens(request), limiter.max_rate) if tokens else 1)
     body = await self.post(self.chat_arguments(request))
-    return [body if isinstance(body, Failure) else read_completion(self.reader, body)]
+    return [body if isinstance(body, Failure) else self.within(request, read_completion(self.reader, body))]
 
 
 @patch
@@ -269,6 +332,8 @@ def read_error(model: OpenAIModel, error: Exception) -> Failure:
     "Sort what aiohttp raised by what can be done about it; where a call was sent, it may be billed."
     import aiohttp
 
+    if isinstance(error, ValueError):  # no address, no header: nothing was sent, and nothing will be
+        return Failure(f"not sent: {type(error).__name__}: {without_keys(' '.join(str(error).split()))[:200]}")
     sent = not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
     if sent and isinstance(error, TimeoutError):
         return Failure(f"Timeout: no answer in {model.timeout:g} s", kind="broken", unsure=True)
@@ -283,23 +348,27 @@ def read_status(model: OpenAIModel, status: int, body: bytes, headers) -> Failur
     "Sort an answer without success; raises StudyError where every other call would fail alike."
     text = body.decode("utf-8", "replace")
     try:
-        error = json.loads(text)
+        error = parse_json(text)
         error = error.get("error") or error
-        code, text = error.get("code"), str(error.get("message") or text)
+        code, text = error.get("code") or error.get("type"), str(error.get("message") or text)
     except (ValueError, AttributeError):
         code = None
     if status < 400:  # followed, it would carry the key elsewhere
         raise StudyError(f"model {model.uri!r}: the server redirects ({status}) to another address; name that one")
-    if status == 404 and model.base_url:
+    if status == 404 and (place := model.base_url or model.elsewhere):
+        bare = not re.search(r"/v\d+\w*(/|$)", urlsplit(place).path)
+        way = "its address ends in no version, so /v1 may be missing; else " if bare else ""
         raise NotServed(
-            f"model {model.uri!r}: the server refused (404); check the model's name, or start it there if the server "
-            "serves another, and run again"
+            f"model {model.uri!r}: the server refused (404); {way}check the model's name, or start it there if the "
+            "server serves another, and run again"
         )
-    if status in (401, 403, 404) or code == "insufficient_quota":
-        empty = code == "insufficient_quota"
+    said = without_keys(" ".join(text.split()))[:200]
+    if status in (401, 402, 403, 404) or code == "insufficient_quota":
+        empty = status == 402 or code == "insufficient_quota"
         why = "the account is empty" if empty else "check the key, the model's name and your access"
-        raise (NotAsked if status == 404 else StudyError)(f"model {model.uri!r}: the server refused ({status}); {why}")
-    reason = f"{status}: {without_keys(' '.join(text.split()))[:200]}"
+        refusal = f"model {model.uri!r}: the server refused ({status}{f': {said}' * (status == 402)}); {why}"
+        raise (NotAsked if status == 404 else StudyError)(refusal)
+    reason = f"{status}: {said}"
     if status in RETRY_STATUS:
         return Failure(reason, kind="refused", after=_retry_after(headers))
     return Failure(reason, kind="broken" if status >= 500 else "final", unsure=status == 504)  # 504: it was passed on

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import typing
 from dataclasses import asdict, dataclass, field, replace
 
+from ..core.reading import has_words
 from .generation import Decoding, end_sentence
 
 # %% auto #0
-__all__ = ['ChatRequest', 'ChatReply', 'Failure', 'ChatModel', 'FreeModel']
+__all__ = ['WHOLE', 'CUT', 'PASSING', 'ChatRequest', 'ChatReply', 'Failure', 'without_reasoning', 'how_ended', 'read_answer',
+           'with_words', 'ChatModel', 'FreeModel']
 
 # %% ../../nbs/models/05_chat.ipynb #4379ae1c
 @dataclass(frozen=True)
@@ -35,12 +38,13 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    "Hold one answer."
+    "Hold one answer, as `read_answer` leaves it."
 
-    text: str  # what the model said
+    text: str  # what the model said, without reasoning
     finish_reason: str = "stop"  # stop, length, or sentence (`end_sentence`)
     prompt_tokens: int = 0  # 0 where nobody counted
     completion_tokens: int = 0  # 0 where nobody counted
+    model: str = field(default="", compare=False)  # who answered, where the server says it
 
     def end(self, words: int) -> ChatReply:
         "Return the reply, ended with a sentence after so many words; 0 leaves it. Tokens stay those that were written."
@@ -64,6 +68,76 @@ class Failure:
     def again(self) -> bool:
         "Tell whether a second attempt makes sense."
         return self.kind != "final"
+
+# %% ../../nbs/models/05_chat.ipynb #7c5494f0
+WHOLE = frozenset("stop eos eos_token end_turn stop_sequence complete completed".split())  # an answer's own end
+CUT = frozenset("length max_tokens max_output_tokens max_completion_tokens max_length model_length token_limit".split())
+PASSING = frozenset("error timeout abort aborted cancelled overloaded insufficient_system_resource".split())
+_TAGS = "(?:seed:|longcat_)?think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|inner_monologue"
+_OPEN = (
+    rf"<\s*(?:{_TAGS})\s*>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|think\|>|<\|inner_prefix\|>"
+    r"|<\|?channel\|?>(?:analysis|commentary|thought)(?:<\|message\|>)?|<unused94>(?:thought)?|^assistantanalysis"
+)
+_ALONE = (  # an end that stands alone where a chat template has written the beginning
+    r"<\s*/\s*(?:seed:|longcat_)?think\s*>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|/think\|>"
+    r"|<\|inner_suffix\|>|<unused95>|(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
+)
+_CLOSE = rf"{_ALONE}|<\s*/\s*(?:{_TAGS})\s*>|<channel\|>|assistantfinal"
+_REASONING = re.compile(f"(?P<open>{_OPEN})|(?P<alone>{_ALONE})|(?P<close>{_CLOSE})", re.IGNORECASE)
+_WRAPPING = re.compile(  # around the answer itself
+    r"^\s*(?:<answer>|<\|begin_of_solution\|>|<\|START_RESPONSE\|>)|"
+    r"(?:</answer>|<\|end_of_solution\|>|<\|END_RESPONSE\|>|<\|return\|>|<\|end\|>)\s*$"
+)
+
+
+def without_reasoning(text: str, prompt: str = "") -> str | None:
+    """Take reasoning off a text; None where it does not end.
+
+    prompt: what the text continues, as chat templates write it; it may open the reasoning."""
+    inside, start, kept = bool(re.search(f"(?:{_OPEN})\\s*$", prompt, re.IGNORECASE)), 0, []
+    for mark in _REASONING.finditer(text):
+        if mark["close"] and not inside:
+            continue  # a word of the answer
+        if not mark["open"]:
+            kept = kept if inside else []  # opened by a template that we did not see: all before is reasoning
+        elif not inside:
+            kept.append(text[start : mark.start()])
+        inside, start = bool(mark["open"]), mark.end()
+    if inside:
+        return None
+    left = _WRAPPING.sub("", "".join([*kept, text[start:]]))
+    return left.strip() if start or len(left) < len(text) else text
+
+# %% ../../nbs/models/05_chat.ipynb #631f339a
+def how_ended(reason: str | None) -> str | None:
+    "Return stop, length or sentence for the word with which a model ended; None for any other word."
+    word = str(reason or "stop").rpartition(".")[2].lower()
+    return "stop" if word in WHOLE else "length" if word in CUT else "sentence" if word == "sentence" else None
+
+
+def read_answer(
+    text: str | None, reason: str | None = None, tokens: tuple[int, int] = (0, 0), prompt: str = ""
+) -> ChatReply | Failure:
+    """Read what a model said: its answer, which may be without a word, or why there is none.
+
+    reason: the word for how it ended, None where nobody said one; tokens: of prompt and completion, 0 where nobody
+    counted; prompt: what the text continues, where that is known."""
+    said, end = text or "", how_ended(reason)
+    if end is None:
+        kind = "broken" if str(reason).rpartition(".")[2].lower() in PASSING else "final"
+        return Failure(f"no answer (finish_reason {str(reason)[:60]})", said, *tokens, kind, unsure=not any(tokens))
+    answer = without_reasoning(said, prompt)
+    if answer is None:
+        return Failure(f"reasoning that does not end (finish_reason {reason})", said, *tokens, unsure=not any(tokens))
+    return ChatReply(answer, end, *tokens)
+
+
+def with_words(reply: ChatReply | Failure) -> ChatReply | Failure:
+    "Refuse a reply without a word, such as an empty one."
+    if isinstance(reply, Failure) or has_words(reply.text):
+        return reply
+    tokens, what = (reply.prompt_tokens, reply.completion_tokens), "no word in the reply" if reply.text else "no text"
+    return Failure(f"{what} (finish_reason {reply.finish_reason})", reply.text, *tokens, unsure=not any(tokens))
 
 # %% ../../nbs/models/05_chat.ipynb #fe332b9f
 class ChatModel(typing.Protocol):

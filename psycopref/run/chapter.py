@@ -15,6 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, Kept, StageReader, StageWriter
+from ..core.reading import environment
 from ..core.settings import StudyError, load_profile
 from psycopref.core.stages import (
     SENT,
@@ -29,13 +30,13 @@ from psycopref.core.stages import (
     stage_settings,
     stages_of,
 )
-from ..core.tables import Label, format_cell, html_table
+from ..core.tables import Label, format_cell, html_table, safe_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
 
 # %% auto #0
-__all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'changed_settings', 'full_caption', 'stages_of_run',
-           'open_stage']
+__all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'check_made', 'changed_settings', 'full_caption',
+           'stages_of_run', 'open_stage']
 
 # %% ../../nbs/run/00_chapter.ipynb #e7df6d8d
 def shown_table(frame, caption: str, label: Label | None = None, rows: int = 24) -> str:
@@ -68,7 +69,7 @@ class ChapterStage:
 
     def __init__(self, run: Run, name: str, settings, seed: int, changed: dict, part: Shard | Cell | None = None):
         self.run, self.name, self.settings, self.seed, self.part = run, name, settings, seed, part
-        self.overrides, self.models, self.label = dict(changed), {}, None
+        self.asked, self.overrides, self.models, self.label = (), dict(changed), {}, None
         self.readers: dict[str, StageReader] = {}
         self.writer = self.new_writer(part)
 
@@ -95,10 +96,25 @@ class ChapterStage:
         return open_gateway(self.run, self.settings.budget_usd, stage, part)
 
 # %% ../../nbs/run/00_chapter.ipynb #b69a51aa
+def check_made(stage: ChapterStage, reader: StageReader) -> StageReader:
+    """Refuse an earlier stage that was made with other settings than are asked now.
+
+    Asked is what this chapter was given; in a chain (PSYCOPREF_ASKED, which the Snakefile sets) all settings are."""
+    whole = environment("PSYCOPREF_ASKED")
+    settings = load_profile(**json.loads(whole)) if whole else stage.settings
+    made = as_dotted(reader.receipt["settings"])
+    for name, value in as_dotted(json.loads(json.dumps(stage_settings(settings, reader.name)))).items():
+        asked = whole or any(name == own or name.startswith(f"{own}.") for own in stage.asked)
+        if asked and name not in SENT and made.get(name, value) != value:
+            found = f"{reader.name} was made with {name} = {json.dumps(made[name])}, asked is {json.dumps(value)}"
+            raise StudyError(f"{stage.name}: {found}; run {reader.name} again so, or ask for what it has")
+    return reader
+
+
 @patch
 def _reader(self: ChapterStage, stage: str) -> StageReader:
     if stage not in self.readers:
-        self.readers[stage] = StageReader(self.run, stage)
+        self.readers[stage] = check_made(self, StageReader(self.run, stage))
         self.overrides = self.readers[stage].receipt.get("overrides", {}) | self.overrides  # all that results hang on
     return self.readers[stage]
 
@@ -186,7 +202,7 @@ def keep(self: ChapterStage, kind: str | None = None, **results) -> None:
         if kind or (name in SCHEMAS and hasattr(value, "columns")):
             self.begun.rows(kind or name, value, name)
         elif hasattr(value, "to_csv"):
-            self.keep_text(f"{name}.csv", value.to_csv(index=False))
+            self.keep_text(f"{name}.csv", safe_table(value).to_csv(index=False))
         else:
             self.begun.json(name, value)
 
@@ -245,10 +261,10 @@ def figure(self: ChapterStage, number: str, slug: str, figure, caption: str, lab
 # %% ../../nbs/run/00_chapter.ipynb #ff721e86
 @patch
 def say(self: ChapterStage, *sentences: str) -> None:
-    "Show sentences on this run's numbers, as one paragraph of Markdown."
+    "Show sentences on this run's numbers, as one paragraph of Markdown; what stands in them is no HTML."
     from IPython.display import Markdown, display
 
-    display(Markdown(" ".join(" ".join(sentence.split()) for sentence in sentences if sentence)))
+    display(Markdown(" ".join(" ".join(sentence.split()) for sentence in sentences if sentence).replace("<", "&lt;")))
 
 
 @patch
@@ -295,4 +311,6 @@ def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None,
         found = f"outputs/{where.name}: found stage {name} with SEED {seed}, expected SEED {where.seed} and one of"
         raise StudyError(f"{found} {repeated}; all else belongs to RUN={where.whole.name}")
     changed = changed_settings(settings, name)
-    return ChapterStage(where, name, settings, seed, changed, part(settings) if part else None)
+    stage = ChapterStage(where, name, settings, seed, changed, part(settings) if part else None)
+    stage.asked = tuple(overrides or {})
+    return stage

@@ -90,7 +90,7 @@ def measured_decoding(folder: Path | None) -> Decoding:
     own = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     if "max_new_tokens" not in own:
         return answer_decoding(settings, 0)
-    how = {name: own[name] for name in ("temperature", "top_k", "top_p") if name in own and own["do_sample"]}
+    how = {name: own[name] for name in ("temperature", "top_k", "top_p") if name in own and own.get("do_sample", True)}
     return Decoding(own["max_new_tokens"], **how)
 
 # %% ../../nbs/run/07_chat.ipynb #38ed9e24

@@ -6,42 +6,72 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import signal
 import sys
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['parse_value', 'named_values', 'notebook_values', 'build_parser', 'show', 'execute', 'main']
+__all__ = ['parse_value', 'named_values', 'setting_values', 'notebook_values', 'build_parser', 'show', 'execute', 'main']
 
 # %% ../../nbs/run/08_cli.ipynb #00e19cea
 def parse_value(text: str):
     "Read a value typed in the terminal: JSON where it is JSON, else text."
+    from psycopref.core.reading import parse_json
+
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text
 
 
-def named_values(items: list[str]) -> dict:
-    """Read arguments of the form "name=value"."""
+def named_values(items: list[str], known: dict | None = None) -> dict:
+    """Read arguments of the form "name=value"; known: name -> usual value, of whose type a text is."""
     from psycopref.core.settings import StudyError
 
     if wrong := [item for item in items if "=" not in item]:
         raise StudyError(f"argument {wrong[0]!r}: expected name=value")
-    return {item.partition("=")[0]: parse_value(item.partition("=")[2]) for item in items}
+    names = [item.partition("=")[0] for item in items]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise StudyError(f"argument {twice[0]!r} is given more than once; leave all but one out")
+
+    def read(name: str, text: str):
+        usual = (known or {}).get(name, ...)
+        value = parse_value(text)
+        if isinstance(usual, str):
+            return value if isinstance(value, str) else text  # 2024 is a name, and "2024" too
+        return text if usual is None and not isinstance(value, (str, list, type(None))) else value
+
+    return {name: read(name, text) for name, _, text in (item.partition("=") for item in items)}
 
 
-def notebook_values(given: argparse.Namespace) -> dict:
-    "Join all parameters at once (`parameters`, a JSON object), single ones (`parameter`), and `override`s."
+def setting_values(items: list[str], profile) -> dict:
+    "Read settings of the form name=value, by their types in a profile; a name that is unknown is left as it is."
+    from psycopref.core.settings import load_profile
+    from psycopref.core.stages import as_dotted
+
+    usual = as_dotted(dataclasses.asdict(load_profile(profile)))
+    return named_values(items, {name: value for name, value in usual.items() if isinstance(value, str)})
+
+
+def notebook_values(given: argparse.Namespace, known: dict) -> dict:
+    """Join all parameters at once (`parameters`, a JSON object), single ones (`parameter`), and `override`s.
+
+    known: of the notebook, name -> usual value."""
+    from psycopref.core.reading import parse_json
     from psycopref.core.settings import StudyError
 
-    values, changed = parse_value(given.parameters), named_values(given.override)
+    why, values = "", None
+    try:
+        values = parse_json(given.parameters)
+    except ValueError as error:
+        why = f" ({error})"
     if not isinstance(values, dict):
-        found = f"--parameters: found {given.parameters!r}, expected a JSON object such as"
+        found = f"--parameters: found {given.parameters!r}{why}, expected a JSON object such as"
         raise StudyError(f"""{found} '{{"RUN": "try"}}'""")
-    values |= named_values(given.parameter)
+    values |= named_values(given.parameter, known)
+    changed = setting_values(given.override, values.get("PROFILE", known.get("PROFILE"))) if given.override else {}
     usual = values.get("OVERRIDES", {})
     if changed and not isinstance(usual, dict):
         raise StudyError(f"""OVERRIDES: found {usual!r}, expected an object such as '{{"dpo.beta": 0.05}}'""")
@@ -52,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     "Declare the commands."
     summary = "Reproduce preference learning for counselling responses."
     parser = argparse.ArgumentParser(prog="psycopref", description=summary)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     many, override = (
         {"action": "append", "default": [], "metavar": "NAME=VALUE"},
@@ -72,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     rate.add_argument(
         "input", help="csv, json, jsonl or parquet with client_speech (or context) and response (or text)"
     )
-    rate.add_argument("-o", "--output", required=True, help="a new file: .csv, .json, .jsonl (also .gz) or .parquet")
+    rate.add_argument(
+        "-o", "--output", required=True, help="a file, replaced if it is there: .csv, .json, .jsonl (.gz) or .parquet"
+    )
     rate.add_argument("--rater", default="rules:rubric", metavar="URI", help="who rates (offline unless given)")
     rate.add_argument("--explain", action="store_true", help="add the acts that were found in each sentence")
     chat = commands.add_parser("chat", help="try a trained policy; for developers, no help for anybody in need")
@@ -115,7 +148,7 @@ def execute(given: argparse.Namespace) -> int:
         from psycopref.core.settings import load_profile
         from psycopref.run.plan import plan_text
 
-        show(plan_text(load_profile(given.profile, named_values(given.override))))
+        show(plan_text(load_profile(given.profile, setting_values(given.override, given.profile))))
         return 0
     if given.command == "rate":
         from psycopref.feedback.rate_table import rate_file
@@ -130,8 +163,11 @@ def execute(given: argparse.Namespace) -> int:
     from psycopref.core.stages import Run
     from psycopref.run import console, results, runner
 
+    def run(notebook: Path):
+        return runner.run_notebook(notebook, notebook_values(given, runner.notebook_parameters(notebook)))
+
     commands = {
-        "run": lambda: [runner.run_notebook(given.notebook, notebook_values(given))],
+        "run": lambda: [run(Path(given.notebook))],
         "retry": lambda: [runner.retry(Run(given.run), given.stage)],
         "notebooks": lambda: [*results.publish(Run(given.run)), console.publish_seconds(Run(given.run))],
         "merge": lambda: results.merge_lines(given.profile),
@@ -144,10 +180,16 @@ def execute(given: argparse.Namespace) -> int:
     return int(given.command == "compare" and not all(line.startswith("same") for line in lines))
 
 # %% ../../nbs/run/08_cli.ipynb #12522cf6
+def _unforeseen(error: Exception) -> str:
+    "Word an error that nobody foresaw in one line."
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"found no way on ({said}); run `psycopref --debug …` for the traceback, and tell us what you asked for"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; None takes the terminal's arguments.
 
-    Returns 0, or 1 for what the user can mend, or for runs that differ."""
+    Returns 0, or 1 for what the user can mend, for a fault of ours, or for runs that differ."""
     if arguments is None:  # a stage that is told to end leaves no kernel behind
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -156,8 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         try:
             return execute(given)
-        except StudyError as error:
-            print(f"psycopref: {error}", file=sys.stderr)
+        except Exception as error:
+            if given.debug:
+                raise
+            said = error if isinstance(error, StudyError) else _unforeseen(error)
+            print(f"psycopref: {said}", file=sys.stderr)
             return 1
     except KeyboardInterrupt:
         if not os.environ.get("PSYCOPREF_LOG"):  # else `make reproduce` says it

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from fastcore.basics import patch
 
 from ..core import prompts
 from ..core.paper import paper_values, resource_path
+from ..core.reading import environment, environment_address, environment_count
 from ..core.settings import Profile, StudyError, suggest
 from ..core.stages import MIXES, STAGES, cache_root, grid_cells, is_released, project_root, stages_of
 from ..corpus.collection import KEPT, collect, open_sources
@@ -36,7 +36,7 @@ from ..evaluation.triples import triple_judges
 from ..feedback.pairing import check_safety
 from ..feedback.pool import POOLS, Member, asked_model, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
-from ..gateway.gateway import PROVIDERS, most_usd
+from ..gateway.gateway import PROVIDERS, check_environment, most_usd
 from ..gateway.servers import LOOPBACK, host_key_name, prices, server_key, shutdown_line, utc_today
 from ..models.weights import WHEELS
 from ..training.jobs import accelerate_strategy
@@ -79,7 +79,7 @@ TOKEN_FAMILIES = {  # model's name -> characters to a token, ±%: on speeches of
 # %% ../../nbs/run/04_plan.ipynb #a5648633
 def split_uri(who: str) -> tuple[str, str, str]:
     "Split a gateway URI without opening the model: (provider, name, server's address); a plain name has no provider."
-    found = re.fullmatch(rf"({'|'.join(PROVIDERS)}):(.+?)(?:@(http.+))?", who)
+    found = re.fullmatch(rf"({'|'.join(PROVIDERS)}):(.+?)(?:@(http.+?))?(?:\?.*)?", who)
     return found.groups("") if found else ("", who, "")
 
 
@@ -752,7 +752,7 @@ def missing_models(uris: typing.Iterable[str], rankers: typing.Iterable[str] = (
     for _, name, server in parts:
         servers.setdefault(server, []).append(name)
     servers.pop("", None)
-    lines = [no_key] if paid and not os.environ.get("OPENAI_API_KEY") else []
+    lines = [no_key] if paid and not environment("OPENAI_API_KEY") else []
     lines += [f"a price for {name}: {no_price}" for name in paid if name not in prices()["models"]]
     lines += [f"a server for {name}: none is named; write openai:{name}@http://HOST:PORT/v1" for name in bare]
     return lines + [
@@ -783,7 +783,7 @@ def missing_weights(names: typing.Iterable[str]) -> list[str]:
 
 def missing_sampler(profile: Profile) -> list[str]:
     "List the engine that samples candidates where it is not here."
-    engine, url = profile.dpo_iter.engine, os.environ.get("PSYCOPREF_SERVER_URL", "")
+    engine, url = profile.dpo_iter.engine, environment_address("PSYCOPREF_SERVER_URL")
     if engine == "server" and url:
         return [f"a vLLM server at {url} (PSYCOPREF_SERVER_URL): not checked; it has to serve the newest policy"]
     return [f"dpo_iter.engine: {line}"] if (line := missing_engine(engine)) else []
@@ -795,7 +795,7 @@ def gpu_memory() -> list[int]:
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     found = [int(0.93 * torch.cuda.get_device_properties(i).total_memory) for i in gpus]
-    return found[: int(os.environ.get("PSYCOPREF_PROCESSES") or 0) or None]
+    return found[: environment_count("PSYCOPREF_PROCESSES") or None]
 
 
 def missing_accelerate(profile: Profile) -> list[str]:
@@ -1045,6 +1045,7 @@ def plan_text(profile: Profile, speeches: int | None = None, today: typing.Calla
     """Write the whole plan.
 
     speeches: client speeches; None counts them or takes the paper's number; today: the date in UTC."""
+    check_environment(profile.budget_usd)
     plan = plan_run(profile, speeches)
     rows, memory = plan.work(), memory_table(profile)
 

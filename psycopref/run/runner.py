@@ -37,17 +37,20 @@ def notebook_parameters(path: Path) -> dict:
     "Read the cell tagged `parameters`: name -> default, which must be a plain value."
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+        source = "".join(tagged[0]["source"]) if tagged else ""
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror}); give a path such as nbs/04_pairs.ipynb") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         said = f"{path}: is no notebook ({type(error).__name__}); give a path such as nbs/04_pairs.ipynb"
         raise StudyError(said) from None
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         found = f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one"
         raise StudyError(f"{found}; papermill would ignore what you pass")
     try:
-        lines = [(line.targets, line.value) for line in ast.parse("".join(tagged[0]["source"])).body]
+        lines = [(line.targets, line.value) for line in ast.parse(source).body]
         return {target.id: ast.literal_eval(value) for [target], value in lines}
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, SyntaxError):
         raise StudyError(f"{path}: the parameters cell may only hold lines like NAME = value") from None
 
 # %% ../../nbs/run/02_runner.ipynb #5e50cdc9
@@ -62,9 +65,16 @@ def check_parameters(path: Path, given: dict) -> dict:
             words = kinds[0].__name__ if len(kinds) == 1 else "text, a list or None"
             found = f"{Path(path).name}: parameter {name} is {value!r} ({type(value).__name__})"
             raise StudyError(f"{found}, expected {words}")
+    for name in {"RUN", "SHARD", "CELL"} & given.keys():
+        if not isinstance(given[name], (str, type(None))):
+            raise StudyError(
+                f"{Path(path).name}: parameter {name} is {given[name]!r}, expected text; write it in quotes"
+            )
+    if given.get("SEED", 0) < 0:
+        raise StudyError(f"{Path(path).name}: parameter SEED is {given['SEED']}, expected a whole number from 0 on")
     if "PROFILE" in known:
         load_profile(given.get("PROFILE", known["PROFILE"]), given.get("OVERRIDES"))
-    if given.get("RUN"):
+    if given.get("RUN") is not None:
         Run(given["RUN"])
     return given
 
@@ -108,18 +118,20 @@ def run_notebook(path: Path, given: dict) -> Path:
     import psutil
 
     path = Path(path).resolve()
-    given = check_parameters(path, given)
-    run = Run(given.get("RUN") or given.get("PROFILE") or notebook_parameters(path).get("PROFILE", "demo"))
+    given, known = check_parameters(path, given), notebook_parameters(path)
+    os.environ["PSYCOPREF_ROOT"] = str(project_root(path.parent))  # of the notebook's own checkout
+    named = (given.get("RUN"), given.get("PROFILE"), known.get("PROFILE"), "demo")
+    run = Run(next(name for name in named if name is not None))
     part = f".{parse_shard(given['SHARD'])}" if given.get("SHARD") else f".{given['CELL']}" if given.get("CELL") else ""
     output = run.outputs / "notebooks" / f"{path.stem}{part}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PSYCOPREF_ROOT", str(project_root()))
+    unfinished = output.with_name(f"{output.stem}.unfinished.ipynb")  # the finished one stays where this fails
     os.environ["PSYCOPREF_CODE"] = code_hash(path)
     quiet = {"progress_bar": False, "log_output": False, "extra_arguments": ["--log-level=ERROR"]}
     quiet["shutdown_kernel"] = "immediate"  # asked to end, a kernel is interrupted first, and says so at times
     try:
         with followed_progress():
-            papermill.execute_notebook(str(path), str(output), parameters=given, cwd=str(path.parent), **quiet)
+            papermill.execute_notebook(str(path), str(unfinished), parameters=given, cwd=str(path.parent), **quiet)
     except KeyboardInterrupt:
         for child in psutil.Process().children(recursive=True):  # a kernel that was just starting would stay
             child.kill()
@@ -129,12 +141,14 @@ def run_notebook(path: Path, given: dict) -> Path:
             raise StudyError(error.evalue) from None
         raised = f"{error.ename}: {' '.join(str(error.evalue).split())[:300]}"
         where = f"{path.name}: cell {error.exec_count} raised {raised}"
-        raise StudyError(f"{where}; the traceback is in {output}") from None
-    return output
+        raise StudyError(f"{where}; the traceback is in {unfinished}") from None
+    return unfinished.replace(output)
 
 # %% ../../nbs/run/02_runner.ipynb #2571b563
 def retry(run: Run, stage: str = "03_ratings") -> Path:
     "Forget the replies in a stage's quarantine, and run the stage again; return the executed notebook."
+    if stage not in STAGES:
+        raise StudyError(f"retry: there is no stage {stage!r}. {suggest(stage, STAGES)}")
     folder = run.stage(stage)
     place = next((p for p in (folder.with_name(f"{stage}.partial"), folder) if (p / "quarantine.json").is_file()), None)
     if place is None:
@@ -309,7 +323,8 @@ def trace(path: Path) -> list[str]:
             continue
         seen.add(name)
         receipt = StageReader(run, name).receipt
-        who = ", ".join(m.get("label", uri) for uri, m in receipt.get("models", {}).items()) or "no model"
+        labels = (own.get("label", uri) for uri, own in receipt.get("models", {}).items())
+        who = ", ".join(dict.fromkeys(labels)) or "no model"
         lines.append(
             f"{name}: seed {receipt['seed']}, {who}, commit {(receipt['commit'] or 'none')[:10]}, "
             f"{len(receipt['inputs'])} inputs, {receipt['seconds']} s"

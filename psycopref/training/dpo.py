@@ -264,7 +264,7 @@ def build_dpo_trainer(folder: Path) -> tuple:
         callbacks=[step_callback(job.name), *([_slim()] if job.keep_points else [])],
     )
     trainer.ref_model = None  # its log-probabilities are kept, the model is not needed any more
-    facts = training_facts(trainer, plan, rows, long, dev, dev_long, job.schedule)
+    facts = training_facts(trainer, plan, rows, long, dev, dev_long, len(pairs["train"]), job.schedule)
     return trainer, tokenizer, facts | {"cut_share": cut_share(pairs["train"])}
 
 # %% ../../nbs/training/05_dpo.ipynb #cf751d7b

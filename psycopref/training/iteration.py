@@ -252,7 +252,7 @@ def run_iteration(online: Online, number: int) -> dict:
         "iteration": number,
         "planned": planned_steps(online),
         **facts,
-        **{key: training[key] for key in ("pairs", "too_long", *STEP_FACTS, "pack_size", "log")},
+        **{key: training[key] for key in ("pairs", "too_long", "same_tokens", *STEP_FACTS, "pack_size", "log")},
         "seconds": read_json(folder / "seconds.json") | training["seconds"],
         "files": {str(p.relative_to(folder)): sha256_file(p) for name in made for p in sorted(folder.glob(name))},
     }

@@ -23,8 +23,9 @@ import typing
 from pathlib import Path
 
 from ..core.files import atomic_path, modules_hash, read_json, whole_folder, write_json
+from ..core.reading import environment, environment_count
 from ..core.settings import StudyError
-from ..core.stages import project_root
+from ..core.stages import project_root, user_path
 from ..models.weights import Weights, pick_dtype, release, weights_identity
 from psycopref.training.texts import (
     devices,
@@ -172,17 +173,17 @@ def launch_plan(batch_size: int) -> tuple[int, str]:
 
     gpus = max(1, torch.cuda.device_count())
     most = max(n for n in range(1, gpus + 1) if batch_size % n == 0)
-    return int(os.environ.get("PSYCOPREF_PROCESSES") or most), os.environ.get("PSYCOPREF_ACCELERATE", "")
+    return environment_count("PSYCOPREF_PROCESSES") or most, environment("PSYCOPREF_ACCELERATE")
 
 
 def accelerate_strategy() -> str:
     "Read from PSYCOPREF_ACCELERATE how a training is spread over GPUs: DDP, FSDP2 or ZeRO-3."
     import yaml
 
-    if not (named := os.environ.get("PSYCOPREF_ACCELERATE")):
+    if not (named := environment("PSYCOPREF_ACCELERATE")):
         return "DDP"
     try:
-        text = (project_root() / Path(named).expanduser()).read_text(encoding="utf-8")
+        text = user_path(named).read_text(encoding="utf-8")
         kind = yaml.safe_load(text)["distributed_type"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise StudyError(
@@ -307,13 +308,17 @@ def save_goal(trainer, tokenizer, goal: Path, start: Weights, older: bool = Fals
 STEP_FACTS = ("steps", "taken", "left_out", "passes", "unseen", "warmup_steps")  # of a result: what its steps were
 
 
-def training_facts(trainer, plan: dict, rows, long: list[int], dev, dev_long: list[int], schedule=None) -> dict:
+def training_facts(
+    trainer, plan: dict, rows, long: list[int], dev, dev_long: list[int], given: int, schedule=None
+) -> dict:
     """Say what a trainer was given: numbers of pairs, prefIDs of overlong ones, the plan, steps of warm-up.
 
-    dev: rows, or None; schedule: (steps before, steps in all) where several jobs share one."""
+    dev: rows, or None; given: training pairs before any was left out; schedule: (steps before, steps in all) where
+    several jobs share one."""
     before, total = schedule or (0, plan["steps"])
     warm = min(max(0, trainer.args.get_warmup_steps(total) - before), plan["steps"])
     found = {"pairs": len(rows), "too_long": long, "dev_pairs": len(dev or ()), "dev_too_long": dev_long}
+    found |= {"same_tokens": given - len(rows) - len(long)}
     return found | {"not_packed": trainer.not_packed, **plan, "warmup_steps": warm}
 
 

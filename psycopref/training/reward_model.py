@@ -106,7 +106,7 @@ def build_reward_trainer(folder: Path) -> tuple:
         eval_dataset=Dataset.from_list(dev) if dev else None,
         callbacks=[step_callback(f"reward model {job.weights.slug}")],
     )
-    return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long)
+    return trainer, tokenizer, training_facts(trainer, plan, rows, long, dev, dev_long, len(frames["train"]))
 
 # %% ../../nbs/training/04_reward_model.ipynb #ae78dad0
 def train_reward_model(

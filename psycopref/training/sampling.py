@@ -26,11 +26,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.files import fingerprint, modules_hash, progress, read_json, write_json
+from ..core.reading import environment, environment_address, environment_count
 from ..core.settings import IterSettings, StudyError, suggest
 from ..core.stages import derived_seed
 from ..gateway.gateway import read_ahead
-from ..gateway.limits import environment_count
 from ..gateway.servers import LOOPBACK, server_key, without_keys
+from ..models.chat import Failure, how_ended, read_answer, with_words
 from ..models.generation import SEEDING, Decoding, Sample, end_sample, generate, length_batches
 from ..models.linear import lay_out_weights
 from ..models.local import render_chat
@@ -42,10 +43,10 @@ from .texts import dialogue, prompt_messages
 # %% auto #0
 __all__ = ['Sampler', 'MODEL_LENGTH', 'SERVE', 'ADAPTED', 'SERVE_ADAPTER', 'GRACE', 'START_SECONDS', 'SAMPLES_IN_FLIGHT',
            'ATTEMPTS', 'SAMPLE_SECONDS', 'ENGINES', 'model_length', 'held_rank', 'adapter_of', 'prompt_seeds',
-           'whole_samples', 'sampling_gpus', 'missing_engine', 'serve_command', 'listed_models', 'served_name', 'watch',
-           'free_port', 'Server', 'server_body', 'read_choices', 'open_sampler', 'speech_blocks', 'read_made',
-           'SampleBlock', 'plan_blocks', 'sample_candidates', 'scorer_identity', 'candidates_inputs',
-           'score_candidates']
+           'read_sample', 'whole_samples', 'sampling_gpus', 'serve_words', 'missing_engine', 'serve_command',
+           'listed_models', 'served_name', 'watch', 'free_port', 'Server', 'server_body', 'read_choices',
+           'open_sampler', 'speech_blocks', 'read_made', 'SampleBlock', 'plan_blocks', 'sample_candidates',
+           'scorer_identity', 'candidates_inputs', 'score_candidates']
 
 # %% ../../nbs/training/06_sampling.ipynb #2f90a268
 Sampler = typing.Callable[..., list[list[Sample]]]  # sample(prompts as messages, decoding, n, name)
@@ -57,9 +58,9 @@ def _open_local(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     model, tokenizer = lay_out_weights(load_causal_lm(policy, dtype)), load_tokenizer(policy)  # never in 8 bits
 
     def sample(prompts, decoding, n=1, name=""):
-        return generate(
-            model, tokenizer, [render_chat(tokenizer, messages) for messages in prompts], decoding, n, name=name
-        )
+        texts = [render_chat(tokenizer, messages) for messages in prompts]
+        found = generate(model, tokenizer, texts, decoding, n, name=name)  # noqa: F821, deleted when all is done
+        return [[read_sample(sample, text) for sample in group] for text, group in zip(texts, found)]
 
     try:
         yield sample
@@ -100,10 +101,16 @@ def prompt_seeds(decoding: Decoding, n: int) -> list[int]:
     return [derived_seed(decoding.seed, "prompt", place) for place in range(n)]
 
 
+def read_sample(sample: Sample, prompt: str = "") -> Sample:
+    "Take reasoning off an answer; a text without a word becomes an empty one. prompt: as rendered, where known."
+    found = with_words(read_answer(sample.text, sample.finish_reason, prompt=prompt))
+    return replace(sample, text="" if isinstance(found, Failure) else found.text)
+
+
 def whole_samples(found: list[list[Sample]], words: int, tokenizer) -> list[list[Sample]]:
-    "Let what an engine wrote end with a sentence after so many words; 0 leaves it."
+    "Read what an engine wrote, and let it end with a sentence after so many words; 0 leaves it."
     count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
-    return [[end_sample(sample, words, count) for sample in group] for group in found]
+    return [[end_sample(read_sample(sample), words, count) for sample in group] for group in found]
 
 
 def _vllm_sampling(decoding: Decoding, n: int) -> dict:
@@ -119,8 +126,11 @@ def _vllm_samples(outputs, n: int) -> list[list[Sample]]:
     for request in outputs:
         own = []
         for one in sorted(request.outputs, key=lambda one: one.index):
-            cut = one.finish_reason == "length"
-            own.append(Sample(one.text.strip(), "length" if cut else "stop", len(one.token_ids) - (not cut)))
+            if not one.finish_reason or (end := how_ended(one.finish_reason)) is None:
+                raise StudyError(
+                    f"engine 'vllm': an answer ended with {one.finish_reason}; look at its log, and run again"
+                )
+            own.append(Sample(one.text.strip(), end, len(one.token_ids) - (end == "stop")))
         found.append(own * (n // len(own)))  # the likeliest answer is computed once
     return found
 
@@ -169,7 +179,7 @@ def _open_vllm(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
             )
         each = [vllm.SamplingParams(seed=seed, **how) for seed in prompt_seeds(decoding, len(ids))]
         asked = [{"prompt_token_ids": own} for own in ids]
-        found = _vllm_samples(engine.generate(asked, each, use_tqdm=False, **more), n)
+        found = _vllm_samples(engine.generate(asked, each, use_tqdm=False, **more), n)  # noqa: F821, as above
         return whole_samples(found, decoding.sentence_after, tokenizer)
 
     try:
@@ -202,20 +212,28 @@ def sampling_gpus() -> int:
     return max(1, min(gpus, environment_count("PSYCOPREF_PROCESSES") or gpus))
 
 
+def serve_words(command: str) -> list[str]:
+    "Part a command as a shell does; refuse a quotation mark that does not end."
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise StudyError(f"PSYCOPREF_SERVE is {command!r}: {error}; mend its quotation marks") from None
+
+
 def missing_engine(engine: str) -> str:
     "Say what an engine lacks on this machine, and what to do; an empty text where nothing is seen to lack."
     remedy = "install vllm on a machine with a GPU (pip install vllm), or set dpo_iter.engine to local"
-    program = (shlex.split(os.environ.get("PSYCOPREF_SERVE", "")) or ["vllm"])[0]
+    program = (serve_words(environment("PSYCOPREF_SERVE")) or ["vllm"])[0]
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         return f"engine 'vllm': needs the package vllm, which is not installed here; {remedy}"
-    if engine == "server" and not os.environ.get("PSYCOPREF_SERVER_URL") and shutil.which(program) is None:
+    if engine == "server" and not environment("PSYCOPREF_SERVER_URL") and shutil.which(program) is None:
         return f"engine 'server': the command {program!r} is not found; {remedy}, or PSYCOPREF_SERVE to another command"
     return ""
 
 # %% ../../nbs/training/06_sampling.ipynb #08470809
 def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
     "Word the command that starts a server: ours, or that of PSYCOPREF_SERVE. Returns its words."
-    own = os.environ.get("PSYCOPREF_SERVE")
+    own = environment("PSYCOPREF_SERVE")
     if own and not ("{model}" in own and "{port}" in own):
         raise StudyError(f"PSYCOPREF_SERVE is {own!r}, expected a command with {{model}} and {{port}} in it")
     base = adapter_base(policy.location)
@@ -230,7 +248,7 @@ def serve_command(policy: Weights, dtype: str, port: int) -> list[str]:
         known |= {"adapter": place, "rank": rank, "tokenizer": policy.location}
     known |= {"dtype": _type_name(dtype)} if "{dtype}" in text else {}
     known |= {"length": model_length(policy)} if "{length}" in text else {}
-    words = shlex.split(text)
+    words = serve_words(text)
     for name, value in known.items():
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     if line := missing_engine("server"):
@@ -386,16 +404,18 @@ def server_body(model: str, messages: list[dict], decoding: Decoding, n: int, da
     beside = {"top_k": decoding.top_k or -1, "min_p": 0.0, "repetition_penalty": decoding.repetition_penalty}
     beside |= {"chat_template_kwargs": {"date_string": TEMPLATE_DATE}} if dated else {}
     how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "seed": decoding.seed}
-    how |= {"max_completion_tokens": decoding.max_tokens, "n": n if decoding.temperature else 1}
+    limit = dict.fromkeys(("max_completion_tokens", "max_tokens"), decoding.max_tokens)  # some know the older name only
+    how |= limit | {"n": n if decoding.temperature else 1}
     return {"model": model, "messages": messages, **how, "extra_body": beside}
 
 
 def read_choices(choices: list, n: int) -> list[tuple[str, str]]:
     "Read a call's n candidates: (text, stop or length) of each. Raises ValueError where they are no answer."
-    odd = [f"; one ended with {own.finish_reason}" for own in choices if own.finish_reason not in ("stop", "length")]
+    ends = [how_ended(own.finish_reason) for own in choices]
+    odd = [f"; one ended with {own.finish_reason}" for own, end in zip(choices, ends) if end is None]
     if len(choices) != n or odd:
         raise ValueError(f"found {len(choices)} candidates, expected {n}{''.join(odd[:1])}")
-    return [((own.message.content or "").strip(), own.finish_reason) for own in choices]
+    return [((own.message.content or "").strip(), end) for own, end in zip(choices, ends)]
 
 # %% ../../nbs/training/06_sampling.ipynb #0ba9d6a7
 async def _ask(server: Server, client, body: dict) -> list[tuple[str, str]]:
@@ -403,7 +423,10 @@ async def _ask(server: Server, client, body: dict) -> list[tuple[str, str]]:
     from openai import OpenAIError
 
     try:
-        return read_choices((await client.chat.completions.create(**body)).choices, body["n"])
+        found = await client.chat.completions.create(**body)
+        if found.model and found.model != body["model"]:
+            raise ValueError(f"{str(found.model)[:60]!r} answered, asked was {body['model']!r}")
+        return read_choices(found.choices, body["n"])
     except (OpenAIError, AttributeError, TypeError, ValueError) as error:
         server.check()
         raise StudyError(
@@ -438,7 +461,7 @@ async def _ask_all(server: Server, bodies: list[dict]) -> typing.AsyncIterator[t
 @contextlib.contextmanager
 def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
     "Sample with a server, ours or another."
-    url, tokenizer = os.environ.get("PSYCOPREF_SERVER_URL", "").rstrip("/"), load_tokenizer(policy)
+    url, tokenizer = environment_address("PSYCOPREF_SERVER_URL"), load_tokenizer(policy)
     dated = "date_string" in (tokenizer.chat_template or "")
     with contextlib.nullcontext(_found(policy, url)) if url else _started(policy, dtype) as server:
 
@@ -450,6 +473,12 @@ def _open_server(policy: Weights, dtype: str) -> typing.Iterator[Sampler]:
             bodies = [server_body(server.model, messages, how, n, dated) for messages, how in zip(prompts, hows)]
             found, answers = [None] * len(prompts), read_ahead(_ask_all(server, bodies))
             for place, choices in progress(answers, name, total=len(prompts), unit="speech") if name else answers:
+                longest = max((count(text) for text, _ in choices), default=0)
+                if longest > 2 * decoding.max_tokens + 16:  # told anew, a text may have a few more
+                    found = f"an answer of {longest} tokens, expected at most {decoding.max_tokens}"
+                    raise StudyError(
+                        f"engine 'server': {server.url} gave {found}; it knows no such limit, take another"
+                    )
                 group = [Sample(*own, decoding.max_tokens if own[1] == "length" else count(own[0])) for own in choices]
                 found[place] = group * (n // len(group))
             return whole_samples(found, decoding.sentence_after, tokenizer)

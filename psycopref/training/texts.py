@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..core.files import progress, read_json, write_json
 from ..core.prompts import responding_prompt
+from ..core.reading import environment_count
 from ..core.settings import LoraSettings, StudyError
 from ..core.stages import derived_seed
 from ..models.packs import common_prefix
@@ -71,16 +72,16 @@ def dialogue(tokenizer, client_speech: str, response: str) -> str:
 
 # %% ../../nbs/training/01_texts.ipynb #eac01cd2
 def keep_short(rows: list[dict], sizes: list[int], pairs, max_length: int, needed: bool, section: str) -> tuple:
-    """Split rows of pairs by length: (those within max_length, prefIDs of the others).
+    """Split rows of pairs: (those within max_length whose two sides differ in tokens, prefIDs of those too long).
 
     sizes: tokens of each pair's prompt with its longer answer; needed: refuse to keep none; section: reward / dpo."""
-    kept = [row for row, size in zip(rows, sizes) if size <= max_length]
+    short = [row for row, size in zip(rows, sizes) if size <= max_length]
+    kept = [row for row in short if row["chosen_ids"] != row["rejected_ids"]]
     if needed and not kept:
         raise StudyError(
-            f"{section}: found {len(rows)} pairs, all longer than max_length {max_length}; expected one to train on; "
-            f"raise {section}.max_length"
-            if rows
-            else f"{section}: found no pair, expected one to train on; look at what was dropped"
+            f"{section}: found {len(rows) or 'no'} pairs, {len(rows) - len(short)} longer than max_length {max_length} "
+            f"and {len(short)} of one and the same tokens, expected one to train on; raise {section}.max_length, or "
+            "look at what was dropped"
         )
     return kept, [int(name) for name, size in zip(pairs.prefID, sizes) if size > max_length]
 
@@ -102,7 +103,7 @@ def pair_rows(pairs, tokenizer, max_length: int, margins=None, needed: bool = Tr
 # %% ../../nbs/training/01_texts.ipynb #0377e9df
 def devices() -> int:
     "Count the processes that accelerate or torchrun started."
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return environment_count("WORLD_SIZE") or 1
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, processes: int = 1) -> int:

@@ -465,7 +465,7 @@ class Watcher:
         own, seed = self.profile.evaluation, derived_seed(self.common, "reference")
         found = answer(self.gateway, own.reference, self.speeches, "reference", own, (seed, None))
         what = "06_policy, answers of the reference to development speeches"
-        check_coverage(len(found), len(self.speeches), own.coverage, what)
+        check_coverage(len(found), len(self.speeches), own.coverage, what, reasons=self.gateway.reasons)
         return found
 
 # %% ../../nbs/training/07_watching.ipynb #9d7c81c1

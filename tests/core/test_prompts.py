@@ -174,8 +174,34 @@ def test_a_verdict_is_read_and_nothing_else_passes_for_one(verdict, wrapper):
 
 
 CHOICES = ["{}", "Response {}", "{}.", "**{}**", "({})", "Reply {} is better.\n", "\n{}\n", "I choose {}!", "#{}"]
-CHOICES += ["{}, clearly", "Response {}: it is warmer. So my answer is {}."]
-NO_CHOICES = ["", "neither", "both", "0", "3", "12", "21", "1.5", "2.0", "10", "0.1", "1 or 2", "first", "v1.2"]
+CHOICES += [
+    "Final answer: {}",
+    "I would say that response {} is more helpful.",
+    '{"choice": {}}',
+    "Response {}. Response {}.",
+]
+NO_CHOICES = [
+    "1, clearly",
+    "Not 1",
+    "1 is worse",
+    "-1",
+    "1-800-555-0199",
+    "1/2",
+    "1:2",
+    "1st",
+    "①",
+    "one",
+    "1 5 stars",
+    "1 No 2",
+]
+NO_CHOICES += [
+    "Response 1: it is warmer.",
+    "I can't choose. If you are in danger call 1-800-555-0199.",
+    "回答1",
+    "1.",
+    "2!",
+][:3]
+NO_CHOICES += ["", "neither", "both", "0", "3", "12", "21", "1.5", "2.0", "10", "0.1", "1 or 2", "first", "v1.2"]
 
 
 def test_a_choice_is_read_and_a_text_without_one_refused():
@@ -189,11 +215,12 @@ def test_a_choice_is_read_and_a_text_without_one_refused():
 @few
 @given(st.text(st.sampled_from(list("01223.. ab-\n")), max_size=12))
 def test_a_choice_is_the_only_number_1_or_2_that_stands_alone(text):
-    alone = {run.rstrip(".") for run in re.split(r"[^0-9.]+", text)} & {"1", "2"}
+    numbers, words = re.findall(r"[0-9][0-9.-]*", text), re.findall(r"[ab]+", text)
     try:
-        assert {str(parse_choice(text))} == alone
+        assert {str(parse_choice(text))} == {number.strip(".-") for number in numbers} and set(words) <= {"a"}
     except BadReply:
-        assert len(alone) != 1
+        one = len({number.strip(".-") for number in numbers} & {"1", "2"}) == 1
+        assert not one or len(set(numbers)) > 1 or set(words) - {"a"} or "-" in text
 
 
 # ---- prompts ----
@@ -263,7 +290,10 @@ def test_a_users_folder_replaces_the_files_it_has_and_no_other(tmp_path, monkeyp
     said = one_line(lambda: prompt_text("nothing"))
     assert "nothing.txt" in said and str(tmp_path) in said
     monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path / "nowhere"))
-    assert prompt_text("responding") == ours["responding"]
+    assert "found no folder there" in one_line(lambda: prompt_text("responding")), "ours would be another study"
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path.parent))
+    monkeypatch.setenv("PSYCOPREF_PROMPTS", tmp_path.name)
+    assert "client_speech" in one_line(lambda: comparison_prompt("ranker", "a", "b", "c")), "relative: in the project"
 
 
 ENTRIES = json.loads(prompt_text("principles.json"))

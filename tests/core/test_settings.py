@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from refusals import one_line
 from psycopref.core.paper import coarse_of, coarse_topics, paper_values, resource_path
 from psycopref.core.settings import PROFILES, StudyError, load_profile
-from psycopref.core.stages import BEHAVIOUR, SENT, STAGES, Run, derived_seed, project_root, stage_settings
+from psycopref.core.stages import BEHAVIOUR, SENT, STAGES, Run, derived_seed, project_root, stage_settings, user_path
 
 
 def leaves(node, path=()):
@@ -90,6 +91,27 @@ def test_every_leaf_refuses_every_wrong_type_in_one_line_that_names_it():
             with pytest.raises(StudyError) as error:
                 load_profile(profile, {dotted: wrong})
             assert dotted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_number_has_a_range():
+    for profile, dotted, value, kind in EVERY:
+        own = next(iter(typing.get_args(kind)), kind)
+        wrong = {int: [-1, -(10**9)], float: [-0.1, -1e9]}.get(own, [])
+        if dotted.rpartition(".")[2] in ("coverage", "top_p", "warmup_ratio", "test_fraction", "topic_confidence"):
+            wrong.append(1.01)
+        for number in wrong:
+            with pytest.raises(StudyError) as error:
+                load_profile(profile, {dotted: number})
+            assert dotted in str(error.value) and str(number) in str(error.value)
+    for dotted in (
+        "dpo.batch_size",
+        "reward.batch_size",
+        "dpo.learning_rate",
+        "evaluation.max_tokens",
+        "ablation.pairs",
+    ):
+        assert "greater than 0" in one_line(lambda dotted=dotted: load_profile("demo", {dotted: 0}))
+    assert "backbones" in one_line(lambda: load_profile("demo", {"backbones": []}))
 
 
 def test_whole_numbers_become_fractions_and_nothing_else_is_converted():
@@ -261,3 +283,16 @@ def test_the_taxonomy_of_table_4_is_whole():
     assert len(fine) == len(set(fine)) == len(coarse_of()) == 42
     counted = sum(count for node in coarse_topics().values() for count in node["topics"].values())
     assert counted == paper_values()["dataset"]["speeches"] == 26483
+
+
+@pytest.mark.parametrize("here", ["", "nbs", "elsewhere"])
+def test_a_path_means_the_same_from_every_folder(tmp_path, monkeypatch, here):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "own.csv").write_text("a")
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path / here)
+    assert user_path("own.csv") == tmp_path / "own.csv" and user_path(tmp_path / "own.csv") == tmp_path / "own.csv"
+    assert user_path("~/x") == Path.home() / "x" and user_path("none.csv") == tmp_path / "none.csv"
+    (tmp_path / "elsewhere" / "only.csv").write_text("b")
+    assert (user_path("only.csv") == tmp_path / "elsewhere" / "only.csv") == (here == "elsewhere")

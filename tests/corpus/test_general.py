@@ -171,7 +171,7 @@ for spec in sys.argv[1:]:
 
 def test_a_set_of_the_hub_is_read_at_its_commit(tmp_path):
     hub, place = Hub(), "helpsteer2=hf://datasets/any/set"
-    strong = [READY | {"preference_strength": n} for n in (-2, 0, 1)]
+    strong = [READY | {"preference_strength": n} for n in (-2, 0, -1)]
     hub.files = {
         "README.md": b"# words",
         "train.jsonl.gz": gzip.compress(jsonl(TWO[:2])),
@@ -286,7 +286,11 @@ def test_the_order_of_rows_changes_nothing_and_every_pair_is_counted(rows, rando
     first = {prompt: [p for p, *_ in rows].index(prompt) for prompt, *_ in rows}
     groups = [[(text.strip(), h) for p, text, h in rows if p == prompt] for prompt in first]
     both = [pair for group in groups for pair in itertools.combinations(group, 2)]
-    wide = [(a, b) for a, b in both if a[0] != b[0] and a[1] != b[1]]
+    wide = [(prompt, a, b) for prompt, group in zip(first, groups) for a, b in itertools.combinations(group, 2)]
+    wide = [(prompt, *sorted(own, key=lambda one: -one[1])) for prompt, *own in wide]
+    wide = [(prompt, a, b) for prompt, a, b in wide if a[0] != b[0] and a[1] != b[1]]
+    said = {(prompt, a[0], b[0]) for prompt, a, b in wide}
+    wide = [(prompt, a, b) for prompt, a, b in wide if (prompt, b[0], a[0]) not in said]
     if not wide:
         assert "none has a gap of 1" in one_line(lambda: pairs_from_ratings(frame))
         return
@@ -320,6 +324,23 @@ def test_messages_end_with_the_question():
 # ---- ready pairs ----
 
 
+@pytest.mark.parametrize(
+    "rows, kept, counted",
+    [
+        (["axy", "ayx", "bxy"], ["b"], {"contradictions": 2}),
+        (["axy", "axy", "ayx", "bxy"], ["b"], {"contradictions": 3}),
+        (["axy", "byx"], ["a", "b"], {"contradictions": 0}),
+        (["axy", "ayz", "azx"], ["a", "a", "a"], {"contradictions": 0}),
+        (["axx", "a x", "bxy"], ["b"], {"same text": 1, "no words": 1}),
+        (["a…x", "bxy"], ["b"], {"no words": 1}),
+    ],
+)
+def test_pairs_that_say_nothing_are_left_out_and_counted(tmp_path, rows, kept, counted):
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
+    pairs, counts = read_ready(f"mine={put(tmp_path / 'a.jsonl', jsonl(rows))}")
+    assert pairs.question.tolist() == kept and counted.items() <= counts.items()
+
+
 def test_ready_pairs_in_both_forms(tmp_path):
     plain = [{"prompt": "a", "chosen": "x", "rejected": "y", "preference_strength": n} for n in (2, 0, -1)]
     plain.append({"prompt": "", "chosen": "x", "rejected": "y", "preference_strength": 1})
@@ -327,8 +348,9 @@ def test_ready_pairs_in_both_forms(tmp_path):
     assert pairs[["ID", "chosen", "gap"]].values.tolist() == [["mine-0", "x", 2.0], ["mine-0", "x", 1.0]]
     names = ("rows", "prompts", "unreadable prompts", "response pairs", "same text", "ties", "pairs")
     assert [counts[name] for name in names] == [4, 2, 1, 3, 0, 1, 2]
-    published = pd.DataFrame([READY | {"preference_strength": n, "split": "train"} for n in (-3, -1, 0, 2)])
-    published.to_parquet(tmp_path / "b.parquet")
+    published = [READY | {"preference_strength": n, "split": "train"} for n in (-3, -1, 0, 2)]
+    published[-1] |= {"prompt": "another"}
+    pd.DataFrame(published).to_parquet(tmp_path / "b.parquet")
     pairs, counts = read_ready(tmp_path / "b.parquet")
     expected = [["one", "two", 3.0], ["one", "two", 1.0], ["two", "one", 2.0]]
     assert pairs[["chosen", "rejected", "gap"]].values.tolist() == expected and counts["ties"] == 1

@@ -1,11 +1,15 @@
 """Every source is read in the form it was published in, and no row is lost."""
 
+import bz2
 import csv
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import re
+import zipfile
 
 import pandas as pd
 import pyarrow as pa
@@ -233,6 +237,15 @@ def test_half_a_surrogate_pair_becomes_something_a_file_can_hold(tmp_path):
 
 # ---- bad input ----
 
+
+def zipped(*names):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in names:
+            archive.writestr(name, "Context\na\n")
+    return out.getvalue()
+
+
 BAD = {
     "empty.csv": (b"", "is empty"),
     "blank.csv": (b"\n \n", "is empty"),
@@ -243,19 +256,32 @@ BAD = {
     "quote.csv": (b'Context,Response\n"a,b\nc,d\n', "unexpected end of data"),
     "after.csv": (b'Context,Response\n"a"b,c\n', "line 2"),
     "twice.csv": (b"Context,Context\na,b\n", "more than once"),
-    "tabs.csv": (b"Context\tResponse\na, b\tc\n", "divided by '\\t'"),
     "twice.jsonl": (b'{"Context": "a", " Context": "b"}\n', "more than once"),
     "nul.csv": (b"Context,Response\na,b\nc\0,d\n", "line 3: holds a NUL"),
     "latin.csv": ("Context,Response\ncaf\xe9,b\n".encode("latin-1"), "UTF-8 (byte 20)"),
-    "wide.csv": ("Context,Response\na,b\n".encode("utf-16"), "UTF-16, expected UTF-8"),
+    "book.csv": (zipped("xl/sheet1.xml", "[Content_Types].xml"), "is a workbook"),
+    "calc.csv": (zipped("mimetype", "content.xml"), "is a workbook"),
+    "file.csv": (zipped("own.csv"), "is a zip archive"),
+    "half.csv": (zipped("own.csv")[:60], "is a broken zip archive"),
+    "file.csv.bz2.csv": (bz2.compress(b"Context\na\n"), "is a bz2 archive"),
+    "file.csv.xz.csv": (lzma.compress(b"Context\na\n"), "is a xz archive"),
+    "capitals.csv": (b"context,Context\na,b\n", "differ in capitals alone"),
+    "inner.json": (b'{"data": [{"Context": "a"}]}', "holds a list under 'data'"),
+    "headless.csv": (
+        b'"I feel low and my name is Jane Roe, so please help me with it",b\nc,d\n',
+        "I feel l… (61 characters)",
+    ),
+    "old.csv": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is a workbook"),
+    "twice.json": (b'[{"Context": "a", "Context": "b"}]', "'Context' stands twice"),
+    "nan.json": (b'[{"Context": "a", "Response": NaN}]', "NaN is no number"),
     "line.jsonl": (b'{"Context": "a"}\n\n{"Context": \n', "line 3"),
     "list.json": (b'[{"Context": "a"},\n {"Context" "b"}]', "line 2"),
     "objects.json": (b'[{"Context": "a"}, 3]', "item 2: found int"),
     "lines.jsonl": (b'{"Context": "a"}\n["b"]\n', "line 2: found list"),
     "pretty.json": (b'{\n "Context": ["a"]\n}', "line 1"),
     "none.json": (b"[]", "no rows"),
-    "deep.json": (b"[" * 200_000, "line 1"),
-    "digits.json": (b'[{"Context": ' + b"1" * 5000 + b"}]", "line 1"),
+    "deep.json": (b"[" * 200_000, "nested too deep"),
+    "digits.json": (b'[{"Context": ' + b"1" * 5000 + b"}]", "is not valid JSON (Exceeds the"),
     "numbers.jsonl": (b'{"Context": 1}\n{"Context": 2}\n', "holds int, expected text"),
     "nulls.jsonl": (b'{"Context": null}\n', "expected text"),
     "no.parquet": (b"nothing of the kind", "PAR1"),

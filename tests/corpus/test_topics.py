@@ -170,7 +170,7 @@ BAD_DESCRIPTIONS = [
     (json.dumps({slug.replace("stress", "Stress"): "x" for slug in SLUGS}), "Stress"),
     *((json.dumps(value), "42") for value in (SLUGS, "text", {}, None, 3, [{}])),
     *((json.dumps(EACH | {"anxiety": value}), "anxiety") for value in (None, 3, ["worry"], {"text": "worry"}, "")),
-    *((text, "is no JSON") for text in ("", "{", "Dear reader", '{"anxiety": "a" "stress": "b"}', "\ufeff{}")),
+    *((text, "is no JSON") for text in ("", "{", "Dear reader", '{"anxiety": "a" "stress": "b"}', "\ufeff{")),
 ]
 
 

@@ -271,7 +271,7 @@ FAULTS = {
     "null.json": ("null", "no annotation"),
     "empty.csv": ("", "kit_id"),
     "nameless.csv": (table(KIT, ANSWERS).replace("kit_id", "kit", 1), "kit_id"),
-    "moved.csv": (f"kit_id,item_id,empathy\n{KIT['kit_id']},{FIRST},1,2\n", "row 2 has 4 cells"),
+    "moved.csv": (f"kit_id,item_id,empathy\n{KIT['kit_id']},{FIRST},1,2\n", "line 2 has 4 of 3 cells"),
     "page.html": (kit_html(KIT), ".html"),
     "made.json": (simulate(KIT, 1, 0) | {"annotator": "Eve"}, "was simulated"),
     "made2.json": (page(KIT, ANSWERS, "Simulated 7"), "was simulated"),
@@ -297,7 +297,7 @@ def test_a_run_takes_each_annotator_once(tmp_path, monkeypatch):
     scores, _, _ = planted(task="score")
     dumped(tmp_path / "a.json", page(KIT, ANSWERS))
     dumped(tmp_path / "deep" / "b.json", page(scores, seeing(scores), "ada "))
-    dumped(tmp_path / "c.json", page(KIT, ANSWERS, "Ben"))
+    dumped(tmp_path / "c.json", page(KIT, seeing(KIT, turn=True), "Ben"))
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path / "nbs")  # a path begins in the project's folder
     files = annotation_files([str(tmp_path), "a.json", "deep"])
@@ -323,3 +323,42 @@ def test_simulated_annotators_see_the_kit_alone_and_say_what_they_are(tmp_path):
     assert set(frame.annotator) == {"simulated 1"}
     assert set(frame[frame.principle == "overall"].verdict) <= {"win", "loss"}
     assert simulate(kit | {"items": kit["items"][::-1]}, 1, 0)["answers"] == one["answers"]
+
+
+# one person, one sheet
+
+COPIES = {  # how a sheet comes twice -> what is said of it
+    "copied": (lambda kit: page(kit, seeing(kit), "Ben"), "looks like a copy"),
+    "its name in other code points": (lambda kit: page(kit, seeing(kit, turn=True), "Jose\u0301"), "in "),
+    "blanks and capitals": (lambda kit: page(kit, seeing(kit, turn=True), " JOS\u00c9\u00a0 "), "in "),
+    "nobody's": (lambda kit: page(kit, seeing(kit), "\u200b"), "no annotator"),
+    "answered twice": (lambda kit: doubled(studio(kit, seeing(kit))), "answers a question twice"),
+    "an old export": (
+        lambda kit: [task | {"completions": [], "annotations": None} for task in studio(kit, {})],
+        "before",
+    ),
+}
+
+
+def doubled(tasks):
+    result = tasks[0]["annotations"][0]["result"]
+    result.append(result[0])
+    return tasks
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_one_sheet_is_one_annotator_whatever_it_is_called(tmp_path, name):
+    (kit, _, _), (make, said) = planted(), COPIES[name]
+    files = [dumped(tmp_path / "Ada.json", page(kit, seeing(kit), "Jos\u00e9"))]
+    files.append(dumped(tmp_path / "other.json", make(kit)))
+    assert said in one_line(lambda: read_annotations(files, [kit]))
+
+
+@pytest.mark.parametrize("name", ["Ben.xlsx", "Ben.CSV.gz", "sub/Ben.ods", "Ben.zip"])
+def test_no_file_of_answers_is_passed_over(tmp_path, name):
+    dumped(tmp_path / "Ada.json", "{}")
+    assert annotation_files([str(tmp_path)]) == [tmp_path / "Ada.json"]
+    dumped(tmp_path / "README.txt", "Thank you.")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    assert "may hold annotations" in one_line(lambda: annotation_files([str(tmp_path)]))

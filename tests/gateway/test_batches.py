@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
 
-from psycopref.gateway import batches
+from psycopref.gateway import batches, servers
 from psycopref.gateway.batches import BatchModel, cut, read_line
 from psycopref.gateway.cache import ReplyCache
 from psycopref.core.settings import StudyError
@@ -291,7 +291,7 @@ def test_a_lost_answer_to_an_order_does_not_order_twice(server, gateway, monkeyp
 def openai_server(server, monkeypatch):
     """The same server in OpenAI's place, so that prices hold."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    monkeypatch.setattr(servers, "OPENAI", server.base_url)
     return server
 
 

@@ -171,12 +171,21 @@ def usage(prompt, completion):
 
 BODIES = [  # what is changed -> what it becomes
     (one_choice("length", content="fine"), ChatReply("fine", "length", 5, 2)),
-    (one_choice("tool_calls", content="fine"), ChatReply("fine", "stop", 5, 2)),
+    *((one_choice(word, content="fine"), ChatReply("fine", "length", 5, 2)) for word in ("MAX_TOKENS", "max_length")),
+    *((one_choice(word, content="fine"), ChatReply("fine", "stop", 5, 2)) for word in ("STOP", "end_turn", None)),
+    *((one_choice(word, content="fine"), word) for word in ("tool_calls", "error", "SAFETY", "RECITATION", "abort")),
+    *(
+        (one_choice(content=f"<think>{why}</think>\n\nfine"), ChatReply("fine", "stop", 5, 2))
+        for why in ("", '{"a": 1}')
+    ),
+    (one_choice("length", content="<think>so the client"), "reasoning that does not end"),
+    *((one_choice(content=content), "no word") for content in (" ", "\n\t", "\u200b", "…", "**")),
     *((changed, ChatReply("fine")) for changed in ({"usage": None}, {"usage": {}}, usage(None, None))),
     *((usage(count, 3), ChatReply("fine", "stop", 0, 3)) for count in (-7, 10**30, 10**8)),
     *((usage(3, count), ChatReply("fine", "stop", 3, 0)) for count in (-7, 10**30, 10**8)),
     (one_choice("content_filter", content="half"), "content_filter"),
     *((one_choice(content=content), "no text") for content in (None, "")),
+    (one_choice(content="fine") | {"choices": []}, "no choice"),
     ({"choices": []}, "no choice"),
     *(({"choices": choices}, "choices") for choices in (None, {"message": "fine"})),
     *(({"choices": [{"finish_reason": "stop", "message": message}]}, "message") for message in (None, "fine")),
@@ -400,7 +409,7 @@ END, DAY = datetime.date(2027, 1, 14), datetime.timedelta(days=1)
 def at(server, monkeypatch):
     """Open a model that retires at END as on a given day; the test's server is in OpenAI's place."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
+    monkeypatch.setattr(servers, "OPENAI", f"http://127.0.0.1:{server.port}/v1")
     servers._warn.cache_clear()
     return lambda day, name="gpt-4o-mini-2024-07-18": chat_model(f"openai:{name}", today=lambda: day)
 
@@ -422,7 +431,7 @@ def test_a_model_is_asked_until_its_end_and_afterwards_the_cache_alone_answers(s
 
 @pytest.mark.parametrize("name", ["gpt-4o-mini", "gpt-4o-mini-2024-07-18@"])
 def test_of_a_model_without_an_end_nothing_is_said(server, gateway, at, capfd, name):
-    name = name.replace("@", f"@http://127.0.0.1:{server.port}/v1")
+    name = name.replace("@", f"@http://localhost:{server.port}/v1")  # not the one in OpenAI's place
     [reply] = Gateway(gateway.cache, 1.0).ask(at(END + 365 * DAY, name), [ask("later")])
     assert isinstance(reply, ChatReply) and "shut down" not in capfd.readouterr().err
 

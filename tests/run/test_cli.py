@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from refusals import one_line
@@ -13,15 +14,18 @@ from psycopref.run.cli import main
 from psycopref.run.runner import notebook_parameters, trace
 
 
+PAIRS = str(Path(__file__).resolve().parents[2] / "nbs" / "04_pairs.ipynb")
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["run", "."], "is no notebook (IsADirectoryError)"),
-        (["run", "nowhere.ipynb"], "is no notebook (FileNotFoundError)"),
-        (["run", "x", "--parameters", "{RUN: 1}"], "expected a JSON object"),
-        (["run", "x", "--parameters", "[1]"], "expected a JSON object"),
-        (["run", "x", "-p", "OVERRIDES=[1]", "-o", "dpo.beta=1"], "OVERRIDES: found [1]"),
-        (["run", "x", "-p", "SEED"], "expected name=value"),
+        (["run", "."], "cannot be read (Is a directory)"),
+        (["run", "nowhere.ipynb"], "cannot be read (No such file or directory)"),
+        (["run", PAIRS, "--parameters", "{RUN: 1}"], "expected a JSON object"),
+        (["run", PAIRS, "--parameters", "[1]"], "expected a JSON object"),
+        (["run", PAIRS, "-p", "OVERRIDES=[1]", "-o", "dpo.beta=1"], "OVERRIDES: found [1]"),
+        (["run", PAIRS, "-p", "SEED"], "expected name=value"),
         (["plan", "--profile", "papers"], "Did you mean paper"),
         (["plan", "--profile", "tiny", "-o", "plan.gpu=V100"], "plan.gpu"),
         (["notebooks", ""], "run name ''"),

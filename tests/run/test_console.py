@@ -123,6 +123,33 @@ def test_errors_of_snakemake_and_wrong_words_are_few_lines(project):
     assert "outputs/tiny/snakemake.log" in shown(start(project), code=1)
 
 
+@pytest.mark.parametrize("name", ["0", "2024", "1e3", "2025_02", "true", "07", "null"])
+def test_the_name_of_a_run_is_a_name_whatever_it_looks_like(project, name):
+    shown(start(project, f"RUN={name}"))
+    assert (project / "outputs" / name / "report.html").is_file() and os.listdir(project / "outputs") == [name]
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", ".hidden", "-1", "a'b", '"', "a;b", "a/b", "~"])
+def test_what_is_no_name_is_one_line_and_makes_no_folder(project, name):
+    output = shown(start(project, f"RUN={name}"), code=1)
+    [line] = [line for line in output.splitlines() if not line.startswith("make: ")]
+    assert line.startswith("psycopref: run name") and name in line and not (project / "outputs").exists()
+
+
+def test_variables_that_are_set_to_nothing_are_not_set(project):
+    shown(start(project, "RUN=", "SEED=", "SEEDS=", "OVERRIDES=", "SOURCES=", "SHARDS=", "CORES="))
+    assert os.listdir(project / "outputs") == ["tiny"]
+
+
+@pytest.mark.parametrize("given", ["run=2024", "run=0", "run=1e3", "run=2025_02", "run=True", "profile=7"])
+def test_a_number_that_snakemake_read_is_no_name(project, given):
+    command = [str(project / ".venv/bin/snakemake"), "-n", "--cores", "1", "--config", given]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("psycopref: ")]
+    name = given.partition("=")[0]
+    assert done.returncode and len(lines) == 1 and f"""write {name}='["NAME"]'""" in lines[0]
+
+
 def until(there, running):
     "Wait until something is there, at most a minute."
     limit = time.monotonic() + 60

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from chains import bad, chain, planned, receipt, run_stage
+from chains import PLANTED, bad, chain, planned, receipt, run_stage
 from psycopref.core.files import SCHEMAS, StageReader, read_rows, sha256_file
 from psycopref.core.stages import STAGES, Run
 from psycopref.run.runner import compare, stage_rules, trace
@@ -201,3 +201,10 @@ def test_wrong_words_for_make_are_one_line(copy):
     wrong = {"overrides=dpo.beta": "a JSON object", "overrides=[1]": "a JSON object", "shards=0": "a whole number"}
     for given, expected in wrong.items():
         assert expected in bad(copy, "snakemake", "--cores", "2", "--nolock", "--config", "profile=tiny", given)
+
+
+def test_a_planted_key_stands_nowhere(copy):
+    "Every chapter ran with it in its environment: outputs, executed notebooks, receipts, caches, logs, the report."
+    chain(copy, "--report", "outputs/tiny/report.html")
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert len(files) > 300 and not [path for path in files if PLANTED.encode() in path.read_bytes()]

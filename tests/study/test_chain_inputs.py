@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 
 from psycopref.core.files import SCHEMAS, read_rows, sha256_file
+from psycopref.core.paper import resource_path
 from psycopref.core.stages import STAGES
 from psycopref.corpus.collection import ROW_FATES
 from psycopref.run.runner import stage_rules
 
-from chains import bad, chain, planned, receipt, run, run_stage
+from chains import PLANTED, bad, chain, planned, receipt, run, run_stage
 from test_collection import released_folder
 
 pytestmark = pytest.mark.chain
@@ -39,6 +40,8 @@ def test_shards_give_the_rows_of_the_whole_byte_by_byte(copy):
 
 def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
     signed = {stage: sha256_file(copy / "outputs/tiny" / stage / "receipt.json") for stage in STAGES}
+    executed = copy / "outputs/tiny/notebooks/01_speeches.ipynb"
+    shown = sha256_file(executed)
     assert "profile 'tyni' does not exist" in bad(copy, "psycopref", "run", "nbs/04_pairs.ipynb", "-p", "PROFILE=tyni")
     assert "no parameter 'PROFIL'" in bad(copy, "psycopref", "run", "nbs/04_pairs.ipynb", "-p", "PROFIL=tiny")
     for override, expected in (
@@ -56,6 +59,8 @@ def test_bad_input_is_one_line_and_harms_nothing(copy, tmp_path):
         if content:
             (tmp_path / name).write_bytes(content)
         assert expected in run_stage(copy, "01_speeches", "-p", f'SOURCES=["counsel-chat={tmp_path / name}"]')
+    assert sha256_file(executed) == shown and executed.with_name("01_speeches.unfinished.ipynb").is_file()
+    assert "01_speeches was made with speeches.limit" in run_stage(copy, "02_responses", "-o", "speeches.limit=7")
     assert signed == {stage: sha256_file(copy / "outputs/tiny" / stage / "receipt.json") for stage in STAGES}
 
 
@@ -97,6 +102,29 @@ def test_the_released_dataset_goes_on_at_stage_08(copy, tmp_path, monkeypatch):
     assert all(list((copy / "figures/given").glob(f"fig_{number}_*.png")) for number in (5, 6))
 
 
+PRIVATE = ("jane.roe@example.org", "+1 555 867 5309", "@jane_roe_1987", "jane.roe[at]example.net")
+
+
+def test_what_is_masked_stands_in_no_file_and_no_message(copy, tmp_path):
+    own = [json.loads(line)["speech"] for line in resource_path("demo_speeches.jsonl").read_text().splitlines()]
+    said = [f"{text} You can write to {PRIVATE[i % 4]} for more." for i, text in enumerate(own)]
+    place, headless = tmp_path / "own.csv", tmp_path / "headless.csv"
+    pd.DataFrame({"Context": said}).to_csv(place, index=False)
+    pd.DataFrame({"Context": [f"{PRIVATE[0]} is mine. {text}" for text in said]}).to_csv(
+        headless, index=False, header=False
+    )
+    given = ("-p", "PROFILE=tiny", "-p", "RUN=private", "-o", "speeches.mask=all")
+    first = run(copy, "psycopref", "run", "nbs/01_speeches.ipynb", *given, "-p", f'SOURCES=["amod-counsel={place}"]')
+    speeches = read_rows(copy / "outputs/private/01_speeches/speeches.parquet", "speeches")
+    assert len(speeches) == 42 and speeches.speech.str.contains("You can write to").all()
+    line = run_stage(copy, "01_speeches", *given[2:], "-p", f'SOURCES=["amod-counsel={headless}"]')
+    assert "has no column 'Context'" in line
+    for text in PRIVATE:
+        assert text not in first + line
+        held = [path for path in copy.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+        assert not held and not speeches.speech.str.contains(text, regex=False).any(), text
+
+
 class Rater(BaseHTTPRequestHandler):
     """Rate every response 3; while `broken`, answer prose to the questions about one principle."""
 
@@ -136,9 +164,6 @@ def rater():
     server.shutdown()
     server.server_close()
     thread.join(5)
-
-
-PLANTED = "sk-planted-0123456789abcdef"
 
 
 def test_retry_asks_the_quarantine_again_and_nothing_else(copy, rater, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench_kills import kills
 from chains import BIN, chain, environment, receipt, run
 
 pytestmark = pytest.mark.chain
@@ -35,6 +36,12 @@ def test_the_grid_is_made_cell_by_cell_and_a_lost_cell_again(copy):
     assert kept() == before
     assert (cells / "random-tiny.half/receipt.json").is_file()
     chain(copy)
+
+
+def test_kills_at_random_moments_leave_the_same_bytes(copy):
+    "`make bench WHAT=kills` does a hundred."
+    found = kills(copy, 4, seed=1, longest=12.0)
+    assert found["kills"] == 4 and found["files"] > 100 and found["differ"] == []
 
 
 MOMENTS = {

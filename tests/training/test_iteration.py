@@ -153,7 +153,7 @@ def stand_ins(monkeypatch):
             (scratch / "checkpoints").mkdir(parents=True)
             if more["optimiser"] is not None:
                 (scratch / "optimiser.pt").write_text(goal.parent.name)
-        facts = {"pairs": len(pairs), "too_long": [], "pack_size": 2}
+        facts = {"pairs": len(pairs), "too_long": [], "same_tokens": 0, "pack_size": 2}
         facts |= dict.fromkeys(STEP_FACTS, 0) | {"steps": how.steps or len(pairs) // how.batch_size}
         return facts | {"log": [], "seconds": {"train": 0.0}}
 

@@ -304,7 +304,7 @@ def test_pairs_that_trl_would_drop_in_silence_are_listed(tokenizer):
     kept, long = pair_rows(PAIRS, tokenizer, limit, margins=[0.5, 1.5, 2.5, 3.5])
     assert long == [pair for pair, size in zip(PAIRS.prefID, sizes) if size > limit] and len(long) == 2
     assert kept == [row | {"margin": n + 0.5} for n, row in enumerate(rows) if sizes[n] <= limit]
-    assert "4 pairs, all longer" in one_line(lambda: pair_rows(PAIRS, tokenizer, min(sizes) - 1))
+    assert "4 pairs, 4 longer than max_length" in one_line(lambda: pair_rows(PAIRS, tokenizer, min(sizes) - 1))
 
 
 @few

@@ -521,7 +521,15 @@ def test_a_standing_server_with_another_policy_is_refused(tiny, tmp_path, standi
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", f"http://127.0.0.1:{sampling.free_port()}/v1")
     assert "start one" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
     monkeypatch.setenv("PSYCOPREF_SERVER_URL", "http://[::1/v1")
-    assert "Invalid IPv6 URL" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+    assert "expected an address" in one_line(lambda: sampled(tiny, tmp_path / "blocks", settings=SERVED))
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", None])
+def test_vllm_s_other_ends_are_no_answers(reason):
+    one = types.SimpleNamespace(index=0, text="Well?", finish_reason=reason, token_ids=[1, 2])
+    assert "look at its log" in one_line(lambda: sampling._vllm_samples([types.SimpleNamespace(outputs=[one])], 1))
+    one.finish_reason = "length"
+    assert sampling._vllm_samples([types.SimpleNamespace(outputs=[one])], 1)[0][0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("fault", ["busy", "cut"])

@@ -304,7 +304,11 @@ def word_models(tmp_path_factory):
     vocabulary = {"<pad>": 0, "<end>": 1} | {f"w{i}": i for i in range(2, 12)}
     inner = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer, found = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>"), {}
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", chat_template=template
+    )
+    found = {}
     for family in SETTINGS:
         more = {"sliding_window": 4} if family == "Gemma2" else {}
         folder = save(tmp_path_factory.mktemp(family), f"{family}ForSequenceClassification", tokenizer, **more)
