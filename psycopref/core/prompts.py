@@ -143,6 +143,8 @@ def find_json(text: str) -> dict:
         raise BadReply(f"broken JSON: {str(error)[:60]}") from None
     if not isinstance(value, dict):
         raise BadReply(f"the JSON is a {type(value).__name__}, expected an object")
+    if len({key.strip().casefold() for key in value}) < len(value):
+        raise BadReply("two keys of the JSON differ in capitals or blanks alone")
     return value
 
 # %% ../../nbs/core/06_prompts.ipynb #77bd5771

@@ -149,6 +149,9 @@ def read_reward_bench(*places: str | Path):
     given = [place if str(place) != BENCH.name else BENCH.homes[0] for place in places or BENCH.homes]
     files = [path for place in given for path, _ in locate(BENCH, str(place))]
     pairs = pd.concat([_read_pairs(path) for path in files], ignore_index=True)
+    twice = int(pairs.duplicated(["ID", "question", "chosen", "rejected", "subset"]).sum())
+    if 2 * twice >= len(pairs):  # a file beside its copy, or a place named twice
+        raise StudyError(f"{BENCH.name}: {twice} of {len(pairs)} pairs stand twice, in {len(files)} files; name each once")
     pairs.insert(1, "prefID", np.arange(len(pairs)))
     return pairs
 

@@ -310,3 +310,11 @@ def test_a_users_principles_keep_form_keys_and_order(own, content):
 def test_a_users_principles_may_have_other_words(own):
     own("principles.json", json.dumps([ENTRIES[0] | {"description": "Is it kind?"}, *ENTRIES[1:]]))
     assert "Is it kind?" in rating_prompt("empathy", "a", FOUR)
+
+
+@pytest.mark.parametrize("key", ["Response_1_rating", "response_1_rating ", "RESPONSE_1_RATING"])
+def test_keys_that_differ_in_capitals_or_blanks_alone_are_one_key_twice(key):
+    good = {f"response_{i}_rating": i for i in range(1, 5)} | {f"rationale_{i}": "so" for i in range(1, 5)}
+    assert [rating for rating, _ in parse_ratings(json.dumps(good))] == [1, 2, 3, 4]
+    with pytest.raises(BadReply, match="capitals or blanks"):
+        parse_ratings(json.dumps(good | {key: 5}))

@@ -342,3 +342,11 @@ def test_their_command_gives_our_table(reward_model, tmp_path):
     accuracy = score_reward_bench(pairs, *ours.T, samples=2).set_index("name").accuracy
     assert result["accuracy"] == pytest.approx(accuracy["micro accuracy"])
     assert result["extra_results"] == pytest.approx(accuracy[CORE].to_dict())
+
+
+@pytest.mark.parametrize("again", ["copy", "place"])
+def test_a_file_given_twice_counts_no_pair_twice(tmp_path, again):
+    path = put(tmp_path / "filtered.csv", rows())
+    other = put(tmp_path / "filtered (1).csv", rows()) if again == "copy" else path
+    assert "stand twice" in one_line(lambda: read_reward_bench(path, other))
+    assert len(read_reward_bench(path)) == len(rows())
