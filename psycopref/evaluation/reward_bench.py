@@ -151,7 +151,9 @@ def read_reward_bench(*places: str | Path):
     pairs = pd.concat([_read_pairs(path) for path in files], ignore_index=True)
     twice = int(pairs.duplicated(["ID", "question", "chosen", "rejected", "subset"]).sum())
     if 2 * twice >= len(pairs):  # a file beside its copy, or a place named twice
-        raise StudyError(f"{BENCH.name}: {twice} of {len(pairs)} pairs stand twice, in {len(files)} files; name each once")
+        raise StudyError(
+            f"{BENCH.name}: {twice} of {len(pairs)} pairs stand twice, in {len(files)} files; name each once"
+        )
     pairs.insert(1, "prefID", np.arange(len(pairs)))
     return pairs
 
