@@ -43,7 +43,7 @@ $(READY): constraints.txt pyproject.toml
 # What was typed goes through the environment, so that no shell reads it. Names stand in brackets: Snakemake would read
 # 2025_02 as the number 202502, in quotes too.
 CONFIG = profile="[\"$$GIVEN_PROFILE\"]" run="[\"$$GIVEN_RUN\"]" seeds="[\"$$GIVEN_SEEDS\"]" overrides="$$GIVEN_OVERRIDES" sources="$$GIVEN_SOURCES" shards="[\"$$GIVEN_SHARDS\"]"
-SNAKEMAKE = snakemake --cores "$$GIVEN_CORES" --scheduler greedy --nolock --config $(CONFIG)
+SNAKEMAKE = snakemake --cores "$$GIVEN_CORES" --scheduler greedy --nolock --rerun-incomplete --config $(CONFIG)
 LOG = outputs/$(RUN)/snakemake.log
 KEPT = what is finished is kept, and the same command goes on from there
 

@@ -37,7 +37,7 @@ def signed(project: Path) -> dict[str, dict[str, str]]:
 
 def start(project: Path) -> subprocess.Popen:
     "Start the study."
-    command = [str(BIN / "snakemake"), "--cores", "2", "--nolock", "--config", "profile=tiny"]
+    command = [str(BIN / "snakemake"), "--cores", "2", "--nolock", "--rerun-incomplete", "--config", "profile=tiny"]
     how = dict(start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=project, env=environment(), **how)
 
@@ -72,8 +72,10 @@ def kills(project: Path, n: int, seed: int = 0, longest: float = 20.0) -> dict:
             lost(project, chance, list(before))
         process = start(project)
         try:
-            process.communicate(timeout=chance.uniform(0.5, longest))
+            _, said = process.communicate(timeout=chance.uniform(0.5, longest))
             ended += 1
+            if process.returncode:
+                raise RuntimeError(f"after {killed} kills the study does not go on: {said[-600:]}")
         except subprocess.TimeoutExpired:
             kill(process)
             killed += 1
