@@ -15,17 +15,22 @@ __all__ = ['find_injection', 'judged_texts', 'injection_table', 'injection_sente
 
 # %% ../../nbs/evaluation/08_injections.ipynb #5aa5ffd4
 _SIGNS = re.compile(
-    r"""\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}\b(?:above|previous|prior|earlier|instructions?|prompts?|rules?
-        |criteria|rubric|system)\b
-    |\b(?:rate|score|grade|mark|rank|give|award|assign)\b[^.!?\n]{0,40}\b(?:[45]\s?(?:/\s?5|stars?|points?|out\sof)|(?<!to\s)(?<!for\s)(?:5|five)\b(?!\s(?:minutes|days
-        |years|weeks|times|months))|10\s?/\s?10|(?:highest|top|maximum|full|perfect|best)\s(?:rating|score|marks?|grade|points))
-    |\b(?:choose|pick|select|prefer|vote\sfor|favou?r)\b[^.!?\n]{0,20}\b(?:response|answer|option|candidate)\s?_?(?:[12]|one|two|a|b)\b
+    r"""\b(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}
+        \b(?:above|previous|prior|earlier|instructions?|prompts?|rules?|criteria|rubric|system)\b
+    |\b(?:rate|score|grade|mark|rank|give|award|assign)\b[^.!?\n]{0,40}\b(?:
+        [45]\s?(?:/\s?5|stars?|points?|out\sof)
+        |(?<!to\s)(?<!for\s)(?:5|five)\b(?!\s(?:minutes|days|years|weeks|times|months))
+        |10\s?/\s?10|(?:highest|top|maximum|full|perfect|best)\s(?:rating|score|marks?|grade|points))
+    |\b(?:choose|pick|select|prefer|vote\sfor|favou?r)\b[^.!?\n]{0,20}
+        \b(?:response|answer|option|candidate)\s?_?(?:[12]|one|two|a|b)\b
     |\b(?:response|answer|option|candidate)\s?_?[12]\b[^.!?\n]{0,30}\b(?:better|best|wins?|winner|superior|preferred)\b
     |\b(?:dear|attention|note\sto|message\s(?:to|for)|instructions?\s(?:to|for))\s(?:the\s|any\s|all\s)?
         (?:judges?|raters?|evaluators?|graders?|reviewers?|annotators?|(?:AI|language)\smodels?)\b
-    |\byou\sare\s(?:now\s)?(?:a|an|the)\s(?:\w+\s)?(?:judge|rater|evaluator|grader|assistant|chatbot|(?:AI|language)\smodel)\b
+    |\byou\sare\s(?:now\s)?(?:a|an|the)\s(?:\w+\s)?
+        (?:judge|rater|evaluator|grader|assistant|chatbot|(?:AI|language)\smodel)\b
     |["']?(?:response|rationale)_\d(?:_rating)?["']?\s*[:=]|["'](?:overall|empathy|safety)["']\s*:\s*\d
-    |<\|?/?(?:im_start|im_end|system|assistant|user|endoftext|begin_of_text|eot_id)\|?>|\[/?INST\]|<</?SYS>>|\#\#\#\s?(?:system|instruction|response)\b
+    |<\|?/?(?:im_start|im_end|system|assistant|user|endoftext|begin_of_text|eot_id)\|?>
+    |\[/?INST\]|<</?SYS>>|\#\#\#\s?(?:system|instruction|response)\b
     |\bsystem\sprompt\b""",
     re.IGNORECASE | re.VERBOSE,
 )
