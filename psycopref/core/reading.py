@@ -26,8 +26,8 @@ from .settings import StudyError
 
 # %% auto #0
 __all__ = ['environment', 'environment_choice', 'environment_count', 'environment_amount', 'environment_address', 'check_address',
-           'environment_key', 'parse_json', 'short_reason', 'unpacked', 'decoded', 'has_words', 'same_words', 'alike',
-           'read_text', 'table_cells']
+           'environment_key', 'parse_json', 'short_reason', 'unpacked', 'decoded', 'read_text', 'has_words',
+           'same_words', 'alike', 'table_cells']
 
 # %% ../../nbs/core/01_reading.ipynb #3dc637b8
 def environment(name: str, default: str = "") -> str:
@@ -121,7 +121,7 @@ def parse_json(text: str):
     except RecursionError:
         raise ValueError("is nested too deep") from None
 
-# %% ../../nbs/core/01_reading.ipynb #3dc9079f
+# %% ../../nbs/core/01_reading.ipynb #b28c49d3
 def short_reason(error: Exception) -> str:
     "Shorten an error of another library to one line of at most 120 characters; its class where it says nothing."
     return " ".join(str(error).split())[:120] or type(error).__name__
@@ -162,7 +162,7 @@ def _packed(data: bytes) -> str:
     }
     return next((kind for mark, kind in marks.items() if data.startswith(mark)), "")
 
-
+# %% ../../nbs/core/01_reading.ipynb #7cd5630c
 def decoded(path: Path, data: bytes, fallback: str | None = None) -> str:
     "Decode UTF-8, or UTF-16 that says so by its mark, else the fallback, e.g. cp1252. path: for errors."
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -182,6 +182,11 @@ def decoded(path: Path, data: bytes, fallback: str | None = None) -> str:
     return text
 
 
+def read_text(path: Path, fallback: str | None = None) -> str:
+    "Read a text; another encoding, a NUL byte or an unreadable file is one line. fallback: tried after UTF-8."
+    return decoded(path, unpacked(path), fallback)
+
+# %% ../../nbs/core/01_reading.ipynb #0b639aed
 _FILLERS = frozenset("\u115f\u1160\u3164\uffa0")  # letters to Unicode that nobody sees
 
 
@@ -198,11 +203,6 @@ def same_words(text: str) -> str:
 def alike(reason: str) -> str:
     "Return what the reasons of failures share that differ in numbers and ids alone."
     return re.sub(r"\b(?=\w*\d)[\w-]{6,}\b|\d+", "#", reason)
-
-
-def read_text(path: Path, fallback: str | None = None) -> str:
-    "Read a text; another encoding, a NUL byte or an unreadable file is one line. fallback: tried after UTF-8."
-    return decoded(path, unpacked(path), fallback)
 
 # %% ../../nbs/core/01_reading.ipynb #0947405f
 def _delimiter(text: str) -> str:
