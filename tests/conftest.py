@@ -36,9 +36,28 @@ def own_project(tmp_path, shared_cache, monkeypatch):
         "OPENAI_BASE_URL",
         "PSYCOPREF_SERVER_KEY",
         "PSYCOPREF_PROMPTS",
+        "PSYCOPREF_PRINCIPLES",
         "PSYCOPREF_PROGRESS",
     ):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """Take the paper's principles with others about safety: called with their keys; returns the file."""
+    import yaml
+
+    from psycopref.core.principles import principles_file, use_principles
+
+    def take(*keys: str) -> str:
+        own = yaml.safe_load(principles_file("counselling").read_text(encoding="utf-8"))
+        own["principles"] = [one | {"safety": one["key"] in keys} for one in own["principles"]]
+        place = tmp_path / f"marked-{'-'.join(keys)}.yaml"
+        place.write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
+        use_principles(str(place))
+        return str(place)
+
+    return take
 
 
 @pytest.fixture

@@ -84,10 +84,10 @@ class ResponseSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class RatingSettings:
-    "Ratings on the seven principles (§3.3)."
+    "Ratings on the principles (§3.3)."
 
     rater: str = "openai:gpt-4o-2024-08-06"  # gateway URI of the rater (§3.3: GPT-4o; the snapshot is ours)
-    mode: str = "principle"  # principle = a call for each principle (§3.3); speech = all seven principles in one call
+    mode: str = "principle"  # principle = a call for each principle (§3.3); speech = all principles in one call
     max_tokens: PositiveInt = 1024  # longest reply in tokens, for each principle that a call asks for
     shown: PositiveInt = 4  # responses to a speech that one call rates together, of all it has; the prompt has as many
     coverage: Share = 0.98  # the stage fails if a smaller share of speeches × principles has valid ratings
@@ -99,11 +99,10 @@ class RatingSettings:
 class PairSettings:
     "From ratings to preference pairs (§3.3)."
 
-    min_gap_sum: PositiveInt = 7  # gap of the seven ratings' sums; 7 is the paper's mean gap of 1, exact in integers
-    # average: safety counts a seventh, as in §3.3; veto: no pair whose chosen response is rated less safe than the
-    # rejected one, which is ours
+    min_gap: PositiveFloat = 1.0  # least gap of two responses' mean ratings (§3.3)
+    # average: safety counts as much as any principle, as in §3.3; veto: no pair whose chosen response is rated lower
+    # than the rejected one on a principle that is about safety, which is ours
     safety: Literal["average", "veto"] = "average"
-    safety_principle: str = "safety"  # key of the principle, of the seven, that says how safe a response is
 
 # %% ../../nbs/core/00_settings.ipynb #9c304ef8
 @dataclass(frozen=True, config=STRICT)
@@ -343,6 +342,8 @@ class Profile:
     name: str  # tiny, demo, laptop, paper
     # weights to train from: a name of `models.weights`, a path, or a hub id
     backbones: Annotated[tuple[str, ...], Field(min_length=1)]
+    # what a good response is: counselling (§3.2), plain-words, or a .yaml file of your own (`core.principles`)
+    principles: str = "counselling"
     dtype: str = "auto"  # training dtype: auto = bfloat16 where the processor has it, else float32
     speeches: SpeechSettings = SpeechSettings()
     responses: ResponseSettings = ResponseSettings()

@@ -17,9 +17,10 @@ from .reading import environment
 from .settings import Profile, StudyError, suggest
 
 # %% auto #0
-__all__ = ['STAGES', 'RELEASED', 'BEHAVIOUR', 'SENT', 'MIXES', 'Stage', 'is_released', 'stages_of', 'stage_settings', 'as_dotted',
-           'public_value', 'project_root', 'user_path', 'cache_root', 'Run', 'check_layout', 'Shard', 'parse_shard',
-           'blocks', 'slug_of', 'Cell', 'grid_cells', 'parse_cell', 'derived_seed', 'parse_seeds']
+__all__ = ['STAGES', 'PAPER_PRINCIPLES', 'RELEASED', 'BEHAVIOUR', 'SENT', 'MIXES', 'Stage', 'is_released', 'stages_of',
+           'stage_settings', 'as_dotted', 'public_value', 'project_root', 'user_path', 'cache_root', 'Run',
+           'check_layout', 'Shard', 'parse_shard', 'blocks', 'slug_of', 'Cell', 'grid_cells', 'parse_cell',
+           'derived_seed', 'parse_seeds']
 
 # %% ../../nbs/core/02_stages.ipynb #3284fff6
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Stage:
     seeds: bool = False  # whether a run's further seeds repeat it: it trains a policy, or judges one
 
 
-_MODELS = ("backbones", "dtype")
+_MODELS = ("backbones", "dtype", "principles")
 _ALL = tuple(field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "budget_usd"))
 _WATCHED = (
     "reference judge max_tokens temperature top_k top_p sentence_after repetition_penalty coverage bootstrap".split()
@@ -47,17 +48,17 @@ _MIXED = (*_MODELS, "reward", "mixing", "speeches.dev_fraction", "evaluation.boo
 _BATTLES = (*_MODELS, "evaluation", "ratings.rater", "ratings.mode", "ratings.max_tokens")
 _RATER = ("ratings.rater", "ratings.max_tokens")
 _ARMS = (*_MODELS, "dpo", "dpo_iter", *_JUDGED, "evaluation.curve_speeches", "ablation", *_RATER, "pairs")
-_ASKED = ("agreement", "evaluation.judge", "evaluation.bootstrap")
+_ASKED = ("agreement", "evaluation.judge", "evaluation.bootstrap", "principles")
 _MADE = ("01_speeches", "04_pairs", "05_reward")
-_RATED = ("ratings", "responses.block")
+_RATED = ("ratings", "responses.block", "principles")
 
 # %% ../../nbs/core/02_stages.ipynb #25e29e6e
 _STAGES = [
     Stage("00_study", "the chain, the weights and the plan", (), _ALL),
     Stage("01_speeches", "client speeches", (), ("speeches",)),
-    Stage("02_responses", "responses of the pool", ("01_speeches",), ("responses",), shards=True),
-    Stage("03_ratings", "ratings on seven principles", ("01_speeches", "02_responses"), _RATED, shards=True),
-    Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs",)),
+    Stage("02_responses", "responses of the pool", ("01_speeches",), ("responses", "principles"), shards=True),
+    Stage("03_ratings", "ratings on the principles", ("01_speeches", "02_responses"), _RATED, shards=True),
+    Stage("04_pairs", "preference pairs", ("01_speeches", "02_responses", "03_ratings"), ("pairs", "principles")),
     Stage("05_reward", "reward models", _MADE[:2], (*_MODELS, "reward", "evaluation.bootstrap"), seeds=True),
     Stage("06_policy", "policies by DPO and DPO-Iter", _MADE, _POLICY, seeds=True),
     Stage("07_win_rates", "battles against the reference", ("01_speeches", "06_policy"), _BATTLES, seeds=True),
@@ -76,6 +77,7 @@ _STAGES.append(Stage("13_report", "every table and figure", tuple(stage.name for
 STAGES = {stage.name: stage for stage in _STAGES}
 
 # %% ../../nbs/core/02_stages.ipynb #46449f6b
+PAPER_PRINCIPLES = "counselling"  # those of §3.2; labels that we have are of these alone
 RELEASED = "released"  # the source that brings responses, ratings and pairs along
 
 
@@ -89,8 +91,11 @@ def is_released(sources: typing.Iterable[str]) -> bool:
 
 
 def stages_of(profile: Profile) -> dict[str, Stage]:
-    "Return the stages of a run, in order; the released dataset needs neither responses nor ratings."
+    """Return the stages of a run, in order.
+
+    The released dataset needs neither responses nor ratings; the offline rubric's trial is of the paper's own."""
     gone = {"02_responses", "03_ratings"} if is_released(profile.speeches.sources) else set()
+    gone |= {"12_trial"} if profile.principles != PAPER_PRINCIPLES else set()
     kept = [stage for stage in _STAGES if stage.name not in gone]
     needs = [tuple(need for need in stage.needs if need not in gone) for stage in kept]
     return {stage.name: dataclasses.replace(stage, needs=own) for stage, own in zip(kept, needs)}

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..core.files import PRINCIPLE_KEYS
-from ..core.prompts import BATTLE_KEYS
+from ..core.principles import principle_keys
+from ..core.prompts import battle_keys
 from ..core.reading import has_words, parse_json, read_text, same_words, table_cells
 from ..core.settings import StudyError
 from ..core.stages import derived_seed, user_path
-from .kits import TASK_QUESTIONS
+from .kits import task_questions
 
 # %% auto #0
 __all__ = ['TABLE_SUFFIXES', 'UNREAD', 'VALUES', 'WORDS', 'ANNOTATION_COLUMNS', 'GIVEN_COLUMNS', 'ITEM_LEFT_OUT', 'SIMULATED',
@@ -207,7 +207,7 @@ def _some(names: list) -> str:
 def item_values(record: dict, number: int, task: str) -> dict[str, int | None]:
     "Return principle -> value of one answered item, or None; a value out of range is an error. number: of the item."
     values = {}
-    for principle in TASK_QUESTIONS[task]:
+    for principle in task_questions(task):
         try:
             values[principle] = to_value(record.get(principle), task)
         except ValueError:
@@ -356,13 +356,13 @@ def simulate(kit: dict, number: int, seed: int, noise: float = 0.75, threshold: 
     for item in kit["items"]:
         chance = np.random.default_rng(derived_seed(seed, SIMULATED, number, item["item_id"]))
         exact = [known[item["client_speech"], text].scores for text in item["responses"]]
-        rated = np.array([[scores[key] for key in PRINCIPLE_KEYS] for scores in exact])
+        rated = np.array([[scores[key] for key in principle_keys()] for scores in exact])
         rated = rated + chance.normal(0, noise, rated.shape)
         if kit["task"] == "score":
-            answers[item["item_id"]] = dict(zip(PRINCIPLE_KEYS, map(to_rating, rated[0].tolist())))
+            answers[item["item_id"]] = dict(zip(principle_keys(), map(to_rating, rated[0].tolist())))
         else:
             ahead = rated[0] - rated[1]
             better = np.select([abs(ahead) < threshold, ahead > 0], [0, 1], 2).tolist()
-            answers[item["item_id"]] = dict(zip(PRINCIPLE_KEYS, better)) | {"overall": 1 if ahead.sum() > 0 else 2}
+            answers[item["item_id"]] = dict(zip(principle_keys(), better)) | {"overall": 1 if ahead.sum() > 0 else 2}
     made = {"format": "psycopref-annotations", "version": 1, "kit_id": kit["kit_id"], "simulated": True}
     return made | {"annotator": f"{SIMULATED} {number}", "started": "", "saved": "", "answers": answers}

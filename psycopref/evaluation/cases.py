@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from ..core.files import PRINCIPLE_KEYS
+from ..core.principles import principle_keys
 from ..core.paper import resource_path
 from ..core.stages import derived_seed
 from ..core.tables import TABLE_STYLE, Label, latex_text
@@ -31,7 +31,7 @@ def battle_margins(battles):
     if battles.duplicated(["speech_id", "order"]).any():
         remedy = "pass the battles of one policy, setting and judge"
         raise ValueError(f"cases.battle_margins: a speech has several rows of one order; {remedy}")
-    names = ["verdict", *(f"{key}_verdict" for key in PRINCIPLE_KEYS)]
+    names = ["verdict", *(f"{key}_verdict" for key in principle_keys())]
     first, second = (battles[battles.order == order].set_index("speech_id")[names] for order in ORDERS)
     both = first.index.intersection(second.index).sort_values()
     found = first.loc[both].where(first.loc[both] == second.loc[both], "tie")
@@ -84,7 +84,7 @@ def make_case(rule: str, speech_id: str, battles, answers, speeches, names: tupl
     policy, setting = battles.policy.iloc[0], battles.setting.iloc[0]
     said = answers[answers.speech_id == speech_id].set_index(["policy", "setting"]).response
     told = battle_margins(battles[battles.speech_id == speech_id]).loc[speech_id]
-    verdicts = dict(zip(["overall", *PRINCIPLE_KEYS], told))
+    verdicts = dict(zip(["overall", *principle_keys()], told))
     speech = speeches.set_index("speech_id").speech[speech_id]
     return Case(rule, setting, names, speech, (said[policy, setting], said["reference", "free"]), verdicts)
 
@@ -114,7 +114,7 @@ def score_case(
         return {}
     ratings, _ = collect_ratings(gateway, rater, speeches[speeches.speech_id == speech_id], shown, 4, seed=seed, **how)
     found = ratings.pivot(index="principle", columns="model", values="rating")
-    found = found.reindex(PRINCIPLE_KEYS, columns=[f"{policy}, {case.setting}", "reference"]).dropna().astype(int)
+    found = found.reindex(principle_keys(), columns=[f"{policy}, {case.setting}", "reference"]).dropna().astype(int)
     return dict(zip(found.index, found.itertuples(index=False, name=None)))
 
 # %% ../../nbs/evaluation/04_cases.ipynb #ac66a53d

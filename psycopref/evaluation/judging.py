@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import PRINCIPLE_KEYS
+from ..core.principles import principle_keys
 from ..core.paper import coarse_topics, paper_values
 from ..core.prompts import parse_battle, parse_choice
 from ..core.settings import StudyError, suggest
@@ -162,7 +162,7 @@ VERDICT_COLUMNS = [*KEYS, "judge", "verdict", "margin"]  # margin: missing where
 
 def _with_margins(found):
     "Return verdicts (VERDICT_COLUMNS) of verdicts by principle."
-    points = found[[f"{key}_verdict" for key in PRINCIPLE_KEYS]].replace({"win": 1, "loss": -1, "tie": 0})
+    points = found[[f"{key}_verdict" for key in principle_keys()]].replace({"win": 1, "loss": -1, "tie": 0})
     return found.assign(margin=points.astype(float).mean(axis=1))[VERDICT_COLUMNS]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import dataclasses
 import hashlib
 import json
 import re
@@ -16,16 +15,17 @@ from pathlib import Path
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from ..core.files import PRINCIPLE_KEYS, atomic_path
+from ..core.files import atomic_path
+from ..core.principles import principle_keys
 from ..core.settings import AgreementSettings, StudyError
 from ..core.paper import resource_path
-from ..core.prompts import BATTLE_KEYS, principles
+from ..core.prompts import battle_keys, principles
 from ..core.tables import safe_cell
 from .cases import fill_template
 
 # %% auto #0
-__all__ = ['SIDES', 'TASK_QUESTIONS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'draw_label_pairs',
-           'side_answers', 'draw_answers', 'side_orders', 'check_rows', 'make_kit', 'kit_html', 'item_texts',
+__all__ = ['SIDES', 'TASKS', 'CONTACT', 'digest', 'allocate_proportionally', 'draw_evenly', 'draw_label_pairs', 'side_answers',
+           'draw_answers', 'task_questions', 'side_orders', 'check_rows', 'make_kit', 'kit_html', 'item_texts',
            'label_studio_tasks', 'label_studio_config', 'kit_csv', 'write_kits', 'run_kits', 'kit_table']
 
 # %% ../../nbs/evaluation/05_kits.ipynb #0c707319
@@ -104,7 +104,12 @@ def draw_answers(answers, speeches, policy: str, setting: str, n: int, seed: int
     return draw_evenly(rows[SIDES].dropna(), n, seed, purpose, later)
 
 # %% ../../nbs/evaluation/05_kits.ipynb #b3824c4a
-TASK_QUESTIONS = {"compare": BATTLE_KEYS, "score": PRINCIPLE_KEYS}  # what is asked about each item
+TASKS = ("compare", "score")
+
+
+def task_questions(task: str) -> tuple[str, ...]:
+    "Return what is asked about each item of a kit: principles in use, and for a comparison overall."
+    return battle_keys() if task == "compare" else principle_keys()
 
 
 def side_orders(rows):
@@ -118,8 +123,8 @@ def check_rows(rows, task: str) -> None:
     "Refuse rows that can't become a kit."
     texts = rows.reindex(columns=SIDES).map(lambda value: isinstance(value, str))
     odd = ", ".join(texts.columns[~texts.all()])
-    if task not in TASK_QUESTIONS:
-        said = f"task {task!r} does not exist, expected one of {', '.join(TASK_QUESTIONS)}; correct it"
+    if task not in TASKS:
+        said = f"task {task!r} does not exist, expected one of {', '.join(TASKS)}; correct it"
     elif odd or rows.empty:
         found = f"{odd} missing or no text" if odd else "no rows"
         said = f"{found}, expected rows as draw_label_pairs or draw_answers return them"
@@ -147,7 +152,7 @@ def make_kit(rows, task: str, title: str, seed: int) -> tuple[dict, typing.Any]:
     for row in rows.itertuples():
         texts = [row.response_a.strip(), row.response_b.strip()][: 2 if task == "compare" else 1]
         items.append(dict(item_id=row.item_id, task=task, client_speech=row.client_speech.strip(), responses=texts))
-    asked = [dataclasses.asdict(p) for p in principles()]
+    asked = [{"key": p.key, "name": p.name, "description": p.description, "criteria": p.criteria} for p in principles()]
     kit_id = "k" + digest(task, json.dumps([asked, items], ensure_ascii=False))[:15]
     key = rows.assign(kit=kit_id, task=task).rename(columns={"name_a": "first", "name_b": "second"})
     kit = dict(format="psycopref-kit", version=1, kit_id=kit_id, title=title, task=task, principles=asked, items=items)
@@ -189,7 +194,7 @@ def kit_csv(kit: dict) -> str:
     "Return a kit as a sheet: one row an item, with empty columns for the answers."
     import pandas as pd
 
-    empty = dict.fromkeys([*TASK_QUESTIONS[kit["task"]], "note"], "")
+    empty = dict.fromkeys([*task_questions(kit["task"]), "note"], "")
     sheet = pd.DataFrame(item_texts(kit)).map(safe_cell).assign(**empty)
     return sheet.to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
 

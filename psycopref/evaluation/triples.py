@@ -10,19 +10,25 @@ import typing
 from pathlib import Path
 
 from ..core.paper import resource_path
+from ..core.principles import of_the_paper, principle_set
 from ..core.tables import Label
 from .judging import BASELINE, Judge, judge_names, read_judges, verdicts_of
 from .win_rates import rounded, with_interval
 from ..feedback.battles import KEYS, ORDERS, consistent_verdicts
 
 # %% auto #0
-__all__ = ['SOUND', 'AGAINST', 'HALVES', 'read_triples', 'triple_contests', 'triple_judges', 'triple_verdicts', 'preferred',
-           'triple_counts', 'triple_table', 'triple_sentences', 'Triples', 'judge_triples']
+__all__ = ['SOUND', 'AGAINST', 'HALVES', 'asked_triples', 'read_triples', 'triple_contests', 'triple_judges', 'triple_verdicts',
+           'preferred', 'triple_counts', 'triple_table', 'triple_sentences', 'Triples', 'judge_triples']
 
 # %% ../../nbs/evaluation/07_triples.ipynb #abf6a91a
 SOUND = "warm_sound"
 AGAINST = {"warm_reinforcing": "warm, but reinforcing", "cold_sound": "sound, but cold"}  # column -> in tables
 HALVES = ("held-out", "develop")
+
+
+def asked_triples(n: int) -> int:
+    "Return how many of n triples judges see: none under principles other than the paper's, of which triples are."
+    return n if of_the_paper() else 0
 
 
 def read_triples(n: int):
@@ -132,9 +138,12 @@ def judge_triples(judges: typing.Sequence[Judge], n: int, label: Label, gateway,
     judges: the main judge first; label: of their other tables; the rest as in `judging.verdicts_of`."""
     import pandas as pd
 
-    triples, kept = read_triples(n), ("triples", "triples_unread")
+    triples, kept = read_triples(asked_triples(n)), ("triples", "triples_unread")
     if triples.empty:
-        none = "judges.triples is 0: no judge was asked about triples."
+        none = (
+            "judges.triples is 0" if of_the_paper() else f"Triples are of counselling, not of {principle_set().title}"
+        )
+        none += ": no judge was asked about any."
         return Triples(pd.DataFrame([{"remark": none}]), label, [none], dict.fromkeys(kept, []))
     own = triple_judges(judges[0].spec, [judge.spec for judge in judges[1:]])
     verdicts, unread = triple_verdicts(own, triples, gateway, scorer, Path(folder) / "triples", *dtype)

@@ -12,7 +12,7 @@ import re
 import numpy as np
 import yaml
 
-from ..core.files import PRINCIPLE_KEYS
+from ..core.principles import principle_keys
 from ..core.paper import coarse_topics, paper_values, resource_path
 from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import ORDERS, both_orders, consistent_verdicts, paper_verdicts, word_counts
@@ -109,11 +109,11 @@ def win_rate_cells(battles, speeches, seed: int, samples: int = 1000, level: flo
     rows, interval = [], {"samples": samples, "level": level, "seed": seed}
     topics = speeches[["speech_id", "topic", "coarse_topic"]].drop_duplicates("speech_id")
     groups = {"all": ["Overall"], "coarse topic": coarse_topics(), "fine topic": fine_topics(speeches)}
-    groups["principle"] = PRINCIPLE_KEYS
+    groups["principle"] = principle_keys()
     for reading in READINGS:
         own = read_verdicts(battles, reading, seed).merge(topics, on="speech_id", validate="many_to_one")
         parts = {"all": own.assign(group="Overall"), "coarse topic": own.assign(group=own.coarse_topic)}
-        keys = [read_verdicts(battles, reading, seed, f"{key}_verdict").assign(group=key) for key in PRINCIPLE_KEYS]
+        keys = [read_verdicts(battles, reading, seed, f"{key}_verdict").assign(group=key) for key in principle_keys()]
         parts |= {"fine topic": own.assign(group=own.topic), "principle": pd.concat(keys)}
         for (setting, policy), (grouping, part) in itertools.product(places(battles), parts.items()):
             where, part = {"setting": setting, "policy": policy}, pick(part, setting=setting, policy=policy)
@@ -371,7 +371,7 @@ def principle_win_rates(cells):
     wide = own.assign(text=texts).pivot(index=["setting", "policy", "reading"], columns="group", values=["text", "n"])
     table = wide.loc[[(*place, reading) for place in places(cells) for reading in READINGS]].reset_index()
     names = {"setting": table.setting.map(SETTINGS), "model": table.policy, "reading": table.reading}
-    names |= {key: table["text", key] for key in PRINCIPLE_KEYS}
+    names |= {key: table["text", key] for key in principle_keys()}
     return pd.DataFrame(
         {**names, "overall verdict": table["text", "Overall"], "n": table["n", "Overall"]}, dtype=object
     )

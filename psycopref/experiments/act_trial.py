@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ..core.files import PRINCIPLE_KEYS
+from ..core.principles import principle_keys
 from ..corpus.labelled_text import Labelled
 from ..evaluation.triples import AGAINST, SOUND, read_triples
 from .rater_trial import OWN_HEADS, SETS, auc, corpus_results, measure_interval, score_gap

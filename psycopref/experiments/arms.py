@@ -20,6 +20,7 @@ from ..core.settings import DpoSettings, EvaluationSettings, Profile, StudyError
 from ..core.stages import Run, derived_seed
 from ..core.tables import PALETTE, new_figure
 from ..feedback.battles import answer, battle, paper_verdicts
+from ..core.principles import safety_keys
 from ..feedback.pairing import check_safety, less_safe
 from ..feedback.rating import check_coverage, rating_request, read_reply, shown_order
 from ..gateway.gateway import chat_model
@@ -34,8 +35,8 @@ from ..training.sampling import candidates_inputs, sample_candidates, score_cand
 __all__ = ['ARM_TITLES', 'OWN_TITLES', 'POLICY_TITLES', 'SAFETY_ARMS', 'SAFETY_BOUNDS', 'curve_speeches', 'curve_point', 'Arms',
            'base_pairs', 'equal_arms', 'veto_arm', 'arm_settings', 'train_arm', 'train_arms', 'CheckpointJudge',
            'backbone_curves', 'last_wins', 'join_curves', 'curves_table', 'curves_figure', 'rated_safety',
-           'flagged_shares', 'paired_row', 'safety_rows', 'safety_table', 'safety_tables', 'describe_safety',
-           'describe_arms', 'describe_precision']
+           'principle_ratings', 'flagged_shares', 'paired_row', 'safety_rows', 'safety_table', 'safety_tables',
+           'describe_safety', 'describe_arms', 'describe_precision']
 
 # %% ../../nbs/experiments/03_arms.ipynb #788982e7
 def curve_speeches(speeches, n: int | None, seed: int):
@@ -127,10 +128,10 @@ def veto_arm(arms: Arms, drawn):
     """Replace the pairs of the offline arm whose chosen response is rated less safe, place by place; drawn: its pairs.
 
     Where too few others are left the arm is shorter; one that is no batch is refused."""
-    principle, seed = arms.profile.pairs.safety_principle, derived_seed(arms.seed, "veto arm")
+    seed = derived_seed(arms.seed, "veto arm")
     check_safety(dataclasses.replace(arms.profile.pairs, safety="veto"))
     own = arms.pairs[arms.pairs.ID.isin(arms.speeches)]
-    bad, others = less_safe(drawn, principle), own[~less_safe(own, principle)].drop(drawn.index, errors="ignore")
+    bad, others = less_safe(drawn), own[~less_safe(own)].drop(drawn.index, errors="ignore")
     others = others.sample(min(int(bad.sum()), len(others)), random_state=seed)
     placed = pd.concat([drawn[~bad], others.set_axis(drawn.index[bad][: len(others)])])
     if len(placed) < (batch := arms.profile.dpo.batch_size):
@@ -285,12 +286,19 @@ SAFETY_ARMS = {"base": "base model", "offline": "offline: average (§3.3)", "vet
 
 
 def rated_safety(judge: CheckpointJudge, answers: dict, profile: Profile):
-    """Let the run's rater rate the answers of several models on the principle of safety, shown in shuffled order.
+    """Let the run's rater rate the answers of several models on how safe they are, shown in shuffled order.
 
-    answers: name -> frame of kind "answers", four of them. Returns ratings, speeches × names; unreadable ones and
-    speeches that a model left out are missing, and refused above `evaluation.coverage`."""
+    answers: name -> frame of kind "answers", four of them. Returns ratings, their mean over the principles that are
+    about safety, speeches × names; unreadable ones and speeches that a model left out are missing, and refused above
+    `evaluation.coverage`."""
+    each = [principle_ratings(judge, answers, profile, key) for key in safety_keys()]
+    return pd.concat(each).groupby(level=0, sort=False).mean() if len(each) > 1 else each[0]
+
+
+def principle_ratings(judge: CheckpointJudge, answers: dict, profile: Profile, principle: str):
+    "Let the run's rater rate answers on one principle; the rest as in `rated_safety`."
     texts = pd.DataFrame({name: own.set_index("speech_id").response for name, own in answers.items()}).dropna()
-    speech, principle = judge.speeches.set_index("speech_id").speech, profile.pairs.safety_principle
+    speech = judge.speeches.set_index("speech_id").speech
     orders = [shown_order(len(answers), judge.shared_seed, name, principle) for name in texts.index]
     asked = [
         rating_request(principle, speech[name], [own[i] for i in order], profile.ratings.max_tokens)
@@ -346,7 +354,7 @@ def safety_rows(arms: Arms, pairs: dict, trained: dict, curves: dict, judge: Che
     seed = derived_seed(judge.seed, "curve")  # answers of the curves' last points, from the cache
     answers = {arm: judge.answers(f"local:{uris[arm]}", arm, seed) for arm in SAFETY_ARMS}
     measured = {"safety": rated_safety(judge, answers, arms.profile), "flagged": flagged_shares(judge, answers)}
-    vetoed = {arm: less_safe(pairs[arm], arms.profile.pairs.safety_principle) for arm in battles}
+    vetoed = {arm: less_safe(pairs[arm]) for arm in battles}
     rows, bad = [], {arm: [int(own.sum()), len(own)] for arm, own in vetoed.items()}
     for arm, title in SAFETY_ARMS.items():
         row = {"model": title, "pairs": points[arm]["pairs"], "less safe": bad.get(arm)}

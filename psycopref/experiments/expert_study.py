@@ -10,9 +10,10 @@ import typing
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core.files import PRINCIPLE_KEYS, SCHEMAS, read_json, write_json
+from ..core.files import SCHEMAS, read_json, write_json
+from ..core.principles import principle_keys
 from ..core.paper import paper_values
-from ..core.prompts import BATTLE_KEYS
+from ..core.prompts import battle_keys
 from ..core.settings import AgreementSettings, StudyError, suggest
 from ..core.stages import Run
 from ..core.tables import PALETTE, new_figure
@@ -128,11 +129,11 @@ def label_verdicts(kit: dict, key, pairs):
     kit: of preference pairs; pairs: frame of kind "pairs". Returns key with principle and shown."""
     texts, sides = {item["item_id"]: item["responses"] for item in kit["items"]}, ["chosen", "rejected"]
     side = lambda name: [texts[item][first != name] for item, first in zip(key.item_id, key["first"])]
-    gaps = {name: pairs[f"chosen_{name}_rating"] - pairs[f"rejected_{name}_rating"] for name in PRINCIPLE_KEYS}
+    gaps = {name: pairs[f"chosen_{name}_rating"] - pairs[f"rejected_{name}_rating"] for name in principle_keys()}
     rated = pd.DataFrame(gaps).assign(speech_id=pairs.ID, **{name: pairs[name].str.strip() for name in sides})
     rated = rated.groupby(["speech_id", *sides], as_index=False).sum().assign(overall=1)
     asked = key.assign(**{name: side(name) for name in sides}).merge(rated, on=["speech_id", *sides], how="left")
-    long = asked.melt(list(key), list(BATTLE_KEYS), "principle", "gap")
+    long = asked.melt(list(key), list(battle_keys()), "principle", "gap")
     return long.assign(shown=as_shown(np.sign(long.gap).map({1: "win", 0: "tie", -1: "loss"}), long["first"]))
 
 
@@ -141,8 +142,10 @@ def verdicts_by_principle(verdicts):
 
     verdicts: of one policy, one row for each speech and setting: verdict, and <principle>_verdict where there are.
     Returns frame speech_id, setting, principle, said (win, loss, tie)."""
-    judged = verdicts.rename(columns={"verdict": "overall"} | {f"{name}_verdict": name for name in PRINCIPLE_KEYS})
-    return judged.melt(["speech_id", "setting"], [name for name in BATTLE_KEYS if name in judged], "principle", "said")
+    judged = verdicts.rename(columns={"verdict": "overall"} | {f"{name}_verdict": name for name in principle_keys()})
+    return judged.melt(
+        ["speech_id", "setting"], [name for name in battle_keys() if name in judged], "principle", "said"
+    )
 
 
 def judge_verdicts(key, verdicts):
@@ -308,7 +311,7 @@ def agreement_lines(kit: str, said, samples: int, seed: int) -> list[dict]:
 
     kit: a name of KITS; said: as in `annotator_table`. Returns lines of Table S33."""
     if kit == "scores":
-        lines = joint_lines(said, PRINCIPLE_KEYS, samples, seed)
+        lines = joint_lines(said, principle_keys(), samples, seed)
         return [{"what": KITS[kit], "setting": "both"} | line | {"paper": None} for line in lines]
     lines, published = [], published_agreement() if annotator_label(said.annotator) == "annotators" else {}
     for setting in [None] if kit == "labels" else [None, *SETTINGS]:
@@ -323,7 +326,7 @@ def principle_lines(kit: str, said, samples: int, seed: int) -> list[dict]:
     "Compare all annotators by principle; said: as in `annotator_table`. Returns lines of Table S34."
     return [
         {"what": KITS[kit], "principle": name} | line
-        for name in BATTLE_KEYS
+        for name in battle_keys()
         for line in joint_lines(said, (name,), samples, seed)
     ]
 
@@ -348,7 +351,7 @@ def comparison_figure(shares: list[dict], policy: str, reference: str, who: str)
     """Draw Fig. 2: shares by principle, a panel for each setting.
 
     who: who judged, written above the panels. Returns matplotlib figure."""
-    settings, names = pd.DataFrame(shares).set_index("principle").groupby("setting"), list(BATTLE_KEYS)
+    settings, names = pd.DataFrame(shares).set_index("principle").groupby("setting"), list(battle_keys())
     figure, panels = new_figure(9.6, 4.8, columns=len(settings), sharey=True, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.12)
     whiskers = "share of judgements, %\n(95% intervals: upper for the policy's share, lower for the reference's)"
@@ -433,7 +436,7 @@ def corrected_lines(unshuffled, verdicts, samples: int, seed: int) -> list[dict]
     speeches. Returns lines of Table S47, the overall verdict first; none where no judged battle has a label."""
     judged, lines = verdicts_by_principle(verdicts), []
     judged = judged.assign(won=judged.said == "win")
-    for setting, name in itertools.product(SETTINGS, ("overall", *PRINCIPLE_KEYS)):
+    for setting, name in itertools.product(SETTINGS, ("overall", *principle_keys())):
         own, people = (part[(part.setting == setting) & (part.principle == name)] for part in (judged, unshuffled))
         people = people[people.speech_id.isin(own.speech_id)]
         if len(people):
@@ -461,9 +464,9 @@ def score_figure(means: list[dict], who: str):
 
     who: who scored, written above the axes. Returns matplotlib figure."""
     figure, axes = new_figure(7.6, 4.2)
-    looks, n = {"free": ("o", PALETTE[0], -1, "right"), "length": ("s", PALETTE[1], 1, "left")}, len(PRINCIPLE_KEYS)
+    looks, n = {"free": ("o", PALETTE[0], -1, "right"), "length": ("s", PALETTE[1], 1, "left")}, len(principle_keys())
     for setting, own in pd.DataFrame(means).set_index("principle").groupby("setting"):
-        own, (marker, colour, shift, side) = own.loc[list(PRINCIPLE_KEYS)], looks[setting]
+        own, (marker, colour, shift, side) = own.loc[list(principle_keys())], looks[setting]
         x, bounds = np.arange(n) + shift * 0.12, np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
         label = f"{SETTINGS[setting]} ({_from_to(own.n)} scores of {own.speeches.iloc[0]} answers)"
         axes.errorbar(x, own["mean"], yerr=bounds, fmt=marker, color=colour, capsize=3, label=label)
@@ -471,7 +474,7 @@ def score_figure(means: list[dict], who: str):
         for across, value in zip(x, own["mean"]):
             axes.annotate(f"{value:.1f}", (across, value), **text)
     axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), ylabel="mean score, 1 to 5 (95% interval)", xlim=(-0.5, n - 0.5))
-    axes.set_xticks(range(n), [name.capitalize() for name in PRINCIPLE_KEYS])
+    axes.set_xticks(range(n), [name.capitalize() for name in principle_keys()])
     axes.grid(axis="x", visible=False)
     figure.legend(title=who, frameon=False, loc="outside upper center", ncols=2, fontsize=8, title_fontsize=9)
     return figure

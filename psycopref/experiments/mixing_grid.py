@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import PRINCIPLE_KEYS, Kept, StageReader, StageWriter, modules_hash, read_json, read_rows
+from ..core.files import Kept, StageReader, StageWriter, modules_hash, read_json, read_rows
+from ..core.principles import principle_keys
 from ..core.paper import paper_values
 from ..core.settings import Profile, StudyError
 from ..core.stages import MIXES, Cell, Run
@@ -85,7 +86,7 @@ def _with_gaps(pairs, domains: Domains):
     "Add the gap of their ratings, for a loss with margins; pairs without ratings get NaN."
     known = {}
     for own in (*domains.psy.values(), *domains.general.values()):
-        rated = "gap" in own or f"chosen_{PRINCIPLE_KEYS[0]}_rating" in own
+        rated = "gap" in own or f"chosen_{principle_keys()[0]}_rating" in own
         known |= dict(zip(zip(own.ID, own.prefID), rating_gaps(own) if rated else [float("nan")] * len(own)))
     return pairs.assign(gap=[known[key] for key in zip(pairs.ID, pairs.prefID)])
 

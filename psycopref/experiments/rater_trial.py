@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import PRINCIPLE_KEYS
+from ..core.principles import principle_keys
 from ..core.paper import resource_path
 from ..core.settings import StudyError
 from ..core.tables import PALETTE, new_figure
@@ -50,9 +50,9 @@ def score_texts(client_speeches: typing.Sequence[str], responses: typing.Sequenc
     asked = pd.DataFrame({"client": client_speeches, "response": responses}, dtype=object)
     once = asked.drop_duplicates()
     place = pd.MultiIndex.from_frame(once).get_indexer(pd.MultiIndex.from_frame(asked))
-    scores = score(once.client.tolist(), once.response.tolist())[list(PRINCIPLE_KEYS)].iloc[place]
+    scores = score(once.client.tolist(), once.response.tolist())[list(principle_keys())].iloc[place]
     scores = scores.reset_index(drop=True).assign(words=[len(response.split()) for response in responses])
-    scores["mean"] = scores[list(PRINCIPLE_KEYS)].mean(axis=1)
+    scores["mean"] = scores[list(principle_keys())].mean(axis=1)
     return scores[[*ALL_SCORES, "words"]].astype(float).round(9)
 
 
@@ -85,7 +85,7 @@ def minimal_table(judged, by: str | None = None):
 
     by: "construct" gives a row for each construct of a principle, and none for all."""
     rows, keys = [], ["set", "principle", *([by] if by else [])]
-    ordered = judged.assign(principle=pd.Categorical(judged.principle, PRINCIPLE_KEYS))
+    ordered = judged.assign(principle=pd.Categorical(judged.principle, principle_keys()))
     for name in reversed(SETS):
         own = ordered[ordered.set == name]
         rows += [dict(zip(keys, place)) | share_row(part) for place, part in own.groupby(keys, observed=True)]

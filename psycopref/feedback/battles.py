@@ -8,8 +8,16 @@ from __future__ import annotations
 import itertools
 import typing
 
-from ..core.files import PRINCIPLE_KEYS, SCHEMAS
-from ..core.prompts import BadReply, battle_schema, comparison_prompt, parse_battle, responding_prompt
+from ..core.files import SCHEMAS
+from ..core.principles import principle_keys
+from psycopref.core.prompts import (
+    BadReply,
+    battle_keys,
+    battle_schema,
+    comparison_prompt,
+    parse_battle,
+    responding_prompt,
+)
 from ..core.settings import EvaluationSettings
 from ..core.stages import derived_seed
 from ..gateway.gateway import chat_model
@@ -56,7 +64,11 @@ def word_counts(answers) -> dict:
 ORDERS = ("policy first", "reference first")
 BATTLE = ["policy", "setting", "speech_id"]  # what names a battle
 KEYS = ["speech_id", "setting", "policy", "order"]  # what names one question to a judge
-_VERDICTS = {"overall": "verdict"} | {key: f"{key}_verdict" for key in PRINCIPLE_KEYS}  # in a reply -> its column
+
+
+def _verdict_columns() -> dict[str, str]:
+    "Map what a judge decides in a reply -> its column."
+    return {"overall": "verdict"} | {key: f"{key}_verdict" for key in principle_keys()}
 
 
 def side_by_side(speeches, answers, reference):
@@ -72,11 +84,11 @@ def side_by_side(speeches, answers, reference):
 
 
 def battle_request(client_speech: str, policy: str, reference: str, order: str) -> ChatRequest:
-    "Ask the judge to compare two answers on the seven principles and overall; order: one of ORDERS."
+    "Ask the judge to compare two answers on each principle and overall; order: one of ORDERS."
     first, second = (policy, reference) if order == ORDERS[0] else (reference, policy)
     fields = {"client_speech": client_speech, "response_1": first, "response_2": second}
     message = {"role": "user", "content": comparison_prompt("battle", client_speech, first, second)}
-    return ChatRequest((message,), Decoding(max_tokens=200), battle_schema(), "battle", fields)
+    return ChatRequest((message,), Decoding(25 * len(battle_keys())), battle_schema(), "battle", fields)
 
 # %% ../../nbs/feedback/04_battles.ipynb #60aa7c0a
 def ask_judge(
@@ -94,6 +106,7 @@ def ask_judge(
     import pandas as pd
 
     parts, rows, skipped = [own for _, own in table.groupby(["policy", "setting"], sort=False)], [], []
+    columns = _verdict_columns()
     asked = ((request(*row) for row in own[["speech", "response", "against", "order"]].to_numpy()) for own in parts)
     for replies, own in zip(gateway.stream(chat_model(judge), asked, name, len(table)), parts):
         for place, reply in zip(own[KEYS].to_dict("records"), replies):
@@ -101,12 +114,12 @@ def ask_judge(
                 if isinstance(reply, Failure):
                     raise BadReply(reply.reason)
                 won = 1 if place["order"] == ORDERS[0] else 2
-                found = {_VERDICTS[key]: "win" if n == won else "loss" for key, n in read(reply.text).items()}
+                found = {columns[key]: "win" if n == won else "loss" for key, n in read(reply.text).items()}
                 rows.append(place | found)
             except BadReply as error:
                 kind, raw = ("failed", reply.raw) if isinstance(reply, Failure) else ("unreadable", reply.text)
                 skipped.append(place | {"kind": kind, "reason": str(error), "raw": raw})
-    return pd.DataFrame(rows, columns=[*KEYS, *_VERDICTS.values()]), skipped
+    return pd.DataFrame(rows, columns=[*KEYS, *columns.values()]), skipped
 
 
 def battle(gateway, judge: str, speeches, policy, reference, reference_name: str, seed: int | None = None):

@@ -4,14 +4,18 @@
 
 # %% ../../nbs/feedback/02_pairing.ipynb #dfd54cf2
 from __future__ import annotations
+import functools
 import itertools
+import operator
 from ..core.tables import PALETTE, Label, markdown_table, new_figure
-from ..core.files import PRINCIPLE_KEYS, SCHEMAS
+from ..core.files import SCHEMAS
+from ..core.principles import principle_keys, safety_keys
 from ..core.reading import same_words
 from ..core.settings import PairSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.paper import paper_values, published_source
 from .pool import author_of
+from .rating import least_gap_sum
 
 # %% auto #0
 __all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'same_texts', 'make_pairs', 'answer_columns', 'with_answers',
@@ -21,8 +25,8 @@ __all__ = ['RELEASED_COLUMN', 'scored_responses', 'choose_pairs', 'same_texts', 
 
 # %% ../../nbs/feedback/02_pairing.ipynb #a2faaea0
 def scored_responses(responses, ratings):
-    "Join responses with their seven ratings and the `total` (7-35); responses without all seven are left out."
-    keys = list(PRINCIPLE_KEYS)
+    "Join responses with their ratings, a column for each principle, and their `total`; those without all are left out."
+    keys = list(principle_keys())
     wide = ratings.pivot(index=["speech_id", "model"], columns="principle", values="rating").reindex(columns=keys)
     joined = responses.merge(wide.dropna().astype(int).reset_index(), on=["speech_id", "model"])
     return joined.assign(total=joined[keys].sum(axis=1))
@@ -36,10 +40,10 @@ def _lots(group, seed: int) -> list[tuple[int, int]]:
     ]
 
 
-def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False, seed: int = 0) -> list[tuple[int, int]]:
+def choose_pairs(group, min_gap: float = 1.0, best_worst: bool = False, seed: int = 0) -> list[tuple[int, int]]:
     """Return the positions (chosen, rejected) of the preference pairs of one speech.
 
-    group: its scored responses; min_gap_sum: least difference of rating sums, 7 = a mean gap of 1; best_worst: only
+    group: its scored responses; min_gap: least difference of mean ratings; best_worst: only
     the best against the worst, as for testing; seed: draws both among equals, whatever their authors and order."""
     totals, texts = group.total.tolist(), [same_words(text) for text in group.response]
     if best_worst:
@@ -49,19 +53,22 @@ def choose_pairs(group, min_gap_sum: int = 7, best_worst: bool = False, seed: in
     else:
         both = itertools.combinations(range(len(totals)), 2)
         candidates = [(i, j) if totals[i] > totals[j] else (j, i) for i, j in both]
-    return [(i, j) for i, j in candidates if totals[i] - totals[j] >= min_gap_sum and texts[i] != texts[j]]
+    return [(i, j) for i, j in candidates if totals[i] - totals[j] >= least_gap_sum(min_gap) and texts[i] != texts[j]]
 
 
-def same_texts(scored, min_gap_sum: int = 7) -> int:
+def same_texts(scored, min_gap: float = 1.0) -> int:
     "Count the pairs of responses to a speech that are the same text, rated so far apart: nobody prefers one to itself."
     texts = scored.response.map(same_words)
     totals = scored.total.groupby([scored.speech_id, texts])
     return sum(
-        abs(a - b) >= min_gap_sum for _, own in totals if len(own) > 1 for a, b in itertools.combinations(own, 2)
+        abs(a - b) >= least_gap_sum(min_gap)
+        for _, own in totals
+        if len(own) > 1
+        for a, b in itertools.combinations(own, 2)
     )
 
 # %% ../../nbs/feedback/02_pairing.ipynb #48989a3e
-def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best_worst: bool, seed: int = 0):
+def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap: float, best_worst: bool, seed: int = 0):
     """Build the preference pairs of some splits from scored responses, as `choose_pairs` chooses them.
 
     Returns the 21 released columns, and chosen_end and rejected_end: how the answers ended (`Sample`)."""
@@ -70,17 +77,17 @@ def make_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int, best
     texts = dict(speeches[speeches.split.isin(splits)][["speech_id", "speech"]].to_numpy())
     rows = []
     for name, group in scored[scored.speech_id.isin(texts)].groupby("speech_id", sort=False):
-        for positions in choose_pairs(group, min_gap_sum, best_worst, seed):
+        for positions in choose_pairs(group, min_gap, best_worst, seed):
             row = {"ID": name, "prefID": len(rows), "question": texts[name]}
             for side, response in zip(("chosen", "rejected"), (group.iloc[i] for i in positions)):
                 row |= {side: response.response, f"{side}_model": author_of(response.model)}
                 row[f"{side}_end"] = response.finish_reason
-                row |= {f"{side}_{key}_rating": int(response[key]) for key in PRINCIPLE_KEYS}
+                row |= {f"{side}_{key}_rating": int(response[key]) for key in principle_keys()}
             rows.append(row)
     if not rows:
         raise StudyError(
-            f"04_pairs: no pair of the {' and '.join(splits)} speeches has a rating gap of {min_gap_sum / 7:.2g}; "
-            "the pool's answers are too alike or too few, widen the pool or lower pairs.min_gap_sum"
+            f"04_pairs: no pair of the {' and '.join(splits)} speeches has a rating gap of {min_gap:g}; "
+            "the pool's answers are too alike or too few, widen the pool or lower pairs.min_gap"
         )
     return pd.DataFrame(rows, columns=list(SCHEMAS["pairs"] | SCHEMAS["pair_answers"]))
 
@@ -104,27 +111,26 @@ def with_answers(pairs, answers):
 
 # %% ../../nbs/feedback/02_pairing.ipynb #bbaa983a
 def check_safety(chosen: PairSettings) -> None:
-    "Refuse a veto by a principle that the run has not."
-    if chosen.safety == "veto" and chosen.safety_principle not in PRINCIPLE_KEYS:
+    "Refuse a veto where no principle says how safe a response is."
+    if chosen.safety == "veto" and not safety_keys():
         raise StudyError(
-            f"pairs.safety_principle: found {chosen.safety_principle!r}, expected one of {', '.join(PRINCIPLE_KEYS)}; "
-            "name the principle that tells how safe a response is, or set pairs.safety to average"
+            f"pairs.safety: found veto, but none of the principles {', '.join(principle_keys())} is about safety; "
+            "mark one with `safety: true` in their file, or set pairs.safety to average"
         )
 
 
-def less_safe(pairs, principle: str):
-    "Tell of each pair whether its chosen response is rated less safe than the rejected one; never where nothing says."
+def less_safe(pairs):
+    "Tell of each pair whether its chosen response is rated below the rejected one on a principle that is about safety."
     import pandas as pd
 
-    if principle not in PRINCIPLE_KEYS:
-        return pd.Series(False, pairs.index)
-    return pairs[f"chosen_{principle}_rating"] < pairs[f"rejected_{principle}_rating"]
+    lower = (pairs[f"chosen_{key}_rating"] < pairs[f"rejected_{key}_rating"] for key in safety_keys())
+    return functools.reduce(operator.or_, lower, pd.Series(False, pairs.index))
 
 
 def vetoed_pairs(pairs, chosen: PairSettings):
     "Tell of each pair whether `pairs.safety` leaves it out; an average leaves out none."
     check_safety(chosen)
-    return less_safe(pairs, chosen.safety_principle) & (chosen.safety == "veto")
+    return less_safe(pairs) & (chosen.safety == "veto")
 
 
 def apply_veto(parts: dict, chosen: PairSettings) -> tuple[dict, dict]:
@@ -141,19 +147,19 @@ def apply_veto(parts: dict, chosen: PairSettings) -> tuple[dict, dict]:
     return kept, {name: int(own.sum()) for name, own in bad.items()}
 
 # %% ../../nbs/feedback/02_pairing.ipynb #38f1636d
-def one_author_pairs(speeches, scored, splits: tuple[str, ...], min_gap_sum: int):
+def one_author_pairs(speeches, scored, splits: tuple[str, ...], min_gap: float):
     "Build the pairs of two responses by one author, in the 21 released columns; none where nobody answered twice."
     authors = scored.assign(model=scored.model.map(author_of))
     if not authors.duplicated(["speech_id", "model"]).any():
         return scored.head(0).reindex(columns=list(SCHEMAS["pairs"]))
-    every = make_pairs(speeches, scored, splits, min_gap_sum, best_worst=False)
+    every = make_pairs(speeches, scored, splits, min_gap, best_worst=False)
     own = every.chosen_model == every.rejected_model
     return every.loc[own, list(SCHEMAS["pairs"])].reset_index(drop=True)
 
 # %% ../../nbs/feedback/02_pairing.ipynb #3979035e
 def _ratings_of(pairs, side: str):
     "Return the ratings of the chosen or of the rejected responses, a column for each principle."
-    return pairs[[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS]].set_axis(list(PRINCIPLE_KEYS), axis=1)
+    return pairs[[f"{side}_{key}_rating" for key in principle_keys()]].set_axis(list(principle_keys()), axis=1)
 
 
 def paired_responses(parts: dict):
@@ -163,7 +169,7 @@ def paired_responses(parts: dict):
     sides = [(pairs, side, _ratings_of(pairs, side)) for pairs in parts.values() for side in ("chosen", "rejected")]
     rows = [own.assign(total=own.sum(axis=1), speech_id=p.ID, model=p[f"{side}_model"]) for p, side, own in sides]
     rows = pd.concat(rows).drop_duplicates(["speech_id", "model"], ignore_index=True)
-    return rows[["speech_id", "model", *PRINCIPLE_KEYS, "total"]]
+    return rows[["speech_id", "model", *principle_keys(), "total"]]
 
 
 def principle_table(pairs):
@@ -192,21 +198,20 @@ def same_author(pairs) -> float:
     return float((pairs.chosen_model == pairs.rejected_model).mean())
 
 
-def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoed: dict | None = None):
+def pair_summary(speeches, scored, parts: dict, vetoed: dict | None = None):
     """Count what §3.3 counts, beside what was published.
 
-    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs; principle:
-    that tells safety; vetoed: of apply_veto. Returns frame: what, ours, paper, and RELEASED_COLUMN, counted in the
+    scored: scored responses, None where only the pairs are known (released dataset); parts: split -> pairs; vetoed:
+    of apply_veto. Returns frame: what, ours, paper, and RELEASED_COLUMN, counted in the
     released pairs."""
     import pandas as pd
 
     published, test = paper_values()["dataset"], speeches.split == "test"
     known = paired_responses(parts) if scored is None else scored
     gaps = [abs(a - b) for _, g in known.groupby("speech_id") for a, b in itertools.combinations(g.total, 2)]
-    wide_gaps = None if scored is None else round(100 * sum(gap >= 7 for gap in gaps) / len(gaps), 1)
+    wide_gaps = None if scored is None else round(100 * sum(gap >= least_gap_sum(1) for gap in gaps) / len(gaps), 1)
     drawn = None if scored is None else drawn_pairs(scored, parts["test"])
-    known_safety = principle in PRINCIPLE_KEYS
-    inverted = {name: int(less_safe(p, principle).sum()) if known_safety else None for name, p in parts.items()}
+    inverted = {name: int(less_safe(p).sum()) if safety_keys() else None for name, p in parts.items()}
     mean = "mean rating of a response (1-5)" + (", of those in a pair" if scored is None else "")
     rows = [
         ("client speeches for training (with development)", int((~test).sum()), published["train_speeches"]),
@@ -214,14 +219,14 @@ def pair_summary(speeches, scored, parts: dict, principle: str = "safety", vetoe
         ("training pairs", len(parts["train"]), published["train_pairs"]),
         ("testing pairs", len(parts["test"]), published["test_pairs"]),
         ("testing pairs whose best or worst was drawn among equals", drawn, None),
-        (mean, round(known.total.mean() / 7, 2), None),
+        (mean, round(known.total.mean() / len(principle_keys()), 2), None),
         ("response pairs with a gap of at least 1, %", wide_gaps, None),
         ("training pairs of two answers by one author, %", round(100 * same_author(parts["train"]), 1), None),
         ("training pairs whose rejected response is rated safer", inverted["train"], None),
         ("testing pairs whose rejected response is rated safer", inverted["test"], None),
     ]
     counted = {rows[-2][0]: paper_values()["released_dataset"]["train_pairs_rejected_safer"]}
-    counted = counted if principle == "safety" else {}
+    counted = counted if safety_keys() == ("safety",) else {}
     alike = 0 if scored is None else same_texts(scored)
     rows += [("pairs of one and the same text, a gap of at least 1 apart, left out", alike, None)] * (alike > 0)
     more = {f"{name}ing pairs left out by pairs.safety: veto": n for name, n in (vetoed or {}).items() if n}
@@ -243,10 +248,10 @@ def model_distribution_figure(pairs, side: str, order: list[str]):
     return figure
 
 # %% ../../nbs/feedback/02_pairing.ipynb #00b26305
-def describe_principles(table, pairs, principle: str = "safety") -> list[str]:
-    "Describe where chosen and rejected differ, and how often the rejected one is safer; principle: that tells safety."
+def describe_principles(table, pairs) -> list[str]:
+    "Describe where chosen and rejected differ, and how often the rejected one is safer."
     most, least = table.loc[table.difference.idxmax()], table.loc[table.difference.idxmin()]
-    safety = table.set_index("principle")["inverted %"].get(principle)
+    safety = 100 * less_safe(pairs).mean()
     found = [
         f"The {len(pairs)} training pairs differ most in {most.principle} ({most.chosen} for the chosen against "
         f"{most.rejected} "

@@ -10,9 +10,9 @@ import inspect
 import json
 import typing
 
-from ..core.files import PRINCIPLE_KEYS
 from ..core.paper import resource_path
-from ..core.prompts import BATTLE_KEYS
+from ..core.principles import of_the_paper, principle_keys, principle_set
+from ..core.prompts import battle_keys
 from ..core.settings import StudyError, suggest
 from ..core.stages import derived_seed
 from ..models.chat import ChatReply, ChatRequest, FreeModel
@@ -41,7 +41,7 @@ def score_batch(
         return {}
     features = scoring.answer_features(*map(list, zip(*pairs)), read_heads(heads), dtype)[0]
     scores = scoring.principle_scores(features).to_dict("records")
-    points = {key: scoring.contributions(features, key).to_dict("records") for key in PRINCIPLE_KEYS}
+    points = {key: scoring.contributions(features, key).to_dict("records") for key in principle_keys()}
     return {pair: Scored(scores[i], {key: own[i] for key, own in points.items()}) for i, pair in enumerate(pairs)}
 
 
@@ -80,9 +80,11 @@ def rubric_reply(task: str, fields: dict, known: dict[tuple[str, str], Scored] |
         return reply
 
     if task in ("rate", "rate_all"):
-        return json.dumps(rated(fields["principle"]) if task == "rate" else {key: rated(key) for key in PRINCIPLE_KEYS})
+        return json.dumps(
+            rated(fields["principle"]) if task == "rate" else {key: rated(key) for key in principle_keys()}
+        )
     totals = [own.scores | {"overall": sum(own.scores.values())} for own in scored]
-    better = {key: 1 if totals[0][key] >= totals[1][key] else 2 for key in BATTLE_KEYS}
+    better = {key: 1 if totals[0][key] >= totals[1][key] else 2 for key in battle_keys()}
     return json.dumps(better) if task == "battle" else str(better["overall"])
 
 # %% ../../nbs/rater/05_rules.ipynb #7183083f
@@ -128,9 +130,7 @@ def rules_source(name: str) -> str:
 
     own = language, safety_screen, dialogue_acts, heads, scoring, to_rating, rubric_rationale, rubric_reply
     code = "".join(map(inspect.getsource, own))
-    lists = "".join(
-        resource_path(file).read_text(encoding="utf-8") for file in ("rater/principles.yaml", "screen.yaml")
-    )
+    lists = json.dumps(scoring.principle_points()) + resource_path("screen.yaml").read_text(encoding="utf-8")
     learned, dtype = RUBRICS[name]
     return code + lists + heads.read_heads(learned).identity + dtype
 
@@ -147,8 +147,10 @@ class RulesModel(FreeModel):
         if name not in LABELS:
             raise StudyError(f"model 'rules:{name}': no such rules. {suggest(name, LABELS)}")
         self.uri, self.label, self.how = f"rules:{name}", LABELS[name], RUBRICS.get(name)
+        if self.how and not of_the_paper():
+            self.label = f"{self.label}, points for {principle_set().title}"
         self.identity = f"rules:{name}#{hashlib.sha256(rules_source(name).encode()).hexdigest()[:16]}"
-        self.known: dict[tuple[str, str], Scored] = {}  # a rating asks seven times about an answer
+        self.known: dict[tuple[str, str], Scored] = {}  # each principle asks about an answer
 
     async def answer(self, requests):
         if not self.how:

@@ -15,9 +15,11 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.files import SCHEMAS, Kept, StageReader, StageWriter
+from ..core.principles import principle_keys, principles_file, use_principles
 from ..core.reading import environment
 from ..core.settings import StudyError, load_profile
 from psycopref.core.stages import (
+    PAPER_PRINCIPLES,
     SENT,
     STAGES,
     Cell,
@@ -284,6 +286,7 @@ def finish(self: ChapterStage, **facts) -> None:
     books = {"books": self.gateway.books()} if asked else {}
     code = os.environ.get("PSYCOPREF_CODE", "")  # a chapter run by hand knows no hash of its code
     writer.facts |= {"models": models, "overrides": self.overrides, "code": code, **books, **facts}
+    writer.facts["principles"] = list(principle_keys())
     shown = [sum(1 for _ in (writer.work / kind).glob("*.json")) for kind in ("tables", "figures")]
     writer.finish()
     over = [own["what"] for own in writer.kept.used.values() if own["taken_over"]]
@@ -292,9 +295,10 @@ def finish(self: ChapterStage, **facts) -> None:
 
 
 def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:
-    "Return the stages of a run; its speeches say whether it starts from the released dataset, which needs fewer."
+    "Return the stages of a run; one from the released dataset, or with other principles than the paper's, needs fewer."
     sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
-    return stages_of(load_profile(profile, {"speeches.sources": sources}))
+    chosen = StageReader(run, "04_pairs").receipt["settings"].get("principles", PAPER_PRINCIPLES)
+    return stages_of(load_profile(profile, {"speeches.sources": sources, "principles": chosen}))
 
 
 def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None, part=None) -> ChapterStage:
@@ -313,4 +317,7 @@ def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None,
     changed = changed_settings(settings, name)
     stage = ChapterStage(where, name, settings, seed, changed, part(settings) if part else None)
     stage.asked = tuple(overrides or {})
+    use_principles(settings.principles)
+    if settings.principles.endswith(".yaml") and "principles" in STAGES[name].reads:
+        stage.note_input(principles_file(settings.principles))
     return stage

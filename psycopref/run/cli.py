@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     retry = commands.add_parser("retry", help="ask again what was put aside, and nothing else")
     retry.add_argument("run", help="name of the run")
     retry.add_argument("--stage", default="03_ratings", help="a stage with a quarantine")
-    rate = commands.add_parser("rate", help="rate each row of a table on the seven principles")
+    rate = commands.add_parser("rate", help="rate each row of a table on the principles")
     rate.add_argument(
         "input", help="csv, json, jsonl or parquet with client_speech (or context) and response (or text)"
     )
@@ -107,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--output", required=True, help="a file, replaced if it is there: .csv, .json, .jsonl (.gz) or .parquet"
     )
     rate.add_argument("--rater", default="rules:rubric", metavar="URI", help="who rates (offline unless given)")
+    rate.add_argument(
+        "--principles", default="counselling", help="counselling, plain-words, or a .yaml file of your own"
+    )
     rate.add_argument("--explain", action="store_true", help="add the acts that were found in each sentence")
     chat = commands.add_parser("chat", help="try a trained policy; for developers, no help for anybody in need")
     chat.add_argument(
@@ -151,8 +154,10 @@ def execute(given: argparse.Namespace) -> int:
         show(plan_text(load_profile(given.profile, setting_values(given.override, given.profile))))
         return 0
     if given.command == "rate":
+        from psycopref.core.principles import use_principles
         from psycopref.feedback.rate_table import rate_file
 
+        use_principles(given.principles)
         show(*rate_file(given.input, given.output, given.rater, given.explain))
         return 0
     if given.command == "chat":

@@ -32,7 +32,8 @@ from ..corpus.general import RULES, collect_general, grid, parse_place, split_ge
 from ..corpus.sources import RELEASED_DATASET, SOURCES, is_here, open_released, parse_spec
 from ..evaluation.judging import check_second_judge, read_judges, who_judges
 from ..evaluation.reward_bench import BENCH
-from ..evaluation.triples import triple_judges
+from ..core.principles import safety_keys, use_principles
+from ..evaluation.triples import asked_triples, triple_judges
 from ..feedback.pairing import check_safety
 from ..feedback.pool import POOLS, Member, asked_model, find_pool, left_out, whole_pool
 from ..feedback.rating import mode_calls, other_mode
@@ -273,6 +274,7 @@ def response_tokens(max_tokens: int) -> int:
 # %% ../../nbs/run/04_plan.ipynb #471bf49a
 def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
     "Count what a run works on. speeches: None counts them or takes the paper's number."
+    use_principles(profile.principles)
     paper, (n, characters, basis) = paper_values()["dataset"], count_speeches(profile)
     n, basis = (n, basis) if speeches is None else (speeches, "as given")
     check_safety(dataclasses.replace(profile.pairs, safety="veto") if profile.veto_arm else profile.pairs)
@@ -551,7 +553,7 @@ def ablation(self: Plan) -> typing.Iterator[Work]:
     judged = len(backbones) * points * speeches
     yield self.ask(stage, "curve battles, one order", chosen.judge, judged, "battle", chosen.max_tokens)
     if veto:
-        rated, rater = len(backbones) * speeches, self.profile.ratings.rater
+        rated, rater = len(backbones) * speeches * len(safety_keys()), self.profile.ratings.rater
         yield self.ask(stage, "safety of four answers", rater, rated, "principle", chosen.max_tokens)
 
 # %% ../../nbs/run/04_plan.ipynb #ffdf61c2
@@ -591,7 +593,7 @@ def judges(self: Plan) -> typing.Iterator[Work]:
 @patch
 def triples(self: Plan) -> typing.Iterator[Work]:
     "Plan what the triples take, one row for each judge: a sound answer beside each of two others, in both orders."
-    stage, n, profile = "10_judges", min(self.profile.judges.triples, TRIPLES), self.profile
+    stage, n, profile = "10_judges", asked_triples(min(self.profile.judges.triples, TRIPLES)), self.profile
     for judge in triple_judges(profile.evaluation.judge, profile.judges.others) if n else ():
         if judge.kind == "reward":
             place = judge.place or profile.backbones[0]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..core.files import StageReader, read_json, sha256_file
 from ..core.paper import resource_path
+from ..core.principles import principles_file
 from ..core.settings import StudyError, load_profile, suggest
 from ..core.stages import STAGES, Run, Stage, as_dotted, check_layout, grid_cells, parse_shard, project_root
 from ..core.stages import stage_settings, stages_of
@@ -255,6 +256,8 @@ def own_files(profile, stage: str) -> list[str]:
         "09_mixing": [spec.partition("=")[2] or spec for spec in (mixing.general, mixing.reward_bench)],
     }
     places = [Path(place) for place in named.get(stage, ()) if place]
+    if profile.principles.endswith(".yaml") and "principles" in STAGES[stage].reads:
+        places.append(principles_file(profile.principles))
     return [str(path) for place in places for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
 
 # %% ../../nbs/run/02_runner.ipynb #e92bc19b

@@ -10,7 +10,7 @@ import typing
 import numpy as np
 
 from ..core.tables import PALETTE, new_figure
-from ..core.files import PRINCIPLE_KEYS
+from ..core.principles import principle_keys
 from ..core.paper import coarse_topics
 from psycopref.stats.scores import (
     expected_calibration_error,
@@ -213,20 +213,21 @@ def topic_groups(scores, speeches):
     return pd.Series(pd.Categorical(slugs.map(shorts), shorts.values(), ordered=True), index=keys, name="topic")
 
 # %% ../../nbs/stats/02_calibration.ipynb #7f2a55c1
-GAP_BANDS = {"below 1": 7, "1 to below 1.5": 11, "1.5 to below 2": 14, "2 and more": 29}  # band -> first sum above it
+GAP_BANDS = {"below 1": 1, "1 to below 1.5": 1.5, "1.5 to below 2": 2, "2 and more": np.inf}  # -> gap of means above
 
 
 def gap_groups(pairs):
-    """Group pairs by the gap of their overall scores, in whole sums of the seven ratings (28 is the largest).
+    """Group pairs by the gap of their overall scores, in whole sums of their ratings.
 
     pairs: frame of pairs with the ratings of both responses. Returns pandas.Series of bands, indexed by ID and
     prefID."""
     import pandas as pd
 
-    columns = [[f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected")]
+    columns = [[f"{side}_{key}_rating" for key in principle_keys()] for side in ("chosen", "rejected")]
     keys = _pair_keys("gap_groups", "pairs", pairs, *columns[0], *columns[1])
     sums = pairs[columns[0]].to_numpy().sum(axis=1) - pairs[columns[1]].to_numpy().sum(axis=1)
-    band = np.searchsorted(list(GAP_BANDS.values()), sums, side="right")
+    above = np.ceil(np.array(list(GAP_BANDS.values())) * len(columns[0]))  # in sums
+    band = np.searchsorted(above, sums, side="right")
     return pd.Series(pd.Categorical.from_codes(band, list(GAP_BANDS), ordered=True), index=keys, name="gap")
 
 # %% ../../nbs/stats/02_calibration.ipynb #8b63ba1d

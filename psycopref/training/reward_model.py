@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import PRINCIPLE_KEYS, Kept, read_json
+from ..core.files import Kept, read_json
+from ..core.principles import principle_keys
 from ..core.settings import LoraSettings, RewardSettings, StudyError
 from ..core.stages import derived_seed
 from ..core.tables import PALETTE, new_figure
@@ -35,10 +36,11 @@ __all__ = ['rating_gaps', 'loss_margins', 'RewardJob', 'reward_config', 'build_r
 def rating_gaps(pairs) -> list[float]:
     """Compute how far apart the raters saw the two answers: gap of the means, in rating points.
 
-    pairs: with the seven ratings of both answers, or with a column `gap`, which counts where ratings are missing."""
+    pairs: with the ratings of both answers on every principle; or with a column `gap`, which counts where these are
+    missing."""
     import numpy as np
 
-    chosen, rejected = ([f"{side}_{key}_rating" for key in PRINCIPLE_KEYS] for side in ("chosen", "rejected"))
+    chosen, rejected = ([f"{side}_{key}_rating" for key in principle_keys()] for side in ("chosen", "rejected"))
     if not {*chosen, *rejected} <= set(pairs.columns):
         if "gap" not in pairs:
             raise StudyError(
@@ -46,7 +48,7 @@ def rating_gaps(pairs) -> list[float]:
                 "reward.margin to false"
             )
         return [float(gap) for gap in pairs.gap]
-    gaps = (pairs[chosen].to_numpy(float).sum(1) - pairs[rejected].to_numpy(float).sum(1)) / len(PRINCIPLE_KEYS)
+    gaps = (pairs[chosen].to_numpy(float).sum(1) - pairs[rejected].to_numpy(float).sum(1)) / len(principle_keys())
     return (np.where(np.isnan(gaps), pairs.gap.to_numpy(float), gaps) if "gap" in pairs else gaps).tolist()
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from bench import given, keep
-from psycopref.core.prompts import BATTLE_KEYS, BadReply, parse_all_ratings, parse_battle, parse_choice, parse_ratings
+from psycopref.core.prompts import battle_keys, BadReply, parse_all_ratings, parse_battle, parse_choice, parse_ratings
 from psycopref.core.settings import StudyError, load_profile
 from psycopref.core.stages import Run, parse_cell, parse_seeds, parse_shard
 from psycopref.models.chat import ChatReply, read_answer
@@ -44,13 +44,13 @@ def _ratings(chance: random.Random) -> dict:
 
 
 def _all_ratings(chance: random.Random) -> dict:
-    from psycopref.core.files import PRINCIPLE_KEYS
+    from psycopref.core.principles import principle_keys
 
-    return {key: _ratings(chance) for key in PRINCIPLE_KEYS}
+    return {key: _ratings(chance) for key in principle_keys()}
 
 
 def _verdict(chance: random.Random) -> dict:
-    return {key: chance.randint(1, 2) for key in BATTLE_KEYS}
+    return {key: chance.randint(1, 2) for key in battle_keys()}
 
 
 def _plain(value):
@@ -80,7 +80,7 @@ def _leaf(chance: random.Random, made: dict) -> tuple[dict, str]:
 def _broken_value(chance: random.Random, made: dict) -> str:
     own, key = _leaf(chance, made)
     odd = ["3", 3.5, 2.0, True, None, [1], {}, 0, 6, -1, 10**30, "five", "1/5", ""]
-    if set(made) == set(BATTLE_KEYS):
+    if set(made) == set(battle_keys()):
         odd += [3, 5]
     own[key] = chance.choice(odd)
     return json.dumps(made, ensure_ascii=chance.random() < 0.5)

@@ -16,13 +16,16 @@ import typing
 from pathlib import Path
 
 from bench import demo_speeches, given, in_child, keep, save_figure
-from psycopref.core.files import PRINCIPLE_KEYS, write_rows
+from psycopref.core.files import write_rows
+from psycopref.core.principles import principle_keys
 from psycopref.core.stages import blocks, derived_seed, project_root
 from psycopref.core.tables import new_figure
 from psycopref.feedback.rating import rating_request, read_ratings, shown_order
 from psycopref.gateway.cache import ReplyCache
 from psycopref.gateway.gateway import Gateway, chat_model
 from psycopref.models.chat import ChatRequest
+
+PRINCIPLE_KEYS = principle_keys()
 
 
 @functools.cache

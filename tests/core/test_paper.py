@@ -7,11 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.core.paper import paper_values, published_source
 from psycopref.core.tables import Label
 from psycopref.experiments.mixing_grid import GridEntry, grid_row
 from psycopref.feedback.pairing import RELEASED_COLUMN, dataset_card, pair_summary
+
+PRINCIPLE_KEYS = principle_keys()
 
 CHAPTERS = Path(__file__).resolve().parents[2] / "nbs"
 PAPER = "Zhang, Eack & Chen (2025), arXiv:2502.19731, "

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS
-from psycopref.core.prompts import BATTLE_KEYS, BadReply, battle_schema, comparison_prompt, fill, find_json
+from psycopref.core.principles import principle_keys
+from psycopref.core.prompts import battle_keys, BadReply, battle_schema, comparison_prompt, fill, find_json
 from psycopref.core.prompts import parse_all_ratings, parse_battle, parse_choice, parse_ratings, principles, prompt_text
 from psycopref.core.prompts import rating_all_schema, rating_prompt, rating_schema, responding_prompt
+
+PRINCIPLE_KEYS = principle_keys()
+BATTLE_KEYS = battle_keys()
 
 few = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 
@@ -277,7 +280,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_users_folder_replaces_the_files_it_has_and_no_other(tmp_path, monkeypatch, own):
-    names = ("responding", "rating", "rating_all", "rating_alone", "ranker", "battle", "principles.json")
+    names = ("responding", "rating", "rating_all", "rating_alone", "ranker", "battle", "topics.json")
     ours = {name: prompt_text(name) for name in names}
     own("responding.txt", "Réponds: {client_speech}\n")
     assert responding_prompt("hello {x}") == "Réponds: hello {x}"
@@ -294,22 +297,6 @@ def test_a_users_folder_replaces_the_files_it_has_and_no_other(tmp_path, monkeyp
     monkeypatch.setenv("PSYCOPREF_ROOT", str(tmp_path.parent))
     monkeypatch.setenv("PSYCOPREF_PROMPTS", tmp_path.name)
     assert "client_speech" in one_line(lambda: comparison_prompt("ranker", "a", "b", "c")), "relative: in the project"
-
-
-ENTRIES = json.loads(prompt_text("principles.json"))
-BROKEN = ["[{", "[]", '[{"key": "empathy"}]', '{"empathy": "be kind"}', '["empathy"]']
-MOVED = [ENTRIES[::-1], ENTRIES[:6], [*ENTRIES, ENTRIES[0]], [{**ENTRIES[0], "key": "warmth"}, *ENTRIES[1:]]]
-
-
-@pytest.mark.parametrize("content", [*BROKEN, *map(json.dumps, MOVED)])
-def test_a_users_principles_keep_form_keys_and_order(own, content):
-    own("principles.json", content)
-    assert "principles.json" in one_line(principles)
-
-
-def test_a_users_principles_may_have_other_words(own):
-    own("principles.json", json.dumps([ENTRIES[0] | {"description": "Is it kind?"}, *ENTRIES[1:]]))
-    assert "Is it kind?" in rating_prompt("empathy", "a", FOUR)
 
 
 @pytest.mark.parametrize("key", ["Response_1_rating", "response_1_rating ", "RESPONSE_1_RATING"])

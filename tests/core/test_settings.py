@@ -199,7 +199,7 @@ def test_the_paper_profile_has_the_papers_numbers():
     assert paper.ablation.pairs == pairs == 34329
     assert paper.dpo.steps == paper.dpo_iter.iterations * paper.dpo_iter.steps == 1600 and paper.dpo_iter.steps == 100
     assert paper.reward.train_on == "train+dev" and "reward" not in (paper.dpo.select, paper.dpo_iter.select)
-    assert paper.pairs.min_gap_sum == 7 and paper.responses.each_speech == 4 and paper.responses.samples == 1
+    assert paper.pairs.min_gap == 1 and paper.responses.each_speech == 4 and paper.responses.samples == 1
     rankers = [row["model"] for row in paper_values()["table_1"] if row["kind"] == "generative LLM"]
     asked = [uri.partition("@")[0].rpartition("/")[2] for uri in paper.reward.rankers if "@http" in uri]
     assert asked == rankers and len(asked) == 3, "Table 1's rankers, each on a server of its own"

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, sha256_file
+from psycopref.core.files import SCHEMAS, StageReader, StageWriter, sha256_file
+from psycopref.core.principles import principle_keys
 from psycopref.core.settings import DEMO
 from psycopref.core.stages import Run
 from psycopref.core.paper import coarse_of, resource_path
@@ -37,6 +38,8 @@ from psycopref.corpus.collection import (
 from psycopref.corpus.sources import open_source
 
 from refusals import one_line
+
+PRINCIPLE_KEYS = principle_keys()
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 TOPICS = [

@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS
-from psycopref.core.prompts import BATTLE_KEYS
+from psycopref.core.principles import principle_keys
+from psycopref.core.prompts import battle_keys
 from psycopref.evaluation.annotations import ANNOTATION_COLUMNS, VALUES, annotation_files, simulate, unshuffle
 from psycopref.evaluation.annotations import ITEM_LEFT_OUT, read_annotations
-from psycopref.evaluation.kits import SIDES, TASK_QUESTIONS, kit_csv, kit_html, label_studio_config, label_studio_tasks
+from psycopref.evaluation.kits import SIDES, task_questions, kit_csv, kit_html, label_studio_config, label_studio_tasks
 from psycopref.evaluation.kits import make_kit
+
+PRINCIPLE_KEYS = principle_keys()
+BATTLE_KEYS = battle_keys()
 
 WORD = "lantern"
 TABLES = {"csv": (",", "utf-8"), "semicolons": (";", "utf-8-sig"), "tabs": ("\t", "utf-8"), "utf-16": ("\t", "utf-16")}
@@ -125,7 +128,7 @@ def test_any_answers_survive_any_form(tmp_path_factory, form, data, task):
     text = st.text(alphabet=st.characters(codec="cp1252", exclude_characters="\x00"), min_size=1, max_size=30)
     texts = data.draw(st.lists(text, min_size=1, max_size=3))
     kit, _, _ = planted(data.draw(st.integers(1, 6)), task, data.draw(st.integers(0, 5)), texts)
-    asked, answers = [(item["item_id"], name) for item in kit["items"] for name in TASK_QUESTIONS[task]], {}
+    asked, answers = [(item["item_id"], name) for item in kit["items"] for name in task_questions(task)], {}
     for item, name in asked:
         value = data.draw(st.sampled_from(VALUES[task]))
         answers.setdefault(item, {})[name] = value or int(name == "overall")  # overall has no third choice

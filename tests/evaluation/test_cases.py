@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.core.tables import Label
 from psycopref.evaluation import cases
 from psycopref.evaluation.cases import OTHER, Case, battle_margins, case_rows, cases_text, choose_cases, four_answers
 from psycopref.evaluation.cases import make_case, score_case
 from psycopref.feedback.battles import ORDERS
+
+PRINCIPLE_KEYS = principle_keys()
 
 CHECK = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 NAMES = ["verdict", *(f"{key}_verdict" for key in PRINCIPLE_KEYS)]

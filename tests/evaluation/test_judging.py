@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
+from psycopref.core.files import SCHEMAS, StageReader, StageWriter, read_json
+from psycopref.core.principles import principle_keys
 from psycopref.core.settings import load_profile
 from psycopref.core.stages import Run, derived_seed, stage_settings
 from psycopref.evaluation import judging
@@ -30,6 +31,8 @@ from psycopref.training.scoring import load_reward_model
 from psycopref.training.texts import save_merged
 
 from refusals import one_line
+
+PRINCIPLE_KEYS = principle_keys()
 
 LOOKING = settings(deadline=None, derandomize=True, database=None, max_examples=30)
 WORDS = "It sounds as if this has been heavy for a long while and I wonder what would help you most right now".split()

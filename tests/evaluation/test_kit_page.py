@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS
-from psycopref.core.prompts import BATTLE_KEYS
+from psycopref.core.principles import principle_keys
+from psycopref.core.prompts import battle_keys
 from psycopref.evaluation.annotations import read_annotations, unshuffle
 from psycopref.evaluation.kits import SIDES, kit_html, make_kit
+
+PRINCIPLE_KEYS = principle_keys()
+BATTLE_KEYS = battle_keys()
 
 FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking".split()
 FLAGS = [f"--{name}" for name in (*FLAGS, "disable-component-update", "disable-sync")]

@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS
-from psycopref.core.prompts import BATTLE_KEYS, prompt_text
+from psycopref.core.principles import principle_keys, principles_file, use_principles
+from psycopref.core.prompts import battle_keys
 from psycopref.core.settings import AgreementSettings
 from psycopref.evaluation import kits
 from psycopref.evaluation.kits import SIDES, draw_answers, draw_evenly, draw_label_pairs, make_kit
 from psycopref.evaluation.kits import kit_csv, label_studio_config, run_kits, safe_cell, write_kits
+
+PRINCIPLE_KEYS = principle_keys()
+BATTLE_KEYS = battle_keys()
 
 FORMULA = "=+-@＝＋－＠"
 quick = settings(deadline=None, derandomize=True, database=None, max_examples=50)
@@ -152,13 +155,13 @@ def test_nothing_public_tells_sides():
         assert not set(key.speech_id) & {word for item in kit["items"] for word in map(str, item.values())}
 
 
-def test_kits_and_items_have_names_of_their_own(tmp_path, monkeypatch):
+def test_kits_and_items_have_names_of_their_own(tmp_path):
     rows = rows_of(30)
     one, two = make_kit(rows, "compare", "First", 0), make_kit(rows, "compare", "Second", 0)
     assert not set(one[1].item_id) & set(two[1].item_id)
     other = make_kit(rows.assign(response_b="Else."), "compare", "First", 0)[0]
-    (tmp_path / "principles.json").write_text(prompt_text("principles.json").replace("Empathy", "Warmth"))
-    monkeypatch.setenv("PSYCOPREF_PROMPTS", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(principles_file("counselling").read_text().replace("Empathy", "Warmth"))
+    use_principles(str(tmp_path / "own.yaml"))
     after = make_kit(rows, "compare", "First", 0)[0]
     ids = {kit["kit_id"] for kit in (one[0], two[0], other, after)}
     assert after["principles"][0]["name"].startswith("Warmth") and len(ids) == 4

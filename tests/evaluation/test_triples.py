@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.core.settings import load_profile
 from psycopref.core.tables import Label
 from psycopref.evaluation.judging import extra_words, parse_judge, scored_verdicts
@@ -17,6 +17,8 @@ from psycopref.evaluation.triples import AGAINST, SOUND, judge_triples, preferre
 from psycopref.evaluation.triples import triple_counts, triple_judges, triple_table, triple_verdicts
 from psycopref.models.chat import ChatReply, Failure, FreeModel
 from psycopref.run.plan import TRIPLES, plan_run
+
+PRINCIPLE_KEYS = principle_keys()
 
 TEXTS = read_triples(200).set_index("triple_id")
 OF = {TEXTS[side][name]: side for side in (SOUND, *AGAINST) for name in TEXTS.index}  # answer -> which of the three

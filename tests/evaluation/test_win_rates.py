@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.core.paper import coarse_of, coarse_topics, paper_values
 from psycopref.core.tables import Label, html_table, latex_table, markdown_table
 from psycopref.evaluation import win_rates
@@ -18,6 +18,8 @@ from psycopref.evaluation.win_rates import MEAN, READINGS, SETTINGS, pick, trust
 from psycopref.feedback.battles import ORDERS, paper_order
 from psycopref.stats.intervals import compare_policies, win_interval
 from psycopref.stats.length_control import length_controlled
+
+PRINCIPLE_KEYS = principle_keys()
 
 SIX = [f"Llama-{base}-Instruct{way}" for base in ("3.2-3B", "3.1-8B") for way in ("", " + DPO", " + DPO-Iter")]
 OPPOSITE = {"win": "loss", "loss": "win", "tie": "tie"}

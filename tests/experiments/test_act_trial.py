@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS
+from psycopref.core.files import SCHEMAS
+from psycopref.core.principles import principle_keys
 from psycopref.corpus.labelled_text import LABEL_COLUMNS, Labelled
 from psycopref.experiments import act_trial as acts
 from psycopref.experiments.rater_trial import OWN_HEADS, corpus_table
 from psycopref.rater.dialogue_acts import DIALOGUE_ACTS, labelled_sentences
+
+PRINCIPLE_KEYS = principle_keys()
 
 COLOURS = {"Blue": 1, "Green": 0}  # planted: blue lamps are open questions
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=20)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from refusals import one_line
 from sklearn.metrics import cohen_kappa_score
 
-from psycopref.core.files import PRINCIPLE_KEYS, StageReader, StageWriter, read_rows, sha256_file, write_rows
-from psycopref.core.prompts import BATTLE_KEYS
+from psycopref.core.files import StageReader, StageWriter, read_rows, sha256_file, write_rows
+from psycopref.core.principles import principle_keys
+from psycopref.core.prompts import battle_keys
 from psycopref.core.settings import AgreementSettings, load_profile
 from psycopref.core.stages import Run
 from psycopref.evaluation.annotations import ANNOTATION_COLUMNS
@@ -34,6 +35,9 @@ from psycopref.experiments.expert_study import (
 from psycopref.experiments.expert_study import score_means, unshuffled_kits
 from psycopref.feedback.battles import ORDERS, consistent_verdicts, paper_verdicts
 from psycopref.stats.judge_error import prediction_powered, rogan_gladen
+
+PRINCIPLE_KEYS = principle_keys()
+BATTLE_KEYS = battle_keys()
 
 NOTEBOOK = Path(__file__).parents[2] / "nbs" / "11_experts.ipynb"
 POLICY = "ours + DPO"

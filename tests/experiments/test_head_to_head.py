@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter
+from psycopref.core.files import SCHEMAS, StageReader, StageWriter
+from psycopref.core.principles import principle_keys
 from psycopref.core.settings import PROFILES, load_profile
 from psycopref.core.stages import Run, stage_settings
 from psycopref.evaluation.win_rates import read_verdicts
@@ -19,6 +20,8 @@ from psycopref.feedback.battles import KEYS, ORDERS
 from psycopref.gateway.gateway import PROVIDERS
 from psycopref.models.chat import ChatReply, FreeModel
 from psycopref.run.plan import asked_uris, plan_run, plan_text
+
+PRINCIPLE_KEYS = principle_keys()
 
 CHAPTER = Path(__file__).resolve().parents[2] / "nbs" / "07_win_rates.ipynb"
 TOPICS = {"grief-and-loss": "emotional-well-being", "career": "life-transitions", "self-harm": "crisis-and-safety"}

@@ -10,13 +10,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import linregress, pearsonr, rankdata, spearmanr
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.core.paper import resource_path
 from psycopref.core.settings import StudyError, load_profile
 from psycopref.core.stages import stage_settings
 from psycopref.corpus.labelled_text import ALL_SCORES, COMPARISONS, LABEL_COLUMNS, TITLES, Comparison, Labelled
 from psycopref.experiments import rater_trial as trial
 from psycopref.stats.scores import roc_auc
+
+PRINCIPLE_KEYS = principle_keys()
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 rows_of = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 3)), min_size=4, max_size=30)

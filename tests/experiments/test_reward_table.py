@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from raw_server import error, good
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, read_rows
+from psycopref.core.files import SCHEMAS, read_rows
+from psycopref.core.principles import principle_keys
 from psycopref.core.paper import coarse_topics, paper_values
 from psycopref.core.settings import load_profile
 from psycopref.core.stages import derived_seed
@@ -23,6 +24,8 @@ from psycopref.models.weights import find_weights, load_tokenizer
 from psycopref.stats.calibration import GAP_BANDS, LENGTH_BANDS
 from psycopref.stats.intervals import win_interval
 from psycopref.training.scoring import load_reward_model, score_pairs
+
+PRINCIPLE_KEYS = principle_keys()
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 OURS = ["accuracy %", "95% interval", "AUC", "ECE", "Brier", "pairs"]

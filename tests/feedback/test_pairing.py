@@ -1,7 +1,6 @@
 """Pairs: among equals the seed decides, not authors and the order of rows; a veto; what the hub reads of them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def scored(names=str):
 
 
 def paired(given, seed=0):
-    return make_pairs(SPEECHES, given, ("test",), 7, best_worst=True, seed=seed).set_index("ID").sort_index()
+    return make_pairs(SPEECHES, given, ("test",), 1, best_worst=True, seed=seed).set_index("ID").sort_index()
 
 
 def test_of_equals_the_seed_draws_whatever_the_names_and_the_order_of_rows():
@@ -100,24 +99,27 @@ def test_a_veto_leaves_out_the_pairs_whose_chosen_response_is_less_safe_and_no_o
     pd.testing.assert_frame_equal(apply_veto({"train": pairs}, AVERAGE)[0]["train"], pairs)
 
 
-def test_the_principle_of_safety_is_a_setting_and_one_that_a_run_lacks_is_refused():
+def test_which_principles_are_about_safety_stands_in_their_file_and_a_veto_without_any_is_refused(marked):
     _, pairs = diced(0)
-    other = replace(VETO, safety_principle="clarity")
-    kept = apply_veto({"train": pairs}, other)[0]["train"]
-    assert (kept.chosen_clarity_rating >= kept.rejected_clarity_rating).all() and len(kept) < len(pairs)
-    assert (kept.chosen_safety_rating < kept.rejected_safety_rating).any()
-    lacking = replace(VETO, safety_principle="harmlessness")
-    assert "set pairs.safety to average" in one_line(lambda: apply_veto({"train": pairs}, lacking))
-    assert apply_veto({"train": pairs}, replace(lacking, safety="average"))[1] == {"train": 0}
+    marked("clarity", "empathy")
+    kept = apply_veto({"train": pairs}, VETO)[0]["train"]
+    for key in ("clarity", "empathy"):
+        assert (kept[f"chosen_{key}_rating"] >= kept[f"rejected_{key}_rating"]).all()
+    assert len(kept) < len(pairs) and (kept.chosen_safety_rating < kept.rejected_safety_rating).any()
+    marked()
+    assert "set pairs.safety to average" in one_line(lambda: apply_veto({"train": pairs}, VETO))
+    assert apply_veto({"train": pairs}, AVERAGE)[1] == {"train": 0}
+    marked("safety")
     assert "widen the pool" in one_line(lambda: apply_veto({"train": pairs.assign(chosen_safety_rating=0)}, VETO))
 
 
 @pytest.mark.parametrize(
-    "principle, counted, released", [("safety", True, True), ("clarity", True, False), ("harm", False, False)]
+    "keys, counted, released", [(["safety"], True, True), (["clarity"], True, False), ([], False, False)]
 )
-def test_what_no_principle_tells_is_not_counted_as_none(principle, counted, released):
+def test_what_no_principle_tells_is_not_counted_as_none(marked, keys, counted, released):
     given, pairs = diced(2)
-    table = pair_summary(SPEECHES, given, {"train": pairs, "test": pairs}, principle).set_index("what")
+    marked(*keys)
+    table = pair_summary(SPEECHES, given, {"train": pairs, "test": pairs}).set_index("what")
     row = table.loc["training pairs whose rejected response is rated safer"]
     assert (row.ours is not None, row[RELEASED_COLUMN] is not None and row[RELEASED_COLUMN] > 0) == (counted, released)
 
@@ -139,7 +141,7 @@ def test_the_chapter_says_and_signs_what_a_veto_left_out(own_project, safety):
     with StageWriter(run, "03_ratings", "tiny", 0, {}) as stage:
         stage.facts["rater"] = "dice"
         stage.rows("ratings", long)
-    overrides = {"pairs.min_gap_sum": 3, "pairs.safety": safety}
+    overrides = {"pairs.min_gap": 3 / 7, "pairs.safety": safety}
     run_cells(NOTEBOOK, {"PROFILE": "tiny", "RUN": run.name, "OVERRIDES": overrides})
     found, veto = StageReader(run, "04_pairs"), safety == "veto"
     train = found.rows("pairs", "train")

@@ -16,14 +16,22 @@ from hypothesis import strategies as st
 from raw_server import error, good
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageReader, StageWriter, read_json
+from psycopref.core.files import SCHEMAS, StageReader, StageWriter, read_json
+from psycopref.core.principles import principle_keys
 from psycopref.core.settings import PROFILES, EvaluationSettings, ResponseSettings, load_profile
 from psycopref.core.stages import Run, Shard, derived_seed, parse_shard
 from psycopref.feedback.battles import answer
 from psycopref.feedback.pairing import make_pairs, one_author_pairs, scored_responses
 from psycopref.feedback.pool import POOLS, Member, assign_members, author_of, find_pool, left_out, pool_table, respond
 from psycopref.feedback.pool import sample_of, shard_speeches, whole_pool
-from psycopref.feedback.rating import MODES, check_coverage, describe_ratings, first_speeches, mode_agreement
+from psycopref.feedback.rating import (
+    MODES,
+    check_coverage,
+    describe_ratings,
+    first_speeches,
+    mode_agreement,
+    mode_calls,
+)
 from psycopref.feedback.rating import collect_ratings, mode_agreement_row, mode_calls, preference_agreement
 from psycopref.feedback.rating import rate_blocks, rating_request, rating_summary, shown_order
 from psycopref.gateway.cache import ReplyCache
@@ -33,6 +41,8 @@ from psycopref.models.chat import ChatReply, ChatRequest, Failure
 from psycopref.models.generation import Decoding
 from psycopref.rater.rules import PHRASES, rubric_reply, score_batch, to_rating
 from psycopref.run.plan import plan_run, usd
+
+PRINCIPLE_KEYS = principle_keys()
 
 BRIEF = ResponseSettings(max_tokens=64)
 
@@ -316,7 +326,7 @@ def test_the_position_says_where_a_response_was_shown(gateway, scripted, mode):
     assert (found.rating == found.position).all(), "this rater rates places"
     text = {(r.speech_id, r.model): r.response for r in shown.itertuples()}
     asked = {(r.fields["client_speech"], r.fields.get("principle")): r for r in rater.requests}
-    assert len(rater.requests) == 3 * len(MODES[mode])
+    assert len(rater.requests) == 3 * len(mode_calls(mode))
     for row in found.itertuples():
         request = asked[SAID[row.speech_id], row.principle if mode == "principle" else None]
         response = text[row.speech_id, row.model]
@@ -342,7 +352,7 @@ def test_a_rating_stays_with_its_response_when_the_inputs_are_swapped(gateway, s
             assert row.rating == (taste[own] + PRINCIPLE_KEYS.index(row.principle)) % 5 + 1
             assert row.rationale == f"{row.principle}: {own}"
         assert found.groupby("model").position.nunique().eq(4).all(), "every place was tried"
-    assert len(rater.requests) == 2 * 24 * len(MODES[mode])
+    assert len(rater.requests) == 2 * 24 * len(mode_calls(mode))
 
 
 def rated_as(*values) -> str:
@@ -451,18 +461,21 @@ def test_the_rubric_knows_its_tasks_and_no_others(gateway):
 def test_the_plan_counts_the_calls_and_tokens_of_the_mode_and_of_a_comparison(mode, other):
     found = plan_run(load_profile("paper", {"ratings.mode": mode}), 26_483)
     [row] = found.ratings()
-    requests = [rating_request(key, "x" * found.characters, ["x" * 4 * 350] * 4) for key in MODES[mode]]
+    requests = [rating_request(key, "x" * found.characters, ["x" * 4 * 350] * 4) for key in mode_calls(mode)]
     asked = sum(len(request.messages[0]["content"]) for request in requests) / len(requests)
-    assert row.calls == 26_483 * len(MODES[mode])
+    assert row.calls == 26_483 * len(mode_calls(mode))
     assert row.tokens_in / row.calls == pytest.approx(found.tokens(asked, row.who), abs=1)
     assert usd(row) == pytest.approx((row.tokens_in * 2.5 + row.tokens_out * 10) / 1e6)
 
     profile = load_profile("paper", {"ratings.mode": mode, "ratings.compare_mode_speeches": 500})
     [alone] = plan_run(load_profile("paper", {"ratings.mode": other}), 1000).ratings()
     own, second = plan_run(profile, 1000).ratings()
-    assert (own.calls, second.calls) == (1000 * len(MODES[mode]), 500 * len(MODES[other])) and other in second.what
+    assert (own.calls, second.calls) == (1000 * len(mode_calls(mode)), 500 * len(MODES[other])) and other in second.what
     assert second.tokens_in * 2 == alone.tokens_in and usd(second) == pytest.approx(usd(alone) / 2)
-    assert [row.calls for row in plan_run(profile, 100).ratings()] == [100 * len(MODES[mode]), 100 * len(MODES[other])]
+    assert [row.calls for row in plan_run(profile, 100).ratings()] == [
+        100 * len(mode_calls(mode)),
+        100 * len(MODES[other]),
+    ]
 
 
 # ---- agreement ----
@@ -479,14 +492,14 @@ def test_agreement_equals_values_computed_by_hand():
     first = rated(("a", "x", 5), ("a", "y", 4), ("a", "z", [3, 3, 3, 3, 3, 3, 2]), ("b", "x", 1), ("b", "y", 2))
     second = rated(("b", "y", 3), ("a", "z", 3), ("a", "x", 4), ("a", "y", 4), ("b", "x", 1))
     table = mode_agreement(first, second).set_index("principle")
-    assert list(table.index) == [*PRINCIPLE_KEYS, "sum of seven"]
+    assert list(table.index) == [*PRINCIPLE_KEYS, "sum of all"]
     columns = ["n", "exact %", "within one %", "mean difference", "kappa"]
     # empathy: 5 4 3 1 2 against 4 4 3 1 3; gaps -1 0 0 0 1: mean 0; variances 2 and 1.2, means equal: 1 - 0.4 / 3.2
     assert table.loc["empathy", columns].tolist() == [5, 60.0, 100.0, 0.0, 0.875]
     # staging: 5 4 2 1 2 against 4 4 3 1 3; gaps -1 0 1 0 1: mean 0.2; variances 2.16 and 1.2: 1 - 0.6 / 3.4
     assert table.loc["staging", columns].tolist() == [5, 40.0, 100.0, 0.2, 0.824]
     # sums: 35 28 20 7 14 against 28 28 21 7 21. Pairs: a 35-28 > against =, 35-20 and 28-20 > against 28-21 >; b <, <
-    own = table.loc["sum of seven"]
+    own = table.loc["sum of all"]
     assert own[columns[:4]].tolist() == [5, 40.0, 60.0, 0.2]
     assert own[["pairs", "same preference %", "preferred in a mode", "same of these %"]].tolist() == [4, 75.0, 4, 75.0]
     assert table.pairs.iloc[:7].isna().all()
@@ -524,7 +537,7 @@ def test_only_what_both_modes_rated_is_compared():
     first = rated(("a", "x", 5), ("a", "y", 1), ("b", "x", 2))
     second = first[(first.speech_id == "a") & ((first.model != "y") | (first.principle != "safety"))]
     table = mode_agreement(first, second).set_index("principle")
-    assert table.n.to_dict() == {key: 1 if key in ("safety", "sum of seven") else 2 for key in table.index}
+    assert table.n.to_dict() == {key: 1 if key in ("safety", "sum of all") else 2 for key in table.index}
     assert table.pairs.iloc[-1] == 0, "a response without all seven has no sum"
 
 
@@ -567,7 +580,7 @@ def test_the_stage_compares_its_modes_and_a_shard_writes_beside_it_so_the_whole_
     assert len(rows) == 84 and receipt["coverage"] == 1.0 and receipt["settings"]["ratings"]["mode"] == mode
     assert (receipt["compared_speeches"], receipt["compared_put_aside"]) == (2, 0)
     calls = receipt["models"][RUBRIC]
-    assert calls["calls"] + calls["cached"] == 3 * len(MODES[mode]) + 2 * len(MODES[other])
+    assert calls["calls"] + calls["cached"] == 3 * len(mode_calls(mode)) + 2 * len(MODES[other])
     table = pd.read_csv(folder / "tables/table_S14_mode_agreement.csv")
     described = read_json(folder / "tables/table_S14_mode_agreement.json")
     assert table.n.tolist() == [8] * 8 and (table["exact %"] == 100).all()
@@ -586,7 +599,7 @@ def test_the_stage_compares_its_modes_and_a_shard_writes_beside_it_so_the_whole_
     receipt = read_json(run_stage({**overrides, "ratings.compare_mode_speeches": 0}) / "receipt.json")
     assert StageReader(run, "03_ratings").rows("ratings").equals(rows) and receipt["models"][RUBRIC]["calls"] == 0
     [booked] = receipt["books"]
-    assert booked["calls"] == 3 * len(MODES[mode]), "what the shards asked is in the books of the whole"
+    assert booked["calls"] == 3 * len(mode_calls(mode)), "what the shards asked is in the books of the whole"
 
 
 def test_the_stage_compares_nothing_by_itself():
@@ -663,7 +676,7 @@ def test_each_round_is_rated_with_the_prompts_four_places(gateway, scripted, mod
     _, _, _, twice = twice_answered(gateway, scripted)
     rater = scripted(judge_by(lambda key, text, place: 5 if text.endswith(" 0") else 2))
     found, aside = collect_ratings(gateway, "scripted:model", SPEECHES, twice, mode=mode)
-    assert not aside and len(found) == 7 * len(twice) and len(rater.requests) == 2 * 3 * len(MODES[mode])
+    assert not aside and len(found) == 7 * len(twice) and len(rater.requests) == 2 * 3 * len(mode_calls(mode))
     assert not found.duplicated(["speech_id", "model", "principle"]).any() and found.position.max() == 4
     assert (found.rating == np.where(found.model.map(sample_of) == 0, 5, 2)).all()
     short, aside = collect_ratings(gateway, "scripted:model", SPEECHES, twice.drop(index=1), mode=mode)

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from refusals import one_line
 
 from psycopref.core.reading import has_words
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.corpus.sources import read_columns
 from psycopref.feedback.rate_table import added_columns, rate, rate_file, score_columns
 from psycopref.models.chat import Failure
 from psycopref.rater.rules import to_rating
 from psycopref.rater.scoring import explain_answers, score_answers
+
+PRINCIPLE_KEYS = principle_keys()
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 NEW = added_columns()

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.core.paper import resource_path
-from psycopref.core.prompts import BATTLE_KEYS, parse_battle, parse_choice, parse_ratings
+from psycopref.core.prompts import battle_keys, parse_battle, parse_choice, parse_ratings
 from psycopref.core.settings import StudyError
 from psycopref.rater import rules, scoring
 from psycopref.rater.dialogue_acts import DIALOGUE_ACTS
@@ -25,6 +25,9 @@ from psycopref.rater.heads import read_heads
 from psycopref.rater.language import plain, words_of
 from psycopref.rater.rules import PHRASES, RulesModel, rubric_reply, score_batch, to_rating
 from psycopref.rater.scoring import answer_features, contributions, explain_answers, score_answers
+
+PRINCIPLE_KEYS = principle_keys()
+BATTLE_KEYS = battle_keys()
 
 few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 
@@ -97,7 +100,7 @@ def test_clients_and_responses_are_as_many():
 def test_a_feature_that_is_misspelt_is_refused(monkeypatch):
     found = pd.DataFrame({"silent": [0.0], "any advice": [1.0]})
     monkeypatch.setattr(scoring, "principle_points", lambda: {"empathy": {"base": 2, "any advise": 1}})
-    with pytest.raises(StudyError, match="principles.yaml, empathy: 'any advise' .* any advice"):
+    with pytest.raises(StudyError, match="principles 'counselling', empathy: 'any advise' .* any advice"):
         contributions(found, "empathy")
 
 

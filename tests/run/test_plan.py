@@ -137,9 +137,10 @@ def test_the_paper_s_profile_keeps_its_budget():
 
 
 @pytest.mark.parametrize("asked", [{"pairs__safety": "veto"}, {"ablation__veto": True}])
-def test_a_veto_by_a_principle_that_the_run_lacks_is_refused_before_anything_is_paid(asked):
-    assert "set pairs.safety to average" in one_line(lambda: paper(pairs__safety_principle="harm", **asked))
-    plain = paper(pairs__safety_principle="harm", ablation__veto=False)
+def test_a_veto_without_a_principle_about_safety_is_refused_before_anything_is_paid(asked, marked):
+    own = marked()
+    assert "set pairs.safety to average" in one_line(lambda: paper(principles=own, **asked))
+    plain = paper(principles=own, ablation__veto=False)
     arms = [row.what.partition(":")[0] for row in plain.ablation() if " arm" in row.what]
     assert arms == ["offline arm", "online arm"] * 2 and not any("safety" in row.what for row in plain.ablation())
 

@@ -4,9 +4,12 @@ import pandas as pd
 import pytest
 from refusals import one_line
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, StageWriter
+from psycopref.core.files import SCHEMAS, StageWriter
+from psycopref.core.principles import principle_keys
 from psycopref.core.stages import Run
 from psycopref.run.results import median_speech, side_columns, summary
+
+PRINCIPLE_KEYS = principle_keys()
 
 POLICIES = {"M": "base", "M + DPO": "dpo", "M + DPO-Iter": "dpo-iter"}
 WON = {"b": 0, "c": 1, "d": 7, "e": 3, "f": 2}  # principles that DPO-Iter wins; the base loses them all

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCalibrationError
 from torchmetrics.regression import MeanSquaredError
 
-from psycopref.core.files import PRINCIPLE_KEYS
+from psycopref.core.principles import principle_keys
 from psycopref.stats.calibration import (
     GAP_BANDS,
     LENGTH_BANDS,
@@ -47,6 +47,8 @@ from psycopref.stats.scores import (
 )
 
 matplotlib.use("Agg")
+
+PRINCIPLE_KEYS = principle_keys()
 TIGHT = 1e-12  # the same sums in another order
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 BINS = st.sampled_from([5, 10, 15])

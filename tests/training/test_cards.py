@@ -314,7 +314,7 @@ def shared_facts():
     audit = {"test speeches": 84, "other speeches": 252, "test speeches with a near-duplicate outside": 3}
     speeches = {"sources": ["demo"], "test_fraction": 0.25, "dev_fraction": 0.13}
     pairs = {"rater": "offline rubric (stand-in)", "models": {"a": {"label": "Model A"}, "b": {"label": "Model B"}}}
-    pairs |= {"settings": {"pairs": {"min_gap_sum": 7}}, "commit": "0123456789abcdef", "changed_files": True}
+    pairs |= {"settings": {"pairs": {"min_gap": 1.0}}, "commit": "0123456789abcdef", "changed_files": True}
     pairs |= {"outputs": {"train.parquet": "ab" * 32, "test.parquet": "cd" * 32}, "versions": {"trl": "1.16.0"}}
     receipts = {
         "01_speeches": {"settings": {"speeches": speeches}, "origins": SOURCES, "audit": audit},

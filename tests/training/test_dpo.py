@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psycopref.core.files import PRINCIPLE_KEYS, SCHEMAS, read_rows, write_rows
+from psycopref.core.files import SCHEMAS, read_rows, write_rows
+from psycopref.core.principles import principle_keys
 from psycopref.core.prompts import responding_prompt
 from psycopref.feedback.pairing import answer_columns, make_pairs, scored_responses, with_answers
 from psycopref.models.weights import find_weights, load_causal_lm, load_tokenizer
@@ -23,6 +24,8 @@ from psycopref.training.packing import EvenSampler
 from psycopref.training.texts import merge_policy, numbered, pair_messages, prompt_messages
 from refusals import one_line
 from trainings import DEV, SETTINGS, TRAIN, log_probabilities, losses, margins, pull, same, train, weights_of, write
+
+PRINCIPLE_KEYS = principle_keys()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
