@@ -26,16 +26,16 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .stages import Cell, Run, Shard, project_root
+from .stages import PAPER_PRINCIPLES, Cell, Run, Shard, Stage, project_root, stages_of
 from .principles import principle_keys
-from .settings import StudyError
+from .settings import StudyError, load_profile
 from .tables import Label, TABLE_STYLE, html_table, latex_table, markdown_table, safe_table
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomic_path', 'write_json', 'read_json', 'fingerprint', 'sha256_file',
            'open_database', 'row_schema', 'Schemas', 'checked_table', 'write_rows', 'read_rows', 'processor',
            'code_version', 'modules_hash', 'whole_folder', 'link_file', 'Kept', 'StageFiles', 'StageWriter',
-           'StageReader', 'progress']
+           'StageReader', 'stages_of_run', 'progress']
 
 # %% ../../nbs/core/06_files.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -622,6 +622,13 @@ class StageReader:
     def json(self, name: str):
         "Read `<name>.json`."
         return read_json(self.path(f"{name}.json"))
+
+# %% ../../nbs/core/06_files.ipynb #6002d9d7
+def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:
+    "Return the stages of a run; one from the released dataset, or with other principles than the paper's, needs fewer."
+    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
+    chosen = StageReader(run, "04_pairs").receipt["settings"].get("principles", PAPER_PRINCIPLES)
+    return stages_of(load_profile(profile, {"speeches.sources": sources, "principles": chosen}))
 
 # %% ../../nbs/core/06_files.ipynb #ce7cbab8
 def progress(items: typing.Iterable | None, name: str, total: int | None = None, unit: str = "it"):

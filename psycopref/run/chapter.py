@@ -18,27 +18,14 @@ from ..core.files import SCHEMAS, Kept, StageReader, StageWriter
 from ..core.principles import principle_keys, principles_file, use_principles
 from ..core.reading import environment
 from ..core.settings import StudyError, load_profile
-from psycopref.core.stages import (
-    PAPER_PRINCIPLES,
-    SENT,
-    STAGES,
-    Cell,
-    Run,
-    Shard,
-    Stage,
-    as_dotted,
-    check_layout,
-    public_value,
-    stage_settings,
-    stages_of,
-)
+from ..core.stages import SENT, STAGES, Cell, Run, Shard, as_dotted, check_layout, public_value, stage_settings
 from ..core.tables import Label, format_cell, html_table, safe_table
 from ..gateway.gateway import open_gateway
 from ..models.weights import Weights
 
 # %% auto #0
 __all__ = ['shown_table', 'shown_figure', 'short_text', 'ChapterStage', 'check_made', 'changed_settings', 'full_caption',
-           'stages_of_run', 'open_stage']
+           'open_stage']
 
 # %% ../../nbs/run/00_chapter.ipynb #e7df6d8d
 def shown_table(frame, caption: str, label: Label | None = None, rows: int = 24) -> str:
@@ -292,13 +279,6 @@ def finish(self: ChapterStage, **facts) -> None:
     over = [own["what"] for own in writer.kept.used.values() if own["taken_over"]]
     taken = f"; taken over from earlier starts: {', '.join(over)}" if over else ""
     print(f"outputs/{self.run.name}/{writer.folder.name}: {shown[0]} tables, {shown[1]} figures, signed{taken}")
-
-
-def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:
-    "Return the stages of a run; one from the released dataset, or with other principles than the paper's, needs fewer."
-    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
-    chosen = StageReader(run, "04_pairs").receipt["settings"].get("principles", PAPER_PRINCIPLES)
-    return stages_of(load_profile(profile, {"speeches.sources": sources, "principles": chosen}))
 
 
 def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None, part=None) -> ChapterStage:

@@ -13,7 +13,7 @@ from psycopref.core.stages import Run
 from psycopref.core.tables import safe_table
 from psycopref.run.chapter import changed_settings, full_caption, open_stage, short_text, shown_table
 from psycopref.core.settings import load_profile
-from psycopref.run.report_page import overview_page
+from psycopref.reporting.report_page import overview_page
 
 from refusals import one_line
 

@@ -10,7 +10,7 @@ import pytest
 from psycopref.core.files import StageWriter, sha256_file
 from psycopref.gateway.cache import open_cache, run_bill
 from psycopref.core.stages import Run, Shard
-from psycopref.run.report_page import all_receipts, asked_name, run_books, spending_caption, spending_table
+from psycopref.reporting.report_page import all_receipts, asked_name, run_books, spending_caption, spending_table
 
 from refusals import one_line
 

@@ -11,7 +11,7 @@ from psycopref.core.settings import PAPER
 from psycopref.core.stages import STAGES, Run, parse_seeds
 from psycopref.run.chapter import open_stage
 from psycopref.run.plan import plan_run, seed_line, usd
-from psycopref.run.report_page import all_receipts, further_seeds
+from psycopref.reporting.report_page import all_receipts, further_seeds
 from psycopref.run.results import work_seconds
 from psycopref.run.runner import stage_rules, trace
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-WINGS = "core stats models rater gateway corpus feedback training evaluation experiments run".split()
+WINGS = "core stats models rater gateway corpus feedback training evaluation experiments reporting run".split()
 CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
 ROOMS = sorted(path for wing in WINGS for path in (REPOSITORY / "nbs" / wing).glob("[0-9]*.ipynb"))
 BIN = Path(sys.executable).parent
