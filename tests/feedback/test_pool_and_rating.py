@@ -470,11 +470,11 @@ def test_the_plan_counts_the_calls_and_tokens_of_the_mode_and_of_a_comparison(mo
     profile = load_profile("paper", {"ratings.mode": mode, "ratings.compare_mode_speeches": 500})
     [alone] = plan_run(load_profile("paper", {"ratings.mode": other}), 1000).ratings()
     own, second = plan_run(profile, 1000).ratings()
-    assert (own.calls, second.calls) == (1000 * len(mode_calls(mode)), 500 * len(MODES[other])) and other in second.what
+    assert (own.calls, second.calls) == (1000 * len(mode_calls(mode)), 500 * len(mode_calls(other))) and other in second.what
     assert second.tokens_in * 2 == alone.tokens_in and usd(second) == pytest.approx(usd(alone) / 2)
     assert [row.calls for row in plan_run(profile, 100).ratings()] == [
         100 * len(mode_calls(mode)),
-        100 * len(MODES[other]),
+        100 * len(mode_calls(other)),
     ]
 
 
@@ -580,7 +580,7 @@ def test_the_stage_compares_its_modes_and_a_shard_writes_beside_it_so_the_whole_
     assert len(rows) == 84 and receipt["coverage"] == 1.0 and receipt["settings"]["ratings"]["mode"] == mode
     assert (receipt["compared_speeches"], receipt["compared_put_aside"]) == (2, 0)
     calls = receipt["models"][RUBRIC]
-    assert calls["calls"] + calls["cached"] == 3 * len(mode_calls(mode)) + 2 * len(MODES[other])
+    assert calls["calls"] + calls["cached"] == 3 * len(mode_calls(mode)) + 2 * len(mode_calls(other))
     table = pd.read_csv(folder / "tables/table_S14_mode_agreement.csv")
     described = read_json(folder / "tables/table_S14_mode_agreement.json")
     assert table.n.tolist() == [8] * 8 and (table["exact %"] == 100).all()
@@ -688,11 +688,11 @@ def test_two_responses_of_a_member_make_pairs_of_one_author(gateway, scripted):
     scripted(judge_by(lambda key, text, place: 5 if text.endswith(" 0") else 2))
     scored = scored_responses(twice, collect_ratings(gateway, "scripted:model", SPEECHES, twice)[0])
     speeches = SPEECHES.assign(split=["train", "test", "test"])
-    train = make_pairs(speeches, scored, ("train",), 7, best_worst=False)
+    train = make_pairs(speeches, scored, ("train",), 1.0, best_worst=False)
     assert len(train) == 16, "each of four good answers against each of four poor ones"
     assert (train.chosen_model == train.rejected_model).sum() == 4
     assert set(train.chosen_model) <= {f"m{i}" for i in range(5)}, "authors, not their samples"
-    alone = one_author_pairs(speeches, scored, ("test",), 7)
+    alone = one_author_pairs(speeches, scored, ("test",), 1.0)
     assert len(alone) == 8 and (alone.chosen_model == alone.rejected_model).all() and set(alone.ID) == {"b", "c"}
     assert alone.chosen.str.endswith(" 0").all() and not alone.rejected.str.endswith(" 0").any()
     assert not alone.duplicated(["ID", "prefID"]).any()

@@ -314,7 +314,8 @@ def shared_facts():
     audit = {"test speeches": 84, "other speeches": 252, "test speeches with a near-duplicate outside": 3}
     speeches = {"sources": ["demo"], "test_fraction": 0.25, "dev_fraction": 0.13}
     pairs = {"rater": "offline rubric (stand-in)", "models": {"a": {"label": "Model A"}, "b": {"label": "Model B"}}}
-    pairs |= {"settings": {"pairs": {"min_gap": 1.0}}, "commit": "0123456789abcdef", "changed_files": True}
+    pairs |= {"settings": {"pairs": {"min_gap": 1.0}}, "principles": [*"abcdefg"]}
+    pairs |= {"commit": "0123456789abcdef", "changed_files": True}
     pairs |= {"outputs": {"train.parquet": "ab" * 32, "test.parquet": "cd" * 32}, "versions": {"trl": "1.16.0"}}
     receipts = {
         "01_speeches": {"settings": {"speeches": speeches}, "origins": SOURCES, "audit": audit},
@@ -502,7 +503,7 @@ def test_every_number_in_a_policys_card_is_a_fact(name, request):
 SAID = {
     "reward": """9e-06|12 pairs longer than 2048 tokens (prefID 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, …)|
         5 others sit out|step 61 of 89|0.4321|every weight|1.31|0.071 with 10 bins, 0.080 with 15 bins|98.5%|
-        4 were put aside|at least 7|84 speeches|Model A; Model B|0123456789ab with changes of its own|
+        4 were put aside|differ by at least 1.|84 speeches|Model A; Model B|0123456789ab with changes of its own|
         abababababab|https://example.org/demo|not known to us|licensed professional|
         no evidence of clinical benefit|from_pretrained("me/mine")""",
     "dpo": """by offline DPO|β = 0.15, label smoothing 0.02, no likelihood term|

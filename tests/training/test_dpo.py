@@ -132,7 +132,7 @@ def test_an_answer_of_the_pool_that_the_limit_cut_is_trained_on_without_an_end_o
     rated = [("s-0", name, key, 5 - 2 * i, "", "r", 0) for i, (name, _) in enumerate(names) for key in PRINCIPLE_KEYS]
     ratings = pd.DataFrame(rated, columns=list(SCHEMAS["ratings"]))
     speeches = pd.DataFrame({"speech_id": ["s-0"], "speech": ["I count the stairs."], "split": ["train"]})
-    pairs = make_pairs(speeches, scored_responses(responses, ratings), ("train",), 7, best_worst=False)
+    pairs = make_pairs(speeches, scored_responses(responses, ratings), ("train",), 1.0, best_worst=False)
     write_rows(tmp_path / "pairs.parquet", "pairs", pairs[list(SCHEMAS["pairs"])])
     write_rows(tmp_path / "answers.parquet", "pair_answers", answer_columns(pairs))
     answers = read_rows(tmp_path / "answers.parquet", "pair_answers")
