@@ -470,7 +470,10 @@ def test_the_plan_counts_the_calls_and_tokens_of_the_mode_and_of_a_comparison(mo
     profile = load_profile("paper", {"ratings.mode": mode, "ratings.compare_mode_speeches": 500})
     [alone] = plan_run(load_profile("paper", {"ratings.mode": other}), 1000).ratings()
     own, second = plan_run(profile, 1000).ratings()
-    assert (own.calls, second.calls) == (1000 * len(mode_calls(mode)), 500 * len(mode_calls(other))) and other in second.what
+    assert (own.calls, second.calls) == (
+        1000 * len(mode_calls(mode)),
+        500 * len(mode_calls(other)),
+    ) and other in second.what
     assert second.tokens_in * 2 == alone.tokens_in and usd(second) == pytest.approx(usd(alone) / 2)
     assert [row.calls for row in plan_run(profile, 100).ratings()] == [
         100 * len(mode_calls(mode)),
