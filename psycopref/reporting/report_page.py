@@ -38,6 +38,8 @@ class Item:
 _EXPERTS = "not measured: needs the annotations of licensed experts"
 _NO_CASE = "the best policy won no battle in both orders"
 
+_TRIAL = Item("table", "S24", "the offline rubric on trial", "all labels that we have are of the paper's principles")
+
 INVENTORY = (
     Item("table", "1", "reward models on the test pairs"),
     Item("table", "2", "win rates against the reference"),
@@ -71,10 +73,11 @@ def gather(run: Run, stages: tuple[str, ...]) -> list[dict]:
     return sorted(found, key=order)
 
 
-def absent(found: list[dict]) -> list[tuple[Item, str]]:
-    "List the paper's items that this run does not show, and why."
+def absent(found: list[dict], stages: typing.Container[str] = STAGES) -> list[tuple[Item, str]]:
+    "List the paper's items that this run does not show, and a trial of the rubric that it lacks, and why. stages: its own."
     have = {(entry["kind"], entry["number"]) for entry in found}
-    return [(item, item.absent) for item in INVENTORY if (item.kind, item.number) not in have]
+    expected = INVENTORY if "12_trial" in stages else (*INVENTORY, _TRIAL)
+    return [(item, item.absent) for item in expected if (item.kind, item.number) not in have]
 
 
 def describe_absent(missing: list[tuple[Item, str]], shown: int) -> str:
@@ -84,7 +87,7 @@ def describe_absent(missing: list[tuple[Item, str]], shown: int) -> str:
             f"Every table and figure of the paper has its counterpart in this run; {shown} tables and figures in all."
         )
     named = "; ".join(f"{item.kind} {item.number} ({item.title}): {why}" for item, why in missing)
-    return f"Of the paper's tables and figures these are missing: {named}."
+    return f"Not in this run: {named}."
 
 # %% ../../nbs/reporting/00_report_page.ipynb #c816c649
 PAPER_REWARD = {row["model"]: row for row in paper_values()["table_1"]}["PsychoCounsel-Llama3-8B-Reward"]
@@ -226,7 +229,7 @@ def overview_page(title: str, label: Label, tables: list[str], found: list[dict]
         f"{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}" for item, why in missing
     )
     rows = "".join(f"<li>{reason}.</li>" for reason in reasons)
-    parts.append(f"<h2>Shown in the paper, not in this run</h2><ul>{rows}</ul>")
+    parts.append(f"<h2>Not in this run</h2><ul>{rows}</ul>")
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
     return f"{head}<body>{''.join(parts)}</body></html>"
 

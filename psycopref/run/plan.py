@@ -620,7 +620,8 @@ def work(self: Plan) -> list[Work]:
         self.triples,
     ]
     parts += [self.responses, self.ratings] * asked + [self.mixing]
-    return sorted((row for part in parts for row in part()), key=lambda row: order.index(row.stage))
+    rows = [row for part in parts for row in part() if row.stage in order]
+    return sorted(rows, key=lambda row: order.index(row.stage))
 
 # %% ../../nbs/run/03_plan.ipynb #e3813ac2
 def work_frame(plan: Plan, sums: bool = False):
