@@ -74,7 +74,7 @@ def gather(run: Run, stages: tuple[str, ...]) -> list[dict]:
 
 
 def absent(found: list[dict], stages: typing.Container[str] = STAGES) -> list[tuple[Item, str]]:
-    "List the paper's items that this run does not show, and a trial of the rubric that it lacks, and why. stages: its own."
+    "List the paper's items, and the trial of the rubric, that this run does not show, and why. stages: its own."
     have = {(entry["kind"], entry["number"]) for entry in found}
     expected = INVENTORY if "12_trial" in stages else (*INVENTORY, _TRIAL)
     return [(item, item.absent) for item in expected if (item.kind, item.number) not in have]
