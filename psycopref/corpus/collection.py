@@ -287,7 +287,7 @@ def split_speeches(frame, test_fraction: float, dev_fraction: float, seed: int):
     if lacking:
         raise StudyError(
             f"01_speeches: of {len(frame)} speeches none falls into {' and '.join(lacking)}; "
-            "take more speeches or another seed"
+            "take more speeches, a larger speeches.dev_fraction or test_fraction, or another seed"
         )
     return frame
 
