@@ -28,14 +28,14 @@ from fastcore.basics import patch
 
 from .stages import PAPER_PRINCIPLES, Cell, Run, Shard, Stage, project_root, stages_of
 from .principles import principle_keys
-from .settings import StudyError, load_profile
+from .settings import Profile, StudyError, load_profile
 from .tables import Label, TABLE_STYLE, html_table, latex_table, markdown_table, safe_table
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'VERSIONED', 'clear_disk_errors', 'atomic_path', 'write_json', 'read_json', 'fingerprint', 'sha256_file',
            'open_database', 'row_schema', 'Schemas', 'checked_table', 'write_rows', 'read_rows', 'processor',
            'code_version', 'modules_hash', 'whole_folder', 'link_file', 'Kept', 'StageFiles', 'StageWriter',
-           'StageReader', 'stages_of_run', 'progress']
+           'StageReader', 'profile_of_run', 'stages_of_run', 'progress']
 
 # %% ../../nbs/core/06_files.ipynb #df0eba1a
 @contextlib.contextmanager
@@ -624,11 +624,19 @@ class StageReader:
         return read_json(self.path(f"{name}.json"))
 
 # %% ../../nbs/core/06_files.ipynb #6002d9d7
+def profile_of_run(run: Run, profile: str = "demo") -> Profile:
+    "Load a profile with the sources of a run, and with its principles as soon as it has pairs."
+    sources, pairs = (
+        StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"],
+        StageReader(run, "04_pairs"),
+    )
+    made = pairs.receipt["settings"] if (pairs.folder / "receipt.json").is_file() else {}
+    return load_profile(profile, {"speeches.sources": sources, "principles": made.get("principles", PAPER_PRINCIPLES)})
+
+
 def stages_of_run(run: Run, profile: str = "demo") -> dict[str, Stage]:
     "Return the stages of a run; one from the released dataset, or with other principles than the paper's, needs fewer."
-    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
-    chosen = StageReader(run, "04_pairs").receipt["settings"].get("principles", PAPER_PRINCIPLES)
-    return stages_of(load_profile(profile, {"speeches.sources": sources, "principles": chosen}))
+    return stages_of(profile_of_run(run, profile))
 
 # %% ../../nbs/core/06_files.ipynb #ce7cbab8
 def progress(items: typing.Iterable | None, name: str, total: int | None = None, unit: str = "it"):

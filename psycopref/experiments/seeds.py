@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import StageReader, atomic_path, read_json, read_rows
+from ..core.files import StageReader, atomic_path, profile_of_run, read_json, read_rows
 from ..core.paper import paper_values
 from ..core.settings import StudyError, load_profile
 from ..core.stages import STAGES, Run, as_dotted, grid_cells, project_root, public_value, stages_of
@@ -166,8 +166,7 @@ def seed_record(run: Run) -> dict:
     from psycopref.models.weights import pick_dtype
 
     first = StageReader(run, "05_reward").receipt
-    sources = StageReader(run, "01_speeches").receipt["settings"]["speeches"]["sources"]
-    usual = load_profile(first["profile"], {"speeches.sources": sources})
+    usual = profile_of_run(run, first["profile"])
     receipts = {name: StageReader(run, name).receipt for name in stages_of(usual) if name not in NO_RESULTS}
     own = [name for name in receipts if run.seed is None or STAGES[name].seeds]
     settings, policies = receipts["06_policy"]["settings"], StageReader(run, "06_policy").json("policies")

@@ -85,7 +85,7 @@ def diced(seed):
     chance, given = np.random.default_rng(seed), scored().iloc[:50]
     given = given.assign(**{key: chance.integers(1, 6, 50) for key in KEYS})
     given = given.assign(total=given[KEYS].sum(axis=1))
-    return given, make_pairs(SPEECHES, given, ("test",), 3, best_worst=False)
+    return given, make_pairs(SPEECHES, given, ("test",), 3 / 7, best_worst=False)
 
 
 @pytest.mark.parametrize("seed", range(5))

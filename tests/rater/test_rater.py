@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from psycopref.core.principles import principle_keys
+from psycopref.core.principles import principle_keys, use_principles
 from psycopref.core.paper import resource_path
 from psycopref.core.prompts import battle_keys, parse_battle, parse_choice, parse_ratings
 from psycopref.core.settings import StudyError
@@ -143,7 +143,10 @@ def test_acts_are_named_by_sentence():
 def test_a_model_by_rules_is_another_where_its_points_or_heads_are(monkeypatch):
     before = RulesModel("rubric").identity
     assert before != RulesModel("rubric-annomi").identity != RulesModel("phrases").identity
-    monkeypatch.setattr(rules, "resource_path", lambda file: resource_path("screen.yaml"))
+    use_principles("plain-words")
+    assert RulesModel("rubric").identity != before and "diagnoses" in RulesModel("rubric").label
+    use_principles("counselling")
+    monkeypatch.setattr(rules, "resource_path", lambda file: resource_path("screen_cases.jsonl"))
     assert RulesModel("rubric").identity != before
     with pytest.raises(StudyError, match="rubric-annomi"):
         RulesModel("rubric-anomi")
