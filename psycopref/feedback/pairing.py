@@ -9,7 +9,7 @@ import itertools
 import operator
 from ..core.tables import PALETTE, Label, markdown_table, new_figure
 from ..core.files import SCHEMAS
-from ..core.principles import principle_keys, safety_keys
+from ..core.principles import of_the_paper, principle_keys, principle_set, principles, safety_keys
 from ..core.reading import same_words
 from ..core.settings import PairSettings, StudyError
 from ..core.stages import derived_seed
@@ -301,21 +301,28 @@ def dataset_card(summary, label: Label, licences: dict) -> str:
     summary: frame of pair_summary; label: who made it; licences: source -> licence. Returns Markdown with the hub's
     header."""
     sources = "\n".join(f"- {name}: {licence}" for name, licence in licences.items())
+    field = principle_set().title
+    columns = (
+        "in the columns of the released PsychoCounsel-Preference"
+        if of_the_paper()
+        else "with a rating for each principle"
+    )
+    rated = "\n".join(f"- {own.key}: {own.name}" for own in principles())
     return f"""---
 task_categories: [text-generation]
 language: [en]
-tags: [preference, counselling, synthetic]
+tags: [preference, {field}, synthetic]
 configs:
 - config_name: default
   data_files: [{{split: train, path: train.parquet}}, {{split: test, path: test.parquet}}]
 ---
-# Preference pairs for counselling responses
+# Preference pairs: {field}
 
 {label}.
 
-Made by the generate-score-pair pipeline of *Preference Learning Unlocks LLMs' Psycho-Counseling Skills* (§3.3), in the
-columns of the released PsychoCounsel-Preference. **Preferences are the rater's named above; unless that is GPT-4o or a
-person, they are a stand-in and no clinical judgement.**
+Made by the generate-score-pair pipeline of *Preference Learning Unlocks LLMs' Psycho-Counseling Skills* (§3.3),
+{columns}. **Preferences are the rater's named above; unless
+that is GPT-4o or a person, they are a stand-in and no clinical judgement.**
 
 {markdown_table(summary)}
 
@@ -326,6 +333,10 @@ person, they are a stand-in and no clinical judgement.**
 token limit (length).
 A text that was cut has no end, so none should be trained on. Where the pairs are a released dataset's, which
 doesn't say, both are stop.
+
+## Principles, each rated from 1 to 5
+
+{rated}
 
 ## Sources of the client speeches
 

@@ -1,6 +1,7 @@
 """Other inputs to the chain: shards, real and released data, bad input, a server that fails; CI runs them."""
 
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,13 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
 
-from psycopref.core.files import SCHEMAS, read_rows, sha256_file
+from psycopref.core.files import SCHEMAS, StageReader, read_rows, sha256_file
 from psycopref.core.paper import resource_path
-from psycopref.core.stages import STAGES
+from psycopref.core.principles import read_principles
+from psycopref.core.stages import STAGES, Run
 from psycopref.corpus.collection import ROW_FATES
 from psycopref.run.runner import stage_rules
 
-from chains import PLANTED, bad, chain, planned, receipt, run, run_stage
+from chains import PLANTED, REPOSITORY, bad, chain, planned, receipt, run, run_stage
 from test_collection import released_folder
 
 pytestmark = pytest.mark.chain
@@ -188,3 +190,32 @@ def test_retry_asks_the_quarantine_again_and_nothing_else(copy, rater, monkeypat
     assert "has no quarantine.json" in bad(copy, "psycopref", "retry", "nowhere")
     written = [path for path in copy.rglob("*") if path.is_file() and PLANTED.encode() in path.read_bytes()]
     assert not written, "a key was written: into a notebook's output, a receipt, the cache, a log or a traceback"
+
+
+def test_another_field_runs_whole_by_the_command_of_the_guide(copy, tmp_path, monkeypatch):
+    "Questions and principles of our second field, through pairs, models, tables, kits and report."
+    page = json.loads((REPOSITORY / "nbs/guide/13_own_principles.ipynb").read_text(encoding="utf-8"))
+    said = "".join(line for cell in page["cells"] for line in cell["source"] if line.startswith("make reproduce"))
+    [(sources, overrides)] = re.findall(r"SOURCES=(\S+) OVERRIDES='(.+?)'\n", said)
+    for name, own in (("questions.csv", "plain-words.csv"), ("principles.yaml", "plain-words.yaml")):
+        shutil.copy(resource_path(f"principles/{own}"), copy / name)
+    assert "own=questions.csv" in sources and '"principles.yaml"' in overrides, "the files that were copied"
+    chain(copy, overrides=overrides, more_config=("run=plain", f"sources={sources}"))
+
+    monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
+    place, keys = copy / "outputs/plain", read_principles(str(copy / "principles.yaml")).keys
+    assert len(keys) == 5 and not {*keys} & {*read_principles("counselling").keys}
+    assert not (place / "12_trial").exists()
+    ratings = StageReader(Run("plain"), "03_ratings").rows("ratings")
+    assert set(ratings.principle) == {*keys} and ratings.rating.nunique() > 2
+    pairs = StageReader(Run("plain"), "04_pairs").rows("pairs", "train")
+    rated = {side: pairs[[f"{side}_{key}_rating" for key in keys]].mean(axis=1) for side in ("chosen", "rejected")}
+    assert (rated["chosen"] - rated["rejected"] > 1 - 1e-9).all() and len(pairs.columns) == 7 + 2 * len(keys)
+    card = (place / "04_pairs/README.md").read_text()
+    assert "# Preference pairs: diagnoses in plain words" in card and "counselling]" not in card
+    forms = [path.read_text() for path in place.glob("11_experts/kits/*/kit.html")]
+    assert forms and all("Does no harm" in form and "Empathy" not in form for form in forms)
+    tables = {number: pd.read_csv(next((place / "tables").glob(f"table_{number}_*.csv"))) for number in ("S8", "S36")}
+    assert tables["S8"].principle.tolist() == [*keys] and {*keys} < {*tables["S36"].columns}
+    report = (place / "13_report/overview.html").read_text()
+    assert "points for diagnoses in plain words" in report and "all labels that we have are of the paper" in report
