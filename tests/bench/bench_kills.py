@@ -111,7 +111,7 @@ def no_room(project: Path) -> dict:
     kept = project / "kept-outputs"
     shutil.copytree(outputs, kept)
     command = [str(BIN / "psycopref"), "run", "nbs/04_pairs.ipynb", "-p", "PROFILE=tiny"]
-    size = sum(path.stat().st_size for path in outputs.rglob("*") if path.is_file()) // 1024 + 300
+    size = sum(-(-path.lstat().st_size // 4096) * 4 for path in outputs.rglob("*")) + 300  # in whole pages, KiB
     for what, how in {
         "full": ["-t", "tmpfs", "-o", f"size={size}k", "tmpfs"],
         "read-only": ["-o", "bind,ro", str(kept)],
@@ -145,7 +145,9 @@ if __name__ == "__main__":
     began, scratch = time.time(), Path(tempfile.mkdtemp())
     try:
         chain = finished_chain(scratch / "chain")
-        result = kills(chain, n) | {"disks": no_room(chain)}
+        disks = no_room(chain)  # the shorter part first: what fails there fails early
+        print(json.dumps(disks, indent=1, ensure_ascii=False), flush=True)
+        result = kills(chain, n) | {"disks": disks}
         result["seconds"] = round(time.time() - began)
         print(json.dumps(result, indent=1, ensure_ascii=False))
         keep("kills", result, f"{n} kills of a whole tiny study", "kills")
