@@ -64,9 +64,9 @@ reproduce: setup
 	test "$$asked" || grep -q '^Building DAG' $(LOG) || { tail -n 3 $(LOG) >&2; \
 		if grep -q '^psycopref: ' $(LOG); then rm -f $(LOG); rmdir outputs/$(RUN) 2>/dev/null; exit $$code; fi; }; \
 	echo "Stopped: $(KEPT). Log: $(LOG)" >&2; exit $$code
-	@cp -p outputs/$(RUN)/13_report/overview.html outputs/$(RUN)/report.html
+	@cp -p outputs/$(RUN)/13_report/overview.html outputs/$(RUN)/report.html; cp -p outputs/$(RUN)/13_report/browse.html outputs/$(RUN)/
 	@psycopref summary $(RUN)
-	@echo "Open outputs/$(RUN)/report.html"
+	@echo "Open outputs/$(RUN)/report.html, and outputs/$(RUN)/browse.html for the answers"
 
 test: export OMP_NUM_THREADS = 1
 test: setup

@@ -1,6 +1,7 @@
 """What every test stands on: its own project folder, one shared cache of weights, and no way out to the network."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -97,3 +98,25 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking".split()
+FLAGS = [f"--{name}" for name in (*FLAGS, "disable-component-update", "disable-sync")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless browser found on PATH; without one the tests are skipped, unless it was asked for."""
+    programs = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, programs)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        program = None
+    if program is None:
+        give_up = pytest.fail if os.environ.get("PSYCOPREF_BROWSER") == "required" else pytest.skip
+        give_up(f"playwright, or {' and '.join(programs)} are missing; our pages are not driven")
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=program, args=FLAGS)
+        yield opened
+        opened.close()

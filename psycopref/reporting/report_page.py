@@ -217,7 +217,9 @@ def overview_page(title: str, label: Label, tables: list[str], found: list[dict]
         "<i>released pairs</i> are published where their caption says; all others were measured in this run. "
         "Responses here are research material: drafts for review by a licensed professional, never advice to a client."
     )
-    parts = [f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>", f"<p>{said}</p>", *tables]
+    answers = "<p>The answers behind the numbers, speech by speech: <a href='browse.html'>browse.html</a>.</p>"
+    head = f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>"
+    parts = [head, f"<p>{said}</p>", answers, *tables]
     for entry in found:
         if entry["kind"] == "table":
             parts.append(entry["path"].read_text(encoding="utf-8").split("</style>")[1])

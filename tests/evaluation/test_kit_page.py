@@ -1,8 +1,6 @@
 """The page of a kit, driven by keyboard in a headless browser from disk, with the network cut."""
 
 import json
-import os
-import shutil
 
 import pandas as pd
 import pytest
@@ -16,29 +14,9 @@ from psycopref.evaluation.kits import SIDES, kit_html, make_kit
 PRINCIPLE_KEYS = principle_keys()
 BATTLE_KEYS = battle_keys()
 
-FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking".split()
-FLAGS = [f"--{name}" for name in (*FLAGS, "disable-component-update", "disable-sync")]
 HOSTILE = ("</script><script>window.broken=1</script><img src=x onerror=\"window.broken=2\"> <b>bold</b> &lt;i&gt; "
            "\u202edesrever\u202c\n\nשלום, אני לא ישן 😀👩‍👩‍👧\u2028line\n"
            + "unbroken" * 60 + " " + "A long complaint, told slowly.\n" * 160)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless browser found on PATH; without one the tests are skipped, unless it was asked for."""
-    programs = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, programs)), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        program = None
-    if program is None:
-        give_up = pytest.fail if os.environ.get("PSYCOPREF_BROWSER") == "required" else pytest.skip
-        give_up(f"playwright, or {' and '.join(programs)} are missing; the page of a kit is not driven")
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=program, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 class Desk:
