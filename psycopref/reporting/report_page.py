@@ -211,7 +211,8 @@ def spending_caption(books: list[dict]) -> str:
 
 # %% ../../nbs/reporting/00_report_page.ipynb #b5f82c35
 def overview_page(title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple]) -> str:
-    "Write everything on one self-contained HTML page. tables: fragments before the results."
+    "Write everything on one self-contained HTML page. title: after our name; tables: fragments before the results."
+    title = f"psycopref: {title}"
     said = (
         "Numbers in columns or rows named <i>paper</i> are arXiv:2502.19731's, those of <i>later version</i> or "
         "<i>released pairs</i> are published where their caption says; all others were measured in this run. "

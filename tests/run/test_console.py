@@ -40,6 +40,7 @@ place.mkdir(parents=True, exist_ok=True)
 if stage == "13_report":
     (place / "show").mkdir(exist_ok=True)
     (place / "overview.html").write_text("everything on one page")
+    (place / "browse.html").write_text("answers")
 signed = dict(profile=told["PROFILE"], settings={{}}, seconds=115.0, finished="2026-11-30T00:00:00Z")
 (place / "receipt.json").write_text(json.dumps(signed))
 print("the path of a notebook")
@@ -93,6 +94,7 @@ def test_a_run_is_told_in_lines_and_the_next_knows_how_long_it_takes(project):
     begun = [int(re.search(r"\] (\d\d)_", line)[1]) for line in lines[1:41:2]]
     assert begun == sorted(begun), "of what could run, the first in reading order does"
     assert (project / "outputs/tiny/report.html").read_text() == "everything on one page"
+    assert (project / "outputs/tiny/browse.html").read_text() == "answers"
 
     report = (project / "outputs/tiny/report.html").stat().st_mtime_ns
     again = shown(start(project, "SHARDS=2"))
