@@ -513,7 +513,8 @@ summary{cursor:pointer;padding:.45rem .7rem}details>div{padding:0 .7rem .6rem;ov
 details details{border-style:dashed}.tag{border:1px solid var(--line);border-radius:9px;padding:0 .5rem;
 font-size:.78rem;color:var(--soft);white-space:nowrap}ul{padding-left:1.2rem}
 @media(max-width:640px){body{padding:.6rem;font-size:14px}th,td{padding:.25rem .2rem}table{font-size:.8rem}
-details>div{padding:0 .3rem .4rem}.five th:first-child{width:22%}.five th:nth-child(n+4){width:18%}.five{font-size:.76rem}}
+details>div{padding:0 .3rem .4rem}
+.five th:first-child{width:22%}.five th:nth-child(n+4){width:18%}.five{font-size:.76rem}}
 </style>"""
 
 

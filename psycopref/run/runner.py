@@ -19,7 +19,7 @@ import threading
 import typing
 from pathlib import Path
 
-from ..core.files import StageReader, read_json, sha256_file
+from ..core.files import StageReader, read_json
 from ..core.paper import resource_path
 from ..core.principles import principles_file
 from ..core.settings import StudyError, load_profile, suggest
@@ -31,7 +31,7 @@ from ..gateway.cache import open_cache
 # %% auto #0
 __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'retry', 'code_cells',
            'notebook_of_modules', 'imported_modules', 'code_of', 'code_hash', 'stage_parameters', 'own_files',
-           'seed_paths', 'stage_rules', 'trace', 'compare']
+           'seed_paths', 'stage_rules', 'trace']
 
 # %% ../../nbs/run/01_runner.ipynb #b543102f
 def notebook_parameters(path: Path) -> dict:
@@ -335,17 +335,3 @@ def trace(path: Path) -> list[str]:
         lines += [f"    reads {source} sha256 {digest[:12]}" for source, digest in receipt["inputs"].items()]
         todo += [part for source in receipt["inputs"] for part in Path(source).parts if part in STAGES]
     return lines
-
-# %% ../../nbs/run/01_runner.ipynb #ef23c26e
-def compare(first: str, second: str) -> list[str]:
-    "Compare the tables of two runs by hash: a line for each, same, different, or only in one."
-    hashes = {name: {p.name: sha256_file(p) for p in Run(name).tables.glob("*.csv")} for name in (first, second)}
-    for name in (name for name, found in hashes.items() if not found):
-        raise StudyError(f"compare: {name} has no tables; run it first")
-
-    def verdict(table):
-        owners = [name for name in hashes if table in hashes[name]]
-        same = len({found.get(table) for found in hashes.values()}) == 1
-        return "same" if same else "different" if len(owners) == 2 else f"only in {owners[0]}"
-
-    return [f"{verdict(table):12} {table}" for table in sorted({*hashes[first], *hashes[second]})]
