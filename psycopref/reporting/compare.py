@@ -19,7 +19,7 @@ from ..core.stages import STAGES, Run, as_dotted, check_layout, project_root, pu
 from ..core.tables import format_cell
 
 # %% auto #0
-__all__ = ['RECEIPT_PARTS', 'NO_TEST', 'TableValue', 'table_value', 'ReadTable', 'read_table', 'key_columns', 'keyed_rows',
+__all__ = ['RECEIPT_PARTS', 'NO_TEST', 'TableValue', 'table_value', 'ReadTable', 'read_csv_table', 'key_columns', 'keyed_rows',
            'ValuePair', 'pair_values', 'RunTables', 'open_run', 'Difference', 'receipt_differences', 'ComparedTable',
            'RunComparison', 'compare_runs', 'comparison_lines', 'comparison_page', 'write_comparison']
 
@@ -90,7 +90,7 @@ def _owner(names: list[str], at: int) -> int:
     return owners[0] if owners else next(before, -1)
 
 
-def read_table(path: Path) -> ReadTable:
+def read_csv_table(path: Path) -> ReadTable:
     "Read a table of a run from its CSV file."
     import pandas as pd
 
@@ -388,7 +388,7 @@ def _compared(name: str, first: RunTables, second: RunTables) -> ComparedTable:
     verdict = f"only in {have[0].run.name}"
     if len(have) == 2:
         verdict = "same" if first.hashes[name] == second.hashes[name] else "different"
-    read = [read_table(own.run.tables / f"{name}.csv") for own in have]
+    read = [read_csv_table(own.run.tables / f"{name}.csv") for own in have]
     pairs = pair_values(*read) if len(have) == 2 else []
     return ComparedTable(name, have[0].described(name), stage, verdict, pairs)
 
