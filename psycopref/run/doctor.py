@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from ..core.files import processor
 from ..core.reading import environment
-from ..core.settings import Profile, StudyError, load_profile
+from ..core.settings import PROFILES, Profile, StudyError, load_profile
 from ..core.stages import cache_root, grid_cells, project_root, stage_settings, stages_of
 from ..gateway.servers import of_openai, without_keys
 from ..models.weights import WHEELS, pick_dtype
@@ -28,11 +28,11 @@ from .plan import Plan, TRAINED, clock_hours, gpu_hours, missing, missing_weight
 from .plan import training_memory, usd
 
 # %% auto #0
-__all__ = ['BF16_FLAGS', 'ENOUGH_MEMORY', 'KEY_VARIABLES', 'SERVER_VARIABLES', 'BROWSERS', 'SHIPPED_PROFILES', 'LIBRARIES',
-           'group_files', 'granted_memory', 'granted_cores', 'machine_memory', 'machine_cores', 'bf16_instructions',
-           'bf16_gflops', 'memory_line', 'cores_line', 'arithmetic_line', 'machine_gpus', 'gpu_line', 'disk_line',
-           'keys_line', 'answers', 'servers_line', 'weights_line', 'browser_line', 'versions_line', 'run_seconds',
-           'needed_memory', 'blockers', 'paper_time', 'profile_line', 'doctor_lines']
+__all__ = ['BF16_FLAGS', 'ENOUGH_MEMORY', 'KEY_VARIABLES', 'SERVER_VARIABLES', 'BROWSERS', 'LIBRARIES', 'group_files',
+           'granted_memory', 'granted_cores', 'machine_memory', 'machine_cores', 'bf16_instructions', 'bf16_gflops',
+           'memory_line', 'cores_line', 'arithmetic_line', 'machine_gpus', 'gpu_line', 'disk_line', 'keys_line',
+           'answers', 'servers_line', 'weights_line', 'browser_line', 'versions_line', 'run_seconds', 'needed_memory',
+           'blockers', 'paper_time', 'profile_line', 'doctor_lines']
 
 # %% ../../nbs/run/07_doctor.ipynb #7b7cf944
 def group_files(root: Path, controller: str, name: str) -> list[str]:
@@ -241,7 +241,6 @@ def versions_line() -> str:
     return _line("versions", told, "install Python 3.11.5 or newer, then run `make setup`" if old else "")
 
 # %% ../../nbs/run/07_doctor.ipynb #8b32e7c9
-SHIPPED_PROFILES = ("tiny", "demo", "laptop", "paper")
 LIBRARIES = 2e9  # bytes that Python, torch and an embedding model take beside a training
 
 
@@ -333,7 +332,7 @@ def profile_line(name: str, memory: float, gflops: float) -> tuple[str, bool]:
     return _line(name, f"{told}: {_verdict(lines, name)}"), not lines
 
 # %% ../../nbs/run/07_doctor.ipynb #6986a874
-def doctor_lines(root: Path = Path("/"), profiles: typing.Sequence[str] = SHIPPED_PROFILES) -> typing.Iterator[str]:
+def doctor_lines(root: Path = Path("/"), profiles: typing.Iterable[str] = PROFILES) -> typing.Iterator[str]:
     """Yield what this machine can run: ten lines, then one for each profile, then what to start.
 
     root: / but in tests."""
