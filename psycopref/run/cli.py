@@ -31,7 +31,7 @@ def named_values(items: list[str], known: dict | None = None) -> dict:
     from psycopref.core.settings import StudyError
 
     if wrong := [item for item in items if "=" not in item]:
-        raise StudyError(f"argument {wrong[0]!r}: expected name=value")
+        raise StudyError(f"argument {wrong[0]!r}: expected name=value; write it so")
     names = [item.partition("=")[0] for item in items]
     if twice := [name for name in names if names.count(name) > 1]:
         raise StudyError(f"argument {twice[0]!r} is given more than once; leave all but one out")
@@ -68,13 +68,13 @@ def notebook_values(given: argparse.Namespace, known: dict) -> dict:
     except ValueError as error:
         why = f" ({error})"
     if not isinstance(values, dict):
-        found = f"--parameters: found {given.parameters!r}{why}, expected a JSON object such as"
+        found = f"--parameters: found {given.parameters!r}{why}, expected a JSON object; write it such as"
         raise StudyError(f"""{found} '{{"RUN": "try"}}'""")
     values |= named_values(given.parameter, known)
     changed = setting_values(given.override, values.get("PROFILE", known.get("PROFILE"))) if given.override else {}
     usual = values.get("OVERRIDES", {})
     if changed and not isinstance(usual, dict):
-        raise StudyError(f"""OVERRIDES: found {usual!r}, expected an object such as '{{"dpo.beta": 0.05}}'""")
+        raise StudyError(f"""OVERRIDES: found {usual!r}, expected an object; write it such as '{{"dpo.beta": 0.05}}'""")
     return values | ({"OVERRIDES": usual | changed} if changed else {})
 
 # %% ../../nbs/run/09_cli.ipynb #0aa91cbf
