@@ -177,7 +177,8 @@ def execute(given: argparse.Namespace) -> int:
         from psycopref.reporting.compare import compare_runs, comparison_lines, write_comparison
 
         compared = compare_runs(given.first, given.second, given.stage, given.table)
-        write_comparison(compared)
+        part = given.stage or given.table  # the page holds all tables, whatever the terminal shows
+        write_comparison(compare_runs(given.first, given.second) if part else compared)
         show(*comparison_lines(compared))
         return int(not compared.same)
     from psycopref.core.stages import Run

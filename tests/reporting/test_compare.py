@@ -1,6 +1,7 @@
 """Two runs side by side: what is the same, what differed before, each value beside its counterpart, and refusals."""
 
 import json
+import pathlib
 
 import pandas as pd
 import pytest
@@ -164,6 +165,9 @@ def test_one_table_or_one_stage_can_be_asked_for(capsys):
     assert main(["compare", "a", "b", "--table", "1"]) == 0 and main(["compare", "a", "b", "--table", "2"]) == 1
     capsys.readouterr()
     assert main(["compare", "a", "b", "--stage", "05_reward"]) == 0
+    page = pathlib.Path(capsys.readouterr().out.split()[-1]).read_text()
+    assert "table_1_rates" in page and "table_2_rates" in page, "the page holds all, whatever was asked for"
+    main(["compare", "a", "b", "--stage", "05_reward"])
     assert "table_2" not in capsys.readouterr().out
     for given, said in (
         ({"table": "3"}, "no run has a table '3'. Known: 1, 2."),
