@@ -172,22 +172,24 @@ def checked_table(path: Path, kind: str, frame):
     expected = list(SCHEMAS[kind])
     if sorted(frame.columns) != sorted(expected):
         odd = sorted(set(frame.columns) ^ set(expected))
-        raise StudyError(f"{path}: {kind} rows have other columns than their schema: {odd}")
+        raise StudyError(f"{path}: {kind} rows have other columns than their schema: {odd}; write those alone")
     for name, type_ in SCHEMAS[kind].items():
         values, truth = (v for v in frame[name].tolist() if v is not None), type_ == "bool"  # None is refused below
         odd = next((v for v in values if not isinstance(v, _PYTHON[type_]) or isinstance(v, bool) != truth), None)
         if odd is not None:
             found = f"{str(odd)[:60]!r} ({type(odd).__name__})"
-            raise StudyError(f"{path}: {kind} rows have {name} = {found}, expected {type_}")
+            raise StudyError(f"{path}: {kind} rows have {name} = {found}, expected {type_}; convert it")
     try:
         table = pa.Table.from_pandas(
             frame[expected], schema=_arrow_schema(SCHEMAS[kind]), preserve_index=False, safe=True
         )
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        raise StudyError(f"{path}: {kind} rows do not fit their schema: {' '.join(str(error).split())[:200]}") from None
+        raise StudyError(
+            f"{path}: {kind} rows do not fit their schema ({' '.join(str(error).split())[:200]}); convert them"
+        ) from None
     nulls = [name for name in expected if table[name].null_count]
     if nulls:
-        raise StudyError(f"{path}: {kind} rows have empty values in {nulls}; every column must be filled")
+        raise StudyError(f"{path}: {kind} rows have empty values in {nulls}; fill every column")
     return table.replace_schema_metadata(None)
 
 # %% ../../nbs/core/06_files.ipynb #9bd0042b
@@ -219,7 +221,7 @@ def read_rows(path: Path, kind: str, keys: typing.Sequence[str] | None = None):
         columns = SCHEMAS[kind] if keys is None else row_schema(kind, keys)
         missing = [name for name in columns if name not in table.column_names]
         if missing:
-            raise StudyError(f"{path}: columns {missing} are missing, so these are no {kind} rows")
+            raise StudyError(f"{path}: columns {missing} are missing, so these are no {kind} rows; run its stage again")
         return table.select(list(columns)).cast(_arrow_schema(columns)).to_pandas()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         said = " ".join(str(error).split())[:120]

@@ -43,7 +43,7 @@ def prompt_text(name: str) -> str:
     if (found := _read_if_there(os.path.join(_OWN_PROMPTS, file))) is not None:
         return found
     places = " or ".join(map(os.path.abspath, [place, _OWN_PROMPTS] if own else [_OWN_PROMPTS]))
-    raise StudyError(f"prompt {file!r}: not found in {places}; expected a file of that name")
+    raise StudyError(f"prompt {file!r}: not found in {places}; expected one of that name; put it there")
 
 
 def _read_if_there(path: str) -> str | None:

@@ -61,7 +61,7 @@ def environment_amount(name: str, default: float) -> float:
     except ValueError:
         found = math.nan
     if not 0 <= found < math.inf:
-        raise StudyError(f"{name} is {text or default!r}, expected a finite number from 0 on, such as 100")
+        raise StudyError(f"{name} is {text or default!r}, expected a finite number from 0 on, such as 100; set it so")
     return found
 
 
@@ -85,7 +85,9 @@ def check_address(address: str, what: str) -> str:
         right = False
     if why or not right or parts.query or parts.fragment or not address.isprintable() or " " in address:
         what = re.sub("//[^/]*@", "//…@", what)
-        raise StudyError(f"{what} {shown!r}, expected an address such as http://127.0.0.1:8000/v1{why and f', {why}'}")
+        raise StudyError(
+            f"{what} {shown!r}, expected an address such as http://127.0.0.1:8000/v1{why and f', {why}'}; mend it"
+        )
     return address.rstrip("/")
 
 

@@ -367,7 +367,7 @@ class Profile:
         "Refuse settings of policies that contradict one another."
         for name in ("reward", "dpo"):  # 0 is for a training alone: a stage draws its curve
             if not getattr(self, name).checkpoints:
-                raise StudyError(f"{name}.checkpoints: found 0, expected at least 1")
+                raise StudyError(f"{name}.checkpoints: found 0, expected at least 1; raise it")
         for name in ("dpo", "ablation"):
             if getattr(self, name).length_normalised and self.dpo.label_smoothing:
                 found = f"{name}.length_normalised: found true with dpo.label_smoothing {self.dpo.label_smoothing}"
@@ -397,7 +397,7 @@ def read_profile(tree: dict) -> Profile:
         wrong = error.errors(include_url=False)[0]
         dotted = ".".join(part for part in wrong["loc"] if isinstance(part, str))
         found, expected = wrong["input"], wrong["msg"].removeprefix("Input should be ")
-        said = f"override {dotted!r}: found {found!r} ({type(found).__name__}), expected {expected}"
+        said = f"override {dotted!r}: found {found!r} ({type(found).__name__}), expected {expected}; set it so"
         raise StudyError(said) from None
 
 

@@ -236,14 +236,14 @@ def parse_shard(text: str | None) -> Shard | None:
         return None
     found = re.fullmatch(r"(\d+)(?:/|-of-)(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise StudyError(f"shard {text!r}: expected i/N with 1 <= i <= N, such as 2/4")
+        raise StudyError(f"shard {text!r}: expected i/N with 1 <= i <= N, such as 2/4; write it so")
     return Shard(int(found[1]), int(found[2]))
 
 # %% ../../nbs/core/02_stages.ipynb #e00f8597
 def blocks(items: typing.Sequence, size: int, shard: Shard | None = None) -> list:
     "Cut speeches, or their ids, into blocks of a size, and return those of a shard; None takes all."
     if size < 1:
-        raise StudyError(f"responses.block: found {size}, expected at least 1 speech")
+        raise StudyError(f"responses.block: found {size}, expected at least 1 speech; raise it")
     cut = [items[start : start + size] for start in range(0, len(items), size)]
     return [block for number, block in enumerate(cut) if shard is None or shard.takes(number)]
 
@@ -273,7 +273,9 @@ def grid_cells(profile: Profile) -> list[Cell]:
     wrong = [mix for mix in profile.mixing.cells if mix not in MIXES[1:]]
     if wrong or len(set(profile.mixing.cells)) < len(profile.mixing.cells):
         known = ", ".join(MIXES[1:])
-        raise StudyError(f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {known}")
+        raise StudyError(
+            f"mixing.cells: found {list(profile.mixing.cells)}, expected each at most once of {known}; mend the list"
+        )
     return [Cell(backbone, mix) for backbone in profile.backbones for mix in profile.mixing.cells]
 
 
@@ -296,5 +298,7 @@ def parse_seeds(given: str | int | typing.Sequence[int] | None) -> tuple[int, ..
     text = ",".join(map(str, given)) if isinstance(given, (list, tuple)) else "" if given is None else str(given)
     words = [word.strip() for word in text.split(",")]
     if not all(re.fullmatch("0|[1-9][0-9]*", word) for word in words) or len({*map(int, words)}) < len(words):
-        raise StudyError(f"SEEDS={text}: expected different whole numbers from 0 on, such as SEEDS=0,1,2")
+        raise StudyError(
+            f"SEEDS={text}: expected different whole numbers from 0 on, such as SEEDS=0,1,2; write them so"
+        )
     return tuple(map(int, words))

@@ -116,7 +116,9 @@ def mask_private(frame, whose: str = "scraped", names: str = "lexicon"):
     import pandas as pd
 
     if whose not in ("none", "scraped", "all"):
-        raise StudyError(f"setting speeches.mask: found {whose!r}, expected none, scraped or all")
+        raise StudyError(
+            f"setting speeches.mask: found {whose!r}, expected none, scraped or all; set it to one of them"
+        )
     spared = "not masked: fictional" if whose == "scraped" else "not masked: speeches.mask is none"
     speech, counts = frame.speech.to_numpy(dtype=object).copy(), []
     for source, own in frame[frame.reason == KEPT].groupby("source", sort=False):

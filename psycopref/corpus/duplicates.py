@@ -146,7 +146,7 @@ def _verified(candidates, compare, threshold: float, n: int):
 def _check_threshold(threshold: float) -> None:
     "Refuse a threshold that is no Jaccard index of near-duplicates."
     if not 0.3 <= threshold <= 1:
-        raise StudyError(f"threshold: found {threshold}, expected a Jaccard index from 0.3 to 1, e.g. 0.7")
+        raise StudyError(f"threshold: found {threshold}, expected a Jaccard index from 0.3 to 1, e.g. 0.7; set it so")
 
 
 def exact_join(left: typing.Sequence[str], right: typing.Sequence[str], threshold: float = 0.7):

@@ -29,7 +29,7 @@ def url_place(url: str) -> Path:
     except ValueError:
         parts = urllib.parse.urlsplit("")
     if not parts.hostname:
-        raise StudyError(f"{url}: is no valid URL; expected https://host/path/to/file")
+        raise StudyError(f"{url}: is no valid URL, expected https://host/path/to/file; write it so")
     name = urllib.parse.unquote(parts.path).rpartition("/")[2]
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".")[-80:] or "file"
     return cache_root() / "sources" / f"{parts.hostname}-{hashlib.sha256(url.encode()).hexdigest()[:12]}" / safe
@@ -121,7 +121,9 @@ def parse_hub(uri: str) -> tuple[str, str, str]:
     Returns OWNER/NAME, revision (main), path ("" for the whole repository)."""
     found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", uri)
     if not found:
-        raise StudyError(f"{uri}: is no dataset of the hub; expected hf://datasets/OWNER/NAME@REVISION/PATH")
+        raise StudyError(
+            f"{uri}: is no dataset of the hub, expected hf://datasets/OWNER/NAME@REVISION/PATH; write it so"
+        )
     return found[1], urllib.parse.unquote(found[2] or "main"), (found[3] or "").strip("/")
 
 

@@ -132,7 +132,7 @@ def _read_json(path: Path, text: str) -> dict[str, list]:
     for place, row in rows:
         if not isinstance(row, dict):
             found = f"found {type(row).__name__}, expected a JSON object with named columns"
-            raise StudyError(f"{path}, {place}: {found}")
+            raise StudyError(f"{path}, {place}: {found}; mend it")
     names = dict.fromkeys(name for _, row in rows for name in row)
     return {head: [row.get(name) for _, row in rows] for head, name in zip(_heads(path, names), names)}
 
@@ -190,7 +190,7 @@ def read_table(source: Source, path: Path) -> list[tuple[str | None, str, tuple[
     if not any(isinstance(text, str) for text in texts):
         odd = type(next((text for text in texts if text is not None), None)).__name__
         found = f"the column of the client's speech holds {odd}, expected text"
-        raise StudyError(f"{path}: {found}; is it {source.name}'s file?")
+        raise StudyError(f"{path}: {found}; is it {source.name}'s file? If not, {source.remedy}")
     blank, part = [None] * len(texts), client_turn if source.turns else str
     keys = find_column(columns, (source.same,), path, source) if source.same else blank
     topics = find_column(columns, source.topic, path, source) if source.topic else blank

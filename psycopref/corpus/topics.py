@@ -60,7 +60,9 @@ def topic_descriptions() -> dict[str, str]:
         wrong = [type(found).__name__]
     if wrong:
         expected = "expected exactly the 42 topics of Table 4 as keys, each with a sentence"
-        raise StudyError(f"topics.json: {expected}, wrong or missing: {wrong[:5]}")
+        raise StudyError(
+            f"topics.json: {expected}, wrong or missing: {wrong[:5]}; mend the file in your prompts folder"
+        )
     return {slug: found[slug] for slug in coarse_of()}
 
 # %% ../../nbs/corpus/05_topics.ipynb #bdfa15d0
@@ -131,7 +133,7 @@ def topic_probabilities(
     if method not in METHODS:
         raise StudyError(
             f"topic method {method!r}: is not known. Known: {', '.join(METHODS)}, or a gateway URI such as "
-            "openai:gpt-4o-2024-08-06"
+            "openai:gpt-4o-2024-08-06; take one of them"
         )
     found, slugs = np.zeros((len(texts), len(coarse_of()))), list(coarse_of())
     if len(texts):

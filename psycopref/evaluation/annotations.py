@@ -336,7 +336,7 @@ def unshuffle(annotations, key):
     ours = joined["second"].isin(LOSING)
     if (blurred := joined["first"].isin(LOSING) == ours).any():
         sides = " and ".join(map(repr, joined.loc[blurred, ["first", "second"]].iloc[0]))
-        expected = f"expected one side that is {' or '.join(LOSING)}; a verdict is told from the other side"
+        expected = f"expected one side that is {' or '.join(LOSING)}; use the key that was made with this kit"
         raise StudyError(f"annotations: item {joined.item_id[blurred].iloc[0]} compares {sides}, {expected}")
     verdict = np.select([joined.value == 0, (joined.value == 1) == ours], ["tie", "win"], "loss")
     return found.assign(shown=joined.value.map({1: "first", 2: "second", 0: "tie"}), verdict=verdict)

@@ -128,7 +128,9 @@ def panel_made_by(labels: dict[str, str], table, reference: str) -> tuple[tuple,
 def judged_speeches(speeches, answers, n: int | None, seed: int):
     "Return the test speeches that all judges see: n of those that the reference answered, by hash; None takes all."
     if n is not None and n < 1:
-        raise StudyError(f"judges.speeches: found {n}, expected at least 1; null takes all test speeches")
+        raise StudyError(
+            f"judges.speeches: found {n}, expected at least 1; raise it, or set null, which takes all test speeches"
+        )
     answered = answers.speech_id[answers.policy == "reference"]
     own = speeches[(speeches.split == "test") & speeches.speech_id.isin(answered)]
     if own.empty:

@@ -127,9 +127,11 @@ def check_rows(rows, task: str) -> None:
         said = f"task {task!r} does not exist, expected one of {', '.join(TASKS)}; correct it"
     elif odd or rows.empty:
         found = f"{odd} missing or no text" if odd else "no rows"
-        said = f"{found}, expected rows as draw_label_pairs or draw_answers return them"
+        said = f"{found}, expected rows as draw_label_pairs or draw_answers return them; give such"
     elif (rows.name_a.eq("") | (rows.name_b.eq("") == (task == "compare"))).any():
-        said = "found rows with a side that has no name; a comparison needs two sides, the task 'score' one"
+        said = (
+            "found rows with a side that has no name; a comparison needs two sides, the task 'score' one, so name them"
+        )
     else:
         return
     raise StudyError(f"kits: {said}")

@@ -60,7 +60,9 @@ def read_findings(text: str | None = None) -> Findings:
     except (yaml.YAMLError, ValidationError) as error:
         raise StudyError(f"findings.yaml: {' '.join(str(error).split())[:200]}; mend the file") from None
     if wrong := [claim.id for claim in found.claims if claim.estimate.count(" - ") != 1]:
-        raise StudyError(f"findings.yaml: {wrong[0]}: expected an estimate such as 'win/dpo/free - win/base/free'")
+        raise StudyError(
+            f"findings.yaml: {wrong[0]}: expected an estimate such as 'win/dpo/free - win/base/free'; mend the file"
+        )
     return found
 
 # %% ../../nbs/experiments/09_findings.ipynb #25aff205

@@ -58,7 +58,9 @@ def collect_domains(train, test, speeches, settings: Profile, seed: int, release
     psy = dict(zip(("train", "dev"), training_split(train, speeches, settings.reward)))
     if chosen.rule not in (*RULES, "ready"):
         known = ", ".join(RULES)
-        raise StudyError(f"mixing.rule: found {chosen.rule!r}, expected {known}, or ready for files of ready pairs")
+        raise StudyError(
+            f"mixing.rule: found {chosen.rule!r}, expected {known}, or ready for files of ready pairs; set one of them"
+        )
     found = collect_general(chosen.general, RULES.get(chosen.rule))
     general = split_general(found, chosen.test_fraction, settings.speeches.dev_fraction, seed)
     if settings.reward.train_on == "train+dev":

@@ -209,7 +209,10 @@ def write_seed(record: dict) -> Path:
     if (size := len(text.encode())) > LARGEST:
         raise StudyError(f"{place}: would have {size:,} bytes, expected at most {LARGEST:,}; name fewer test speeches")
     if wrong := re.search(MACHINE_PATH, text):
-        raise StudyError(f"{place}: would hold {wrong[0]}…, a path of this machine, expected none; it was not written")
+        raise StudyError(
+            f"{place}: would hold {wrong[0]}…, a path of this machine, expected none; "
+            "it was not written, so give places as NAME=PLACE"
+        )
     place.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(place) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -111,10 +111,10 @@ def read_pool(path: Path) -> tuple[Member, ...]:
     except (yaml.YAMLError, ValueError) as error:
         if not isinstance(error, ValidationError):
             said = short_reason(error)
-            raise StudyError(f"pool {str(path)!r}: {said}; expected a .json file with a list of members") from None
+            raise StudyError(f"pool {str(path)!r}: {said}; name a .json file with a list of members") from None
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; expected a list of members") from None
+        raise StudyError(f"pool {str(path)!r}: {place}: {first['msg']}; mend the file, a list of members") from None
     name, n = Counter(member.name for member in pool).most_common(1)[0] if pool else ("", 0)
     if n > 1:
         raise StudyError(f"pool {str(path)!r}: two members are called {name!r}; give each a name of its own")
@@ -152,7 +152,10 @@ def find_pool(name: str, each_speech: int, leave_out: typing.Iterable[str] = ())
         raise StudyError(f"responses.leave_out: {wrong[0]!r} is no member of pool {name!r}. {suggest(wrong[0], known)}")
     pool = tuple(member for member in whole if member.name not in leave_out)
     if len(pool) < each_speech:
-        raise StudyError(f"pool {name!r}: has {len(pool)} members to ask, expected at least {each_speech}")
+        raise StudyError(
+            f"pool {name!r}: has {len(pool)} members to ask, expected at least {each_speech}; "
+            "lower responses.each_speech, or leave fewer out"
+        )
     return pool
 
 
@@ -269,7 +272,10 @@ class MemberModel:
     def asked(self, request: ChatRequest) -> ChatRequest:
         "Put a client's words as this member gets them."
         if "client_speech" not in request.fields:
-            raise StudyError(f"model {self.uri!r}: found a request of kind {request.task!r}; it answers clients only")
+            raise StudyError(
+                f"model {self.uri!r}: found a request of kind {request.task!r}; "
+                "it answers clients only, so name another model"
+            )
         own = {name: getattr(self.member, name) for name in ("temperature", "top_k", "top_p")}
         own |= {"max_tokens": request.decoding.max_tokens + self.member.thinking}
         messages = self.member.messages(request.fields["client_speech"])

@@ -139,7 +139,10 @@ def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "fr
     given = np.array([has_words(text) for text in texts], bool)
     if not given.any():
         found = "no row has a text" if len(frame) else "there are no rows"
-        raise StudyError(f"{where}, column {response}: {found}, so there is nothing to rate; is it the right column?")
+        raise StudyError(
+            f"{where}, column {response}: {found}, so there is nothing to rate; "
+            "is it the right column? Rename the one that is meant"
+        )
     scores, reasons = np.full((len(frame), len(principle_keys())), np.nan), np.full(len(frame), None)
     acts = np.full(len(frame), None)
     if rater in ACTS:
@@ -148,7 +151,10 @@ def rate_rows(frame, rater: str = RATER, explain: bool = False, where: str = "fr
         scores[given], reasons[given] = gateway_scores(rater, said[given], texts[given])
     first = next(filter(None, reasons), "")
     if np.isnan(scores).all():
-        raise StudyError(f"{where}: {rater!r} rated no row, the first since {first}; finished calls are kept")
+        raise StudyError(
+            f"{where}: {rater!r} rated no row, the first since {first}; "
+            "finished calls are kept, so mend that and run again"
+        )
     marked = {
         "no response and no score": ~given & ~odd,
         "a response that is no text, and no score": odd,

@@ -38,7 +38,8 @@ def mode_calls(mode: str) -> tuple[str | None, ...]:
     "Return a speech's calls: the principle asked for, None for all; refuse an unknown mode."
     if mode not in MODES:
         raise StudyError(
-            f"ratings.mode: found {mode!r}, expected principle (a call for each principle) or speech (one call for all)"
+            f"ratings.mode: found {mode!r}, expected principle (a call for each principle) or "
+            "speech (one call for all); set one of them"
         )
     return principle_keys() if mode == "principle" else (None,)
 
@@ -325,6 +326,6 @@ def describe_modes(compared) -> list[str]:
 def first_speeches(speeches, n: int):
     "Return the first n speeches, on which the modes are compared; refuse a negative number."
     if n < 0:
-        found = f"found {n}, expected 0 (no comparison) or a number of speeches"
+        found = f"found {n}, expected 0 (no comparison) or a number of speeches; set it so"
         raise StudyError(f"ratings.compare_mode_speeches: {found}")
     return speeches.head(n)

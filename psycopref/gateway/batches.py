@@ -326,7 +326,9 @@ async def one(self: BatchModel, requests: list[ChatRequest]) -> dict[str, ChatRe
     except transport_errors() as error:
         failure = self.sort_error(error)
         if not failure.again:
-            raise StudyError(f"model {self.uri!r}: the server refused the batch: {failure.reason}") from None
+            raise StudyError(
+                f"model {self.uri!r}: the server refused the batch: {failure.reason}; mend this and run again"
+            ) from None
         return dict.fromkeys(asked, failure)
     replies = await self.read(batch, asked)
     self.jobs.drop_jobs([key for key, reply in replies.items() if isinstance(reply, Failure)])

@@ -45,7 +45,9 @@ def chat_model(uri: str, **options) -> ChatModel:
     "Open a model by its URI, provider:name; options are passed to the provider."
     provider, _, name = uri.partition(":")
     if provider not in PROVIDERS or not name:
-        raise StudyError(f"model {uri!r}: expected provider:name with a provider among {', '.join(PROVIDERS)}")
+        raise StudyError(
+            f"model {uri!r}: expected provider:name with a provider among {', '.join(PROVIDERS)}; write it so"
+        )
     make = PROVIDERS[provider]
     return (pkgutil.resolve_name(make) if isinstance(make, str) else make)(name, **options)
 

@@ -183,7 +183,7 @@ def _options(uri: str) -> tuple[str, dict[str, str]]:
     found, right = dict(listed), {"thinking": "[0-9]{1,6}", "temperature": "none"}
     good = len(found) == len(listed) > 0 and all(re.fullmatch(right.get(key, "(?!)"), own) for key, own in listed)
     if text and not good:
-        expected = "expected ?thinking=TOKENS, ?temperature=none, or both with & between them"
+        expected = "expected ?thinking=TOKENS, ?temperature=none, or both with & between them; write it so"
         raise StudyError(f"model {uri!r}: found {text!r}, {expected}")
     return name, found
 

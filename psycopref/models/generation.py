@@ -432,17 +432,15 @@ def generate(
     import torch
 
     if decoding.max_tokens < 1 or n < 1:
-        raise StudyError(f"generate: max_tokens is {decoding.max_tokens} and n is {n}; both must be at least 1")
+        raise StudyError(f"generate: max_tokens is {decoding.max_tokens} and n is {n}; set both to at least 1")
     if not 0 < decoding.top_p <= 1:
-        raise StudyError(
-            f"generate: top_p is {decoding.top_p}; it must be above 0 and at most 1, which takes all tokens"
-        )
+        raise StudyError(f"generate: top_p is {decoding.top_p}; set it above 0 and at most 1, which takes all tokens")
     if decoding.repetition_penalty <= 0 or decoding.sentence_after < 0:
         found = f"{decoding.repetition_penalty} and sentence_after {decoding.sentence_after}"
-        raise StudyError(f"generate: repetition_penalty is {found}; expected above 0, and from 0 on")
+        raise StudyError(f"generate: repetition_penalty is {found}; set them above 0, and from 0 on")
     ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     if not all(ids):
-        raise StudyError(f"generate: prompt {ids.index([])} has no token; each needs one at least")
+        raise StudyError(f"generate: prompt {ids.index([])} has no token; give each at least one")
     dealt = lambda i: (
         [(decoding.seed, place) for place in range(n)] if seeds is None else [(own, 0) for own in seeds[i]]
     )

@@ -32,7 +32,7 @@ def render_chat(tokenizer, messages: typing.Sequence[dict]) -> str:
         roles = ", ".join(str(message.get("role")) for message in messages[:4])
         said = f"its chat template refuses messages of {roles} ({short_reason(error)})"
         raise StudyError(
-            f"weights {tokenizer.name_or_path!r}: {said}; a member of a pool may say `system: false`"
+            f"weights {tokenizer.name_or_path!r}: {said}; set `system: false` where it is a member of a pool"
         ) from None
 
 

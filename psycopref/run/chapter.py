@@ -293,7 +293,7 @@ def open_stage(name: str, profile: str, run=None, seed: int = 0, overrides=None,
     if where.seed is not None and (seed != where.seed or not STAGES[name].seeds):
         repeated = ", ".join(stage.name for stage in STAGES.values() if stage.seeds)
         found = f"outputs/{where.name}: found stage {name} with SEED {seed}, expected SEED {where.seed} and one of"
-        raise StudyError(f"{found} {repeated}; all else belongs to RUN={where.whole.name}")
+        raise StudyError(f"{found} {repeated}; run all else by RUN={where.whole.name}")
     changed = changed_settings(settings, name)
     stage = ChapterStage(where, name, settings, seed, changed, part(settings) if part else None)
     stage.asked = tuple(overrides or {})

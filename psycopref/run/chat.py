@@ -67,13 +67,17 @@ def find_policy(path: str) -> tuple[str, Decoding]:
         entries = read_json(place / "06_policy" / "policies.json")
         place = place / "06_policy" / next(entry["path"] for entry in entries if entry["kind"] == "dpo-iter")
     elif not place.is_dir() and (place.is_absolute() or place.parent.is_dir() and "/" in path):
-        raise StudyError(f"{path}: no such folder, expected a policy's, a run's, or the name of base weights")
+        raise StudyError(
+            f"{path}: no such folder, expected a policy's, a run's, or the name of base weights; give one of these"
+        )
     if not place.is_dir():
         return path, measured_decoding(None)
     config = read_json(place / "config.json") if (place / "config.json").is_file() else {}
     if not any(kind.endswith("ForCausalLM") for kind in config.get("architectures") or [""]):
         found = ", ".join(config.get("architectures") or ["no config.json"])
-        raise StudyError(f"{place}: is no policy ({found}), expected a folder such as policies.json of 06_policy names")
+        raise StudyError(
+            f"{place}: is no policy ({found}), expected a folder such as policies.json of 06_policy names; give one"
+        )
     return str(place), measured_decoding(place.resolve())
 
 

@@ -72,13 +72,16 @@ def publish_seconds(run: Run) -> str:
     return f"{TIMES_FILE}: {len(own['seconds'])} times"
 
 # %% ../../nbs/run/05_console.ipynb #af6002c2
-def expected_seconds(rules: typing.Sequence[dict], shards: int = 1, published: dict | None = None) -> dict[str, float]:
+def expected_seconds(
+    rules: typing.Sequence[dict], shards: int = 1, published: dict | None = None, gflops: float | None = None
+) -> dict[str, float]:
     """Expect how long a job of each rule takes: rule -> seconds, unknown ones left out; a shard counts as its part.
 
-    rules: of `stage_rules`; shards: run side by side; published: None reads what `publish_seconds` kept."""
+    rules: of `stage_rules`; shards: run side by side; published: None reads what `publish_seconds` kept; gflops: of
+    this machine, None measures."""
     profile = json.loads(rules[0]["parameters"])["PROFILE"]
     known = (published_seconds() if published is None else published).get(profile)
-    slower = known["gflops"] / matmul_gflops() if known else 1.0
+    slower = known["gflops"] / (gflops or matmul_gflops()) if known else 1.0
     found = {rule: slower * took for rule, took in known["seconds"].items()} if known else {}
     for rule in rules:
         name, found = rule["name"], found | stage_seconds(rule["name"], profile, json.loads(rule["settings"]))

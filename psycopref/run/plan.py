@@ -279,7 +279,7 @@ def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
     n, basis = (n, basis) if speeches is None else (speeches, "as given")
     check_safety(dataclasses.replace(profile.pairs, safety="veto") if profile.veto_arm else profile.pairs)
     if n < 1:
-        raise StudyError(f"plan: found {n} client speeches, expected at least 1")
+        raise StudyError(f"plan: found {n} client speeches, expected at least 1; name a source that has some")
     test = round(profile.speeches.test_fraction * n)
     dev = round(profile.speeches.dev_fraction * (n - test))
     each, samples = profile.responses.each_speech, profile.responses.samples
@@ -733,7 +733,7 @@ def asked_uris(profile: Profile) -> list[str]:
     for uri in uris:
         if not split_uri(uri)[0]:
             known = ", ".join(PROVIDERS)
-            raise StudyError(f"model {uri!r}: expected provider:name with a provider among {known}")
+            raise StudyError(f"model {uri!r}: expected provider:name with a provider among {known}; write it so")
     return list(dict.fromkeys(uris))
 
 

@@ -140,7 +140,7 @@ def copy_results(run: Run, nbs: Path | None = None) -> list[str]:
         chapter, done = (json.loads(place.read_text(encoding="utf-8")) for place in (path, executed))
         found[path] = with_outputs(chapter, done, path.name, str(project_root()))
         if wrong := publication_faults(found[path]):
-            raise StudyError(f"{path.name}: {wrong[0]}; nothing was copied")
+            raise StudyError(f"{path.name}: {wrong[0]}; nothing was copied, so mend that chapter and run it again")
     for path, notebook in found.items():
         text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         with atomic_path(path) as partial:

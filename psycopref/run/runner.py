@@ -19,7 +19,7 @@ import threading
 import typing
 from pathlib import Path
 
-from ..core.files import StageReader, read_json, sha256_file
+from ..core.files import StageReader, read_json
 from ..core.paper import resource_path
 from ..core.principles import principles_file
 from ..core.settings import StudyError, load_profile, suggest
@@ -31,7 +31,7 @@ from ..gateway.cache import open_cache
 # %% auto #0
 __all__ = ['UNHASHED', 'notebook_parameters', 'check_parameters', 'followed_progress', 'run_notebook', 'retry', 'code_cells',
            'notebook_of_modules', 'imported_modules', 'code_of', 'code_hash', 'stage_parameters', 'own_files',
-           'seed_paths', 'stage_rules', 'trace', 'compare']
+           'seed_paths', 'stage_rules', 'trace']
 
 # %% ../../nbs/run/01_runner.ipynb #b543102f
 def notebook_parameters(path: Path) -> dict:
@@ -47,12 +47,14 @@ def notebook_parameters(path: Path) -> dict:
         raise StudyError(said) from None
     if len(tagged) != 1:
         found = f"{path}: has {len(tagged)} cells tagged 'parameters', expected exactly one"
-        raise StudyError(f"{found}; papermill would ignore what you pass")
+        raise StudyError(f"{found}; tag one, else papermill ignores what you pass")
     try:
         lines = [(line.targets, line.value) for line in ast.parse(source).body]
         return {target.id: ast.literal_eval(value) for [target], value in lines}
     except (AttributeError, ValueError, SyntaxError):
-        raise StudyError(f"{path}: the parameters cell may only hold lines like NAME = value") from None
+        raise StudyError(
+            f"{path}: the parameters cell may only hold lines like NAME = value; move all else to another"
+        ) from None
 
 # %% ../../nbs/run/01_runner.ipynb #5e50cdc9
 def check_parameters(path: Path, given: dict) -> dict:
@@ -65,14 +67,16 @@ def check_parameters(path: Path, given: dict) -> dict:
         if type(value) not in kinds:
             words = kinds[0].__name__ if len(kinds) == 1 else "text, a list or None"
             found = f"{Path(path).name}: parameter {name} is {value!r} ({type(value).__name__})"
-            raise StudyError(f"{found}, expected {words}")
+            raise StudyError(f"{found}, expected {words}; give it so")
     for name in {"RUN", "SHARD", "CELL"} & given.keys():
         if not isinstance(given[name], (str, type(None))):
             raise StudyError(
                 f"{Path(path).name}: parameter {name} is {given[name]!r}, expected text; write it in quotes"
             )
     if given.get("SEED", 0) < 0:
-        raise StudyError(f"{Path(path).name}: parameter SEED is {given['SEED']}, expected a whole number from 0 on")
+        raise StudyError(
+            f"{Path(path).name}: parameter SEED is {given['SEED']}, expected a whole number from 0 on; give one"
+        )
     if "PROFILE" in known:
         load_profile(given.get("PROFILE", known["PROFILE"]), given.get("OVERRIDES"))
     if given.get("RUN") is not None:
@@ -142,7 +146,7 @@ def run_notebook(path: Path, given: dict) -> Path:
             raise StudyError(error.evalue) from None
         raised = f"{error.ename}: {' '.join(str(error.evalue).split())[:300]}"
         where = f"{path.name}: cell {error.exec_count} raised {raised}"
-        raise StudyError(f"{where}; the traceback is in {unfinished}") from None
+        raise StudyError(f"{where}; see the traceback in {unfinished}") from None
     return unfinished.replace(output)
 
 # %% ../../nbs/run/01_runner.ipynb #2571b563
@@ -157,7 +161,7 @@ def retry(run: Run, stage: str = "03_ratings") -> Path:
     aside = read_json(place / "quarantine.json")
     keys = [entry["key"] for entry in aside if entry.get("key")]
     if not aside:
-        raise StudyError(f"retry: nothing is in the quarantine of {folder}")
+        raise StudyError(f"retry: nothing is in the quarantine of {folder}; leave it as it is")
     if not keys:
         found = f"retry: the quarantine of {folder} has no request keys, expected that of 03_ratings"
         raise StudyError(f"{found}; run {stage} again")
@@ -317,7 +321,9 @@ def trace(path: Path) -> list[str]:
     parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
     at = 3 if parts[1:2] == ("seeds",) else 1
     if len(parts) <= at or parts[at] not in STAGES or not path.exists():
-        raise StudyError(f"{path}: is no artefact of a run, expected an existing path under {root}/<run>/<stage>")
+        raise StudyError(
+            f"{path}: is no artefact of a run, expected an existing path under {root}/<run>/<stage>; name one"
+        )
     run, stage = Run("/".join(parts[:at])), parts[at]
     lines, todo, seen = [], [stage], set()
     while todo:
@@ -335,17 +341,3 @@ def trace(path: Path) -> list[str]:
         lines += [f"    reads {source} sha256 {digest[:12]}" for source, digest in receipt["inputs"].items()]
         todo += [part for source in receipt["inputs"] for part in Path(source).parts if part in STAGES]
     return lines
-
-# %% ../../nbs/run/01_runner.ipynb #ef23c26e
-def compare(first: str, second: str) -> list[str]:
-    "Compare the tables of two runs by hash: a line for each, same, different, or only in one."
-    hashes = {name: {p.name: sha256_file(p) for p in Run(name).tables.glob("*.csv")} for name in (first, second)}
-    for name in (name for name, found in hashes.items() if not found):
-        raise StudyError(f"compare: {name} has no tables; run it first")
-
-    def verdict(table):
-        owners = [name for name in hashes if table in hashes[name]]
-        same = len({found.get(table) for found in hashes.values()}) == 1
-        return "same" if same else "different" if len(owners) == 2 else f"only in {owners[0]}"
-
-    return [f"{verdict(table):12} {table}" for table in sorted({*hashes[first], *hashes[second]})]

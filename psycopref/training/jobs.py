@@ -84,7 +84,7 @@ def store_job(folder: Path, job, frames: dict) -> None:
 def read_job(folder: Path) -> dict:
     "Read a job as plain data: kind, goal, settings and what else its dataclass has, and the hashes of its pairs."
     if not (Path(folder) / "job.json").is_file():
-        raise StudyError(f"{folder}: has no job.json; expected the folder of a training")
+        raise StudyError(f"{folder}: has no job.json, expected the folder of a training; name one")
     return read_json(Path(folder) / "job.json")
 
 
@@ -137,7 +137,10 @@ def do_job(folder: Path) -> dict:
     job, place, clock = read_job(folder), Path(folder) / "checkpoints", [time.perf_counter()]
     if job.get("kind") not in JOB_KINDS:
         kind, known = job.get("kind"), ", ".join(JOB_KINDS)
-        raise StudyError(f"{folder}: is a job of kind {kind!r}, expected one of {known}; another version wrote it")
+        raise StudyError(
+            f"{folder}: is a job of kind {kind!r}, expected one of {known}; "
+            "another version wrote it, so run its stage again"
+        )
     module, _, name = JOB_KINDS[job["kind"]].partition(":")
     with at_work(folder):
         take_device(bool(job["settings"]["lora"]["rank"]))
@@ -188,7 +191,7 @@ def accelerate_strategy() -> str:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise StudyError(
             f"PSYCOPREF_ACCELERATE: {named!r} can't be read ({type(error).__name__}), expected a configuration of "
-            "accelerate such as psycopref/resources/accelerate/fsdp2.yaml"
+            "accelerate; name one such as psycopref/resources/accelerate/fsdp2.yaml"
         ) from None
     return {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO-3"}.get(kind, "DDP")
 

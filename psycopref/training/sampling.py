@@ -336,7 +336,7 @@ class Server:
         "Return the end of the log in one line."
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = " | ".join([line.strip() for line in lines if line.strip()][-6:])[-900:] or "none"
-        return f"its last words: {said} (all of them: {self.log})"
+        return f"look at its last words: {said} (all of them: {self.log})"
 
 # %% ../../nbs/training/06_sampling.ipynb #a37d843e
 START_SECONDS = 1800.0  # a large model is loaded and compiled in this time

@@ -78,7 +78,7 @@ def _refuse_missing(location: str, lost) -> None:
     if lost := sorted(lost):
         raise StudyError(
             f"reward model {location!r}: found no {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''} in "
-            "it, so its rewards would be random; expected a trained reward model"
+            "it, so its rewards would be random; name a trained reward model"
         )
 
 
@@ -93,7 +93,7 @@ def _clear_errors(location: str):
         shape = any(word in said for word in ("score.weight", "size mismatch", "mismatched"))
         raise StudyError(
             f"reward model {location!r}: found {'a score.weight of another shape; ' if shape else ''}{said[:240]}, "
-            "expected a model with one label"
+            "expected a model with one label; name such a one"
         ) from None
 
 # %% ../../nbs/training/03_scoring.ipynb #855fc251
@@ -120,7 +120,7 @@ def load_reward_model(location: str, tokenizer, dtype: str = "auto", new_head: i
         model, missing = _load(AutoModelForSequenceClassification, place, dtype, num_labels=1, **keywords, **own)
     if not hasattr(model, "score"):
         raise StudyError(
-            f"reward model {location!r}: a {type(model).__name__} has no head named score; expected a decoder with one"
+            f"reward model {location!r}: a {type(model).__name__} has no head named score; name a decoder with one"
         )
     headless = new_head is not None or base is not None
     _refuse_missing(location, [name for name in missing if not headless or name != "score.weight"])

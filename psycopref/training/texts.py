@@ -333,7 +333,7 @@ def name_for_older(folder: Path) -> list[str]:
     older = {"config.json": _older_config, "tokenizer_config.json": _older_tokenizer}
     paths = [Path(folder) / name for name in older]
     for path in (path for path in paths if not path.is_file()):
-        raise StudyError(f"{path}: no such file; expected a model with its tokenizer, as save_pretrained writes them")
+        raise StudyError(f"{path}: no such file; name a model with its tokenizer, as save_pretrained writes them")
     before = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     after = [change(own) for change, own in zip(older.values(), before)]
     changed = [(path, new) for path, old, new in zip(paths, before, after) if new != old]

@@ -122,7 +122,7 @@ def test_whole_numbers_become_fractions_and_nothing_else_is_converted():
         ("dpo.select", "test", "override 'dpo.select': found 'test' (str), expected 'loss', 'reward' or 'win-rate'"),
         ("speeches.sources", [3], "override 'speeches.sources': found 3 (int), expected a valid string"),
     ]:
-        assert one_line(lambda name=name, value=value: load_profile("demo", {name: value})) == said
+        assert one_line(lambda name=name, value=value: load_profile("demo", {name: value})) == f"{said}; set it so"
 
 
 def test_calls_divide_the_responses_to_a_speech():

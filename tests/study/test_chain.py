@@ -10,7 +10,8 @@ import pandas as pd
 from chains import PLANTED, bad, chain, planned, receipt, run_stage
 from psycopref.core.files import SCHEMAS, StageReader, read_rows, sha256_file
 from psycopref.core.stages import STAGES, Run
-from psycopref.run.runner import compare, stage_rules, trace
+from psycopref.reporting.compare import compare_runs, comparison_lines
+from psycopref.run.runner import stage_rules, trace
 from refusals import one_line
 
 
@@ -184,7 +185,11 @@ def test_trace_and_compare(copy, monkeypatch):
     monkeypatch.setenv("PSYCOPREF_ROOT", str(copy))
     stages = [line.split(":")[0] for line in trace(copy / "outputs/tiny/04_pairs") if not line.startswith(" ")]
     assert stages[0] == "04_pairs" and "01_speeches" in stages
-    assert {line.split()[0] for line in compare("tiny", "tiny")} == {"same"}
+    shutil.copytree(copy / "outputs/tiny", copy / "outputs/again", ignore=shutil.ignore_patterns("cache", "kept*"))
+    compared = compare_runs("tiny", "again")
+    assert compared.same and not compared.differences and not any(table.changes for table in compared.tables)
+    assert {line.split()[0] for line in comparison_lines(compared)[: len(compared.tables)]} == {"same"}
+    assert "named twice" in one_line(lambda: compare_runs("tiny", "tiny"))
 
 
 def test_further_seeds_repeat_what_trains_and_nothing_else(copy):
