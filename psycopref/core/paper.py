@@ -65,15 +65,11 @@ def _leaves(node, path: tuple = ()) -> typing.Iterator[tuple[tuple, dict]]:
 # %% ../../nbs/core/03_paper.ipynb #310c4c0c
 def _described_value(section: str, printed: dict, path: tuple, leaf: dict) -> dict:
     "Say of one value what it is, where it is printed, and how a run is asked for the same."
-    columns, last = printed.get("columns", {}), path[-1]
+    columns, last, names = printed.get("columns", {}), path[-1], printed.get("names", {})
     column = "topics" if path[1:2] == ("topics",) else last
     place = printed.get("tables", {}).get(path[0]) or printed.get("where", "")
     heading = f", column {columns[column]}" if column in columns else ""
-    steps = [
-        printed.get("settings", {}).get(step, step)
-        for step in path
-        if step not in (*columns, *printed.get("tables", ()))
-    ]
+    steps = [names.get(step, step) for step in path if step not in (*columns, *printed.get("tables", ()))]
     steps += [columns[last]] if last in columns and last != "count" else []
     what = ": ".join(filter(None, (", ".join(steps[:-1]), steps[-1]))).replace("_", " ")
     kind = leaf.get("kind") or printed.get("kinds", {}).get(last) or printed["kind"]
@@ -89,6 +85,8 @@ def published_values(text: str | None = None) -> list[dict]:
     where a run has the same, if that is no matter of the section; text: of another file, None reads the package's."""
     file = _paper_file(text)
     sections = {section: (file["printed"][section], file[section]) for section in file["sources"]}
+    titles = {slug: node["title"] for slug, node in file["taxonomy"].items()}
+    sections["taxonomy"] = (file["printed"]["taxonomy"] | {"names": titles}, file["taxonomy"])
     return [
         _described_value(section, printed, path, leaf)
         for section, (printed, node) in sections.items()
