@@ -19,7 +19,7 @@ from ..core.stages import PAPER_PRINCIPLES, Run, as_dotted, public_value
 # %% auto #0
 __all__ = ['REPRODUCED', 'DIFFERS', 'NOT_RUN', 'VERSIONS', 'PUBLISHED_CAPTION', 'RunValues', 'table_of_texts', 'run_values',
            'run_backbones', 'standing_in', 'published_state', 'published_frame', 'other_than_the_paper',
-           'published_note', 'describe_published']
+           'published_note', 'describe_published', 'published_results']
 
 # %% ../../nbs/evaluation/09_published.ipynb #57d3a150
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _by_win_rate(entry: dict, values: RunValues) -> dict:
         row, value = _row(_frame(values, "S26_coarse_topics"), "no test speech of this topic", **cells), "win rate %"
     return {"value": _number(row[value]), "of": policy, **_ends(row["95% interval"])}
 
-
+# %% ../../nbs/evaluation/09_published.ipynb #da6cb602
 def _by_mixture(entry: dict, values: RunValues) -> dict:
     "Find a cell of the mixing grid: the tables name the row of the later version that each stands beside."
     group, name, column = entry["path"]
@@ -327,6 +327,11 @@ def describe_published(frame) -> str:
     )
 
 
-PUBLISHED_CAPTION = (
-    "Every published value beside this run's (arXiv:2502.19731, its later version, and the released data)"
-)
+PUBLISHED_CAPTION = "Every published value (first and later version, released data) beside this run's"
+
+
+def published_results(run: Run, stages: typing.Iterable[str]) -> tuple:
+    "Compare a run with what was published: (frame of `published_frame`, two sentences on it)."
+    values = run_values(run, stages)
+    beside = published_frame(values)
+    return beside, [describe_published(beside), published_note(values)]

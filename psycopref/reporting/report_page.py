@@ -6,23 +6,28 @@
 from __future__ import annotations
 import base64
 import html
+import re
 import shutil
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.tables import TABLE_STYLE, Label
+from ..core.checklists import checklist_rows, describe_checklist, read_checklists, result_anchor
+from ..core.tables import TABLE_STYLE, Label, html_table
 from ..core.files import StageReader, read_json
 from ..gateway.cache import run_bill
 from ..core.settings import StudyError
 from ..core.stages import STAGES, Run, parse_seeds
-from ..core.paper import paper_values
+from ..core.paper import paper_remarks, paper_values
 from ..core.files import stages_of_run
+from ..evaluation.published import DIFFERS, NOT_RUN, REPRODUCED
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'Item', 'gather', 'absent', 'describe_absent', 'paper_win_rate', 'headlines',
-           'further_seeds', 'receipt_paths', 'all_receipts', 'provenance', 'describe_work', 'run_books', 'asked_name',
-           'spending_table', 'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'PAGE_STYLE', 'Item', 'gather', 'absent', 'describe_absent',
+           'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts', 'provenance',
+           'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'remarks_section',
+           'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'own_tables', 'overview_page',
+           'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/reporting/00_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -206,29 +211,178 @@ def spending_caption(books: list[dict]) -> str:
         said.append("servers other than OpenAI's stand at 0.00, whatever they charge")
     return "; ".join(said)
 
-# %% ../../nbs/reporting/00_report_page.ipynb #b5f82c35
+# %% ../../nbs/reporting/00_report_page.ipynb #4185ed71
+PUBLISHED_SECTIONS = {
+    "dataset": "Counts of the dataset",
+    "design": "Settings and sizes in the text",
+    "table_1": "Table 1, reward models",
+    "table_2": "Table 2, win rates",
+    "taxonomy": "Table 4, topics",
+    "table_5": "Table 5, model pool",
+    "agreement": "Agreement of experts (§3.4, §4.2)",
+    "later_version": "Tables of the later version",
+    "released_dataset": "Counted in the released data",
+}
+
+# %% ../../nbs/reporting/00_report_page.ipynb #71c7cffb
+_STATES = {REPRODUCED: "yes", DIFFERS: "no", NOT_RUN: "none"}  # state -> class of its mark
+
+
+def _marked(state: str) -> str:
+    "Write a state as HTML, with a mark that needs no colour to be read."
+    return f"<span class='mark {_STATES[state]}'>{html.escape(state)}</span>"
+
+
+def _published_rows(rows) -> str:
+    "Write the rows of one fold, all texts escaped."
+    columns = ["value", "where", "published", "this run", "95% interval", "difference", "state", "why", "measured on"]
+    body = []
+    for row in rows[columns].to_dict("records"):
+        cells = ["—" if value is None else html.escape(str(value)) for value in row.values()]
+        cells[columns.index("state")] = _marked(row["state"])
+        body.append(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>")
+    head, rows = "</th><th>".join(columns), "".join(body)
+    table = f"<table><thead><tr><th>{head}</th></tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
+
+# %% ../../nbs/reporting/00_report_page.ipynb #9071e420
+def remarks_section(remarks: dict) -> str:
+    "Write what of the paper does not add up or has no numbers, and the tolerances. remarks: of `paper_remarks`."
+    odd = []
+    for own in remarks["does_not_add_up"]:
+        cells = [own["what"], own["one"]["value"], own["one"]["where"], own["other"]["value"], own["other"]["where"]]
+        odd.append(f"<tr><td>{'</td><td>'.join(html.escape(str(cell)) for cell in cells)}</td></tr>")
+    bare = "".join(
+        f"<li>{html.escape(own['where'])}: {html.escape(own['what'])}</li>" for own in remarks["not_printed"]
+    )
+    rules = "".join(f"<li>{kind}: {html.escape(rule['says'])}</li>" for kind, rule in remarks["tolerances"].items())
+    head = "<th>what</th><th>one figure</th><th>where</th><th>another</th><th>where</th>"
+    return (
+        f"<details id='published-remarks'><summary>Where the paper does not add up ({len(odd)}), what it prints no "
+        f"numbers of ({len(remarks['not_printed'])}), and the tolerances</summary><div class='scroll'><table><thead>"
+        f"<tr>{head}</tr></thead><tbody>{''.join(odd)}</tbody></table></div><p>No numbers are printed of:</p>"
+        f"<ul>{bare}</ul><p>A value counts as reproduced, by its kind:</p><ul>{rules}</ul></details>"
+    )
+
+# %% ../../nbs/reporting/00_report_page.ipynb #fb4cabde
+def published_section(beside, said: typing.Sequence[str]) -> str:
+    "Write the section of published values. beside, said: of `published_results`."
+    folds, counts = [], []
+    for section in [name for name in PUBLISHED_SECTIONS if name in set(beside.section)]:
+        rows, title = beside[beside.section == section], html.escape(PUBLISHED_SECTIONS[section])
+        own = [int((rows.state == state).sum()) for state in _STATES]
+        numbers = "".join(f"<td>{n}</td>" for n in [len(rows), *own])
+        counts.append(f"<tr><td><a href='#published-{section}'>{title}</a></td>{numbers}</tr>")
+        summary = f"{title}: {len(rows)} values, {own[0]} reproduced, {own[1]} differ, {own[2]} not run"
+        folds.append(f"<details id='published-{section}'><summary>{summary}</summary>{_published_rows(rows)}</details>")
+    heads = "".join(f"<th>{name}</th>" for name in ["printed in", "values", *_STATES])
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(counts)}</tbody></table>"
+    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in said)
+    return (
+        f"<section id='published'><h2>Every published value</h2>{words}<div class='scroll'>{table}</div>"
+        f"{''.join(folds)}{remarks_section(paper_remarks())}</section>"
+    )
+
+# %% ../../nbs/reporting/00_report_page.ipynb #8a1ff06d
+def checklist_section(available: typing.Container[str]) -> str:
+    "Write the checklists with links into the page. available: its anchors."
+    parts = []
+    for checklist in read_checklists():
+        rows, body = checklist_rows(checklist, available), []
+        for row in rows:
+            links = " · ".join(f"<a href='#{anchor}'>{html.escape(words)}</a>" for words, anchor in row["links"])
+            kind = {"answered": "yes", "in part": "part"}.get(row["answer"], "no")
+            asked = f"<td>{html.escape(row['item'])}</td><td>{html.escape(row['asks'])}</td>"
+            answer = f"<td><span class='mark {kind}'>{html.escape(row['answer'])}</span></td>"
+            body.append(f"<tr>{asked}{answer}<td>{html.escape(row['said'])}</td><td>{links or '—'}</td></tr>")
+        head = "<th></th><th>asked</th><th>answer</th><th>how</th><th>see</th>"
+        summary = f"{html.escape(checklist.title)}. {describe_checklist(rows)}"
+        parts.append(
+            f"<details id='checklist-{checklist.name}' open><summary>{summary}</summary><div class='scroll'>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<p class='label'>{html.escape(checklist.source)}</p></details>"
+        )
+    return f"<section id='checklists'><h2>Checklists</h2>{''.join(parts)}</section>"
+
+# %% ../../nbs/reporting/00_report_page.ipynb #5b321ecc
+PAGE_STYLE = (
+    "<meta name='viewport' content='width=device-width,initial-scale=1'><style>:root{color-scheme:light dark}"
+    "section,details,[id]{scroll-margin-top:1rem}details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;"
+    "padding:.3rem .7rem}summary{cursor:pointer;font-weight:600;padding:.2rem 0}nav a{margin-right:1rem}"
+    "td,th{min-width:3.2rem}details td:nth-child(1){min-width:1rem}.mark{white-space:nowrap}"
+    ".mark::before{margin-right:.35em;font-weight:700}.yes::before{content:'✓'}.no::before{content:'≠'}"
+    ".none::before{content:'–'}.part::before{content:'◐'}#checklists .no::before{content:'○'}"
+    "#checklists .mark{white-space:normal}.yes{color:#00674d}.no{color:#a34200}.none,.part{color:#4a4a4a}"
+    "@media(max-width:40rem){body{margin:.7rem}table{font-size:.8rem}th,td{padding:.25rem .4rem}}"
+    "@media(prefers-color-scheme:dark){body{background:#15171a;color:#e4e4e4}th,td{border-color:#3a3d42}"
+    "thead th{border-color:#999}caption,.label{color:#a9adb3}details{border-color:#3a3d42}a{color:#8ab4ff}"
+    ".yes{color:#5fd3ad}.no{color:#ffab70}.none,.part{color:#b9bdc3}img{background:#fff;padding:.3rem}}</style>"
+)
+
+
+def with_anchors(fragments: typing.Iterable[tuple[str, str, str]]) -> list[str]:
+    "Give results their address in the page: (kind, number, HTML); of results of one number the first has it."
+    taken, found = set(), []
+    for kind, number, text in fragments:
+        anchor = result_anchor(kind, number)
+        found.append(text if anchor in taken else f"<div id='{anchor}'>{text}</div>")
+        taken.add(anchor)
+    return found
+
+
+def page_anchors(parts: typing.Iterable[str]) -> set[str]:
+    "Collect the addresses within a page."
+    return {anchor for part in parts for anchor in re.findall(r" id='([\w-]+)'", part)}
+
+# %% ../../nbs/reporting/00_report_page.ipynb #54e423ac
+def _shown_result(entry: dict) -> str:
+    "Write a stage's table or figure as an HTML fragment."
+    if entry["kind"] == "table":
+        return entry["path"].read_text(encoding="utf-8").split("</style>")[1]
+    picture, caption = base64.b64encode(entry["path"].read_bytes()).decode(), html.escape(entry["caption"])
+    style = f"style='max-width:100%;width:44rem' src='data:image/png;base64,{picture}'"
+    return f"<h3>{caption}</h3><img {style} alt='{caption}'>"
+
+
+def own_tables(folder: Path, used, label: Label) -> list[str]:
+    "Read the report's own tables, but that of published values, which has its section, and add the provenance."
+    paths = [path for path in folder.glob("table_*.json") if read_json(path)["slug"] != "published"]
+    shown = [{"kind": "table", **read_json(path), "path": path.with_suffix(".html")} for path in paths]
+    shown.sort(key=lambda entry: int(entry["number"].lstrip("S")))
+    fragments = [("table", entry["number"], _shown_result(entry)) for entry in shown]
+    provenance = html_table(used, "Provenance: what each stage took", label)
+    return with_anchors([*fragments, ("section", "provenance", provenance)])
+
+
+def _missing_section(missing: list[tuple]) -> str:
+    "List what the paper shows and the run does not."
+    reasons = (
+        f"{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}" for item, why in missing
+    )
+    rows = "".join(f"<li>{reason}.</li>" for reason in reasons)
+    return f"<section id='absent'><h2>Shown in the paper, not in this run</h2><ul>{rows}</ul></section>"
+
+# %% ../../nbs/reporting/00_report_page.ipynb #7e5522c9
 def overview_page(title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple]) -> str:
-    "Write everything on one self-contained HTML page. tables: fragments before the results."
+    """Write everything on one self-contained HTML page, with the checklists answered by what is on it.
+
+    tables: fragments before the results, of `own_tables` and `published_section`."""
     said = (
         "Numbers in columns or rows named <i>paper</i> are arXiv:2502.19731's, those of <i>later version</i> or "
         "<i>released pairs</i> are published where their caption says; all others were measured in this run. "
         "Responses here are research material: drafts for review by a licensed professional, never advice to a client."
     )
-    parts = [f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>", f"<p>{said}</p>", *tables]
-    for entry in found:
-        if entry["kind"] == "table":
-            parts.append(entry["path"].read_text(encoding="utf-8").split("</style>")[1])
-            continue
-        picture, caption = base64.b64encode(entry["path"].read_bytes()).decode(), html.escape(entry["caption"])
-        style = f"style='max-width:100%;width:44rem' src='data:image/png;base64,{picture}'"
-        parts.append(f"<h3>{caption}</h3><img {style} alt='{caption}'>")
-    reasons = (
-        f"{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}" for item, why in missing
+    shown = with_anchors((entry["kind"], entry["number"], _shown_result(entry)) for entry in found)
+    results = f"<section id='results'><h2>Tables and figures</h2>{''.join(shown)}</section>"
+    parts = [*tables, results, _missing_section(missing)]
+    parts.insert(len(tables), checklist_section(page_anchors(parts) | {"checklists"}))
+    named = re.findall(r"<section id='([\w-]+)'><h2>(.*?)</h2>", "".join(parts))
+    links = "".join(f"<a href='#{anchor}'>{words}</a>" for anchor, words in named)
+    first = (
+        f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p><p>{said}</p><nav>{links}</nav>"
     )
-    rows = "".join(f"<li>{reason}.</li>" for reason in reasons)
-    parts.append(f"<h2>Shown in the paper, not in this run</h2><ul>{rows}</ul>")
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
-    return f"{head}<body>{''.join(parts)}</body></html>"
+    return f"{head}{PAGE_STYLE}<body>{first}{''.join(parts)}</body></html>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #234f6c4c
 def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:
