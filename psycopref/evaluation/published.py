@@ -14,7 +14,7 @@ from ..core.files import StageReader
 from ..core.paper import coarse_topics, paper_remarks, published_values
 from ..core.principles import read_principles
 from ..core.settings import load_profile
-from ..core.stages import PAPER_PRINCIPLES, Run, as_dotted, public_value
+from ..core.stages import PAPER_PRINCIPLES, Run, as_dotted, public_value, stage_settings
 
 # %% auto #0
 __all__ = ['REPRODUCED', 'DIFFERS', 'NOT_RUN', 'VERSIONS', 'PUBLISHED_CAPTION', 'RunValues', 'table_of_texts', 'run_values',
@@ -297,13 +297,16 @@ def published_frame(values: RunValues, text: str | None = None):
 
 def other_than_the_paper(values: RunValues) -> list[str]:
     "Name what of a run is not the paper's: models, judge, reference, data, principles."
-    paper, found = as_dotted(load_profile("paper").__dict__), []
+    paper, found = load_profile("paper"), []
     asked = {"models": ("05_reward", "backbones"), "judge": ("07_win_rates", "evaluation.judge")}
     asked |= {"reference": ("07_win_rates", "evaluation.reference"), "data": ("01_speeches", "speeches.sources")}
     for what, (stage, name) in asked.items():
-        own = public_value(values.settings.get(stage, {}).get(name))
-        if own is not None and own != paper.get(name):
-            found.append(f"{what} ({', '.join(own) if isinstance(own, list) else own})")
+        own, usual = (
+            tree.get(name) for tree in (values.settings.get(stage, {}), as_dotted(stage_settings(paper, stage)))
+        )
+        own, usual = (", ".join(it) if isinstance(it, list | tuple) else it for it in (public_value(own), usual))
+        if own is not None and own != usual:
+            found.append(f"{what} ({own})")
     return found + ["principles"] * values.own_principles
 
 # %% ../../nbs/evaluation/09_published.ipynb #23eb9675

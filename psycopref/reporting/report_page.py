@@ -26,7 +26,7 @@ from ..evaluation.published import DIFFERS, NOT_RUN, REPRODUCED
 __all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'PAGE_STYLE', 'Item', 'gather', 'absent', 'describe_absent',
            'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts', 'provenance',
            'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'remarks_section',
-           'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'own_tables', 'overview_page',
+           'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables', 'overview_page',
            'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/reporting/00_report_page.ipynb #ca403972
@@ -344,7 +344,7 @@ def _shown_result(entry: dict) -> str:
     return f"<h3>{caption}</h3><img {style} alt='{caption}'>"
 
 
-def own_tables(folder: Path, used, label: Label) -> list[str]:
+def report_tables(folder: Path, used, label: Label) -> list[str]:
     "Read the report's own tables, but that of published values, which has its section, and add the provenance."
     paths = [path for path in folder.glob("table_*.json") if read_json(path)["slug"] != "published"]
     shown = [{"kind": "table", **read_json(path), "path": path.with_suffix(".html")} for path in paths]
@@ -366,7 +366,7 @@ def _missing_section(missing: list[tuple]) -> str:
 def overview_page(title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple]) -> str:
     """Write everything on one self-contained HTML page, with the checklists answered by what is on it.
 
-    tables: fragments before the results, of `own_tables` and `published_section`."""
+    tables: fragments before the results, of `report_tables` and `published_section`."""
     said = (
         "Numbers in columns or rows named <i>paper</i> are arXiv:2502.19731's, those of <i>later version</i> or "
         "<i>released pairs</i> are published where their caption says; all others were measured in this run. "
