@@ -23,11 +23,11 @@ from ..core.files import stages_of_run
 from ..evaluation.published import DIFFERS, NOT_RUN, REPRODUCED
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'PAGE_STYLE', 'Item', 'gather', 'absent', 'describe_absent',
-           'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts', 'provenance',
-           'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'remarks_section',
-           'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables', 'overview_page',
-           'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'SECTIONS', 'PAGE_STYLE', 'UNFOLD', 'Item', 'gather', 'absent',
+           'describe_absent', 'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts',
+           'provenance', 'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption',
+           'remarks_section', 'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables',
+           'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/reporting/00_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -233,35 +233,43 @@ def _marked(state: str) -> str:
     return f"<span class='mark {_STATES[state]}'>{html.escape(state)}</span>"
 
 
+def _cards(columns: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[str]]) -> str:
+    "Write a table that a narrow screen shows as cards; cells are HTML, one of a dash alone is left out there."
+    body = []
+    for row in rows:
+        kinds = [" class='blank'" if cell == "—" else f" data-name='{name}'" for name, cell in zip(columns, row)]
+        body.append(f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, row))}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    table = f"<table class='cards'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
+
+
 def _published_rows(rows) -> str:
     "Write the rows of one fold, all texts escaped."
     columns = ["value", "where", "published", "this run", "95% interval", "difference", "state", "why", "measured on"]
     body = []
     for row in rows[columns].to_dict("records"):
-        cells = ["—" if value is None else html.escape(str(value)) for value in row.values()]
-        cells[columns.index("state")] = _marked(row["state"])
-        body.append(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>")
-    head, rows = "</th><th>".join(columns), "".join(body)
-    table = f"<table><thead><tr><th>{head}</th></tr></thead><tbody>{rows}</tbody></table>"
-    return f"<div class='scroll'>{table}</div>"
+        cells = {name: "—" if value is None else html.escape(str(value)) for name, value in row.items()}
+        body.append([*(cells | {"state": _marked(row["state"])}).values()])
+    return _cards(columns, body)
 
 # %% ../../nbs/reporting/00_report_page.ipynb #9071e420
 def remarks_section(remarks: dict) -> str:
     "Write what of the paper does not add up or has no numbers, and the tolerances. remarks: of `paper_remarks`."
     odd = []
     for own in remarks["does_not_add_up"]:
-        cells = [own["what"], own["one"]["value"], own["one"]["where"], own["other"]["value"], own["other"]["where"]]
-        odd.append(f"<tr><td>{'</td><td>'.join(html.escape(str(cell)) for cell in cells)}</td></tr>")
+        cells = [own["what"], *(own[side][name] for side in ("one", "other") for name in ("value", "where"))]
+        odd.append([html.escape(str(cell)) for cell in cells])
     bare = "".join(
         f"<li>{html.escape(own['where'])}: {html.escape(own['what'])}</li>" for own in remarks["not_printed"]
     )
     rules = "".join(f"<li>{kind}: {html.escape(rule['says'])}</li>" for kind, rule in remarks["tolerances"].items())
-    head = "<th>what</th><th>one figure</th><th>where</th><th>another</th><th>where</th>"
+    table = _cards(["what", "one figure", "its place", "another", "place of that"], odd)
     return (
         f"<details id='published-remarks'><summary>Where the paper does not add up ({len(odd)}), what it prints no "
-        f"numbers of ({len(remarks['not_printed'])}), and the tolerances</summary><div class='scroll'><table><thead>"
-        f"<tr>{head}</tr></thead><tbody>{''.join(odd)}</tbody></table></div><p>No numbers are printed of:</p>"
-        f"<ul>{bare}</ul><p>A value counts as reproduced, by its kind:</p><ul>{rules}</ul></details>"
+        f"numbers of ({len(remarks['not_printed'])}), and the tolerances</summary>{table}"
+        f"<p>No numbers are printed of:</p><ul>{bare}</ul>"
+        f"<p>A value counts as reproduced, by its kind:</p><ul>{rules}</ul></details>"
     )
 
 # %% ../../nbs/reporting/00_report_page.ipynb #fb4cabde
@@ -284,22 +292,28 @@ def published_section(beside, said: typing.Sequence[str]) -> str:
     )
 
 # %% ../../nbs/reporting/00_report_page.ipynb #8a1ff06d
+SECTIONS = {"published": "Every published value"}  # words for a link to a section
+
+
+def _linked(words: str, anchor: str) -> str:
+    "Write a link of a checklist."
+    return f"<a href='#{anchor}'>{html.escape(SECTIONS.get(anchor, words[:1].upper() + words[1:]))}</a>"
+
+
 def checklist_section(available: typing.Container[str]) -> str:
     "Write the checklists with links into the page. available: its anchors."
-    parts = []
+    parts, columns = [], ["item", "asked", "answer", "how", "see"]
     for checklist in read_checklists():
         rows, body = checklist_rows(checklist, available), []
         for row in rows:
-            links = " · ".join(f"<a href='#{anchor}'>{html.escape(words)}</a>" for words, anchor in row["links"])
             kind = {"answered": "yes", "in part": "part"}.get(row["answer"], "no")
-            asked = f"<td>{html.escape(row['item'])}</td><td>{html.escape(row['asks'])}</td>"
-            answer = f"<td><span class='mark {kind}'>{html.escape(row['answer'])}</span></td>"
-            body.append(f"<tr>{asked}{answer}<td>{html.escape(row['said'])}</td><td>{links or '—'}</td></tr>")
-        head = "<th></th><th>asked</th><th>answer</th><th>how</th><th>see</th>"
+            asked, answer, said = (html.escape(row[name]) for name in ("asks", "answer", "said"))
+            links = " · ".join(_linked(*link) for link in row["links"])
+            answer = f"<span class='mark {kind}'>{answer}</span>"
+            body.append([html.escape(row["item"]), asked, answer, said, links or "—"])
         summary = f"{html.escape(checklist.title)}. {describe_checklist(rows)}"
         parts.append(
-            f"<details id='checklist-{checklist.name}' open><summary>{summary}</summary><div class='scroll'>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<details id='checklist-{checklist.name}' open><summary>{summary}</summary>{_cards(columns, body)}"
             f"<p class='label'>{html.escape(checklist.source)}</p></details>"
         )
     return f"<section id='checklists'><h2>Checklists</h2>{''.join(parts)}</section>"
@@ -307,16 +321,21 @@ def checklist_section(available: typing.Container[str]) -> str:
 # %% ../../nbs/reporting/00_report_page.ipynb #5b321ecc
 PAGE_STYLE = (
     "<meta name='viewport' content='width=device-width,initial-scale=1'><style>:root{color-scheme:light dark}"
-    "section,details,[id]{scroll-margin-top:1rem}details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;"
-    "padding:.3rem .7rem}summary{cursor:pointer;font-weight:600;padding:.2rem 0}nav a{margin-right:1rem}"
-    "td,th{min-width:3.2rem}details td:nth-child(1){min-width:1rem}.mark{white-space:nowrap}"
+    "[id]{scroll-margin-top:1rem}details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem}"
+    "summary{cursor:pointer;font-weight:600;padding:.2rem 0}nav a{display:inline-block;margin:0 1rem .3rem 0}"
     ".mark::before{margin-right:.35em;font-weight:700}.yes::before{content:'✓'}.no::before{content:'≠'}"
     ".none::before{content:'–'}.part::before{content:'◐'}#checklists .no::before{content:'○'}"
-    "#checklists .mark{white-space:normal}.yes{color:#00674d}.no{color:#a34200}.none,.part{color:#4a4a4a}"
-    "@media(max-width:40rem){body{margin:.7rem}table{font-size:.8rem}th,td{padding:.25rem .4rem}}"
-    "@media(prefers-color-scheme:dark){body{background:#15171a;color:#e4e4e4}th,td{border-color:#3a3d42}"
+    ".yes{color:#00674d}.no{color:#a34200}.none,.part{color:#4a4a4a}@media(max-width:40rem){body{margin:.7rem}"
+    "table{font-size:.8rem}th,td{padding:.25rem .4rem}.cards thead{display:none}.cards tr,.cards td{display:block}"
+    ".cards td{border:0;padding:.1rem 0}.cards tr{border-bottom:1px solid #bbb;padding:.5rem 0}"
+    ".cards td[data-name]::before{content:attr(data-name) ': ';opacity:.75}.cards td.blank{display:none}}"
+    "@media(prefers-color-scheme:dark){body{background:#15171a;color:#e4e4e4}th,td,.cards tr{border-color:#3a3d42}"
     "thead th{border-color:#999}caption,.label{color:#a9adb3}details{border-color:#3a3d42}a{color:#8ab4ff}"
     ".yes{color:#5fd3ad}.no{color:#ffab70}.none,.part{color:#b9bdc3}img{background:#fff;padding:.3rem}}</style>"
+)
+UNFOLD = (  # a link to a fold opens it
+    "<script>function unfold(){const own=document.getElementById(decodeURIComponent(location.hash.slice(1)));"
+    "if(own&&own.tagName==='DETAILS')own.open=true}addEventListener('hashchange',unfold);unfold()</script>"
 )
 
 
@@ -348,10 +367,11 @@ def report_tables(folder: Path, used, label: Label) -> list[str]:
     "Read the report's own tables, but that of published values, which has its section, and add the provenance."
     paths = [path for path in folder.glob("table_*.json") if read_json(path)["slug"] != "published"]
     shown = [{"kind": "table", **read_json(path), "path": path.with_suffix(".html")} for path in paths]
-    shown.sort(key=lambda entry: int(entry["number"].lstrip("S")))
+    shown.sort(key=lambda entry: (entry["slug"] == "spending", int(entry["number"].lstrip("S"))))
     fragments = [("table", entry["number"], _shown_result(entry)) for entry in shown]
     provenance = html_table(used, "Provenance: what each stage took", label)
-    return with_anchors([*fragments, ("section", "provenance", provenance)])
+    tables = with_anchors([*fragments, ("section", "provenance", provenance)])
+    return ["<section id='run'><h2>Headlines, seeds, claims and cost</h2>", *tables, "</section>"]
 
 
 def _missing_section(missing: list[tuple]) -> str:
@@ -382,7 +402,7 @@ def overview_page(title: str, label: Label, tables: list[str], found: list[dict]
         f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p><p>{said}</p><nav>{links}</nav>"
     )
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
-    return f"{head}{PAGE_STYLE}<body>{first}{''.join(parts)}</body></html>"
+    return f"{head}{PAGE_STYLE}<body>{first}{''.join(parts)}{UNFOLD}</body></html>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #234f6c4c
 def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:
