@@ -220,7 +220,7 @@ PUBLISHED_SECTIONS = {
     "taxonomy": "Table 4, topics",
     "table_5": "Table 5, model pool",
     "agreement": "Agreement of experts (§3.4, §4.2)",
-    "later_version": "Tables of the later version",
+    "later_version": "Tables of the later version, which repeat some of Tables 1 and 2",
     "released_dataset": "Counted in the released data",
 }
 
