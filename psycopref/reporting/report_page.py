@@ -23,7 +23,7 @@ from ..core.files import stages_of_run
 from ..evaluation.published import DIFFERS, NOT_RUN, REPRODUCED
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'SECTIONS', 'PAGE_STYLE', 'UNFOLD', 'Item', 'gather', 'absent',
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'SECTIONS', 'PAGE_STYLE', 'Item', 'gather', 'absent',
            'describe_absent', 'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts',
            'provenance', 'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption',
            'remarks_section', 'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables',
@@ -266,10 +266,10 @@ def remarks_section(remarks: dict) -> str:
     rules = "".join(f"<li>{kind}: {html.escape(rule['says'])}</li>" for kind, rule in remarks["tolerances"].items())
     table = _cards(["what", "one figure", "its place", "another", "place of that"], odd)
     return (
-        f"<details id='published-remarks'><summary>Where the paper does not add up ({len(odd)}), what it prints no "
-        f"numbers of ({len(remarks['not_printed'])}), and the tolerances</summary>{table}"
+        f"<details><summary>Where the paper does not add up ({len(odd)}), what it prints no "
+        f"numbers of ({len(remarks['not_printed'])}), and the tolerances</summary><div id='published-remarks'>{table}"
         f"<p>No numbers are printed of:</p><ul>{bare}</ul>"
-        f"<p>A value counts as reproduced, by its kind:</p><ul>{rules}</ul></details>"
+        f"<p>A value counts as reproduced, by its kind:</p><ul>{rules}</ul></div></details>"
     )
 
 # %% ../../nbs/reporting/00_report_page.ipynb #fb4cabde
@@ -282,7 +282,8 @@ def published_section(beside, said: typing.Sequence[str]) -> str:
         numbers = "".join(f"<td>{n}</td>" for n in [len(rows), *own])
         counts.append(f"<tr><td><a href='#published-{section}'>{title}</a></td>{numbers}</tr>")
         summary = f"{title}: {len(rows)} values, {own[0]} reproduced, {own[1]} differ, {own[2]} not run"
-        folds.append(f"<details id='published-{section}'><summary>{summary}</summary>{_published_rows(rows)}</details>")
+        inside = f"<div id='published-{section}'>{_published_rows(rows)}</div>"
+        folds.append(f"<details><summary>{summary}</summary>{inside}</details>")
     heads = "".join(f"<th>{name}</th>" for name in ["printed in", "values", *_STATES])
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(counts)}</tbody></table>"
     words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in said)
@@ -319,9 +320,10 @@ def checklist_section(available: typing.Container[str]) -> str:
     return f"<section id='checklists'><h2>Checklists</h2>{''.join(parts)}</section>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #5b321ecc
-PAGE_STYLE = (
-    "<meta name='viewport' content='width=device-width,initial-scale=1'><style>:root{color-scheme:light dark}"
-    "[id]{scroll-margin-top:1rem}details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem}"
+PAGE_STYLE = TABLE_STYLE.removesuffix("</style>") + (
+    ":root{color-scheme:light dark}"
+    "[id]{scroll-margin-top:1rem}details [id]{scroll-margin-top:3.5rem}"
+    "details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem}"
     "summary{cursor:pointer;font-weight:600;padding:.2rem 0}nav a{display:inline-block;margin:0 1rem .3rem 0}"
     ".mark::before{margin-right:.35em;font-weight:700}.yes::before{content:'✓'}.no::before{content:'≠'}"
     ".none::before{content:'–'}.part::before{content:'◐'}#checklists .no::before{content:'○'}"
@@ -332,10 +334,6 @@ PAGE_STYLE = (
     "@media(prefers-color-scheme:dark){body{background:#15171a;color:#e4e4e4}th,td,.cards tr{border-color:#3a3d42}"
     "thead th{border-color:#999}caption,.label{color:#a9adb3}details{border-color:#3a3d42}a{color:#8ab4ff}"
     ".yes{color:#5fd3ad}.no{color:#ffab70}.none,.part{color:#b9bdc3}img{background:#fff;padding:.3rem}}</style>"
-)
-UNFOLD = (  # a link to a fold opens it
-    "<script>function unfold(){const own=document.getElementById(decodeURIComponent(location.hash.slice(1)));"
-    "if(own&&own.tagName==='DETAILS')own.open=true}addEventListener('hashchange',unfold);unfold()</script>"
 )
 
 
@@ -401,8 +399,9 @@ def overview_page(title: str, label: Label, tables: list[str], found: list[dict]
     first = (
         f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p><p>{said}</p><nav>{links}</nav>"
     )
-    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
-    return f"{head}{PAGE_STYLE}<body>{first}{''.join(parts)}{UNFOLD}</body></html>"
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+    width = "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+    return f"{head}{width}{PAGE_STYLE}<body>{first}{''.join(parts)}</body></html>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #234f6c4c
 def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:
