@@ -23,11 +23,11 @@ from ..core.files import stages_of_run
 from ..evaluation.published import DIFFERS, NOT_RUN, REPRODUCED
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'SECTIONS', 'PAGE_STYLE', 'Item', 'gather', 'absent',
-           'describe_absent', 'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts',
-           'provenance', 'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption',
-           'remarks_section', 'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables',
-           'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'REPORT_STYLE', 'Item', 'gather', 'absent', 'describe_absent',
+           'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts', 'provenance',
+           'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'remarks_section',
+           'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables', 'overview_page',
+           'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/reporting/00_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -293,12 +293,12 @@ def published_section(beside, said: typing.Sequence[str]) -> str:
     )
 
 # %% ../../nbs/reporting/00_report_page.ipynb #8a1ff06d
-SECTIONS = {"published": "Every published value"}  # words for a link to a section
+_LINK_WORDS = {"published": "Every published value"}  # words for a link to a section
 
 
 def _linked(words: str, anchor: str) -> str:
     "Write a link of a checklist."
-    return f"<a href='#{anchor}'>{html.escape(SECTIONS.get(anchor, words[:1].upper() + words[1:]))}</a>"
+    return f"<a href='#{anchor}'>{html.escape(_LINK_WORDS.get(anchor, words[:1].upper() + words[1:]))}</a>"
 
 
 def checklist_section(available: typing.Container[str]) -> str:
@@ -320,7 +320,7 @@ def checklist_section(available: typing.Container[str]) -> str:
     return f"<section id='checklists'><h2>Checklists</h2>{''.join(parts)}</section>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #5b321ecc
-PAGE_STYLE = TABLE_STYLE.removesuffix("</style>") + (
+REPORT_STYLE = TABLE_STYLE.removesuffix("</style>") + (
     ":root{color-scheme:light dark}"
     "[id]{scroll-margin-top:1rem}details [id]{scroll-margin-top:3.5rem}"
     "details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem}"
@@ -401,7 +401,7 @@ def overview_page(title: str, label: Label, tables: list[str], found: list[dict]
     )
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
     width = "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-    return f"{head}{width}{PAGE_STYLE}<body>{first}{''.join(parts)}</body></html>"
+    return f"{head}{width}{REPORT_STYLE}<body>{first}{''.join(parts)}</body></html>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #234f6c4c
 def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:
