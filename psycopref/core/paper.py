@@ -5,11 +5,13 @@
 # %% ../../nbs/core/03_paper.ipynb #8d520dad
 from __future__ import annotations
 import functools
-import json
+import typing
 from pathlib import Path
 
+import yaml
+
 # %% auto #0
-__all__ = ['resource_path', 'paper_values', 'published_source', 'coarse_topics', 'coarse_of']
+__all__ = ['resource_path', 'paper_values', 'published_source', 'published_values', 'paper_remarks', 'coarse_topics', 'coarse_of']
 
 # %% ../../nbs/core/03_paper.ipynb #0ec5ab54
 def resource_path(name: str) -> Path:
@@ -19,15 +21,82 @@ def resource_path(name: str) -> Path:
     return Path(psycopref.__file__).parent / "resources" / name
 
 
+@functools.lru_cache(maxsize=4)
+def _paper_file(text: str | None = None) -> dict:
+    "Read the file of published values; text: another one's content."
+    return yaml.load(text or resource_path("paper.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
+
+
+def _plain(node):
+    "Take the remarks off a tree of published values."
+    if isinstance(node, dict):
+        return node["value"] if "value" in node else {key: _plain(child) for key, child in node.items()}
+    return [_plain(child) for child in node] if isinstance(node, list) else node
+
+
 @functools.cache
 def paper_values() -> dict:
     "Return published tables and counts by section; `published_source` says where each was published."
-    return json.loads(resource_path("paper.json").read_text(encoding="utf-8"))
+    found = _paper_file()
+    return {"sources": found["sources"]} | {section: _plain(found[section]) for section in found["sources"]}
 
 
 def published_source(section: str) -> str:
     "Return where a section of `paper_values` was published: of arXiv:2502.19731, or not in it."
     return paper_values()["sources"][section]
+
+# %% ../../nbs/core/03_paper.ipynb #4f61386f
+def _leaves(node, path: tuple = ()) -> typing.Iterator[tuple[tuple, dict]]:
+    "Walk through a section: (path, mapping with the value and what is said of it) for every value that is printed."
+    if isinstance(node, dict) and "value" in node:
+        yield path, node
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            yield from () if key in ("title", "short") else _leaves(child, (*path, key))
+    elif isinstance(node, list):
+        for row in node:
+            names = [row] if isinstance(row, str) else [v for k, v in row.items() if isinstance(v, str) and k != "kind"]
+            cells = {} if isinstance(row, str) else {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            for key, value in (cells or {None: row}).items():
+                yield (*path, ", ".join(names), *([key] if cells else [])), {"value": value}
+    elif node is not None:
+        yield path, {"value": node}
+
+# %% ../../nbs/core/03_paper.ipynb #310c4c0c
+def _described_value(section: str, printed: dict, path: tuple, leaf: dict) -> dict:
+    "Say of one value what it is, where it is printed, and how a run is asked for the same."
+    columns, last, names = printed.get("columns", {}), path[-1], printed.get("names", {})
+    column = "topics" if path[1:2] == ("topics",) else last
+    place = printed.get("tables", {}).get(path[0]) or printed.get("where", "")
+    heading = f", column {columns[column]}" if column in columns else ""
+    steps = [names.get(step, step) for step in path if step not in (*columns, *printed.get("tables", ()))]
+    steps += [columns[last]] if last in columns and last != "count" else []
+    what = ": ".join(filter(None, (", ".join(steps[:-1]), steps[-1]))).replace("_", " ")
+    kind = leaf.get("kind") or printed.get("kinds", {}).get(last) or printed["kind"]
+    found = {"section": section, "version": printed["version"], "path": path, "what": what, "value": leaf["value"]}
+    found |= {"where": leaf.get("where") or place + heading, "kind": kind, "of": leaf.get("of"), "run": leaf.get("run")}
+    return found | {"rests_on": leaf.get("rests_on") or printed.get("rests_on")}
+
+
+def published_values(text: str | None = None) -> list[dict]:
+    """List every published value: section, version, path, what, value, where, kind, of, run, rests_on.
+
+    path: steps of `paper_values` below the section, a row of a list by its names; of: the value counts so many; run:
+    where a run has the same, if that is no matter of the section; text: of another file, None reads the package's."""
+    file = _paper_file(text)
+    sections = {section: (file["printed"][section], file[section]) for section in file["sources"]}
+    titles = {slug: node["title"] for slug, node in file["taxonomy"].items()}
+    sections["taxonomy"] = (file["printed"]["taxonomy"] | {"names": titles}, file["taxonomy"])
+    return [
+        _described_value(section, printed, path, leaf)
+        for section, (printed, node) in sections.items()
+        for path, leaf in _leaves(node)
+    ]
+
+
+def paper_remarks(text: str | None = None) -> dict:
+    "Return what is said of the values: `tolerances` by kind, what `does_not_add_up`, and what is `not_printed`."
+    return {name: _paper_file(text)[name] for name in ("tolerances", "does_not_add_up", "not_printed")}
 
 # %% ../../nbs/core/03_paper.ipynb #28e18e96
 def coarse_topics() -> dict[str, dict]:

@@ -5,6 +5,7 @@
 # %% ../../nbs/experiments/09_findings.ipynb #d0df9b1f
 from __future__ import annotations
 
+import re
 import typing
 
 import yaml
@@ -16,8 +17,8 @@ from ..core.settings import StudyError
 from .seeds import best_reader, seed_values, summarise_seeds
 
 # %% auto #0
-__all__ = ['Claim', 'Findings', 'read_findings', 'paper_value', 'paper_difference', 'differences', 'outcome', 'undecided',
-           'decide', 'findings_table', 'findings_caption', 'describe_findings']
+__all__ = ['Claim', 'Findings', 'read_findings', 'paper_value', 'paper_difference', 'sized_backbones', 'differences', 'outcome',
+           'undecided', 'decide', 'findings_table', 'findings_caption', 'describe_findings']
 
 # %% ../../nbs/experiments/09_findings.ipynb #b91a078e
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -29,7 +30,9 @@ class Claim:
     estimate: str  # "A - B", each what a row of a seed is `of`, or B a share
     margin: float  # percentage points, or points of a rating
     where: str  # in the paper
-    paper: tuple = ()  # paths in the paper's values of A and of B
+    paper: tuple = ()  # paths in the paper's values of A and of B; a number is one
+    laid_down: str = ""  # when, where that was after a seed had run
+    seen: tuple[int, ...] = ()  # seeds that had run by then, which decide nothing
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -66,8 +69,10 @@ def read_findings(text: str | None = None) -> Findings:
     return found
 
 # %% ../../nbs/experiments/09_findings.ipynb #25aff205
-def paper_value(path: typing.Sequence) -> float:
+def paper_value(path: typing.Sequence | float) -> float:
     "Follow a path in the paper's values; of a list the row is taken whose values are those of a mapping."
+    if isinstance(path, int | float):
+        return path
     found = paper_values()
     for step in path:
         if isinstance(step, dict):
@@ -82,16 +87,34 @@ def paper_difference(claim: Claim) -> float | None:
     return round(paper_value(claim.paper[0]) - paper_value(claim.paper[1]), 1) if claim.paper else None
 
 # %% ../../nbs/experiments/09_findings.ipynb #c6a1f762
+def sized_backbones(records: typing.Sequence[dict]) -> list[str]:
+    "List the backbones of seeds from the smallest to the largest, by the size that their names tell."
+    sizes = {}
+    for name in records[0]["backbones"]:
+        if found := re.search(r"(?<![\d.])(\d+(?:\.\d+)?) ?([MB])(?![a-z])", name):
+            sizes[name] = float(found[1]) * {"M": 1e-3, "B": 1}[found[2]]
+    return sorted(sizes, key=sizes.get)
+
+
+def _side(records: typing.Sequence[dict], side: str, backbone: str | None):
+    "Collect the values of one side of an estimate: of a backbone, or of the largest or the smallest one."
+    of, _, size = side.replace("best reader", best_reader(records)).partition("@")
+    if size:
+        sized = sized_backbones(records)
+        backbone = (sized[-1] if size == "largest" else sized[0]) if len(sized) > 1 else ""
+    return seed_values(records, of, backbone)
+
+
 def differences(records: typing.Sequence[dict], claim: Claim, backbone: str | None):
     "Pair the two sides of a claim by seed and row: a frame of seed, speech and value; empty where a side is missing."
-    first, second = (side.replace("best reader", best_reader(records)) for side in claim.sides)
-    found = seed_values(records, first, backbone)
+    first, second = claim.sides
+    found = _side(records, first, backbone)
     if second.replace(".", "", 1).isdigit():
         return found.assign(value=found.value - float(second))
-    both = found.merge(seed_values(records, second, backbone), on=["seed", "speech", "place"], suffixes=("", "_b"))
+    both = found.merge(_side(records, second, backbone), on=["seed", "speech", "place"], suffixes=("", "_b"))
     return both.assign(value=both.value - both.value_b).drop(columns="value_b")
 
-
+# %% ../../nbs/experiments/09_findings.ipynb #fbe33e87
 def outcome(low: float, high: float, margin: float) -> str:
     "Decide a claim: its interval lies above the margin, below it, or holds it."
     return "holds" if low > margin else "does not hold" if high < margin else "can't tell"
@@ -105,11 +128,17 @@ def undecided(records: typing.Sequence[dict], findings: Findings) -> str:
 
 
 def decide(records: typing.Sequence[dict], claim: Claim, backbone: str, why_not: str = "") -> dict:
-    "Decide a claim from the merged seeds of one backbone: estimate, interval, seeds, rows and outcome."
+    """Decide a claim from the merged seeds of one backbone: estimate, interval, seeds, rows and outcome.
+
+    A claim that was laid down later is decided by the seeds that nobody had seen; without one it shows its estimate."""
     row, (scale, bounds) = {"claim": claim.text, "backbone": backbone}, claim.scale
+    if unseen := [record for record in records if record["seed"] not in claim.seen]:
+        records = unseen
+    elif claim.seen:
+        why_not = why_not or f"not decided: later than seed {', '.join(map(str, claim.seen))}"
     found = differences(records, claim, backbone)
     if found.empty:
-        return row | {"outcome": "not measured"}
+        return row | {"outcome": "can't tell: not run" if "@" in claim.estimate else "not measured"}
     own = summarise_seeds(found, bounds)
     mean, low, high = (scale * own[name] for name in ("mean", "low", "high"))
     row |= {"estimate": mean, "low": low, "high": high, "seeds": len(own["each"]), "n": own["n"]}
@@ -122,15 +151,19 @@ def findings_table(records: typing.Sequence[dict], findings: Findings | None = N
 
     findings, rows = findings or read_findings(), []
     why_not = undecided(records, findings)
-    for backbone in records[0]["backbones"]:
+    for number, backbone in enumerate(records[0]["backbones"]):
         for claim in findings.claims:
+            if number and "@" in claim.estimate:  # of all backbones together
+                continue
             own, digits = decide(records, claim, backbone, why_not), 1 if claim.scale[0] == 100 else 2
             measured = "estimate" in own
-            row = {"claim": claim.text, "outcome": own["outcome"], "backbone": backbone}
+            whose = "largest and smallest" if "@" in claim.estimate else backbone
+            row = {"claim": claim.text, "outcome": own["outcome"], "backbone": whose}
             row |= {"estimate": f"{own['estimate']:+.{digits}f}" if measured else None}
             row |= {"95% interval": f"{own['low']:+.{digits}f} to {own['high']:+.{digits}f}" if measured else None}
             row |= {"margin": f"{claim.margin:+g}", "seeds": own.get("seeds"), "n": own.get("n")}
-            rows.append(row | {"paper": paper_difference(claim), "in the paper": claim.where})
+            row |= {"paper": paper_difference(claim), "in the paper": claim.where}
+            rows.append(row | {"laid down": claim.laid_down or "before the first seed"})
     frame = pd.DataFrame(rows, dtype=object)
     return frame.where(frame.notna(), None)
 
@@ -138,12 +171,12 @@ def findings_table(records: typing.Sequence[dict], findings: Findings | None = N
 def findings_caption(records: typing.Sequence[dict]) -> str:
     "Caption the table of findings."
     seeds = ", ".join(str(record["seed"]) for record in records)
-    return f"Claims laid down before the runs (findings.yaml), in points, from seeds {seeds}; not in the paper"
+    return f"Claims laid down before the seeds that decide (findings.yaml), in points, seeds {seeds}; not in the paper"
 
 
 def describe_findings(table) -> list[str]:
     "Say how many claims hold, do not hold, or can't be told. table: of findings_table."
-    counts = table.outcome.value_counts()
+    counts = table.outcome.str.replace(r"^(not decided|can't tell): .*", r"\1", regex=True).value_counts()
     said = ", ".join(f"{counts[name]} {name}" for name in ("holds", "does not hold", "can't tell") if name in counts)
     rest = " and ".join(f"{n} {name}" for name, n in counts.items() if name.startswith("not "))
     return [f"Of {len(table)} claims: {'; '.join(filter(None, (said, rest)))}."]

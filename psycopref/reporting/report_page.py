@@ -6,23 +6,28 @@
 from __future__ import annotations
 import base64
 import html
+import re
 import shutil
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.tables import TABLE_STYLE, Label
+from ..core.checklists import checklist_rows, describe_checklist, read_checklists, result_anchor
+from ..core.tables import TABLE_STYLE, Label, html_table
 from ..core.files import StageReader, read_json
 from ..gateway.cache import run_bill
 from ..core.settings import StudyError
 from ..core.stages import STAGES, Run, parse_seeds
-from ..core.paper import paper_values
+from ..core.paper import paper_remarks, paper_values
 from ..core.files import stages_of_run
+from ..evaluation.published import DIFFERS, NOT_RUN, REPRODUCED
 
 # %% auto #0
-__all__ = ['INVENTORY', 'PAPER_REWARD', 'Item', 'gather', 'absent', 'describe_absent', 'paper_win_rate', 'headlines',
-           'further_seeds', 'receipt_paths', 'all_receipts', 'provenance', 'describe_work', 'run_books', 'asked_name',
-           'spending_table', 'spending_caption', 'overview_page', 'gathered_stages', 'copy_shown', 'absent_rows']
+__all__ = ['INVENTORY', 'PAPER_REWARD', 'PUBLISHED_SECTIONS', 'REPORT_STYLE', 'Item', 'gather', 'absent', 'describe_absent',
+           'paper_win_rate', 'headlines', 'further_seeds', 'receipt_paths', 'all_receipts', 'provenance',
+           'describe_work', 'run_books', 'asked_name', 'spending_table', 'spending_caption', 'remarks_section',
+           'published_section', 'checklist_section', 'with_anchors', 'page_anchors', 'report_tables', 'overview_page',
+           'gathered_stages', 'copy_shown', 'absent_rows']
 
 # %% ../../nbs/reporting/00_report_page.ipynb #ca403972
 @dataclass(frozen=True)
@@ -209,32 +214,199 @@ def spending_caption(books: list[dict]) -> str:
         said.append("servers other than OpenAI's stand at 0.00, whatever they charge")
     return "; ".join(said)
 
-# %% ../../nbs/reporting/00_report_page.ipynb #b5f82c35
+# %% ../../nbs/reporting/00_report_page.ipynb #4185ed71
+PUBLISHED_SECTIONS = {
+    "dataset": "Counts of the dataset",
+    "design": "Settings and sizes in the text",
+    "table_1": "Table 1, reward models",
+    "table_2": "Table 2, win rates",
+    "taxonomy": "Table 4, topics",
+    "table_5": "Table 5, model pool",
+    "agreement": "Agreement of experts (§3.4, §4.2)",
+    "later_version": "Tables of the later version, which repeat some of Tables 1 and 2",
+    "released_dataset": "Counted in the released data",
+}
+
+# %% ../../nbs/reporting/00_report_page.ipynb #71c7cffb
+_STATES = {REPRODUCED: "yes", DIFFERS: "no", NOT_RUN: "none"}  # state -> class of its mark
+
+
+def _marked(state: str) -> str:
+    "Write a state as HTML, with a mark that needs no colour to be read."
+    return f"<span class='mark {_STATES[state]}'>{html.escape(state)}</span>"
+
+
+def _cards(columns: typing.Sequence[str], rows: typing.Iterable[typing.Sequence[str]]) -> str:
+    "Write a table that a narrow screen shows as cards; cells are HTML, one of a dash alone is left out there."
+    body = []
+    for row in rows:
+        kinds = [" class='blank'" if cell == "—" else f" data-name='{name}'" for name, cell in zip(columns, row)]
+        body.append(f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, row))}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    table = f"<table class='cards'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
+
+
+def _published_rows(rows) -> str:
+    "Write the rows of one fold, all texts escaped."
+    columns = ["value", "where", "published", "this run", "95% interval", "difference", "state", "why", "measured on"]
+    body = []
+    for row in rows[columns].to_dict("records"):
+        cells = {name: "—" if value is None else html.escape(str(value)) for name, value in row.items()}
+        body.append([*(cells | {"state": _marked(row["state"])}).values()])
+    return _cards(columns, body)
+
+# %% ../../nbs/reporting/00_report_page.ipynb #9071e420
+def remarks_section(remarks: dict) -> str:
+    "Write what of the paper does not add up or has no numbers, and the tolerances. remarks: of `paper_remarks`."
+    odd = []
+    for own in remarks["does_not_add_up"]:
+        cells = [own["what"], *(own[side][name] for side in ("one", "other") for name in ("value", "where"))]
+        odd.append([html.escape(str(cell)) for cell in cells])
+    bare = "".join(
+        f"<li>{html.escape(own['where'])}: {html.escape(own['what'])}</li>" for own in remarks["not_printed"]
+    )
+    rules = "".join(f"<li>{kind}: {html.escape(rule['says'])}</li>" for kind, rule in remarks["tolerances"].items())
+    table = _cards(["what", "one figure", "its place", "another", "place of that"], odd)
+    return (
+        f"<details><summary>Where the paper does not add up ({len(odd)}), what it prints no "
+        f"numbers of ({len(remarks['not_printed'])}), and the tolerances</summary><div id='published-remarks'>{table}"
+        f"<p>No numbers are printed of:</p><ul>{bare}</ul>"
+        f"<p>A value counts as reproduced, by its kind:</p><ul>{rules}</ul></div></details>"
+    )
+
+# %% ../../nbs/reporting/00_report_page.ipynb #fb4cabde
+def published_section(beside, said: typing.Sequence[str]) -> str:
+    "Write the section of published values. beside, said: of `published_results`."
+    folds, counts = [], []
+    for section in [name for name in PUBLISHED_SECTIONS if name in set(beside.section)]:
+        rows, title = beside[beside.section == section], html.escape(PUBLISHED_SECTIONS[section])
+        own = [int((rows.state == state).sum()) for state in _STATES]
+        numbers = "".join(f"<td>{n}</td>" for n in [len(rows), *own])
+        counts.append(f"<tr><td><a href='#published-{section}'>{title}</a></td>{numbers}</tr>")
+        summary = f"{title}: {len(rows)} values, {own[0]} reproduced, {own[1]} differ, {own[2]} not run"
+        inside = f"<div id='published-{section}'>{_published_rows(rows)}</div>"
+        folds.append(f"<details><summary>{summary}</summary>{inside}</details>")
+    heads = "".join(f"<th>{name}</th>" for name in ["printed in", "values", *_STATES])
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(counts)}</tbody></table>"
+    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in said)
+    return (
+        f"<section id='published'><h2>Every published value</h2>{words}<div class='scroll'>{table}</div>"
+        f"{''.join(folds)}{remarks_section(paper_remarks())}</section>"
+    )
+
+# %% ../../nbs/reporting/00_report_page.ipynb #8a1ff06d
+_LINK_WORDS = {"published": "Every published value"}  # words for a link to a section
+
+
+def _linked(words: str, anchor: str) -> str:
+    "Write a link of a checklist."
+    return f"<a href='#{anchor}'>{html.escape(_LINK_WORDS.get(anchor, words[:1].upper() + words[1:]))}</a>"
+
+
+def checklist_section(available: typing.Container[str]) -> str:
+    "Write the checklists with links into the page. available: its anchors."
+    parts, columns = [], ["item", "asked", "answer", "how", "see"]
+    for checklist in read_checklists():
+        rows, body = checklist_rows(checklist, available), []
+        for row in rows:
+            kind = {"answered": "yes", "in part": "part"}.get(row["answer"], "no")
+            asked, answer, said = (html.escape(row[name]) for name in ("asks", "answer", "said"))
+            links = " · ".join(_linked(*link) for link in row["links"])
+            answer = f"<span class='mark {kind}'>{answer}</span>"
+            body.append([html.escape(row["item"]), asked, answer, said, links or "—"])
+        summary = f"{html.escape(checklist.title)}. {describe_checklist(rows)}"
+        parts.append(
+            f"<details id='checklist-{checklist.name}' open><summary>{summary}</summary>{_cards(columns, body)}"
+            f"<p class='label'>{html.escape(checklist.source)}</p></details>"
+        )
+    return f"<section id='checklists'><h2>Checklists</h2>{''.join(parts)}</section>"
+
+# %% ../../nbs/reporting/00_report_page.ipynb #5b321ecc
+REPORT_STYLE = TABLE_STYLE.removesuffix("</style>") + (
+    ":root{color-scheme:light dark}"
+    "[id]{scroll-margin-top:1rem}details [id]{scroll-margin-top:3.5rem}"
+    "details{border:1px solid #ccc;border-radius:.3rem;margin:.5rem 0;padding:.3rem .7rem}"
+    "summary{cursor:pointer;font-weight:600;padding:.2rem 0}nav a{display:inline-block;margin:0 1rem .3rem 0}"
+    ".mark::before{margin-right:.35em;font-weight:700}.yes::before{content:'✓'}.no::before{content:'≠'}"
+    ".none::before{content:'–'}.part::before{content:'◐'}#checklists .no::before{content:'○'}"
+    ".yes{color:#00674d}.no{color:#a34200}.none,.part{color:#4a4a4a}@media(max-width:40rem){body{margin:.7rem}"
+    "table{font-size:.8rem}th,td{padding:.25rem .4rem}.cards thead{display:none}.cards tr,.cards td{display:block}"
+    ".cards td{border:0;padding:.1rem 0}.cards tr{border-bottom:1px solid #bbb;padding:.5rem 0}"
+    ".cards td[data-name]::before{content:attr(data-name) ': ';opacity:.75}.cards td.blank{display:none}}"
+    "@media(prefers-color-scheme:dark){body{background:#15171a;color:#e4e4e4}th,td,.cards tr{border-color:#3a3d42}"
+    "thead th{border-color:#999}caption,.label{color:#a9adb3}details{border-color:#3a3d42}a{color:#8ab4ff}"
+    ".yes{color:#5fd3ad}.no{color:#ffab70}.none,.part{color:#b9bdc3}img{background:#fff;padding:.3rem}}</style>"
+)
+
+
+def with_anchors(fragments: typing.Iterable[tuple[str, str, str]]) -> list[str]:
+    "Give results their address in the page: (kind, number, HTML); of results of one number the first has it."
+    taken, found = set(), []
+    for kind, number, text in fragments:
+        anchor = result_anchor(kind, number)
+        found.append(text if anchor in taken else f"<div id='{anchor}'>{text}</div>")
+        taken.add(anchor)
+    return found
+
+
+def page_anchors(parts: typing.Iterable[str]) -> set[str]:
+    "Collect the addresses within a page."
+    return {anchor for part in parts for anchor in re.findall(r" id='([\w-]+)'", part)}
+
+# %% ../../nbs/reporting/00_report_page.ipynb #54e423ac
+def _shown_result(entry: dict) -> str:
+    "Write a stage's table or figure as an HTML fragment."
+    if entry["kind"] == "table":
+        return entry["path"].read_text(encoding="utf-8").split("</style>")[1]
+    picture, caption = base64.b64encode(entry["path"].read_bytes()).decode(), html.escape(entry["caption"])
+    style = f"style='max-width:100%;width:44rem' src='data:image/png;base64,{picture}'"
+    return f"<h3>{caption}</h3><img {style} alt='{caption}'>"
+
+
+def report_tables(folder: Path, used, label: Label) -> list[str]:
+    "Read the report's own tables, but that of published values, which has its section, and add the provenance."
+    paths = [path for path in folder.glob("table_*.json") if read_json(path)["slug"] != "published"]
+    shown = [{"kind": "table", **read_json(path), "path": path.with_suffix(".html")} for path in paths]
+    shown.sort(key=lambda entry: (entry["slug"] == "spending", int(entry["number"].lstrip("S"))))
+    fragments = [("table", entry["number"], _shown_result(entry)) for entry in shown]
+    provenance = html_table(used, "Provenance: what each stage took", label)
+    tables = with_anchors([*fragments, ("section", "provenance", provenance)])
+    return ["<section id='run'><h2>Headlines, seeds, claims and cost</h2>", *tables, "</section>"]
+
+
+def _missing_section(missing: list[tuple]) -> str:
+    "List what the paper shows and the run does not."
+    reasons = (
+        f"{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}" for item, why in missing
+    )
+    rows = "".join(f"<li>{reason}.</li>" for reason in reasons)
+    return f"<section id='absent'><h2>Not in this run</h2><ul>{rows}</ul></section>"
+
+# %% ../../nbs/reporting/00_report_page.ipynb #7e5522c9
 def overview_page(title: str, label: Label, tables: list[str], found: list[dict], missing: list[tuple]) -> str:
-    "Write everything on one self-contained HTML page. title: after our name; tables: fragments before the results."
+    """Write everything on one self-contained HTML page, with the checklists answered by what is on it.
+
+    title: after our name; tables: fragments before the results, of `report_tables` and `published_section`."""
     title = f"psycopref: {title}"
     said = (
         "Numbers in columns or rows named <i>paper</i> are arXiv:2502.19731's, those of <i>later version</i> or "
         "<i>released pairs</i> are published where their caption says; all others were measured in this run. "
         "Responses here are research material: drafts for review by a licensed professional, never advice to a client."
     )
-    answers = "<p>The answers behind the numbers, speech by speech: <a href='browse.html'>browse.html</a>.</p>"
-    head = f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p>"
-    parts = [head, f"<p>{said}</p>", answers, *tables]
-    for entry in found:
-        if entry["kind"] == "table":
-            parts.append(entry["path"].read_text(encoding="utf-8").split("</style>")[1])
-            continue
-        picture, caption = base64.b64encode(entry["path"].read_bytes()).decode(), html.escape(entry["caption"])
-        style = f"style='max-width:100%;width:44rem' src='data:image/png;base64,{picture}'"
-        parts.append(f"<h3>{caption}</h3><img {style} alt='{caption}'>")
-    reasons = (
-        f"{item.kind.title()} {item.number}, {html.escape(item.title)}: {html.escape(why)}" for item, why in missing
+    shown = with_anchors((entry["kind"], entry["number"], _shown_result(entry)) for entry in found)
+    results = f"<section id='results'><h2>Tables and figures</h2>{''.join(shown)}</section>"
+    parts = [*tables, results, _missing_section(missing)]
+    parts.insert(len(tables), checklist_section(page_anchors(parts) | {"checklists"}))
+    named = re.findall(r"<section id='([\w-]+)'><h2>(.*?)</h2>", "".join(parts))
+    links = "".join(f"<a href='#{anchor}'>{words}</a>" for anchor, words in named)
+    links += "<a href='browse.html'>The answers, speech by speech</a>"
+    first = (
+        f"<h1>{html.escape(title)}</h1><p class='label'>{html.escape(str(label))}</p><p>{said}</p><nav>{links}</nav>"
     )
-    rows = "".join(f"<li>{reason}.</li>" for reason in reasons)
-    parts.append(f"<h2>Not in this run</h2><ul>{rows}</ul>")
-    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>{TABLE_STYLE}"
-    return f"{head}<body>{''.join(parts)}</body></html>"
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+    width = "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+    return f"{head}{width}{REPORT_STYLE}<body>{first}{''.join(parts)}</body></html>"
 
 # %% ../../nbs/reporting/00_report_page.ipynb #234f6c4c
 def gathered_stages(run: Run, profile: str) -> tuple[str, ...]:

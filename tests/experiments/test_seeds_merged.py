@@ -186,7 +186,8 @@ def test_other_profiles_and_changed_settings_decide_nothing():
     won = {"base": [0] * 40, "dpo": [1] * 40}
     for record in (seed_of(0, won, "demo"), seed_of(0, won, changed={"dpo.beta": 0.2})):
         table = findings.findings_table([record])
-        assert set(table.outcome.str.split(":").str[0]) == {"not decided", "not measured"}
+        assert set(table.outcome.str.split(":").str[0]) == {"not decided", "not measured", "can't tell"}
+        assert table.outcome[table.outcome.str.startswith("can't tell")].tolist() == ["can't tell: not run"]
         assert table.estimate[0] == "+100.0"
 
 

@@ -116,7 +116,7 @@ def test_what_models_write_is_text_wherever_it_is_shown(monkeypatch):
     stage.finish()
     run = Run("tiny")
     [path] = run.tables.glob("*.html")
-    entry = {"kind": "table", "path": path, "caption": HOSTILE}
+    entry = {"kind": "table", "number": "1", "path": path, "caption": HOSTILE}
     overview = overview_page(HOSTILE, stage.label, [shown_table(frame, HOSTILE, stage.label)], [entry], [])
     pages = [path.read_text(), overview, *(thing.data for thing in shown)]
     assert len(pages) == 5 and all("alert(1)" in page for page in pages)
