@@ -77,7 +77,7 @@ def notebook_values(given: argparse.Namespace, known: dict) -> dict:
         raise StudyError(f"""OVERRIDES: found {usual!r}, expected an object such as '{{"dpo.beta": 0.05}}'""")
     return values | ({"OVERRIDES": usual | changed} if changed else {})
 
-# %% ../../nbs/run/09_cli.ipynb #0aa91cbf
+# %% ../../nbs/run/09_cli.ipynb #59442058
 def _add_drafting(commands) -> None:
     "Declare the commands of the drafting aid."
     draft = commands.add_parser("draft", help="suggest drafts to a therapist, behind a review; never for a client")
@@ -94,7 +94,7 @@ def _add_drafting(commands) -> None:
     audit.add_argument("file")
     audit.add_argument("--noted", default="", metavar="HASH", help="a head that was noted elsewhere, to be found in it")
 
-
+# %% ../../nbs/run/09_cli.ipynb #0aa91cbf
 def build_parser() -> argparse.ArgumentParser:
     "Declare the commands."
     summary = "Reproduce preference learning for counselling responses."
