@@ -164,7 +164,7 @@ def _locked(path: Path, seconds: float = 60) -> typing.Iterator[None]:
     finally:
         lock.release()
 
-# %% ../../nbs/core/08_trail.ipynb #e787c04b
+# %% ../../nbs/core/08_trail.ipynb #712c0587
 def _tail_fault(entries: list[Entry], rest: bytes, seal: Seal | None) -> tuple[int, str] | None:
     "Say which line behind a whole chain is wrong, from 1, and how; None where all is well, or a writer was stopped."
     n = len(entries)
@@ -181,7 +181,7 @@ def _tail_fault(entries: list[Entry], rest: bytes, seal: Seal | None) -> tuple[i
         return max(1, n), "was replaced: the seal holds another hash"
     return (n + 1, "was inserted: it is no whole entry") if rest and not seal.announced else None
 
-
+# %% ../../nbs/core/08_trail.ipynb #e787c04b
 @dataclass(frozen=True)
 class Found:
     "Hold what was found of a trail, without a sign that somebody was at it."
@@ -227,12 +227,12 @@ def verified(path: str | Path) -> list[Entry]:
         )
     return found.entries
 
-# %% ../../nbs/core/08_trail.ipynb #16ecafb4
+# %% ../../nbs/core/08_trail.ipynb #9a61db37
 def _now() -> str:
     "Return the time in UTC, to the second."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-
+# %% ../../nbs/core/08_trail.ipynb #16ecafb4
 @dataclass(frozen=True)
 class Trail:
     "Append to a trail, which is made at the first entry."
