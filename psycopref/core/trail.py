@@ -223,7 +223,7 @@ def verified(path: str | Path) -> list[Entry]:
         line = len(found.entries) + (len(found.entries) == found.seal.entries)
         raise StudyError(
             f"{path}, line {line}: a writer was stopped before the line was written and sealed ({len(found.rest)} "
-            "bytes of half a line are there); the lines before are whole, and the next entry sets it aside and says so"
+            "bytes of half a line are there); the lines before are whole: go on, the next entry sets it aside"
         )
     return found.entries
 

@@ -181,7 +181,7 @@ def open_aid(
     path: of `find_policy`; reward: a name of `training.scoring`, None takes the run's; rater: a gateway URI; send:
     whether one on another machine may read client messages, masked; make: the model of a name."""
     if candidates < 2:
-        raise StudyError(f"--candidates {candidates}: expected 2 or more, as there is nothing to choose from in one")
+        raise StudyError(f"--candidates {candidates}: expected 2 or more to choose from; raise it")
     if not (here := stays_here(rater)) and not send:
         raise StudyError(
             f"--rater {rater}: runs on another machine, which would read what clients say; take {RATER}, or allow it "
@@ -281,7 +281,7 @@ def reviewer_name(typed: str) -> str:
     "Return a reviewer's name without blanks around; refuse one without a letter."
     name = " ".join(visible_text(typed).split()) if isinstance(typed, str) else ""
     if not any(character.isalpha() for character in name) or len(name) > 200:
-        raise StudyError(f"reviewer {name[:40]!r}: expected the name of the person who reviews, 1 to 200 characters")
+        raise StudyError(f"reviewer {name[:40]!r}: expected the reviewer's name, 1 to 200 characters; write it")
     return name
 
 
@@ -309,7 +309,7 @@ def review_draft(trail: Trail, draft: Draft, decision: str, reviewer: str, text:
     none, a draft that is not in the trail or was reviewed before, and a text that does not fit the decision."""
     name, before = reviewer_name(reviewer), text_hash(draft.text)
     if decision not in DECISIONS or (decision == "edited") != (text is not None):
-        raise StudyError(f"review: found {decision!r}, expected approved, edited with the new text, or rejected")
+        raise StudyError(f"review: found {decision!r}, expected approved, edited or rejected; take one of them")
     after = visible_text(draft.text if text is None else text)
     if decision == "edited" and (not has_words(after) or after == draft.text):
         raise StudyError("review: the edited text is empty, or the draft itself; write one, approve it, or reject it")
@@ -333,7 +333,9 @@ def check_approval(entries: list[Entry], draft_id: str, text_sha256: str) -> Ent
     message, drafted = _drafted(entries, draft_id)
     where, review = f"draft {draft_id}", review_of(entries, draft_id)
     if message.data["sign"]:
-        raise StudyError(f"{where}: its message was stopped by the crisis screen; nothing drafted to it may leave")
+        raise StudyError(
+            f"{where}: its message was stopped by the crisis screen; nothing drafted to it may leave; answer in person"
+        )
     if review is None:
         raise StudyError(f"{where}: was not reviewed, so it may not leave; let somebody review it")
     if review.kind == "rejected":
@@ -374,7 +376,7 @@ def audit_trail(path: str | Path, noted: str = "") -> list[str]:
                 check_approval(entries[: entry.n], entry.data["draft_id"], entry.data["text_sha256"])
             except StudyError as error:
                 raise StudyError(
-                    f"{path}, line {entry.n + 1}: a text was released that nobody approved ({error})"
+                    f"{path}, line {entry.n + 1}: a text was released that nobody approved ({error}); ask who did it"
                 ) from None
     place = next((entry for entry in entries if entry.sha256 == noted.strip().lower()), None)
     if noted and place is None:

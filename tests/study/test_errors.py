@@ -8,10 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "psycopref"
 VERBS = """
-accept add answer ask begin call cancel change check choose compare convert correct delete download export
-fill finish free give hand import install join keep learn leave look lower make mark mend merge move name open
-pass point press put raise rate read remove rename retry run save say score see serve set sign split
-standardise start tag take tell train try unpack unset use wait widen write
+accept add allow answer ask begin call cancel change check choose compare convert correct delete download draft
+export fill finish free give go hand import install join keep learn leave let look lower make mark mend merge move
+name open pass paste point press put raise rate read release remove rename retry review run save say score see
+serve set sign split standardise start suggest tag take tell train try unpack unset use wait widen write
 """.split()
 CLAUSE = re.compile(rf"(?:[;,.:?] |\b(?:and|or|so|then|first) )(?:{'|'.join(VERBS)})\b", re.I)
 ELSEWHERE = {  # where the words are put together in another function, which says what to do
