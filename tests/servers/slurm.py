@@ -37,6 +37,7 @@ JobCompLoc={folder}/jobs.txt
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=1,sched_interval=1
+SlurmdParameters=config_overrides
 MinJobAge=600
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory=4000 State=UNKNOWN
@@ -66,7 +67,7 @@ def free_ports(n: int) -> list[int]:
 def cluster(folder: Path, cores: int = 2, seconds: float = 30.0) -> typing.Iterator[Path]:
     """Run a cluster of one node while the block lasts; yields the file of finished jobs.
 
-    folder: for all that it writes; cores: of the node; seconds: until it must be up. Ends what it started alone."""
+    folder: for all that it writes; cores: of the node, as it says; seconds: until it is up. Ends only what it began."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
@@ -74,7 +75,7 @@ def cluster(folder: Path, cores: int = 2, seconds: float = 30.0) -> typing.Itera
     key.chmod(0o400)
     host = socket.gethostname().partition(".")[0]
     configuration = folder / "slurm.conf"
-    told = {"host": host, "folder": folder, "ports": free_ports(2), "cores": min(cores, os.cpu_count())}
+    told = {"host": host, "folder": folder, "ports": free_ports(2), "cores": cores}
     configuration.write_text(CONFIGURATION.format(**told))
     places = {"socket": "munge.sock", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", "--num-threads=2"]

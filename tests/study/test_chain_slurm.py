@@ -48,7 +48,9 @@ def test_through_slurm_all_is_the_same_bytes_and_a_killed_job_is_made_again(copy
     command += ["--default-resources", "slurm_partition=tests", "mem_mb=1500", "runtime=20"]
     command += ["--set-resources", *(f"{name}:mem_mb=1500" for name in rules_with_more_memory())]
     command += ["--config", "profile=tiny"]
-    with cluster(tmp_path / "slurm") as jobs:
+    with cluster(
+        tmp_path / "slurm", cores=4
+    ) as jobs:  # two jobs of two threads at once: most of a job's time is its start
         log = open(tmp_path / "log", "w")
         running = subprocess.Popen(command, cwd=project, env=environment(), stdout=log, stderr=log)
         try:

@@ -74,16 +74,20 @@ def clean(built, tmp_path_factory):
 def install(python, what):
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--constraint", str(REPOSITORY / "constraints.txt"), what]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=far(), capture_output=True, text=True)
     if done.returncode and not os.environ.get("PSYCOPREF_INSTALL"):  # CI sets it: there nothing may be skipped
         pytest.skip(f"no registry to install from: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def far():
+    "The environment's variables, less those that lead back to this checkout."
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PSYCOPREF_ROOT")}
+
+
 def outside(tmp_path, *command):
-    "Run something far from the checkout; nothing of this environment leads back to it."
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PSYCOPREF_ROOT")}
-    return subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
+    "Run something far from the checkout."
+    return subprocess.run(list(map(str, command)), cwd=tmp_path, env=far(), capture_output=True, text=True)
 
 
 def test_wheel_and_archive_hold_every_room_and_resource(built):
