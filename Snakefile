@@ -1,7 +1,7 @@
 # One rule for each stage of the package's stage list. `make reproduce` calls this; so can you:
 #   snakemake --cores 2 --rerun-incomplete --config profile=demo run=mine overrides='{"reward.learning_rate": 1e-4}'
 # Stages that ask models can be cut into shards, which run side by side, on this machine or on a cluster's:
-#   snakemake --executor slurm --jobs 8 --config profile=paper shards=8
+#   snakemake --workflow-profile psycopref/resources/snakemake/slurm-gpu --config profile=paper shards=8
 # Further seeds repeat the stages that train or judge what was trained; the first of seeds is the run itself.
 import json
 import os

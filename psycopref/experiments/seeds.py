@@ -129,9 +129,6 @@ def _changes(receipts: dict[str, dict]) -> dict:
     "Join the settings that stages ran with and their profile has not, dotted."
     return {name: value for own in receipts.values() for name, value in own.get("overrides", {}).items()}
 
-# %% ../../nbs/experiments/08_seeds.ipynb #4775c0bc
-#| export
-
 # %% ../../nbs/experiments/08_seeds.ipynb #a11ed023
 def _made_of(run: Run) -> dict:
     "Hash what all seeds must share, the speeches and their split, and what they may share, the pairs."

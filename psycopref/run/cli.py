@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -227,7 +228,13 @@ def execute(given: argparse.Namespace) -> int:
 
 # %% ../../nbs/run/09_cli.ipynb #12522cf6
 def _unforeseen(error: Exception) -> str:
-    "Word an error that nobody foresaw in one line."
+    "Word in one line what the machine lacks, room or a library, and an error that nobody foresaw."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "make room, or name another folder in PSYCOPREF_ROOT; what is finished is kept, run again to continue"
+        return f"{where}{error.strerror or error}; {remedy}"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("psycopref"):
+        return f"{error.name} is not installed, which this command needs; pip install 'psycopref[train]'"
     said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return f"found no way on ({said}); run `psycopref --debug …` for the traceback, and tell us what you asked for"
 

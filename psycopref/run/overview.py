@@ -19,9 +19,9 @@ from .plan import parameters, plan_run, unknown_costs, work_frame, worded
 from ..reporting.report_page import PAPER_REWARD, paper_win_rate
 
 # %% auto #0
-__all__ = ['BOXES', 'PHASE_COLOURS', 'BOX_WIDTH', 'BOX_HEIGHT', 'earlier_stages', 'chain_arrows', 'chapter_number', 'draw_box',
-           'draw_arrow', 'chain_figure', 'stage_plans', 'plan_frame', 'plan_sentences', 'weights_frame',
-           'weights_sentence', 'results_table', 'merged_tables']
+__all__ = ['BOXES', 'PHASE_COLOURS', 'BOX_WIDTH', 'BOX_HEIGHT', 'SIZES', 'earlier_stages', 'chain_arrows', 'chapter_number',
+           'draw_box', 'draw_arrow', 'chain_figure', 'stage_plans', 'plan_frame', 'plan_sentences', 'growth_frame',
+           'growth_figure', 'weights_frame', 'weights_sentence', 'results_table', 'merged_tables']
 
 # %% ../../nbs/run/04_overview.ipynb #a23a103b
 def earlier_stages(stages: typing.Mapping[str, Stage], name: str) -> set[str]:
@@ -128,6 +128,48 @@ def plan_sentences(profile: Profile, plans) -> list[str]:
         f"({largest['work']}).",
         f"{money if usd else 'No model with a list price is asked, so the run costs no money.'}{unknown}",
     ]
+
+# %% ../../nbs/run/04_overview.ipynb #4bbf59bc
+SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)  # client speeches
+_ENGINES = (  # up to how many client speeches, what carries the work
+    (10_000, "one machine; calls one by one"),
+    (100_000, "the provider's batch API; one node of GPUs"),
+    (1_000_000, "batches in shards, or vLLM servers; several nodes by Slurm or Kubernetes"),
+    (10_000_000, "vLLM on many nodes, shards by Snakemake; no provider's list price is meant for this"),
+)
+
+
+def growth_frame(profile: Profile, sizes: typing.Sequence[int] = SIZES):
+    "Plan a profile for numbers of client speeches. Returns speeches, calls, tokens, US dollars, GPU hours, engine."
+    import pandas as pd
+
+    rows = []
+    for n in sizes:
+        total = work_frame(plan_run(profile, n)).iloc[-1]
+        tokens = 1e3 * (total["k tokens in"] + total["k tokens out"])
+        engine = next((said for most, said in _ENGINES if n <= most), _ENGINES[-1][1])
+        rows.append((n, total.calls, tokens, total["US dollars"], total["GPU hours"], engine))
+    return pd.DataFrame(rows, columns=["speeches", "calls", "tokens", "US dollars", "GPU hours", "engine"])
+
+# %% ../../nbs/run/04_overview.ipynb #703468fb
+def growth_figure(frame, profile: Profile):
+    "Draw how calls, money and GPU hours grow with the client speeches, both axes logarithmic; frame: of growth_frame."
+    figure, axes = new_figure(8.2, 4.6)
+    looks = zip(("calls", "US dollars", "GPU hours"), ("o", "s", "^"), (PALETTE[0], PALETTE[1], PALETTE[2]))
+    for name, marker, colour in looks:
+        shown = frame[frame[name] > 0]
+        axes.plot(shown.speeches, shown[name], marker=marker, color=colour)
+        if len(shown):
+            last = shown.iloc[-1]
+            axes.annotate(
+                name, (last.speeches, last[name]), (8, 0), textcoords="offset points", va="center", color=colour
+            )
+    axes.set(xscale="log", yscale="log", xlabel="client speeches", ylabel="calls, US dollars at list prices, GPU hours")
+    axes.axvline(26_483, color="#888888", linewidth=0.8, linestyle=":")
+    axes.annotate("the paper's", (26_483, axes.get_ylim()[0]), xytext=(3, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlim(right=frame.speeches.max() * 4)
+    axes.set_title(f"profile {profile.name}, estimated; GPU: {profile.plan.gpu}", fontsize=10)
+    return figure
 
 # %% ../../nbs/run/04_overview.ipynb #f3bd9c3d
 def weights_frame(found: typing.Sequence[Weights]):

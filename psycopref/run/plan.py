@@ -793,7 +793,9 @@ def missing_sampler(profile: Profile) -> list[str]:
 
 # %% ../../nbs/run/03_plan.ipynb #91dbba50
 def gpu_memory() -> list[int]:
-    "Return the bytes of each GPU that a training would use, as far as tensors can fill them."
+    "Return the bytes of each GPU that a training would use, as far as tensors can fill them; none without torch."
+    if importlib.util.find_spec("torch") is None:
+        return []
     import torch
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -892,6 +894,7 @@ def missing(profile: Profile, plan: Plan | None = None, today: typing.Callable =
         *missing_data(profile, "general pairs", "RewardBench"),
         *(f"{name}.push_to_hub: {repo!r} {token}" for name, repo in pushed.items() if repo),
         *missing_sampler(profile),
+        *(["torch is not installed; pip install 'psycopref[train]'"] if not importlib.util.find_spec("torch") else []),
         *(missing_accelerate(profile) or missing_memory(profile)),
         *plan.too_few_pairs(),
         *([disk] if need > free else []),

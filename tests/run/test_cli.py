@@ -1,5 +1,6 @@
 """What a user can mend is one line and exit code 1; help answers without heavy imports."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from refusals import one_line
 
 from psycopref.core.stages import Run, project_root
 from psycopref.run.chapter import open_stage
+from psycopref.run import cli
 from psycopref.run.cli import main
 from psycopref.run.runner import notebook_parameters, trace
 
@@ -39,6 +41,27 @@ def test_what_a_user_can_mend_is_one_line(arguments, said, capsys):
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and said in shown.err
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "/data/x: No space left on device; make room"),
+        (OSError(errno.EROFS, "Read-only file system", "/data/x"), "PSYCOPREF_ROOT"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "PSYCOPREF_ROOT"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "pip install 'psycopref[train]'"),
+        (ModuleNotFoundError("No module named 'psycopref.no'", name="psycopref.no"), "found no way on"),
+        (ValueError("two\nlines"), "found no way on (ValueError: two lines)"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_that_says_what_to_do(error, said, capsys, monkeypatch):
+    def fails(given):
+        raise error
+
+    monkeypatch.setattr(cli, "execute", fails)
+    assert main(["plan"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and said in shown
 
 
 def test_help_imports_no_settings_and_nothing_heavy():

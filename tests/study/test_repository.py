@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,8 @@ def test_the_top_level_holds_what_was_meant():
         pytest.skip("no git checkout")
     top = {path.split("/")[0] for path in listed.stdout.splitlines()}
     known = ".ci .gitattributes .gitignore CONTRIBUTING.md LICENSE Makefile README.md Snakefile constraints.txt"
-    known += " environment.yml figures nbs outputs psycopref pyproject.toml results settings.ini tests"
+    known += " .devcontainer .github CHANGELOG.md CITATION.cff environment.yml figures nbs outputs psycopref"
+    known += " pyproject.toml results settings.ini tests"
     assert top <= {*known.split()}
 
 
@@ -153,14 +155,21 @@ def test_requirements_agree_and_are_pinned():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(REPOSITORY / "settings.ini")
     ours = settings["DEFAULT"]
-    project = (REPOSITORY / "pyproject.toml").read_text()
-    dependencies = ast.literal_eval("[" + re.search(r"^dependencies = \[(.*?)^\]", project, re.S | re.M)[1] + "]")
-    development = ast.literal_eval(re.search(r"^dev = (\[.*?\])", project, re.S | re.M)[1])
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    dependencies, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
+    assert sorted(extras) == ["dev", "serve", "train"] and extras["dev"][0] == "psycopref[train]"
+    development = [*extras["train"], *extras["dev"][1:]]
     assert requirement_names(ours["requirements"]) == {d.lower() for d in dependencies}
     assert requirement_names(ours["dev_requirements"]) == {d.lower() for d in development}
+    assert not {*dependencies} & {*development}
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert {d.lower() for d in [*dependencies, *development]} <= pinned
+    for name, value in project["tool"]["nbdev"].items():  # nbdev 3 reads these, nbdev 2 settings.ini
+        said = " ".join(value) if isinstance(value, list) else str(value)
+        assert ours[name] == said, name
+    address = ours["git_url"].replace("%(user)s", ours["user"]).replace("%(repo)s", ours["repo"])
+    assert project["project"]["urls"]["Repository"] == address
     environment = (REPOSITORY / "environment.yml").read_text()
     assert "--constraint constraints.txt" in environment and "--editable .[dev]" in environment
 
