@@ -426,7 +426,7 @@ def test_an_edit_that_is_broken_off_or_empty_is_no_approval(tmp_path):
 
 def test_names_are_asked_for_until_there_is_one(tmp_path):
     told, _ = session("yes", "", "  ", "7", ADA, file=tmp_path / "drafts.jsonl")
-    assert sum("expected the name" in line for line in told) == 3
+    assert sum("expected the reviewer's name" in line for line in told) == 3
     assert verified(tmp_path / "drafts.jsonl")[1].data["reviewer"] == ADA
 
 
