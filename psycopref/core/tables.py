@@ -92,7 +92,7 @@ TABLE_STYLE = (
     "<style>body{font-family:system-ui,sans-serif;margin:1.5rem;max-width:84rem;color:#1a1a1a}"
     "table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;"
     "text-align:left;vertical-align:top}thead th{border-bottom:2px solid #444}"
-    ".wide{font-size:.74rem}.wide th,.wide td{padding:.25rem .35rem}.wide td:nth-child(-n+2){white-space:nowrap}"
+    ".wide{font-size:.74rem}.wide th,.wide td{padding:.25rem .35rem}.names td:nth-child(-n+2){white-space:nowrap}"
     ".scroll{overflow-x:auto}caption,.label{color:#555;font-size:.82rem;text-align:left;margin:.3rem 0}</style>"
 )
 
@@ -104,7 +104,8 @@ def html_table(frame, caption: str, label: Label) -> str:
         f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in row)}</tr>"
         for tag, row in zip(["th"] + ["td"] * len(frame), shown)
     )
-    kind = " class='wide'" if frame.shape[1] > 10 else ""
+    named = max((len(str(value)) for value in frame.iloc[:, :2].to_numpy().ravel()), default=0) <= 48
+    kind = f" class='wide{' names' * named}'" if frame.shape[1] > 10 else ""
     return (
         f"<h3>{html.escape(caption)}</h3><div class='scroll'><table{kind}><thead>{head}</thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div><p class='label'>{html.escape(str(label))}</p>"

@@ -284,7 +284,8 @@ def published_section(beside, said: typing.Sequence[str]) -> str:
         own = [int((rows.state == state).sum()) for state in _STATES]
         numbers = "".join(f"<td>{n}</td>" for n in [len(rows), *own])
         counts.append(f"<tr><td><a href='#published-{section}'>{title}</a></td>{numbers}</tr>")
-        summary = f"{title}: {len(rows)} values, {own[0]} reproduced, {own[1]} differ, {own[2]} not run"
+        counted = f"{len(rows)} value{'s' * (len(rows) != 1)}"
+        summary = f"{title}: {counted}, {own[0]} reproduced, {own[1]} differ, {own[2]} not run"
         inside = f"<div id='published-{section}'>{_published_rows(rows)}</div>"
         folds.append(f"<details><summary>{summary}</summary>{inside}</details>")
     heads = "".join(f"<th>{name}</th>" for name in ["printed in", "values", *_STATES])
@@ -331,7 +332,8 @@ REPORT_STYLE = TABLE_STYLE.removesuffix("</style>") + (
     ".mark::before{margin-right:.35em;font-weight:700}.yes::before{content:'✓'}.no::before{content:'≠'}"
     ".none::before{content:'–'}.part::before{content:'◐'}#checklists .no::before{content:'○'}"
     ".yes{color:#00674d}.no{color:#a34200}.none,.part{color:#4a4a4a}@media(max-width:40rem){body{margin:.7rem}"
-    "table{font-size:.8rem}th,td{padding:.25rem .4rem}.cards thead{display:none}.cards tr,.cards td{display:block}"
+    "table{font-size:.8rem}th,td{padding:.25rem .4rem}.scroll td:first-child{min-width:8rem}"
+    ".cards thead{display:none}.cards tr,.cards td{display:block}"
     ".cards td{border:0;padding:.1rem 0}.cards tr{border-bottom:1px solid #bbb;padding:.5rem 0}"
     ".cards td[data-name]::before{content:attr(data-name) ': ';opacity:.75}.cards td.blank{display:none}}"
     "@media(prefers-color-scheme:dark){body{background:#15171a;color:#e4e4e4}th,td,.cards tr{border-color:#3a3d42}"
