@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 WINGS = "core stats models rater gateway corpus feedback training evaluation experiments reporting run".split()
@@ -205,3 +206,21 @@ def test_no_public_name_is_defined_twice():
                 for name in ast.literal_eval(node.value):
                     homes.setdefault(name, []).append(path.name)
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+def test_the_citation_is_whole_and_of_this_version():
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    import psycopref
+
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= {*cited}
+    assert cited["version"] == psycopref.__version__ and cited["license"] == "MIT"
+    assert (
+        "2502.19731" in str(cited["references"])
+        and f"## {psycopref.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
+    )
+    for path in (REPOSITORY / ".github/workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+        rules = {rule for step in steps for rule in re.findall(r"make ([a-z-]+)", step)}
+        targets = {*re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)}
+        assert rules and rules <= targets, path.name
