@@ -53,9 +53,8 @@ class Source:
     @property
     def remedy(self) -> str:
         "What a user can do when the source can't be fetched or read."
-        if not self.page.startswith("http"):
-            return f"give {self.name}=/path/to/a file with a column {' or '.join(self.speech)}"
-        return f"download it yourself from {self.page} and give {self.name}=/path/to/it"
+        get = f"download it yourself from {self.page} and " if self.page.startswith("http") else ""
+        return f"{get}give {self.name}=/path/to/it"
 
 # %% ../../nbs/corpus/01_sources.ipynb #10b27938
 def read_columns(
