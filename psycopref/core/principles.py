@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +25,12 @@ __all__ = ['OWN_SETS', 'Principle', 'Principles', 'principles_file', 'read_princ
            'of_the_paper', 'principles', 'principle_keys', 'safety_keys']
 
 # %% ../../nbs/core/04_principles.ipynb #a76d5bcc
-_TAKEN = "overall total mean note words acts response speech model source topic split rating time id chosen rejected"
+_TAKEN = """overall total mean note words acts response speech model source topic split rating time id chosen rejected
+speech_id sample finish_reason n_tokens request_key setting policy reference reading n group order judge verdict
+question prefid rater position rationale principle annotator"""  # columns of our tables
+_Points = Annotated[float, Field(allow_inf_nan=False)]
 _Words = Annotated[str, Field(pattern=r"\w")]
+_SLOT = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -38,7 +43,7 @@ class Principle:
     criteria: dict[str, str] = Field(default_factory=dict)  # sub-criterion -> explanation; may be empty (Box B)
     safety: bool = False  # whether it says how safe a response is: what `pairs.safety: veto` looks at
     # feature of an answer -> what it counts for with the offline rubric; empty: the rubric can't rate it
-    points: dict[str, float] = Field(default_factory=dict)
+    points: dict[str, _Points] = Field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -99,8 +104,14 @@ def _parsed(path: Path, changed: int, size: int) -> Principles:
     if wrong := twice or [key for key in found.keys if key in _TAKEN.split()]:
         raise StudyError(f"{where}: the key {wrong[0]!r} stands twice or is a column already; choose another")
     known = sorted(own.stem for own in resource_path("prompts").glob("*.txt"))
-    for name in (name for name in found.prompts if name not in known):
-        raise StudyError(f"{where}: there is no prompt {name!r}. {suggest(name, known)}")
+    for name, text in found.prompts.items():
+        if name not in known:
+            raise StudyError(f"{where}: there is no prompt {name!r}. {suggest(name, known)}")
+        ours, own = (set(_SLOT.findall(words)) for words in (read_text(resource_path(f"prompts/{name}.txt")), text))
+        if own != ours:
+            raise StudyError(
+                f"{where}: prompt {name!r} has the slots {sorted(own)}, expected {sorted(ours)}; mend the file"
+            )
     return found
 
 # %% ../../nbs/core/04_principles.ipynb #2571a4aa

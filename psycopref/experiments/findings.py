@@ -62,6 +62,9 @@ def read_findings(text: str | None = None) -> Findings:
         found = TypeAdapter(Findings).validate_python(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise StudyError(f"findings.yaml: {' '.join(str(error).split())[:200]}; mend the file") from None
+    ids = [claim.id for claim in found.claims]
+    if twice := [own for own in ids if ids.count(own) > 1]:
+        raise StudyError(f"findings.yaml: {twice[0]}: stands more than once; give each claim an id of its own")
     if wrong := [claim.id for claim in found.claims if claim.estimate.count(" - ") != 1]:
         raise StudyError(
             f"findings.yaml: {wrong[0]}: expected an estimate such as 'win/dpo/free - win/base/free'; mend the file"

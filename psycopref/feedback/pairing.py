@@ -115,7 +115,7 @@ def check_safety(chosen: PairSettings) -> None:
     if chosen.safety == "veto" and not safety_keys():
         raise StudyError(
             f"pairs.safety: found veto, but none of the principles {', '.join(principle_keys())} is about safety; "
-            "mark one with `safety: true` in their file, or set pairs.safety to average"
+            "mark one with `safety: true` in their file, or set pairs.safety to average and ablation.veto to false"
         )
 
 

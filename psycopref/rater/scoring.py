@@ -5,6 +5,7 @@
 # %% ../../nbs/rater/04_scoring.ipynb #08836ffa
 from __future__ import annotations
 
+import functools
 import json
 import re
 import typing
@@ -20,7 +21,7 @@ from .language import FUNCTION_WORDS, content_stems, copied_words, plain, senten
 from .safety_screen import SCREEN, pointers, screen
 
 # %% auto #0
-__all__ = ['FLAGGED', 'ramp', 'said_again', 'clarity_faults', 'incoherent', 'form_features', 'answer_features',
+__all__ = ['FLAGGED', 'ramp', 'said_again', 'clarity_faults', 'incoherent', 'form_features', 'answer_features', 'feature_names',
            'principle_points', 'contributions', 'principle_scores', 'score_answers', 'explain_answers', 'named_acts']
 
 # %% ../../nbs/rater/04_scoring.ipynb #ed064cfe
@@ -142,30 +143,34 @@ def _acts(sentences: list[Said], found: np.ndarray, labels: tuple[str, ...]) -> 
     return both | {f"share {label}": float(value) for label, value in zip(labels, shares)}
 
 # %% ../../nbs/rater/04_scoring.ipynb #1472dbee
+@functools.cache
+def feature_names() -> tuple[str, ...]:
+    "Name the features of an answer that has words, which points may count."
+    known = read_heads("acts")
+    acts = [f"{how} {label}" for how in ("any", "share") for label in known.acts.labels]
+    form = [name for name in form_features("I count the stairs.", "What is it like?") if name != "script"]
+    return tuple(sorted([*acts, *form, *known.stages.labels, *FLAGGED, "wrong role", "crisis", "no pointer"]))
+
+
 def principle_points() -> dict[str, dict[str, float]]:
     """Return principle -> feature -> points of those in use; `base` is the score of an answer that shows nothing.
 
-    Raises StudyError where a principle has none: the rubric can't rate it."""
+    Raises StudyError where a principle has none, which the rubric can't rate, or names a feature that no answer has."""
     if lacking := [own.key for own in principles() if "base" not in own.points]:
         raise StudyError(
             f"principles {principle_set().title!r}: {lacking[0]} has no points for the offline rubric, expected some "
             "and a base; give points, or name a model as ratings.rater and evaluation.judge"
         )
+    for own in principles():
+        for wrong in sorted({part for name in own.points for part in name.split(" × ")} - {"base", *feature_names()}):
+            found = f"principles {principle_set().title!r}, {own.key}: {wrong!r} is no feature of an answer"
+            raise StudyError(f"{found}. {suggest(wrong, feature_names())}")
     return {own.key: own.points for own in principles()}
 
 
 def contributions(features: pd.DataFrame, principle: str) -> pd.DataFrame:
-    """Return what each feature counts for in a principle: rows as in features, a column for each feature and base.
-
-    Raises StudyError where points name a feature that no answer has."""
+    "Return what each feature counts for in a principle: rows as in features, a column for each feature and base."
     points, none = principle_points()[principle], np.zeros(len(features))
-    named = {part for name in points for part in name.split(" × ")} - {"base", *features}
-    if named and not features.silent.all():
-        wrong = min(named)
-        hint = suggest(wrong, features)
-        raise StudyError(
-            f"principles {principle_set().title!r}, {principle}: {wrong!r} is no feature of an answer. {hint}"
-        )
     columns = {"base": np.full(len(features), float(points["base"]))}
     for name, each in points.items():
         if name != "base":

@@ -19,7 +19,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from ..core.files import StageReader, read_json
 from ..core.paper import coarse_topics, resource_path
-from ..core.principles import principle_set
+from ..core.principles import principle_set, read_principles
 from ..core.settings import StudyError
 from ..core.stages import Run
 from ..evaluation.win_rates import SETTINGS
@@ -253,11 +253,20 @@ _PARTS = {
 def run_facts(run: Run) -> dict:
     "Read what the page says of a whole run: rater, principles by name, and a sentence on what it has not got."
     lacking = [said for stage, said in _PARTS.items() if finished(run, stage) is None]
-    pairs, names = finished(run, "04_pairs"), {own.key: own.name for own in principle_set().principles}
-    made = pairs.receipt if pairs else {}
+    pairs, rated = finished(run, "04_pairs"), finished(run, "03_ratings")
+    made = (pairs or rated).receipt if pairs or rated else {}
+    keys = (rated or pairs).receipt.get("principles") if pairs or rated else None  # as pool_records takes them
+    chosen = made.get("settings", {}).get("principles")
+    try:
+        own_set = read_principles(chosen) if chosen else principle_set()
+    except StudyError:  # the file has gone since
+        own_set = None
+    names = {own.key: own.name for own in own_set.principles} if own_set else {}
+    if keys and not {*keys} <= {*names}:
+        names = {}
     return {
         "rater": made.get("rater") or "nobody",
-        "principles": [names.get(key, key) for key in made.get("principles") or names],
+        "principles": [names.get(key, key) for key in keys or names],
         "absent": f"This run has no {', no '.join(lacking)}." if lacking else "",
     }
 

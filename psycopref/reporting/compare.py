@@ -272,7 +272,7 @@ def _gathered(run: RunTables, read: typing.Callable) -> dict[str, list]:
 
 
 def _parameters(stage: str, receipt: dict) -> dict:
-    return {"profile": receipt["profile"], "seed": receipt["seed"]} | as_dotted(receipt["settings"])
+    return {"profile": receipt["profile"], "seed": receipt["seed"]} | as_dotted(receipt.get("settings", {}))
 
 
 def _versions(stage: str, receipt: dict) -> dict:
@@ -378,7 +378,7 @@ class RunComparison:
     @property
     def page(self) -> Path:
         "Return where the page stands."
-        return project_root() / "outputs" / "compare" / f"{'-'.join(self.names).replace('/', '.')}.html"
+        return project_root() / "outputs" / "compare" / f"{'+'.join(self.names).replace('/', ',')}.html"
 
 # %% ../../nbs/reporting/02_compare.ipynb #b3c803a6
 def _compared(name: str, first: RunTables, second: RunTables) -> ComparedTable:
@@ -403,10 +403,9 @@ def compare_runs(first: str, second: str, stage: str = "", table: str = "") -> R
         raise StudyError(f"compare: {first} is named twice, expected two runs; name another one")
     names = sorted({*own.hashes, *other.hashes}, key=_order)
     known = {name: own.stages.get(name) or other.stages.get(name, "") for name in names}
-    if stage and stage not in known.values():
-        raise StudyError(
-            f"compare: no run has tables of a stage {stage!r}. {suggest(stage, filter(None, known.values()))}"
-        )
+    there = sorted({*filter(None, known.values())})
+    if stage and stage not in there:
+        raise StudyError(f"compare: no run has tables of a stage {stage!r}. {suggest(stage, there)}")
     short = {name: [name, *name.removeprefix("table_").split("_", 1)] for name in names}
     if table and not any(table in own for own in short.values()):
         raise StudyError(
@@ -436,7 +435,9 @@ def _notes(compared: RunComparison) -> list[str]:
     "Say what receipts agree on, which stages only one run has, and which tables were changed since they were signed."
     first, second = compared.first, compared.second
     alike = [part for part in RECEIPT_PARTS if part not in {own.part for own in compared.differences}]
-    lines = [f"the same in all stages that both have finished: {', '.join(alike)}"] if alike else []
+    both = {*first.receipts} & {*second.receipts}
+    lines = [f"the same in all stages that both have finished: {', '.join(alike)}"] if alike and both else []
+    lines += [] if both else ["no stage is finished in both, so nothing is known of what they were made with"]
     for own, other in ((first, second), (second, first)):
         if only := [name for name in own.receipts if name not in other.receipts]:
             lines.append(f"finished only in {own.run.name}: {', '.join(only)}")

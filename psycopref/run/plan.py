@@ -275,6 +275,10 @@ def response_tokens(max_tokens: int) -> int:
 def plan_run(profile: Profile, speeches: int | None = None) -> Plan:
     "Count what a run works on. speeches: None counts them or takes the paper's number."
     use_principles(profile.principles)
+    if any(uri.startswith("rules:rubric") for uri in (profile.ratings.rater, profile.evaluation.judge)):
+        from psycopref.rater.scoring import principle_points
+
+        principle_points()  # refuses points that the rubric can't count, before anything runs
     paper, (n, characters, basis) = paper_values()["dataset"], count_speeches(profile)
     n, basis = (n, basis) if speeches is None else (speeches, "as given")
     check_safety(dataclasses.replace(profile.pairs, safety="veto") if profile.veto_arm else profile.pairs)

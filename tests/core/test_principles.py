@@ -51,6 +51,14 @@ def of_one(**changed):
         (of_one(key="Right"), "principles.0.key"),
         (of_one(key="overall"), "choose another"),
         (of_one(key="left out"), "principles.0.key"),
+        *(
+            (of_one(key=own), "choose another")
+            for own in "speech_id sample finish_reason setting reading n judge".split()
+        ),
+        (of_one(points={"base": float("nan")}), "finite"),
+        (of_one(points={"base": float("inf")}), "finite"),
+        (GOOD | {"prompts": {"rating_alone": "no slots"}}, "prompt 'rating_alone' has the slots []"),
+        (GOOD | {"prompts": {"responding": "{client_speech} {more}"}}, "prompt 'responding'"),
         (of_one(name=" "), "principles.0.name"),
         (of_one(safety="perhaps"), "principles.0.safety"),
         (of_one(weight=2), "principles.0.weight"),

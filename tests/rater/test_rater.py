@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -18,12 +19,13 @@ from scipy.stats import spearmanr
 from psycopref.core.principles import principle_keys, use_principles
 from psycopref.core.paper import resource_path
 from psycopref.core.prompts import battle_keys, parse_battle, parse_choice, parse_ratings
-from psycopref.core.settings import StudyError
+from psycopref.core.settings import StudyError, load_profile
 from psycopref.rater import rules, scoring
 from psycopref.rater.dialogue_acts import DIALOGUE_ACTS
 from psycopref.rater.heads import read_heads
 from psycopref.rater.language import plain, words_of
 from psycopref.rater.rules import PHRASES, RulesModel, rubric_reply, score_batch, to_rating
+from psycopref.run.plan import plan_run
 from psycopref.rater.scoring import answer_features, contributions, explain_answers, score_answers
 
 PRINCIPLE_KEYS = principle_keys()
@@ -97,11 +99,13 @@ def test_clients_and_responses_are_as_many():
         score_answers([SPEECH], ["Hard.", "What helps?"])
 
 
-def test_a_feature_that_is_misspelt_is_refused(monkeypatch):
-    found = pd.DataFrame({"silent": [0.0], "any advice": [1.0]})
-    monkeypatch.setattr(scoring, "principle_points", lambda: {"empathy": {"base": 2, "any advise": 1}})
-    with pytest.raises(StudyError, match="principles 'counselling', empathy: 'any advise' .* any advice"):
-        contributions(found, "empathy")
+def test_a_feature_that_is_misspelt_is_refused(tmp_path):
+    place, one = tmp_path / "own.yaml", {"key": "kind", "name": "Kind", "description": "It is kind."}
+    one["points"] = {"base": 2.0, "early × any advise": 1.0}
+    place.write_text(yaml.safe_dump({"title": "sums", "principles": [one]}))
+    use_principles(str(place))
+    with pytest.raises(StudyError, match="principles 'sums', kind: 'any advise' .* any advice"):
+        scoring.principle_points()
 
 
 def test_very_long_texts_are_scored_too():
@@ -138,6 +142,20 @@ def test_acts_are_named_by_sentence():
     [told] = map(json.loads, explain_answers([SPEECH], [text])[1])
     assert [sentence for sentence, _ in told] == ["You lost him in spring.", "What do you miss most?", text[47:]]
     assert told[1][1] == ["open_question"] and told[2][1] == ["self_disclosure"]
+
+
+def test_the_names_that_points_may_count_are_those_of_every_answer():
+    found, _ = answer_features([SPEECH, ""], ["What is it like?", "You must stop."], read_heads("acts"))
+    assert {*scoring.feature_names()} == {*found.columns} - {"silent"}
+
+
+def test_a_plan_refuses_points_that_the_rubric_cannot_count(tmp_path):
+    place = tmp_path / "own.yaml"
+    one = {"key": "right", "name": "Right", "description": "It is right.", "safety": True}
+    for points, said in (({"base": 3.0, "share advicee": 1.0}, "Did you mean share advice"), ({}, "has no points")):
+        place.write_text(yaml.safe_dump({"title": "sums", "principles": [one | {"points": points}]}))
+        with pytest.raises(StudyError, match=said):
+            plan_run(load_profile("tiny", {"principles": str(place)}), 100)
 
 
 def test_a_model_by_rules_is_another_where_its_points_or_heads_are(monkeypatch):

@@ -151,6 +151,19 @@ def test_principles_are_those_of_the_run():
     assert len(speech_records(run)[0]["pool"][0]["ratings"]) == 5
 
 
+def test_ratings_stand_under_the_principles_that_they_were_made_with():
+    use_principles("plain-words")
+    run, keys = Run("part"), principle_keys()
+    speeches(run)
+    said = [("demo-0", "a", "What?", "stop", 1, "k")]
+    write(run, "02_responses", keys, responses=("responses", frame("responses", said)))
+    rated = [("demo-0", "a", key, i % 5 + 1, "", "r", 0) for i, key in enumerate(keys)]
+    write(run, "03_ratings", keys, ratings=("ratings", frame("ratings", rated)))
+    use_principles("counselling")
+    told = run_facts(run)
+    assert told["principles"] == list(keys) and told["rater"] != "nobody", "no name of another set's"
+
+
 def test_the_page_holds_no_address_and_no_markup_of_others(whole):
     page = run_page(whole, Label("tiny", rater="<i>someone</i>"))
     before = page.split('<script type="module">')[0]
@@ -273,6 +286,12 @@ def test_a_link_names_a_speech_and_many_are_unpacked_when_asked_for(whole, opene
     assert shown(page) == f"demo-{4 * BLOCK + 3}" and page.locator("#speeches tr.current").count() == 1
     assert page.evaluate("document.querySelectorAll('script.block').length") == 5
     pressed(page, "k", f"demo-{4 * BLOCK + 2}")
+
+
+@pytest.mark.parametrize("anchor", ["#100%", "#nobody", "#%E0%A4%A"])
+def test_an_address_of_nobody_shows_the_first(whole, opened, anchor):
+    page, noted = opened(run_page(whole, "tiny"), anchor)
+    assert shown(page) == "demo-0" and not [said for said in noted if "Error" in said]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -44,9 +44,9 @@ def test_the_same_tables_exit_with_0_and_different_ones_with_1(capsys, tmp_path)
     assert capsys.readouterr().out.splitlines()[0] == "same         table_2_rates.csv"
     assert main(["compare", "a", "c"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "different    table_2_rates.csv" and said[-1].endswith("outputs/compare/a-c.html")
+    assert said[0] == "different    table_2_rates.csv" and said[-1].endswith("outputs/compare/a+c.html")
     assert any(line.split("  ")[1:3] == ["free · base · Overall", "25.0 (15.0 to 35.0)"] for line in said)
-    assert (tmp_path / "outputs/compare/a-c.html").is_file() and (tmp_path / "outputs/compare/a-b.html").is_file()
+    assert (tmp_path / "outputs/compare/a+c.html").is_file() and (tmp_path / "outputs/compare/a+b.html").is_file()
 
 
 def test_values_stand_side_by_side_with_difference_and_both_intervals():
@@ -201,7 +201,7 @@ def test_further_seeds_are_compared_with_their_run(tmp_path):
     finish("a/seeds/1", RATES.assign(Overall=[None, 35.0, 40.0, None, 30.0, 50.0]), seed=1)
     compared = compare_runs("a", "a/seeds/1", table="2")
     assert not compared.same and [own.name for own in compared.differences] == ["seed"]
-    assert compared.page == tmp_path / "outputs/compare/a-a.seeds.1.html"
+    assert compared.page == tmp_path / "outputs/compare/a+a,seeds,1.html"
 
 
 def test_runs_that_can_not_be_compared_are_refused_with_what_to_do(tmp_path):

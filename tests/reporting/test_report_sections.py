@@ -70,7 +70,7 @@ def test_a_fold_says_how_many_of_its_values_are_reproduced_differ_or_were_not_ru
             rf"<details><summary>([^<]*</summary><div id='published-{section}'>.*?)</details>", page, re.S
         )
         own = frame[frame.section == section]
-        assert f"{title}: {len(own)} values" in fold and fold.count("<tr>") == len(own) + 1
+        assert f"{title}: {len(own)} value" in fold and fold.count("<tr>") == len(own) + 1
         assert f"{(own.state == NOT_RUN).sum()} not run" in fold
     assert describe_published(frame) in page
     [last] = re.findall(r"<div id='published-remarks'>(.*?)</details>", page, re.S)

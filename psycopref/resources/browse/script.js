@@ -109,6 +109,11 @@ function render(record) {
   );
 }
 
+function named() { // the id in the address; what is no code of anything is taken as it stands
+  const said = location.hash.slice(1);
+  try { return decodeURIComponent(said); } catch { return said; }
+}
+
 function lookAt() { if (article.getBoundingClientRect().top > innerHeight * 0.6) article.scrollIntoView(); }
 
 function showReasons() {
@@ -134,7 +139,7 @@ async function open(i, turn = true) {
   const at = table ? shownOrder().indexOf(i) : -1;
   if (at >= 0 && turn) table.page(Math.floor(at / table.page.len())).draw("page");
   mark();
-  if (decodeURIComponent(location.hash.slice(1)) !== record.id && !index.embedded) history.replaceState(null, "", `#${encodeURIComponent(record.id)}`);
+  if (named() !== record.id && !index.embedded) history.replaceState(null, "", `#${encodeURIComponent(record.id)}`);
   document.documentElement.dataset.open = record.id;
 }
 
@@ -163,7 +168,9 @@ function filter() {
 
 function build() {
   const names = ["id", "topic", "split", "crisis", "gap", "speech"];
-  const plain = (data, type) => (type === "display" ? make("span", {}, String(data ?? "—")) : data);
+  // DataTables reads entities in what it searches through an element's innerHTML: it gets no "&"
+  const words = (data) => String(data ?? "").replaceAll("&", " ");
+  const plain = (data, type) => (type === "display" ? make("span", {}, String(data ?? "—")) : type === "filter" ? words(data) : data);
   table = jQuery("#speeches").DataTable({
     data: index.rows, deferRender: true, pageLength: 20, lengthChange: false, order: [], autoWidth: false,
     layout: { topStart: null, topEnd: null, bottomStart: "info", bottomEnd: "paging" },
@@ -203,7 +210,7 @@ document.addEventListener("keydown", (event) => {
   }[event.key];
   if (act) { event.preventDefault(); act(); }
 });
-function follow() { const i = place.get(decodeURIComponent(location.hash.slice(1))); if (i !== undefined && i !== current) open(i); }
+function follow() { const i = place.get(named()); if (i !== undefined && i !== current) open(i); }
 addEventListener("hashchange", follow);
 follow();
 if (current < 0 && index.rows.length) open(0);
