@@ -135,8 +135,8 @@ def training_records(run: Run) -> dict[str, list[Record]]:
             blocks[match[1]][match[2]].append(name)
     for backbone, points in blocks.items():
         for point in watched_points([*points]):
-            rewards = reader.folder / f"{backbone}/points/{point}/rewards.json"
-            scored = read_json(rewards).get("rewards", {}) if rewards.is_file() else {}
+            rewards = f"{backbone}/points/{point}/rewards.json"
+            scored = read_json(reader.path(rewards))["rewards"] if rewards in reader.receipt["outputs"] else {}
             title = f"{backbone}, " * (len(blocks) > 1) + point.replace("step-", "DPO, step ").replace("-", " ")
             for block in points[point]:
                 for speech, ((text, end, _), *_) in read_json(reader.path(block))["samples"].items():
